@@ -1,0 +1,275 @@
+"""The sections of a run's configuration. Each field is one command-line flag; each section checks its own fields.
+
+Checks that need two sections stand in `resolve.py`.
+"""
+
+from dataclasses import dataclass
+
+from megatron.config.flags import flag, require
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Model: a decoder of the Llama family, causal or bidirectional."""
+
+    num_layers: int = flag(help="transformer blocks")
+    hidden_size: int = flag(help="width of the residual stream")
+    num_attention_heads: int = flag(help="query heads")
+    kv_channels: int | None = flag(None, "width of one head; default hidden size / heads, but free of it")
+    group_query_attention: bool = flag(False, "let several query heads share one key/value head")
+    num_query_groups: int | None = flag(None, "key/value heads with --group-query-attention")
+    ffn_hidden_size: int | None = flag(
+        None, "width of the MLP; default floor(8h/3/64)*64 with SwiGLU (at least 64), 4h with GELU"
+    )
+    swiglu: bool = flag(True, "SwiGLU MLP; --no-swiglu is GELU")
+    normalization: str = flag("rmsnorm", "normalisation layer", choices=("rmsnorm", "layernorm"))
+    norm_epsilon: float = flag(1e-5, "epsilon of the normalisation", aliases=("--layernorm-epsilon",))
+    qk_layernorm: bool = flag(False, "normalise queries and keys per head before the rotation (Qwen3)")
+    rotary_base: float = flag(10000.0, "base of the rotary frequencies")
+    add_bias_linear: bool = flag(False, "biases in the linear layers")
+    untie_embeddings_and_output_weights: bool = flag(False, "give the output head its own matrix")
+    init_method_std: float = flag(0.02, "standard deviation of initial weights; output projections use std/sqrt(2L)")
+    attention_dropout: float = flag(0.0, "dropout of attention probabilities")
+    hidden_dropout: float = flag(0.0, "dropout of what attention and MLP add to the residual stream")
+    mlp_dropout: float = flag(0.0, "dropout inside the MLP, after its activation")
+    embedding_dropout: float = flag(0.0, "dropout of the embedded tokens")
+
+    def __post_init__(self):
+        for name in ("num_layers", "hidden_size", "num_attention_heads"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
+        for name in ("attention_dropout", "hidden_dropout", "mlp_dropout", "embedding_dropout"):
+            require(0 <= getattr(self, name) < 1, name, getattr(self, name), "a dropout probability lies in [0, 1)")
+        require(
+            self.kv_channels is not None or self.hidden_size % self.num_attention_heads == 0,
+            "hidden_size",
+            self.hidden_size,
+            f"is not a multiple of --num-attention-heads {self.num_attention_heads}; change one or give --kv-channels",
+        )
+        require(self.head_size % 2 == 0, "kv_channels", self.head_size, "rotary embeddings need an even head width")
+        require(
+            self.group_query_attention == (self.num_query_groups is not None),
+            "num_query_groups",
+            self.num_query_groups,
+            "goes together with --group-query-attention; give both or neither",
+        )
+        require(
+            self.num_attention_heads % self.key_value_heads == 0,
+            "num_query_groups",
+            self.num_query_groups,
+            f"must divide --num-attention-heads {self.num_attention_heads}",
+        )
+
+    @property
+    def head_size(self) -> int:
+        return self.kv_channels or self.hidden_size // self.num_attention_heads
+
+    @property
+    def key_value_heads(self) -> int:
+        return self.num_query_groups or self.num_attention_heads
+
+    @property
+    def mlp_size(self) -> int:
+        if self.ffn_hidden_size:
+            return self.ffn_hidden_size
+        # the published ladder's rule; see "What Makes ... Data-Constrained Settings", 2507.15857, appendix 8
+        return max(64, 8 * self.hidden_size // 3 // 64 * 64) if self.swiglu else 4 * self.hidden_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Data: tokenised documents, how often they are seen and in which order."""
+
+    train_data_path: tuple[str, ...] = flag(
+        (), "training data: prefix, or weight prefix weight prefix ...", metavar="PREFIX", aliases=("--data-path",)
+    )
+    valid_data_path: tuple[str, ...] = flag(
+        (), "validation data: prefix, or name=prefix for several sets; the first decides which checkpoint is best",
+        metavar="[NAME=]PREFIX",
+    )
+    seq_length: int = flag(2048, "tokens of one sample")
+    train_unique_tokens: int | None = flag(None, "train on the first N tokens only, the last document cut")
+    epoch_order: str = flag(
+        "documents",
+        "documents: shuffled and packed anew every epoch; windows: fixed cuts at an offset redrawn every epoch",
+        choices=("documents", "windows"),
+    )
+    tokenizer_type: str = flag(
+        "HFTokenizer", "tokenizer of the data", choices=("HFTokenizer", "ByteTokenizer", "NullTokenizer")
+    )
+    tokenizer_model: str | None = flag(None, "tokenizer.json of an HFTokenizer; default: the one beside the data")
+    vocab_size: int | None = flag(None, "ids of a NullTokenizer; it adds one for end-of-document")
+    num_workers: int = flag(0, "data loader processes; 0 reads in the training process")
+
+    def __post_init__(self):
+        require(self.seq_length >= 2, "seq_length", self.seq_length, "must be at least 2")
+        require(self.num_workers >= 0, "num_workers", self.num_workers, "must not be negative")
+        unique = self.train_unique_tokens
+        require(unique is None or unique > 0, "train_unique_tokens", unique, "must be positive")
+        require(
+            (self.vocab_size is not None) == (self.tokenizer_type == "NullTokenizer"),
+            "vocab_size",
+            self.vocab_size,
+            f"belongs to --tokenizer-type NullTokenizer, and --tokenizer-type is {self.tokenizer_type}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """Objective: how inputs are corrupted in training. Nothing here acts in validation."""
+
+    mask_times: str = flag(
+        "stratified", "masked diffusion: how the share of masked tokens is drawn", choices=("stratified", "iid")
+    )
+    mask_eps: float = flag(1e-3, "masked diffusion: a token is masked with probability (1 - eps) t + eps")
+    token_dropout: float = flag(0.0, "replace this share of input tokens by [MASK], targets kept (autoregressive)")
+    token_dropout_max: float = flag(0.0, "the same with a share drawn from U(0, R) for every sequence")
+
+    def __post_init__(self):
+        require(0 < self.mask_eps < 1, "mask_eps", self.mask_eps, "lies in (0, 1)")
+        for name in ("token_dropout", "token_dropout_max"):
+            require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "is a share in [0, 1]")
+        require(
+            not (self.token_dropout and self.token_dropout_max),
+            "token_dropout",
+            self.token_dropout,
+            f"and --token-dropout-max {self.token_dropout_max} exclude each other; give one",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """Optimizer and schedule: AdamW, with the clock in samples."""
+
+    lr: float = flag(2e-4, "peak learning rate")
+    min_lr: float | None = flag(None, "final learning rate; default a tenth of the peak")
+    lr_decay_style: str = flag("cosine", "shape after the warm-up", choices=("cosine", "linear", "constant", "WSD"))
+    lr_warmup_samples: int | None = flag(None, "samples of linear warm-up; default 1% of the budget")
+    lr_decay_samples: int | None = flag(None, "samples until the final rate; default the whole budget")
+    lr_wsd_decay_samples: int | None = flag(None, "samples of the final decay of WSD; default 10% of the budget")
+    weight_decay: float = flag(0.1, "decoupled weight decay of all matrices, embeddings included; vectors have none")
+    adam_beta1: float = flag(0.9, "decay of the first moment")
+    adam_beta2: float = flag(0.95, "decay of the second moment")
+    adam_eps: float = flag(1e-8, "epsilon of AdamW")
+    clip_grad: float = flag(1.0, "largest global gradient norm; 0 does not clip")
+
+    def __post_init__(self):
+        require(self.lr > 0, "lr", self.lr, "must be positive")
+        require(self.min_lr is None or 0 <= self.min_lr <= self.lr, "min_lr", self.min_lr, f"lies in [0, --lr {self.lr}]")
+        require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "must not be negative")
+        require(self.clip_grad >= 0, "clip_grad", self.clip_grad, "must not be negative")
+        wsd = self.lr_wsd_decay_samples
+        require(wsd is None or self.lr_decay_style == "WSD", "lr_wsd_decay_samples", wsd, "needs --lr-decay-style WSD")
+
+    @property
+    def final_lr(self) -> float:
+        return self.lr / 10 if self.min_lr is None else self.min_lr
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """Training: budget, batch, precision, and when to leave."""
+
+    train_epochs: float | None = flag(None, "budget in epochs of the unique tokens")
+    train_samples: int | None = flag(None, "budget in samples")
+    train_iters: int | None = flag(None, "budget in steps")
+    train_flops: float | None = flag(None, "budget in FLOPs, 6ND with the embedding counted once")
+    micro_batch_size: int = flag(8, "samples one process computes at a time")
+    global_batch_size: int = flag(256, "samples of one optimizer step over all processes")
+    seed: int = flag(1234, "seed of weights, order and training noise")
+    bf16: bool = flag(False, "compute in bfloat16 over fp32 master weights; the default where the device has it")
+    fp32: bool = flag(False, "compute in fp32")
+    compile: bool | None = flag(None, "compile the blocks; default: where the length of the run pays for it")
+    log_interval: int = flag(10, "steps between two training records")
+    exit_interval: int | None = flag(None, "save and leave after a step divisible by N")
+    exit_duration_in_mins: float | None = flag(None, "save and leave after so many minutes")
+    kill_switch_file: str | None = flag(None, "save and leave when this file appears")
+    dry_run: bool = flag(False, "print the resolved run as JSON and leave")
+
+    def __post_init__(self):
+        for name in ("micro_batch_size", "global_batch_size", "log_interval"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
+        for name in ("train_epochs", "train_samples", "train_iters", "train_flops", "exit_interval"):
+            value = getattr(self, name)
+            require(value is None or value > 0, name, value, "must be positive")
+        require(not (self.bf16 and self.fp32), "bf16", "", "and --fp32 exclude each other; give one")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationConfig:
+    """Validation: the same windows with the same noise at every evaluation."""
+
+    eval_interval: int | None = flag(None, "steps between two evaluations; default 20 evaluations a run")
+    eval_samples: int | None = flag(None, "windows of each set; default all of them")
+    eval_batch_size: int | None = flag(None, "windows one process evaluates at a time; default --micro-batch-size")
+    eval_seed: int = flag(1, "seed of the evaluation noise")
+    eval_alignment: str = flag(
+        "common",
+        "common: tokens 1..S-1 of each window given token 0, the same for every objective; "
+        "published: AR scores tokens 1..S, masked diffusion 0..S-1",
+        choices=("common", "published"),
+    )
+    num_mc: int = flag(4, "independent noise replicates of a masked-diffusion evaluation")
+    skip_train: bool = flag(False, "evaluate the loaded checkpoint and leave")
+
+    def __post_init__(self):
+        require(self.num_mc >= 1, "num_mc", self.num_mc, "must be at least 1")
+        for name in ("eval_interval", "eval_samples", "eval_batch_size"):
+            value = getattr(self, name)
+            require(value is None or value > 0, name, value, "must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """Checkpoints: one run, one folder; the same command resumes."""
+
+    save: str | None = flag(None, "run folder: configuration, records, checkpoints", metavar="DIR")
+    load: str | None = flag(None, "run folder to branch from; the same folder as --save resumes it", metavar="DIR")
+    save_interval: int | None = flag(None, "steps between two checkpoints; default --eval-interval")
+    keep_every_epochs: float | None = flag(None, "also keep the first checkpoint of every n-th epoch")
+
+    def __post_init__(self):
+        for name in ("save_interval", "keep_every_epochs"):
+            value = getattr(self, name)
+            require(value is None or value > 0, name, value, "must be positive")
+
+
+SECTIONS = {
+    "model": ModelConfig,
+    "data": DataConfig,
+    "objective": ObjectiveConfig,
+    "optimizer": OptimizerConfig,
+    "training": TrainingConfig,
+    "validation": ValidationConfig,
+    "checkpoint": CheckpointConfig,
+}
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Ids: the tokenizer's 0..size-1, then [MASK], then unused rows up to a multiple of 128.
+
+    Only the tokenizer's ids enter the softmax; text can never encode to [MASK].
+    """
+
+    size: int
+
+    @property
+    def mask_id(self) -> int:
+        return self.size
+
+    @property
+    def padded_size(self) -> int:
+        return (self.size + 1 + 127) // 128 * 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A run's configuration, by section."""
+
+    model: ModelConfig
+    data: DataConfig
+    objective: ObjectiveConfig
+    optimizer: OptimizerConfig
+    training: TrainingConfig
+    validation: ValidationConfig
+    checkpoint: CheckpointConfig

@@ -1,0 +1,141 @@
+"""From a run position to token ids: arithmetic on (seed, epoch), nothing remembered but a cache.
+
+Epochs are strict: every token of the unique set is read once before any is read twice. The stream of an
+epoch order is endless, sample i is its tokens i*S .. i*S + S, and the last of them is only a target.
+"""
+
+from functools import lru_cache
+
+import numpy as np
+
+from megatron.data.indexed import IndexedDataset
+from megatron.errors import ConfigurationError
+from megatron.randomness import stream
+
+
+class _Tokens:
+    """The first `limit` tokens of a data set in file order, the last document cut."""
+
+    def __init__(self, dataset: IndexedDataset, limit: int | None):
+        if limit is not None and limit > dataset.total_tokens:
+            raise ConfigurationError(
+                f"--train-unique-tokens {limit}: the data holds {dataset.total_tokens}; ask for fewer or add text"
+            )
+        ends = np.cumsum(dataset.sizes, dtype=np.int64)
+        self.total = int(ends[-1]) if limit is None else limit
+        self.documents = int(np.searchsorted(ends, self.total)) + 1
+        self.sizes = dataset.sizes[: self.documents].astype(np.int64)
+        self.sizes[-1] -= ends[self.documents - 1] - self.total
+        self.ends = np.cumsum(self.sizes)
+        self._dataset = dataset
+
+    def gather(self, order, ends: np.ndarray, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return tokens start .. start+count-1 of the documents laid out in `order`, and the document of each.
+
+        `ends` are the cumulative sizes in that order; the range lies within them.
+        """
+        tokens, owners = np.empty(count, np.int64), np.empty(count, np.int64)
+        slot, done = int(np.searchsorted(ends, start, side="right")), 0
+        while done < count:
+            document = int(order[slot])
+            offset = start + done - (int(ends[slot]) - int(self.sizes[document]))
+            part = self._dataset[document][offset : min(int(self.sizes[document]), offset + count - done)]
+            tokens[done : done + len(part)], owners[done : done + len(part)] = part, document
+            done, slot = done + len(part), slot + 1
+        return tokens, owners
+
+
+class TrainSamples:
+    """Training samples by run position: `samples[i]` is int64 [S+1]."""
+
+    def __init__(
+        self,
+        dataset: IndexedDataset,
+        seq_length: int,
+        seed: int,
+        epoch_order: str = "documents",
+        unique_tokens: int | None = None,
+    ):
+        self._source = _Tokens(dataset, unique_tokens)
+        self.unique_tokens, self.seq_length, self._seed = self._source.total, seq_length, seed
+        _check_length(self.unique_tokens, seq_length)
+        self._read = {"documents": self._documents, "windows": self._windows}[epoch_order]
+        self._epoch = lru_cache(maxsize=2)(self._lay_out)
+
+    def __getitem__(self, position: int) -> np.ndarray:
+        return self._read(position)
+
+    def epoch_of(self, position: int) -> float:
+        return position * self.seq_length / self.unique_tokens
+
+    def _lay_out(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        order = stream(self._seed, "documents", epoch).permutation(self._source.documents)
+        return order, np.cumsum(self._source.sizes[order])
+
+    def _documents(self, position: int) -> np.ndarray:
+        """Documents shuffled anew every epoch and packed; the stream runs on across epochs."""
+        start, wanted, parts = position * self.seq_length, self.seq_length + 1, []
+        while wanted:
+            epoch, offset = divmod(start, self.unique_tokens)
+            count = min(wanted, self.unique_tokens - offset)
+            parts.append(self._source.gather(*self._epoch(epoch), offset, count)[0])
+            start, wanted = start + count, wanted - count
+        return np.concatenate(parts)
+
+    def _windows(self, position: int) -> np.ndarray:
+        """Cuts of the file as a ring, at an offset redrawn every epoch, in a keyed order: no start-up cost."""
+        count = self.unique_tokens // self.seq_length
+        epoch, turn = divmod(position, count)
+        first = int(stream(self._seed, "window offset", epoch).integers(self.unique_tokens))
+        window = _shuffled(turn, count, self._seed, epoch)
+        start, wanted, parts = (first + window * self.seq_length) % self.unique_tokens, self.seq_length + 1, []
+        while wanted:
+            part = min(wanted, self.unique_tokens - start)
+            parts.append(self._source.gather(range(self._source.documents), self._source.ends, start, part)[0])
+            start, wanted = 0, wanted - part
+        return np.concatenate(parts)
+
+
+class ValidationWindows:
+    """Consecutive windows in file order: `windows[w]` is (ids, document of each id), both int64 [S+1]."""
+
+    def __init__(self, dataset: IndexedDataset, seq_length: int, limit: int | None = None):
+        self._source = _Tokens(dataset, None)
+        _check_length(self._source.total, seq_length)
+        available = (self._source.total - 1) // seq_length
+        self.seq_length, self._length = seq_length, min(limit or available, available)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, window: int) -> tuple[np.ndarray, np.ndarray]:
+        order = range(self._source.documents)
+        return self._source.gather(order, self._source.ends, window * self.seq_length, self.seq_length + 1)
+
+
+def _check_length(tokens: int, seq_length: int) -> None:
+    if tokens < seq_length + 1:
+        raise ConfigurationError(
+            f"--seq-length {seq_length}: one sample needs {seq_length + 1} tokens and the data holds {tokens}; "
+            "shorten it or add text"
+        )
+
+
+def _shuffled(index: int, count: int, seed: int, epoch: int) -> int:
+    """Return where `index` goes in a keyed permutation of range(count), in constant time and memory.
+
+    A four-round Feistel network over the next power of four, walked until it falls inside the range
+    (Black and Rogaway, 2002, "Ciphers with arbitrary finite domains").
+    """
+    half = max(1, (count - 1).bit_length() + 1 >> 1)
+    keys = stream(seed, "window order", epoch).integers(1 << 32, size=4).tolist()
+    while True:
+        left, right = index >> half, index & (1 << half) - 1
+        for key in keys:
+            mixed = (right * 0x9E3779B1 + key) & 0xFFFFFFFF
+            mixed = (mixed ^ mixed >> 15) * 0x85EBCA6B & 0xFFFFFFFF
+            mixed = (mixed ^ mixed >> 13) * 0xC2B2AE35 & 0xFFFFFFFF
+            left, right = right, left ^ (mixed ^ mixed >> 16) & (1 << half) - 1
+        index = left << half | right
+        if index < count:
+            return index

@@ -1,0 +1,31 @@
+"""Initial weights, each a pure function of (seed, parameter name): every layout starts from the same model."""
+
+import math
+
+import torch
+from torch import nn
+
+from megatron.config.sections import ModelConfig
+from megatron.randomness import stream
+
+INTO_RESIDUAL = ("o_proj.weight", "down_proj.weight")
+
+
+@torch.no_grad()
+def initialise(model: nn.Module, config: ModelConfig, seed: int) -> None:
+    """Fill the parameters of an unsharded model on the CPU: matrices N(0, std), norms 1, biases 0.
+
+    What writes into the residual stream gets std / sqrt(2L), so that its variance does not grow with depth.
+    """
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.zero_()
+        elif parameter.dim() == 1:
+            parameter.fill_(1.0)
+        else:
+            scale = math.sqrt(2 * config.num_layers) if name.endswith(INTO_RESIDUAL) else 1.0
+            parameter.normal_(0.0, config.init_method_std / scale, generator=_generator(seed, name))
+
+
+def _generator(seed: int, name: str) -> torch.Generator:
+    return torch.Generator().manual_seed(int(stream(seed, f"init/{name}").integers(2**63)))

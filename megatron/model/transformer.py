@@ -1,0 +1,68 @@
+"""The language model: one plain decoder for training, scoring, generation, conversion and tests.
+
+Parameters carry Hugging Face's names, so that conversion is a rename. Parallelism is applied from outside.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron.batch import Batch
+from megatron.config.sections import ModelConfig, Vocabulary
+from megatron.model.block import Block
+from megatron.model.linear_cross_entropy import linear_cross_entropy, linear_nll
+from megatron.model.norm import normalisation
+from megatron.model.rotary import rotary_table
+
+
+class Transformer(nn.Module):
+    """Embedding, blocks, final norm and head; causal or bidirectional by the batch.
+
+    The head is applied inside `forward`, at the scored positions only, so that sharding hooks and tied
+    weights work and no [B, S, V] tensor is made. `initialise` draws the weights.
+    """
+
+    def __init__(self, config: ModelConfig, vocabulary: Vocabulary):
+        super().__init__()
+        self.config = config
+        self.vocabulary = vocabulary
+        self.embed_tokens = nn.Embedding(vocabulary.padded_size, config.hidden_size)
+        # keyed by name: a pipeline stage deletes entries, and those it keeps are not renumbered
+        self.layers = nn.ModuleDict({str(index): Block(config) for index in range(config.num_layers)})
+        self.norm = normalisation(config, config.hidden_size)
+        if config.untie_embeddings_and_output_weights:
+            self.lm_head = nn.Linear(config.hidden_size, vocabulary.padded_size, bias=False)
+
+    def forward(self, batch: Batch, per_position: bool = False) -> Tensor:
+        """Return the sum of weights * nll over the scored positions, fp32 [1].
+
+        With `per_position` return the unweighted nll, fp32 [B, S], 0 where nothing is asked; the head then
+        leaves no graph.
+        """
+        hidden = self.hidden_states(batch.tokens, batch.causal, batch.positions).flatten(0, 1)
+        targets = batch.targets.flatten()
+        if per_position:
+            nll = linear_nll(hidden, self.lm_weight(), targets, batch.rows, self.vocabulary.size)
+            return nll.view_as(batch.weights)
+        weights = batch.weights.flatten()
+        return linear_cross_entropy(hidden, self.lm_weight(), targets, weights, batch.rows, self.vocabulary.size)
+
+    def hidden_states(self, tokens: Tensor, causal: bool, positions: Tensor | None = None) -> Tensor:
+        """Return what the head reads, [B, S, H], for tokens [B, S]; `positions` None means 0..S-1."""
+        if positions is None:
+            positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
+        cos, sin = rotary_table(positions, self.config.head_size, self.config.rotary_base)
+        hidden = F.dropout(self.embed_tokens(tokens), self.config.embedding_dropout, self.training)
+        for block in self.layers.values():
+            hidden = block(hidden, cos, sin, causal)
+        return self.norm(hidden)
+
+    def logits(self, tokens: Tensor, causal: bool, positions: Tensor | None = None) -> Tensor:
+        """Return fp32 logits [B, S, V] over the tokenizer's ids: for scoring, generation and tests."""
+        hidden = self.hidden_states(tokens, causal, positions)
+        return F.linear(hidden, self.lm_weight()[: self.vocabulary.size]).float()
+
+    def lm_weight(self) -> Tensor:
+        """Return the head's matrix [padded vocabulary, H], the embedding's own where the two are tied."""
+        untied = self.config.untie_embeddings_and_output_weights
+        return self.lm_head.weight if untied else self.embed_tokens.weight

@@ -1,0 +1,145 @@
+"""Checkpoints: tensors as sharded safetensors, everything else as JSON; complete or not there at all.
+
+iter_0000500/ holds the shards of model and optimizer and meta.json, which lists every file with its size and
+checksum. It is written aside and renamed when complete. Nothing in it can execute anything.
+"""
+
+import logging
+import shutil
+import zlib
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+
+from megatron.errors import ConfigurationError
+from megatron.parallel.mesh import Processes
+from megatron.training.run_folder import read_json, write_json
+
+logger = logging.getLogger(__name__)
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return what a checkpoint holds by name: the parameters, and their moments under optimizer.<moment>."""
+    model.reshard()
+    named = dict(model.named_parameters())
+    state = {f"model.{name}": parameter.detach() for name, parameter in named.items()}
+    for moment in MOMENTS:
+        for name, parameter in named.items():
+            state[f"optimizer.{moment}.{name}"] = optimizer.state[parameter][moment]
+    return state
+
+
+def start_optimizer_state(optimizer: torch.optim.Optimizer, steps: int) -> None:
+    """Give every parameter zero moments and the step count, ready to be loaded into."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            optimizer.state[parameter] = {moment: torch.zeros_like(parameter) for moment in MOMENTS}
+            # the fused kernel reads the count on the parameter's device
+            optimizer.state[parameter]["step"] = torch.tensor(float(steps), device=parameter.device)
+
+
+def folder_name(iteration: int) -> str:
+    return f"iter_{iteration:07d}"
+
+
+def save(root: Path, state: dict[str, Tensor], meta: dict, processes: Processes) -> Path:
+    """Write one checkpoint below `root` and return its folder; all processes take part.
+
+    Raises OSError (a full disk) with the half-written files removed and every older checkpoint untouched.
+    """
+    target = root / folder_name(meta["iteration"])
+    aside = root / (target.name + ".partial")
+    if processes.rank == 0:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+    _barrier(processes)
+    try:
+        writer = HuggingFaceStorageWriter(str(aside), save_distributed=True)
+        dcp.save(state, storage_writer=writer)
+        if processes.rank == 0:
+            files = {path.name: _fingerprint(path) for path in sorted(aside.glob("*.safetensors"))}
+            write_json(aside / "meta.json", meta | {"files": files})
+            shutil.rmtree(target, ignore_errors=True)
+            aside.rename(target)
+    except BaseException as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        if isinstance(error, Exception) and not isinstance(error, OSError):
+            # DCP wraps what a writer met; the user needs the cause
+            raise OSError(f"{target}: could not be written ({_cause(error)}); older checkpoints are untouched") from error
+        raise
+    _barrier(processes)
+    return target
+
+
+def load(folder: Path, state: dict[str, Tensor]) -> None:
+    """Read a checkpoint into the tensors of `state`, whatever layout wrote it."""
+    dcp.load(state, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=not dist.is_initialized())
+
+
+def newest(root: Path) -> tuple[Path, dict] | None:
+    """Return the newest complete checkpoint below `root` with its meta.json, or None where there is none.
+
+    A damaged one is named, renamed to .damaged and passed over. One process calls this.
+    """
+    found = sorted((p for p in root.glob("iter_*") if p.name[5:].isdigit()), reverse=True)
+    for folder in found:
+        fault = damage(folder)
+        if fault is None:
+            return folder, read_json(folder / "meta.json")
+        logger.warning("checkpoint %s is damaged (%s); falling back to the one before", folder, fault)
+        shutil.rmtree(folder.with_suffix(".damaged"), ignore_errors=True)
+        folder.rename(folder.with_suffix(".damaged"))
+    if found:
+        raise ConfigurationError(f"{root}: every checkpoint is damaged; restore one or start anew with another --save")
+    return None
+
+
+def damage(folder: Path) -> str | None:
+    """Return what is wrong with a checkpoint, or None."""
+    try:
+        files = read_json(folder / "meta.json")["files"]
+    except (ConfigurationError, KeyError):
+        return "meta.json is missing or unreadable"
+    for name, (size, checksum) in files.items():
+        path = folder / name
+        if not path.exists():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes of {size}"
+        if _fingerprint(path)[1] != checksum:
+            return f"{name} does not match its checksum"
+    return None
+
+
+def prune(root: Path, keep: set[str]) -> None:
+    """Remove every complete checkpoint but the newest two, those in `keep` and those marked permanent."""
+    folders = sorted(p for p in root.glob("iter_*") if p.name[5:].isdigit())
+    for folder in folders[:-2]:
+        if folder.name not in keep and not read_json(folder / "meta.json").get("permanent"):
+            shutil.rmtree(folder)
+
+
+def _fingerprint(path: Path) -> tuple[int, int]:
+    checksum, size = 0, 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 24):
+            checksum, size = zlib.crc32(block, checksum), size + len(block)
+    return size, checksum
+
+
+def _cause(error: BaseException) -> BaseException:
+    failures = getattr(error, "failures", None)  # CheckpointException: rank -> wrapped exception
+    if failures:
+        first = next(iter(failures.values()))
+        return first[0] if isinstance(first, tuple) else first
+    return error
+
+
+def _barrier(processes: Processes) -> None:
+    if processes.size > 1:
+        dist.barrier()

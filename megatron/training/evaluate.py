@@ -1,0 +1,97 @@
+"""Validation: the same windows, the same noise, every time; sums by document, divided once."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from megatron.data.samples import ValidationWindows
+from megatron.objectives.noise import EvaluationNoise
+from megatron.parallel.mesh import Processes
+from megatron.training.feed import without_padding
+
+
+@dataclass(frozen=True)
+class ValidationSet:
+    """A named held-out set; `token_bytes` [V] is the text length of each id, None where ids have no text."""
+
+    name: str
+    windows: ValidationWindows
+    documents: int
+    token_bytes: np.ndarray | None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Sums by document: what the summary figures and paired comparisons are made of."""
+
+    nats: np.ndarray  # [R, D] float64, R noise replicates
+    tokens: np.ndarray  # [D] scored tokens
+    bytes: np.ndarray | None  # [D] bytes of text of the scored tokens
+
+    def summary(self) -> dict:
+        """Return loss (nats per token), mc_se, data_se and bits_per_byte.
+
+        mc_se is the standard error over independent noise replicates (None for an exact objective).
+        data_se treats documents as clusters drawn at random: the ratio estimator's standard error
+        (Cochran, Sampling Techniques, 1977, section 6.3).
+        """
+        means = self.nats.sum(axis=1) / self.tokens.sum()
+        loss, replicates = float(means.mean()), len(means)
+        seen = self.tokens > 0
+        residual = self.nats.mean(axis=0)[seen] - loss * self.tokens[seen]
+        clusters = int(seen.sum())
+        data_se = np.sqrt(clusters / max(1, clusters - 1) * (residual**2).sum()) / self.tokens.sum()
+        has_text = self.bytes is not None and self.bytes.sum() > 0
+        return {
+            "loss": loss,
+            "mc_se": float(means.std(ddof=1) / np.sqrt(replicates)) if replicates > 1 else None,
+            "data_se": float(data_se) if clusters > 1 else None,
+            "bits_per_byte": float(self.nats.mean(axis=0).sum() / np.log(2) / self.bytes.sum()) if has_text else None,
+        }
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    objective,
+    data: ValidationSet,
+    processes: Processes,
+    *,
+    seed: int,
+    replicates: int,
+    batch_size: int,
+    alignment: str,
+) -> Evaluation:
+    """Return the per-document sums of `data`; every process returns the same.
+
+    All processes run the same number of forward passes: what is missing at the end is padded without weight.
+    """
+    replicates = 1 if objective.exact else replicates
+    nats = np.zeros((replicates, data.documents))
+    tokens = np.zeros(data.documents)
+    text = np.zeros(data.documents)
+    scored = objective.scored_tokens(data.windows.seq_length, alignment)
+    model.eval()
+    for start in range(0, len(data.windows), batch_size * processes.size):
+        windows = start + processes.rank * batch_size + np.arange(batch_size)
+        real = windows < len(data.windows)
+        windows = np.where(real, windows, 0)
+        read = [data.windows[int(window)] for window in windows]
+        ids, documents = (np.stack(part) for part in zip(*read))
+        for replicate in range(replicates):
+            batch = objective.evaluation(ids, EvaluationNoise(seed, data.name, replicate), windows, alignment)
+            batch = without_padding(batch, torch.from_numpy(real))
+            nll = model(batch.to(processes.device), per_position=True).cpu().numpy()
+            weighted = nll.astype(np.float64) * batch.weights.numpy()
+            owners = documents[:, objective.target_offset : objective.target_offset + nll.shape[1]]
+            nats[replicate] += np.bincount(owners.ravel(), weighted.ravel(), minlength=data.documents)
+        owners = documents[real][:, scored].ravel()
+        tokens += np.bincount(owners, minlength=data.documents)
+        if data.token_bytes is not None:
+            text += np.bincount(owners, data.token_bytes[ids[real][:, scored].ravel()], minlength=data.documents)
+    model.train()
+    model.reshard()  # checkpoints and the optimizer see shards again
+    sums = processes.sum_tensor(torch.from_numpy(np.vstack([nats, tokens, text]))).numpy()
+    return Evaluation(sums[:replicates], sums[replicates], None if data.token_bytes is None else sums[replicates + 1])

@@ -1,0 +1,23 @@
+"""What the machine gives: peak arithmetic and memory."""
+
+import resource
+
+import torch
+
+# dense bf16 peaks by vendor data sheet, in FLOP/s; a device that is not listed has no MFU
+PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}
+
+
+def peak_flops(device: torch.device) -> float:
+    """Return the bf16 peak of one device, or 0 where it is not known."""
+    if device.type != "cuda":
+        return 0.0
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), 0.0)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the most bytes this process has held so far: on the device, or resident on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,116 @@
+"""One run, one folder: configuration, records, state and the lock. Every later tool reads only this.
+
+DIR/config.json, metrics.jsonl, status.json, validation/<set>/<iteration>.npz, checkpoints/
+"""
+
+import fcntl
+import json
+import os
+import socket
+import time
+from pathlib import Path
+
+import numpy as np
+
+from megatron.errors import ConfigurationError
+from megatron.training.evaluate import Evaluation
+
+
+def write_json(path: Path, value: dict) -> None:
+    """Write `value` so that a reader sees the old file or the new one, never half of it."""
+    aside = path.with_name(path.name + ".partial")
+    with open(aside, "w") as file:
+        json.dump(value, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
+
+
+def read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(f"{path}: cannot be read as JSON ({error}); restore it or start a new --save") from error
+
+
+class RunFolder:
+    """The folder of one run, held by one job at a time. Only the first process opens it."""
+
+    def __init__(self, path: str):
+        self.path = Path(path)
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = self._acquire()
+        self._records = None
+
+    def _acquire(self):
+        # the kernel lets go of the lock when the process dies, however it dies
+        lock = open(self.path / "lock", "a+")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            lock.seek(0)
+            raise ConfigurationError(
+                f"--save {self.path}: {lock.read().strip() or 'another process'} is writing this run; wait for it or stop it"
+            ) from None
+        lock.truncate(0)
+        lock.write(_who())
+        lock.flush()
+        return lock
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def recorded_config(self) -> dict | None:
+        """Return the configuration the run was begun with, or None."""
+        path = self.path / "config.json"
+        return read_json(path) if path.exists() else None
+
+    def start(self, config: dict, records: list[dict]) -> None:
+        """Write the configuration and the records that the loaded checkpoint had already made."""
+        write_json(self.path / "config.json", config)
+        aside = self.path / "metrics.jsonl.partial"
+        aside.write_text("".join(json.dumps(record) + "\n" for record in records))
+        aside.replace(self.path / "metrics.jsonl")
+        self._records = open(self.path / "metrics.jsonl", "a")
+
+    def record(self, record: dict) -> None:
+        """Append one record; it is on its way to the disk when this returns."""
+        self._records.write(json.dumps(record) + "\n")
+        self._records.flush()
+
+    def save_evaluation(self, set_name: str, iteration: int, evaluation: Evaluation) -> None:
+        """Keep the sums by document, for paired comparisons."""
+        folder = self.path / "validation" / set_name
+        folder.mkdir(parents=True, exist_ok=True)
+        count = len(evaluation.tokens)
+        text = np.zeros(count) if evaluation.bytes is None else evaluation.bytes
+        aside = folder / f"{iteration}.partial.npz"
+        np.savez_compressed(aside, id=np.arange(count), nats=evaluation.nats, tokens=evaluation.tokens, bytes=text)
+        aside.replace(folder / f"{iteration}.npz")
+
+    def status(self, state: str, reason: str, iteration: int, consumed_samples: int) -> None:
+        """Say how the run stands: running, finished, stopped or failed, and why."""
+        host, process, job = _who().split()
+        value = {"state": state, "reason": reason, "iteration": iteration, "consumed_samples": consumed_samples}
+        value |= {"host": host, "process": process, "job": job, "updated": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+        write_json(self.path / "status.json", value)
+
+
+def read_records(folder: Path, up_to_iteration: int) -> list[dict]:
+    """Return the records of a run up to a checkpoint; a last line cut by a crash is dropped."""
+    path, records = folder / "metrics.jsonl", []
+    if not path.exists():
+        return records
+    for line in path.read_text().splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            break
+        if record["iteration"] <= up_to_iteration:
+            records.append(record)
+    return records
+
+
+def _who() -> str:
+    return f"{socket.gethostname()} process-{os.getpid()} job-{os.environ.get('SLURM_JOB_ID', 'none')}"

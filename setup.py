@@ -1,0 +1,22 @@
+"""Packaging: a small core, everything else by extras."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="megatron-data-constrained",
+    version="0.1.0",
+    description="Language-model pretraining when data, not compute, is scarce",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["megatron", "megatron.*"]),
+    install_requires=["torch>=2.11", "numpy", "safetensors", "tokenizers", "tqdm", "matplotlib"],
+    extras_require={
+        "test": ["pytest", "transformers", "zstandard"],
+        "eval": ["lm-eval"],
+        "deepspeed": ["deepspeed"],
+        "sentencepiece": ["sentencepiece"],
+        "tensorboard": ["tensorboard"],
+        "wandb": ["wandb"],
+        "zstd": ["zstandard"],
+    },
+)

@@ -1,0 +1,65 @@
+"""Shared by all tests: a small corpus of real text and a way to run the entry points."""
+
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+MODULES = "abc ast bisect calendar cmd code codecs copy csv dis enum fnmatch glob gzip heapq imp inspect io json keyword".split()
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """A folder with train, tuning and validation data: a dozen modules of the standard library, byte tokens."""
+    folder = tmp_path_factory.mktemp("corpus")
+    text = [path for name in MODULES if (path := Path(sysconfig.get_path("stdlib")) / f"{name}.py").exists()]
+    lines = [json.dumps({"text": path.read_text()[start : start + 3000]}) for path in text for start in range(0, 30000, 3000)]
+    lines = [line for line in lines if len(line) > 200]
+    (folder / "text.jsonl").write_text("\n".join(lines))
+    command = [sys.executable, "tools/preprocess_data.py", "--output-dir", folder / "data", "--input", folder / "text.jsonl"]
+    command += ["--tokenizer-type", "ByteTokenizer", "--splits", "80", "10", "10"]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    return folder / "data"
+
+
+@pytest.fixture(scope="session")
+def tiny(corpus):
+    """The flags of a run that takes a second: 26k parameters, 12 steps, the last one short."""
+    return [
+        *"--num-layers 2 --hidden-size 32 --num-attention-heads 2 --seq-length 32 --fp32 --no-compile".split(),
+        *"--micro-batch-size 4 --global-batch-size 8 --train-samples 93 --lr 1e-2 --log-interval 1".split(),
+        *"--eval-interval 4 --eval-samples 12 --save-interval 4 --tokenizer-type ByteTokenizer".split(),
+        *["--train-data-path", f"{corpus}/train", "--valid-data-path", f"tuning={corpus}/tuning", f"validation={corpus}/validation"],
+    ]
+
+
+def environment() -> dict:
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+
+
+def entry(objective: str) -> str:
+    return str(ROOT / {"ar": "pretrain_gpt.py", "mdm": "pretrain_mdm.py"}[objective])
+
+
+def run(objective: str, *flags, processes: int = 1, check: bool = True, timeout: int = 300):
+    """Run an entry point in processes of its own and return what it did."""
+    command = [sys.executable, entry(objective), *map(str, flags)]
+    if processes > 1:
+        command[1:1] = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=timeout)
+    if check and done.returncode:
+        raise AssertionError(f"exit code {done.returncode}\n{done.stderr[-3000:]}")
+    return done
+
+
+def records(folder, kind=None) -> list[dict]:
+    """Return the records of a run without what may differ between equal runs: times, speed, memory."""
+    found = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    volatile = ("seconds", "tokens_per_second", "mfu", "memory_bytes")
+    found = [{key: value for key, value in record.items() if key not in volatile} for record in found]
+    return [record for record in found if kind is None or record["kind"] == kind]

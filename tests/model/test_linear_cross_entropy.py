@@ -1,0 +1,97 @@
+"""The fused head against a plain twin that makes all logits."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from megatron.model import linear_cross_entropy as fused
+from megatron.model.linear_cross_entropy import linear_cross_entropy, linear_nll
+
+POSITIONS, WIDTH, SIZE, PADDED = 60, 24, 101, 128
+
+
+def reference_linear_cross_entropy(hidden, head, targets, weights, size):
+    """Full logits and PyTorch's own loss, in fp32."""
+    logits = hidden.float() @ head[:size].float().T
+    return (F.cross_entropy(logits, targets, reduction="none") * weights).sum()[None]
+
+
+def problem(scored, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(POSITIONS, WIDTH, generator=generator).to(dtype).requires_grad_()
+    head = (torch.randn(PADDED, WIDTH, generator=generator) / 3).to(dtype).requires_grad_()
+    targets = torch.randint(SIZE, (POSITIONS,), generator=generator)
+    weights = torch.zeros(POSITIONS)
+    chosen = torch.randperm(POSITIONS, generator=generator)[:scored]
+    weights[chosen] = torch.rand(scored, generator=generator) + 0.5
+    return hidden, head, targets, weights, weights.nonzero().flatten()
+
+
+def gradients(loss, *inputs):
+    return torch.autograd.grad(loss * 0.37, inputs)
+
+
+@pytest.mark.parametrize("chunk", [8, 256])
+@pytest.mark.parametrize("scored", [1, 8, 19, POSITIONS])
+def test_loss_and_gradients_equal_the_plain_twin(monkeypatch, chunk, scored):
+    monkeypatch.setitem(fused.CHUNK_ROWS, "cpu", chunk)
+    hidden, head, targets, weights, rows = problem(scored)
+    loss = linear_cross_entropy(hidden, head, targets, weights, rows, SIZE)
+    expected = reference_linear_cross_entropy(hidden, head, targets, weights, SIZE)
+    assert loss.shape == (1,) and loss.dtype == torch.float32
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-6)
+    for mine, theirs in zip(gradients(loss, hidden, head), gradients(expected, hidden, head), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=2e-6)
+
+
+def test_rows_outside_the_tokenizer_get_exactly_no_gradient():
+    hidden, head, targets, weights, rows = problem(30)
+    head.data[SIZE:] = 50.0  # would dominate the softmax
+    loss = linear_cross_entropy(hidden, head, targets, weights, rows, SIZE)
+    torch.testing.assert_close(loss, reference_linear_cross_entropy(hidden, head, targets, weights, SIZE))
+    assert gradients(loss, head)[0][SIZE:].abs().max() == 0
+
+
+def test_no_scored_row_gives_zero_and_a_graph():
+    hidden, head, targets, weights, rows = problem(0)
+    loss = linear_cross_entropy(hidden, head, targets, weights, rows, SIZE)
+    loss.backward()
+    assert loss.item() == 0
+    assert hidden.grad.abs().max() == 0 and head.grad.abs().max() == 0
+
+
+def test_bfloat16_gradients_point_the_same_way():
+    hidden, head, targets, weights, rows = problem(POSITIONS, torch.bfloat16)
+    loss = linear_cross_entropy(hidden, head, targets, weights, rows, SIZE)
+    expected = reference_linear_cross_entropy(hidden, head, targets, weights, SIZE)
+    torch.testing.assert_close(loss, expected, rtol=5e-3, atol=0)
+    for mine, theirs in zip(gradients(loss, hidden, head), gradients(expected, hidden, head), strict=True):
+        assert mine.dtype == torch.bfloat16
+        assert F.cosine_similarity(mine.float().flatten(), theirs.float().flatten(), dim=0) > 0.999
+
+
+def test_nll_per_position_is_unweighted_and_leaves_no_graph(monkeypatch):
+    monkeypatch.setitem(fused.CHUNK_ROWS, "cpu", 8)
+    hidden, head, targets, weights, rows = problem(19)
+    nll = linear_nll(hidden, head, targets, rows, SIZE)
+    expected = F.cross_entropy(hidden @ head[:SIZE].T, targets, reduction="none")
+    torch.testing.assert_close(nll, torch.where(weights > 0, expected, 0.0).detach(), rtol=1e-6, atol=1e-6)
+    assert not nll.requires_grad
+
+
+def test_bits_of_a_row_do_not_depend_on_the_other_rows(monkeypatch):
+    monkeypatch.setitem(fused.CHUNK_ROWS, "cpu", 8)
+    hidden, head, targets, _, _ = problem(0)
+    few = linear_nll(hidden, head, targets, torch.arange(3), SIZE)
+    linear_nll(hidden, head, targets, torch.arange(17), SIZE)
+    many = linear_nll(hidden, head, targets, torch.arange(POSITIONS), SIZE)
+    assert torch.equal(few[:3], many[:3])
+
+
+def test_an_unscored_target_need_not_be_an_id_of_the_tokenizer():
+    hidden, head, targets, weights, rows = problem(5)
+    weights[0], targets[0] = 0.0, SIZE
+    loss = linear_cross_entropy(hidden, head, targets, weights, weights.nonzero().flatten(), SIZE)
+    assert math.isfinite(loss.item())

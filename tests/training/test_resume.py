@@ -1,0 +1,101 @@
+"""A run that was stopped or killed and started again equals one that was not."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from tests.conftest import entry, environment, records, run
+
+VARIANTS = {
+    "ar": ("ar", []),
+    "ar-regularised": ("ar", ["--token-dropout-max", "0.5", "--mlp-dropout", "0.2", "--hidden-dropout", "0.1"]),
+    "mdm": ("mdm", []),
+    "mdm-dropout": ("mdm", ["--mlp-dropout", "0.2", "--attention-dropout", "0.1", "--embedding-dropout", "0.1"]),
+}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tiny, tmp_path_factory):
+    made = {}
+
+    def folder(variant):
+        if variant not in made:
+            objective, flags = VARIANTS[variant]
+            made[variant] = tmp_path_factory.mktemp(variant)
+            run(objective, *tiny, *flags, "--save", made[variant])
+        return made[variant]
+
+    return folder
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_stopped_and_resumed_equals_uninterrupted(variant, uninterrupted, tiny, tmp_path):
+    objective, flags = VARIANTS[variant]
+    run(objective, *tiny, *flags, "--save", tmp_path, "--exit-interval", 5)
+    assert json.loads((tmp_path / "status.json").read_text())["state"] == "stopped"
+    run(objective, *tiny, *flags, "--save", tmp_path, "--num-workers", 2)
+    assert records(tmp_path) == records(uninterrupted(variant))
+    assert json.loads((tmp_path / "status.json").read_text())["state"] == "finished"
+
+
+@pytest.mark.parametrize("variant", ["ar", "mdm-dropout"])
+def test_killed_and_resumed_equals_uninterrupted(variant, uninterrupted, tiny, tmp_path):
+    objective, flags = VARIANTS[variant]
+    command = [sys.executable, entry(objective), *tiny, *flags, "--save", str(tmp_path)]
+    process = subprocess.Popen(command, env=environment(), stderr=subprocess.DEVNULL)
+    metrics = tmp_path / "metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and '"iteration": 6,' in metrics.read_text()):
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    run(objective, *tiny, *flags, "--save", tmp_path)
+    assert records(tmp_path) == records(uninterrupted(variant))
+
+
+@pytest.mark.parametrize("variant", ["ar", "mdm"])
+def test_two_processes_give_the_losses_of_one(variant, uninterrupted, tiny, tmp_path):
+    objective, flags = VARIANTS[variant]
+    run(objective, *tiny, *flags, "--save", tmp_path, processes=2)
+    for one, two in zip(records(uninterrupted(variant)), records(tmp_path), strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-6 if one["iteration"] == 1 else 1e-4)
+        assert two["consumed_samples"] == one["consumed_samples"]
+
+
+def test_micro_batch_and_workers_change_nothing(uninterrupted, tiny, tmp_path):
+    run("mdm", *tiny, "--save", tmp_path, "--micro-batch-size", 2, "--num-workers", 1, "--eval-batch-size", 4)
+    for one, two in zip(records(uninterrupted("mdm")), records(tmp_path), strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
+
+
+def test_a_checkpoint_of_two_processes_resumes_on_one(uninterrupted, tiny, tmp_path):
+    run("mdm", *tiny, "--save", tmp_path, "--exit-interval", 5, processes=2)
+    run("mdm", *tiny, "--save", tmp_path)
+    for one, two in zip(records(uninterrupted("mdm")), records(tmp_path), strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
+
+
+def test_signal_saves_and_leaves_cleanly(tiny, tmp_path):
+    longer = [flag if flag != "93" else "100000" for flag in tiny]
+    command = [sys.executable, entry("ar"), *longer, "--eval-interval", "100000", "--save", str(tmp_path)]
+    process = subprocess.Popen(command, env=environment(), stderr=subprocess.DEVNULL)
+    while not (tmp_path / "metrics.jsonl").exists() or "train" not in (tmp_path / "metrics.jsonl").read_text():
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 0
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert status["state"] == "stopped" and status["reason"] == "signal SIGTERM"
+    assert json.loads((tmp_path / "checkpoints" / "latest.json").read_text())["iteration"] == status["iteration"]
+
+
+def test_a_changed_budget_is_refused_and_a_branch_is_the_remedy(uninterrupted, tiny, tmp_path):
+    folder = uninterrupted("ar")
+    longer = [flag if flag != "93" else "120" for flag in tiny]
+    refused = run("ar", *longer, "--save", folder, check=False)
+    assert refused.returncode == 2 and "120" in refused.stderr and "--load" in refused.stderr
+    run("ar", *longer, "--load", folder, "--save", tmp_path)
+    branched = records(tmp_path, "train")
+    assert branched[:12] == records(folder, "train") and branched[-1]["consumed_samples"] == 120
+    assert "branched_from" in json.loads((tmp_path / "config.json").read_text())
