@@ -21,11 +21,10 @@ echo "installing into .venv: torch, then this package$extras"
 pip=(.venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt)
 command -v c++ >/dev/null || echo "no C++ compiler is installed: training runs eager"
 if ! .venv/bin/python -c 'import torch' 2>/dev/null; then
-    if command -v nvidia-smi >/dev/null; then
+    # without an NVIDIA driver the CPU build is enough; where its index cannot be reached, take the default one
+    if command -v nvidia-smi >/dev/null || [[ -d /proc/driver/nvidia ]] ||
+        ! "${pip[@]}" --retries 0 --timeout 10 --index-url https://download.pytorch.org/whl/cpu torch 2>/dev/null; then
         "${pip[@]}" torch
-    else
-        # without a driver the CPU build is enough
-        "${pip[@]}" --extra-index-url https://download.pytorch.org/whl/cpu torch
     fi
 fi
 "${pip[@]}" -e ".$extras"

@@ -13,7 +13,7 @@ from megatron.objectives.token_dropout import TokenDropout
 
 @dataclass(frozen=True)
 class MicroBatches(Dataset):
-    """Micro-batch n of this process, a pure function of n: `consumed` moves with n, nothing is remembered.
+    """The micro-batches of one process from run position `first_sample` on; item n is a pure function of n.
 
     A step takes `global_batch_size` run positions; micro-batch m of process r takes the m-th share of all
     processes, and of that the r-th part. Positions beyond the budget are padding without weight.
@@ -23,6 +23,7 @@ class MicroBatches(Dataset):
     objective: object
     token_dropout: TokenDropout
     seed: int
+    first_sample: int
     train_samples: int
     micro_batch_size: int
     global_batch_size: int
@@ -30,14 +31,21 @@ class MicroBatches(Dataset):
     size: int
 
     def positions(self, index: int) -> np.ndarray:
-        """Return the run positions [B] of micro-batch `index`, counted from the start of the run."""
+        """Return the run positions [B] of micro-batch `index`."""
         steps, micro = divmod(index, self.per_step)
-        start = steps * self.global_batch_size + (micro * self.size + self.rank) * self.micro_batch_size
+        start = self.first_sample + steps * self.global_batch_size
+        start += (micro * self.size + self.rank) * self.micro_batch_size
         return np.arange(start, start + self.micro_batch_size)
 
     @property
     def per_step(self) -> int:
+        """Micro-batches of one step."""
         return self.global_batch_size // (self.micro_batch_size * self.size)
+
+    @property
+    def steps(self) -> int:
+        """Steps to the end of the budget, the last one perhaps short."""
+        return -(-(self.train_samples - self.first_sample) // self.global_batch_size)
 
     def __getitem__(self, index: int) -> Batch:
         positions = self.positions(index)
@@ -54,12 +62,12 @@ def without_padding(batch: Batch, real: torch.Tensor) -> Batch:
     return replace(batch, weights=batch.weights * real[:, None], count=count, rows=None)
 
 
-def loader(dataset: MicroBatches, first_step: int, last_step: int, num_workers: int, device: torch.device) -> DataLoader:
-    """Return an iterable over the micro-batches of steps first_step .. last_step - 1, in order."""
+def loader(dataset: MicroBatches, num_workers: int, device: torch.device) -> DataLoader:
+    """Return an iterable over all micro-batches to the end of the budget, in order."""
     return DataLoader(
         dataset,
         batch_size=None,  # an item is a batch already
-        sampler=range(first_step * dataset.per_step, last_step * dataset.per_step),
+        sampler=range(dataset.steps * dataset.per_step),
         num_workers=num_workers,
         pin_memory=device.type == "cuda",
         prefetch_factor=4 if num_workers else None,

@@ -173,6 +173,7 @@ def run(objective: str, config: Config, command: str) -> None:
         build_objective(objective, config.objective, vocabulary, time_block),
         dropout,
         config.training.seed,
+        progress.consumed_samples,
         plan.train_samples,
         config.training.micro_batch_size,
         config.training.global_batch_size,
@@ -193,7 +194,7 @@ def run(objective: str, config: Config, command: str) -> None:
         else:
             reason = trainer.train()
             if processes.rank == 0:
-                logger.info("%s at step %d of %d", reason, progress.iteration, plan.steps)
+                logger.info("%s at step %d of %d", reason, progress.iteration, trainer.steps)
     except BaseException as error:
         if folder:
             folder.status("failed", str(error) or type(error).__name__, progress.iteration, progress.consumed_samples)

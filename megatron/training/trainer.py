@@ -58,19 +58,18 @@ class Trainer:
         self.model, self.optimizer, self.data = model, optimizer, data
         self.validation_sets, self.folder, self.progress = validation_sets, folder, progress
         self.objective = data.objective
+        self.steps = progress.iteration + data.steps  # of the whole run
         self.diverged_at = torch.zeros((), dtype=torch.int64, device=processes.device)  # 0: never
         self.saved_at = progress.iteration if progress.iteration else None
 
     def train(self) -> str:
         """Run until the budget is spent or a reason to leave appears; return that reason, or "finished"."""
         stopping, reason = Stopping(self.config.training), None
-        progress, plan = self.progress, self.plan
-        batches = iter(
-            loader(self.data, progress.iteration, plan.steps, self.config.data.num_workers, self.processes.device)
-        )
+        progress = self.progress
+        batches = iter(loader(self.data, self.config.data.num_workers, self.processes.device))
         self._status("running", "")
         clock = time.monotonic()
-        for _ in self._bar(range(progress.iteration, plan.steps)):
+        for _ in self._bar(range(progress.iteration, self.steps)):
             micro_batches = [next(batches) for _ in range(self.data.per_step)]
             result = self._step(micro_batches)
             due = self._due()
@@ -91,7 +90,7 @@ class Trainer:
             self._check_finite()
             progress.seconds += time.monotonic() - clock
             self.save()
-        finished = progress.iteration == plan.steps
+        finished = progress.iteration == self.steps
         reason = "finished" if finished else reason
         self._status("finished" if finished else "stopped", reason)
         return reason
@@ -116,7 +115,7 @@ class Trainer:
         return result
 
     def _due(self) -> dict[str, bool]:
-        step, last = self.progress.iteration, self.progress.iteration == self.plan.steps
+        step, last = self.progress.iteration, self.progress.iteration == self.steps
         every = self.config.training.log_interval
         return {
             "log": step % every == 0 or step == 1 or last,
@@ -226,7 +225,7 @@ class Trainer:
         pointer |= {"set": name, "loss": loss}
         write_json(root / "latest.json", pointer)
         best = read_json(root / "best.json") if (root / "best.json").exists() else None
-        evaluated_now = progress.iteration % self.plan.eval_interval == 0 or progress.iteration == self.plan.steps
+        evaluated_now = progress.iteration % self.plan.eval_interval == 0 or progress.iteration == self.steps
         if loss is not None and evaluated_now and (best is None or loss < best["loss"]):
             best = pointer
             write_json(root / "best.json", best)
@@ -246,7 +245,7 @@ class Trainer:
         return tqdm(
             steps,
             initial=self.progress.iteration,
-            total=self.plan.steps,
+            total=self.steps,
             desc=self.objective.name,
             unit="step",
             dynamic_ncols=True,
