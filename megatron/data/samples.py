@@ -97,20 +97,23 @@ class TrainSamples:
 
 
 class ValidationWindows:
-    """Consecutive windows in file order: `windows[w]` is (ids, document of each id), both int64 [S+1]."""
+    """Windows side by side in file order: `windows[w]` is (ids, document of each id), both int64 [S+1].
+
+    With a limit they are spread evenly over the file, so that few windows still see many documents.
+    """
 
     def __init__(self, dataset: IndexedDataset, seq_length: int, limit: int | None = None):
         self._source = _Tokens(dataset, None)
         _check_length(self._source.total, seq_length)
         available = (self._source.total - 1) // seq_length
-        self.seq_length, self._length = seq_length, min(limit or available, available)
+        self.seq_length, self._available, self._length = seq_length, available, min(limit or available, available)
 
     def __len__(self) -> int:
         return self._length
 
     def __getitem__(self, window: int) -> tuple[np.ndarray, np.ndarray]:
-        order = range(self._source.documents)
-        return self._source.gather(order, self._source.ends, window * self.seq_length, self.seq_length + 1)
+        start = window * self._available // self._length * self.seq_length
+        return self._source.gather(range(self._source.documents), self._source.ends, start, self.seq_length + 1)
 
 
 def _check_length(tokens: int, seq_length: int) -> None:

@@ -1,0 +1,32 @@
+#!/usr/bin/env python3
+"""Compare runs on one page: a table, paired differences, plots, and what they say.
+
+    python tools/report.py runs/quickstart/ar runs/quickstart/mdm --output runs/quickstart/report
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron.errors import ConfigurationError  # noqa: E402
+from megatron.scaling.report import load_run, write_report  # noqa: E402
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folders that --save wrote")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for report.html and its plots")
+    parser.add_argument("--tuning", default="tuning", metavar="SET", help="set that chooses best points (default: tuning)")
+    parser.add_argument("--validation", default="validation", metavar="SET", help="set that is reported (default: validation)")
+    options = parser.parse_args()
+    try:
+        print(write_report([load_run(run) for run in options.runs], options.output, options.tuning, options.validation))
+        print(f"\nreport: {options.output / 'report.html'}")
+    except ConfigurationError as error:
+        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
+
+
+if __name__ == "__main__":
+    main()
