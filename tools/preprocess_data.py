@@ -29,8 +29,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--input", nargs="+", metavar="FILE", help="your own text: .txt, .jsonl, each also .gz or .zst")
     parser.add_argument("--json-key", default="text", help="field of a .jsonl line that holds the text (default: text)")
     parser.add_argument(
-        "--splits", nargs=3, type=float, default=(90, 5, 5), metavar=("TRAIN", "TUNING", "VALIDATION"),
-        help="shares of the splits (default: 90 5 5); the standard library is split by top-level package",
+        "--splits", nargs=3, type=float, default=(80, 10, 10), metavar=("TRAIN", "TUNING", "VALIDATION"),
+        help="shares of the splits (default: 80 10 10); the standard library is split by top-level package",
     )  # fmt: skip
     parser.add_argument(
         "--tokenizer-type", default="HFTokenizer", choices=("HFTokenizer", "ByteTokenizer", "NullTokenizer"),

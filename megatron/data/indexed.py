@@ -17,47 +17,73 @@ from megatron.errors import ConfigurationError
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
-DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 6: np.float64, 7: np.float32, 8: np.uint16}
+# Megatron's codes 6 and 7 are floats, which are no token ids
+DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
 CODES = {np.dtype(dtype): code for code, dtype in DTYPES.items()}
 
 
 class IndexedDataset:
-    """Documents of token ids, read through a memory map."""
+    """Documents of token ids, read through a memory map.
 
-    def __init__(self, prefix: str):
+    With a `vocabulary_size`, `read` and `stream` raise ConfigurationError for an id outside it: data made with
+    another tokenizer must not pass for text.
+    """
+
+    def __init__(self, prefix: str, vocabulary_size: int | None = None):
         index, data = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
         for path in (index, data):
             if not path.is_file():
                 raise ConfigurationError(f"{path}: no such file; tools/preprocess_data.py writes it, and the prefix has no suffix")
-        raw = index.read_bytes()
-        if len(raw) < HEADER.size or raw[:9] != MAGIC:
+        with open(index, "rb") as file:
+            header = file.read(HEADER.size)
+        if len(header) < HEADER.size or header[:9] != MAGIC:
             raise ConfigurationError(f"{index}: is not a Megatron index (it is empty or foreign); write it anew")
-        _, version, code, count, boundaries = HEADER.unpack_from(raw)
+        _, version, code, count, boundaries = HEADER.unpack(header)
         if version != 1 or code not in DTYPES:
-            raise ConfigurationError(f"{index}: has version {version} and dtype code {code}; this reads version 1, codes 1 to 8")
+            raise ConfigurationError(f"{index}: has version {version} and dtype code {code}; this reads version 1 and integers, codes 1 to 5 and 8")
         expected = HEADER.size + 12 * count + 8 * boundaries
-        if len(raw) != expected:
-            raise ConfigurationError(f"{index}: has {len(raw)} bytes and needs {expected}; it was cut, write it anew")
+        size = index.stat().st_size
+        if size != expected:
+            raise ConfigurationError(f"{index}: has {size} bytes and needs {expected}; it was cut, write it anew")
         self.dtype = np.dtype(DTYPES[code])
-        self.sizes = np.frombuffer(raw, np.int32, count, HEADER.size)
-        self._offsets = np.frombuffer(raw, np.int64, count, HEADER.size + 4 * count)
-        end = int((self._offsets + self.sizes * np.int64(self.dtype.itemsize)).max(initial=0))
+        mapped = np.memmap(index, mode="r", dtype=np.uint8)
+        self.sizes = np.frombuffer(mapped, np.int32, count, HEADER.size)
+        # documents follow one another without gaps, so the last one ends the file: opening costs the same at any size
+        offsets = np.frombuffer(mapped, np.int64, count, HEADER.size + 4 * count)
+        end = int(offsets[-1]) + int(self.sizes[-1]) * self.dtype.itemsize if count else 0
+        if end == 0:
+            raise ConfigurationError(f"{index}: holds no tokens; give other text to tools/preprocess_data.py")
         if data.stat().st_size < end:
             raise ConfigurationError(f"{data}: has {data.stat().st_size} bytes and its index points to {end}; it was cut, write it anew")
-        if count == 0 or end == 0:
-            raise ConfigurationError(f"{index}: holds no tokens; give other text to tools/preprocess_data.py")
-        self._tokens = np.memmap(data, mode="r", dtype=np.uint8)
+        self._prefix, self._vocabulary_size = prefix, vocabulary_size
+        self._offsets, self.total_tokens = offsets, end // self.dtype.itemsize
+        self._tokens = np.memmap(data, mode="r", dtype=self.dtype, shape=(self.total_tokens,))
 
     def __len__(self) -> int:
         return len(self.sizes)
 
-    @property
-    def total_tokens(self) -> int:
-        return int(self.sizes.sum(dtype=np.int64))
-
     def __getitem__(self, document: int) -> np.ndarray:
         """Return a view of the ids of one document."""
-        return np.frombuffer(self._tokens, self.dtype, self.sizes[document], self._offsets[document])
+        start = int(self._offsets[document]) // self.dtype.itemsize
+        return self._tokens[start : start + int(self.sizes[document])]
+
+    def read(self, document: int, start: int, stop: int) -> np.ndarray:
+        """Return a view of tokens start .. stop-1 of one document."""
+        return self._checked(self[document][start:stop])
+
+    def stream(self, start: int, stop: int) -> np.ndarray:
+        """Return a view of tokens start .. stop-1 of all documents, one after another."""
+        return self._checked(self._tokens[start:stop])
+
+    def _checked(self, ids: np.ndarray) -> np.ndarray:
+        if self._vocabulary_size is not None and len(ids):
+            worst = int(ids.max() if ids.min() >= 0 else ids.min())
+            if not 0 <= worst < self._vocabulary_size:
+                raise ConfigurationError(
+                    f"{self._prefix}.bin: holds the token id {worst}, and the tokenizer has ids 0 to {self._vocabulary_size - 1}; "
+                    "give the tokenizer that made the data (--tokenizer-type, --tokenizer-model, --vocab-size)"
+                )
+        return ids
 
 
 class IndexedDatasetWriter:
@@ -97,4 +123,7 @@ class IndexedDatasetWriter:
 def read_metadata(prefix: str) -> dict:
     """Return what PREFIX.json says of the data, {} for data that another system wrote."""
     path = Path(f"{prefix}.json")
-    return json.loads(path.read_text()) if path.exists() else {}
+    try:
+        return json.loads(path.read_text()) if path.exists() else {}
+    except ValueError as error:
+        raise ConfigurationError(f"{path}: is not JSON ({error}); write the data anew, or remove it to give the tokenizer by flags") from None

@@ -13,16 +13,12 @@ from megatron.errors import ConfigurationError
 from megatron.randomness import stream
 
 
-class _Tokens:
-    """The first `limit` tokens of a data set in file order, the last document cut."""
+class _Documents:
+    """The documents of the first `total` tokens of a data set in file order, the last one cut."""
 
-    def __init__(self, dataset: IndexedDataset, limit: int | None):
-        if limit is not None and limit > dataset.total_tokens:
-            raise ConfigurationError(
-                f"--train-unique-tokens {limit}: the data holds {dataset.total_tokens}; ask for fewer or add text"
-            )
+    def __init__(self, dataset: IndexedDataset, total: int):
+        self.total = total
         ends = np.cumsum(dataset.sizes, dtype=np.int64)
-        self.total = int(ends[-1]) if limit is None else limit
         self.documents = int(np.searchsorted(ends, self.total)) + 1
         self.sizes = dataset.sizes[: self.documents].astype(np.int64)
         self.sizes[-1] -= ends[self.documents - 1] - self.total
@@ -39,7 +35,7 @@ class _Tokens:
         while done < count:
             document = int(order[slot])
             offset = start + done - (int(ends[slot]) - int(self.sizes[document]))
-            part = self._dataset[document][offset : min(int(self.sizes[document]), offset + count - done)]
+            part = self._dataset.read(document, offset, min(int(self.sizes[document]), offset + count - done))
             tokens[done : done + len(part)], owners[done : done + len(part)] = part, document
             done, slot = done + len(part), slot + 1
         return tokens, owners
@@ -56,11 +52,17 @@ class TrainSamples:
         epoch_order: str = "documents",
         unique_tokens: int | None = None,
     ):
-        self._source = _Tokens(dataset, unique_tokens)
-        self.unique_tokens, self.seq_length, self._seed = self._source.total, seq_length, seed
+        if unique_tokens is not None and unique_tokens > dataset.total_tokens:
+            raise ConfigurationError(
+                f"--train-unique-tokens {unique_tokens}: the data holds {dataset.total_tokens}; ask for fewer or add text"
+            )
+        self.unique_tokens, self.seq_length, self._seed = unique_tokens or dataset.total_tokens, seq_length, seed
         _check_length(self.unique_tokens, seq_length)
+        self._dataset = dataset
+        if epoch_order == "documents":
+            self._source = _Documents(dataset, self.unique_tokens)
+            self._epoch = lru_cache(maxsize=2)(self._lay_out)
         self._read = {"documents": self._documents, "windows": self._windows}[epoch_order]
-        self._epoch = lru_cache(maxsize=2)(self._lay_out)
 
     def __getitem__(self, position: int) -> np.ndarray:
         return self._read(position)
@@ -83,7 +85,10 @@ class TrainSamples:
         return np.concatenate(parts)
 
     def _windows(self, position: int) -> np.ndarray:
-        """Cuts of the file as a ring, at an offset redrawn every epoch, in a keyed order: no start-up cost."""
+        """Cuts of the file as a ring, at an offset redrawn every epoch, in a keyed order: no start-up cost.
+
+        Where the length does not divide the unique tokens, an epoch leaves out less than one window, elsewhere each time.
+        """
         count = self.unique_tokens // self.seq_length
         epoch, turn = divmod(position, count)
         first = int(stream(self._seed, "window offset", epoch).integers(self.unique_tokens))
@@ -91,9 +96,9 @@ class TrainSamples:
         start, wanted, parts = (first + window * self.seq_length) % self.unique_tokens, self.seq_length + 1, []
         while wanted:
             part = min(wanted, self.unique_tokens - start)
-            parts.append(self._source.gather(range(self._source.documents), self._source.ends, start, part)[0])
+            parts.append(self._dataset.stream(start, start + part))
             start, wanted = 0, wanted - part
-        return np.concatenate(parts)
+        return np.concatenate(parts).astype(np.int64)
 
 
 class ValidationWindows:
@@ -103,8 +108,8 @@ class ValidationWindows:
     """
 
     def __init__(self, dataset: IndexedDataset, seq_length: int, limit: int | None = None):
-        self._source = _Tokens(dataset, None)
-        _check_length(self._source.total, seq_length)
+        _check_length(dataset.total_tokens, seq_length)
+        self._source = _Documents(dataset, dataset.total_tokens)
         available = (self._source.total - 1) // seq_length
         self.seq_length, self._available, self._length = seq_length, available, min(limit or available, available)
 

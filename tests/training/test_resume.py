@@ -7,6 +7,7 @@ import sys
 import time
 
 import pytest
+
 from tests.conftest import entry, environment, records, run
 
 VARIANTS = {

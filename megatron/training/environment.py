@@ -1,0 +1,80 @@
+"""What the machine decides, and what config.json says of it: precision, compilation, versions."""
+
+import logging
+import platform
+import shutil
+import subprocess
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+import megatron
+from megatron.config.resolve import Plan
+from megatron.config.sections import Config
+from megatron.parallel.mesh import Processes
+
+logger = logging.getLogger(__name__)
+
+
+def choose_precision(config: Config, device: torch.device) -> bool:
+    """Return whether to compute in bf16: as asked, else where the device has it natively."""
+    if config.training.bf16 or config.training.fp32:
+        return config.training.bf16
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+# compiling a block costs seconds of warm-up: about a minute on CUDA, half of one on a CPU
+COMPILE_PAYS_AFTER_FLOPS = {"cuda": 1e16, "cpu": 3e14}
+
+
+def choose_compile(config: Config, plan: Plan, processes: Processes) -> bool:
+    """Return whether to compile the blocks: as asked, else where a long run pays for the warm-up."""
+    wanted = config.training.compile
+    kind = processes.device.type
+    if wanted is None:
+        flops = plan.flops(plan.train_samples, config.data.seq_length) / processes.size
+        wanted = flops > COMPILE_PAYS_AFTER_FLOPS[kind]
+    if wanted and not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        logger.info("no C++ compiler is installed: training runs eager; install g++ to compile")
+        return False
+    return wanted
+
+
+def describe(objective, config, plan, sources, vocabulary, processes, bf16, compiled, command) -> dict:
+    """Return what config.json says: everything that is needed to repeat the run."""
+    return {
+        "objective_name": objective,
+        "recipe": "default",
+        **asdict(config),
+        "plan": asdict(plan),
+        "parameters": plan.parameters,
+        "unique_tokens": plan.unique_tokens,
+        "train_samples": plan.train_samples,
+        "vocabulary_size": vocabulary.size,
+        "corpus_hash": sources.corpus["hash"],
+        "corpus_source": sources.corpus["source"],
+        "precision": "bf16" if bf16 else "fp32",
+        "compiled": compiled,
+        "device": torch.cuda.get_device_name() if processes.device.type == "cuda" else platform.processor() or "cpu",
+        "processes": processes.size,
+        "command": command,
+        "commit": _commit(),
+        "versions": {
+            "python": platform.python_version(),
+            "megatron": megatron.__version__,
+            **{name: metadata.version(name) for name in ("torch", "numpy", "tokenizers", "safetensors")},
+        },
+    }
+
+
+def _commit() -> str | None:
+    """Return the commit of this code, marked where the tree differs from it."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
