@@ -28,7 +28,9 @@ class Batch:
 
     def map_tensors(self, function) -> "Batch":
         """Return a copy with `function` applied to every tensor."""
-        changed = {f.name: function(getattr(self, f.name)) for f in fields(self) if torch.is_tensor(getattr(self, f.name))}
+        changed = {
+            f.name: function(getattr(self, f.name)) for f in fields(self) if torch.is_tensor(getattr(self, f.name))
+        }
         return replace(self, **changed)
 
     def to(self, device: torch.device) -> "Batch":

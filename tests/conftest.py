@@ -18,10 +18,19 @@ def corpus(tmp_path_factory):
     """A folder with train, tuning and validation data: a dozen modules of the standard library, byte tokens."""
     folder = tmp_path_factory.mktemp("corpus")
     text = [path for name in MODULES if (path := Path(sysconfig.get_path("stdlib")) / f"{name}.py").exists()]
-    lines = [json.dumps({"text": path.read_text()[start : start + 3000]}) for path in text for start in range(0, 30000, 3000)]
+    lines = [
+        json.dumps({"text": path.read_text()[start : start + 3000]}) for path in text for start in range(0, 30000, 3000)
+    ]
     lines = [line for line in lines if len(line) > 200]
     (folder / "text.jsonl").write_text("\n".join(lines))
-    command = [sys.executable, "tools/preprocess_data.py", "--output-dir", folder / "data", "--input", folder / "text.jsonl"]
+    command = [
+        sys.executable,
+        "tools/preprocess_data.py",
+        "--output-dir",
+        folder / "data",
+        "--input",
+        folder / "text.jsonl",
+    ]
     command += ["--tokenizer-type", "ByteTokenizer", "--splits", "80", "10", "10"]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     return folder / "data"
@@ -34,7 +43,13 @@ def tiny(corpus):
         *"--num-layers 2 --hidden-size 32 --num-attention-heads 2 --seq-length 32 --fp32 --no-compile".split(),
         *"--micro-batch-size 4 --global-batch-size 8 --train-samples 93 --lr 1e-2 --log-interval 1".split(),
         *"--eval-interval 4 --eval-samples 12 --save-interval 4 --tokenizer-type ByteTokenizer".split(),
-        *["--train-data-path", f"{corpus}/train", "--valid-data-path", f"tuning={corpus}/tuning", f"validation={corpus}/validation"],
+        *[
+            "--train-data-path",
+            f"{corpus}/train",
+            "--valid-data-path",
+            f"tuning={corpus}/tuning",
+            f"validation={corpus}/validation",
+        ],
     ]
 
 

@@ -8,7 +8,10 @@ from megatron.randomness import radical_inverse, stream
 
 def test_a_stream_is_a_function_of_its_key():
     assert np.array_equal(stream(1, "mask", 5).random(4), stream(1, "mask", 5).random(4))
-    draws = [stream(*key).random() for key in [(1, "mask", 5), (2, "mask", 5), (1, "time", 5), (1, "mask", 6), (1, "mask", 5, 1)]]
+    draws = [
+        stream(*key).random()
+        for key in [(1, "mask", 5), (2, "mask", 5), (1, "time", 5), (1, "mask", 6), (1, "mask", 5, 1)]
+    ]
     assert len(set(draws)) == 5
 
 

@@ -25,7 +25,9 @@ from megatron.errors import ConfigurationError  # noqa: E402
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output-dir", type=Path, required=True, help="folder for {train,tuning,validation}.{bin,idx,json}")
+    parser.add_argument(
+        "--output-dir", type=Path, required=True, help="folder for {train,tuning,validation}.{bin,idx,json}"
+    )
     parser.add_argument("--input", nargs="+", metavar="FILE", help="your own text: .txt, .jsonl, each also .gz or .zst")
     parser.add_argument("--json-key", default="text", help="field of a .jsonl line that holds the text (default: text)")
     parser.add_argument(
@@ -36,8 +38,12 @@ def parse() -> argparse.Namespace:
         "--tokenizer-type", default="HFTokenizer", choices=("HFTokenizer", "ByteTokenizer", "NullTokenizer"),
         help="(default: HFTokenizer)",
     )  # fmt: skip
-    parser.add_argument("--tokenizer-model", help="an existing tokenizer.json; default: train one on the training split")
-    parser.add_argument("--train-tokenizer", type=int, default=512, metavar="V", help="ids of the trained BPE (default: 512)")
+    parser.add_argument(
+        "--tokenizer-model", help="an existing tokenizer.json; default: train one on the training split"
+    )
+    parser.add_argument(
+        "--train-tokenizer", type=int, default=512, metavar="V", help="ids of the trained BPE (default: 512)"
+    )
     parser.add_argument("--vocab-size", type=int, help="ids of a NullTokenizer")
     return parser.parse_args()
 
@@ -74,7 +80,12 @@ def preprocess(options: argparse.Namespace) -> None:
     tokenizer, model = prepare_tokenizer(options, split)
     sizes = {name: write(options, name, held, tokenizer, model, settings) for name, held in split.items()}
     duplicates = {name: corpus.near_duplicates(split["train"], split[name]) for name in ("tuning", "validation")}
-    summary = {"settings": settings, "python_version": platform.python_version(), "splits": sizes, "shared_13grams": duplicates}
+    summary = {
+        "settings": settings,
+        "python_version": platform.python_version(),
+        "splits": sizes,
+        "shared_13grams": duplicates,
+    }
     record.write_text(json.dumps(summary, indent=1))
     for name, size in sizes.items():
         shared = f", {duplicates[name]['ngrams']:.2%} of its 13-grams are in train" if name in duplicates else ""

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Compare runs on one page: a table, paired differences, plots, and what they say.
 
-    python tools/report.py runs/quickstart/ar runs/quickstart/mdm --output runs/quickstart/report
+python tools/report.py runs/quickstart/ar runs/quickstart/mdm --output runs/quickstart/report
 """
 
 import argparse
@@ -17,9 +17,15 @@ from megatron.scaling.report import load_run, write_report  # noqa: E402
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folders that --save wrote")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for report.html and its plots")
-    parser.add_argument("--tuning", default="tuning", metavar="SET", help="set that chooses best points (default: tuning)")
-    parser.add_argument("--validation", default="validation", metavar="SET", help="set that is reported (default: validation)")
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="DIR", help="folder for report.html and its plots"
+    )
+    parser.add_argument(
+        "--tuning", default="tuning", metavar="SET", help="set that chooses best points (default: tuning)"
+    )
+    parser.add_argument(
+        "--validation", default="validation", metavar="SET", help="set that is reported (default: validation)"
+    )
     options = parser.parse_args()
     try:
         print(write_report([load_run(run) for run in options.runs], options.output, options.tuning, options.validation))

@@ -75,7 +75,9 @@ def add_section(parser: argparse.ArgumentParser, section: type, defaults: dict) 
             options |= {"nargs": "+", "type": typing.get_args(kind)[0], "metavar": field.metadata["metavar"]}
         else:
             options |= {"type": _number(kind), "choices": field.metadata["choices"]}
-            options["metavar"] = field.metadata["metavar"] or (None if field.metadata["choices"] else kind.__name__.upper())
+            options["metavar"] = field.metadata["metavar"] or (
+                None if field.metadata["choices"] else kind.__name__.upper()
+            )
         group.add_argument(*names, **options)
 
 

@@ -67,7 +67,9 @@ def _train_samples(training, seq_length: int, unique_tokens: int, parameters: in
     given = {name: getattr(training, name) for name in BUDGETS if getattr(training, name) is not None}
     if len(given) != 1:
         said = " and ".join(f"{spelling(name)} {value}" for name, value in given.items()) or "none"
-        raise ConfigurationError(f"the budget is given by exactly one of {', '.join(map(spelling, BUDGETS))}; got {said}")
+        raise ConfigurationError(
+            f"the budget is given by exactly one of {', '.join(map(spelling, BUDGETS))}; got {said}"
+        )
     name, value = next(iter(given.items()))
     samples = {
         "train_epochs": lambda: int(unique_tokens * value / seq_length),

@@ -83,7 +83,8 @@ class DataConfig:
         (), "training data: prefix, or weight prefix weight prefix ...", metavar="PREFIX", aliases=("--data-path",)
     )
     valid_data_path: tuple[str, ...] = flag(
-        (), "validation data: prefix, or name=prefix for several sets; the first decides which checkpoint is best",
+        (),
+        "validation data: prefix, or name=prefix for several sets; the first decides which checkpoint is best",
         metavar="[NAME=]PREFIX",
     )
     seq_length: int = flag(2048, "tokens of one sample")
@@ -154,7 +155,9 @@ class OptimizerConfig:
 
     def __post_init__(self):
         require(self.lr > 0, "lr", self.lr, "must be positive")
-        require(self.min_lr is None or 0 <= self.min_lr <= self.lr, "min_lr", self.min_lr, f"lies in [0, --lr {self.lr}]")
+        require(
+            self.min_lr is None or 0 <= self.min_lr <= self.lr, "min_lr", self.min_lr, f"lies in [0, --lr {self.lr}]"
+        )
         require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "must not be negative")
         require(self.clip_grad >= 0, "clip_grad", self.clip_grad, "must not be negative")
         wsd = self.lr_wsd_decay_samples

@@ -12,7 +12,17 @@ from megatron.errors import ConfigurationError
 
 SPLITS = ("train", "tuning", "validation")
 # tests, generated tables, other people's packages
-LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "pydoc_data", "lib-dynload", "__pycache__"}
+LEFT_OUT = {
+    "test",
+    "tests",
+    "idle_test",
+    "site-packages",
+    "dist-packages",
+    "encodings",
+    "pydoc_data",
+    "lib-dynload",
+    "__pycache__",
+}
 
 
 @dataclass(frozen=True)
@@ -47,7 +57,9 @@ def read_documents(paths: Iterable[str], key: str = "text") -> Iterator[Document
         if not path.is_file():
             raise ConfigurationError(f"--input {path}: no such file")
         if kind not in (".txt", ".jsonl"):
-            raise ConfigurationError(f"--input {path}: is neither .txt nor .jsonl, nor one of them with .gz or .zst; rename it")
+            raise ConfigurationError(
+                f"--input {path}: is neither .txt nor .jsonl, nor one of them with .gz or .zst; rename it"
+            )
         with _open(path) as file:
             if kind == ".txt":
                 yield Document(str(path), "", file.read())
@@ -75,7 +87,9 @@ def _field(path: Path, number: int, line: str, key: str) -> str:
     except ValueError as error:
         raise ConfigurationError(f"--input {path}: line {number} is not JSON ({error}); mend or remove it") from None
     except (KeyError, TypeError):
-        raise ConfigurationError(f'--input {path}: line {number} has no field "{key}"; name it with --json-key') from None
+        raise ConfigurationError(
+            f'--input {path}: line {number} has no field "{key}"; name it with --json-key'
+        ) from None
 
 
 def split_documents(documents: Iterable[Document], shares: tuple[float, float, float]) -> dict[str, list[Document]]:

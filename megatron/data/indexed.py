@@ -1,9 +1,9 @@
 """Megatron's memory-mapped token files, byte for byte (little endian).
 
-    PREFIX.bin   token ids of all documents, one after another
-    PREFIX.idx   "MMIDIDX\\0\\0" | u64 1 | u8 dtype code | u64 N | u64 M
-                 | i32[N] tokens of each document | i64[N] byte offset in .bin | i64[M] document boundaries
-    PREFIX.json  what wrote them: tokenizer, corpus hash (ours; optional)
+PREFIX.bin   token ids of all documents, one after another
+PREFIX.idx   "MMIDIDX\\0\\0" | u64 1 | u8 dtype code | u64 N | u64 M
+             | i32[N] tokens of each document | i64[N] byte offset in .bin | i64[M] document boundaries
+PREFIX.json  what wrote them: tokenizer, corpus hash (ours; optional)
 """
 
 import json
@@ -33,14 +33,18 @@ class IndexedDataset:
         index, data = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
         for path in (index, data):
             if not path.is_file():
-                raise ConfigurationError(f"{path}: no such file; tools/preprocess_data.py writes it, and the prefix has no suffix")
+                raise ConfigurationError(
+                    f"{path}: no such file; tools/preprocess_data.py writes it, and the prefix has no suffix"
+                )
         with open(index, "rb") as file:
             header = file.read(HEADER.size)
         if len(header) < HEADER.size or header[:9] != MAGIC:
             raise ConfigurationError(f"{index}: is not a Megatron index (it is empty or foreign); write it anew")
         _, version, code, count, boundaries = HEADER.unpack(header)
         if version != 1 or code not in DTYPES:
-            raise ConfigurationError(f"{index}: has version {version} and dtype code {code}; this reads version 1 and integers, codes 1 to 5 and 8")
+            raise ConfigurationError(
+                f"{index}: has version {version} and dtype code {code}; this reads version 1 and integers, codes 1 to 5 and 8"
+            )
         expected = HEADER.size + 12 * count + 8 * boundaries
         size = index.stat().st_size
         if size != expected:
@@ -54,7 +58,9 @@ class IndexedDataset:
         if end == 0:
             raise ConfigurationError(f"{index}: holds no tokens; give other text to tools/preprocess_data.py")
         if data.stat().st_size < end:
-            raise ConfigurationError(f"{data}: has {data.stat().st_size} bytes and its index points to {end}; it was cut, write it anew")
+            raise ConfigurationError(
+                f"{data}: has {data.stat().st_size} bytes and its index points to {end}; it was cut, write it anew"
+            )
         self._prefix, self._vocabulary_size = prefix, vocabulary_size
         self._offsets, self.total_tokens = offsets, end // self.dtype.itemsize
         self._tokens = np.memmap(data, mode="r", dtype=self.dtype, shape=(self.total_tokens,))
@@ -126,4 +132,6 @@ def read_metadata(prefix: str) -> dict:
     try:
         return json.loads(path.read_text()) if path.exists() else {}
     except ValueError as error:
-        raise ConfigurationError(f"{path}: is not JSON ({error}); write the data anew, or remove it to give the tokenizer by flags") from None
+        raise ConfigurationError(
+            f"{path}: is not JSON ({error}); write the data anew, or remove it to give the tokenizer by flags"
+        ) from None

@@ -16,7 +16,9 @@ class HFTokenizer:
         from tokenizers import Tokenizer as Library
 
         if path is None or not Path(path).is_file():
-            raise ConfigurationError(f"--tokenizer-model {path}: no such file; give the tokenizer.json that made the data")
+            raise ConfigurationError(
+                f"--tokenizer-model {path}: no such file; give the tokenizer.json that made the data"
+            )
         try:
             self._library = Library.from_file(str(path))
         except Exception as error:  # the library raises bare Exception
@@ -75,7 +77,9 @@ class NullTokenizer:
 Tokenizer = HFTokenizer | ByteTokenizer | NullTokenizer
 
 
-def build_tokenizer(tokenizer_type: str, tokenizer_model: str | None = None, vocab_size: int | None = None) -> Tokenizer:
+def build_tokenizer(
+    tokenizer_type: str, tokenizer_model: str | None = None, vocab_size: int | None = None
+) -> Tokenizer:
     """Return the tokenizer that --tokenizer-type names."""
     if tokenizer_type == "ByteTokenizer":
         return ByteTokenizer()

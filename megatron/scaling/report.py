@@ -92,7 +92,9 @@ def paired_difference(first: tuple[Run, dict], second: tuple[Run, dict]) -> Diff
     """Return how much worse the first evaluation is than the second; each is (run, valid record)."""
     one, two = (_documents(*point) for point in (first, second))
     if not np.array_equal(one["tokens"], two["tokens"]):
-        raise ConfigurationError(f"{first[0].folder} and {second[0].folder}: scored different tokens and cannot be paired")
+        raise ConfigurationError(
+            f"{first[0].folder} and {second[0].folder}: scored different tokens and cannot be paired"
+        )
     tokens = one["tokens"].sum()
     nats = [np.atleast_2d(part["nats"]) for part in (one, two)]
     difference = nats[0].mean(0) - nats[1].mean(0)
@@ -128,7 +130,9 @@ def check_comparable(runs: list[Run]) -> None:
                 )
         alignments = {r["alignment"] for member in (first, run) for records in member.valid.values() for r in records}
         if len(alignments) > 1:
-            raise ConfigurationError(f"{first.folder} and {run.folder}: differ in --eval-alignment {sorted(alignments)}; report them apart")
+            raise ConfigurationError(
+                f"{first.folder} and {run.folder}: differ in --eval-alignment {sorted(alignments)}; report them apart"
+            )
 
 
 def summarise(run: Run, tuning: str, validation: str) -> dict:
@@ -166,7 +170,9 @@ def sentences(rows: list[dict], comparisons: list[tuple[str, str, Difference]], 
             f"{worse} is {abs(difference.nats):.3f} ± {difference.se:.3f} nats per token above {better}{clear}."
         )
     if any(row["bound"] for row in rows):
-        said.append("MDM losses are upper bounds of the negative log-likelihood: the model may be better than its figure.")
+        said.append(
+            "MDM losses are upper bounds of the negative log-likelihood: the model may be better than its figure."
+        )
     source = "source code, not prose" if runs[0].config["corpus_source"] == "python-stdlib" else "one corpus"
     said.append(
         f"This is one seed, one model size, one set of unique tokens and {source}; the errors cover the choice of "
@@ -196,12 +202,24 @@ def write_report(runs: list[Run], output: Path, tuning: str = "tuning", validati
     return text_table(rows) + "\n\n" + "\n".join(said)
 
 
-HEADINGS = ("run", "objective", "regularisers", "best epoch", "validation loss", "bits/byte", "perplexity", "last loss", "last - best")
+HEADINGS = (
+    "run",
+    "objective",
+    "regularisers",
+    "best epoch",
+    "validation loss",
+    "bits/byte",
+    "perplexity",
+    "last loss",
+    "last - best",
+)
 
 
 def cells(row: dict) -> list[str]:
     best, sign = row["best"], "≤ " if row["bound"] else ""
-    errors = (f"± {best['data_se']:.3f}" if best["data_se"] else "") + (f" (mc {best['mc_se']:.3f})" if best["mc_se"] else "")
+    errors = (f"± {best['data_se']:.3f}" if best["data_se"] else "") + (
+        f" (mc {best['mc_se']:.3f})" if best["mc_se"] else ""
+    )
     bits = f"{sign}{best['bits_per_byte']:.3f}" if best["bits_per_byte"] else "-"
     return [
         row["name"], row["objective"], row["regularisers"], f"{best['epoch']:.1f}", f"{sign}{best['loss']:.3f} {errors}",
@@ -248,8 +266,20 @@ def draw(runs: list[Run], rows: list[dict], output: Path, validation: str) -> di
         epochs, losses = _smooth(run.train)
         axes.plot(epochs, losses, "--", color=colour, alpha=0.7, label=f"{run.name}, training")
         records = curve(run, validation)
-        axes.plot([r["epoch"] for r in records], [r["loss"] for r in records], "-", color=colour, label=f"{run.name}, validation")
-    finish(figure, axes, "Training (dashed, its own corruption and dropout) and validation", "train_validation.png", "epochs of the unique tokens")
+        axes.plot(
+            [r["epoch"] for r in records],
+            [r["loss"] for r in records],
+            "-",
+            color=colour,
+            label=f"{run.name}, validation",
+        )
+    finish(
+        figure,
+        axes,
+        "Training (dashed, its own corruption and dropout) and validation",
+        "train_validation.png",
+        "epochs of the unique tokens",
+    )
     figure, axes = pyplot.subplots(figsize=(7, 3))
     for index, (row, colour) in enumerate(zip(rows, COLOURS * len(rows))):
         best = row["best"]
@@ -288,21 +318,29 @@ def render(runs, rows, comparisons, said, plots) -> str:
         f"<tr><td>{escape(a)} − {escape(b)}</td><td>{d.nats:+.4f}</td><td>{d.se:.4f}</td><td>{d.ratio:+.1f}</td></tr>"
         for a, b, d in comparisons
     )
-    pictures = "".join(f'<figure><img alt="{escape(title)}" src="{_inline(path)}"></figure>' for title, path in plots.items())
+    pictures = "".join(
+        f'<figure><img alt="{escape(title)}" src="{_inline(path)}"></figure>' for title, path in plots.items()
+    )
     last = curve(runs[0], next(iter(runs[0].valid)))[-1]
-    corpus = "the source code of Python's standard library" if config["corpus_source"] == "python-stdlib" else config["corpus_source"]
+    corpus = (
+        "the source code of Python's standard library"
+        if config["corpus_source"] == "python-stdlib"
+        else config["corpus_source"]
+    )
     versions = ", ".join(f"{name} {version}" for name, version in config["versions"].items())
-    details = "".join(f"<li><b>{escape(run.name)}</b>: <code>{escape(run.config['command'])}</code></li>" for run in runs)
+    details = "".join(
+        f"<li><b>{escape(run.name)}</b>: <code>{escape(run.config['command'])}</code></li>" for run in runs
+    )
     return f"""<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>Runs compared</title><style>{STYLE}</style>
-<h1>{escape(', '.join(run.name for run in runs))}</h1>
-<p>{len(runs)} runs on {config['unique_tokens']:,} unique tokens of {escape(str(corpus))}; {config['parameters'] / 1e6:.2f}M parameters,
-{last['consumed_tokens']:,} training tokens and {last['flops']:.2e} FLOPs (6ND) in the first run. Validation scores the same held-out tokens with the same noise for every run.</p>
-<h2>What the numbers say</h2><ul>{''.join(f'<li>{escape(line)}</li>' for line in said)}</ul>
+<h1>{escape(", ".join(run.name for run in runs))}</h1>
+<p>{len(runs)} runs on {config["unique_tokens"]:,} unique tokens of {escape(str(corpus))}; {config["parameters"] / 1e6:.2f}M parameters,
+{last["consumed_tokens"]:,} training tokens and {last["flops"]:.2e} FLOPs (6ND) in the first run. Validation scores the same held-out tokens with the same noise for every run.</p>
+<h2>What the numbers say</h2><ul>{"".join(f"<li>{escape(line)}</li>" for line in said)}</ul>
 <h2>Best points</h2><div class="scroll"><table><tr>{head}</tr>{body}</table></div>
 <p><small>Losses in nats per token. Best points are chosen on the tuning set and reported on the validation set. ±: standard error over
 documents; mc: standard error of the evaluation noise; ≤: upper bound.</small></p>
 <h2>Paired differences at the best points</h2><table><tr><th>pair</th><th>nats per token</th><th>standard error</th><th>ratio</th></tr>{pairs}</table>
 <h2>Plots</h2>{pictures}
-<h2>How it was made</h2><p>Corpus hash <code>{escape(str(config['corpus_hash']))}</code>; {escape(config['precision'])} on {escape(config['device'])};
-{escape(versions)}; commit {escape(str(config['commit']))}.</p><ul>{details}</ul></html>
+<h2>How it was made</h2><p>Corpus hash <code>{escape(str(config["corpus_hash"]))}</code>; {escape(config["precision"])} on {escape(config["device"])};
+{escape(versions)}; commit {escape(str(config["commit"]))}.</p><ul>{details}</ul></html>
 """

@@ -70,7 +70,9 @@ def save(root: Path, state: dict[str, Tensor], meta: dict, processes: Processes)
         shutil.rmtree(aside, ignore_errors=True)
         if isinstance(error, Exception) and not isinstance(error, OSError):
             # DCP wraps what a writer met; the user needs the cause
-            raise OSError(f"{target}: could not be written ({_cause(error)}); older checkpoints are untouched") from error
+            raise OSError(
+                f"{target}: could not be written ({_cause(error)}); older checkpoints are untouched"
+            ) from error
         raise
     _barrier(processes)
     return target

@@ -153,7 +153,9 @@ class Origin:
     branched: bool
 
 
-def open_run(config: Config, plan: Plan, objective: str, processes: Processes) -> tuple[RunFolder | None, Origin | None]:
+def open_run(
+    config: Config, plan: Plan, objective: str, processes: Processes
+) -> tuple[RunFolder | None, Origin | None]:
     """Return the folder to write to, on the first process, and the origin, on all of them.
 
     Without --save, or to evaluate only, there is nothing to write to.

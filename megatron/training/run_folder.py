@@ -30,7 +30,9 @@ def read_json(path: Path) -> dict:
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise ConfigurationError(f"{path}: cannot be read as JSON ({error}); restore it or start a new --save") from error
+        raise ConfigurationError(
+            f"{path}: cannot be read as JSON ({error}); restore it or start a new --save"
+        ) from error
 
 
 class RunFolder:

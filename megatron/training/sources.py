@@ -38,11 +38,17 @@ def open_sources(config: Config) -> Sources:
     tokenizer = build_tokenizer(data.tokenizer_type, model, data.vocab_size)
     _check_vocabulary(prefix, made, tokenizer)
     train = TrainSamples(
-        IndexedDataset(prefix, tokenizer.vocabulary_size), data.seq_length, config.training.seed, data.epoch_order, data.train_unique_tokens
+        IndexedDataset(prefix, tokenizer.vocabulary_size),
+        data.seq_length,
+        config.training.seed,
+        data.epoch_order,
+        data.train_unique_tokens,
     )
     sets = [_validation_set(item, config, tokenizer) for item in data.valid_data_path]
     if len({found.name for found in sets}) < len(sets):
-        raise ConfigurationError(f"--valid-data-path {' '.join(data.valid_data_path)}: two sets share a name; give each name=prefix")
+        raise ConfigurationError(
+            f"--valid-data-path {' '.join(data.valid_data_path)}: two sets share a name; give each name=prefix"
+        )
     return Sources(tokenizer, train, sets, {"hash": made.get("corpus_hash"), "source": made.get("source")})
 
 

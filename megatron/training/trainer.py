@@ -198,7 +198,13 @@ class Trainer:
                 self.folder.save_evaluation(data.name, self.progress.iteration, evaluation)
             replicates = 1 if self.objective.exact else validation.num_mc
             self._record(
-                {"kind": "valid", "set": data.name, "alignment": validation.eval_alignment, "num_mc": replicates, **summary}
+                {
+                    "kind": "valid",
+                    "set": data.name,
+                    "alignment": validation.eval_alignment,
+                    "num_mc": replicates,
+                    **summary,
+                }
             )
             bound = "" if self.objective.exact else f" (upper bound, mc_se {summary['mc_se'] or 0:.4f})"
             self._say(f"step {self.progress.iteration}  {data.name} loss {summary['loss']:.4f}{bound}")
@@ -221,7 +227,11 @@ class Trainer:
         if self.folder is None:
             return
         name, loss = getattr(self, "selection", (None, None))
-        pointer = {"folder": target.name, "iteration": progress.iteration, "consumed_samples": progress.consumed_samples}
+        pointer = {
+            "folder": target.name,
+            "iteration": progress.iteration,
+            "consumed_samples": progress.consumed_samples,
+        }
         pointer |= {"set": name, "loss": loss}
         write_json(root / "latest.json", pointer)
         best = read_json(root / "best.json") if (root / "best.json").exists() else None

@@ -54,7 +54,10 @@ def test_bound_is_the_mean_negative_log_over_orders(model, text, alignment, firs
     # the estimator's own expectation: k uniform, then a uniform subset of size k, weight n / k
     n = len(maskable)
     expectation = np.mean(
-        [np.mean([n / k * sum(float(nll[s][i]) for i in s) for s in combinations(maskable, k)]) for k in range(1, n + 1)]
+        [
+            np.mean([n / k * sum(float(nll[s][i]) for i in s) for s in combinations(maskable, k)])
+            for k in range(1, n + 1)
+        ]
     )
     assert abs(expectation - bound) < 1e-6
 
