@@ -1,31 +1,46 @@
 #!/usr/bin/env bash
-# Install into .venv. Idempotent, no login, no prompt, no compilation.
+# Install into .venv. Idempotent: no login, no prompt, no compilation.
 #   bash install.sh [--with-test] [--help]
+# PYTHON names the interpreter to build on (default: python3, 3.10 or newer).
 set -euo pipefail
 cd "$(dirname "$0")"
+
+fail() {
+    echo "error: $1" >&2
+    exit 2
+}
+
 extras=""
 for argument in "$@"; do
     case "$argument" in
         --with-test) extras="[test]" ;;
-        --help) sed -n '2,3s/^# \?//p' "$0"; exit 0 ;;
-        *) echo "error: install.sh $argument: unknown flag; --help lists them" >&2; exit 2 ;;
+        --help) sed -n '2,4s/^# \?//p' "$0"; exit 0 ;;
+        *) fail "install.sh $argument: unknown flag; --help lists them" ;;
     esac
 done
-python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "error: python3 is older than 3.10; install a newer one" >&2; exit 2; }
-python3 -c 'import venv, ensurepip' 2>/dev/null || { echo "error: python3 has no venv module; install the package python3-venv" >&2; exit 2; }
-stamp=.venv/installed$extras
-wanted=$(cat setup.py constraints.txt | sha256sum)
-[[ -f "$stamp" && "$(cat "$stamp")" == "$wanted" ]] && exit 0
-echo "installing into .venv: torch, then this package$extras"
-[[ -x .venv/bin/python ]] || python3 -m venv .venv
-pip=(.venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt)
-command -v c++ >/dev/null || echo "no C++ compiler is installed: training runs eager"
+
+python=${PYTHON:-python3}
+command -v "$python" >/dev/null || fail "$python: not found; install Python 3.10 or newer, or name one: PYTHON=... bash install.sh"
+version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || fail "$python is Python $version; this needs 3.10 or newer"
+
+# what was installed, and on which interpreter: nothing is done twice
+wanted=$(cat install.sh setup.py constraints.txt | sha256sum; echo "$version $extras")
+stamp=.venv/installed
+[[ -f "$stamp" && ("$(cat "$stamp")" == "$wanted" || "$(cat "$stamp")" == "$wanted[test]") ]] && exit 0
+
+"$python" -c 'import venv, ensurepip' 2>/dev/null ||
+    fail "$python has no venv module; install its package (Debian, Ubuntu: apt-get install python$version-venv)"
+echo "installing torch, then this package$extras, into .venv"
+.venv/bin/python -c "import pip, sys; sys.exit('%d.%d' % sys.version_info[:2] != '$version')" 2>/dev/null ||
+    "$python" -m venv --clear .venv
+pip=(.venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt)
 if ! .venv/bin/python -c 'import torch' 2>/dev/null; then
-    # without an NVIDIA driver the CPU build is enough; where its index cannot be reached, take the default one
-    if command -v nvidia-smi >/dev/null || [[ -d /proc/driver/nvidia ]] ||
+    # without an NVIDIA driver the CPU build is enough; where its index cannot be reached, take the default build
+    if command -v nvidia-smi >/dev/null || [[ -e /proc/driver/nvidia ]] ||
         ! "${pip[@]}" --retries 0 --timeout 10 --index-url https://download.pytorch.org/whl/cpu torch 2>/dev/null; then
         "${pip[@]}" torch
     fi
 fi
-"${pip[@]}" -e ".$extras"
+"${pip[@]}" --editable ".$extras"
 echo "$wanted" > "$stamp"

@@ -8,8 +8,6 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from megatron.errors import ConfigurationError
-
 
 @dataclass(frozen=True)
 class Processes:
@@ -34,7 +32,7 @@ class Processes:
         if self.rank == 0:
             try:
                 answer[0] = function()
-            except ConfigurationError as error:
+            except Exception as error:  # the others wait below: they must hear of it, whatever it is
                 answer[1] = error
         if self.size > 1:
             dist.broadcast_object_list(answer)

@@ -17,10 +17,10 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 
 from megatron.errors import ConfigurationError
 from megatron.parallel.mesh import Processes
+from megatron.training.optimizer import MOMENTS
 from megatron.training.run_folder import read_json, write_json
 
 logger = logging.getLogger(__name__)
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -32,15 +32,6 @@ def tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Ten
         for name, parameter in named.items():
             state[f"optimizer.{moment}.{name}"] = optimizer.state[parameter][moment]
     return state
-
-
-def start_optimizer_state(optimizer: torch.optim.Optimizer, steps: int) -> None:
-    """Give every parameter zero moments and the step count, ready to be loaded into."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            optimizer.state[parameter] = {moment: torch.zeros_like(parameter) for moment in MOMENTS}
-            # the fused kernel reads the count on the parameter's device
-            optimizer.state[parameter]["step"] = torch.tensor(float(steps), device=parameter.device)
 
 
 def folder_name(iteration: int) -> str:

@@ -51,8 +51,9 @@ class RunFolder:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             lock.seek(0)
+            holder = lock.read().strip() or "another process"
             raise ConfigurationError(
-                f"--save {self.path}: {lock.read().strip() or 'another process'} is writing this run; wait for it or stop it"
+                f"--save {self.path}: {holder} is writing this run; wait for it, stop it or choose another folder"
             ) from None
         lock.truncate(0)
         lock.write(_who())
@@ -62,11 +63,6 @@ class RunFolder:
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
-
-    def recorded_config(self) -> dict | None:
-        """Return the configuration the run was begun with, or None."""
-        path = self.path / "config.json"
-        return read_json(path) if path.exists() else None
 
     def start(self, config: dict, records: list[dict]) -> None:
         """Write the configuration and the records that the loaded checkpoint had already made."""

@@ -28,7 +28,8 @@ def open_sources(config: Config) -> Sources:
         raise ConfigurationError("--train-data-path is required; tools/preprocess_data.py writes one from text")
     if len(data.train_data_path) > 1:
         raise ConfigurationError(
-            f"--train-data-path {' '.join(data.train_data_path)}: blends of several data sets are not available yet; give one prefix"
+            f"--train-data-path {' '.join(data.train_data_path)}: blends of several data sets are not available yet; "
+            "give one prefix"
         )
     prefix = data.train_data_path[0]
     made = read_metadata(prefix)

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from megatron.config.resolve import Plan
 from megatron.config.sections import Config
@@ -53,14 +54,20 @@ class Trainer:
         validation_sets: list[ValidationSet],
         folder: RunFolder | None,
         progress: Progress,
+        description: dict,
     ):
         self.config, self.plan, self.processes = config, plan, processes
         self.model, self.optimizer, self.data = model, optimizer, data
         self.validation_sets, self.folder, self.progress = validation_sets, folder, progress
+        self.description = description  # what config.json says; every checkpoint carries it
         self.objective = data.objective
         self.steps = progress.iteration + data.steps  # of the whole run
         self.diverged_at = torch.zeros((), dtype=torch.int64, device=processes.device)  # 0: never
-        self.saved_at = progress.iteration if progress.iteration else None
+        self.saved_at, self.saved_samples = progress.iteration or None, progress.consumed_samples  # newest checkpoint
+        self.rate = 0.0  # learning rate of the last step
+        self.selection = (None, None)  # set and loss of the last evaluation, which decide on the best checkpoint
+        self._recorded = (progress.consumed_samples, progress.seconds)  # at the last training record
+        self._bar = None
 
     def train(self) -> str:
         """Run until the budget is spent or a reason to leave appears; return that reason, or "finished"."""
@@ -69,31 +76,29 @@ class Trainer:
         batches = iter(loader(self.data, self.config.data.num_workers, self.processes.device))
         self._status("running", "")
         clock = time.monotonic()
-        for _ in self._bar(range(progress.iteration, self.steps)):
-            micro_batches = [next(batches) for _ in range(self.data.per_step)]
-            result = self._step(micro_batches)
-            due = self._due()
-            if due["log"] or due["evaluate"] or due["save"]:
-                self._check_finite()
-                progress.seconds += time.monotonic() - clock
-                if due["log"]:
-                    self._record_training(result)
-                if due["evaluate"]:
-                    self.evaluate()
-                if due["save"]:
-                    self.save()
-                clock = time.monotonic()
-            reason = stopping.reason(progress.iteration, self.processes)
-            if reason:
-                break
+        with logging_redirect_tqdm(), self._progress_bar() as self._bar:
+            while progress.iteration < self.steps and not reason:
+                result = self._step([next(batches) for _ in range(self.data.per_step)])
+                self._bar.update()
+                due = self._due()
+                if due["log"] or due["evaluate"] or due["save"]:
+                    self._check_finite()
+                    progress.seconds += time.monotonic() - clock
+                    if due["log"]:
+                        self._record_training(result)
+                    if due["evaluate"]:
+                        self.evaluate()
+                    if due["save"]:
+                        self.save()
+                    clock = time.monotonic()
+                reason = stopping.reason(progress.iteration, self.processes)
         if self.saved_at != progress.iteration:
             self._check_finite()
             progress.seconds += time.monotonic() - clock
             self.save()
         finished = progress.iteration == self.steps
-        reason = "finished" if finished else reason
-        self._status("finished" if finished else "stopped", reason)
-        return reason
+        self._status("finished" if finished else "stopped", "finished" if finished else reason)
+        return "finished" if finished else reason
 
     def _step(self, micro_batches) -> StepResult:
         progress, training = self.progress, self.config.training
@@ -132,26 +137,29 @@ class Trainer:
                 f"from step {self.saved_at or 'none'}; lower --lr, clip harder (--clip-grad) or look at the data"
             )
 
-    def _record(self, record: dict) -> None:
-        """Add the clocks to a record and write it; the keys are a contract (docs: run folder)."""
+    def _record(self, record: dict) -> dict:
+        """Write a record with its clocks, and return it; the keys are the contract of every later tool."""
         progress, seq_length = self.progress, self.config.data.seq_length
         tokens = progress.consumed_samples * seq_length
         clocks = {
             "iteration": progress.iteration,
             "consumed_samples": progress.consumed_samples,
             "consumed_tokens": tokens,
-            "epoch": tokens / self.plan.unique_tokens,
+            "epoch": self._epoch(progress.consumed_samples),
             "flops": self.plan.flops(progress.consumed_samples, seq_length),
             "seconds": progress.seconds,
         }
+        record = {"kind": record.pop("kind"), **clocks, **record}
         if self.folder:
-            self.folder.record({"kind": record.pop("kind"), **clocks, **record})
+            self.folder.record(record)
+        return record
 
     def _record_training(self, result: StepResult) -> None:
         progress, seq_length = self.progress, self.config.data.seq_length
         (loss,) = self.processes.sum(float(result.loss))
-        samples, seconds = self._since_last_record()
-        speed = samples * seq_length / seconds if seconds > 0 else None
+        samples, seconds = progress.consumed_samples - self._recorded[0], progress.seconds - self._recorded[1]
+        self._recorded = (progress.consumed_samples, progress.seconds)
+        speed = samples * seq_length / seconds
         peak = peak_flops(self.processes.device) * self.processes.size
         record = {
             "kind": "train",
@@ -160,24 +168,20 @@ class Trainer:
             "learning_rate": self.rate,
             "weight_decay": self.config.optimizer.weight_decay,
             "tokens_per_second": speed,
-            "mfu": 6 * self.plan.parameters * speed / peak if speed and peak else None,
+            "mfu": 6 * self.plan.parameters * speed / peak if peak else None,
             "memory_bytes": peak_memory(self.processes.device),
         }
+        share = f"  MFU {record['mfu']:.1%}" if peak else ""
+        self._bar.set_postfix_str(f"loss {loss:.3f}, {speed / 1000:.1f}k tok/s{share}")
         self._say(
             f"step {progress.iteration}  samples {progress.consumed_samples}  loss {loss:.4f}  "
-            f"norm {record['grad_norm']:.2f}  lr {self.rate:.1e}  {(speed or 0) / 1000:.1f}k tok/s"
+            f"norm {record['grad_norm']:.2f}  lr {self.rate:.1e}  {speed / 1000:.1f}k tok/s{share}"
         )
         self._record(record)
 
-    def _since_last_record(self) -> tuple[int, float]:
-        last = getattr(self, "_last_record", None) or (self.progress.consumed_samples, self.progress.seconds)
-        now = (self.progress.consumed_samples, self.progress.seconds)
-        self._last_record = now
-        return now[0] - last[0], now[1] - last[1]
-
-    def evaluate(self) -> None:
-        """Evaluate every validation set; the first one decides which checkpoint is best."""
-        validation = self.config.validation
+    def evaluate(self) -> list[dict]:
+        """Evaluate every validation set and return the records; the first set decides which checkpoint is best."""
+        validation, records = self.config.validation, []
         for index, data in enumerate(self.validation_sets):
             evaluation = evaluate(
                 self.model,
@@ -197,17 +201,11 @@ class Trainer:
             if self.folder:
                 self.folder.save_evaluation(data.name, self.progress.iteration, evaluation)
             replicates = 1 if self.objective.exact else validation.num_mc
-            self._record(
-                {
-                    "kind": "valid",
-                    "set": data.name,
-                    "alignment": validation.eval_alignment,
-                    "num_mc": replicates,
-                    **summary,
-                }
-            )
+            record = {"kind": "valid", "set": data.name, "alignment": validation.eval_alignment, "num_mc": replicates}
+            records.append(self._record(record | summary))
             bound = "" if self.objective.exact else f" (upper bound, mc_se {summary['mc_se'] or 0:.4f})"
             self._say(f"step {self.progress.iteration}  {data.name} loss {summary['loss']:.4f}{bound}")
+        return records
 
     def save(self) -> None:
         """Write a checkpoint, point latest.json (and best.json) at it, and prune."""
@@ -221,12 +219,13 @@ class Trainer:
             "seconds": progress.seconds,
             "time_block": getattr(self.objective, "time_block", self.config.training.global_batch_size),
             "permanent": self._permanent(),
+            "config": self.description,
         }
         target = checkpoint.save(root, checkpoint.tensors(self.model, self.optimizer), meta, self.processes)
-        self.saved_at = progress.iteration
+        self.saved_at, self.saved_samples = progress.iteration, progress.consumed_samples
         if self.folder is None:
             return
-        name, loss = getattr(self, "selection", (None, None))
+        name, loss = self.selection
         pointer = {
             "folder": target.name,
             "iteration": progress.iteration,
@@ -244,16 +243,16 @@ class Trainer:
     def _permanent(self) -> bool:
         """The first checkpoint of every n-th epoch stays."""
         every = self.config.checkpoint.keep_every_epochs
-        if not every:
-            return False
-        seq_length, batch = self.config.data.seq_length, self.config.training.global_batch_size
-        epoch = self.progress.consumed_samples * seq_length / self.plan.unique_tokens
-        step = self.plan.save_interval * batch * seq_length / self.plan.unique_tokens
-        return int(epoch / every) > int(max(0.0, epoch - step) / every)
+        return (
+            bool(every)
+            and self._epoch(self.progress.consumed_samples) // every > self._epoch(self.saved_samples) // every
+        )
 
-    def _bar(self, steps):
+    def _epoch(self, samples: int) -> float:
+        return samples * self.config.data.seq_length / self.plan.unique_tokens
+
+    def _progress_bar(self) -> tqdm:
         return tqdm(
-            steps,
             initial=self.progress.iteration,
             total=self.steps,
             desc=self.objective.name,

@@ -1,0 +1,73 @@
+"""What a run keeps, what a checkpoint holds, and branches."""
+
+import json
+
+import pytest
+
+from tests.conftest import records, run
+
+EPOCHS = [*"--train-unique-tokens 400 --save-interval 2 --eval-interval 2 --keep-every-epochs 2".split()]
+
+
+@pytest.fixture(scope="module")
+def kept(tiny, tmp_path_factory):
+    """Twelve steps of 0.64 epochs, a checkpoint every second step, stopped after the fifth step and resumed."""
+    folder = tmp_path_factory.mktemp("kept")
+    run("ar", *tiny, *EPOCHS, "--save", folder, "--exit-interval", 5)
+    run("ar", *tiny, *EPOCHS, "--save", folder)
+    return folder
+
+
+def test_the_last_two_the_best_and_every_second_epochs_first_are_kept(kept):
+    best = json.loads((kept / "checkpoints" / "best.json").read_text())
+    tuning = [record for record in records(kept, "valid") if record["set"] == "tuning"]
+    lowest = min(tuning, key=lambda record: record["loss"])
+    assert (best["iteration"], best["loss"], best["set"]) == (lowest["iteration"], lowest["loss"], "tuning")
+    steps = {int(path.name[5:]) for path in (kept / "checkpoints").glob("iter_*")}
+    # epochs 2.56, 5.12 and 6.4 are the first saved ones beyond 2, 4 and 6
+    assert steps == {4, 8, 10, 12} | {lowest["iteration"]}
+    assert json.loads((kept / "checkpoints" / "latest.json").read_text())["iteration"] == 12
+
+
+def test_a_checkpoint_carries_the_configuration_and_nothing_but_safetensors_and_json(kept):
+    folder = kept / "checkpoints" / "iter_0000012"
+    assert {path.suffix for path in folder.iterdir()} == {".json", ".safetensors"}
+    meta = json.loads((folder / "meta.json").read_text())
+    assert meta["config"] == json.loads((kept / "config.json").read_text())
+    assert meta["consumed_samples"] == 93
+
+
+def test_a_run_is_evaluated_from_its_folder_alone(kept):
+    """No flag of the network, the data or the tokenizer is given again, and nothing is written."""
+    before = {path: path.stat().st_mtime_ns for path in kept.rglob("*")}
+    done = run("ar", "--skip-train", "--load", kept)
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    last = {record["set"]: record for record in records(kept, "valid") if record["iteration"] == 12}
+    assert {record["set"]: record["loss"] for record in found} == {name: last[name]["loss"] for name in last}
+    assert {path: path.stat().st_mtime_ns for path in kept.rglob("*")} == before
+
+
+def test_wsd_decays_from_any_checkpoint(tiny, kept, tmp_path):
+    """A branch from step 12 spends four more steps on the way down; the trunk's records come along."""
+    longer = [flag if flag != "93" else "128" for flag in tiny] + EPOCHS
+    shape = "--lr-decay-style WSD --lr-wsd-decay-samples 32 --min-lr 0".split()
+    run("ar", *longer, *shape, "--load", kept, "--save", tmp_path)
+    branched, trunk = records(tmp_path, "train"), records(kept, "train")
+    assert branched[: len(trunk)] == trunk
+    rates = [record["learning_rate"] for record in branched[len(trunk) :]]
+    # from sample 93 in steps of 8: 101, 109, 117, 125, 128 of 128, linear over the last 32
+    assert rates == pytest.approx([1e-2 * (128 - samples) / 32 for samples in (101, 109, 117, 125, 128)])
+    origin = json.loads((tmp_path / "config.json").read_text())["branched_from"]
+    assert origin.endswith("iter_0000012")
+    run("ar", *longer, *shape, "--load", kept, "--save", tmp_path)  # a finished branch resumes as itself
+    assert json.loads((tmp_path / "config.json").read_text())["branched_from"] == origin
+
+
+def test_other_data_under_the_same_name_is_refused(tiny, kept, corpus, tmp_path):
+    for suffix in (".bin", ".idx", ".json"):
+        (tmp_path / f"train{suffix}").write_bytes((corpus / f"train{suffix}").read_bytes())
+    made = json.loads((tmp_path / "train.json").read_text())
+    (tmp_path / "train.json").write_text(json.dumps(made | {"corpus_hash": "another"}))
+    flags = [flag if flag != f"{corpus}/train" else f"{tmp_path}/train" for flag in tiny]
+    refused = run("ar", *flags, *EPOCHS, "--save", kept, check=False)
+    assert refused.returncode == 2 and "corpus another" in refused.stderr and "--load" in refused.stderr
