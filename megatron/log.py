@@ -1,4 +1,4 @@
-"""Logging, set up once: time, level and, with several processes, the rank; warnings from all, the rest from the first."""
+"""Logging, set up once: the time and, with several processes, the rank; warnings from all, the rest from the first."""
 
 import logging
 import os

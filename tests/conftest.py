@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-MODULES = "abc ast bisect calendar cmd code codecs copy csv dis enum fnmatch glob gzip heapq imp inspect io json keyword".split()
+MODULES = "abc ast bisect calendar cmd code codecs copy csv dis enum fnmatch glob gzip heapq inspect io keyword".split()
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron.errors import ConfigurationError  # noqa: E402
-from megatron.scaling.report import load_run, write_report  # noqa: E402
+from megatron.scaling.report import write_report
+from megatron.scaling.runs import load_run  # noqa: E402
 
 
 def main() -> None:

@@ -2,12 +2,14 @@
 
 A section is a frozen dataclass whose fields are made by `flag`. `num_layers: int` becomes `--num-layers`,
 `bool` becomes `--x / --no-x`, a tuple takes several values, `choices` are checked, and a field without a
-default is required. Two sections with the same field name are a programming error: flags share one namespace.
+default is required. Two sections with one flag are a programming error: flags share one namespace.
 """
 
 import argparse
 import dataclasses
 import difflib
+import math
+import textwrap
 import types
 import typing
 
@@ -27,32 +29,65 @@ def spelling(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose mistakes are `ConfigurationError`s with a suggestion."""
+def typed(name: str, value) -> str:
+    """Return how a user types a field with this value: `--lr 0.1`, `--fp32`, `--no-fp32`, `no --lr`."""
+    if isinstance(value, bool):
+        return spelling(name) if value else spelling("no_" + name)
+    if value in (None, (), []):
+        return f"no {spelling(name)}"
+    return f"{spelling(name)} {' '.join(map(str, value)) if isinstance(value, (tuple, list)) else value}"
 
-    def error(self, message):
-        raise ConfigurationError(message)
+
+def one_namespace(sections: dict[str, type]) -> dict[str, type]:
+    """Return `sections`; raise TypeError where two of their fields claim one flag."""
+    owners = {}
+    for section in sections.values():
+        for field in dataclasses.fields(section):
+            for name in (spelling(field.name), *field.metadata["aliases"]):
+                if name in owners:
+                    raise TypeError(f"{name} is claimed by {owners[name]} and by {section.__name__}.{field.name}")
+                owners[name] = f"{section.__name__}.{field.name}"
+    return sections
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose mistakes are `ConfigurationError`s with a remedy."""
+
+    def __init__(self, **options):
+        super().__init__(exit_on_error=False, **options)
 
     def parse_known(self, arguments):
-        namespace, unknown = self.parse_known_args(arguments)
+        """Return the namespace of a command line in which every flag is known and has a value that fits."""
+        try:
+            namespace, unknown = self.parse_known_args(arguments)
+        except argparse.ArgumentError as error:
+            raise ConfigurationError(_in_our_words(error)) from None
         if unknown:
-            asked = unknown[0].split("=")[0]
-            close = difflib.get_close_matches(asked, self._option_string_actions, n=1)
-            hint = f"; did you mean {close[0]}?" if close else "; --help lists every flag"
-            raise ConfigurationError(f"unknown flag {asked}{hint}")
+            raise ConfigurationError(self._suggestion(unknown[0].split("=")[0]))
+        missing = [spelling(name) for name, value in vars(namespace).items() if value is REQUIRED]
+        if missing:
+            raise ConfigurationError(f"{_enumerate(missing)}: required and not given; --help describes them")
         return namespace
+
+    def _suggestion(self, asked: str) -> str:
+        if not asked.startswith("-"):
+            return f"{asked}: belongs to no flag; each flag is followed by its own values"
+        close = difflib.get_close_matches(asked, self._option_string_actions, n=1)
+        return f"unknown flag {asked}; " + (f"did you mean {close[0]}?" if close else "--help lists every flag")
 
 
 class HelpFormatter(argparse.HelpFormatter):
-    """Show the default of every flag that has one."""
+    """Help of 110 columns, whose usage line names only what is required."""
 
     def __init__(self, prog):
         super().__init__(prog, max_help_position=38, width=110)
 
-    def _get_help_string(self, action):
-        if action.default in (None, argparse.SUPPRESS, REQUIRED, ()):
-            return action.help
-        return f"{action.help} (default: {action.default})"
+    def add_usage(self, usage, actions, groups, prefix=None):
+        needed = [f"{action.option_strings[0]} {action.metavar}" for action in actions if action.default is REQUIRED]
+        super().add_usage(usage or " ".join(["%(prog)s", *needed, "[FLAG ...]"]), actions, groups, prefix)
+
+    def _split_lines(self, text, width):
+        return textwrap.wrap(text, width, break_on_hyphens=False)  # no flag is torn apart
 
 
 def add_section(parser: argparse.ArgumentParser, section: type, defaults: dict) -> None:
@@ -61,24 +96,29 @@ def add_section(parser: argparse.ArgumentParser, section: type, defaults: dict) 
     group = parser.add_argument_group(title.rstrip("."), description.strip() or None)
     hints = typing.get_type_hints(section)
     for field in dataclasses.fields(section):
-        if not field.metadata:
-            continue
-        names = [spelling(field.name), *field.metadata["aliases"]]
-        default = defaults.get(field.name, field.default)
-        # argparse formats help with %, so a literal percent sign is doubled
-        options = {"dest": field.name, "help": field.metadata["help"].replace("%", "%%")}
-        options |= {"required": True} if default is REQUIRED else {"default": default}
-        kind = _plain(hints[field.name])
+        kind, default = _plain(hints[field.name]), defaults.get(field.name, field.default)
+        # `parse_known` asks for what is required, all at once and in our words
+        options = {"dest": field.name, "default": default}
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
-        elif typing.get_origin(kind) is tuple:
-            options |= {"nargs": "+", "type": typing.get_args(kind)[0], "metavar": field.metadata["metavar"]}
         else:
-            options |= {"type": _number(kind), "choices": field.metadata["choices"]}
-            options["metavar"] = field.metadata["metavar"] or (
-                None if field.metadata["choices"] else kind.__name__.upper()
-            )
-        group.add_argument(*names, **options)
+            item = typing.get_args(kind)[0] if typing.get_origin(kind) is tuple else kind
+            choices = field.metadata["choices"]
+            options |= {"type": _reader(item, choices), "metavar": field.metadata["metavar"] or item.__name__.upper()}
+            options |= {"nargs": "+"} if item is not kind else {}
+            options |= {"metavar": "{" + ",".join(choices) + "}"} if choices else {}
+        action = group.add_argument(spelling(field.name), *field.metadata["aliases"], **options)
+        action.help = _described(field.metadata["help"], default)
+
+
+def _described(help: str, default) -> str:
+    """Return the help with its default; argparse formats it with %, so a literal percent sign is doubled."""
+    if default is REQUIRED:
+        help = f"{help} (required)"
+    elif default not in (None, ()):
+        shown = {True: "on", False: "off"}[default] if isinstance(default, bool) else default
+        help = f"{help} (default: {shown})"
+    return help.replace("%", "%%")
 
 
 def _plain(kind):
@@ -88,28 +128,56 @@ def _plain(kind):
     return kind
 
 
-def _number(kind):
-    """Integers may be written 100000, 100_000 or 1e5."""
-    if kind is not int:
-        return kind
+def _reader(kind: type, choices):
+    """Return what reads one value of a flag; its error is the end of a line that begins with flag and value."""
 
-    def integer(text: str) -> int:
+    def read(text: str):
+        if choices and text not in choices:
+            raise argparse.ArgumentTypeError(f"{text}: is not one of {', '.join(choices)}")
+        return _number(kind, text) if kind in (int, float) else kind(text)
+
+    return read
+
+
+def _number(kind: type, text: str) -> int | float:
+    """Return a finite number; integers may be written 100000, 100_000 or 1e5."""
+    try:
         value = float(text)
-        if value != int(value):
-            raise ValueError
-        return int(text) if text.lstrip("-").replace("_", "").isdigit() else int(value)
+    except ValueError:
+        example = "100000, 100_000 or 1e5" if kind is int else "0.1 or 1e-3"
+        raise argparse.ArgumentTypeError(f"{text}: is not a number; write it like {example}") from None
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text}: is not a finite number; give one")
+    if kind is float:
+        return value
+    if value != int(value):
+        raise argparse.ArgumentTypeError(f"{text}: is not a whole number; give one")
+    try:
+        return int(text)  # exact, where a float would round
+    except ValueError:
+        return int(value)
 
-    integer.__name__ = "int"
-    return integer
+
+def _in_our_words(error: argparse.ArgumentError) -> str:
+    """Return what argparse met as one line: flag, value, rule, remedy."""
+    if "expected" in error.message:
+        return f"{error.argument_name}: is not followed by a value; give one"
+    if "explicit argument" in error.message:
+        return f"{error.argument_name}: takes no value; write the flag alone"
+    return f"{error.argument_name} {error.message}"
+
+
+def _enumerate(names: list[str]) -> str:
+    return ", ".join(names[:-1]) + " and " + names[-1] if len(names) > 1 else names[0]
 
 
 def build(section: type, namespace: argparse.Namespace):
     """Construct one section from parsed flags; the section checks its own fields."""
-    values = {f.name: getattr(namespace, f.name) for f in dataclasses.fields(section) if f.metadata}
+    values = {field.name: getattr(namespace, field.name) for field in dataclasses.fields(section)}
     return section(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 
 def require(condition: bool, name: str, value, rule: str) -> None:
     """Raise the one-line error of a field: `--name value` and the rule it must satisfy."""
     if not condition:
-        raise ConfigurationError(f"{spelling(name)} {value}: {rule}")
+        raise ConfigurationError(f"{typed(name, value)}: {rule}")

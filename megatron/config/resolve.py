@@ -1,8 +1,9 @@
 """What follows from several sections at once: the budget, intervals, and the checks between sections."""
 
 from dataclasses import asdict, dataclass
+from fractions import Fraction
 
-from megatron.config.flags import require, spelling
+from megatron.config.flags import require, spelling, typed
 from megatron.config.sections import Config, Vocabulary
 from megatron.config.sizes import parameter_count
 from megatron.errors import ConfigurationError
@@ -12,7 +13,7 @@ BUDGETS = ("train_epochs", "train_samples", "train_iters", "train_flops")
 FREE_ON_RESUME = {
     "num_workers", "micro_batch_size", "compile", "log_interval", "exit_interval", "exit_duration_in_mins",
     "kill_switch_file", "eval_interval", "eval_batch_size", "skip_train", "save", "load", "save_interval",
-    "keep_every_epochs", "dry_run", "train_data_path", "valid_data_path", "tokenizer_model", *BUDGETS,
+    "keep_every_epochs", "dry_run", "train_data_path", "valid_data_path", "tokenizer_model", "bf16", "fp32", *BUDGETS,
 }  # fmt: skip
 # Plan values that a plain resume must keep; a branch may change them.
 BUDGET_PLAN = ("train_samples", "lr_decay_samples", "lr_warmup_samples", "unique_tokens")
@@ -23,6 +24,7 @@ class Plan:
     """The numbers of one run, all derived here and nowhere else."""
 
     parameters: int  # N, the embedding counted once
+    vocabulary_size: int  # V, the tokenizer's ids
     unique_tokens: int  # U
     train_samples: int
     steps: int
@@ -48,16 +50,29 @@ def resolve(config: Config, vocabulary: Vocabulary, unique_tokens: int) -> Plan:
     steps = -(-samples // training.global_batch_size)
     warmup = samples // 100 if optimizer.lr_warmup_samples is None else optimizer.lr_warmup_samples
     decay = optimizer.lr_decay_samples or samples
-    require(warmup <= decay, "lr_warmup_samples", warmup, f"is longer than the decay of {decay} samples")
+    require(
+        warmup <= decay,
+        "lr_warmup_samples",
+        warmup,
+        f"is longer than the whole schedule of {decay} samples (--lr-decay-samples, else the budget); shorten it",
+    )
+    wsd_decay = optimizer.lr_wsd_decay_samples or decay // 10
+    require(
+        optimizer.lr_wsd_decay_samples is None or warmup + wsd_decay <= decay,
+        "lr_wsd_decay_samples",
+        wsd_decay,
+        f"and a warm-up of {warmup} samples are longer than the whole schedule of {decay}; shorten one",
+    )
     eval_interval = config.validation.eval_interval or max(1, steps // 20)
     return Plan(
         parameters=parameters,
+        vocabulary_size=vocabulary.size,
         unique_tokens=unique_tokens,
         train_samples=samples,
         steps=steps,
         lr_warmup_samples=warmup,
         lr_decay_samples=decay,
-        lr_wsd_decay_samples=optimizer.lr_wsd_decay_samples or decay // 10,
+        lr_wsd_decay_samples=wsd_decay,
         eval_interval=eval_interval,
         save_interval=config.checkpoint.save_interval or eval_interval,
     )
@@ -66,13 +81,14 @@ def resolve(config: Config, vocabulary: Vocabulary, unique_tokens: int) -> Plan:
 def _train_samples(training, seq_length: int, unique_tokens: int, parameters: int) -> int:
     given = {name: getattr(training, name) for name in BUDGETS if getattr(training, name) is not None}
     if len(given) != 1:
-        said = " and ".join(f"{spelling(name)} {value}" for name, value in given.items()) or "none"
+        said = " and ".join(typed(name, value) for name, value in given.items()) or "no budget"
         raise ConfigurationError(
-            f"the budget is given by exactly one of {', '.join(map(spelling, BUDGETS))}; got {said}"
+            f"{said}: a run has one budget; give exactly one of {', '.join(map(spelling, BUDGETS))}"
         )
     name, value = next(iter(given.items()))
     samples = {
-        "train_epochs": lambda: int(unique_tokens * value / seq_length),
+        # exact: in floats, 2.3 epochs of 700 tokens are fewer than 161 samples of 10
+        "train_epochs": lambda: int(Fraction(str(value)) * unique_tokens / seq_length),
         "train_samples": lambda: value,
         "train_iters": lambda: value * training.global_batch_size,
         "train_flops": lambda: int(value / (6 * parameters * seq_length)),
@@ -85,11 +101,14 @@ def check_processes(config: Config, size: int) -> None:
     """Check that a step divides into whole micro-batches over `size` processes."""
     training = config.training
     share = training.micro_batch_size * size
+    below, beside = divmod(training.global_batch_size, share)
+    nearest = " or ".join(str(count * share) for count in (below, below + 1) if count)
     require(
-        training.global_batch_size % share == 0,
+        beside == 0,
         "global_batch_size",
         training.global_batch_size,
-        f"is not a multiple of --micro-batch-size {training.micro_batch_size} times {size} processes = {share}",
+        f"is not a multiple of --micro-batch-size {training.micro_batch_size} times {size} "
+        f"process{'es' if size > 1 else ''} = {share}; take {nearest}",
     )
 
 
@@ -97,30 +116,43 @@ def check_resume(recorded: dict, config: Config, plan: Plan, objective: str, bra
     """Refuse to continue a run under another configuration.
 
     `recorded` is the config.json of the run. A resume keeps everything but FREE_ON_RESUME; a branch
-    (--load A --save B) must only keep the objective and the network.
+    (--load A --save B) must only keep the objective, the network and its vocabulary.
     """
-    folder = config.checkpoint.load or config.checkpoint.save
+    asked = "load" if branch and config.checkpoint.load else "save"
+    folder = getattr(config.checkpoint, asked)
+    remedy = f"resume with that, or branch: --load {folder} --save ANOTHER_DIR"
     if recorded["objective_name"] != objective:
         raise ConfigurationError(
-            f"--load {folder}: holds a run of objective {recorded['objective_name']}, not {objective}; use its own entry point"
+            f"{typed(asked, folder)}: holds a run of objective {recorded['objective_name']}, not {objective}; "
+            "use its own entry point or another folder"
+        )
+    if recorded["vocabulary_size"] != plan.vocabulary_size:
+        raise ConfigurationError(
+            f"{typed(asked, folder)}: holds a run over {recorded['vocabulary_size']} token ids, and this data has "
+            f"{plan.vocabulary_size}; give data of the same tokenizer, or begin another run"
         )
     sections = ("model",) if branch else ("model", "data", "objective", "optimizer", "training", "validation")
     for section in sections:
         for name, value in asdict(getattr(config, section)).items():
-            value = list(value) if isinstance(value, tuple) else value
-            before = recorded[section].get(name)
+            before, value = recorded[section].get(name), list(value) if isinstance(value, tuple) else value
             if name not in FREE_ON_RESUME and before != value:
                 raise ConfigurationError(
-                    f"{spelling(name)} {value}: the run in {folder} was begun with {before}; "
-                    + ("a branch keeps the network" if branch else _remedy(folder))
+                    f"{typed(name, value)}: the run in {folder} was begun with {typed(name, before)}; "
+                    + ("a branch keeps the network, so drop the change" if branch else remedy)
                 )
     for name in () if branch else BUDGET_PLAN:
         if recorded["plan"][name] != getattr(plan, name):
             raise ConfigurationError(
-                f"{name.replace('_', ' ')} {getattr(plan, name)}: the run in {folder} was begun with "
-                f"{recorded['plan'][name]}; {_remedy(folder)}"
+                f"{_cause(name, config)} makes {name.replace('_', ' ')} {getattr(plan, name)}, and the run in {folder} "
+                f"was begun with {recorded['plan'][name]}; {remedy}"
             )
 
 
-def _remedy(folder: str) -> str:
-    return f"resume with that, or branch: --load {folder} --save ANOTHER_DIR"
+def _cause(name: str, config: Config) -> str:
+    """Return the flag as typed that decides a number of the plan."""
+    if name == "unique_tokens":
+        deciding = [(name, getattr(config.data, name)) for name in ("train_unique_tokens", "train_data_path")]
+    else:
+        deciding = [(name, getattr(config.optimizer, name, None))]
+        deciding += [(budget, getattr(config.training, budget)) for budget in BUDGETS]
+    return next(typed(name, value) for name, value in deciding if value is not None)

@@ -3,32 +3,40 @@
 Checks that need two sections stand in `resolve.py`.
 """
 
+import re
 from dataclasses import dataclass
 
-from megatron.config.flags import flag, require
+from megatron.config.flags import flag, one_namespace, require, typed
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Model: a decoder of the Llama family, causal or bidirectional."""
 
-    num_layers: int = flag(help="transformer blocks")
+    num_layers: int = flag(help="number of transformer blocks")
     hidden_size: int = flag(help="width of the residual stream")
-    num_attention_heads: int = flag(help="query heads")
-    kv_channels: int | None = flag(None, "width of one head; default hidden size / heads, but free of it")
-    group_query_attention: bool = flag(False, "let several query heads share one key/value head")
-    num_query_groups: int | None = flag(None, "key/value heads with --group-query-attention")
+    num_attention_heads: int = flag(help="number of query heads")
+    kv_channels: int | None = flag(
+        None, "width of one head, any even number; default --hidden-size / --num-attention-heads"
+    )
+    group_query_attention: bool = flag(
+        False, "let several query heads share one key/value head; how many: --num-query-groups"
+    )
+    num_query_groups: int | None = flag(None, "number of key/value heads; needs --group-query-attention")
     ffn_hidden_size: int | None = flag(
-        None, "width of the MLP; default floor(8h/3/64)*64 with SwiGLU (at least 64), 4h with GELU"
+        None,
+        "width of the MLP; default floor(8h/3/64)*64 (at least 64) with SwiGLU and 4h with GELU, h = --hidden-size",
     )
     swiglu: bool = flag(True, "SwiGLU MLP; --no-swiglu is GELU")
     normalization: str = flag("rmsnorm", "normalisation layer", choices=("rmsnorm", "layernorm"))
     norm_epsilon: float = flag(1e-5, "epsilon of the normalisation", aliases=("--layernorm-epsilon",))
-    qk_layernorm: bool = flag(False, "normalise queries and keys per head before the rotation (Qwen3)")
+    qk_layernorm: bool = flag(False, "normalise queries and keys per head before the rotation, as Qwen3 does")
     rotary_base: float = flag(10000.0, "base of the rotary frequencies")
     add_bias_linear: bool = flag(False, "biases in the linear layers")
     untie_embeddings_and_output_weights: bool = flag(False, "give the output head its own matrix")
-    init_method_std: float = flag(0.02, "standard deviation of initial weights; output projections use std/sqrt(2L)")
+    init_method_std: float = flag(
+        0.02, "standard deviation of initial weights; output projections take it / sqrt(2 * --num-layers)"
+    )
     attention_dropout: float = flag(0.0, "dropout of attention probabilities")
     hidden_dropout: float = flag(0.0, "dropout of what attention and MLP add to the residual stream")
     mlp_dropout: float = flag(0.0, "dropout inside the MLP, after its activation")
@@ -37,6 +45,11 @@ class ModelConfig:
     def __post_init__(self):
         for name in ("num_layers", "hidden_size", "num_attention_heads"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
+        for name in ("kv_channels", "num_query_groups", "ffn_hidden_size"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, name, value, "must be at least 1; leave it out for the default")
+        for name in ("norm_epsilon", "rotary_base", "init_method_std"):
+            require(getattr(self, name) > 0, name, getattr(self, name), "must be positive")
         for name in ("attention_dropout", "hidden_dropout", "mlp_dropout", "embedding_dropout"):
             require(0 <= getattr(self, name) < 1, name, getattr(self, name), "a dropout probability lies in [0, 1)")
         require(
@@ -45,18 +58,30 @@ class ModelConfig:
             self.hidden_size,
             f"is not a multiple of --num-attention-heads {self.num_attention_heads}; change one or give --kv-channels",
         )
-        require(self.head_size % 2 == 0, "kv_channels", self.head_size, "rotary embeddings need an even head width")
         require(
-            self.group_query_attention == (self.num_query_groups is not None),
+            self.head_size % 2 == 0,
+            "kv_channels" if self.kv_channels else "hidden_size",
+            self.kv_channels or self.hidden_size,
+            f"makes heads of width {self.head_size}, and rotary embeddings need an even one; change it",
+        )
+        groups = self.num_query_groups
+        require(
+            groups is None or self.group_query_attention,
             "num_query_groups",
-            self.num_query_groups,
-            "goes together with --group-query-attention; give both or neither",
+            groups,
+            "needs --group-query-attention; give both or neither",
+        )
+        require(
+            groups is not None or not self.group_query_attention,
+            "group_query_attention",
+            True,
+            "needs --num-query-groups; give both or neither",
         )
         require(
             self.num_attention_heads % self.key_value_heads == 0,
             "num_query_groups",
-            self.num_query_groups,
-            f"must divide --num-attention-heads {self.num_attention_heads}",
+            groups,
+            f"does not divide --num-attention-heads {self.num_attention_heads}; change one",
         )
 
     @property
@@ -80,25 +105,27 @@ class DataConfig:
     """Data: tokenised documents, how often they are seen and in which order."""
 
     train_data_path: tuple[str, ...] = flag(
-        (), "training data: prefix, or weight prefix weight prefix ...", metavar="PREFIX", aliases=("--data-path",)
+        (), "training data: PREFIX.bin and PREFIX.idx; always needed", metavar="PREFIX", aliases=("--data-path",)
     )
     valid_data_path: tuple[str, ...] = flag(
         (),
-        "validation data: prefix, or name=prefix for several sets; the first decides which checkpoint is best",
+        "held-out data: a prefix, or name=prefix for each of several sets; the first decides which checkpoint is best",
         metavar="[NAME=]PREFIX",
     )
     seq_length: int = flag(2048, "tokens of one sample")
-    train_unique_tokens: int | None = flag(None, "train on the first N tokens only, the last document cut")
+    train_unique_tokens: int | None = flag(None, "train on the first N tokens only, the last document cut; default all")
     epoch_order: str = flag(
         "documents",
         "documents: shuffled and packed anew every epoch; windows: fixed cuts at an offset redrawn every epoch",
         choices=("documents", "windows"),
     )
     tokenizer_type: str = flag(
-        "HFTokenizer", "tokenizer of the data", choices=("HFTokenizer", "ByteTokenizer", "NullTokenizer")
+        "HFTokenizer", "the tokenizer that made the data", choices=("HFTokenizer", "ByteTokenizer", "NullTokenizer")
     )
-    tokenizer_model: str | None = flag(None, "tokenizer.json of an HFTokenizer; default: the one beside the data")
-    vocab_size: int | None = flag(None, "ids of a NullTokenizer; it adds one for end-of-document")
+    tokenizer_model: str | None = flag(
+        None, "tokenizer.json of an HFTokenizer; default the one beside the data", metavar="FILE"
+    )
+    vocab_size: int | None = flag(None, "number of ids of a NullTokenizer, which adds one for end-of-document")
     num_workers: int = flag(0, "data loader processes; 0 reads in the training process")
 
     def __post_init__(self):
@@ -106,12 +133,15 @@ class DataConfig:
         require(self.num_workers >= 0, "num_workers", self.num_workers, "must not be negative")
         unique = self.train_unique_tokens
         require(unique is None or unique > 0, "train_unique_tokens", unique, "must be positive")
-        require(
-            (self.vocab_size is not None) == (self.tokenizer_type == "NullTokenizer"),
-            "vocab_size",
-            self.vocab_size,
-            f"belongs to --tokenizer-type NullTokenizer, and --tokenizer-type is {self.tokenizer_type}",
-        )
+        for item in self.valid_data_path:
+            well_formed = re.fullmatch(r"[\w-]+=.+|[^=]+", item) is not None
+            require(well_formed, "valid_data_path", item, "is neither PREFIX nor NAME=PREFIX with a word as NAME")
+        kind, size, model = self.tokenizer_type, self.vocab_size, self.tokenizer_model
+        require(size is not None or kind != "NullTokenizer", "tokenizer_type", kind, "needs --vocab-size; give it")
+        wrong = f"and --tokenizer-type is {kind}; change one"
+        require(size is None or kind == "NullTokenizer", "vocab_size", size, f"belongs to NullTokenizer, {wrong}")
+        require(size is None or size >= 1, "vocab_size", size, "must be at least 1")
+        require(model is None or kind == "HFTokenizer", "tokenizer_model", model, f"belongs to HFTokenizer, {wrong}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,11 +149,17 @@ class ObjectiveConfig:
     """Objective: how inputs are corrupted in training. Nothing here acts in validation."""
 
     mask_times: str = flag(
-        "stratified", "masked diffusion: how the share of masked tokens is drawn", choices=("stratified", "iid")
+        "stratified",
+        "masked diffusion: how the time t of a sequence, its share of masked tokens, is drawn from U(0, 1)",
+        choices=("stratified", "iid"),
     )
     mask_eps: float = flag(1e-3, "masked diffusion: a token is masked with probability (1 - eps) t + eps")
-    token_dropout: float = flag(0.0, "replace this share of input tokens by [MASK], targets kept (autoregressive)")
-    token_dropout_max: float = flag(0.0, "the same with a share drawn from U(0, R) for every sequence")
+    token_dropout: float = flag(
+        0.0, "autoregressive: replace this share of input tokens by [MASK] and keep the targets"
+    )
+    token_dropout_max: float = flag(
+        0.0, "autoregressive: the same with a share drawn from U(0, R) for every sequence", metavar="R"
+    )
 
     def __post_init__(self):
         require(0 < self.mask_eps < 1, "mask_eps", self.mask_eps, "lies in (0, 1)")
@@ -133,7 +169,7 @@ class ObjectiveConfig:
             not (self.token_dropout and self.token_dropout_max),
             "token_dropout",
             self.token_dropout,
-            f"and --token-dropout-max {self.token_dropout_max} exclude each other; give one",
+            f"excludes --token-dropout-max {self.token_dropout_max}; give one of them",
         )
 
 
@@ -143,7 +179,11 @@ class OptimizerConfig:
 
     lr: float = flag(2e-4, "peak learning rate")
     min_lr: float | None = flag(None, "final learning rate; default a tenth of the peak")
-    lr_decay_style: str = flag("cosine", "shape after the warm-up", choices=("cosine", "linear", "constant", "WSD"))
+    lr_decay_style: str = flag(
+        "cosine",
+        "shape of the learning rate after the warm-up; WSD stays at the peak and decays at the end",
+        choices=("cosine", "linear", "constant", "WSD"),
+    )
     lr_warmup_samples: int | None = flag(None, "samples of linear warm-up; default 1% of the budget")
     lr_decay_samples: int | None = flag(None, "samples until the final rate; default the whole budget")
     lr_wsd_decay_samples: int | None = flag(None, "samples of the final decay of WSD; default 10% of the budget")
@@ -151,15 +191,26 @@ class OptimizerConfig:
     adam_beta1: float = flag(0.9, "decay of the first moment")
     adam_beta2: float = flag(0.95, "decay of the second moment")
     adam_eps: float = flag(1e-8, "epsilon of AdamW")
-    clip_grad: float = flag(1.0, "largest global gradient norm; 0 does not clip")
+    clip_grad: float = flag(1.0, "scale gradients down to this global norm; 0 does not clip")
 
     def __post_init__(self):
         require(self.lr > 0, "lr", self.lr, "must be positive")
         require(
             self.min_lr is None or 0 <= self.min_lr <= self.lr, "min_lr", self.min_lr, f"lies in [0, --lr {self.lr}]"
         )
-        require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "must not be negative")
-        require(self.clip_grad >= 0, "clip_grad", self.clip_grad, "must not be negative")
+        for name in ("weight_decay", "clip_grad"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
+        for name in ("adam_beta1", "adam_beta2"):
+            require(0 <= getattr(self, name) < 1, name, getattr(self, name), "lies in [0, 1)")
+        require(self.adam_eps > 0, "adam_eps", self.adam_eps, "must be positive")
+        warmup = self.lr_warmup_samples
+        require(warmup is None or warmup >= 0, "lr_warmup_samples", warmup, "must not be negative")
+        for name in ("lr_decay_samples", "lr_wsd_decay_samples"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, name, value, "must be at least 1; leave it out for the default")
+        for name in ("min_lr", "lr_decay_samples"):
+            idle = getattr(self, name) is not None and self.lr_decay_style == "constant"
+            require(not idle, name, getattr(self, name), "does nothing with --lr-decay-style constant; drop one")
         wsd = self.lr_wsd_decay_samples
         require(wsd is None or self.lr_decay_style == "WSD", "lr_wsd_decay_samples", wsd, "needs --lr-decay-style WSD")
 
@@ -172,37 +223,41 @@ class OptimizerConfig:
 class TrainingConfig:
     """Training: budget, batch, precision, and when to leave."""
 
-    train_epochs: float | None = flag(None, "budget in epochs of the unique tokens")
+    train_epochs: float | None = flag(
+        None, "budget in epochs of the unique tokens; the budget is given by exactly one --train-X"
+    )
     train_samples: int | None = flag(None, "budget in samples")
-    train_iters: int | None = flag(None, "budget in steps")
+    train_iters: int | None = flag(None, "budget in steps of --global-batch-size samples")
     train_flops: float | None = flag(None, "budget in FLOPs, 6ND with the embedding counted once")
     micro_batch_size: int = flag(8, "samples one process computes at a time")
     global_batch_size: int = flag(256, "samples of one optimizer step over all processes")
     seed: int = flag(1234, "seed of weights, order and training noise")
-    bf16: bool = flag(False, "compute in bfloat16 over fp32 master weights; the default where the device has it")
-    fp32: bool = flag(False, "compute in fp32")
-    compile: bool | None = flag(None, "compile the blocks; default: where the length of the run pays for it")
-    log_interval: int = flag(10, "steps between two training records")
-    exit_interval: int | None = flag(None, "save and leave after a step divisible by N")
+    bf16: bool | None = flag(None, "compute in bfloat16 over fp32 master weights; default where the device has it")
+    fp32: bool | None = flag(None, "compute in fp32; default where the device has no bfloat16")
+    compile: bool | None = flag(None, "compile the blocks; default where the length of the run pays for it")
+    log_interval: int = flag(10, "steps between two training records in metrics.jsonl")
+    exit_interval: int | None = flag(None, "save and leave after a step divisible by N", metavar="N")
     exit_duration_in_mins: float | None = flag(None, "save and leave after so many minutes")
-    kill_switch_file: str | None = flag(None, "save and leave when this file appears")
+    kill_switch_file: str | None = flag(None, "save and leave when this file appears", metavar="FILE")
     dry_run: bool = flag(False, "print the resolved run as JSON and leave")
 
     def __post_init__(self):
         for name in ("micro_batch_size", "global_batch_size", "log_interval"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
-        for name in ("train_epochs", "train_samples", "train_iters", "train_flops", "exit_interval"):
+        positive = ("train_epochs", "train_samples", "train_iters", "train_flops")
+        for name in (*positive, "exit_interval", "exit_duration_in_mins"):
             value = getattr(self, name)
             require(value is None or value > 0, name, value, "must be positive")
-        require(not (self.bf16 and self.fp32), "bf16", "", "and --fp32 exclude each other; give one")
+        clash = None not in (self.bf16, self.fp32) and self.bf16 == self.fp32
+        require(not clash, "bf16", self.bf16, f"excludes {typed('fp32', self.fp32)}; give one of them")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ValidationConfig:
     """Validation: the same windows with the same noise at every evaluation."""
 
-    eval_interval: int | None = flag(None, "steps between two evaluations; default 20 evaluations a run")
-    eval_samples: int | None = flag(None, "windows of each set; default all of them")
+    eval_interval: int | None = flag(None, "steps between two evaluations; default a twentieth of the run")
+    eval_samples: int | None = flag(None, "windows read of each set, spread evenly over it; default all of them")
     eval_batch_size: int | None = flag(None, "windows one process evaluates at a time; default --micro-batch-size")
     eval_seed: int = flag(1, "seed of the evaluation noise")
     eval_alignment: str = flag(
@@ -212,7 +267,7 @@ class ValidationConfig:
         choices=("common", "published"),
     )
     num_mc: int = flag(4, "independent noise replicates of a masked-diffusion evaluation")
-    skip_train: bool = flag(False, "evaluate the loaded checkpoint and leave")
+    skip_train: bool = flag(False, "evaluate the newest checkpoint of --load or --save and leave")
 
     def __post_init__(self):
         require(self.num_mc >= 1, "num_mc", self.num_mc, "must be at least 1")
@@ -225,10 +280,16 @@ class ValidationConfig:
 class CheckpointConfig:
     """Checkpoints: one run, one folder; the same command resumes."""
 
-    save: str | None = flag(None, "run folder: configuration, records, checkpoints", metavar="DIR")
-    load: str | None = flag(None, "run folder to branch from; the same folder as --save resumes it", metavar="DIR")
+    save: str | None = flag(None, "run folder, made or resumed: configuration, records, checkpoints", metavar="DIR")
+    load: str | None = flag(
+        None,
+        "run folder whose newest checkpoint to branch from, into --save, or to evaluate with --skip-train",
+        metavar="DIR",
+    )
     save_interval: int | None = flag(None, "steps between two checkpoints; default --eval-interval")
-    keep_every_epochs: float | None = flag(None, "also keep the first checkpoint of every n-th epoch")
+    keep_every_epochs: float | None = flag(
+        None, "keep the first checkpoint of every N-th epoch too, beside the newest two and the best", metavar="N"
+    )
 
     def __post_init__(self):
         for name in ("save_interval", "keep_every_epochs"):
@@ -236,15 +297,17 @@ class CheckpointConfig:
             require(value is None or value > 0, name, value, "must be positive")
 
 
-SECTIONS = {
-    "model": ModelConfig,
-    "data": DataConfig,
-    "objective": ObjectiveConfig,
-    "optimizer": OptimizerConfig,
-    "training": TrainingConfig,
-    "validation": ValidationConfig,
-    "checkpoint": CheckpointConfig,
-}
+SECTIONS = one_namespace(
+    {
+        "model": ModelConfig,
+        "data": DataConfig,
+        "objective": ObjectiveConfig,
+        "optimizer": OptimizerConfig,
+        "training": TrainingConfig,
+        "validation": ValidationConfig,
+        "checkpoint": CheckpointConfig,
+    }
+)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ PREFIX.json  what wrote them: tokenizer, corpus hash (ours; optional)
 import json
 import os
 import struct
+from array import array
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +44,8 @@ class IndexedDataset:
         _, version, code, count, boundaries = HEADER.unpack(header)
         if version != 1 or code not in DTYPES:
             raise ConfigurationError(
-                f"{index}: has version {version} and dtype code {code}; this reads version 1 and integers, codes 1 to 5 and 8"
+                f"{index}: has version {version} and dtype code {code}; only version 1 and integers (1 to 5 and 8) "
+                "are read; write it anew"
             )
         expected = HEADER.size + 12 * count + 8 * boundaries
         size = index.stat().st_size
@@ -55,13 +57,13 @@ class IndexedDataset:
         # documents follow one another without gaps, so the last one ends the file: opening costs the same at any size
         offsets = np.frombuffer(mapped, np.int64, count, HEADER.size + 4 * count)
         end = int(offsets[-1]) + int(self.sizes[-1]) * self.dtype.itemsize if count else 0
-        if end == 0:
+        if end <= 0:
             raise ConfigurationError(f"{index}: holds no tokens; give other text to tools/preprocess_data.py")
         if data.stat().st_size < end:
             raise ConfigurationError(
                 f"{data}: has {data.stat().st_size} bytes and its index points to {end}; it was cut, write it anew"
             )
-        self._prefix, self._vocabulary_size = prefix, vocabulary_size
+        self.prefix, self._vocabulary_size = str(prefix), vocabulary_size
         self._offsets, self.total_tokens = offsets, end // self.dtype.itemsize
         self._tokens = np.memmap(data, mode="r", dtype=self.dtype, shape=(self.total_tokens,))
 
@@ -86,8 +88,9 @@ class IndexedDataset:
             worst = int(ids.max() if ids.min() >= 0 else ids.min())
             if not 0 <= worst < self._vocabulary_size:
                 raise ConfigurationError(
-                    f"{self._prefix}.bin: holds the token id {worst}, and the tokenizer has ids 0 to {self._vocabulary_size - 1}; "
-                    "give the tokenizer that made the data (--tokenizer-type, --tokenizer-model, --vocab-size)"
+                    f"{self.prefix}.bin: holds the token id {worst}, and the tokenizer has ids 0 to "
+                    f"{self._vocabulary_size - 1}; give the tokenizer that made the data "
+                    "(--tokenizer-type, --tokenizer-model, --vocab-size)"
                 )
         return ids
 
@@ -96,9 +99,9 @@ class IndexedDatasetWriter:
     """Writes a data set aside and renames it when it is complete. Use as a context manager."""
 
     def __init__(self, prefix: str, vocabulary_size: int):
-        self._prefix = Path(prefix)
+        self._prefix, self._vocabulary_size = Path(prefix), vocabulary_size
         self._dtype = np.dtype(np.uint16 if vocabulary_size < 65500 else np.int32)
-        self._sizes: list[int] = []
+        self._sizes = array("i")
 
     def __enter__(self):
         self._prefix.parent.mkdir(parents=True, exist_ok=True)
@@ -106,15 +109,23 @@ class IndexedDatasetWriter:
         return self
 
     def add_document(self, ids) -> None:
-        ids = np.asarray(ids, dtype=self._dtype)
-        self._data.write(ids.tobytes())
+        ids = np.asarray(ids, np.int64)
+        # a cast would wrap them round in silence
+        assert not len(ids) or 0 <= ids.min() and ids.max() < self._vocabulary_size, "ids outside the vocabulary"
+        self._data.write(ids.astype(self._dtype).tobytes())
         self._sizes.append(len(ids))
 
     def __exit__(self, kind, error, trace):
-        self._data.close()
-        if kind is not None:
-            os.unlink(self._data.name)
-            return
+        try:
+            self._data.close()
+            if kind is None:
+                self._write_index()
+                self._publish()
+        finally:
+            for suffix in (".bin", ".idx"):
+                Path(f"{self._prefix}{suffix}.partial").unlink(missing_ok=True)
+
+    def _write_index(self) -> None:
         sizes = np.array(self._sizes, np.int32)
         offsets = np.zeros(len(sizes), np.int64)
         np.cumsum(sizes[:-1].astype(np.int64) * self._dtype.itemsize, out=offsets[1:])
@@ -122,6 +133,10 @@ class IndexedDatasetWriter:
             index.write(HEADER.pack(MAGIC, 1, CODES[self._dtype], len(sizes), len(sizes) + 1))
             for part in (sizes, offsets, np.arange(len(sizes) + 1, dtype=np.int64)):
                 index.write(part.tobytes())
+
+    def _publish(self) -> None:
+        # an index beside other tokens than its own would be read without complaint, so the old one goes first
+        Path(f"{self._prefix}.idx").unlink(missing_ok=True)
         for suffix in (".bin", ".idx"):
             os.replace(f"{self._prefix}{suffix}.partial", f"{self._prefix}{suffix}")
 
@@ -130,8 +145,13 @@ def read_metadata(prefix: str) -> dict:
     """Return what PREFIX.json says of the data, {} for data that another system wrote."""
     path = Path(f"{prefix}.json")
     try:
-        return json.loads(path.read_text()) if path.exists() else {}
+        found = json.loads(path.read_bytes()) if path.exists() else {}
     except ValueError as error:
         raise ConfigurationError(
             f"{path}: is not JSON ({error}); write the data anew, or remove it to give the tokenizer by flags"
         ) from None
+    if not isinstance(found, dict):
+        raise ConfigurationError(
+            f"{path}: is not a JSON object; write the data anew, or remove it to give the tokenizer by flags"
+        )
+    return found

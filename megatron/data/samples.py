@@ -19,6 +19,11 @@ class _Documents:
     def __init__(self, dataset: IndexedDataset, total: int):
         self.total = total
         ends = np.cumsum(dataset.sizes, dtype=np.int64)
+        if dataset.sizes.min() < 0 or ends[-1] != dataset.total_tokens:
+            raise ConfigurationError(
+                f"{dataset.prefix}.idx: the sizes of its documents do not add up to its {dataset.total_tokens} tokens; "
+                "it is damaged, write it anew"
+            )
         self.documents = int(np.searchsorted(ends, self.total)) + 1
         self.sizes = dataset.sizes[: self.documents].astype(np.int64)
         self.sizes[-1] -= ends[self.documents - 1] - self.total
@@ -54,10 +59,11 @@ class TrainSamples:
     ):
         if unique_tokens is not None and unique_tokens > dataset.total_tokens:
             raise ConfigurationError(
-                f"--train-unique-tokens {unique_tokens}: the data holds {dataset.total_tokens}; ask for fewer or add text"
+                f"--train-unique-tokens {unique_tokens}: {dataset.prefix}.bin holds {dataset.total_tokens}; "
+                "ask for fewer or add text"
             )
         self.unique_tokens, self.seq_length, self._seed = unique_tokens or dataset.total_tokens, seq_length, seed
-        _check_length(self.unique_tokens, seq_length)
+        _check_length(dataset, self.unique_tokens, seq_length)
         self._dataset = dataset
         if epoch_order == "documents":
             self._source = _Documents(dataset, self.unique_tokens)
@@ -87,7 +93,8 @@ class TrainSamples:
     def _windows(self, position: int) -> np.ndarray:
         """Cuts of the file as a ring, at an offset redrawn every epoch, in a keyed order: no start-up cost.
 
-        Where the length does not divide the unique tokens, an epoch leaves out less than one window, elsewhere each time.
+        Where the length does not divide the unique tokens, an epoch leaves out less than one window, elsewhere
+        each time.
         """
         count = self.unique_tokens // self.seq_length
         epoch, turn = divmod(position, count)
@@ -108,7 +115,7 @@ class ValidationWindows:
     """
 
     def __init__(self, dataset: IndexedDataset, seq_length: int, limit: int | None = None):
-        _check_length(dataset.total_tokens, seq_length)
+        _check_length(dataset, dataset.total_tokens, seq_length)
         self._source = _Documents(dataset, dataset.total_tokens)
         available = (self._source.total - 1) // seq_length
         self.seq_length, self._available, self._length = seq_length, available, min(limit or available, available)
@@ -121,10 +128,11 @@ class ValidationWindows:
         return self._source.gather(range(self._source.documents), self._source.ends, start, self.seq_length + 1)
 
 
-def _check_length(tokens: int, seq_length: int) -> None:
+def _check_length(dataset: IndexedDataset, tokens: int, seq_length: int) -> None:
     if tokens < seq_length + 1:
+        source = f"{dataset.prefix}.bin holds" if tokens == dataset.total_tokens else "--train-unique-tokens leaves"
         raise ConfigurationError(
-            f"--seq-length {seq_length}: one sample needs {seq_length + 1} tokens and the data holds {tokens}; "
+            f"--seq-length {seq_length}: one sample needs {seq_length + 1} tokens and {source} {tokens}; "
             "shorten it or add text"
         )
 

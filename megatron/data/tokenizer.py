@@ -1,5 +1,6 @@
 """Tokenizers under Megatron's names. Special ids never come out of text."""
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ import numpy as np
 from megatron.errors import ConfigurationError
 
 END = "<|endoftext|>"
+SMALLEST_TRAINED = 257  # a byte each, and END
 
 
 class HFTokenizer:
@@ -22,24 +24,45 @@ class HFTokenizer:
         try:
             self._library = Library.from_file(str(path))
         except Exception as error:  # the library raises bare Exception
-            raise ConfigurationError(f"--tokenizer-model {path}: is not a tokenizer.json ({error})") from error
+            raise ConfigurationError(
+                f"--tokenizer-model {path}: is not a tokenizer.json ({error}); give the one that made the data"
+            ) from None
         self._library.encode_special_tokens = True  # literal special text stays text
-        self.vocabulary_size, self.eod = self._library.get_vocab_size(), self._library.token_to_id(END)
-        if self.eod is None:
-            raise ConfigurationError(f"--tokenizer-model {path}: has no {END} token; add one to end documents with")
+        # a file may ask for either, and a document is neither cut nor filled up
+        self._library.no_truncation()
+        self._library.no_padding()
+        self.vocabulary_size = max(self._library.get_vocab().values(), default=-1) + 1  # ids may have gaps
+        self.eod = self._library.token_to_id(END)
+        if self.eod is None or self.eod in self.encode(END):
+            fault = f"has no {END} token" if self.eod is None else f"reads the text {END} as the end of a document"
+            raise ConfigurationError(
+                f'--tokenizer-model {path}: {fault}; give it one, as an added token with "special": true'
+            )
 
     def encode(self, text: str) -> list[int]:
         return self._library.encode(text, add_special_tokens=False).ids
 
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of each text, worked out on all cores."""
+        return [found.ids for found in self._library.encode_batch_fast(texts, add_special_tokens=False)]
+
     def decode(self, ids) -> str:
         return self._library.decode(list(ids), skip_special_tokens=False)
 
-    def token_bytes(self) -> np.ndarray:
-        """Return the bytes of text each id stands for, int64 [V]; byte-level BPE spells a byte as one character."""
+    def token_bytes(self) -> np.ndarray | None:
+        """Return the bytes of text each id stands for, int64 [V]; None where the ids do not spell bytes.
+
+        Byte-level BPE spells a byte as one character; tokens added to it are spelled as they are.
+        """
+        from tokenizers import decoders
+
+        if not isinstance(self._library.decoder, decoders.ByteLevel):
+            return None
         lengths = np.zeros(self.vocabulary_size, np.int64)
-        for token, index in self._library.get_vocab().items():
+        for token, index in self._library.get_vocab(with_added_tokens=False).items():
             lengths[index] = len(token)
-        lengths[self.eod] = 0
+        for index, added in self._library.get_added_tokens_decoder().items():
+            lengths[index] = 0 if added.special else len(added.content.encode())
         return lengths
 
 
@@ -50,6 +73,9 @@ class ByteTokenizer:
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [self.encode(text) for text in texts]
 
     def decode(self, ids) -> str:
         return bytes(index for index in ids if index < 256).decode(errors="replace")
@@ -65,13 +91,24 @@ class NullTokenizer:
         self.vocabulary_size, self.eod = vocab_size + 1, vocab_size
 
     def encode(self, text: str) -> list[int]:
-        return [int(word) for word in text.split()]
+        return [self._id(word) for word in text.split()]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [self.encode(text) for text in texts]
 
     def decode(self, ids) -> str:
         return " ".join(map(str, ids))
 
     def token_bytes(self) -> None:
         return None
+
+    def _id(self, word: str) -> int:
+        if not (word.isascii() and word.isdigit() and len(word) < 20 and int(word) < self.eod):
+            raise ConfigurationError(
+                f"--tokenizer-type NullTokenizer: the text holds {word[:40]!r}, and ids are whole numbers from 0 to "
+                f"{self.eod - 1}; mend the text or raise --vocab-size"
+            )
+        return int(word)
 
 
 Tokenizer = HFTokenizer | ByteTokenizer | NullTokenizer
@@ -86,7 +123,7 @@ def build_tokenizer(
     return NullTokenizer(vocab_size) if tokenizer_type == "NullTokenizer" else HFTokenizer(tokenizer_model)
 
 
-def train_tokenizer(texts, vocabulary_size: int, path: str) -> None:
+def train_tokenizer(texts: Iterable[str], vocabulary_size: int, path: str) -> None:
     """Train a byte-level BPE of exactly `vocabulary_size` ids on `texts` and write it to `path`."""
     from tokenizers import Tokenizer as Library
     from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -104,7 +141,6 @@ def train_tokenizer(texts, vocabulary_size: int, path: str) -> None:
     if library.get_vocab_size() != vocabulary_size:
         raise ConfigurationError(
             f"--train-tokenizer {vocabulary_size}: this text gives {library.get_vocab_size()} ids; "
-            "ask for that many (at least 257), or add text"
+            f"ask for that many (at least {SMALLEST_TRAINED}), or add text"
         )
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    library.save(str(path))
+    Path(path).write_text(library.to_str(pretty=True), encoding="utf-8")

@@ -1,138 +1,14 @@
-"""Compare runs: one page, one table, and what the numbers can and cannot say.
-
-Best points are chosen on the tuning set and reported on the validation set. Two models are compared paired by
-document: the ratio estimator sum(n1 - n2) / sum(tokens) with documents as clusters, the Monte-Carlo error of
-masked diffusion added in quadrature.
-"""
+"""One page that compares runs: a table, paired differences, plots, and what they can and cannot say."""
 
 import base64
 import html
-import json
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from megatron.errors import ConfigurationError
+from megatron.scaling.runs import Difference, Run, best_point, check_comparable, curve, paired_difference
 
-# what must agree before two losses stand in one table
-SAME = {"corpus_hash": "corpus", "vocabulary_size": "vocabulary", "unique_tokens": "unique tokens"}
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito's palette
-REGULARISERS = {
-    "token_dropout": "token dropout {}",
-    "token_dropout_max": "token dropout U(0, {})",
-    "mlp_dropout": "MLP dropout {}",
-    "attention_dropout": "attention dropout {}",
-    "hidden_dropout": "hidden dropout {}",
-    "embedding_dropout": "embedding dropout {}",
-}
-
-
-@dataclass(frozen=True)
-class Run:
-    """One run's folder, read."""
-
-    name: str
-    folder: Path
-    config: dict
-    train: list[dict]
-    valid: dict[str, list[dict]]  # by set
-
-    @property
-    def is_bound(self) -> bool:
-        return self.config["objective_name"] != "ar"
-
-    def regularisers(self) -> str:
-        settings = self.config["model"] | self.config["objective"]
-        said = [text.format(settings[name]) for name, text in REGULARISERS.items() if settings[name]]
-        return ", ".join([*said, f"weight decay {self.config['optimizer']['weight_decay']}"])
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Nats per token by which one evaluation exceeds another, paired by document."""
-
-    nats: float
-    se: float
-
-    @property
-    def ratio(self) -> float:
-        return self.nats / self.se if self.se else float("inf")
-
-
-def load_run(folder: str | Path) -> Run:
-    """Read a run's folder; raise ConfigurationError where it holds no validation."""
-    folder = Path(folder)
-    if not (folder / "config.json").exists():
-        raise ConfigurationError(f"{folder}: holds no run (no config.json); give a folder that --save wrote")
-    config = json.loads((folder / "config.json").read_text())
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    valid = {}
-    for record in records:
-        if record["kind"] == "valid":
-            valid.setdefault(record["set"], []).append(record)
-    if not valid:
-        raise ConfigurationError(f"{folder}: holds no validation record; train with --valid-data-path")
-    return Run(folder.name, folder, config, [r for r in records if r["kind"] == "train"], valid)
-
-
-def curve(run: Run, name: str) -> list[dict]:
-    if name not in run.valid:
-        raise ConfigurationError(f"{run.folder}: has no validation set {name}; it has {', '.join(run.valid)}")
-    return run.valid[name]
-
-
-def best_point(run: Run, tuning: str, reported: str) -> dict:
-    """Return the record on `reported` at the step where `tuning` is lowest."""
-    step = min(curve(run, tuning), key=lambda record: record["loss"])["iteration"]
-    return next(record for record in curve(run, reported) if record["iteration"] == step)
-
-
-def paired_difference(first: tuple[Run, dict], second: tuple[Run, dict]) -> Difference:
-    """Return how much worse the first evaluation is than the second; each is (run, valid record)."""
-    one, two = (_documents(*point) for point in (first, second))
-    if not np.array_equal(one["tokens"], two["tokens"]):
-        raise ConfigurationError(
-            f"{first[0].folder} and {second[0].folder}: scored different tokens and cannot be paired"
-        )
-    tokens = one["tokens"].sum()
-    nats = [np.atleast_2d(part["nats"]) for part in (one, two)]
-    difference = nats[0].mean(0) - nats[1].mean(0)
-    mean = difference.sum() / tokens
-    seen = one["tokens"] > 0
-    clusters = int(seen.sum())
-    residual = (difference - mean * one["tokens"])[seen]
-    variance = clusters / max(1, clusters - 1) * (residual**2).sum() / tokens**2
-    # two evaluations of one run share their noise, replicate by replicate; those of two objectives do not
-    if len(nats[0]) == len(nats[1]) > 1:
-        spread = [(nats[0] - nats[1]).sum(1) / tokens]
-    else:
-        spread = [part.sum(1) / tokens for part in nats if len(part) > 1]
-    variance += sum(part.var(ddof=1) / len(part) for part in spread)
-    return Difference(float(mean), float(np.sqrt(variance)))
-
-
-def _documents(run: Run, record: dict):
-    path = run.folder / "validation" / record["set"] / f"{record['iteration']}.npz"
-    if not path.exists():
-        raise ConfigurationError(f"{path}: is missing; a paired comparison needs it")
-    return np.load(path)
-
-
-def check_comparable(runs: list[Run]) -> None:
-    """Refuse one table for runs on different text, vocabulary, unique tokens or alignment."""
-    first = runs[0]
-    for run in runs[1:]:
-        for key, what in SAME.items():
-            if run.config[key] != first.config[key]:
-                raise ConfigurationError(
-                    f"{first.folder} and {run.folder}: differ in {what} ({first.config[key]} and {run.config[key]}); report them apart"
-                )
-        alignments = {r["alignment"] for member in (first, run) for records in member.valid.values() for r in records}
-        if len(alignments) > 1:
-            raise ConfigurationError(
-                f"{first.folder} and {run.folder}: differ in --eval-alignment {sorted(alignments)}; report them apart"
-            )
 
 
 def summarise(run: Run, tuning: str, validation: str) -> dict:
@@ -154,13 +30,19 @@ def sentences(rows: list[dict], comparisons: list[tuple[str, str, Difference]], 
     """Return what the numbers say, and what they cannot say."""
     said = []
     for row in rows:
-        if row["gap"].nats > 0.05 and row["gap"].ratio > 5:
+        name, best, gap = row["name"], row["best"], row["gap"]
+        if row["last"]["iteration"] == best["iteration"]:
+            said.append(f"{name} is still improving at the end of its budget: more epochs might lower it.")
+        elif gap.nats > 0.05 and gap.ratio > 5:
             said.append(
-                f"{row['name']} overfits: by its last step its loss is {row['gap'].nats:.2f} nats above its best, "
-                f"which it reached at epoch {row['best']['epoch']:.1f} ({row['gap'].ratio:.0f} paired standard errors)."
+                f"{name} overfits: its last loss is {gap.nats:.2f} nats ({gap.ratio:.0f} paired standard errors) above "
+                f"its best, which it reached at epoch {best['epoch']:.1f}."
             )
-        elif row["last"]["iteration"] == row["best"]["iteration"]:
-            said.append(f"{row['name']} is still improving at the end of its budget: more epochs might lower it.")
+        else:
+            said.append(
+                f"{name} was best at epoch {best['epoch']:.1f}; its last loss is {gap.nats:+.3f} ± {gap.se:.3f} nats "
+                "from that."
+            )
     lowest = min(rows, key=lambda row: row["best"]["loss"])
     said.append(f"At their best points, chosen on the tuning set, the lowest validation loss is {lowest['name']}'s.")
     for first, second, difference in comparisons:
@@ -169,14 +51,36 @@ def sentences(rows: list[dict], comparisons: list[tuple[str, str, Difference]], 
         said.append(
             f"{worse} is {abs(difference.nats):.3f} ± {difference.se:.3f} nats per token above {better}{clear}."
         )
+    return said
+
+
+def caveats(rows: list[dict], runs: list[Run]) -> list[str]:
+    """Return what must be known before the numbers are believed."""
+    said = []
     if any(row["bound"] for row in rows):
         said.append(
             "MDM losses are upper bounds of the negative log-likelihood: the model may be better than its figure."
         )
+    if any(row["last"]["iteration"] != row["best"]["iteration"] for row in rows):
+        said.append(
+            "A best point inside a run has a learning rate that had not yet decayed; a run whose budget ends there "
+            "reaches a lower loss."
+        )
+    spent = [row["last"]["flops"] for row in rows]
+    if max(spent) > 1.01 * min(spent):
+        listed = ", ".join(f"{row['name']} {row['last']['flops']:.1e}" for row in rows)
+        said.append(f"The runs did not spend the same compute (FLOPs: {listed}).")
+    for name, shared in (runs[0].config["shared_13grams"] or {}).items():
+        said.append(
+            f"{shared['ngrams']:.1%} of the runs of 13 words of the {name} set, in {shared['documents']:.0%} of its "
+            "documents, stand in the training split too."
+        )
     source = "source code, not prose" if runs[0].config["corpus_source"] == "python-stdlib" else "one corpus"
+    seeds = {run.config["training"]["seed"] for run in runs}
+    drawn = "One seed" if len(seeds) == 1 else f"{len(seeds)} seeds"
     said.append(
-        f"This is one seed, one model size, one set of unique tokens and {source}; the errors cover the choice of "
-        "documents and the evaluation noise, not another seed, size or tuning."
+        f"{drawn}, one model size, one set of unique tokens, {source}: the errors cover the choice of documents and "
+        "the evaluation noise, not another seed, size or tuning."
     )
     return said
 
@@ -194,12 +98,12 @@ def write_report(runs: list[Run], output: Path, tuning: str = "tuning", validati
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
     plots = draw(runs, rows, output, validation)
-    said = sentences(rows, comparisons, runs)
-    page = render(runs, rows, comparisons, said, plots)
+    said, warned = sentences(rows, comparisons, runs), caveats(rows, runs)
+    page = render(runs, rows, comparisons, said, warned, plots)
     aside = output / "report.html.partial"
     aside.write_text(page, encoding="utf-8")
     aside.replace(output / "report.html")
-    return text_table(rows) + "\n\n" + "\n".join(said)
+    return "\n".join([text_table(rows), "", *said, "", *warned])
 
 
 HEADINGS = (
@@ -207,25 +111,31 @@ HEADINGS = (
     "objective",
     "regularisers",
     "best epoch",
+    "FLOPs there",
     "validation loss",
     "bits/byte",
     "perplexity",
     "last loss",
-    "last - best",
+    "last − best",
 )
 
 
 def cells(row: dict) -> list[str]:
     best, sign = row["best"], "≤ " if row["bound"] else ""
-    errors = (f"± {best['data_se']:.3f}" if best["data_se"] else "") + (
-        f" (mc {best['mc_se']:.3f})" if best["mc_se"] else ""
-    )
-    bits = f"{sign}{best['bits_per_byte']:.3f}" if best["bits_per_byte"] else "-"
+    errors = f"± {best['data_se']:.3f}" if best["data_se"] else ""
+    errors += f" (mc {best['mc_se']:.3f})" if best["mc_se"] else ""
     return [
-        row["name"], row["objective"], row["regularisers"], f"{best['epoch']:.1f}", f"{sign}{best['loss']:.3f} {errors}",
-        bits, f"{sign}{np.exp(best['loss']):.1f}", f"{sign}{row['last']['loss']:.3f}",
+        row["name"],
+        row["objective"],
+        row["regularisers"],
+        f"{best['epoch']:.1f}",
+        f"{best['flops']:.1e}",
+        f"{sign}{best['loss']:.3f} {errors}",
+        f"{sign}{best['bits_per_byte']:.3f}" if best["bits_per_byte"] else "-",
+        f"{sign}{np.exp(best['loss']):.1f}",
+        f"{sign}{row['last']['loss']:.3f}",
         f"{row['gap'].nats:+.3f} ± {row['gap'].se:.3f}",
-    ]  # fmt: skip
+    ]
 
 
 def text_table(rows: list[dict]) -> str:
@@ -299,9 +209,12 @@ def _smooth(train: list[dict], points: int = 60) -> tuple[np.ndarray, np.ndarray
 
 
 STYLE = """
-body{font:16px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#222}
-table{border-collapse:collapse;margin:1rem 0;font-size:.85rem}td,th{padding:.3rem .6rem;border-bottom:1px solid #ddd;text-align:left}
-img{max-width:100%}code{background:#f4f4f4;padding:0 .2rem}.scroll{overflow-x:auto}small{color:#555}
+body{font:16px/1.5 system-ui,sans-serif;max-width:68rem;margin:2rem auto;padding:0 1rem;color:#222}
+table{border-collapse:collapse;margin:1rem 0;font-size:.85rem}
+td,th{padding:.3rem .6rem;border-bottom:1px solid #ddd;text-align:left;white-space:nowrap}
+td:nth-child(3){white-space:normal}code{background:#f4f4f4;padding:0 .2rem;overflow-wrap:anywhere}
+.plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(26rem,1fr));gap:1rem}
+img{width:100%}.scroll{overflow-x:auto}small{color:#555}dt{font-weight:bold}dd{margin:0 0 .5rem}
 """
 
 
@@ -309,38 +222,42 @@ def _inline(path: Path) -> str:
     return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
 
 
-def render(runs, rows, comparisons, said, plots) -> str:
+def render(runs, rows, comparisons, said, warned, plots) -> str:
     """Return the page; nothing in it comes from elsewhere."""
     config, escape = runs[0].config, html.escape
-    head = "".join(f"<th>{escape(name)}</th>" for name in HEADINGS)
-    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells(row)) + "</tr>" for row in rows)
-    pairs = "".join(
-        f"<tr><td>{escape(a)} − {escape(b)}</td><td>{d.nats:+.4f}</td><td>{d.se:.4f}</td><td>{d.ratio:+.1f}</td></tr>"
-        for a, b, d in comparisons
-    )
-    pictures = "".join(
-        f'<figure><img alt="{escape(title)}" src="{_inline(path)}"></figure>' for title, path in plots.items()
-    )
-    last = curve(runs[0], next(iter(runs[0].valid)))[-1]
-    corpus = (
-        "the source code of Python's standard library"
-        if config["corpus_source"] == "python-stdlib"
-        else config["corpus_source"]
-    )
+
+    def items(lines: list[str]) -> str:
+        return "<ul>" + "".join(f"<li>{escape(line)}</li>" for line in lines) + "</ul>"
+
+    def table(headings, lines) -> str:
+        head = "".join(f"<th>{escape(name)}</th>" for name in headings)
+        body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in line) + "</tr>" for line in lines)
+        return f'<div class="scroll"><table><tr>{head}</tr>{body}</table></div>'
+
+    pairs = [(f"{a} − {b}", f"{d.nats:+.4f}", f"{d.se:.4f}", f"{d.ratio:+.1f}") for a, b, d in comparisons]
+    pictures = "".join(f'<img alt="{escape(title)}" src="{_inline(path)}">' for title, path in plots.items())
+    last = rows[0]["last"]
+    known = config["corpus_source"] == "python-stdlib"
+    corpus = "the source code of Python's standard library" if known else str(config["corpus_source"])
     versions = ", ".join(f"{name} {version}" for name, version in config["versions"].items())
-    details = "".join(
-        f"<li><b>{escape(run.name)}</b>: <code>{escape(run.config['command'])}</code></li>" for run in runs
-    )
-    return f"""<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>Runs compared</title><style>{STYLE}</style>
+    commands = "".join(f"<dt>{escape(run.name)}<dd><code>{escape(run.config['command'])}</code>" for run in runs)
+    return f"""<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>Runs compared</title>
+<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head><body>
 <h1>{escape(", ".join(run.name for run in runs))}</h1>
-<p>{len(runs)} runs on {config["unique_tokens"]:,} unique tokens of {escape(str(corpus))}; {config["parameters"] / 1e6:.2f}M parameters,
-{last["consumed_tokens"]:,} training tokens and {last["flops"]:.2e} FLOPs (6ND) in the first run. Validation scores the same held-out tokens with the same noise for every run.</p>
-<h2>What the numbers say</h2><ul>{"".join(f"<li>{escape(line)}</li>" for line in said)}</ul>
-<h2>Best points</h2><div class="scroll"><table><tr>{head}</tr>{body}</table></div>
-<p><small>Losses in nats per token. Best points are chosen on the tuning set and reported on the validation set. ±: standard error over
-documents; mc: standard error of the evaluation noise; ≤: upper bound.</small></p>
-<h2>Paired differences at the best points</h2><table><tr><th>pair</th><th>nats per token</th><th>standard error</th><th>ratio</th></tr>{pairs}</table>
-<h2>Plots</h2>{pictures}
-<h2>How it was made</h2><p>Corpus hash <code>{escape(str(config["corpus_hash"]))}</code>; {escape(config["precision"])} on {escape(config["device"])};
-{escape(versions)}; commit {escape(str(config["commit"]))}.</p><ul>{details}</ul></html>
+<p>{len(runs)} runs on {config["unique_tokens"]:,} unique tokens of {escape(corpus)}. {escape(runs[0].name)}:
+{config["parameters"] / 1e6:.2f}M parameters, {last["consumed_tokens"]:,} training tokens, {last["epoch"]:.1f} epochs,
+{last["flops"]:.2e} FLOPs (6ND). Every run is scored on the same held-out tokens with the same evaluation noise.</p>
+<h2>What the numbers say</h2>{items(said)}
+<h2>What they cannot say</h2>{items(warned)}
+<h2>Best points</h2>{table(HEADINGS, map(cells, rows))}
+<p><small>Losses in nats per token. Best points are chosen on the tuning set and reported on the validation set.
+±: standard error over documents; mc: standard error of the evaluation noise; ≤: upper bound; last − best: paired by
+document.</small></p>
+<h2>Paired differences at the best points</h2>
+{table(("pair", "nats per token", "standard error", "ratio"), pairs)}
+<h2>Plots</h2><div class="plots">{pictures}</div>
+<h2>How it was made</h2>
+<p>Corpus hash <code>{escape(str(config["corpus_hash"]))}</code>; {escape(config["precision"])} on
+{escape(config["device"])}; {escape(versions)}; commit {escape(str(config["commit"]))}.</p><dl>{commands}</dl>
+</body></html>
 """

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from megatron.errors import ConfigurationError
 from megatron.parallel.mesh import Processes
@@ -59,10 +59,11 @@ def save(root: Path, state: dict[str, Tensor], meta: dict, processes: Processes)
             aside.rename(target)
     except BaseException as error:
         shutil.rmtree(aside, ignore_errors=True)
-        if isinstance(error, Exception) and not isinstance(error, OSError):
-            # DCP wraps what a writer met; the user needs the cause
+        # DCP wraps what a writer met, in an exception that is no Exception; the user needs the cause
+        if isinstance(error, (Exception, CheckpointException)):
             raise OSError(
-                f"{target}: could not be written ({_cause(error)}); older checkpoints are untouched"
+                f"{target}: could not be written ({_cause(error)}); older checkpoints are untouched, "
+                "free space and start the same command again"
             ) from error
         raise
     _barrier(processes)
@@ -74,10 +75,11 @@ def load(folder: Path, state: dict[str, Tensor]) -> None:
     dcp.load(state, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=not dist.is_initialized())
 
 
-def newest(root: Path) -> tuple[Path, dict] | None:
+def newest(root: Path, mend: bool) -> tuple[Path, dict] | None:
     """Return the newest complete checkpoint below `root` with its meta.json, or None where there is none.
 
-    A damaged one is named, renamed to .damaged and passed over. One process calls this.
+    A damaged one is named and passed over; with `mend`, for a run's own folder, also renamed to .damaged. One
+    process calls this.
     """
     found = sorted((p for p in root.glob("iter_*") if p.name[5:].isdigit()), reverse=True)
     for folder in found:
@@ -85,9 +87,10 @@ def newest(root: Path) -> tuple[Path, dict] | None:
         if fault is None:
             return folder, read_json(folder / "meta.json")
         logger.warning("checkpoint %s is damaged (%s); falling back to the one before", folder, fault)
-        shutil.rmtree(folder.with_suffix(".damaged"), ignore_errors=True)
-        folder.rename(folder.with_suffix(".damaged"))
-    if found:
+        if mend:
+            shutil.rmtree(folder.with_suffix(".damaged"), ignore_errors=True)
+            folder.rename(folder.with_suffix(".damaged"))
+    if found or any(root.glob("iter_*.damaged")):  # an earlier start may have found them
         raise ConfigurationError(f"{root}: every checkpoint is damaged; restore one or start anew with another --save")
     return None
 
@@ -95,10 +98,10 @@ def newest(root: Path) -> tuple[Path, dict] | None:
 def damage(folder: Path) -> str | None:
     """Return what is wrong with a checkpoint, or None."""
     try:
-        files = read_json(folder / "meta.json")["files"]
-    except (ConfigurationError, KeyError):
+        files = [(name, *expected) for name, expected in read_json(folder / "meta.json")["files"].items()]
+    except (ConfigurationError, KeyError, TypeError, AttributeError):
         return "meta.json is missing or unreadable"
-    for name, (size, checksum) in files.items():
+    for name, size, checksum in files:
         path = folder / name
         if not path.exists():
             return f"{name} is missing"
@@ -113,8 +116,15 @@ def prune(root: Path, keep: set[str]) -> None:
     """Remove every complete checkpoint but the newest two, those in `keep` and those marked permanent."""
     folders = sorted(p for p in root.glob("iter_*") if p.name[5:].isdigit())
     for folder in folders[:-2]:
-        if folder.name not in keep and not read_json(folder / "meta.json").get("permanent"):
+        if folder.name not in keep and not _permanent(folder):
             shutil.rmtree(folder)
+
+
+def _permanent(folder: Path) -> bool:
+    try:
+        return read_json(folder / "meta.json")["permanent"]
+    except (ConfigurationError, KeyError, TypeError):
+        return True  # nothing is removed that cannot be understood
 
 
 def _fingerprint(path: Path) -> tuple[int, int]:

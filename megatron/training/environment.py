@@ -18,13 +18,16 @@ from megatron.parallel.mesh import Processes
 logger = logging.getLogger(__name__)
 
 
-def choose_precision(config: Config, device: torch.device) -> bool:
-    """Return whether to compute in bf16: as asked, else where the device has it natively."""
-    if config.training.bf16 or config.training.fp32:
-        return config.training.bf16
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+def choose_precision(config: Config, device: torch.device) -> str:
+    """Return "bf16" or "fp32", what is computed in: as asked, else bf16 where the device has it natively."""
+    training = config.training
+    if training.bf16 is not None or training.fp32 is not None:
+        native = not training.fp32 if training.bf16 is None else training.bf16
+    elif device.type == "cuda":
+        native = torch.cuda.is_bf16_supported()
+    else:
+        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bf16" if native else "fp32"
 
 
 # compiling a block costs seconds of warm-up: about a minute on CUDA, half of one on a CPU
@@ -44,7 +47,7 @@ def choose_compile(config: Config, plan: Plan, processes: Processes) -> bool:
     return wanted
 
 
-def describe(objective, config, plan, sources, vocabulary, processes, bf16, compiled, command) -> dict:
+def describe(objective, config, plan, sources, vocabulary, processes, precision, compiled, command) -> dict:
     """Return what config.json says: everything that is needed to repeat the run."""
     return {
         "objective_name": objective,
@@ -55,9 +58,11 @@ def describe(objective, config, plan, sources, vocabulary, processes, bf16, comp
         "unique_tokens": plan.unique_tokens,
         "train_samples": plan.train_samples,
         "vocabulary_size": vocabulary.size,
-        "corpus_hash": sources.corpus["hash"],
-        "corpus_source": sources.corpus["source"],
-        "precision": "bf16" if bf16 else "fp32",
+        "corpus_hash": sources.corpus_hash,
+        "corpus_source": sources.corpus_source,
+        "corpus_python_version": sources.corpus_python_version,
+        "shared_13grams": sources.shared_13grams,
+        "precision": precision,
         "compiled": compiled,
         "device": torch.cuda.get_device_name() if processes.device.type == "cuda" else platform.processor() or "cpu",
         "processes": processes.size,

@@ -13,8 +13,8 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from megatron.config.flags import HelpFormatter, Parser, add_section, build
-from megatron.config.resolve import check_processes, resolve
+from megatron.config.flags import HelpFormatter, Parser, add_section, build, spelling
+from megatron.config.resolve import BUDGETS, check_processes, resolve
 from megatron.config.sections import SECTIONS, Config, Vocabulary
 from megatron.errors import ConfigurationError
 from megatron.log import configure_logging
@@ -77,16 +77,26 @@ def parse(objective: str, arguments: list[str]) -> Config:
 
 def recorded_settings(arguments: list[str]) -> dict:
     """Return the settings of the run that --skip-train evaluates, so that they need not be given again."""
-    asked = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    asked.add_argument("--skip-train", action="store_true")
-    asked.add_argument("--save")
-    asked.add_argument("--load")
-    asked, _ = asked.parse_known_args(arguments)
+    few = Parser(add_help=False, allow_abbrev=False)
+    few.add_argument("--skip-train", action=argparse.BooleanOptionalAction)
+    few.add_argument("--save")
+    few.add_argument("--load")
+    try:
+        asked, _ = few.parse_known_args(arguments)
+    except argparse.ArgumentError:
+        return {}  # the parser of all flags says what is wrong
     path = Path(asked.load or asked.save or "") / "config.json"
     if not asked.skip_train or not path.exists():
         return {}
     recorded = read_json(path)
-    return {name: value for section in SECTIONS if section != "checkpoint" for name, value in recorded[section].items()}
+    settings = {
+        name: value for section in SECTIONS if section != "checkpoint" for name, value in recorded[section].items()
+    }
+    typed = {argument.split("=")[0] for argument in arguments}
+    for rivals in (BUDGETS, ("bf16", "fp32")):  # one that is typed replaces whichever was recorded
+        if typed & set(map(spelling, rivals)):
+            settings |= dict.fromkeys(rivals)
+    return settings
 
 
 def run(objective: str, config: Config, command: str) -> None:
@@ -103,12 +113,12 @@ def run(objective: str, config: Config, command: str) -> None:
     processes = start_processes()
     if not config.validation.skip_train:
         check_processes(config, processes.size)
-    bf16, compiled = choose_precision(config, processes.device), choose_compile(config, plan, processes)
-    folder, origin = open_run(config, plan, objective, sources, processes)
+    precision, compiled = choose_precision(config, processes.device), choose_compile(config, plan, processes)
+    folder, origin = open_run(config, plan, objective, sources, precision, processes)
 
     model = Transformer(config.model, vocabulary)
     initialise(model, config.model, config.training.seed)
-    parallelise(model, processes, bf16=bf16, compile=compiled)
+    parallelise(model, processes, bf16=precision == "bf16", compile=compiled)
     optimizer = build_optimizer(model, config.optimizer)
     start_state(optimizer, origin.meta["iteration"] if origin else 0)
     progress, time_block = Progress(), config.training.global_batch_size
@@ -116,7 +126,7 @@ def run(objective: str, config: Config, command: str) -> None:
         checkpoint.load(origin.folder, checkpoint.tensors(model, optimizer))
         progress = Progress(origin.meta["iteration"], origin.meta["consumed_samples"], origin.meta["seconds"])
         time_block = origin.meta["time_block"]
-    description = describe(objective, config, plan, sources, vocabulary, processes, bf16, compiled, command)
+    description = describe(objective, config, plan, sources, vocabulary, processes, precision, compiled, command)
     description["branched_from"] = origin.branched_from if origin else None
     if folder:
         folder.start(description, origin.records if origin else [])
@@ -137,7 +147,7 @@ def run(objective: str, config: Config, command: str) -> None:
         config, plan, processes, model, optimizer, data, sources.validation, folder, progress, description
     )
     if processes.rank == 0:
-        _announce(objective, config, plan, processes, bf16, compiled, origin)
+        _announce(objective, config, plan, processes, precision, compiled, origin)
     if config.validation.skip_train:
         for record in trainer.evaluate():
             if processes.rank == 0:
@@ -153,12 +163,14 @@ def run(objective: str, config: Config, command: str) -> None:
         logger.info("%s at step %d of %d", reason, progress.iteration, trainer.steps)
 
 
-def _announce(objective, config, plan, processes, bf16, compiled, origin) -> None:
+def _announce(objective, config, plan, processes, precision, compiled, origin) -> None:
+    if not config.checkpoint.save:
+        logger.info("nothing is kept: no --save names a run folder")
     if origin:
         logger.info("continuing from %s at step %d", origin.folder, origin.meta["iteration"])
     logger.info(
         "%s: %.2fM parameters, %s unique tokens, %d samples of %d tokens in %d steps (%.1f epochs), %s%s on %s x%d",
         objective, plan.parameters / 1e6, f"{plan.unique_tokens:,}", plan.train_samples, config.data.seq_length,
         plan.steps, plan.train_samples * config.data.seq_length / plan.unique_tokens,
-        "bf16" if bf16 else "fp32", ", compiled" if compiled else "", processes.device.type, processes.size,
+        precision, ", compiled" if compiled else "", processes.device.type, processes.size,
     )  # fmt: skip

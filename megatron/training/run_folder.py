@@ -5,9 +5,11 @@ DIR/config.json, metrics.jsonl, status.json, validation/<set>/<iteration>.npz, c
 
 import fcntl
 import json
+import math
 import os
 import socket
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +18,21 @@ from megatron.errors import ConfigurationError
 from megatron.training.evaluate import Evaluation
 
 
+@contextmanager
+def writing(path: Path):
+    """Name the file in the error of a failed write, which by itself says only why."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(
+            f"{path}: could not be written ({error.strerror}); free space and start the same command again"
+        ) from error
+
+
 def write_json(path: Path, value: dict) -> None:
     """Write `value` so that a reader sees the old file or the new one, never half of it."""
     aside = path.with_name(path.name + ".partial")
-    with open(aside, "w") as file:
+    with writing(path), open(aside, "w") as file:
         json.dump(value, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
@@ -40,8 +53,13 @@ class RunFolder:
 
     def __init__(self, path: str):
         self.path = Path(path)
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = self._acquire()
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = self._acquire()
+        except OSError as error:
+            raise ConfigurationError(
+                f"--save {self.path}: cannot be written to ({error.strerror}); choose another folder"
+            ) from error
         self._records = None
 
     def _acquire(self):
@@ -49,7 +67,7 @@ class RunFolder:
         lock = open(self.path / "lock", "a+")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             lock.seek(0)
             holder = lock.read().strip() or "another process"
             raise ConfigurationError(
@@ -68,24 +86,27 @@ class RunFolder:
         """Write the configuration and the records that the loaded checkpoint had already made."""
         write_json(self.path / "config.json", config)
         aside = self.path / "metrics.jsonl.partial"
-        aside.write_text("".join(json.dumps(record) + "\n" for record in records))
-        aside.replace(self.path / "metrics.jsonl")
+        with writing(self.path / "metrics.jsonl"):
+            aside.write_text("".join(json.dumps(record) + "\n" for record in records))
+            aside.replace(self.path / "metrics.jsonl")
         self._records = open(self.path / "metrics.jsonl", "a")
 
     def record(self, record: dict) -> None:
         """Append one record; it is on its way to the disk when this returns."""
-        self._records.write(json.dumps(record) + "\n")
-        self._records.flush()
+        with writing(self.path / "metrics.jsonl"):
+            self._records.write(json.dumps(record) + "\n")
+            self._records.flush()
 
     def save_evaluation(self, set_name: str, iteration: int, evaluation: Evaluation) -> None:
         """Keep the sums by document, for paired comparisons."""
         folder = self.path / "validation" / set_name
-        folder.mkdir(parents=True, exist_ok=True)
         count = len(evaluation.tokens)
         text = np.zeros(count) if evaluation.bytes is None else evaluation.bytes
         aside = folder / f"{iteration}.partial.npz"
-        np.savez_compressed(aside, id=np.arange(count), nats=evaluation.nats, tokens=evaluation.tokens, bytes=text)
-        aside.replace(folder / f"{iteration}.npz")
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            np.savez_compressed(aside, id=np.arange(count), nats=evaluation.nats, tokens=evaluation.tokens, bytes=text)
+            aside.replace(folder / f"{iteration}.npz")
 
     def status(self, state: str, reason: str, iteration: int, consumed_samples: int) -> None:
         """Say how the run stands: running, finished, stopped or failed, and why."""
@@ -95,8 +116,8 @@ class RunFolder:
         write_json(self.path / "status.json", value)
 
 
-def read_records(folder: Path, up_to_iteration: int) -> list[dict]:
-    """Return the records of a run up to a checkpoint; a last line cut by a crash is dropped."""
+def read_records(folder: Path, up_to_iteration: float = math.inf) -> list[dict]:
+    """Return the records of a run, up to a checkpoint's step; a last line cut by a crash is dropped."""
     path, records = folder / "metrics.jsonl", []
     if not path.exists():
         return records

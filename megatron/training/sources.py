@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron.config.sections import Config
+from megatron.config.sections import Config, DataConfig
 from megatron.data.indexed import IndexedDataset, read_metadata
+from megatron.data.preparation import file_hash
 from megatron.data.samples import TrainSamples, ValidationWindows
 from megatron.data.tokenizer import Tokenizer, build_tokenizer
 from megatron.errors import ConfigurationError
@@ -18,7 +19,10 @@ class Sources:
     tokenizer: Tokenizer
     train: TrainSamples
     validation: list[ValidationSet]
-    corpus: dict  # hash and source of the training text
+    corpus_hash: str | None  # None for data that another system wrote, here and below
+    corpus_source: str | list[str] | None
+    corpus_python_version: str | None
+    shared_13grams: dict[str, dict]  # by validation set: how much of it stands in the training split too
 
 
 def open_sources(config: Config) -> Sources:
@@ -32,40 +36,54 @@ def open_sources(config: Config) -> Sources:
             "give one prefix"
         )
     prefix = data.train_data_path[0]
-    made = read_metadata(prefix)
-    model = data.tokenizer_model
-    if model is None and made.get("tokenizer_model"):
-        model = str(Path(prefix).parent / made["tokenizer_model"])
-    tokenizer = build_tokenizer(data.tokenizer_type, model, data.vocab_size)
-    _check_vocabulary(prefix, made, tokenizer)
-    train = TrainSamples(
-        IndexedDataset(prefix, tokenizer.vocabulary_size),
-        data.seq_length,
-        config.training.seed,
-        data.epoch_order,
-        data.train_unique_tokens,
+    held_out = _held_out(data.valid_data_path)
+    made = {each: read_metadata(each) for each in (prefix, *held_out.values())}
+    tokenizer = _tokenizer(data, prefix, made)
+    dataset = IndexedDataset(prefix, tokenizer.vocabulary_size)
+    train = TrainSamples(dataset, data.seq_length, config.training.seed, data.epoch_order, data.train_unique_tokens)
+    return Sources(
+        tokenizer,
+        train,
+        [_validation_set(name, each, config, tokenizer) for name, each in held_out.items()],
+        made[prefix].get("corpus_hash"),
+        made[prefix].get("source"),
+        made[prefix].get("python_version"),
+        {name: made[each]["shared_13grams"] for name, each in held_out.items() if "shared_13grams" in made[each]},
     )
-    sets = [_validation_set(item, config, tokenizer) for item in data.valid_data_path]
-    if len({found.name for found in sets}) < len(sets):
+
+
+def _held_out(items: tuple[str, ...]) -> dict[str, str]:
+    """Return the prefix of each --valid-data-path item by name; without a name it is "validation"."""
+    pairs = [item.split("=", 1) if "=" in item else ("validation", item) for item in items]
+    named = dict(pairs)
+    if len(named) < len(pairs):
+        raise ConfigurationError(f"--valid-data-path {' '.join(items)}: two sets share a name; give each name=prefix")
+    return named
+
+
+def _tokenizer(data: DataConfig, prefix: str, made: dict[str, dict]) -> Tokenizer:
+    """Return the tokenizer, after a check that it made all the data."""
+    model = data.tokenizer_model
+    if model is None and made[prefix].get("tokenizer_model"):
+        model = str(Path(prefix).parent / made[prefix]["tokenizer_model"])
+    tokenizer = build_tokenizer(data.tokenizer_type, model, data.vocab_size)
+    hashed = file_hash(model) if data.tokenizer_type == "HFTokenizer" else None
+    for each, recorded in made.items():
+        size = recorded.get("vocabulary_size", tokenizer.vocabulary_size)
+        if size != tokenizer.vocabulary_size:
+            fault = f"was tokenised with {size} ids, the tokenizer has {tokenizer.vocabulary_size}"
+        elif (recorded.get("tokenizer_hash") or hashed) != hashed:
+            fault = f"was tokenised with another file than {model}"
+        else:
+            continue
         raise ConfigurationError(
-            f"--valid-data-path {' '.join(data.valid_data_path)}: two sets share a name; give each name=prefix"
+            f"{each}: {fault}; give the tokenizer that made the data "
+            "(--tokenizer-type, --tokenizer-model, --vocab-size)"
         )
-    return Sources(tokenizer, train, sets, {"hash": made.get("corpus_hash"), "source": made.get("source")})
+    return tokenizer
 
 
-def _check_vocabulary(prefix: str, made: dict, tokenizer: Tokenizer) -> None:
-    size = made.get("vocabulary_size", tokenizer.vocabulary_size)
-    if size != tokenizer.vocabulary_size:
-        raise ConfigurationError(
-            f"{prefix}: was tokenised with {size} ids, the tokenizer has {tokenizer.vocabulary_size}; "
-            "give the tokenizer that made the data (--tokenizer-type, --tokenizer-model, --vocab-size)"
-        )
-
-
-def _validation_set(item: str, config: Config, tokenizer: Tokenizer) -> ValidationSet:
-    name, separator, prefix = item.partition("=")
-    name, prefix = (name, prefix) if separator else ("validation", item)
-    _check_vocabulary(prefix, read_metadata(prefix), tokenizer)
+def _validation_set(name: str, prefix: str, config: Config, tokenizer: Tokenizer) -> ValidationSet:
     dataset = IndexedDataset(prefix, tokenizer.vocabulary_size)
     windows = ValidationWindows(dataset, config.data.seq_length, config.validation.eval_samples)
     return ValidationSet(name, windows, len(dataset), tokenizer.token_bytes())

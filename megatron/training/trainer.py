@@ -132,9 +132,12 @@ class Trainer:
         (step,) = self.processes.sum(int(self.diverged_at))
         if step:
             step = int(self.diverged_at) or "unknown"
+            newest = (
+                f"the newest checkpoint is from step {self.saved_at}" if self.saved_at else "no checkpoint was made"
+            )
             raise DivergedError(
-                f"step {step}: loss or gradient norm is not finite; nothing was overwritten, the newest checkpoint is "
-                f"from step {self.saved_at or 'none'}; lower --lr, clip harder (--clip-grad) or look at the data"
+                f"step {step}: loss or gradient norm is not finite; nothing was overwritten, {newest}; "
+                "lower --lr, clip harder (--clip-grad) or look at the data"
             )
 
     def _record(self, record: dict) -> dict:

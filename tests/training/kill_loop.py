@@ -32,8 +32,8 @@ PHASES = ("step", "saving", "loading")
 def flags(data: Path, compiled: bool) -> list[str]:
     return [
         *"--num-layers 2 --hidden-size 64 --num-attention-heads 2 --seq-length 64 --micro-batch-size 8".split(),
-        *"--global-batch-size 16 --train-iters 40 --lr 3e-3 --log-interval 1 --eval-interval 10 --save-interval 5".split(),
-        *"--eval-samples 16 --tokenizer-type ByteTokenizer --bf16".split(),
+        *"--global-batch-size 16 --train-iters 40 --lr 3e-3 --log-interval 1 --bf16".split(),
+        *"--eval-interval 10 --save-interval 5 --eval-samples 16 --tokenizer-type ByteTokenizer".split(),
         "--compile" if compiled else "--no-compile",
         *["--train-data-path", f"{data}/train", "--valid-data-path", f"tuning={data}/tuning"],
     ]

@@ -1,6 +1,7 @@
 """What a run keeps, what a checkpoint holds, and branches."""
 
 import json
+import shutil
 
 import pytest
 
@@ -71,3 +72,20 @@ def test_other_data_under_the_same_name_is_refused(tiny, kept, corpus, tmp_path)
     flags = [flag if flag != f"{corpus}/train" else f"{tmp_path}/train" for flag in tiny]
     refused = run("ar", *flags, *EPOCHS, "--save", kept, check=False)
     assert refused.returncode == 2 and "corpus another" in refused.stderr and "--load" in refused.stderr
+
+
+def test_another_precision_is_refused_on_resume(tiny, kept):
+    flags = [flag if flag != "--fp32" else "--bf16" for flag in tiny]
+    refused = run("ar", *flags, *EPOCHS, "--save", kept, check=False)
+    assert refused.returncode == 2 and "give --fp32, or branch" in refused.stderr
+
+
+def test_a_run_that_is_only_read_is_not_mended(tiny, kept, tmp_path):
+    """A damaged checkpoint is passed over; its folder is renamed only by the run that owns it."""
+    source = tmp_path / "source"
+    shutil.copytree(kept, source)
+    newest = source / "checkpoints" / "iter_0000012"
+    next(newest.glob("*.safetensors")).write_bytes(b"cut")
+    done = run("ar", "--skip-train", "--load", source)
+    assert "falling back" in done.stderr and newest.exists()
+    assert json.loads(done.stdout.splitlines()[0])["iteration"] == 10

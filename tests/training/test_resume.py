@@ -78,16 +78,17 @@ def test_a_checkpoint_of_two_processes_resumes_on_one(uninterrupted, tiny, tmp_p
         assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
 
 
-def test_signal_saves_and_leaves_cleanly(tiny, tmp_path):
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_signal_saves_and_leaves_cleanly(name, tiny, tmp_path):
     longer = [flag if flag != "93" else "100000" for flag in tiny]
     command = [sys.executable, entry("ar"), *longer, "--eval-interval", "100000", "--save", str(tmp_path)]
     process = subprocess.Popen(command, env=environment(), stderr=subprocess.DEVNULL)
     while not (tmp_path / "metrics.jsonl").exists() or "train" not in (tmp_path / "metrics.jsonl").read_text():
         time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.Signals[name])
     assert process.wait(60) == 0
     status = json.loads((tmp_path / "status.json").read_text())
-    assert status["state"] == "stopped" and status["reason"] == "signal SIGTERM"
+    assert status["state"] == "stopped" and status["reason"] == f"signal {name}"
     assert json.loads((tmp_path / "checkpoints" / "latest.json").read_text())["iteration"] == status["iteration"]
 
 

@@ -1,0 +1,154 @@
+"""Each section checks its own fields; every message is provoked."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from megatron.config import sections
+from megatron.config.sections import (
+    CheckpointConfig,
+    DataConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    TrainingConfig,
+    ValidationConfig,
+    Vocabulary,
+)
+from megatron.errors import ConfigurationError
+
+REFUSED = [
+    (ModelConfig, {"num_layers": 0}, "--num-layers 0: must be at least 1"),
+    (ModelConfig, {"hidden_size": -1}, "--hidden-size -1: must be at least 1"),
+    (ModelConfig, {"num_attention_heads": 0}, "--num-attention-heads 0: must be at least 1"),
+    (ModelConfig, {"kv_channels": 0}, "--kv-channels 0: must be at least 1"),
+    (ModelConfig, {"ffn_hidden_size": 0}, "--ffn-hidden-size 0: must be at least 1"),
+    (ModelConfig, {"group_query_attention": True, "num_query_groups": -1}, "--num-query-groups -1: must be at least 1"),
+    (ModelConfig, {"norm_epsilon": 0.0}, "--norm-epsilon 0.0: must be positive"),
+    (ModelConfig, {"rotary_base": -1.0}, "--rotary-base -1.0: must be positive"),
+    (ModelConfig, {"init_method_std": 0.0}, "--init-method-std 0.0: must be positive"),
+    (ModelConfig, {"mlp_dropout": 1.0}, "--mlp-dropout 1.0: a dropout probability lies in [0, 1)"),
+    (ModelConfig, {"hidden_dropout": -0.1}, "--hidden-dropout -0.1: a dropout probability lies in [0, 1)"),
+    (ModelConfig, {"hidden_size": 33}, "--hidden-size 33: is not a multiple of --num-attention-heads 4; change one"),
+    (ModelConfig, {"hidden_size": 12}, "--hidden-size 12: makes heads of width 3, and rotary embeddings need an even"),
+    (ModelConfig, {"kv_channels": 5}, "--kv-channels 5: makes heads of width 5, and rotary embeddings need an even"),
+    (ModelConfig, {"num_query_groups": 2}, "--num-query-groups 2: needs --group-query-attention"),
+    (ModelConfig, {"group_query_attention": True}, "--group-query-attention: needs --num-query-groups"),
+    (
+        ModelConfig,
+        {"group_query_attention": True, "num_query_groups": 3},
+        "--num-query-groups 3: does not divide --num-attention-heads 4; change one",
+    ),
+    (DataConfig, {"seq_length": 1}, "--seq-length 1: must be at least 2"),
+    (DataConfig, {"num_workers": -1}, "--num-workers -1: must not be negative"),
+    (DataConfig, {"train_unique_tokens": 0}, "--train-unique-tokens 0: must be positive"),
+    (DataConfig, {"valid_data_path": ("a", "../b=c")}, "--valid-data-path ../b=c: is neither PREFIX nor NAME=PREFIX"),
+    (DataConfig, {"valid_data_path": ("=c",)}, "--valid-data-path =c: is neither PREFIX nor NAME=PREFIX"),
+    (DataConfig, {"valid_data_path": ("a=",)}, "--valid-data-path a=: is neither PREFIX nor NAME=PREFIX"),
+    (DataConfig, {"tokenizer_type": "NullTokenizer"}, "--tokenizer-type NullTokenizer: needs --vocab-size; give it"),
+    (DataConfig, {"vocab_size": 5}, "--vocab-size 5: belongs to NullTokenizer, and --tokenizer-type is HFTokenizer"),
+    (DataConfig, {"tokenizer_type": "NullTokenizer", "vocab_size": 0}, "--vocab-size 0: must be at least 1"),
+    (
+        DataConfig,
+        {"tokenizer_type": "ByteTokenizer", "tokenizer_model": "t.json"},
+        "--tokenizer-model t.json: belongs to HFTokenizer, and --tokenizer-type is ByteTokenizer; change one",
+    ),
+    (ObjectiveConfig, {"mask_eps": 0.0}, "--mask-eps 0.0: lies in (0, 1)"),
+    (ObjectiveConfig, {"mask_eps": 1.0}, "--mask-eps 1.0: lies in (0, 1)"),
+    (ObjectiveConfig, {"token_dropout": 1.1}, "--token-dropout 1.1: is a share in [0, 1]"),
+    (ObjectiveConfig, {"token_dropout_max": -0.1}, "--token-dropout-max -0.1: is a share in [0, 1]"),
+    (
+        ObjectiveConfig,
+        {"token_dropout": 0.1, "token_dropout_max": 0.3},
+        "--token-dropout 0.1: excludes --token-dropout-max 0.3; give one of them",
+    ),
+    (OptimizerConfig, {"lr": 0.0}, "--lr 0.0: must be positive"),
+    (OptimizerConfig, {"lr": 0.1, "min_lr": 0.2}, "--min-lr 0.2: lies in [0, --lr 0.1]"),
+    (OptimizerConfig, {"min_lr": -0.1}, "--min-lr -0.1: lies in [0, --lr 0.0002]"),
+    (OptimizerConfig, {"weight_decay": -1.0}, "--weight-decay -1.0: must not be negative"),
+    (OptimizerConfig, {"clip_grad": -1.0}, "--clip-grad -1.0: must not be negative"),
+    (OptimizerConfig, {"adam_beta1": 1.0}, "--adam-beta1 1.0: lies in [0, 1)"),
+    (OptimizerConfig, {"adam_beta2": -0.1}, "--adam-beta2 -0.1: lies in [0, 1)"),
+    (OptimizerConfig, {"adam_eps": 0.0}, "--adam-eps 0.0: must be positive"),
+    (OptimizerConfig, {"lr_warmup_samples": -1}, "--lr-warmup-samples -1: must not be negative"),
+    (OptimizerConfig, {"lr_decay_samples": 0}, "--lr-decay-samples 0: must be at least 1"),
+    (OptimizerConfig, {"lr_wsd_decay_samples": 0, "lr_decay_style": "WSD"}, "--lr-wsd-decay-samples 0: must be at"),
+    (OptimizerConfig, {"lr_wsd_decay_samples": 5}, "--lr-wsd-decay-samples 5: needs --lr-decay-style WSD"),
+    (
+        OptimizerConfig,
+        {"lr_decay_style": "constant", "min_lr": 0.0},
+        "--min-lr 0.0: does nothing with --lr-decay-style",
+    ),
+    (TrainingConfig, {"micro_batch_size": 0}, "--micro-batch-size 0: must be at least 1"),
+    (TrainingConfig, {"global_batch_size": 0}, "--global-batch-size 0: must be at least 1"),
+    (TrainingConfig, {"log_interval": 0}, "--log-interval 0: must be at least 1"),
+    (TrainingConfig, {"train_epochs": 0.0}, "--train-epochs 0.0: must be positive"),
+    (TrainingConfig, {"train_samples": -5}, "--train-samples -5: must be positive"),
+    (TrainingConfig, {"train_iters": 0}, "--train-iters 0: must be positive"),
+    (TrainingConfig, {"train_flops": 0.0}, "--train-flops 0.0: must be positive"),
+    (TrainingConfig, {"exit_interval": 0}, "--exit-interval 0: must be positive"),
+    (TrainingConfig, {"exit_duration_in_mins": 0.0}, "--exit-duration-in-mins 0.0: must be positive"),
+    (TrainingConfig, {"bf16": True, "fp32": True}, "--bf16: excludes --fp32; give one of them"),
+    (TrainingConfig, {"bf16": False, "fp32": False}, "--no-bf16: excludes --no-fp32; give one of them"),
+    (ValidationConfig, {"num_mc": 0}, "--num-mc 0: must be at least 1"),
+    (ValidationConfig, {"eval_interval": 0}, "--eval-interval 0: must be positive"),
+    (ValidationConfig, {"eval_samples": -1}, "--eval-samples -1: must be positive"),
+    (ValidationConfig, {"eval_batch_size": 0}, "--eval-batch-size 0: must be positive"),
+    (CheckpointConfig, {"save_interval": 0}, "--save-interval 0: must be positive"),
+    (CheckpointConfig, {"keep_every_epochs": 0.0}, "--keep-every-epochs 0.0: must be positive"),
+]
+NETWORK = {"num_layers": 1, "hidden_size": 32, "num_attention_heads": 4}
+
+
+def build(section, fields):
+    return section(**(NETWORK if section is ModelConfig else {}) | fields)
+
+
+@pytest.mark.parametrize("section, fields, said", REFUSED, ids=[said.split(":")[0] for _, _, said in REFUSED])
+def test_a_wrong_value_is_refused_in_one_line(section, fields, said):
+    with pytest.raises(ConfigurationError) as caught:
+        build(section, fields)
+    assert str(caught.value).startswith(said) and "\n" not in str(caught.value)
+
+
+def test_every_rule_of_every_section_is_provoked(monkeypatch):
+    """Count the `require` calls in the file, and those that the table above makes fail: they must be equal."""
+    calls = [
+        node.lineno
+        for node in ast.walk(ast.parse(Path(sections.__file__).read_text()))
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "require"
+    ]
+    provoked = set()
+    for section, fields, _ in REFUSED:
+        with pytest.raises(ConfigurationError) as caught:
+            build(section, fields)
+        provoked.add([entry.lineno for entry in caught.traceback if Path(str(entry.path)).name == "sections.py"][-1])
+    assert len(provoked) == len(calls)
+
+
+def test_edges_that_are_allowed():
+    ModelConfig(**NETWORK | {"hidden_size": 33, "kv_channels": 6})  # head width free of hidden size / heads
+    ModelConfig(**NETWORK, group_query_attention=True, num_query_groups=4)
+    DataConfig(tokenizer_type="NullTokenizer", vocab_size=1)
+    DataConfig(valid_data_path=("data/validation", "tuning=/data/lr=3/tuning", "c4-en_2=x"))
+    ObjectiveConfig(token_dropout=1.0)
+    OptimizerConfig(clip_grad=0.0, weight_decay=0.0, min_lr=2e-4, lr_warmup_samples=0)
+    TrainingConfig(bf16=True, fp32=False)
+
+
+def test_derived_sizes():
+    model = ModelConfig(**NETWORK)
+    assert model.head_size == 8 and model.key_value_heads == 4 and model.mlp_size == 64
+    assert ModelConfig(**NETWORK, kv_channels=16).head_size == 16
+    assert ModelConfig(**NETWORK, group_query_attention=True, num_query_groups=2).key_value_heads == 2
+    assert ModelConfig(**NETWORK | {"hidden_size": 768}).mlp_size == 2048
+    assert ModelConfig(**NETWORK, swiglu=False).mlp_size == 128
+    assert ModelConfig(**NETWORK, ffn_hidden_size=100).mlp_size == 100
+    assert OptimizerConfig(lr=1.0).final_lr == 0.1 and OptimizerConfig(lr=1.0, min_lr=0.0).final_lr == 0.0
+
+
+@pytest.mark.parametrize("size, padded", [(1, 128), (127, 128), (128, 256), (257, 384), (512, 640), (50257, 50304)])
+def test_the_vocabulary_always_has_a_row_for_the_mask(size, padded):
+    vocabulary = Vocabulary(size)
+    assert vocabulary.mask_id == size < vocabulary.padded_size == padded

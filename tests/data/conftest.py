@@ -1,0 +1,36 @@
+"""Shared by the tests of data: small data sets, and errors that must be one clear line."""
+
+from contextlib import contextmanager
+
+import pytest
+
+from megatron.data.indexed import IndexedDataset, IndexedDatasetWriter
+from megatron.errors import ConfigurationError
+
+
+@pytest.fixture
+def data_set(tmp_path):
+    """Return a function that writes documents, lists of ids, and opens them."""
+
+    def write(documents, vocabulary_size=1000, name="data"):
+        with IndexedDatasetWriter(tmp_path / name, vocabulary_size) as writer:
+            for ids in documents:
+                writer.add_document(ids)
+        return IndexedDataset(str(tmp_path / name), vocabulary_size)
+
+    return write
+
+
+@pytest.fixture
+def refused():
+    """Return a context manager: what runs in it is refused in one line that holds all the given parts."""
+
+    @contextmanager
+    def check(*parts):
+        with pytest.raises(ConfigurationError) as caught:
+            yield
+        message = str(caught.value)
+        assert "\n" not in message
+        assert [part for part in parts if str(part) not in message] == [], message
+
+    return check

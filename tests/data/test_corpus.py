@@ -1,0 +1,170 @@
+"""Splits by group, the corpus hash, and the standard library as text."""
+
+import hashlib
+import zlib
+from collections import Counter, defaultdict
+
+import pytest
+
+from megatron.data.corpus import SPLITS, Document, Fingerprint, split_of, standard_library
+from megatron.data.duplicates import HeldOut, run_hashes
+
+SHARES = (80, 10, 10)
+
+
+def texts(count: int) -> list[Document]:
+    return [Document(f"file:{number}", "", f"text number {number}") for number in range(count)]
+
+
+def fingerprint(*documents: tuple[str, str]) -> str:
+    found = Fingerprint()
+    for split, text in documents:
+        found.add(split, text)
+    return found.hash
+
+
+@pytest.fixture(scope="module")
+def library():
+    return list(standard_library())
+
+
+def test_the_standard_library_is_split_by_top_level_package(library):
+    splits = defaultdict(set)
+    for document in library:
+        assert document.group == document.name.split("/")[0].removesuffix(".py")
+        splits[document.group].add(split_of(document, SHARES))
+    assert [group for group, found in splits.items() if len(found) > 1] == []
+    assert {name for found in splits.values() for name in found} == set(SPLITS)
+
+
+def test_the_standard_library_is_source_code_and_the_same_at_every_reading(library):
+    names = [document.name for document in library]
+    assert names == sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())
+    assert names == [document.name for document in standard_library()]
+    assert {"abc.py", "json/decoder.py"} <= set(names)
+    parts = {part for name in names for part in name.split("/")}
+    assert not parts & {"test", "tests", "site-packages", "encodings", "pydoc_data", "__pycache__"}
+    assert not any(name.startswith(("_sysconfigdata", "config-")) for name in names)  # how this Python was built
+    assert all(document.text.strip() for document in library)
+    assert sum(len(document.text) for document in library) > 5e6
+
+
+def test_shares_are_kept_and_nothing_moves_when_text_is_added():
+    documents = texts(4000)
+    before = {document.text: split_of(document, SHARES) for document in documents[:2000]}
+    after = {document.text: split_of(document, SHARES) for document in reversed(documents)}
+    assert before.items() <= after.items()
+    counts = Counter(after.values())
+    assert abs(counts["train"] - 3200) < 4 * 25 and abs(counts["tuning"] - 400) < 4 * 19  # standard deviations
+
+
+def test_a_group_decides_before_the_text_and_equal_texts_meet():
+    grouped = {split_of(Document(f"{number}", "package", f"{number}"), SHARES) for number in range(50)}
+    equal = {split_of(Document(f"{number}", "", "the same"), (1, 1, 1)) for number in range(50)}
+    assert len(grouped) == len(equal) == 1
+
+
+@pytest.mark.parametrize("shares, found", [((1, 0, 0), "train"), ((0, 0.1, 0), "tuning"), ((0, 0, 7), "validation")])
+def test_a_split_of_share_zero_gets_nothing(shares, found):
+    assert {split_of(document, shares) for document in texts(200)} == {found}
+
+
+def test_the_hash_is_stable_and_sees_every_change():
+    base = fingerprint(("train", "ab"), ("train", "c"), ("tuning", "d"))
+    assert base == "5664baa9bf1d1dc001d49ce88cb8358f2697d8b2538110a895252cb22681e7f0"
+    assert base == fingerprint(("tuning", "d"), ("train", "ab"), ("train", "c"))  # splits may be read in any order
+    others = [
+        fingerprint(("train", "a"), ("train", "bc"), ("tuning", "d")),
+        fingerprint(("train", "c"), ("train", "ab"), ("tuning", "d")),
+        fingerprint(("train", "ab"), ("train", "c"), ("validation", "d")),
+        fingerprint(("train", "ab"), ("train", "c"), ("train", "d")),
+        fingerprint(("train", "ab"), ("train", "c"), ("tuning", "d"), ("tuning", "")),
+        fingerprint(("train", "ab"), ("train", "c"), ("tuning", "D")),
+    ]
+    assert len({base, *others}) == 1 + len(others)
+
+
+def test_sizes_are_counted_in_bytes():
+    found = Fingerprint()
+    assert (found.add("train", "é\n"), found.add("train", "abc")) == (3, 3)
+    assert found.sizes["train"] == {"documents": 2, "bytes": 6}
+    assert found.sizes["tuning"] == {"documents": 0, "bytes": 0}
+
+
+def brute_force(train: list[str], other: list[str]) -> dict:
+    """Return the shares of shared runs of 13 words and of documents that hold one, by comparing words."""
+
+    def runs(text):
+        words = text.encode().split()
+        return [tuple(words[start : start + 13]) for start in range(len(words) - 12)]
+
+    known = {run for text in train for run in runs(text)}
+    hits = [[run in known for run in runs(text)] for text in other]
+    return {
+        "ngrams": sum(map(sum, hits)) / max(1, sum(map(len, hits))),
+        "documents": sum(map(any, hits)) / max(1, len(hits)),
+        "sampled": 1.0,
+    }
+
+
+def shared(train: list[str], other: list[str], **limit) -> dict:
+    held = HeldOut(**limit)
+    for text in other:
+        held.add(text)
+    for text in train:
+        held.compare([run_hashes(text)])
+    return held.shared()
+
+
+def words(*numbers) -> str:
+    return " ".join(f"w{number}" for number in numbers)
+
+
+def test_near_duplicates_equal_brute_force(library):
+    groups = defaultdict(list)
+    for document in library[:160]:
+        groups[split_of(document, (50, 50, 0))].append(document.text)
+    # a whole file, and a run in the middle of other text, stand on both sides
+    copied = " ".join(groups["train"][3].split()[40:90])
+    other = [*groups["tuning"], groups["train"][5], f"before {copied} after"]
+    assert shared(groups["train"], other) == brute_force(groups["train"], other)
+    assert 0 < shared(groups["train"], other)["documents"] < 1
+
+
+@pytest.mark.parametrize(
+    "train, other, ngrams, documents",
+    [
+        ([words(*range(13))], [words(*range(13))], 1.0, 1.0),
+        ([words(*range(12))], [words(*range(12))], 0.0, 0.0),  # too short for a run
+        ([words(*range(13))], [words(*range(12, -1, -1))], 0.0, 0.0),  # order counts
+        ([words(*range(14))], [words(*range(1, 15)), "short"], 0.5, 0.5),
+        ([words(*range(13))], [words(*range(13)) + " " + words(*range(13))], 2 / 14, 1.0),  # each occurrence counts
+        ([], [words(*range(20))], 0.0, 0.0),
+        ([words(*range(20))], [], 0.0, 0.0),
+    ],
+)
+def test_near_duplicates_of_small_texts(train, other, ngrams, documents):
+    assert shared(train, other) == {"ngrams": ngrams, "documents": documents, "sampled": 0.0 if not other else 1.0}
+    assert other == [] or shared(train, other) == brute_force(train, other)
+
+
+def test_near_duplicates_are_sampled_by_document_where_there_are_too_many():
+    other = [words(*range(number * 100, number * 100 + 22)) for number in range(2000)]  # 10 runs each
+    train = [text for number, text in enumerate(other) if number % 4 == 0]
+    limit = 400 * (10 + 16)
+    figures = shared(train, other, limit=limit)
+    assert 0.1 < figures["sampled"] <= 0.2  # 400 documents at most
+    assert abs(figures["ngrams"] - 0.25) < 4 * 0.025 and figures["documents"] == figures["ngrams"]
+    assert figures == shared(train, other, limit=limit)
+    assert shared(train, other, limit=5) == shared(train, other, limit=10)  # one document is always looked at
+
+
+def test_the_sample_does_not_prefer_short_documents():
+    other = [words(*range(number * 1000, number * 1000 + 13 + number % 2 * 500)) for number in range(300)]
+    held, points = HeldOut(limit=20_000), []
+    for text in other:
+        held.add(text)
+        points.append(zlib.crc32(text.encode()))
+        found = sorted(-point for point, _, _ in held._held)
+        assert found == sorted(points)[: len(found)]
+    assert 20 < len(found) < 150

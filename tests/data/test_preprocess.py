@@ -1,0 +1,361 @@
+"""tools/preprocess_data.py as a user calls it, and what it leaves behind when something goes wrong."""
+
+import fcntl
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from megatron.data import prepare as preparing
+from megatron.data.corpus import SPLITS, split_of
+from megatron.data.duplicates import HeldOut, run_hashes
+from megatron.data.indexed import IndexedDataset, read_metadata
+from megatron.data.preparation import Preparation
+from megatron.data.prepare import prepare
+from megatron.data.text_files import read_documents
+from megatron.data.tokenizer import HFTokenizer, build_tokenizer, train_tokenizer
+from tests.conftest import ROOT, environment
+
+SHARES = (60, 20, 20)
+WRITTEN = {f"{name}.{suffix}" for name in SPLITS for suffix in ("bin", "idx", "json")} | {"corpus.json"}
+
+
+@pytest.fixture
+def text(tmp_path):
+    """A .jsonl file of 60 documents, one of them empty, many with the literal end of a document."""
+    words = "the quick brown fox jumps over a lazy dog naïvely <|endoftext|> .\n".split(" ")
+    # half of them repeat one pattern, so that splits share some runs of words
+    lines = [" ".join(random.Random(number * (number % 2)).choices(words, k=number * 3)) for number in range(60)]
+    path = tmp_path / "text.jsonl"
+    path.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    return path
+
+
+def command(*flags) -> list[str]:
+    return [sys.executable, str(ROOT / "tools/preprocess_data.py"), *map(str, flags)]
+
+
+def call(*flags, code=0):
+    """Run the tool; an error is one line."""
+    done = subprocess.run(command(*flags), env=environment(), capture_output=True, text=True, timeout=60)
+    assert done.returncode == code, done.stderr
+    if code:
+        assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+    return done
+
+
+def asked(text, folder, **changes) -> Preparation:
+    options = {"output_dir": folder, "input": (str(text),), "splits": SHARES, "tokenizer_type": "ByteTokenizer"}
+    return Preparation(**options | changes)
+
+
+def contents(folder) -> dict:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_text_to_token_files_end_to_end(text, tmp_path):
+    flags = ["--output-dir", tmp_path / "data", "--input", text, "--train-tokenizer", 280, "--splits", *SHARES]
+    said = call(*flags).stdout
+    assert set(contents(tmp_path / "data")) == WRITTEN | {"tokenizer.json"}
+    tokenizer = HFTokenizer(str(tmp_path / "data" / "tokenizer.json"))
+    assert tokenizer.vocabulary_size == 280
+    expected = {name: [] for name in SPLITS}
+    for document in read_documents([text]):
+        expected[split_of(document, SHARES)].append(document.text)
+    record = json.loads((tmp_path / "data" / "corpus.json").read_text())
+    for name, documents in expected.items():
+        dataset, metadata = IndexedDataset(tmp_path / "data" / name), read_metadata(tmp_path / "data" / name)
+        assert [list(dataset[number]) for number in range(len(dataset))] == [
+            [*tokenizer.encode(document), tokenizer.eod] for document in documents
+        ]
+        size = {
+            "documents": len(documents),
+            "bytes": sum(len(document.encode()) for document in documents),
+            "tokens": dataset.total_tokens,
+        }
+        assert record["splits"][name] == size
+        assert metadata.items() >= size.items()
+        assert (metadata["corpus_hash"], metadata["vocabulary_size"]) == (record["settings"]["hash"], 280)
+        assert (metadata["tokenizer_type"], metadata["tokenizer_model"]) == ("HFTokenizer", "tokenizer.json")
+        assert f"{name}: {size['documents']:,} documents, {size['bytes']:,} bytes, {size['tokens']:,} tokens" in said
+    assert sum(map(len, expected.values())) == 59
+    assert set(record["shared_13grams"]) == {"tuning", "validation"}
+    train_tokenizer(expected["train"], 280, tmp_path / "again.json")
+    assert (tmp_path / "again.json").read_bytes() == (tmp_path / "data" / "tokenizer.json").read_bytes()
+    for name in ("tuning", "validation"):
+        held = HeldOut()
+        for document in expected[name]:
+            held.add(document)
+        held.compare([run_hashes(document) for document in expected["train"]])
+        assert record["shared_13grams"][name] == held.shared()
+        assert 0 < held.shared()["ngrams"] < 1
+    assert record["shared_13grams"]["tuning"] == read_metadata(tmp_path / "data" / "tuning")["shared_13grams"]
+
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "data").iterdir()}
+    assert "holds this corpus already" in call(*flags).stdout
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "data").iterdir()}
+
+
+@pytest.mark.parametrize("name", sorted(WRITTEN))
+@pytest.mark.parametrize("damage", ["missing", "cut"])
+def test_what_is_missing_or_cut_is_written_anew(text, tmp_path, name, damage):
+    prepare(asked(text, tmp_path / "data"))
+    before = contents(tmp_path / "data")
+    assert prepare(asked(text, tmp_path / "data")) is None
+    if damage == "missing":
+        (tmp_path / "data" / name).unlink()
+    else:
+        (tmp_path / "data" / name).write_bytes(before[name][:-3])
+    assert prepare(asked(text, tmp_path / "data")) is not None
+    assert contents(tmp_path / "data") == before
+
+
+@pytest.mark.parametrize("damage", ["missing", "changed"])
+def test_a_tokenizer_that_is_not_the_one_that_made_the_data_is_written_anew(text, tmp_path, damage):
+    wanted = asked(text, tmp_path / "data", tokenizer_type="HFTokenizer", train_tokenizer=280)
+    prepare(wanted)
+    before = contents(tmp_path / "data")
+    (tmp_path / "data" / "tokenizer.json").unlink()
+    if damage == "changed":
+        (tmp_path / "data" / "tokenizer.json").write_bytes(before["tokenizer.json"] + b"\n")
+    assert prepare(wanted) is not None
+    assert contents(tmp_path / "data") == before
+
+
+def test_other_settings_or_text_are_written_anew(text, tmp_path):
+    folder = tmp_path / "data"
+    first = prepare(asked(text, folder))
+    assert prepare(asked(text, folder, splits=(70, 15, 15)))["settings"]["hash"] != first["settings"]["hash"]
+    null = tmp_path / "ids.jsonl"
+    null.write_text("".join(json.dumps({"text": f"{number} 7"}) + "\n" for number in range(60)))
+    numbers = asked(null, folder, tokenizer_type="NullTokenizer", vocab_size=60)
+    assert prepare(numbers)["splits"]["train"]["tokens"] % 3 == 0
+    assert list(IndexedDataset(folder / "train", 61)[0][1:]) == [7, 60]
+    assert prepare(numbers) is None
+    assert prepare(asked(null, folder, tokenizer_type="NullTokenizer", vocab_size=70000)) is not None
+    assert IndexedDataset(folder / "train").dtype == "int32"
+
+
+def test_an_existing_tokenizer_is_copied_and_its_content_counts(text, tmp_path):
+    prepare(asked(text, tmp_path / "one", tokenizer_type="HFTokenizer", train_tokenizer=280))
+    model = tmp_path / "one" / "tokenizer.json"
+    again = asked(text, tmp_path / "two", tokenizer_type="HFTokenizer", tokenizer_model=str(model))
+    assert prepare(again) is not None and prepare(again) is None
+    assert (tmp_path / "two" / "train.bin").read_bytes() == (tmp_path / "one" / "train.bin").read_bytes()
+    prepare(asked(text, tmp_path / "one", tokenizer_type="HFTokenizer", train_tokenizer=285))
+    assert prepare(again) is not None
+    assert build_tokenizer("HFTokenizer", tmp_path / "two" / "tokenizer.json").vocabulary_size == 285
+
+
+def test_a_split_of_share_zero_is_not_written_and_another_one_is_left_alone(text, tmp_path):
+    prepare(asked(text, tmp_path / "data", splits=(100, 0, 0)))
+    train = contents(tmp_path / "data")
+    assert set(train) == {"train.bin", "train.idx", "train.json", "corpus.json"}
+    prepare(asked(text, tmp_path / "data", splits=(0, 0, 100)))
+    both = contents(tmp_path / "data")
+    assert both["train.bin"] == train["train.bin"] == both["validation.bin"]
+
+
+def test_small_batches_and_samples_give_the_same_files(text, tmp_path, monkeypatch):
+    wanted = {"tokenizer_type": "HFTokenizer", "train_tokenizer": 280}
+    prepare(asked(text, tmp_path / "one", **wanted))
+    monkeypatch.setattr(preparing, "BATCH_CHARACTERS", 50)
+    prepare(asked(text, tmp_path / "two", **wanted))
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    # a tokenizer that learns from a third of the text is another one, of the same size
+    monkeypatch.setattr(preparing, "TOKENIZER_BYTES", 1000)
+    prepare(asked(text, tmp_path / "three", tokenizer_type="HFTokenizer", train_tokenizer=275))
+    three = HFTokenizer(str(tmp_path / "three" / "tokenizer.json"))
+    monkeypatch.undo()
+    prepare(asked(text, tmp_path / "four", tokenizer_type="HFTokenizer", train_tokenizer=275))
+    assert three.vocabulary_size == 275
+    assert contents(tmp_path / "four")["tokenizer.json"] != contents(tmp_path / "three")["tokenizer.json"]
+
+
+@pytest.mark.parametrize("moment", ["encode_batch", "_describe", "_publish"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
+def test_an_interrupted_writer_changes_nothing(text, tmp_path, monkeypatch, moment, error):
+    folder = tmp_path / "data"
+    prepare(asked(text, folder))
+    before = contents(folder)
+
+    def fail(*_):
+        raise error
+
+    if moment == "encode_batch":
+        monkeypatch.setattr("megatron.data.tokenizer.ByteTokenizer.encode_batch", fail)
+    else:
+        monkeypatch.setattr(preparing, moment, fail)
+    with pytest.raises(type(error) if isinstance(error, OSError) else error) as caught:
+        prepare(asked(text, folder, splits=(70, 15, 15)))
+    assert error is KeyboardInterrupt or f"--output-dir {folder}: cannot be written (No space" in str(caught.value)
+    assert contents(folder) == before
+
+
+def test_files_move_into_place_with_corpus_json_last(text, tmp_path, monkeypatch):
+    """Cut off after each move in turn: either the data are refused, or they are one data set."""
+    folder, moved = tmp_path / "data", []
+    replace = os.replace
+    for steps in range(100):
+        prepare(asked(text, folder))
+        moved.clear()
+
+        def stop(source, target, steps=steps):
+            if str(source).startswith(str(folder / ".partial")) and os.path.dirname(target) == str(folder):
+                if len(moved) == steps:
+                    raise KeyboardInterrupt
+                moved.append(os.path.basename(target))
+            replace(source, target)
+
+        monkeypatch.setattr(os, "replace", stop)
+        try:
+            prepare(asked(text, folder, splits=(70, 15, 15)))
+            break
+        except KeyboardInterrupt:
+            assert not (folder / "corpus.json").exists()
+            assert not (folder / "train.idx").exists() or {"train.bin", "train.idx"} <= set(moved)
+        finally:
+            monkeypatch.setattr(os, "replace", replace)
+    assert (len(moved), moved[-1]) == (len(WRITTEN), "corpus.json")
+
+
+def test_a_killed_writer_leaves_no_data_set_and_the_next_one_clears_up(text, tmp_path):
+    folder = tmp_path / "data"
+    flags = ["--output-dir", folder, "--input", text, "--tokenizer-type", "ByteTokenizer", "--splits", *SHARES]
+    stop = "from megatron.data import prepare; prepare._describe = lambda *_: os.kill(os.getpid(), signal.SIGKILL)"
+    start = f"sys.argv = {command(*flags)[1:]}; runpy.run_path(sys.argv[0], run_name='__main__')"
+    program = f"import os, runpy, signal, sys; {stop}; {start}"
+    killed = subprocess.run([sys.executable, "-c", program], env=environment(), cwd=ROOT, capture_output=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert [path.name for path in folder.iterdir()] == [".partial"]
+    call(*flags)
+    assert set(contents(folder)) == WRITTEN
+
+
+def test_a_full_disk_is_one_line_and_changes_nothing(text, tmp_path):
+    flags = [
+        "--output-dir",
+        tmp_path / "data",
+        "--input",
+        text,
+        "--tokenizer-type",
+        "ByteTokenizer",
+        "--splits",
+        *SHARES,
+    ]
+    limited = ["bash", "-c", 'ulimit -f 1; exec "$@"', "limited", *command(*flags)]
+    done = subprocess.run(limited, env=environment(), capture_output=True, text=True)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
+    assert f"error: --output-dir {tmp_path / 'data'}: cannot be written (File too large)" in done.stderr
+    assert contents(tmp_path / "data") == {}
+
+
+def test_a_second_writer_waits_for_the_first(text, tmp_path):
+    folder = tmp_path / "data"
+    prepare(asked(text, folder))
+    held = os.open(folder, os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    flags = ["--output-dir", folder, "--input", text, "--tokenizer-type", "ByteTokenizer", "--splits", *SHARES]
+    second = subprocess.Popen(
+        command(*flags), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert "another process writes there" in second.stderr.readline()
+    time.sleep(0.1)
+    assert second.poll() is None
+    os.close(held)
+    assert "holds this corpus already" in second.communicate(timeout=60)[0]
+
+
+def test_text_that_changes_while_it_is_read_is_refused(text, tmp_path, monkeypatch, refused):
+    survey = preparing.survey
+
+    def change(wanted):
+        found = survey(wanted)
+        text.write_text(text.read_text().replace("fox", "cat"))
+        return found
+
+    monkeypatch.setattr(preparing, "survey", change)
+    with refused(f"--input {text}", "changed while it was read", "start again"):
+        prepare(asked(text, tmp_path / "data"))
+    assert contents(tmp_path / "data") == {}
+
+
+@pytest.mark.parametrize(
+    "changes, parts",
+    [
+        ({"splits": (80, 20)}, ["--splits 80 20", "three shares"]),
+        ({"splits": (80, -10, 30)}, ["--splits 80 -10 30", "none negative"]),
+        ({"splits": (0, 0, 0)}, ["--splits 0 0 0", "one above 0"]),
+        ({"splits": (float("nan"), 1, 1)}, ["--splits nan 1 1"]),
+        ({"splits": (float("inf"), 1, 1)}, ["--splits inf 1 1"]),
+        (
+            {"tokenizer_type": "HFTokenizer", "splits": (0, 1, 1)},
+            ["--splits 0 1 1", "no text to train", "--tokenizer-model"],
+        ),
+        ({"tokenizer_type": "HFTokenizer", "train_tokenizer": 256}, ["--train-tokenizer 256", "at least 257"]),
+        (
+            {"tokenizer_type": "HFTokenizer", "train_tokenizer": 300, "tokenizer_model": "x"},
+            ["--train-tokenizer 300", "--tokenizer-model x is given", "drop one"],
+        ),
+        ({"train_tokenizer": 300}, ["--train-tokenizer 300", "--tokenizer-type is ByteTokenizer", "change one"]),
+        ({"tokenizer_model": "x"}, ["--tokenizer-model x", "--tokenizer-type is ByteTokenizer"]),
+        ({"vocab_size": 9}, ["--vocab-size 9", "belongs to NullTokenizer"]),
+        ({"tokenizer_type": "NullTokenizer"}, ["--tokenizer-type NullTokenizer", "needs --vocab-size"]),
+        ({"tokenizer_type": "NullTokenizer", "vocab_size": 0}, ["--vocab-size 0", "at least 1"]),
+    ],
+)
+def test_flags_that_cannot_be_are_refused(text, tmp_path, refused, changes, parts):
+    with refused(*parts):
+        asked(text, tmp_path / "data", **changes)
+
+
+@pytest.mark.parametrize(
+    "changes, parts",
+    [
+        ({"input": ("nowhere.txt",)}, ["--input nowhere.txt", "no such file"]),
+        ({"json_key": "body"}, ['line 1 has no field "body"', "--json-key"]),
+        ({"splits": (98, 1, 1)}, ["--splits 98 1 1", "split holds no document", "--txt-separator"]),
+        ({"tokenizer_type": "NullTokenizer", "vocab_size": 9}, ["NullTokenizer", "0 to 8"]),
+        ({"tokenizer_type": "HFTokenizer", "train_tokenizer": 9999}, ["--train-tokenizer 9999", "this text gives"]),
+        (
+            {"tokenizer_type": "HFTokenizer", "tokenizer_model": "no.json"},
+            ["--tokenizer-model no.json", "no such file"],
+        ),
+        ({"tokenizer_type": "HFTokenizer", "tokenizer_model": __file__}, [f"--tokenizer-model {__file__}", "is not a"]),
+    ],
+)
+def test_text_that_does_not_fit_is_refused_and_nothing_is_left(text, tmp_path, refused, changes, parts):
+    with refused(*parts):
+        prepare(asked(text, tmp_path / "data", **changes))
+    assert not (tmp_path / "data").exists() or contents(tmp_path / "data") == {}
+
+
+def test_input_without_text_and_a_folder_that_cannot_be_made(text, tmp_path, refused):
+    (tmp_path / "empty.txt").write_text(" \n")
+    with refused(f"--input {tmp_path / 'empty.txt'}: holds no text", "give files"):
+        prepare(asked(tmp_path / "empty.txt", tmp_path / "data"))
+    with refused(f"--output-dir {text}", "cannot be made", "name another"):
+        prepare(asked(text, text))
+    with refused(f"--output-dir {text / 'below'}", "cannot be made"):
+        prepare(asked(text, text / "below"))
+
+
+def test_mistakes_on_the_command_line_are_one_line(tmp_path):
+    folder = ["--output-dir", tmp_path / "data"]
+    assert "--output-dir" in call(code=2).stderr
+    assert "did you mean --splits?" in call(*folder, "--split", 1, code=2).stderr
+    for flags in (["--input"], ["--train-tokenizer", "many"], ["--tokenizer-type", "BPE"], ["--splits", "a", "b", "c"]):
+        assert flags[0] in call(*folder, *flags, code=2).stderr
+    assert "--splits -1 1 1: give three shares" in call(*folder, "--splits", -1, 1, 1, code=2).stderr
+    assert not (tmp_path / "data").exists()
+
+
+def test_help_teaches():
+    said = call("--help").stdout
+    for part in ("--input FILE", "--txt-separator", "default: text", "python tools/preprocess_data.py --output-dir"):
+        assert part in said

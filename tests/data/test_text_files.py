@@ -1,0 +1,153 @@
+"""The user's own files: every kind that is read, and every fault in one line."""
+
+import gzip
+import json
+import os
+
+import pytest
+import zstandard
+
+from megatron.data import text_files
+from megatron.data.text_files import read_documents
+
+TEXT = "line one\r\n\nünicode\n" * 50
+LINES = "".join(json.dumps({"text": f"text {number} ü", "body": number}) + "\n" for number in range(2000))
+
+
+def compressed(name: str, data: bytes) -> bytes:
+    if name.endswith(".gz"):
+        return gzip.compress(data)
+    return zstandard.ZstdCompressor().compress(data) if name.endswith(".zst") else data
+
+
+@pytest.fixture
+def file(tmp_path):
+    """Return a function that writes a file, compressed as its name says, and returns its path."""
+
+    def write(name, data, pack=True):
+        data = data.encode() if isinstance(data, str) else data
+        (tmp_path / name).write_bytes(compressed(name, data) if pack else data)
+        return str(tmp_path / name)
+
+    return write
+
+
+def found(*paths, **options) -> list[str]:
+    return [document.text for document in read_documents(paths, **options)]
+
+
+@pytest.mark.parametrize("ending", ["", ".gz", ".zst", ".GZ"])
+def test_every_kind_is_read_whole(file, ending):
+    text, lines = file(f"a.txt{ending}", TEXT, ending != ".GZ"), file(f"b.jsonl{ending}", LINES, ending != ".GZ")
+    if ending == ".GZ":
+        for path in (text, lines):
+            data = open(path, "rb").read()
+            open(path, "wb").write(gzip.compress(data))
+    assert found(text) == [TEXT]
+    assert found(lines) == [f"text {number} ü" for number in range(2000)]
+    assert found(lines, text)[-1] == TEXT
+    assert [document.name for document in read_documents([lines])][1] == f"{lines}:2"
+
+
+def test_large_and_joined_compressed_files_are_read_to_the_end(file):
+    noise = os.urandom(300_000).hex() + "\n"  # more than a buffer, compressed too
+    assert found(file("a.txt.zst", noise)) == [noise]
+    for name in ("b.txt.gz", "b.txt.zst"):
+        joined = compressed(name, b"one ") + compressed(name, b"") + compressed(name, b"two")
+        assert found(file(name, joined, pack=False)) == ["one two"]
+
+
+def test_empty_documents_and_lines_are_left_out(file):
+    assert found(file("a.jsonl", '{"text": ""}\n\n{"text": " \\n"}\n  \n{"text": "x"}')) == ["x"]
+    assert found(*(file(f"b.txt{ending}", "") for ending in ("", ".gz", ".zst"))) == []
+    assert found(file("c.txt.zst", b"", pack=False)) == []
+
+
+def test_another_field_and_a_byte_order_mark(file):
+    assert found(file("a.jsonl", '\ufeff{"content": "x", "text": 1}\r\n{"content": "y"}'), key="content") == ["x", "y"]
+    assert found(file("b.txt", "\ufeffx")) == ["x"]
+
+
+def test_a_text_file_is_cut_at_its_separator(file):
+    path = file("a.txt", "one\n1\n\n\ntwo\r\n\r\n  \nthree")
+    assert found(path, separator="") == ["one\n1\n", "two\r\n", "  \nthree"]
+    assert [document.name for document in read_documents([path], separator="")] == [
+        f"{path}:{line}" for line in (1, 5, 7)
+    ]
+    assert found(file("b.txt", "one\n<|end|>\ntwo<|end|>\n<|end|>\n"), separator="<|end|>") == ["one\n", "two<|end|>\n"]
+    assert len(found(path)) == 1
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.txt.gz", "a.txt.zst"])
+@pytest.mark.parametrize("left", [0.3, 0.9, 0.999])
+def test_a_cut_file_is_refused(file, refused, name, left):
+    whole = compressed(name, LINES.encode())
+    with refused(f"--input {file(name, whole[: int(len(whole) * left)], pack=False)}", "is damaged or cut", "anew"):
+        found(str(file(name, whole[: int(len(whole) * left)], pack=False)))
+
+
+@pytest.mark.parametrize("name", ["a.txt.gz", "a.txt.zst"])
+def test_a_damaged_or_foreign_file_is_refused(file, refused, name):
+    whole = bytearray(compressed(name, LINES.encode()))
+    whole[len(whole) // 2 : len(whole) // 2 + 40] = bytes(40)
+    for data in (bytes(whole), b"plain text", compressed(name, b"x") + b"more"):
+        with refused("--input", name, "is damaged or cut"):
+            found(file(name, data, pack=False))
+
+
+@pytest.mark.parametrize(
+    "line, parts",
+    [
+        (b'{"text": "x"', ["is not JSON", "mend or remove it"]),
+        (b"plain text", ["is not JSON"]),
+        (b'{"text": "\xff\xfe"}', ["is not JSON", "0xff"]),
+        (b"[" * 100_000, ["is not JSON"]),
+        (b'{"body": "x"}', ['has no field "text"', "--json-key"]),
+        (b'["text"]', ['has no field "text"', "--json-key"]),
+        (b'"text"', ['has no field "text"']),
+        (b"null", ['has no field "text"']),
+        (b'{"text": 5}', ['holds in "text" a int, no text', "--json-key"]),
+        (b'{"text": null}', ["NoneType"]),
+        (b'{"text": ["x"]}', ["list"]),
+        (b'{"text": "\\ud800"}', ["is not text", "surrogates", "mend or remove it"]),
+    ],
+)
+def test_a_bad_line_is_named(file, refused, line, parts):
+    path = file("a.jsonl", b'{"text": "good"}\n\n' + line + b"\n")
+    with refused(f"--input {path}: line 3", *parts):
+        found(path)
+
+
+def test_text_that_is_not_utf8_is_refused(file, refused):
+    for separator in (None, ""):
+        with refused("--input", "a.txt", "is not UTF-8", "0xe9", "iconv"):
+            found(file("a.txt", "fine\ncafé\n".encode("latin-1")), separator=separator)
+
+
+@pytest.mark.parametrize("name", ["nowhere.txt", "folder.txt", "folder"])
+def test_what_is_no_file_is_refused(tmp_path, refused, name):
+    (tmp_path / "folder.txt").mkdir()
+    with refused(f"--input {tmp_path / name}: no such file", "give the path"):
+        found(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("name", ["a", "a.csv", "a.csv.gz", "a.gz", "a.txt.bz2"])
+def test_another_kind_of_file_is_refused(file, refused, name):
+    with refused(f"{name}: is neither .txt nor .jsonl", "rename it"):
+        found(file(name, "x", pack=False))
+
+
+def test_a_document_too_large_for_the_memory_is_refused(file, refused, monkeypatch):
+    monkeypatch.setattr(text_files, "LONGEST_DOCUMENT", 100)
+    path = file("a.txt", "x" * 99 + "\n\n" + "y" * 50 + "\n" + "z" * 51)
+    with refused(f"--input {path}", "more than 100 bytes", "--txt-separator"):
+        found(path)
+    with refused(f"--input {path}:3", "more than 100 bytes"):
+        found(path, separator="")
+    assert len(found(file("b.txt", "x" * 100))) == 1
+
+
+def test_a_missing_package_is_named(file, refused, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "zstandard", None)
+    with refused("a.txt.zst: needs the package zstandard", "pip install zstandard"):
+        found(file("a.txt.zst", b"", pack=False))

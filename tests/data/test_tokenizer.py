@@ -1,0 +1,159 @@
+"""Text to ids and back, and ids that text can never become."""
+
+import json
+
+import pytest
+
+from megatron.data.tokenizer import END, ByteTokenizer, HFTokenizer, NullTokenizer, build_tokenizer, train_tokenizer
+
+TEXTS = [
+    "def f(x):\n\treturn x  # two  spaces\r\n\n\n",
+    "naïve Übermaß, 東京, 🙂🏳️‍🌈, \u0000\u200b\ufeff",
+    f"{END} and {END}\n{END}",
+    " leading and trailing ",
+    "",
+]
+CORPUS = ["the quick brown fox jumps over the lazy dog and the bear\n" * 3, "def f(x):\n    return x\n"]
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    train_tokenizer(CORPUS, 280, path)
+    return path
+
+
+def changed(path, folder, change) -> str:
+    """Return a tokenizer.json that `change` has been applied to."""
+    description = json.loads(path.read_text())
+    change(description)
+    (folder / "changed.json").write_text(json.dumps(description))
+    return str(folder / "changed.json")
+
+
+@pytest.fixture(params=["HFTokenizer", "ByteTokenizer"])
+def tokenizer(request, path):
+    return build_tokenizer(request.param, str(path))
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_text_comes_back_byte_for_byte(tokenizer, text):
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.encode_batch([text, text + "x"])[0] == ids
+    assert tokenizer.token_bytes()[ids].sum() == len(text.encode())
+    assert all(0 <= index < tokenizer.vocabulary_size for index in ids)
+
+
+def test_text_never_becomes_the_end_of_a_document(tokenizer):
+    assert tokenizer.eod not in tokenizer.encode("".join(TEXTS))
+    assert tokenizer.eod not in tokenizer.encode_batch(TEXTS)[2]
+    assert tokenizer.token_bytes()[tokenizer.eod] == 0
+    assert len(tokenizer.token_bytes()) == tokenizer.vocabulary_size
+
+
+def test_sizes(path):
+    trained = HFTokenizer(str(path))
+    assert (trained.vocabulary_size, trained.decode([trained.eod])) == (280, END)
+    assert len(trained.encode(" the")) == 1  # merges are learnt
+    assert (ByteTokenizer.vocabulary_size, ByteTokenizer.eod) == (257, 256)
+    assert ByteTokenizer().encode("é") == [0xC3, 0xA9]
+
+
+def test_the_same_text_trains_the_same_tokenizer(path, tmp_path):
+    train_tokenizer(iter(CORPUS), 280, tmp_path / "again.json")
+    assert (tmp_path / "again.json").read_text() == path.read_text()
+
+
+def test_a_tokenizer_that_asks_for_more_than_the_text_gives_is_refused(tmp_path, refused):
+    with refused("--train-tokenizer 5000", "gives 308 ids", "at least 257", "add text"):
+        train_tokenizer(CORPUS, 5000, tmp_path / "never.json")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_documents_are_neither_cut_nor_filled_up_whatever_the_file_asks(path, tmp_path):
+    def limit(description):
+        description["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+        description["padding"] = {
+            "strategy": {"Fixed": 64}, "direction": "Right", "pad_to_multiple_of": None,
+            "pad_id": 0, "pad_type_id": 0, "pad_token": END,
+        }  # fmt: skip
+
+    limited = HFTokenizer(changed(path, tmp_path, limit))
+    assert limited.decode(limited.encode(CORPUS[0])) == CORPUS[0]
+    assert limited.decode(limited.encode_batch(["short", CORPUS[0]])[1]) == CORPUS[0]
+    assert len(limited.encode("short")) <= 5
+
+
+def test_an_end_that_text_can_spell_is_refused(path, tmp_path, refused):
+    def plain(description):
+        description["added_tokens"][0]["special"] = False
+
+    with refused("--tokenizer-model", "changed.json", f"reads the text {END} as the end", '"special": true'):
+        HFTokenizer(changed(path, tmp_path, plain))
+
+
+def test_a_tokenizer_without_an_end_is_refused(path, tmp_path, refused):
+    def rename(description):
+        description["added_tokens"][0]["content"] = "</s>"
+        description["model"]["vocab"] = {
+            "</s>" if token == END else token: index for token, index in description["model"]["vocab"].items()
+        }
+
+    with refused("--tokenizer-model", "changed.json", f"has no {END} token", "give it one"):
+        HFTokenizer(changed(path, tmp_path, rename))
+
+
+def test_added_tokens_and_gaps_between_ids_are_counted(path, tmp_path):
+    def add(description):
+        plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+        description["added_tokens"].append({"id": 280, "content": "<é>", "special": False, **plain})
+
+    added = HFTokenizer(changed(path, tmp_path, add))
+    assert added.vocabulary_size == 281
+    assert added.encode("<é>") == [280]
+    assert added.token_bytes()[280] == 4
+
+    def leave_a_gap(description):
+        description["model"]["vocab"]["zz"] = 300
+
+    gap = HFTokenizer(changed(path, tmp_path, leave_a_gap))
+    assert gap.vocabulary_size == len(gap.token_bytes()) == 301
+
+
+def test_ids_that_do_not_spell_bytes_have_no_length(path, tmp_path):
+    other = HFTokenizer(changed(path, tmp_path, lambda description: description.update(decoder=None)))
+    assert other.token_bytes() is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{}", "[]", "not json", '{"model": {"type": "Nope"}}', '{"model": {"type": "BPE", "vocab": {"a": 0}'],
+)
+def test_what_is_no_tokenizer_is_refused(tmp_path, refused, text):
+    (tmp_path / "tokenizer.json").write_text(text)
+    with refused("--tokenizer-model", "tokenizer.json", "is not a tokenizer.json", "give the one"):
+        build_tokenizer("HFTokenizer", str(tmp_path / "tokenizer.json"))
+
+
+def test_an_empty_vocabulary_is_refused(tmp_path, refused):
+    (tmp_path / "tokenizer.json").write_text('{"model": {"type": "BPE", "vocab": {}, "merges": []}}')
+    with refused("tokenizer.json", f"has no {END} token"):
+        HFTokenizer(str(tmp_path / "tokenizer.json"))
+
+
+@pytest.mark.parametrize("missing", [None, "nowhere/tokenizer.json"])
+def test_a_missing_tokenizer_is_refused(refused, missing):
+    with refused(f"--tokenizer-model {missing}", "no such file", "give the tokenizer.json"):
+        HFTokenizer(missing)
+
+
+def test_null_tokenizer_has_one_more_id_and_takes_numbers_only(refused):
+    null = build_tokenizer("NullTokenizer", None, 100)
+    assert isinstance(null, NullTokenizer)
+    assert (null.vocabulary_size, null.eod, null.token_bytes()) == (101, 100, None)
+    assert null.encode(" 0 99\n7 ") == [0, 99, 7] == null.encode_batch(["1", "0 99 7"])[1]
+    assert null.decode([0, 99, 7]) == "0 99 7"
+    for word in ("100", "-1", "1.5", "x", "1_0", "+3", "٣", "²", "9" * 5000):
+        with refused("NullTokenizer", word[:40], "0 to 99", "--vocab-size"):
+            null.encode(f"1 {word} 2")

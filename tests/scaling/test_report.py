@@ -1,0 +1,112 @@
+"""The report: paired differences against the formula, comparability, and the page itself."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from megatron.errors import ConfigurationError
+from megatron.scaling.report import write_report
+from megatron.scaling.runs import best_point, check_comparable, load_run, paired_difference
+from tests.conftest import ROOT, run
+
+
+@pytest.fixture(scope="module")
+def folders(tiny, tmp_path_factory):
+    """An AR and an MDM run on the same few tokens."""
+    root = tmp_path_factory.mktemp("runs")
+    shared = [*tiny, "--train-unique-tokens", 500]
+    run("ar", *shared, "--save", root / "ar", "--mlp-dropout", 0.1)
+    run("mdm", *shared, "--save", root / "mdm")
+    return root
+
+
+def evaluation(tmp_path, name, nats, tokens):
+    """Write the sums by document of a run that was evaluated once, and return (run, record)."""
+    folder = tmp_path / name
+    (folder / "validation" / "validation").mkdir(parents=True)
+    np.savez(folder / "validation" / "validation" / "1.npz", nats=nats, tokens=tokens)
+    record = {"kind": "valid", "set": "validation", "iteration": 1, "loss": nats.mean(0).sum() / tokens.sum()}
+    (folder / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+    (folder / "config.json").write_text(json.dumps({"objective_name": name}))
+    return load_run(folder), record
+
+
+def test_paired_difference_is_the_ratio_estimator_with_documents_as_clusters(tmp_path):
+    random = np.random.default_rng(0)
+    tokens = np.array([30, 0, 50, 20])  # one document is not seen at all
+    exact, noisy = random.random((1, 4)) * tokens, random.random((3, 4)) * tokens
+    found = paired_difference(evaluation(tmp_path, "ar", exact, tokens), evaluation(tmp_path, "mdm", noisy, tokens))
+    difference = exact[0] - noisy.mean(0)
+    mean = difference.sum() / 100
+    residuals = [difference[d] - mean * tokens[d] for d in (0, 2, 3)]
+    data = 3 / 2 * sum(r**2 for r in residuals) / 100**2
+    noise = np.var(noisy.sum(1) / 100, ddof=1) / 3
+    assert found.nats == pytest.approx(mean) and found.se == pytest.approx(np.sqrt(data + noise))
+
+
+def test_evaluations_with_the_same_noise_are_paired_by_replicate_too(tmp_path):
+    """A constant offset in every replicate has no Monte-Carlo error, however noisy the replicates are."""
+    tokens = np.array([40, 60])
+    noisy = np.random.default_rng(1).random((4, 2)) * tokens
+    one, two = evaluation(tmp_path, "one", noisy, tokens), evaluation(tmp_path, "two", noisy + 0.1 * tokens, tokens)
+    found = paired_difference(two, one)
+    assert found.nats == pytest.approx(0.1) and found.se == pytest.approx(0, abs=1e-12)
+
+
+def test_different_tokens_cannot_be_paired(tmp_path):
+    one = evaluation(tmp_path, "one", np.ones((1, 2)), np.array([4, 6]))
+    two = evaluation(tmp_path, "two", np.ones((1, 2)), np.array([5, 5]))
+    with pytest.raises(ConfigurationError, match="scored different tokens"):
+        paired_difference(one, two)
+
+
+def test_best_points_are_chosen_on_one_set_and_reported_on_another(folders):
+    ar = load_run(folders / "ar")
+    ar.valid["tuning"][0]["loss"] = 0.0  # the tuning set points at the first evaluation
+    assert best_point(ar, "tuning", "validation") == ar.valid["validation"][0]
+
+
+@pytest.mark.parametrize("key, what", [("corpus_hash", "corpus"), ("unique_tokens", "unique tokens")])
+def test_runs_on_other_text_are_never_put_in_one_table(folders, key, what):
+    one, two = load_run(folders / "ar"), load_run(folders / "mdm")
+    check_comparable([one, two])
+    two.config[key] = "other"
+    with pytest.raises(ConfigurationError, match=f"differ in {what} .*report them apart"):
+        check_comparable([one, two])
+
+
+def test_the_page_is_self_contained_and_says_what_mdm_losses_are(folders, tmp_path):
+    command = [sys.executable, "tools/report.py", folders / "ar", folders / "mdm", "--output", tmp_path]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    page = (tmp_path / "report.html").read_text()
+    assert 'src="data:image/png' in page and "http" not in page
+    names = {"validation_epoch", "validation_flops", "train_validation", "best"}
+    assert {path.stem for path in tmp_path.glob("*.png")} == names
+    for text in (page, done.stdout):
+        assert "MLP dropout 0.1" in text and "≤ " in text and "upper bounds" in text and "not another seed" in text
+    reported = {name: best_point(load_run(folders / name), "tuning", "validation") for name in ("ar", "mdm")}
+    for record in reported.values():
+        assert f"{record['loss']:.3f}" in done.stdout
+
+
+def test_a_record_cut_by_a_crash_does_not_stop_the_report(folders, tmp_path):
+    shutil.copytree(folders / "ar", tmp_path / "ar")
+    with open(tmp_path / "ar" / "metrics.jsonl", "a") as file:
+        file.write('{"kind": "valid", "iter')
+    write_report([load_run(tmp_path / "ar")], tmp_path / "report")
+    assert (tmp_path / "report" / "report.html").exists()
+
+
+def test_bad_input_gets_one_line(folders, tmp_path):
+    for arguments, rule in (
+        ([tmp_path / "nothing"], "holds no run"),
+        ([folders / "ar", "--tuning", "other"], "has no validation set other; it has tuning, validation"),
+        ([folders / "ar", "--output"], "--output"),
+    ):
+        command = [sys.executable, "tools/report.py", "--output", tmp_path, *arguments]
+        done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 2 and rule in done.stderr and "Traceback" not in done.stderr

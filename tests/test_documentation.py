@@ -1,0 +1,167 @@
+"""What the documents and examples tell a user to type, typed: scripts exist, flags parse. No training starts."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from functools import lru_cache
+from pathlib import Path
+
+import pytest
+
+from megatron.errors import ConfigurationError
+from megatron.training.main import parse, parser
+from tests.conftest import ROOT
+
+OBJECTIVES = {"pretrain_gpt.py": "ar", "pretrain_mdm.py": "mdm"}
+NETWORK = "--num-layers 2 --hidden-size 32 --num-attention-heads 2".split()
+# commands that are not ours: their arguments are not checked
+FOREIGN = {"cd", "git", "source", "export", "ls", "cat", "head", "tail", "mkdir", "kill", "pip", "sbatch", "xdg-open"}
+# flags of torchrun
+FOREIGN_FLAGS = {"--standalone", "--nproc-per-node", "--nnodes", "--node-rank", "--rdzv-backend", "--rdzv-endpoint"}
+DOCUMENTS = [path for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))) if path.exists()]
+EXAMPLES = [path for path in sorted((ROOT / "examples_scaling").rglob("*.sh")) if "lib" not in path.parts]
+
+
+def scripts() -> list[Path]:
+    """Return every shell script of the project."""
+    inside = [path for path in sorted(ROOT.rglob("*.sh")) if ".venv" not in path.parts]
+    return inside + [path for path in (ROOT / ".ci").glob("*") if path.read_text().startswith("#!/usr/bin/env bash")]
+
+
+def commands(block: str) -> list[list[str]]:
+    """Return the words of each command of a shell block, without comments and variables in front."""
+    lines = re.sub(r"\\\n\s*", " ", block).splitlines()
+    parts = [part for line in lines for part in re.split(r" && | \| |; ", line)]
+    split = [shlex.split(part, comments=True) for part in parts]
+    split = [
+        words[next((i for i, word in enumerate(words) if not re.match(r"[A-Z_]+=", word)), 0) :] for words in split
+    ]
+    return [words for words in split if words]
+
+
+def documented() -> list[tuple[str, list[str]]]:
+    """Return (document, command) of every ```bash block."""
+    return [
+        (path.name, words)
+        for path in DOCUMENTS
+        for block in re.findall(r"^```bash\n(.*?)^```", path.read_text(), re.DOTALL | re.MULTILINE)
+        for words in commands(block)
+    ]
+
+
+def dry_run(script: Path, *arguments: str, **variables) -> list[list[str]]:
+    """Return the commands that an example prints instead of running them."""
+    environment = os.environ | {"DRY_RUN": "1", "NPROC": "1"} | variables
+    done = subprocess.run(
+        ["bash", str(script), *arguments], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    return commands(done.stdout)
+
+
+@lru_cache
+def help_of(tool: Path) -> str:
+    done = subprocess.run([sys.executable, tool, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def flags(words: list[str]) -> list[str]:
+    return [word.split("=")[0] for word in words if re.match(r"--?[a-z]", word)]
+
+
+def check(words: list[str]) -> None:
+    """Check one command as far as that is possible without running it."""
+    names = [word for word in words if word.endswith((".py", ".sh"))]
+    if not names or words[0] in FOREIGN:
+        assert words[0] in FOREIGN, f"{shlex.join(words)}: this test does not know how to check it"
+        return
+    path, arguments = ROOT / names[0], words[words.index(names[0]) + 1 :]
+    assert path.is_file(), f"{names[0]} does not exist"
+    if path.name in OBJECTIVES:
+        # an excerpt says ..., and --skip-train takes the network from the run's folder
+        rest = NETWORK if "..." in arguments or "--skip-train" in arguments else []
+        parse(OBJECTIVES[path.name], [*rest, *(word for word in arguments if word != "...")])
+    elif path.suffix == ".py":
+        missing = [name for name in flags(arguments) if not re.search(rf"{name}(?![\w-])", help_of(path))]
+        assert not missing, f"{names[0]} has no {missing}"
+    elif path in EXAMPLES:
+        for printed in dry_run(path, *arguments):
+            check(printed)
+    else:
+        missing = [name for name in flags(arguments) if name not in path.read_text()]
+        assert not missing, f"{names[0]} has no {missing}"
+
+
+@pytest.mark.parametrize(
+    "document, words", documented(), ids=lambda part: part if isinstance(part, str) else "-".join(part[:2])
+)
+def test_a_documented_command_is_one_that_works(document, words):
+    check(words)
+
+
+def test_documents_have_commands():
+    assert {words[-1] for _, words in documented()} >= {"examples_scaling/quickstart/run.sh", "tests/run.sh"}
+
+
+@pytest.mark.parametrize("script", scripts(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_script_is_valid_bash(script):
+    done = subprocess.run(["bash", "-n", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("processes", ["1", "2"])
+@pytest.mark.parametrize("script", EXAMPLES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_example_prints_commands_that_parse(script, processes):
+    printed = dry_run(script, NPROC=processes)
+    for words in printed:
+        check(words)
+    trainings = [words for words in printed if any(word in OBJECTIVES for word in words)]
+    assert trainings and all(("torch.distributed.run" in words) == (processes == "2") for words in trainings)
+
+
+@pytest.mark.parametrize("script", EXAMPLES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_flags_given_to_an_example_reach_every_training(script):
+    for words in dry_run(script, "--seed", "77"):
+        if any(word in OBJECTIVES for word in words):
+            name = next(word for word in words if word in OBJECTIVES)
+            assert parse(OBJECTIVES[name], words[words.index(name) + 1 :]).training.seed == 77
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_flag_that_a_document_names_exists(document):
+    known = FOREIGN_FLAGS | set(parser("ar")._option_string_actions)
+    texts = [help_of(tool) for tool in sorted((ROOT / "tools").glob("*.py"))] + [path.read_text() for path in scripts()]
+    known |= {name for text in texts for name in re.findall(r"--[a-z][\w-]*", text)}
+    named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", document.read_text()))
+    assert named <= known, f"unknown: {sorted(named - known)}"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "bash examples_scaling/none.sh",
+        "bash tests/run.sh --every",
+        "bash examples_scaling/quickstart/run.sh --num-layer 3",
+        "python tools/report.py runs/a --outptu x",
+        "python tools/none.py",
+        "python pretrain_gpt.py --num-layers 2",
+        "python pretrain_mdm.py ... --load runs/a --sav runs/b",
+        "rm -rf data",
+    ],
+)
+def test_a_planted_wrong_command_is_found(command):
+    with pytest.raises((AssertionError, ConfigurationError)):
+        check(shlex.split(command))
+
+
+def test_an_excerpt_and_comments_are_understood():
+    check(shlex.split("python pretrain_mdm.py ... --load runs/a --save runs/b"))
+    check(shlex.split("torchrun --nproc_per_node 2 pretrain_gpt.py ... --save runs/b"))
+    assert commands("OUT=x bash a.sh \\\n  --b  # why\n# no\n\ncd a && ls") == [
+        ["bash", "a.sh", "--b"],
+        ["cd", "a"],
+        ["ls"],
+    ]

@@ -1,0 +1,395 @@
+"""What a user can do wrong and what a machine can do to a run: one clear line each, and nothing lost."""
+
+import contextlib
+import gc
+import json
+import os
+import pickle
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from torch.distributed.checkpoint import FileSystemReader
+
+from megatron.data.indexed import HEADER, MAGIC
+from megatron.errors import ConfigurationError
+from megatron.training.main import main, parse
+from tests.conftest import entry, environment, records, run
+
+NETWORK = "--num-layers 2 --hidden-size 32 --num-attention-heads 2".split()
+
+
+def one_line(text: str, *parts) -> None:
+    """Check that `text` is one line that names every one of `parts`."""
+    assert "\n" not in text.strip() and "Traceback" not in text
+    for part in parts:
+        assert str(part) in text, f"{part!r} is not in: {text}"
+
+
+def told(stderr: str, *parts) -> None:
+    """Check that a run ended with exactly one error line, which names `parts`, and no traceback."""
+    errors = [line for line in stderr.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1 and "Traceback" not in stderr, stderr[-3000:]
+    one_line(errors[0], *parts)
+
+
+@pytest.fixture
+def refused(capsys):
+    """Run an entry point's main in this process: it must leave with 2 and one line that names `parts`."""
+
+    def check(objective, flags, *parts):
+        code = None
+        try:
+            main(objective, list(map(str, flags)))
+        except SystemExit as leave:
+            code = leave.code
+        gc.collect()  # the lock of the run folder goes with the last frame that held it
+        told(capsys.readouterr().err, *parts)
+        assert code == 2
+
+    return check
+
+
+@pytest.fixture(scope="module")
+def whole(tiny, tmp_path_factory):
+    """A finished run: checkpoints of steps 8 and 12."""
+    folder = tmp_path_factory.mktemp("whole")
+    run("ar", *tiny, "--save", folder)
+    return folder
+
+
+def copy(folder: Path, target: Path) -> Path:
+    shutil.copytree(folder, target, dirs_exist_ok=True)
+    return target
+
+
+def shard(folder: Path, iteration: int) -> Path:
+    return next((folder / "checkpoints" / f"iter_{iteration:07d}").glob("*.safetensors"))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def without(flags: list[str], name: str) -> list[str]:
+    """Return `flags` without one flag and its value."""
+    index = flags.index(name)
+    return flags[:index] + flags[index + 2 :]
+
+
+# ------------------------------------------------------------------------------------------ flags
+
+WRONG_FLAGS = {
+    "--num-layer 3": ("unknown flag --num-layer", "did you mean --num-layers?"),
+    "--num-layer=3": ("unknown flag --num-layer", "did you mean --num-layers?"),
+    "--qqqq": ("unknown flag --qqqq", "--help"),
+    "1e-3": ("1e-3", "belongs to no flag"),
+    "--num-layers two": ("--num-layers two", "is not a number", "1e5"),
+    "--num-layers 2.5": ("--num-layers 2.5", "is not a whole number"),
+    "--seq-length nan": ("--seq-length nan", "finite"),
+    "--lr inf": ("--lr inf", "finite"),
+    "--train-samples 1e999": ("--train-samples 1e999", "finite"),
+    "--lr": ("--lr", "not followed by a value"),
+    "--valid-data-path": ("--valid-data-path", "not followed by a value"),
+    "--save": ("--save", "not followed by a value"),
+    "--skip-train=1": ("--skip-train", "takes no value"),
+    "--bf16=1": ("--bf16", "takes no value"),
+    "--normalization batchnorm": ("--normalization batchnorm", "rmsnorm, layernorm"),
+    "--bf16 --fp32": ("--bf16", "--fp32", "give one"),
+    "--token-dropout 0.1 --token-dropout-max 0.3": ("--token-dropout 0.1", "--token-dropout-max 0.3", "give one"),
+    "--num-query-groups 1": ("--num-query-groups 1", "needs --group-query-attention"),
+    "--group-query-attention": ("--group-query-attention", "needs --num-query-groups"),
+}
+
+
+@pytest.mark.parametrize("flags", WRONG_FLAGS)
+def test_wrong_flags_are_named_with_value_and_remedy(flags):
+    with pytest.raises(ConfigurationError) as caught:
+        parse("ar", [*NETWORK, *flags.split()])
+    one_line(str(caught.value), *WRONG_FLAGS[flags])
+
+
+def test_missing_flags_are_named_all_at_once():
+    with pytest.raises(ConfigurationError) as caught:
+        parse("mdm", ["--num-layers", "2"])
+    one_line(str(caught.value), "--hidden-size and --num-attention-heads", "required", "--help")
+
+
+def test_an_entry_point_says_it_in_one_line_and_leaves_with_2():
+    done = run("ar", *NETWORK, "--num-layer", 3, check=False)
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr == "error: unknown flag --num-layer; did you mean --num-layers?\n"
+
+
+def test_two_budgets_none_and_too_small_a_one(refused, tiny):
+    refused("ar", [*tiny, "--train-epochs", 2], "--train-epochs 2.0", "--train-samples 93", "exactly one")
+    refused("ar", without(tiny, "--train-samples"), "no budget", "exactly one", "--train-flops")
+    less = [*without(tiny, "--train-samples"), "--train-flops", 1000]
+    refused("ar", less, "--train-flops 1000.0", "less than one sample of 32 tokens", "raise it")
+
+
+def test_what_an_objective_cannot_do(refused, tiny):
+    refused("mdm", [*tiny, "--token-dropout", 0.1], "--token-dropout 0.1", "pretrain_gpt.py")
+
+
+def test_a_batch_that_does_not_divide(refused, tiny):
+    refused("ar", [*tiny, "--micro-batch-size", 3], "--global-batch-size 8", "--micro-batch-size 3", "take 6 or 9")
+
+
+def test_a_batch_that_does_not_divide_over_two_processes_ends_them_both(tiny):
+    began = time.monotonic()
+    done = run("ar", *tiny, "--micro-batch-size", 8, processes=2, check=False)
+    assert done.returncode != 0 and time.monotonic() - began < 60
+    for line in [line for line in done.stderr.splitlines() if line.startswith("error:")]:
+        one_line(line, "--global-batch-size 8", "--micro-batch-size 8 times 2 processes = 16", "take 16")
+    assert "error: --global-batch-size 8" in done.stderr
+
+
+# ------------------------------------------------------------------------------------------- data
+
+
+def test_a_corpus_smaller_than_a_sample(refused, tiny, corpus):
+    refused("ar", [*tiny, "--seq-length", 1_000_000], "--seq-length 1000000", "shorten it or add text")
+    unique = [*tiny, "--train-unique-tokens", 20]
+    refused("ar", unique, "--seq-length 32", "20", "shorten it or add text")
+    refused("ar", [*tiny, "--train-unique-tokens", 10**9], "--train-unique-tokens 1000000000", "ask for fewer")
+
+
+DAMAGED_DATA = {
+    "no index": (".idx", lambda path: path.unlink(), "no such file"),
+    "no tokens": (".bin", lambda path: path.unlink(), "no such file"),
+    "empty index": (".idx", lambda path: path.write_bytes(b""), "write it anew"),
+    "foreign index": (".idx", lambda path: path.write_bytes(b"PK" * 100), "write it anew"),
+    "cut index": (".idx", lambda path: os.truncate(path, path.stat().st_size // 2), "it was cut"),
+    "no documents": (".idx", lambda path: path.write_bytes(HEADER.pack(MAGIC, 1, 8, 0, 0)), "holds no tokens"),
+    "empty tokens": (".bin", lambda path: path.write_bytes(b""), "it was cut"),
+    "cut tokens": (".bin", lambda path: os.truncate(path, path.stat().st_size // 2), "it was cut"),
+    "broken description": (".json", lambda path: path.write_text("{"), "is not JSON"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED_DATA)
+@pytest.mark.parametrize("split", ["train", "tuning"])
+def test_damaged_data_is_named_by_file(damage, split, refused, tiny, corpus, tmp_path):
+    suffix, harm, said = DAMAGED_DATA[damage]
+    data = copy(corpus, tmp_path)
+    harm(data / f"{split}{suffix}")
+    flags = [*tiny, "--train-data-path", data / "train", "--valid-data-path", f"tuning={data}/tuning"]
+    refused("ar", flags, data / f"{split}{suffix}", said)
+
+
+def test_data_of_another_tokenizer(refused, tiny, corpus):
+    flags = [*tiny, "--tokenizer-type", "NullTokenizer", "--vocab-size", 100]
+    refused("ar", flags, f"{corpus}/train", "257 ids", "101", "--tokenizer-type")
+    model = [*tiny, "--tokenizer-type", "HFTokenizer", "--tokenizer-model", corpus / "none.json"]
+    refused("ar", model, f"--tokenizer-model {corpus}/none.json", "no such file")
+
+
+def test_no_data_and_two_sets_of_one_name(refused, tiny, corpus):
+    refused("ar", without(tiny, "--train-data-path"), "--train-data-path", "required", "tools/preprocess_data.py")
+    twice = [*tiny, "--valid-data-path", f"{corpus}/tuning", f"{corpus}/validation"]
+    refused("ar", twice, f"--valid-data-path {corpus}/tuning {corpus}/validation", "share a name", "name=prefix")
+
+
+# ------------------------------------------------------------------------------------ run folders
+
+
+def test_a_run_folder_that_cannot_be(refused, tiny, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    refused("ar", [*tiny, "--save", tmp_path / "file"], f"--save {tmp_path}/file", "another folder")
+    refused("ar", [*tiny, "--save", tmp_path / "file" / "run"], f"--save {tmp_path}/file/run", "another folder")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_nothing_to_load_or_to_evaluate(refused, tiny, whole, tmp_path):
+    nothing = [*tiny, "--load", tmp_path, "--save", tmp_path / "branch"]
+    refused("ar", nothing, f"--load {tmp_path}", "holds no run", "--save")
+    refused("ar", [*tiny, "--skip-train"], "--skip-train", "no checkpoint", "--load DIR")
+    refused("ar", [*tiny, "--skip-train", "--save", tmp_path / "new"], f"{tmp_path}/new", "no checkpoint", "train it")
+    index = tiny.index("--valid-data-path")
+    blind = [*tiny[:index], *tiny[index + 3 :], "--skip-train"]
+    refused("ar", blind, "--skip-train", "nothing to evaluate", "--valid-data-path")
+
+
+def test_what_is_typed_replaces_its_rivals_in_the_run_that_is_evaluated(whole):
+    recorded = parse("ar", ["--skip-train", "--load", str(whole)]).training
+    assert (recorded.train_samples, recorded.train_epochs, recorded.fp32, recorded.bf16) == (93, None, True, None)
+    typed = parse("ar", ["--skip-train", "--load", str(whole), "--train-epochs", "1", "--bf16"]).training
+    assert (typed.train_samples, typed.train_epochs, typed.fp32, typed.bf16) == (None, 1.0, None, True)
+    assert typed.global_batch_size == 8
+
+
+def test_a_run_of_another_kind_is_not_continued(refused, tiny, whole):
+    before = {name: data for name, data in contents(whole).items() if name != "lock"}
+    refused("mdm", [*tiny, "--save", whole], f"--save {whole}", "objective ar, not mdm", "entry point")
+    branch = f"--load {whole} --save"
+    refused("ar", [*tiny, "--save", whole, "--train-samples", 94], "--train-samples 94", "begun with 93", branch)
+    decay = [*tiny, "--save", whole, "--lr-decay-samples", 90]
+    refused("ar", decay, "--lr-decay-samples 90", "no --lr-decay-samples", branch)
+    refused("ar", [*tiny, "--save", whole, "--lr", 1e-3], "--lr 0.001", "--lr 0.01", branch)
+    unique = [*tiny, "--save", whole, "--train-unique-tokens", 9999]
+    refused("ar", unique, "--train-unique-tokens 9999", "no --train-unique-tokens", branch)
+    assert {name: data for name, data in contents(whole).items() if name != "lock"} == before
+
+
+def test_a_branch_keeps_the_network(refused, tiny, whole, tmp_path):
+    flags = [*tiny, "--load", whole, "--save", tmp_path / "branch"]
+    refused("ar", [*flags, "--num-layers", 3], "--num-layers 3", "--num-layers 2", "a branch keeps the network")
+    refused("ar", [*flags, "--no-swiglu"], "--no-swiglu", "begun with --swiglu", "a branch keeps the network")
+    refused("mdm", flags, f"--load {whole}", "objective ar, not mdm")
+    recorded = json.loads((whole / "config.json").read_text())
+    other = copy(whole, tmp_path / "other")
+    (other / "config.json").write_text(json.dumps(recorded | {"vocabulary_size": 300}))
+    flags = [*tiny, "--load", other, "--save", tmp_path / "branch"]
+    refused("ar", flags, f"--load {other}", "300 token ids", "257", "same tokenizer")
+
+
+def test_a_second_process_is_told_who_holds_the_run(refused, tiny, tmp_path):
+    flags = [*tiny, "--train-samples", "1000000", "--eval-interval", "1000000", "--save", str(tmp_path)]
+    first = subprocess.Popen([sys.executable, entry("ar"), *flags], env=environment(), stderr=subprocess.DEVNULL)
+    try:
+        while not (tmp_path / "status.json").exists():
+            assert first.poll() is None
+            time.sleep(0.05)
+        refused("ar", flags, f"--save {tmp_path}", f"process-{first.pid}", "wait for it")
+    finally:
+        first.kill()
+        first.wait()
+
+
+# ---------------------------------------------------------------------------- faults of a machine
+
+
+def limited(flags, size: int, processes: int = 1) -> subprocess.CompletedProcess:
+    """Run where no file can grow beyond `size` bytes: what a full disk does to the large ones."""
+    command = [sys.executable, entry("ar"), *map(str, flags)]
+    if processes > 1:
+        command[1:1] = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+    return subprocess.run(
+        command, env=environment(), capture_output=True, text=True, preexec_fn=limit, timeout=120, check=False
+    )
+
+
+def test_a_full_disk_while_saving_loses_nothing(tiny, whole, tmp_path):
+    run("ar", *tiny, "--save", tmp_path, "--exit-interval", 5)
+    before = contents(tmp_path / "checkpoints")
+    done = limited([*tiny, "--save", tmp_path], 100_000)
+    assert done.returncode == 1
+    told(done.stderr, tmp_path / "checkpoints" / "iter_0000008", "File too large", "older checkpoints", "free space")
+    assert contents(tmp_path / "checkpoints") == before
+    assert sorted(p.name for p in (tmp_path / "checkpoints").glob("iter_*")) == ["iter_0000004", "iter_0000005"]
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert status["state"] == "failed" and "iter_0000008" in status["reason"] and "\n" not in status["reason"]
+    run("ar", *tiny, "--save", tmp_path)
+    assert records(tmp_path) == records(whole)
+
+
+def test_a_full_disk_while_recording_names_the_folder(tiny, whole, tmp_path):
+    size = (whole / "config.json").stat().st_size + 500
+    assert size < (whole / "metrics.jsonl").stat().st_size
+    done = limited([*tiny, "--save", tmp_path, "--save-interval", 1000], size)
+    assert done.returncode == 1
+    told(done.stderr, tmp_path / "metrics.jsonl", "File too large", "free space")
+    assert json.loads((tmp_path / "status.json").read_text())["state"] == "failed"
+
+
+def test_a_full_disk_ends_both_processes(tiny, tmp_path):
+    done = limited([*tiny, "--save", tmp_path], 100_000, processes=2)
+    assert done.returncode != 0
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert errors and all("iter_0000004" in line and "File too large" in line for line in errors), done.stderr[-3000:]
+    assert not any((tmp_path / "checkpoints").glob("iter_*"))
+
+
+def test_a_loss_that_is_not_a_number_stops_and_overwrites_nothing(tiny, tmp_path):
+    flags = [*tiny, "--lr", "1e30", "--clip-grad", 0, "--save-interval", 1, "--eval-interval", 100]
+    done = run("ar", *flags, "--save", tmp_path, check=False)
+    assert done.returncode == 1
+    told(done.stderr, "step 2", "not finite", "from step 1", "lower --lr")
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert status["state"] == "failed" and "step 2" in status["reason"]
+    assert [p.name for p in (tmp_path / "checkpoints").glob("iter_*")] == ["iter_0000001"]
+    assert json.loads((tmp_path / "checkpoints" / "latest.json").read_text())["iteration"] == 1
+    assert [record["iteration"] for record in records(tmp_path)] == [1]
+
+
+class Payload:
+    """Pickled, it makes a file where it is unpickled."""
+
+    def __init__(self, mark: Path):
+        self.mark = mark
+
+    def __reduce__(self):
+        return (Path.touch, (self.mark,))
+
+
+def cut(folder: Path, mark: Path) -> None:
+    os.truncate(shard(folder, 12), shard(folder, 12).stat().st_size // 2)
+
+
+def flip(folder: Path, mark: Path) -> None:
+    path = shard(folder, 12)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def plant(folder: Path, mark: Path) -> None:
+    """Put pickles where a careless reader would open them: in both checkpoints, and as the newest one's meta.json."""
+    for iteration in (8, 12):
+        for name in (".metadata", "optimizer.pt", "shard-00002-model-00001-of-00001.distcp"):
+            shard(folder, iteration).with_name(name).write_bytes(pickle.dumps(Payload(mark)))
+    shard(folder, 12).with_name("meta.json").write_bytes(pickle.dumps(Payload(mark)))
+
+
+@pytest.mark.parametrize("damage", [cut, flip, plant], ids=lambda damage: damage.__name__)
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(damage, tiny, whole, tmp_path):
+    folder, mark = copy(whole, tmp_path / "run"), tmp_path / "executed"
+    damage(folder, mark)
+    done = run("ar", *tiny, "--save", folder)
+    assert "iter_0000012 is damaged" in done.stderr and "falling back" in done.stderr
+    assert "iter_0000008" in done.stderr and "error:" not in done.stderr
+    assert records(folder) == records(whole)
+    assert not mark.exists()
+
+
+def test_the_planted_pickle_is_one_that_the_default_reader_executes(whole, tmp_path):
+    folder, mark = copy(whole, tmp_path / "run"), tmp_path / "executed"
+    plant(folder, mark)
+    with contextlib.suppress(AttributeError):  # what comes out of the pickle is no metadata
+        FileSystemReader(str(shard(folder, 8).parent)).read_metadata()
+    assert mark.exists()
+
+
+@pytest.mark.parametrize("nonsense", ["", "[1]", "{}", '{"files": 3}', '{"files": {"a": 1}}', "\ud83d"])
+def test_a_meta_file_of_nonsense_is_damage(nonsense, refused, tiny, whole, tmp_path):
+    folder = copy(whole, tmp_path / "run")
+    for path in folder.glob("checkpoints/iter_*/meta.json"):
+        path.write_bytes(nonsense.encode("utf-8", "surrogatepass"))
+    refused("ar", [*tiny, "--save", folder], folder / "checkpoints", "every checkpoint is damaged", "another --save")
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_never_begun_anew(refused, tiny, whole, tmp_path):
+    folder = copy(whole, tmp_path / "run")
+    before = records(folder)
+    for iteration in (8, 12):
+        os.truncate(shard(folder, iteration), 100)
+    for _ in range(2):  # the second start must not take the folder for an empty one
+        refused("ar", [*tiny, "--save", folder], folder / "checkpoints", "every checkpoint is damaged", "restore one")
+    assert records(folder) == before
+
+
+@pytest.mark.parametrize("name", ["config.json", "checkpoints/best.json"])
+def test_a_damaged_record_of_a_run_is_named(name, refused, tiny, whole, tmp_path):
+    folder = copy(whole, tmp_path / "run")
+    (folder / name).write_text("{")
+    os.truncate(shard(folder, 12), 100)  # only a run that falls back reads best.json before it trains
+    refused("ar", [*tiny, "--save", folder], folder / name, "cannot be read as JSON", "restore it")

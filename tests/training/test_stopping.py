@@ -1,0 +1,30 @@
+"""Every reason to leave saves, says why in status.json, and ends with exit code 0."""
+
+import json
+
+import pytest
+
+from tests.conftest import run
+
+
+@pytest.mark.parametrize(
+    "flags, reason, step",
+    [
+        (["--kill-switch-file", "{folder}/stop"], "--kill-switch-file", 1),
+        (["--exit-duration-in-mins", "1e-9"], "--exit-duration-in-mins", 1),
+        (["--exit-interval", "3"], "--exit-interval 3", 3),
+    ],
+)
+def test_reasons_to_leave(flags, reason, step, tiny, tmp_path):
+    (tmp_path / "stop").touch()
+    run("mdm", *tiny, *[flag.format(folder=tmp_path) for flag in flags], "--save", tmp_path / "run")
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert status["state"] == "stopped" and status["reason"].startswith(reason) and status["iteration"] == step
+    latest = json.loads((tmp_path / "run" / "checkpoints" / "latest.json").read_text())
+    assert latest["iteration"] == step
+
+
+def test_two_processes_leave_together_when_one_is_asked(tiny, tmp_path):
+    (tmp_path / "stop").touch()
+    run("ar", *tiny, "--kill-switch-file", tmp_path / "stop", "--save", tmp_path / "run", processes=2)
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "stopped"
