@@ -11,7 +11,8 @@ class Batch:
     """What the model reads, what it must say, and how much each answer counts.
 
     Shapes: B sequences of S positions. `rows` is derived on the CPU, before the batch travels to a
-    device, so that selecting the scored positions never makes the host wait for the device.
+    device, so that selecting the scored positions never makes the host wait for the device; whoever
+    replaces the weights passes `rows=None`.
     """
 
     tokens: Tensor  # [B, S] int64, possibly corrupted

@@ -13,9 +13,9 @@ import numpy as np
 def stream(seed: int, purpose: str, *key: int) -> np.random.Generator:
     """Return the generator of one named draw.
 
-    `purpose` names what is drawn ("mask", "epoch"); `key` is at most three non-negative integers, in
-    training the run position of a sample. The same arguments give the same numbers in every process,
-    for every batch size, worker count and layout.
+    `purpose` names what is drawn ("mask", "epoch") and always comes with the same number of key words, since a
+    missing word is 0; `key` is at most three integers in [0, 2**64), in training the run position of a sample.
+    The same arguments give the same numbers in every process, for every batch size, worker count and layout.
     """
     if len(key) > 3:
         raise TypeError(f"a stream has at most three key words, {len(key)} given")
@@ -26,7 +26,7 @@ def stream(seed: int, purpose: str, *key: int) -> np.random.Generator:
 
 
 def radical_inverse(index: int) -> float:
-    """Return `index` written in binary and mirrored at the point, in [0, 1): 0, 1/2, 1/4, 3/4, 1/8, ...
+    """Return `index` < 2**53 written in binary and mirrored at the point, in [0, 1): 0, 1/2, 1/4, 3/4, 1/8, ...
 
     Any run of consecutive indices is spread evenly over [0, 1) (van der Corput, 1935).
     """

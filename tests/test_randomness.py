@@ -20,8 +20,25 @@ def test_the_stream_is_frozen():
     assert np.allclose(stream(1234, "mask", 7).random(3), FROZEN)
 
 
+def test_keys_are_words_of_64_bits():
+    draws = {stream(1, "mask", key).random() for key in (7, 7 + 2**32, 7 + 2**63, 2**64 - 1)}
+    assert len(draws) == 4
+    assert stream(1, "mask", np.int64(2**40)).random() == stream(1, "mask", 2**40).random()
+    for beyond in (-1, 2**64):
+        with pytest.raises(OverflowError):
+            stream(1, "mask", beyond)
+
+
+def test_streams_of_neighbouring_keys_do_not_overlap():
+    """The key stands above the counter of draws, so no stream runs into the next one."""
+    draws = np.concatenate([stream(1, "mask", key).random(1000) for key in range(20)])
+    assert len(np.unique(draws)) == len(draws)
+    assert abs(np.corrcoef(draws[:-1000], draws[1000:])[0, 1]) < 0.03
+
+
 def test_radical_inverse():
     assert [radical_inverse(i) for i in range(6)] == [0, 0.5, 0.25, 0.75, 0.125, 0.625]
+    assert radical_inverse(2**53 - 1) == 1 - 2**-53
 
 
 def test_too_many_keys():

@@ -1,8 +1,9 @@
 """Masked (absorbing) diffusion: hide a random share of the tokens, see all others, say what was hidden.
 
-With p the share, the weighted loss sum_masked(nll / p) / S is an unbiased estimate of an upper bound of the
-negative log-likelihood per token (2406.07524, 2502.09992; published system: 2507.15857). In the limit of
-exact counts the bound is the mean, over all orders of the tokens, of the negative log of the chain rule.
+With p the share, uniform on (0, 1), the weighted loss sum_masked(nll / p) / S is an unbiased estimate of an upper
+bound of the negative log-likelihood in nats per token (2406.07524, 2502.09992; published system: 2507.15857). The
+bound is the mean, over all orders of the tokens, of the negative log of the chain rule; exactly k hidden tokens with
+weight S / k, k uniform on 1..S, estimate the same with less noise.
 """
 
 from dataclasses import dataclass
@@ -29,11 +30,15 @@ class MaskedDiffusion:
     target_offset = 0  # the output at position j speaks of token j
 
     def prepare(self, ids: np.ndarray, positions: np.ndarray, seed: int) -> Batch:
-        """Return the training batch of `ids` [B, S+1] at the run `positions` [B]: weights mask / p, count B * S."""
-        targets = ids[:, :-1].copy()
-        shares = (1 - self.eps) * np.array([self.time(int(i), seed) for i in positions])[:, None] + self.eps
+        """Return the training batch of `ids` [B, S+1] at the run `positions` [B]: weights mask / p, count B * S.
+
+        p = (1 - eps) * time + eps, so no weight exceeds 1 / eps.
+        """
+        targets = ids[:, :-1].copy()  # [B, S]
+        times = np.array([self.time(int(i), seed) for i in positions])
+        shares = (1 - self.eps) * times[:, None] + self.eps  # p, [B, 1]
         draws = np.stack([stream(seed, "mask", int(i)).random(targets.shape[1]) for i in positions])
-        return self._batch(targets, draws < shares, 1 / shares)
+        return self._batch(targets, draws < shares, 1 / shares, count=targets.size)
 
     def time(self, position: int, seed: int) -> float:
         """Return the diffusion time of a run position, in [0, 1).
@@ -63,17 +68,17 @@ class MaskedDiffusion:
             draw = stream(noise.seed, f"evaluation mask/{noise.set_name}", noise.replicate, int(window))
             mask[row, first + draw.permutation(maskable)[:hidden]] = True
             weights[row] = maskable / hidden
-        return self._batch(targets, mask, weights)
+        return self._batch(targets, mask, weights, count=len(targets) * maskable)
 
     def scored_tokens(self, seq_length: int, alignment: str) -> slice:
         """Return which of a window's S+1 tokens are scored; "common" leaves token 0 visible."""
         return slice(0 if alignment == "published" else 1, seq_length)
 
-    def _batch(self, targets: np.ndarray, mask: np.ndarray, weights: np.ndarray) -> Batch:
+    def _batch(self, targets: np.ndarray, mask: np.ndarray, weights: np.ndarray, count: int) -> Batch:
         return Batch(
             tokens=torch.from_numpy(np.where(mask, self.mask_id, targets)),
             targets=torch.from_numpy(targets),
             weights=torch.from_numpy(np.where(mask, weights, 0).astype(np.float32)),
-            count=targets.size,
+            count=count,
             causal=False,
         )

@@ -193,8 +193,10 @@ def draw(runs: list[Run], rows: list[dict], output: Path, validation: str) -> di
     figure, axes = pyplot.subplots(figsize=(7, 3))
     for index, (row, colour) in enumerate(zip(rows, COLOURS * len(rows))):
         best = row["best"]
-        error = np.hypot(best["data_se"] or 0, best["mc_se"] or 0)
-        axes.errorbar(index, best["loss"], yerr=error, fmt="v" if row["bound"] else "o", color=colour, capsize=4)
+        # the error over documents holds the evaluation noise already
+        axes.errorbar(
+            index, best["loss"], yerr=best["data_se"] or 0, fmt="v" if row["bound"] else "o", color=colour, capsize=4
+        )
     axes.set_xticks(range(len(rows)), [row["name"] for row in rows])
     axes.set_xlim(-0.5, len(rows) - 0.5)
     finish(figure, axes, "Best points with standard errors (triangle: upper bound)", "best.png", "", logarithmic=False)

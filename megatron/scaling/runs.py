@@ -1,8 +1,8 @@
 """Runs read back from their folders, and compared: the paired difference by document.
 
 Best points are chosen on the tuning set and reported on the validation set. Two models are compared paired by
-document: the ratio estimator sum(n1 - n2) / sum(tokens) with documents as clusters, the Monte-Carlo error of
-masked diffusion added in quadrature.
+document: the ratio estimator sum(n1 - n2) / sum(tokens) with documents as clusters. What evaluation noise adds
+differs from document to document, so that error holds it already.
 """
 
 from dataclasses import dataclass
@@ -101,12 +101,6 @@ def paired_difference(first: tuple[Run, dict], second: tuple[Run, dict]) -> Diff
     clusters = int(seen.sum())
     residual = (difference - mean * one["tokens"])[seen]
     variance = clusters / max(1, clusters - 1) * (residual**2).sum() / tokens**2
-    # two evaluations of one run share their noise, replicate by replicate; those of two objectives do not
-    if len(nats[0]) == len(nats[1]) > 1:
-        spread = [(nats[0] - nats[1]).sum(1) / tokens]
-    else:
-        spread = [part.sum(1) / tokens for part in nats if len(part) > 1]
-    variance += sum(part.var(ddof=1) / len(part) for part in spread)
     return Difference(float(mean), float(np.sqrt(variance)))
 
 

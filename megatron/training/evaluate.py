@@ -33,9 +33,10 @@ class Evaluation:
     def summary(self) -> dict:
         """Return loss (nats per token), mc_se, data_se and bits_per_byte.
 
-        mc_se is the standard error over independent noise replicates (None for an exact objective).
+        mc_se is the standard error over independent noise replicates, None where there is only one.
         data_se treats documents as clusters drawn at random: the ratio estimator's standard error
-        (Cochran, Sampling Techniques, 1977, section 6.3).
+        (Cochran, Sampling Techniques, 1977, section 6.3). It contains the noise that differs between
+        documents, so for another set of documents it stands alone: adding mc_se would count noise twice.
         """
         means = self.nats.sum(axis=1) / self.tokens.sum()
         loss, replicates = float(means.mean()), len(means)
@@ -64,9 +65,10 @@ def evaluate(
     batch_size: int,
     alignment: str,
 ) -> Evaluation:
-    """Return the per-document sums of `data`; every process returns the same.
+    """Return the per-document sums of `data` over `replicates` draws of the noise; every process returns the same.
 
-    All processes run the same number of forward passes: what is missing at the end is padded without weight.
+    A token's nats go to the document of the token itself, not to that of the position that speaks of it. All
+    processes run the same number of forward passes: what is missing at the end is padded without weight.
     """
     replicates = 1 if objective.exact else replicates
     nats = np.zeros((replicates, data.documents))

@@ -15,8 +15,8 @@ from megatron.objectives.token_dropout import TokenDropout
 class MicroBatches(Dataset):
     """The micro-batches of one process from run position `first_sample` on; item n is a pure function of n.
 
-    A step takes `global_batch_size` run positions; micro-batch m of process r takes the m-th share of all
-    processes, and of that the r-th part. Positions beyond the budget are padding without weight.
+    A step takes `global_batch_size` consecutive run positions; its micro-batch m on process r takes the m-th share
+    of all processes, and of that the r-th part. Positions beyond the budget are padding without weight.
     """
 
     samples: TrainSamples
@@ -55,7 +55,10 @@ class MicroBatches(Dataset):
 
 
 def without_padding(batch: Batch, real: torch.Tensor) -> Batch:
-    """Return the batch with the weight and count of padded sequences taken away; `real` is [B] bool."""
+    """Return the batch with the weight and count of padded sequences taken away; `real` is [B] bool.
+
+    Every sequence has the same part of the count.
+    """
     if bool(real.all()):
         return batch
     count = batch.count * int(real.sum()) // len(real)
@@ -63,12 +66,16 @@ def without_padding(batch: Batch, real: torch.Tensor) -> Batch:
 
 
 def loader(dataset: MicroBatches, num_workers: int, device: torch.device) -> DataLoader:
-    """Return an iterable over all micro-batches to the end of the budget, in order."""
+    """Return an iterable over all micro-batches to the end of the budget, in order.
+
+    Workers are forked, on every version of Python: they inherit the memory map and touch no device.
+    """
     return DataLoader(
         dataset,
         batch_size=None,  # an item is a batch already
         sampler=range(dataset.steps * dataset.per_step),
         num_workers=num_workers,
+        multiprocessing_context="fork" if num_workers else None,
         pin_memory=device.type == "cuda",
         prefetch_factor=4 if num_workers else None,
     )

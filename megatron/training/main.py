@@ -38,16 +38,24 @@ logger = logging.getLogger(__name__)
 def main(objective: str, arguments: list[str] | None = None) -> None:
     """Run one training from the command line; leave with 0 (done or left as asked), 2 (user's mistake) or 1."""
     configure_logging()
+    code = 0
     try:
         arguments = sys.argv[1:] if arguments is None else arguments
         config = parse(objective, arguments)
         run(objective, config, shlex.join([sys.argv[0], *arguments]))
     except ConfigurationError as error:
-        sys.exit(_say(error, 2))
+        code = _say(error, 2)
     except (DivergedError, OSError) as error:
-        sys.exit(_say(error, 1))
+        code = _say(error, 1)
     finally:
         stop_processes()
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        # a thread of gloo may outlive its group and abort the interpreter on its way out
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    if code:
+        sys.exit(code)
 
 
 def _say(error: BaseException, code: int) -> int:

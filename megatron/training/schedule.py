@@ -10,7 +10,8 @@ def learning_rate(config: OptimizerConfig, plan: Plan, samples: int) -> float:
     """Return the rate of the step that ends at `samples` consumed samples.
 
     Linear from 0 over the warm-up, then the chosen shape down to the final rate at `lr_decay_samples`,
-    and the final rate after that. WSD (2404.06395) stays at the peak and decays linearly at the end.
+    and the final rate after that. WSD (2404.06395) stays at the peak and decays linearly at the end;
+    "constant" never leaves the peak.
     """
     if samples < plan.lr_warmup_samples:
         return config.lr * samples / plan.lr_warmup_samples

@@ -1,11 +1,15 @@
 """What every objective must keep, whatever it does to its inputs."""
 
+from dataclasses import dataclass
+
 import numpy as np
 import pytest
 import torch
 
-from megatron.config.sections import ObjectiveConfig, Vocabulary
+from megatron.config.sections import ModelConfig, ObjectiveConfig, Vocabulary
 from megatron.errors import ConfigurationError
+from megatron.model.initialise import initialise
+from megatron.model.transformer import Transformer
 from megatron.objectives import build_objective, build_token_dropout
 from megatron.objectives.masked_diffusion import MaskedDiffusion
 from megatron.objectives.noise import EvaluationNoise
@@ -37,7 +41,47 @@ def test_targets_are_the_text_and_weights_stand_only_where_something_is_asked(na
     else:
         assert not masked.any() and bool((batch.weights == 1).all())
     assert batch.count == 8 * SEQ_LENGTH
+    check_rows(batch)
+
+
+def check_rows(batch):
+    """Check that `rows` names the positions with a weight, on the CPU: selecting them must not wait for a device."""
     assert torch.equal(batch.rows, batch.weights.flatten().nonzero().flatten())
+    for tensor, dtype in ((batch.tokens, torch.int64), (batch.targets, torch.int64), (batch.weights, torch.float32)):
+        assert tensor.dtype == dtype and tensor.shape == batch.weights.shape and tensor.is_contiguous()
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_rows_follow_the_weights_through_every_change(name):
+    made, text, positions = objective(name), ids(4), np.arange(4)
+    drop = TokenDropout(VOCABULARY.mask_id, maximum=0.9)
+    for batch in (
+        made.prepare(text, positions, seed=1),
+        made.evaluation(text, EvaluationNoise(1, "v", 0), positions, "common"),
+        made.evaluation(text, EvaluationNoise(1, "v", 0), positions, "published"),
+    ):
+        for real in (4, 3, 1, 0):
+            for changed in (batch, drop(batch, positions, seed=1)):
+                short = without_padding(changed, torch.arange(4) < real)
+                assert short.count == batch.count // 4 * real and not short.weights[real:].any()
+                check_rows(short)
+                check_rows(short.to(torch.device("cpu")))
+                check_rows(short.map_tensors(torch.clone))
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_the_inputs_of_an_objective_stay_as_they_are(name):
+    made, positions, noise = objective(name), np.arange(8), EvaluationNoise(1, "v", 0)
+    text = ids()
+    text.flags.writeable = positions.flags.writeable = False
+    batches = [made.prepare(text, positions, 1), made.evaluation(text, noise, positions, "common")]
+    kept = [batch.map_tensors(torch.clone) for batch in batches]
+    for batch, before in zip(batches, kept):
+        assert not any(np.shares_memory(text, part.numpy()) for part in (batch.tokens, batch.targets))
+        assert not np.shares_memory(batch.tokens.numpy(), batch.targets.numpy())
+        TokenDropout(VOCABULARY.mask_id, ratio=0.5)(batch, positions, seed=1)
+        without_padding(batch, torch.arange(8) < 3)
+        assert all(torch.equal(getattr(batch, n), getattr(before, n)) for n in ("tokens", "targets", "weights", "rows"))
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -56,19 +100,61 @@ def test_a_sequence_gets_new_masks_at_every_run_position():
     assert len(masks) == 4
 
 
-class _Fixed(MaskedDiffusion):
-    """Masked diffusion at a chosen time."""
+@dataclass(frozen=True)
+class AtTimes(MaskedDiffusion):
+    """Masked diffusion that reads its times, by run position, from a list."""
 
-    def time(self, position, seed):
-        return {0: 0.0}.get(position, 0.5)
+    times: tuple[float, ...] = ()
+
+    def time(self, position: int, seed: int) -> float:
+        return self.times[position]
+
+
+def at_times(*times: float, eps: float = 1e-9) -> AtTimes:
+    return AtTimes(VOCABULARY.mask_id, 8, eps, times=times)
+
+
+def loss_and_gradients(batch) -> tuple[float, torch.Tensor]:
+    """Return the summed loss of a small model and all its gradients in one vector."""
+    config = ModelConfig(num_layers=1, hidden_size=16, num_attention_heads=2, init_method_std=0.2)
+    model = Transformer(config, VOCABULARY)
+    initialise(model, config, seed=2)
+    loss = model(batch).sum()
+    loss.backward()
+    return loss.item(), torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
 
 
 def test_no_masked_token_is_harmless():
-    made = _Fixed(VOCABULARY.mask_id, time_block=8, eps=1e-9)
-    batch = made.prepare(ids(2), np.array([0, 1]), seed=1)
+    text = ids(2)
+    batch = at_times(0.0, 0.5).prepare(text, np.arange(2), seed=1)
     assert batch.weights[0].sum() == 0 and batch.weights[1].sum() > 0
     assert torch.equal(batch.tokens[0], batch.targets[0])
-    assert torch.isfinite(batch.weights).all()
+    assert torch.isfinite(batch.weights).all() and batch.count == 2 * SEQ_LENGTH
+    # beside others it adds nothing to the sum
+    alone = at_times(0.0, 0.5).prepare(text[1:], np.array([1]), seed=1)
+    both, one = loss_and_gradients(batch), loss_and_gradients(alone)
+    assert both[0] == pytest.approx(one[0], rel=1e-6) and torch.allclose(both[1], one[1], rtol=1e-4, atol=1e-5)
+
+
+def test_a_batch_without_any_masked_token_gives_zero():
+    batch = at_times(0.0, 0.0).prepare(ids(2), np.arange(2), seed=1)
+    assert len(batch.rows) == 0 and not batch.weights.any()
+    loss, gradients = loss_and_gradients(batch)
+    assert loss == 0 and not gradients.any() and torch.isfinite(gradients).all()
+
+
+@pytest.mark.parametrize("eps", [1e-3, 1e-9])
+def test_extreme_times(eps):
+    """A share near eps hides next to nothing, with weight 1 / p; a share near 1 hides next to everything."""
+    count, last = 400, np.nextafter(1.0, 0.0)
+    made = at_times(*[0.0] * count, *[last] * count, eps=eps)
+    batch = made.prepare(ids(2 * count), np.arange(2 * count), seed=4)
+    low, high = batch.weights[:count], batch.weights[count:]
+    assert set(low.unique().tolist()) <= {0.0, np.float32(1 / eps).item()}
+    assert float((low > 0).sum()) == pytest.approx(count * SEQ_LENGTH * eps, abs=4 * (count * SEQ_LENGTH * eps) ** 0.5)
+    assert bool((high == 1).all()) and bool((batch.tokens[count:] == VOCABULARY.mask_id).all())
+    loss, gradients = loss_and_gradients(batch)
+    assert np.isfinite(loss) and torch.isfinite(gradients).all() and gradients.any()
 
 
 def test_masks_and_weights_have_the_published_distribution():
@@ -99,6 +185,7 @@ def test_evaluation_scores_the_stated_tokens(name, alignment):
     tokens = np.arange(SEQ_LENGTH) + made.target_offset
     inside = (tokens >= scored.start) & (tokens < scored.stop)
     assert not batch.weights[:, ~inside].any()
+    assert batch.count == 6 * inside.sum()
     if name == "mdm":
         # exactly k hidden with weight n / k: a uniform model scores log V whatever the draw
         assert np.allclose(batch.weights.sum(dim=1), inside.sum(), rtol=1e-5)
@@ -106,6 +193,20 @@ def test_evaluation_scores_the_stated_tokens(name, alignment):
             assert torch.equal(batch.tokens[:, 0], batch.targets[:, 0])
     else:
         assert bool((batch.weights[:, inside] == 1).all())
+
+
+def test_an_evaluation_hides_every_count_equally_often():
+    made, text = objective("mdm"), ids(SEQ_LENGTH)
+    for replicate in range(4):
+        noise, windows = EvaluationNoise(1, "validation", replicate), 64 + np.arange(SEQ_LENGTH)
+        hidden = (made.evaluation(text, noise, windows, "published").weights > 0).sum(dim=1)
+        assert sorted(hidden.tolist()) == list(range(1, SEQ_LENGTH + 1))
+    counts = []
+    for replicate in range(400):
+        batch = made.evaluation(text[:1], EvaluationNoise(1, "validation", replicate), np.array([5]), "common")
+        counts.append(int((batch.weights > 0).sum()))
+    assert min(counts) == 1 and max(counts) == SEQ_LENGTH - 1
+    assert np.mean(counts) == pytest.approx(SEQ_LENGTH / 2, abs=4 * SEQ_LENGTH / 12**0.5 / 20)
 
 
 def test_both_objectives_score_the_same_tokens_in_the_common_alignment():
@@ -137,9 +238,74 @@ def test_token_dropout_changes_inputs_only():
     assert TokenDropout(VOCABULARY.mask_id)(batch, np.arange(400), seed=1) is batch
 
 
-def test_token_dropout_is_refused_for_masked_diffusion():
-    with pytest.raises(ConfigurationError, match="--token-dropout 0.1"):
-        build_token_dropout("mdm", ObjectiveConfig(token_dropout=0.1), VOCABULARY)
+@pytest.mark.parametrize("settings", [{"ratio": 1.0}, {"ratio": 0.5}, {"maximum": 1.0}])
+def test_token_dropout_leaves_every_target_and_weight(settings):
+    text, positions = ids(), np.arange(8)
+    batch = objective("ar").prepare(text, positions, seed=1)
+    dropped = TokenDropout(VOCABULARY.mask_id, **settings)(batch, positions, seed=1)
+    assert np.array_equal(dropped.targets.numpy(), text[:, 1:])
+    assert torch.equal(dropped.weights, batch.weights) and dropped.count == batch.count
+    hidden = (dropped.tokens == VOCABULARY.mask_id).float().mean(dim=1)
+    assert bool((hidden > 0).all()) if "ratio" in settings else len(hidden.unique()) > 4
+    assert bool((hidden == 1).all()) == (settings == {"ratio": 1.0})
+
+
+def test_token_dropout_is_keyed_by_the_run_position():
+    batch = objective("ar").prepare(np.repeat(ids(1), 8, axis=0), np.arange(8), seed=1)
+    drop = TokenDropout(VOCABULARY.mask_id, maximum=0.8)
+    whole = drop(batch, np.arange(8), seed=1).tokens
+    assert len({tuple(row) for row in whole.tolist()}) == 8
+    part = objective("ar").prepare(ids(1), np.array([5]), seed=1)
+    assert torch.equal(drop(part, np.array([5]), seed=1).tokens[0], whole[5])
+
+
+# frozen: a change here silently changes the noise of every published run
+def test_the_times_of_masked_diffusion_are_frozen():
+    made = MaskedDiffusion(50, time_block=8)
+    assert np.allclose([made.time(position, 1234) for position in (0, 1, 2**40 + 3)], STRATIFIED_TIMES)
+    iid = MaskedDiffusion(50, time_block=8, mask_times="iid")
+    assert np.allclose([iid.time(position, 1234) for position in (0, 1, 2**40 + 3)], IID_TIMES)
+
+
+def hidden_places(batch) -> list[int]:
+    """Return the first three places where the last sequence reads [MASK]."""
+    return (batch.tokens[-1] == VOCABULARY.mask_id).nonzero().flatten()[:3].tolist()
+
+
+def test_the_masks_of_masked_diffusion_are_frozen():
+    made, positions = objective("mdm"), np.array([0, 9, 2**40])
+    assert hidden_places(made.prepare(ids(3), positions, seed=1234)) == TRAINING_MASK
+    noise = EvaluationNoise(1, "validation", 2)
+    assert hidden_places(made.evaluation(ids(3), noise, np.arange(3), "common")) == EVALUATION_MASK
+
+
+def test_the_draws_of_token_dropout_are_frozen():
+    positions = np.array([0, 9, 2**40])
+    batch = objective("ar").prepare(ids(3), positions, seed=1234)
+    assert hidden_places(TokenDropout(VOCABULARY.mask_id, ratio=0.3)(batch, positions, seed=1234)) == FIXED_SHARE
+    assert hidden_places(TokenDropout(VOCABULARY.mask_id, maximum=0.6)(batch, positions, seed=1234)) == DRAWN_SHARE
+
+
+STRATIFIED_TIMES = [0.14989874435667505, 0.649898744356675, 0.3182815523876479]
+IID_TIMES = [0.14989874435667505, 0.9801026683862094, 0.6678016843932968]
+TRAINING_MASK, EVALUATION_MASK = [1, 2, 4], [17, 18, 30]
+FIXED_SHARE, DRAWN_SHARE = [1, 3, 4], [0, 2, 3]
+
+
+@pytest.mark.parametrize(
+    "name, settings, flag",
+    [
+        ("mdm", {"token_dropout": 0.1}, "--token-dropout 0.1: .*pretrain_gpt.py"),
+        ("mdm", {"token_dropout_max": 0.2}, "--token-dropout-max 0.2: .*pretrain_gpt.py"),
+        ("ar", {"mask_times": "iid"}, "--mask-times iid: .*pretrain_mdm.py"),
+        ("ar", {"mask_eps": 0.1}, "--mask-eps 0.1: .*pretrain_mdm.py"),
+    ],
+)
+def test_what_an_objective_has_no_use_for_is_refused(name, settings, flag):
+    with pytest.raises(ConfigurationError, match=flag):
+        build_token_dropout(name, ObjectiveConfig(**settings), VOCABULARY)
+    with pytest.raises(ConfigurationError, match=flag):
+        objective(name, **settings)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)

@@ -1,0 +1,77 @@
+"""The learning rate at the corners of every shape."""
+
+from math import cos, pi
+from types import SimpleNamespace
+
+import pytest
+
+from megatron.config.sections import OptimizerConfig
+from megatron.training.schedule import learning_rate
+
+PEAK, LOW = 0.5, 0.1
+WARMUP, END, WSD = 100, 1000, 300
+
+
+def rate(samples, style="cosine", *, warmup=WARMUP, end=END, wsd=WSD, low=LOW) -> float:
+    low = None if style == "constant" else low  # which it refuses: it has no final rate
+    config = OptimizerConfig(lr=PEAK, min_lr=low, lr_decay_style=style)
+    plan = SimpleNamespace(lr_warmup_samples=warmup, lr_decay_samples=end, lr_wsd_decay_samples=wsd)
+    return learning_rate(config, plan, samples)
+
+
+CORNERS = {  # style: (samples, rate)
+    "cosine": [(100, 0.5), (325, 0.3 + 0.2 * 0.5**0.5), (550, 0.3), (1000, 0.1), (1001, 0.1), (10**12, 0.1)],
+    "linear": [(100, 0.5), (325, 0.4), (550, 0.3), (1000, 0.1), (1001, 0.1), (10**12, 0.1)],
+    "constant": [(100, 0.5), (550, 0.5), (1000, 0.5), (10**12, 0.5)],
+    "WSD": [(100, 0.5), (550, 0.5), (700, 0.5), (850, 0.3), (1000, 0.1), (1001, 0.1), (10**12, 0.1)],
+}
+
+
+@pytest.mark.parametrize("style", CORNERS)
+def test_corners(style):
+    for samples, expected in [(0, 0.0), (1, 0.005), (50, 0.25), (99, 0.495), *CORNERS[style]]:
+        assert rate(samples, style) == pytest.approx(expected, abs=1e-15)
+
+
+def formula(samples: int, style: str) -> float:
+    """Return the rate in closed form."""
+    if samples < WARMUP:
+        return PEAK * samples / WARMUP
+    done = (samples - WARMUP) / (END - WARMUP)
+    left = {
+        "constant": 1.0,
+        "linear": 1 - done,
+        "cosine": cos(pi / 2 * min(done, 1)) ** 2,
+        "WSD": (END - samples) / WSD,
+    }[style]
+    return LOW + (PEAK - LOW) * min(1, max(0, left))
+
+
+@pytest.mark.parametrize("style", CORNERS)
+def test_the_whole_curve(style):
+    for samples in range(0, 1300, 7):
+        assert rate(samples, style) == pytest.approx(formula(samples, style), rel=1e-12), samples
+
+
+@pytest.mark.parametrize("style", CORNERS)
+def test_without_warm_up_the_peak_comes_first(style):
+    assert rate(0, style, warmup=0) == PEAK
+
+
+@pytest.mark.parametrize("style", CORNERS)
+def test_warm_up_may_last_to_the_end(style):
+    assert rate(END, style, warmup=END) == PEAK
+    assert rate(END + 1, style, warmup=END) == (PEAK if style == "constant" else LOW)
+
+
+def test_a_wsd_decay_longer_than_what_is_left_begins_after_the_warm_up():
+    assert rate(WARMUP, "WSD", wsd=END) == PEAK
+    assert rate((WARMUP + END) // 2, "WSD", wsd=END) == pytest.approx((PEAK + LOW) / 2)
+
+
+@pytest.mark.parametrize("low, final", [(None, PEAK / 10), (0.0, 0.0), (PEAK, PEAK)])
+@pytest.mark.parametrize("style", ["cosine", "linear", "WSD"])
+def test_the_final_rate(style, low, final):
+    assert rate(END, style, low=low) == rate(2 * END, style, low=low) == pytest.approx(final)
+    if low == PEAK:
+        assert rate(END // 2, style, low=low) == PEAK
