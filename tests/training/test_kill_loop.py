@@ -1,0 +1,17 @@
+"""Twenty kills at random moments; a few stand in test_resume.py."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.conftest import ROOT, environment
+
+
+@pytest.mark.slow
+def test_runs_killed_at_random_moments_equal_uninterrupted_ones(corpus):
+    seed = str(int(time.time()))  # other moments every time; the output names them
+    command = [sys.executable, "tests/training/kill_loop.py", "--data", str(corpus), "--moments", "20", "--seed", seed]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
