@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The main job: AR, MDM and regularised AR on the same 50,000 unique tokens with the same compute, then a report.
 # Shows AR overfitting repeated data, and what masked diffusion and regularisation make of it; a fourth, short run gives
-# AR a schedule that ends where it is best. About @ minutes on two CPU cores, where they train side by side; a CUDA
+# AR a schedule that ends where it is best. About ten minutes on two CPU cores, where they train side by side; a CUDA
 # device is used where there is one. OUT names the folder of the runs (default runs/quickstart); DRY_RUN=1 prints the
 # commands; further flags go to every training. Ctrl-C saves and leaves, and the same command resumes.
 source "$(dirname "$0")/../lib/run.sh"

@@ -32,7 +32,7 @@ def sentences(rows: list[dict], comparisons: list[tuple[str, str, Difference]], 
     for row in rows:
         name, best, gap = row["name"], row["best"], row["gap"]
         if row["last"]["iteration"] == best["iteration"]:
-            said.append(f"{name} is still improving at the end of its budget: more epochs might lower it.")
+            said.append(f"{name} is best at the end of its budget: a longer one might lower its loss.")
         elif gap.nats > 0.05 and gap.ratio > 5:
             said.append(
                 f"{name} overfits: its last loss is {gap.nats:.2f} nats ({gap.ratio:.0f} paired standard errors) above "
@@ -43,6 +43,11 @@ def sentences(rows: list[dict], comparisons: list[tuple[str, str, Difference]], 
                 f"{name} was best at epoch {best['epoch']:.1f}; its last loss is {gap.nats:+.3f} ± {gap.se:.3f} nats "
                 "from that."
             )
+    most = max(row["last"]["flops"] for row in rows)
+    equal = sorted((r for r in rows if r["last"]["flops"] > 0.99 * most), key=lambda row: row["last"]["loss"])
+    if len(equal) > 1:
+        listed = ", ".join(f"{row['name']} {'≤ ' * row['bound']}{row['last']['loss']:.2f}" for row in equal)
+        said.append(f"After the same compute ({most:.1e} FLOPs) the validation losses are: {listed}.")
     lowest = min(rows, key=lambda row: row["best"]["loss"])
     said.append(f"At their best points, chosen on the tuning set, the lowest validation loss is {lowest['name']}'s.")
     for first, second, difference in comparisons:
@@ -211,10 +216,10 @@ def _smooth(train: list[dict], points: int = 60) -> tuple[np.ndarray, np.ndarray
 
 
 STYLE = """
-body{font:16px/1.5 system-ui,sans-serif;max-width:68rem;margin:2rem auto;padding:0 1rem;color:#222}
+body{font:16px/1.5 system-ui,sans-serif;max-width:76rem;margin:2rem auto;padding:0 1rem;color:#222}
 table{border-collapse:collapse;margin:1rem 0;font-size:.85rem}
-td,th{padding:.3rem .6rem;border-bottom:1px solid #ddd;text-align:left;white-space:nowrap}
-td:nth-child(3){white-space:normal}code{background:#f4f4f4;padding:0 .2rem;overflow-wrap:anywhere}
+td,th{padding:.3rem .5rem;border-bottom:1px solid #ddd;text-align:left;white-space:nowrap}
+td:nth-child(3){white-space:normal;min-width:11rem}code{background:#f4f4f4;padding:0 .2rem;overflow-wrap:anywhere}
 .plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(26rem,1fr));gap:1rem}
 img{width:100%}.scroll{overflow-x:auto}small{color:#555}dt{font-weight:bold}dd{margin:0 0 .5rem}
 """

@@ -65,7 +65,7 @@ def describe(objective, config, plan, sources, vocabulary, processes, precision,
         "shared_13grams": sources.shared_13grams,
         "precision": precision,
         "compiled": compiled,
-        "device": torch.cuda.get_device_name() if processes.device.type == "cuda" else platform.processor() or "cpu",
+        "device": _device_name(processes.device),
         "processes": processes.size,
         "command": command,
         "commit": _commit(),
@@ -75,6 +75,14 @@ def describe(objective, config, plan, sources, vocabulary, processes, precision,
             **{name: metadata.version(name) for name in ("torch", "numpy", "tokenizers", "safetensors")},
         },
     }
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    told = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    names = [line.partition(":")[2].strip() for line in told.splitlines() if line.startswith("model name")]
+    return f"{len(names)} x {names[0]}" if names else platform.machine()
 
 
 def _commit() -> str | None:
