@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import time
 
@@ -15,14 +16,16 @@ LONG = ("ar", "mdm", "ar_regularised")
 RUNS = (*LONG, "ar_short")
 
 
+def surroundings(folder) -> dict:
+    """Return the environment of a user of two cores whose data and runs go to `folder`."""
+    plain = {name: value for name, value in environment().items() if name not in ("OMP_NUM_THREADS", "PYTHONPATH")}
+    return plain | {"OUT": str(folder / "my runs"), "DATA": str(folder / "my data")}
+
+
 def quickstart(folder, *flags):
-    """Run the script with its output in `folder`, as a user of two cores would, and return what it printed."""
-    surroundings = {
-        name: value for name, value in environment().items() if name not in ("OMP_NUM_THREADS", "PYTHONPATH")
-    }
-    surroundings |= {"OUT": str(folder / "runs"), "DATA": str(folder / "data")}
+    """Run the script and return what it printed."""
     command = ["bash", SCRIPT, *flags]
-    done = subprocess.run(command, cwd=ROOT, env=surroundings, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, env=surroundings(folder), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -30,24 +33,55 @@ def quickstart(folder, *flags):
 def test_the_main_job_runs_from_end_to_end_and_resumes(tmp_path):
     small = ["--train-epochs", "1", "--eval-samples", "4", "--eval-interval", "6"]
     first = quickstart(tmp_path, *small)
-    page = (tmp_path / "runs" / "report" / "report.html").read_text()
+    page = (tmp_path / "my runs" / "report" / "report.html").read_text()
     assert "source code of Python" in page and "stand in the training split too" in page
     for name in RUNS:
-        status = json.loads((tmp_path / "runs" / name / "status.json").read_text())
+        status = json.loads((tmp_path / "my runs" / name / "status.json").read_text())
         assert (status["state"], status["consumed_samples"]) == ("finished", 390)
         assert name in first
-    before = {name: records(tmp_path / "runs" / name) for name in RUNS}
+    before = {name: records(tmp_path / "my runs" / name) for name in RUNS}
     assert "holds this corpus already" in quickstart(tmp_path, *small)
-    assert {name: records(tmp_path / "runs" / name) for name in RUNS} == before
+    assert {name: records(tmp_path / "my runs" / name) for name in RUNS} == before
 
 
 def test_dry_run_prints_commands_and_does_nothing(tmp_path):
-    done = subprocess.run(
-        ["bash", SCRIPT, "--seed", "2"], cwd=ROOT, capture_output=True, text=True, check=True,
-        env=os.environ | {"DRY_RUN": "1", "OUT": str(tmp_path / "runs"), "DATA": str(tmp_path / "data")},
-    )  # fmt: skip
+    elsewhere = {"DRY_RUN": "1", "VIRTUAL_ENV": "/another/environment"}  # it is not the one that install.sh makes
+    command = ["bash", SCRIPT, "--seed", "2"]
+    env = surroundings(tmp_path) | elsewhere
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+    assert all(line.startswith(".venv/bin/python ") for line in done.stdout.splitlines())
     assert len(done.stdout.splitlines()) == 6 and done.stdout.count("--seed 2") == 4
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_makes_all_trainings_save_and_leave(number, tmp_path):
+    """Ctrl-C goes to the whole job, a cancelled job's SIGTERM to the script alone."""
+    log = open(tmp_path / "log", "w")
+    command = ["bash", SCRIPT, "--num-workers", "1"]
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=surroundings(tmp_path), stdout=log, stderr=log, start_new_session=True
+    )
+    folders = [tmp_path / "my runs" / name for name in RUNS]
+    while not all((folder / "metrics.jsonl").exists() and records(folder) for folder in folders):
+        assert process.poll() is None, (tmp_path / "log").read_text()[-3000:]
+        time.sleep(0.1)
+    os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
+    assert process.wait(120) != 0
+    for folder in folders:
+        wait_for(lambda folder=folder: json.loads((folder / "status.json").read_text())["state"] != "running")
+        status = json.loads((folder / "status.json").read_text())
+        assert (status["state"], status["reason"]) == ("stopped", f"signal {number.name}"), (
+            tmp_path / "log"
+        ).read_text()
+        assert (folder / "checkpoints" / "latest.json").exists()
+
+
+def wait_for(condition, seconds=60):
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.1)
 
 
 @pytest.mark.slow
@@ -56,7 +90,7 @@ def test_repetition_hurts_the_autoregressive_model(tmp_path):
     began = time.monotonic()
     quickstart(tmp_path)
     assert time.monotonic() - began < 15 * 60
-    runs = {name: load_run(tmp_path / "runs" / name) for name in RUNS}
+    runs = {name: load_run(tmp_path / "my runs" / name) for name in RUNS}
     assert len({runs[name].valid["validation"][-1]["flops"] for name in LONG}) == 1
     ar = runs["ar"]
     gap = paired_difference((ar, curve(ar, "validation")[-1]), (ar, best_point(ar, "tuning", "validation")))

@@ -10,9 +10,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron.errors import ConfigurationError  # noqa: E402
+from megatron.errors import ConfigurationError
 from megatron.scaling.report import write_report
-from megatron.scaling.runs import load_run  # noqa: E402
+from megatron.scaling.runs import load_runs
 
 
 def main() -> None:
@@ -29,7 +29,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     try:
-        print(write_report([load_run(run) for run in options.runs], options.output, options.tuning, options.validation))
+        print(write_report(load_runs(options.runs), options.output, options.tuning, options.validation))
         print(f"\nreport: {options.output / 'report.html'}")
     except ConfigurationError as error:
         sys.exit(print(f"error: {error}", file=sys.stderr) or 2)

@@ -1,15 +1,14 @@
 # Sourced by every example: where we are, which Python, and how trainings are started.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
-python=.venv/bin/python
-[[ -n "${VIRTUAL_ENV:-}" ]] && python=$VIRTUAL_ENV/bin/python
+python=.venv/bin/python # what install.sh made, whatever other environment is active
 
 # Print a command, and run it unless DRY_RUN=1.
 execute() {
     local line
     printf -v line '%q ' "$@"
     echo "$line"
-    [[ "${DRY_RUN:-0}" == 1 ]] || "$@"
+    [[ "${DRY_RUN:-0}" == 1 ]] || ${in_its_place:-} "$@"
 }
 
 # pretrain ar|mdm FLAGS...: one process, or one for each CUDA device (NPROC overrides).
@@ -27,19 +26,21 @@ pretrain() {
 }
 
 # beside NAME COMMAND...: run in the background, [NAME] before each line of its log. together: wait for all of them.
+# Ctrl-C reaches them by itself; a SIGTERM is passed on, so that they save and leave.
 beside_jobs=()
+trap 'kill -TERM "${beside_jobs[@]}" 2>/dev/null || true' TERM
 beside() {
     if [[ "${DRY_RUN:-0}" == 1 ]]; then
         "${@:2}"
         return
     fi
-    "${@:2}" 2> >(sed -u "s/^/[$1] /" >&2) &
+    in_its_place=exec "${@:2}" 2> >(sed -u "s/^/[$1] /" >&2) &
     beside_jobs+=($!)
 }
 together() {
     local job code=0
     for job in "${beside_jobs[@]}"; do
-        wait "$job" || code=$?
+        while kill -0 "$job" 2>/dev/null; do wait "$job" || code=$?; done # a signal interrupts a wait
     done
     beside_jobs=()
     return "$code"

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 from fractions import Fraction
 
 from megatron.config.flags import require, spelling, typed
-from megatron.config.sections import Config, Vocabulary
+from megatron.config.sections import SECTIONS, Config, Vocabulary
 from megatron.config.sizes import parameter_count
 from megatron.errors import ConfigurationError
 
@@ -15,6 +15,7 @@ FREE_ON_RESUME = {
     "kill_switch_file", "eval_interval", "eval_batch_size", "skip_train", "save", "load", "save_interval",
     "keep_every_epochs", "dry_run", "train_data_path", "valid_data_path", "tokenizer_model", "bf16", "fp32", *BUDGETS,
 }  # fmt: skip
+EVALUATION = ("eval_interval", "eval_samples", "eval_batch_size", "eval_seed", "eval_alignment", "num_mc")
 # Plan values that a plain resume must keep; a branch may change them.
 BUDGET_PLAN = ("train_samples", "lr_decay_samples", "lr_warmup_samples", "unique_tokens")
 
@@ -95,6 +96,23 @@ def _train_samples(training, seq_length: int, unique_tokens: int, parameters: in
     }[name]()
     require(samples >= 1, name, value, f"is less than one sample of {seq_length} tokens; raise it")
     return samples
+
+
+def idle_flags(config: Config, exact: bool) -> list[str]:
+    """Return a line for each flag that this run accepts without effect, with the reason."""
+    reasons = []
+    if exact:
+        reasons.append(("validation", ("num_mc", "eval_seed"), "an exact likelihood has no evaluation noise"))
+    if not config.checkpoint.save:
+        reasons.append(("checkpoint", ("save_interval", "keep_every_epochs"), "no --save names a run folder"))
+    if not config.data.valid_data_path:
+        reasons.append(("validation", EVALUATION, "no --valid-data-path names a validation set"))
+    return [
+        f"{typed(name, getattr(getattr(config, section), name))}: has no effect, {reason}"
+        for section, names, reason in reasons
+        for name in names
+        if getattr(getattr(config, section), name) != getattr(SECTIONS[section](), name)
+    ]
 
 
 def check_processes(config: Config, size: int) -> None:

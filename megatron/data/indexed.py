@@ -6,6 +6,7 @@ PREFIX.idx   "MMIDIDX\\0\\0" | u64 1 | u8 dtype code | u64 N | u64 M
 PREFIX.json  what wrote them: tokenizer, corpus hash (ours; optional)
 """
 
+import hashlib
 import json
 import os
 import struct
@@ -82,6 +83,14 @@ class IndexedDataset:
     def stream(self, start: int, stop: int) -> np.ndarray:
         """Return a view of tokens start .. stop-1 of all documents, one after another."""
         return self._checked(self._tokens[start:stop])
+
+    def fingerprint(self) -> str:
+        """Return a hash of the sizes and of blocks spread over the tokens, in the same time at any size."""
+        digest = hashlib.sha256(f"{self.dtype} {len(self)} {self.total_tokens}".encode())
+        for values, count in ((self.sizes, 64), (self._tokens, 256)):
+            for start in np.linspace(0, max(0, len(values) - 512), count).astype(np.int64):
+                digest.update(values[start : start + 512].tobytes())
+        return digest.hexdigest()
 
     def _checked(self, ids: np.ndarray) -> np.ndarray:
         if self._vocabulary_size is not None and len(ids):

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from megatron.data.corpus import Document, Fingerprint, split_of
+from megatron.data.corpus import SPLITS, Document, Fingerprint, split_of
 from megatron.data.duplicates import HeldOut, run_hashes
 from megatron.data.indexed import IndexedDataset, IndexedDatasetWriter, read_metadata
 from megatron.data.preparation import Preparation, file_hash
@@ -45,7 +45,7 @@ def prepare(asked: Preparation) -> dict | None:
             tokenizer = _make_tokenizer(asked, stage, text.sizes["train"]["bytes"])
             tokens = _tokenise(asked, stage, tokenizer, text, held_out)
             summary = _describe(asked, stage, tokenizer, settings, text, tokens, held_out)
-            _publish(stage, folder)
+            _publish(stage, folder, asked.source)
         except OSError as error:
             raise OSError(
                 f"--output-dir {folder}: cannot be written ({error.strerror}); free space or name another"
@@ -171,13 +171,20 @@ def _describe(
     return summary
 
 
-def _publish(stage: Path, folder: Path) -> None:
-    """Move all files into place. Between the first and the last, no index and no corpus.json vouch for a mixture."""
-    names = sorted((path.name for path in stage.iterdir()), key=lambda name: (name == "corpus.json", name))
-    for name in names:
-        if name.endswith(".idx") or name == "corpus.json":
-            (folder / name).unlink(missing_ok=True)
-    for name in names:
+def _publish(stage: Path, folder: Path, source: str | list[str]) -> None:
+    """Move all files into place. Between the first and the last, no index and no corpus.json vouch for a mixture.
+
+    A split that an earlier call wrote from the same text, and this one does not write, goes: its documents now
+    stand in another split.
+    """
+    written = [path.name for path in stage.iterdir()]
+    (folder / "corpus.json").unlink(missing_ok=True)
+    for split in SPLITS:
+        if f"{split}.idx" in written or read_metadata(folder / split).get("source") == source:
+            (folder / f"{split}.idx").unlink(missing_ok=True)
+            (folder / f"{split}.bin").unlink(missing_ok=True)
+            (folder / f"{split}.json").unlink(missing_ok=True)
+    for name in sorted(written, key=lambda name: (name == "corpus.json", name.endswith(".idx"), name)):
         os.replace(stage / name, folder / name)
 
 

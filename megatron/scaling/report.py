@@ -2,6 +2,7 @@
 
 import base64
 import html
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ def summarise(run: Run, tuning: str, validation: str) -> dict:
         "objective": {"ar": "AR", "mdm": "MDM"}.get(run.config["objective_name"], run.config["objective_name"]),
         "regularisers": run.regularisers(),
         "bound": run.is_bound,
+        "finished": run.finished,
         "best": best,
         "last": last,
         "gap": gap,
@@ -31,7 +33,9 @@ def sentences(rows: list[dict], comparisons: list[tuple[str, str, Difference]], 
     said = []
     for row in rows:
         name, best, gap = row["name"], row["best"], row["gap"]
-        if row["last"]["iteration"] == best["iteration"]:
+        if row["last"]["iteration"] == best["iteration"] and not row["finished"]:
+            said.append(f"{name} is best where it stands, at epoch {best['epoch']:.1f}.")
+        elif row["last"]["iteration"] == best["iteration"]:
             said.append(f"{name} is best at the end of its budget: a longer one might lower its loss.")
         elif gap.nats > 0.05 and gap.ratio > 5:
             said.append(
@@ -71,6 +75,10 @@ def caveats(rows: list[dict], runs: list[Run]) -> list[str]:
             "A best point inside a run has a learning rate that had not yet decayed; a run whose budget ends there "
             "reaches a lower loss."
         )
+    for run, row in zip(runs, rows):
+        if not row["finished"]:
+            whole = run.config["train_samples"] / row["last"]["consumed_samples"] * row["last"]["epoch"]
+            said.append(f"{row['name']} is not finished: this is epoch {row['last']['epoch']:.1f} of {whole:.1f}.")
     spent = [row["last"]["flops"] for row in rows]
     if max(spent) > 1.01 * min(spent):
         listed = ", ".join(f"{row['name']} {row['last']['flops']:.1e}" for row in rows)
@@ -94,12 +102,8 @@ def write_report(runs: list[Run], output: Path, tuning: str = "tuning", validati
     """Write report.html and its plots into `output`; return the table as plain text."""
     check_comparable(runs)
     rows = [summarise(run, tuning, validation) for run in runs]
-    points = {run.name: (run, row["best"]) for run, row in zip(runs, rows)}
-    comparisons = [
-        (a.name, b.name, paired_difference(points[a.name], points[b.name]))
-        for index, a in enumerate(runs)
-        for b in runs[index + 1 :]
-    ]
+    points = [(run, row["best"]) for run, row in zip(runs, rows)]
+    comparisons = [(a[0].name, b[0].name, paired_difference(a, b)) for a, b in combinations(points, 2)]
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
     plots = draw(runs, rows, output, validation)

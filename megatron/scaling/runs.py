@@ -5,7 +5,7 @@ document: the ratio estimator sum(n1 - n2) / sum(tokens) with documents as clust
 differs from document to document, so that error holds it already.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +37,10 @@ class Run:
     valid: dict[str, list[dict]]  # by set
 
     @property
+    def finished(self) -> bool:
+        return self.train[-1]["consumed_samples"] >= self.config["train_samples"]
+
+    @property
     def is_bound(self) -> bool:
         return self.config["objective_name"] != "ar"
 
@@ -56,6 +60,18 @@ class Difference:
     @property
     def ratio(self) -> float:
         return self.nats / self.se if self.se else float("inf")
+
+
+def load_runs(folders: list[str | Path]) -> list[Run]:
+    """Read several runs and name each by the end of its path, as much of it as tells them apart."""
+    paths = [Path(folder).resolve() for folder in folders]
+    twice = next((path for path in paths if paths.count(path) > 1), None)
+    if twice:
+        raise ConfigurationError(f"{twice}: is given twice; a run is not compared with itself")
+    parts = 1
+    while len({path.parts[-parts:] for path in paths}) < len(paths):
+        parts += 1
+    return [replace(load_run(folder), name="/".join(path.parts[-parts:])) for folder, path in zip(folders, paths)]
 
 
 def load_run(folder: str | Path) -> Run:
@@ -82,8 +98,11 @@ def curve(run: Run, name: str) -> list[dict]:
 
 def best_point(run: Run, tuning: str, reported: str) -> dict:
     """Return the record on `reported` at the step where `tuning` is lowest."""
-    step = min(curve(run, tuning), key=lambda record: record["loss"])["iteration"]
-    return next(record for record in curve(run, reported) if record["iteration"] == step)
+    known = {record["iteration"]: record for record in curve(run, reported)}
+    shared = [record for record in curve(run, tuning) if record["iteration"] in known]  # a run may still be going on
+    if not shared:
+        raise ConfigurationError(f"{run.folder}: has no step evaluated on both {tuning} and {reported}; wait for one")
+    return known[min(shared, key=lambda record: record["loss"])["iteration"]]
 
 
 def paired_difference(first: tuple[Run, dict], second: tuple[Run, dict]) -> Difference:
@@ -121,6 +140,8 @@ def check_comparable(runs: list[Run]) -> None:
                     f"{first.folder} and {run.folder}: differ in {what} ({first.config[key]} and "
                     f"{run.config[key]}); report them apart"
                 )
+        if run.config["validation"]["eval_seed"] != first.config["validation"]["eval_seed"]:
+            raise ConfigurationError(f"{first.folder} and {run.folder}: differ in --eval-seed; report them apart")
         alignments = {r["alignment"] for member in (first, run) for records in member.valid.values() for r in records}
         if len(alignments) > 1:
             raise ConfigurationError(

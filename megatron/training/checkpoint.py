@@ -81,8 +81,8 @@ def newest(root: Path, mend: bool) -> tuple[Path, dict] | None:
     A damaged one is named and passed over; with `mend`, for a run's own folder, also renamed to .damaged. One
     process calls this.
     """
-    found = sorted((p for p in root.glob("iter_*") if p.name[5:].isdigit()), reverse=True)
-    for folder in found:
+    found = complete(root)
+    for folder in reversed(found):
         fault = damage(folder)
         if fault is None:
             return folder, read_json(folder / "meta.json")
@@ -112,12 +112,18 @@ def damage(folder: Path) -> str | None:
     return None
 
 
-def prune(root: Path, keep: set[str]) -> None:
-    """Remove every complete checkpoint but the newest two, those in `keep` and those marked permanent."""
-    folders = sorted(p for p in root.glob("iter_*") if p.name[5:].isdigit())
-    for folder in folders[:-2]:
-        if folder.name not in keep and not _permanent(folder):
-            shutil.rmtree(folder)
+def complete(root: Path) -> list[Path]:
+    """Return the checkpoints below `root` that were written to their end, the oldest first."""
+    return sorted(path for path in root.glob("iter_*") if path.name[5:].isdigit())
+
+
+def prune(root: Path, keep: set[int | None]) -> None:
+    """Remove every complete checkpoint but the newest two, the iterations in `keep` and those marked permanent."""
+    for folder in complete(root)[:-2]:
+        if int(folder.name[5:]) not in keep and not _permanent(folder):
+            folder.rename(folder.with_suffix(".removed"))  # at once, so that a kill leaves no half of one
+    for folder in root.glob("iter_*.removed"):
+        shutil.rmtree(folder)
 
 
 def _permanent(folder: Path) -> bool:

@@ -24,7 +24,7 @@ def choose_precision(config: Config, device: torch.device) -> str:
     if training.bf16 is not None or training.fp32 is not None:
         native = not training.fp32 if training.bf16 is None else training.bf16
     elif device.type == "cuda":
-        native = torch.cuda.is_bf16_supported()
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return "bf16" if native else "fp32"
@@ -63,6 +63,7 @@ def describe(objective, config, plan, sources, vocabulary, processes, precision,
         "corpus_source": sources.corpus_source,
         "corpus_python_version": sources.corpus_python_version,
         "shared_13grams": sources.shared_13grams,
+        "fingerprints": sources.fingerprints,
         "precision": precision,
         "compiled": compiled,
         "device": _device_name(processes.device),

@@ -1,5 +1,6 @@
 """From run positions to batches: reads samples, lets the objective corrupt them, ahead of the step."""
 
+import signal
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -76,6 +77,13 @@ def loader(dataset: MicroBatches, num_workers: int, device: torch.device) -> Dat
         sampler=range(dataset.steps * dataset.per_step),
         num_workers=num_workers,
         multiprocessing_context="fork" if num_workers else None,
+        worker_init_fn=_ignore_signals,
         pin_memory=device.type == "cuda",
         prefetch_factor=4 if num_workers else None,
     )
+
+
+def _ignore_signals(worker: int) -> None:
+    """A signal to the whole job asks the training process to save and leave; its workers must live until then."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)

@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from megatron.config.flags import HelpFormatter, Parser, add_section, build, spelling
-from megatron.config.resolve import BUDGETS, check_processes, resolve
+from megatron.config.resolve import BUDGETS, check_processes, idle_flags, resolve
 from megatron.config.sections import SECTIONS, Config, Vocabulary
 from megatron.errors import ConfigurationError
 from megatron.log import configure_logging
@@ -27,9 +27,8 @@ from megatron.training import checkpoint
 from megatron.training.environment import choose_compile, choose_precision, describe
 from megatron.training.feed import MicroBatches
 from megatron.training.optimizer import build_optimizer, start_state
-from megatron.training.resume import open_run
-from megatron.training.run_folder import read_json
-from megatron.training.sources import open_sources
+from megatron.training.resume import open_run, recorded_config
+from megatron.training.sources import Sources, open_sources
 from megatron.training.trainer import DivergedError, Progress, Trainer
 
 logger = logging.getLogger(__name__)
@@ -93,13 +92,13 @@ def recorded_settings(arguments: list[str]) -> dict:
         asked, _ = few.parse_known_args(arguments)
     except argparse.ArgumentError:
         return {}  # the parser of all flags says what is wrong
-    path = Path(asked.load or asked.save or "") / "config.json"
-    if not asked.skip_train or not path.exists():
+    recorded = recorded_config(Path(asked.load or asked.save or ""))
+    if not asked.skip_train or recorded is None:
         return {}
-    recorded = read_json(path)
     settings = {
         name: value for section in SECTIONS if section != "checkpoint" for name, value in recorded[section].items()
     }
+    settings |= {"bf16": None, "fp32": None, recorded["precision"]: True}  # what it was, whatever the device prefers
     typed = {argument.split("=")[0] for argument in arguments}
     for rivals in (BUDGETS, ("bf16", "fp32")):  # one that is typed replaces whichever was recorded
         if typed & set(map(spelling, rivals)):
@@ -131,13 +130,13 @@ def run(objective: str, config: Config, command: str) -> None:
     start_state(optimizer, origin.meta["iteration"] if origin else 0)
     progress, time_block = Progress(), config.training.global_batch_size
     if origin:
-        checkpoint.load(origin.folder, checkpoint.tensors(model, optimizer))
+        checkpoint.load(origin.checkpoint, checkpoint.tensors(model, optimizer))
         progress = Progress(origin.meta["iteration"], origin.meta["consumed_samples"], origin.meta["seconds"])
         time_block = origin.meta["time_block"]
     description = describe(objective, config, plan, sources, vocabulary, processes, precision, compiled, command)
     description["branched_from"] = origin.branched_from if origin else None
     if folder:
-        folder.start(description, origin.records if origin else [])
+        folder.start(description, origin.records if origin else [], origin.run if origin else folder.path)
 
     data = MicroBatches(
         sources.train,
@@ -151,8 +150,19 @@ def run(objective: str, config: Config, command: str) -> None:
         processes.rank,
         processes.size,
     )
+    validated = [(r["iteration"], r["loss"]) for r in (origin.records if origin else []) if _selects(r, sources)]
     trainer = Trainer(
-        config, plan, processes, model, optimizer, data, sources.validation, folder, progress, description
+        config,
+        plan,
+        processes,
+        model,
+        optimizer,
+        data,
+        sources.validation,
+        folder,
+        progress,
+        description,
+        dict(validated),
     )
     if processes.rank == 0:
         _announce(objective, config, plan, processes, precision, compiled, origin)
@@ -171,11 +181,18 @@ def run(objective: str, config: Config, command: str) -> None:
         logger.info("%s at step %d of %d", reason, progress.iteration, trainer.steps)
 
 
+def _selects(record: dict, sources: Sources) -> bool:
+    """Return whether a record is of the set that decides which checkpoint is best: the first one."""
+    return record["kind"] == "valid" and record["set"] == sources.validation[0].name if sources.validation else False
+
+
 def _announce(objective, config, plan, processes, precision, compiled, origin) -> None:
-    if not config.checkpoint.save:
+    for line in idle_flags(config, exact=objective == "ar"):
+        logger.info(line)
+    if not config.checkpoint.save and not config.validation.skip_train:
         logger.info("nothing is kept: no --save names a run folder")
     if origin:
-        logger.info("continuing from %s at step %d", origin.folder, origin.meta["iteration"])
+        logger.info("continuing from %s at step %d", origin.checkpoint, origin.meta["iteration"])
     logger.info(
         "%s: %.2fM parameters, %s unique tokens, %d samples of %d tokens in %d steps (%.1f epochs), %s%s on %s x%d",
         objective, plan.parameters / 1e6, f"{plan.unique_tokens:,}", plan.train_samples, config.data.seq_length,

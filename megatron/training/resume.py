@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron.config.flags import require
 from megatron.config.resolve import Plan, check_resume
 from megatron.config.sections import Config
 from megatron.errors import ConfigurationError
@@ -16,7 +17,8 @@ from megatron.training.sources import Sources
 class Origin:
     """The checkpoint a run continues from, and what was recorded until then."""
 
-    folder: Path
+    run: Path
+    checkpoint: Path
     meta: dict
     records: list[dict]
     branched_from: str | None
@@ -34,13 +36,20 @@ def open_run(
     def find() -> Origin | None:
         if config.checkpoint.save and not config.validation.skip_train:
             opened.append(RunFolder(config.checkpoint.save))
-        return find_origin(config, plan, objective, sources.corpus_hash, precision)
+        return find_origin(config, plan, objective, sources, precision)
 
     origin = processes.from_first(find)
     return (opened[0] if opened else None), origin
 
 
-def find_origin(config: Config, plan: Plan, objective: str, corpus_hash: str | None, precision: str) -> Origin | None:
+def recorded_config(path: Path) -> dict | None:
+    """Return the configuration of a run's folder, or of one of its checkpoints; None where there is no such thing."""
+    if (path / "meta.json").exists():
+        return read_json(path / "meta.json")["config"]
+    return read_json(path / "config.json") if (path / "config.json").exists() else None
+
+
+def find_origin(config: Config, plan: Plan, objective: str, sources: Sources, precision: str) -> Origin | None:
     """Return the checkpoint to continue from, or None to begin; raise ConfigurationError where it does not fit."""
     settings, only_evaluate = config.checkpoint, config.validation.skip_train
     if not (settings.load or settings.save):
@@ -49,45 +58,70 @@ def find_origin(config: Config, plan: Plan, objective: str, corpus_hash: str | N
         return None
     source, branched = Path(settings.load or settings.save), False
     if settings.load:
-        if not (source / "config.json").exists():
-            raise ConfigurationError(f"--load {source}: holds no run (no config.json); give a folder that --save wrote")
+        if recorded_config(source) is None:
+            raise ConfigurationError(
+                f"--load {source}: holds no run (no config.json) and is no checkpoint; give a folder that --save wrote"
+            )
         branched = not settings.save or source.resolve() != Path(settings.save).resolve()
     if branched and settings.save and checkpoint.newest(Path(settings.save) / "checkpoints", mend=not only_evaluate):
         source, branched = Path(settings.save), False  # the branch was begun already: resume it
-    found = checkpoint.newest(source / "checkpoints", mend=not (branched or only_evaluate))
+    found = _checkpoint(source, mend=not (branched or only_evaluate))
     if found is None:
         if branched or only_evaluate:
             flag = "--load" if settings.load else "--save"
             raise ConfigurationError(f"{flag} {source}: holds no checkpoint; train it first")
         return None
-    folder, meta = found
+    run, folder, meta = found
+    recorded = recorded_config(source)
     # what is only evaluated may be evaluated in other ways than it was trained with
-    lenient = branched or only_evaluate
-    recorded = read_json(source / "config.json")
-    check_resume(recorded, config, plan, objective, lenient)
-    if not lenient:
-        _check_surroundings(recorded, corpus_hash, precision, config, source)
-        _forget_lost_best(source / "checkpoints" / "best.json", meta["iteration"])
-    records = read_records(source, meta["iteration"])
-    return Origin(folder, meta, records, str(folder) if branched else recorded["branched_from"])
+    check_resume(recorded, config, plan, objective, branched or only_evaluate)
+    if branched and not only_evaluate:
+        _check_branch(recorded, meta, config, plan, source)
+    elif not only_evaluate:
+        _check_surroundings(recorded, sources, precision, config, source)
+    return Origin(
+        run, folder, meta, read_records(run, meta["iteration"]), str(folder) if branched else recorded["branched_from"]
+    )
 
 
-def _check_surroundings(recorded: dict, corpus_hash: str | None, precision: str, config: Config, source: Path) -> None:
-    """Refuse other data under the same name, and a device that would silently compute otherwise."""
-    if recorded["corpus_hash"] != corpus_hash:
+def _checkpoint(source: Path, mend: bool) -> tuple[Path, Path, dict] | None:
+    """Return run, folder and meta.json of the checkpoint that `source` is, or of the newest that the run has."""
+    if (source / "meta.json").exists():
+        fault = checkpoint.damage(source)
+        if fault:
+            raise ConfigurationError(f"--load {source}: is damaged ({fault}); give another checkpoint of that run")
+        return source.resolve().parents[1], source, read_json(source / "meta.json")
+    found = checkpoint.newest(source / "checkpoints", mend)
+    return found and (source, *found)
+
+
+def _check_branch(recorded: dict, meta: dict, config: Config, plan: Plan, source: Path) -> None:
+    """Refuse a branch whose clock, which counts samples, would lie or has already run out."""
+    before = recorded["data"]["seq_length"]
+    require(
+        config.data.seq_length == before,
+        "seq_length",
+        config.data.seq_length,
+        f"the run in {source} counts samples of {before} tokens, and a branch goes on counting; give {before}",
+    )
+    if meta["consumed_samples"] >= plan.train_samples:
         raise ConfigurationError(
-            f"--train-data-path {' '.join(config.data.train_data_path)}: holds the corpus {corpus_hash}, the run in "
-            f"{source} was begun on {recorded['corpus_hash']}; give the same data, or branch: "
-            f"--load {source} --save ANOTHER_DIR"
+            f"--load {source}: has seen {meta['consumed_samples']} samples, and the budget of the branch is "
+            f"{plan.train_samples} in all; raise it above that"
         )
+
+
+def _check_surroundings(recorded: dict, sources: Sources, precision: str, config: Config, source: Path) -> None:
+    """Refuse other data under the same name, and a device that would silently compute otherwise."""
+    remedy = f"or branch: --load {source} --save ANOTHER_DIR"
+    for name, before in recorded["fingerprints"].items():
+        if sources.fingerprints.get(name, before) != before:
+            named = name if name.startswith("--") else f"--valid-data-path {name}="
+            raise ConfigurationError(
+                f"{named}: holds other tokens than the run in {source} was begun with; give the same data, {remedy}"
+            )
     if recorded["precision"] != precision:
         raise ConfigurationError(
             f"--{precision}: is asked for, or this device's default; the run in {source} was begun in "
-            f"{recorded['precision']}; give --{recorded['precision']}, or branch: --load {source} --save ANOTHER_DIR"
+            f"{recorded['precision']}; give --{recorded['precision']}, {remedy}"
         )
-
-
-def _forget_lost_best(best: Path, iteration: int) -> None:
-    """Remove the pointer to a best checkpoint that is newer than the one the run falls back to."""
-    if best.exists() and read_json(best)["iteration"] > iteration:
-        best.unlink()

@@ -7,6 +7,7 @@ import fcntl
 import json
 import math
 import os
+import shutil
 import socket
 import time
 from contextlib import contextmanager
@@ -66,7 +67,8 @@ class RunFolder:
         # the kernel lets go of the lock when the process dies, however it dies
         lock = open(self.path / "lock", "a+")
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # this kind of lock is not inherited by the loader's workers, which may outlive a killed run for seconds
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             lock.seek(0)
             holder = lock.read().strip() or "another process"
@@ -82,14 +84,24 @@ class RunFolder:
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
-    def start(self, config: dict, records: list[dict]) -> None:
-        """Write the configuration and the records that the loaded checkpoint had already made."""
+    def start(self, config: dict, records: list[dict], source: Path) -> None:
+        """Write the configuration, and the records that the loaded checkpoint of the run `source` had already made."""
+        if source.resolve() != self.path.resolve():
+            self._inherit_evaluations(records, source)
         write_json(self.path / "config.json", config)
         aside = self.path / "metrics.jsonl.partial"
         with writing(self.path / "metrics.jsonl"):
             aside.write_text("".join(json.dumps(record) + "\n" for record in records))
             aside.replace(self.path / "metrics.jsonl")
         self._records = open(self.path / "metrics.jsonl", "a")
+
+    def _inherit_evaluations(self, records: list[dict], source: Path) -> None:
+        for record in records:
+            if record["kind"] == "valid":
+                file = Path("validation") / record["set"] / f"{record['iteration']}.npz"
+                with writing(self.path / file):
+                    (self.path / file).parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(source / file, self.path / file)
 
     def record(self, record: dict) -> None:
         """Append one record; it is on its way to the disk when this returns."""

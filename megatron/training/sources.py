@@ -19,9 +19,10 @@ class Sources:
     tokenizer: Tokenizer
     train: TrainSamples
     validation: list[ValidationSet]
-    corpus_hash: str | None  # None for data that another system wrote, here and below
-    corpus_source: str | list[str] | None
-    corpus_python_version: str | None
+    corpus_hash: str  # of the whole text; of the training tokens, where another system wrote them
+    corpus_source: str | list[str]
+    corpus_python_version: str | None  # that prepared it; None where another system wrote the data
+    fingerprints: dict[str, str]  # of the training tokens ("--train-data-path") and of each validation set by name
     shared_13grams: dict[str, dict]  # by validation set: how much of it stands in the training split too
 
 
@@ -41,13 +42,16 @@ def open_sources(config: Config) -> Sources:
     tokenizer = _tokenizer(data, prefix, made)
     dataset = IndexedDataset(prefix, tokenizer.vocabulary_size)
     train = TrainSamples(dataset, data.seq_length, config.training.seed, data.epoch_order, data.train_unique_tokens)
+    opened = {name: IndexedDataset(each, tokenizer.vocabulary_size) for name, each in held_out.items()}
+    fingerprints = {name: each.fingerprint() for name, each in [("--train-data-path", dataset), *opened.items()]}
     return Sources(
         tokenizer,
         train,
-        [_validation_set(name, each, config, tokenizer) for name, each in held_out.items()],
-        made[prefix].get("corpus_hash"),
-        made[prefix].get("source"),
+        [_validation_set(name, each, config, tokenizer) for name, each in opened.items()],
+        made[prefix].get("corpus_hash", fingerprints["--train-data-path"]),
+        made[prefix].get("source", prefix),
         made[prefix].get("python_version"),
+        fingerprints,
         {name: made[each]["shared_13grams"] for name, each in held_out.items() if "shared_13grams" in made[each]},
     )
 
@@ -83,7 +87,6 @@ def _tokenizer(data: DataConfig, prefix: str, made: dict[str, dict]) -> Tokenize
     return tokenizer
 
 
-def _validation_set(name: str, prefix: str, config: Config, tokenizer: Tokenizer) -> ValidationSet:
-    dataset = IndexedDataset(prefix, tokenizer.vocabulary_size)
+def _validation_set(name: str, dataset: IndexedDataset, config: Config, tokenizer: Tokenizer) -> ValidationSet:
     windows = ValidationWindows(dataset, config.data.seq_length, config.validation.eval_samples)
     return ValidationSet(name, windows, len(dataset), tokenizer.token_bytes())

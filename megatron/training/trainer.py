@@ -55,6 +55,7 @@ class Trainer:
         folder: RunFolder | None,
         progress: Progress,
         description: dict,
+        validated: dict[int, float],
     ):
         self.config, self.plan, self.processes = config, plan, processes
         self.model, self.optimizer, self.data = model, optimizer, data
@@ -65,7 +66,7 @@ class Trainer:
         self.diverged_at = torch.zeros((), dtype=torch.int64, device=processes.device)  # 0: never
         self.saved_at, self.saved_samples = progress.iteration or None, progress.consumed_samples  # newest checkpoint
         self.rate = 0.0  # learning rate of the last step
-        self.selection = (None, None)  # set and loss of the last evaluation, which decide on the best checkpoint
+        self.validated = validated  # loss on the first set by iteration: it decides which checkpoint is best
         self._recorded = (progress.consumed_samples, progress.seconds)  # at the last training record
         self._bar = None
 
@@ -75,6 +76,8 @@ class Trainer:
         progress = self.progress
         batches = iter(loader(self.data, self.config.data.num_workers, self.processes.device))
         self._status("running", "")
+        if self.saved_at:
+            self._point()  # a kill may have come between a checkpoint and the files that point at it
         clock = time.monotonic()
         with logging_redirect_tqdm(), self._progress_bar() as self._bar:
             while progress.iteration < self.steps and not reason:
@@ -200,7 +203,7 @@ class Trainer:
             if not math.isfinite(summary["loss"]):
                 raise DivergedError(f"step {self.progress.iteration}: validation loss on {data.name} is not finite")
             if index == 0:
-                self.selection = (data.name, summary["loss"])
+                self.validated[self.progress.iteration] = summary["loss"]
             if self.folder:
                 self.folder.save_evaluation(data.name, self.progress.iteration, evaluation)
             replicates = 1 if self.objective.exact else validation.num_mc
@@ -224,24 +227,26 @@ class Trainer:
             "permanent": self._permanent(),
             "config": self.description,
         }
-        target = checkpoint.save(root, checkpoint.tensors(self.model, self.optimizer), meta, self.processes)
+        checkpoint.save(root, checkpoint.tensors(self.model, self.optimizer), meta, self.processes)
         self.saved_at, self.saved_samples = progress.iteration, progress.consumed_samples
+        self._point()
+
+    def _point(self) -> None:
+        """Point latest.json at the newest checkpoint and best.json at the best one that is kept, and prune the rest."""
         if self.folder is None:
             return
-        name, loss = self.selection
-        pointer = {
-            "folder": target.name,
-            "iteration": progress.iteration,
-            "consumed_samples": progress.consumed_samples,
-        }
-        pointer |= {"set": name, "loss": loss}
-        write_json(root / "latest.json", pointer)
-        best = read_json(root / "best.json") if (root / "best.json").exists() else None
-        evaluated_now = progress.iteration % self.plan.eval_interval == 0 or progress.iteration == self.steps
-        if loss is not None and evaluated_now and (best is None or loss < best["loss"]):
-            best = pointer
-            write_json(root / "best.json", best)
-        checkpoint.prune(root, keep={best["folder"]} if best else set())
+        root = self.folder.checkpoints
+        kept = {int(path.name[5:]): path for path in checkpoint.complete(root)}
+        chosen = {"latest": max(kept, default=None)}
+        chosen["best"] = min(self.validated.keys() & kept.keys(), key=self.validated.get, default=None)
+        for name, iteration in chosen.items():
+            if iteration is not None:
+                meta = read_json(kept[iteration] / "meta.json")
+                pointer = {"folder": kept[iteration].name, "iteration": iteration}
+                pointer |= {"consumed_samples": meta["consumed_samples"], "loss": self.validated.get(iteration)}
+                pointer |= {"set": self.validation_sets[0].name if iteration in self.validated else None}
+                write_json(root / f"{name}.json", pointer)
+        checkpoint.prune(root, keep={chosen["latest"], chosen["best"]})
 
     def _permanent(self) -> bool:
         """The first checkpoint of every n-th epoch stays."""

@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -152,13 +153,23 @@ def test_an_existing_tokenizer_is_copied_and_its_content_counts(text, tmp_path):
     assert build_tokenizer("HFTokenizer", tmp_path / "two" / "tokenizer.json").vocabulary_size == 285
 
 
-def test_a_split_of_share_zero_is_not_written_and_another_one_is_left_alone(text, tmp_path):
+def test_a_split_of_share_zero_is_not_written_and_another_texts_is_left_alone(text, tmp_path):
     prepare(asked(text, tmp_path / "data", splits=(100, 0, 0)))
     train = contents(tmp_path / "data")
     assert set(train) == {"train.bin", "train.idx", "train.json", "corpus.json"}
-    prepare(asked(text, tmp_path / "data", splits=(0, 0, 100)))
+    other = tmp_path / "other.jsonl"
+    shutil.copy(text, other)
+    prepare(asked(other, tmp_path / "data", splits=(0, 0, 100)))
     both = contents(tmp_path / "data")
     assert both["train.bin"] == train["train.bin"] == both["validation.bin"]
+
+
+def test_no_split_is_left_of_the_same_text_cut_otherwise(text, tmp_path):
+    """Its documents stand in train now: to select on them would be to select on training text."""
+    prepare(asked(text, tmp_path / "data"))
+    assert (tmp_path / "data" / "tuning.idx").exists()
+    prepare(asked(text, tmp_path / "data", splits=(100, 0, 0)))
+    assert set(contents(tmp_path / "data")) == {"train.bin", "train.idx", "train.json", "corpus.json"}
 
 
 def test_small_batches_and_samples_give_the_same_files(text, tmp_path, monkeypatch):

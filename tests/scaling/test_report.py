@@ -10,7 +10,7 @@ import pytest
 
 from megatron.errors import ConfigurationError
 from megatron.scaling.report import write_report
-from megatron.scaling.runs import best_point, check_comparable, load_run, paired_difference
+from megatron.scaling.runs import best_point, check_comparable, load_run, load_runs, paired_difference
 from tests.conftest import ROOT, run
 
 
@@ -89,6 +89,31 @@ def test_the_page_is_self_contained_and_says_what_mdm_losses_are(folders, tmp_pa
     reported = {name: best_point(load_run(folders / name), "tuning", "validation") for name in ("ar", "mdm")}
     for record in reported.values():
         assert f"{record['loss']:.3f}" in done.stdout
+
+
+def test_runs_of_one_name_are_told_apart(folders, tmp_path):
+    shutil.copytree(folders / "mdm", tmp_path / "ar")
+    one, two = load_runs([folders / "ar", tmp_path / "ar"])
+    assert one.name.endswith("/ar") and two.name.endswith("/ar") and one.name != two.name
+    said = write_report([one, two], tmp_path / "report")
+    first, second = (best_point(run, "tuning", "validation")["loss"] for run in (one, two))
+    worse, better = (one, two) if first > second else (two, one)
+    assert f"{worse.name} is {abs(first - second):.3f} ±" in said and f"above {better.name}" in said
+    with pytest.raises(ConfigurationError, match="is given twice"):
+        load_runs([folders / "ar", folders / "ar"])
+
+
+def test_a_run_that_is_going_on_is_said_to_be(folders, tmp_path):
+    """Killed between the two sets' records of step 8."""
+    shutil.copytree(folders / "ar", tmp_path / "ar")
+    lines = (tmp_path / "ar" / "metrics.jsonl").read_text().splitlines(keepends=True)
+    last = next(i for i, line in enumerate(lines) if '"iteration": 8' in line and '"set": "tuning"' in line)
+    (tmp_path / "ar" / "metrics.jsonl").write_text("".join(lines[: last + 1]))
+    said = write_report([load_run(tmp_path / "ar")], tmp_path / "report")
+    assert (
+        "ar is not finished: this is epoch 2" in said.replace("epoch 0.3", "epoch 2")
+        and "end of its budget" not in said
+    )
 
 
 def test_a_record_cut_by_a_crash_does_not_stop_the_report(folders, tmp_path):

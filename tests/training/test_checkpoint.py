@@ -67,11 +67,16 @@ def test_wsd_decays_from_any_checkpoint(tiny, kept, tmp_path):
 def test_other_data_under_the_same_name_is_refused(tiny, kept, corpus, tmp_path):
     for suffix in (".bin", ".idx", ".json"):
         (tmp_path / f"train{suffix}").write_bytes((corpus / f"train{suffix}").read_bytes())
-    made = json.loads((tmp_path / "train.json").read_text())
-    (tmp_path / "train.json").write_text(json.dumps(made | {"corpus_hash": "another"}))
-    flags = [flag if flag != f"{corpus}/train" else f"{tmp_path}/train" for flag in tiny]
-    refused = run("ar", *flags, *EPOCHS, "--save", kept, check=False)
-    assert refused.returncode == 2 and "corpus another" in refused.stderr and "--load" in refused.stderr
+    moved = [flag if flag != f"{corpus}/train" else f"{tmp_path}/train" for flag in tiny]
+    assert "finished" in run("ar", *moved, *EPOCHS, "--save", kept).stderr  # the same data elsewhere is no other data
+    ids = bytearray((tmp_path / "train.bin").read_bytes())
+    ids[0] ^= 1
+    (tmp_path / "train.bin").write_bytes(ids)
+    held_out = [flag if flag != f"tuning={corpus}/tuning" else f"tuning={corpus}/validation" for flag in tiny]
+    for flags, named in ((moved, "--train-data-path"), (held_out, "--valid-data-path tuning=")):
+        refused = run("ar", *flags, *EPOCHS, "--save", kept, check=False)
+        assert refused.returncode == 2 and f"{named}: holds other tokens" in refused.stderr
+        assert "or branch: --load" in refused.stderr
 
 
 def test_another_precision_is_refused_on_resume(tiny, kept):
@@ -89,3 +94,48 @@ def test_a_run_that_is_only_read_is_not_mended(tiny, kept, tmp_path):
     done = run("ar", "--skip-train", "--load", source)
     assert "falling back" in done.stderr and newest.exists()
     assert json.loads(done.stdout.splitlines()[0])["iteration"] == 10
+
+
+def test_an_older_checkpoint_is_branched_from_and_evaluated_by_its_folder(tiny, kept, tmp_path):
+    """WSD decays from any checkpoint that is kept, here step 8; the branch can be compared with its trunk."""
+    folder = kept / "checkpoints" / "iter_0000008"
+    shape = "--lr-decay-style WSD --lr-wsd-decay-samples 16 --min-lr 0".split()
+    run("ar", *[flag if flag != "93" else "80" for flag in tiny], *EPOCHS, *shape, "--load", folder, "--save", tmp_path)
+    steps = [record["iteration"] for record in records(tmp_path, "train")]
+    assert steps == [*range(1, 11)] and records(tmp_path, "train")[-1]["learning_rate"] == 0
+    assert json.loads((tmp_path / "config.json").read_text())["branched_from"] == str(folder)
+    for record in records(tmp_path, "valid"):
+        assert (tmp_path / "validation" / record["set"] / f"{record['iteration']}.npz").exists()
+    evaluated = [json.loads(line) for line in run("ar", "--skip-train", "--load", folder).stdout.splitlines()]
+    assert [record["loss"] for record in evaluated] == [
+        record["loss"] for record in records(kept, "valid") if record["iteration"] == 8
+    ]
+
+
+@pytest.mark.parametrize(
+    "changed, rule",
+    [(["--train-samples", "40"], "has seen 93 samples, and the budget of the branch is 40"),
+     (["--seq-length", "16", "--train-samples", "200"], "--seq-length 16: the run in")],
+)  # fmt: skip
+def test_a_branch_whose_clock_would_lie_is_refused(changed, rule, tiny, kept, tmp_path):
+    refused = run("ar", *tiny, *EPOCHS, *changed, "--load", kept, "--save", tmp_path, check=False)
+    assert refused.returncode == 2 and rule in refused.stderr
+
+
+def test_what_points_at_checkpoints_is_put_right_after_a_kill(tiny, kept, tmp_path):
+    """As if killed after the last checkpoint was renamed, and within the removal of an old one."""
+    shutil.copytree(kept, tmp_path / "run")
+    root = tmp_path / "run" / "checkpoints"
+    right = {name: (root / name).read_text() for name in ("latest.json", "best.json")}
+    (root / "latest.json").write_text((root / "best.json").read_text().replace("12", "4"))
+    (root / "best.json").unlink()
+    (root / "iter_0000002.removed").mkdir()
+    run("ar", *tiny, *EPOCHS, "--save", tmp_path / "run")
+    assert {name: (root / name).read_text() for name in right} == right
+    assert not (root / "iter_0000002.removed").exists()
+
+
+def test_flags_without_effect_are_said_to_have_none(tiny):
+    said = run("ar", *tiny, "--num-mc", 8, "--save-interval", 2, "--exit-interval", 1).stderr
+    assert "--num-mc 8: has no effect, an exact likelihood" in said
+    assert "--save-interval 2: has no effect, no --save" in said

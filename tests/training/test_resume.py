@@ -78,6 +78,17 @@ def test_a_checkpoint_of_two_processes_resumes_on_one(uninterrupted, tiny, tmp_p
         assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
 
 
+def test_a_run_killed_with_loader_workers_restarts_at_once(tiny, tmp_path):
+    """The workers outlive it for seconds; they must not hold its lock."""
+    longer = [flag if flag != "93" else "100000" for flag in tiny] + ["--num-workers", "2", "--save", str(tmp_path)]
+    process = subprocess.Popen([sys.executable, entry("mdm"), *longer], env=environment(), stderr=subprocess.DEVNULL)
+    while not (tmp_path / "checkpoints" / "latest.json").exists():
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    run("mdm", *longer, "--exit-interval", 1)
+
+
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
 def test_signal_saves_and_leaves_cleanly(name, tiny, tmp_path):
     longer = [flag if flag != "93" else "100000" for flag in tiny]
@@ -100,4 +111,4 @@ def test_a_changed_budget_is_refused_and_a_branch_is_the_remedy(uninterrupted, t
     run("ar", *longer, "--load", folder, "--save", tmp_path)
     branched = records(tmp_path, "train")
     assert branched[:12] == records(folder, "train") and branched[-1]["consumed_samples"] == 120
-    assert "branched_from" in json.loads((tmp_path / "config.json").read_text())
+    assert json.loads((tmp_path / "config.json").read_text())["branched_from"].startswith(str(folder))

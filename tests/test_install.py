@@ -1,0 +1,64 @@
+"""install.sh on machines that lack something. Installing itself is what tests/run.sh begins with."""
+
+import os
+import shutil
+import subprocess
+
+import pytest
+
+from tests.conftest import ROOT
+
+
+def install(folder, *flags, version="3.11", venv=True):
+    """Run install.sh in a folder of its own with an interpreter that only answers its questions."""
+    for name in ("install.sh", "setup.py", "constraints.txt"):
+        shutil.copy(ROOT / name, folder)
+    python = folder / "python"
+    minor = int(version.split(".")[1])
+    python.write_text(
+        f"""#!/bin/sh
+case "$*" in
+    *"import venv"*) exit {0 if venv else 1} ;;
+    *"print"*) echo {version} ;;
+    *"(3, 10)"*) exit {int(minor < 10)} ;;
+    *"-m venv"*) echo making >&2; exit 7 ;;
+esac
+"""
+    )
+    python.chmod(0o755)
+    surroundings = os.environ | {"PYTHON": str(python)}
+    return subprocess.run(["bash", folder / "install.sh", *flags], env=surroundings, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    "flags, machine, said",
+    [
+        (["--fast"], {}, "install.sh --fast: unknown flag; --help lists them"),
+        ([], {"version": "3.9"}, "is Python 3.9; this needs 3.10 or newer"),
+        (
+            [],
+            {"venv": False},
+            "has no venv module; install its package (Debian, Ubuntu: apt-get install python3.11-venv)",
+        ),
+    ],
+)
+def test_what_is_missing_is_named_in_one_line(flags, machine, said, tmp_path):
+    done = install(tmp_path, *flags, **machine)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and said in done.stderr
+    assert len(done.stderr.splitlines()) == 1 and not (tmp_path / ".venv").exists()
+
+
+def test_a_sound_machine_gets_as_far_as_the_environment(tmp_path):
+    done = install(tmp_path)
+    assert done.returncode == 7 and "making" in done.stderr
+
+
+def test_nothing_is_installed_twice():
+    """tests/run.sh has just installed here."""
+    if not (ROOT / ".venv" / "installed").exists():
+        pytest.skip("this environment was not made by install.sh")
+    before = (ROOT / ".venv" / "installed").stat().st_mtime_ns
+    surroundings = {name: value for name, value in os.environ.items() if name != "PYTHON"}
+    done = subprocess.run(["bash", "install.sh"], cwd=ROOT, env=surroundings, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout == ""
+    assert (ROOT / ".venv" / "installed").stat().st_mtime_ns == before
