@@ -209,7 +209,8 @@ class Trainer:
             replicates = 1 if self.objective.exact else validation.num_mc
             record = {"kind": "valid", "set": data.name, "alignment": validation.eval_alignment, "num_mc": replicates}
             records.append(self._record(record | summary))
-            bound = "" if self.objective.exact else f" (upper bound, mc_se {summary['mc_se'] or 0:.4f})"
+            error = "" if summary["mc_se"] is None else f", mc_se {summary['mc_se']:.4f}"
+            bound = "" if self.objective.exact else f" (upper bound{error})"
             self._say(f"step {self.progress.iteration}  {data.name} loss {summary['loss']:.4f}{bound}")
         return records
 

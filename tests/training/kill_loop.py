@@ -4,7 +4,8 @@
 
 DIR is what tools/preprocess_data.py wrote with --tokenizer-type ByteTokenizer. Each line of the output is one
 kill: variant, compile on or off, seed of the moment, phase the run was in, what the moment was, and the first
-record that differs from the uninterrupted run ("none" when every record is equal to the last bit).
+record that differs from the uninterrupted run ("none" when every record is equal to the last bit, and the same
+checkpoints are kept and pointed at).
 """
 
 import argparse
@@ -97,7 +98,16 @@ def first_difference(one: Path, two: Path) -> str:
     for a, b in zip(left, right):
         if a != b:
             return json.dumps({"expected": a, "found": b})
-    return "none" if len(left) == len(right) else f"{len(left)} records against {len(right)}"
+    if len(left) != len(right):
+        return f"{len(left)} records against {len(right)}"
+    return "none" if kept(one) == kept(two) else json.dumps({"expected": kept(one), "found": kept(two)})
+
+
+def kept(folder: Path) -> dict:
+    """Return which checkpoints a run keeps, and which it calls the newest and the best."""
+    root = folder / "checkpoints"
+    pointers = {name: json.loads((root / name).read_text()) for name in ("latest.json", "best.json")}
+    return {"checkpoints": sorted(path.name for path in root.glob("iter_*"))} | pointers
 
 
 def main() -> None:

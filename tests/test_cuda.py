@@ -1,0 +1,78 @@
+"""What only a CUDA device can show. Run with: python -m pytest -m gpu"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from megatron.parallel.mesh import start_processes, stop_processes
+from megatron.training.optimizer import MOMENTS, ShardedApexAdam, apex_adam, build_optimizer, start_state
+from tests.conftest import entry, environment, records
+from tests.training.test_optimizer import CONFIG, build, train
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+def run(objective, *flags, cuda=True):
+    surroundings = environment()
+    if cuda:  # the tests of the other files hide the device
+        surroundings["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+    command = [sys.executable, entry(objective), *map(str, flags)]
+    done = subprocess.run(command, env=surroundings, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def losses(folder):
+    return [record["loss"] for record in records(folder)]
+
+
+@pytest.fixture
+def unspoken(tiny):
+    """The flags of a tiny run that say nothing of precision or compilation."""
+    return [flag for flag in tiny if flag not in ("--fp32", "--no-compile")]
+
+
+@pytest.mark.parametrize("objective", ["ar", "mdm"])
+def test_the_device_is_used_in_bf16_without_being_told(objective, unspoken, tmp_path):
+    run(objective, *unspoken, "--save", tmp_path / "cuda")
+    config = json.loads((tmp_path / "cuda" / "config.json").read_text())
+    assert config["precision"] == "bf16" and config["device"] == torch.cuda.get_device_name()
+    run(objective, *unspoken, "--fp32", "--save", tmp_path / "cpu", cuda=False)
+    assert losses(tmp_path / "cuda") == pytest.approx(losses(tmp_path / "cpu"), rel=0.02)
+    train_records = [json.loads(line) for line in (tmp_path / "cuda" / "metrics.jsonl").read_text().splitlines()]
+    assert all(record["memory_bytes"] > 0 for record in train_records if record["kind"] == "train")
+
+
+@pytest.mark.parametrize("objective", ["ar", "mdm"])
+def test_fp32_equals_the_cpu(objective, tiny, tmp_path):
+    for name, cuda in (("cuda", True), ("cpu", False)):
+        run(objective, *tiny, "--save", tmp_path / name, cuda=cuda)
+    assert losses(tmp_path / "cuda") == pytest.approx(losses(tmp_path / "cpu"), rel=1e-4)
+
+
+@pytest.mark.parametrize("objective, extra", [("ar", []), ("mdm", ["--mlp-dropout", "0.2"]), ("mdm", ["--compile"])])
+def test_a_resumed_run_follows_an_uninterrupted_one(objective, extra, unspoken, tmp_path):
+    run(objective, *unspoken, *extra, "--save", tmp_path / "whole")
+    run(objective, *unspoken, *extra, "--save", tmp_path / "parts", "--exit-interval", 5)
+    run(objective, *unspoken, *extra, "--save", tmp_path / "parts", "--num-workers", 2)
+    # attention's gradient is summed in no fixed order on CUDA
+    assert losses(tmp_path / "parts") == pytest.approx(losses(tmp_path / "whole"), rel=2e-3)
+
+
+@pytest.mark.skipif(apex_adam() is None, reason="needs NVIDIA apex")
+def test_apex_equals_torch():
+    processes = start_processes()
+    (expected, _), (found, two) = build(processes, steps=3), build(processes, steps=3)
+    assert isinstance(two, ShardedApexAdam)
+    one = torch.optim.AdamW(build_optimizer(expected, CONFIG).param_groups, fused=True)
+    start_state(one, 3)
+    for model, optimizer in ((expected, one), (found, two)):
+        train(model, optimizer, 5)
+    for a, b in zip(expected.parameters(), found.parameters(), strict=True):
+        torch.testing.assert_close(b.full_tensor(), a.full_tensor(), rtol=1e-5, atol=1e-6)
+        for moment in MOMENTS:
+            torch.testing.assert_close(two.state[b][moment].full_tensor(), one.state[a][moment].full_tensor())
+    stop_processes()
