@@ -11,6 +11,7 @@ from megatron.errors import ConfigurationError
 BUDGETS = ("train_epochs", "train_samples", "train_iters", "train_flops")
 # Flags that may differ between two starts of one run: they change neither the data, nor the noise, nor the weights.
 FREE_ON_RESUME = {
+    "model_size",
     "num_workers", "micro_batch_size", "compile", "log_interval", "exit_interval", "exit_duration_in_mins",
     "kill_switch_file", "eval_interval", "eval_batch_size", "skip_train", "save", "load", "save_interval",
     "keep_every_epochs", "dry_run", "train_data_path", "valid_data_path", "tokenizer_model", "bf16", "fp32", *BUDGETS,

@@ -13,6 +13,9 @@ from megatron.config.flags import flag, one_namespace, require, typed
 class ModelConfig:
     """Model: a decoder of the Llama family, causal or bidirectional."""
 
+    model_size: str | None = flag(
+        None, "a size of the published ladder, such as 140M: layers, width, heads; flags beside it win", metavar="NAME"
+    )
     num_layers: int = flag(help="number of transformer blocks")
     hidden_size: int = flag(help="width of the residual stream")
     num_attention_heads: int = flag(help="number of query heads")

@@ -1,6 +1,111 @@
-"""Parameter counts, in one place."""
+"""The published ladder of sizes, parameter and FLOPs counts, and the papers' budgets: once, here.
+
+Sources: 2507.15857 (Diffusion Beats Autoregressive in Data-Constrained Settings) and its published scripts, whose
+sizes come from 2305.16264 (Scaling Data-Constrained Language Models).
+"""
 
 from megatron.config.sections import ModelConfig, Vocabulary
+from megatron.errors import ConfigurationError
+
+# name: layers, hidden size, heads, channels of a head. The names are those of a 4h GELU network; the published
+# runs, and --model-size, use SwiGLU of width floor(8h/3/64)*64. In six rows heads x channels differ from the width.
+LADDER = {
+    "7M": (3, 128, 4, 32),
+    "14M": (4, 224, 7, 32),
+    "20M": (5, 288, 7, 32),
+    "35M": (6, 448, 7, 32),
+    "44M": (8, 512, 8, 64),
+    "57M": (9, 576, 9, 64),
+    "74M": (10, 640, 10, 64),
+    "90M": (13, 640, 10, 64),
+    "106M": (16, 640, 10, 64),
+    "117M": (12, 768, 12, 64),
+    "140M": (15, 768, 12, 64),
+    "163M": (18, 768, 12, 64),
+    "175M": (14, 896, 14, 64),
+    "196M": (16, 896, 14, 64),
+    "217M": (18, 896, 14, 64),
+    "251M": (16, 1024, 16, 64),
+    "278M": (18, 1024, 16, 64),
+    "306M": (20, 1024, 16, 64),
+    "425M": (18, 1280, 10, 128),
+    "489M": (21, 1280, 10, 128),
+    "509M": (18, 1408, 11, 128),
+    "552M": (24, 1280, 10, 128),
+    "587M": (21, 1408, 11, 128),
+    "632M": (19, 1536, 12, 128),
+    "664M": (24, 1408, 11, 128),
+    "724M": (22, 1536, 12, 128),
+    "816M": (25, 1536, 12, 128),
+    "893M": (20, 1792, 14, 128),
+    "1018M": (23, 1792, 14, 128),
+    "1143M": (26, 1792, 14, 128),
+    "1266M": (22, 2048, 16, 128),
+    "1424M": (22, 2176, 17, 128),
+    "1429M": (25, 2048, 16, 128),
+    "1593M": (28, 2048, 16, 128),
+    "1609M": (25, 2176, 17, 128),
+    "1731M": (24, 2304, 18, 128),
+    "1794M": (28, 2176, 17, 128),
+    "2007M": (28, 2304, 18, 128),
+    "2283M": (32, 2304, 18, 128),
+    "2298M": (26, 2560, 20, 128),
+    "2639M": (30, 2560, 20, 128),
+    "2980M": (34, 2560, 20, 128),
+    "3530M": (36, 2688, 21, 128),
+    "3802M": (36, 2816, 22, 128),
+    "4084M": (36, 2944, 23, 128),
+    "4516M": (36, 3072, 24, 128),
+    "6796M": (40, 3584, 28, 128),
+    "9293M": (42, 4096, 32, 128),
+    "11452M": (47, 4352, 32, 128),
+    "12295M": (44, 4608, 36, 128),
+    "12569M": (47, 4608, 32, 128),
+    "13735M": (47, 4864, 32, 128),
+    "14940M": (49, 4992, 32, 128),
+    "16183M": (47, 5120, 40, 128),
+}
+GPT2_VOCABULARY = 50257  # ids of the papers' tokenizer
+
+# tokens of the published subsets of C4 (and SlimPajama), one end-of-document a document included, GPT-2 BPE
+UNIQUE_TOKENS = {
+    "25M": 24_743_247,
+    "50M": 49_874_872,
+    "100M": 99_952_399,
+    "200M": 199_836_911,
+    "500M": 499_791_318,
+    "SLIM_100M": 100_555_177,
+    "SLIM_1B": 999_536_648,
+    "SLIM_1B5": 1_463_840_091,
+}
+# (objective, training FLOPs by the published convention): the size that the papers found best
+COMPUTE_OPTIMAL = {
+    ("ar", 1e19): "217M",
+    ("ar", 3e19): "425M",
+    ("ar", 1e20): "724M",
+    ("mdm", 1e19): "117M",
+    ("mdm", 3e19): "217M",
+    ("mdm", 1e20): "425M",
+}
+# objective: size and epochs of the best published runs on 100M unique tokens, and their validation loss
+BEST_ON_100M = {"ar": ("140M", 50, 3.71), "mdm": ("425M", 500, 3.55)}
+
+
+def ladder_settings(name: str) -> dict[str, int]:
+    """Return the flags that --model-size stands for; raise ConfigurationError for a name that is not on the ladder."""
+    if name not in LADDER:
+        millions = int(name[:-1]) if name[:-1].isdigit() and name.endswith("M") else 0
+        nearest = min(LADDER, key=lambda known: abs(int(known[:-1]) - millions))
+        raise ConfigurationError(
+            f"--model-size {name}: is not on the ladder; the nearest is {nearest}, and tools/sizes.py lists all"
+        )
+    fields = ("num_layers", "hidden_size", "num_attention_heads", "kv_channels")
+    return dict(zip(fields, LADDER[name], strict=True))
+
+
+def ladder_model(name: str) -> ModelConfig:
+    """Return the network of one size, in the published form: RMSNorm, SwiGLU, no biases, tied."""
+    return ModelConfig(**ladder_settings(name))
 
 
 def parameter_count(model: ModelConfig, vocabulary: Vocabulary) -> int:
@@ -18,3 +123,39 @@ def parameter_count(model: ModelConfig, vocabulary: Vocabulary) -> int:
         block += (2 if model.swiglu else 1) * model.mlp_size + width  # up (and gate), down
     tables = 2 if model.untie_embeddings_and_output_weights else 1
     return model.num_layers * block + vectors * width + tables * vocabulary.padded_size * width
+
+
+def non_embedding_count(model: ModelConfig, vocabulary: Vocabulary) -> int:
+    """Return the parameters without the input embedding; an untied output head is counted."""
+    return parameter_count(model, vocabulary) - vocabulary.padded_size * model.hidden_size
+
+
+def published_count(model: ModelConfig) -> int:
+    """Return N as the published scripts compute it: 4Lh^2 + 3Lhf + 6Lh + 50257h.
+
+    It takes heads x channels for the width and so overcounts the six sizes where they differ.
+    """
+    layers, width = model.num_layers, model.hidden_size
+    return layers * (4 * width**2 + 3 * width * model.mlp_size + 6 * width) + GPT2_VOCABULARY * width
+
+
+def flops_per_token(model: ModelConfig, vocabulary: Vocabulary, seq_length: int) -> dict[str, float]:
+    """Return the training FLOPs of one token by each convention in use, the same for every objective.
+
+    - "6nd": 6N, the embedding counted once. Budgets (--train-flops) and records use it.
+    - "6nd_published": 6N with the published scripts' N.
+    - "6nd_no_embedding": 6 x non-embedding parameters, what the published system logs.
+    - "hardware": what the matrix products of forward and backward take, attention over the whole [S, S] square, the
+      head at every position (Megatron's throughput formula, 2104.04473, section 5.1, with SwiGLU's third matrix).
+    """
+    width, query = model.hidden_size, model.num_attention_heads * model.head_size
+    key_value = model.key_value_heads * model.head_size
+    projections = 2 * width * query + 2 * width * key_value + (3 if model.swiglu else 2) * width * model.mlp_size
+    attention = 2 * query * seq_length
+    products = model.num_layers * (projections + attention) + vocabulary.padded_size * width
+    return {
+        "6nd": 6.0 * parameter_count(model, vocabulary),
+        "6nd_published": 6.0 * published_count(model),
+        "6nd_no_embedding": 6.0 * non_embedding_count(model, vocabulary),
+        "hardware": 6.0 * products,
+    }

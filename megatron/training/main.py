@@ -14,8 +14,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 from megatron.config.flags import HelpFormatter, Parser, add_section, build, spelling
-from megatron.config.resolve import BUDGETS, check_processes, idle_flags, resolve
+from megatron.config.resolve import BUDGETS, Plan, check_processes, idle_flags, resolve
 from megatron.config.sections import SECTIONS, Config, Vocabulary
+from megatron.config.sizes import flops_per_token, ladder_settings
 from megatron.errors import ConfigurationError
 from megatron.log import configure_logging
 from megatron.model.initialise import initialise
@@ -78,8 +79,20 @@ def parser(objective: str, defaults: dict | None = None) -> Parser:
 
 def parse(objective: str, arguments: list[str]) -> Config:
     """Return the typed configuration of a command line; raise ConfigurationError for anything wrong in it."""
-    namespace = parser(objective, recorded_settings(arguments)).parse_known(arguments)
+    defaults = recorded_settings(arguments) | size_settings(arguments)
+    namespace = parser(objective, defaults).parse_known(arguments)
     return Config(**{name: build(section, namespace) for name, section in SECTIONS.items()})
+
+
+def size_settings(arguments: list[str]) -> dict:
+    """Return what --model-size stands for, as defaults that every flag beside it wins over."""
+    few = Parser(add_help=False, allow_abbrev=False)
+    few.add_argument("--model-size")
+    try:
+        asked, _ = few.parse_known_args(arguments)
+    except argparse.ArgumentError:
+        return {}  # the parser of all flags says what is wrong
+    return ladder_settings(asked.model_size) if asked.model_size else {}
 
 
 def recorded_settings(arguments: list[str]) -> dict:
@@ -115,7 +128,11 @@ def run(objective: str, config: Config, command: str) -> None:
     plan = resolve(config, vocabulary, sources.train.unique_tokens)
     dropout = build_token_dropout(objective, config.objective, vocabulary)
     if config.training.dry_run:
-        print(json.dumps({"objective_name": objective, "plan": asdict(plan), **asdict(config)}, indent=1))
+        print(
+            json.dumps(
+                {"objective_name": objective, "plan": amounts(config, plan, vocabulary), **asdict(config)}, indent=1
+            )
+        )
         return
     processes = start_processes()
     if not config.validation.skip_train:
@@ -179,6 +196,17 @@ def run(objective: str, config: Config, command: str) -> None:
         raise
     if processes.rank == 0:
         logger.info("%s at step %d of %d", reason, progress.iteration, trainer.steps)
+
+
+def amounts(config: Config, plan: Plan, vocabulary: Vocabulary) -> dict:
+    """Return the plan, and what the run amounts to in tokens, epochs and FLOPs by every convention."""
+    tokens = plan.train_samples * config.data.seq_length
+    flops = flops_per_token(config.model, vocabulary, config.data.seq_length)
+    return asdict(plan) | {
+        "train_tokens": tokens,
+        "epochs": tokens / plan.unique_tokens,
+        "flops": {convention: each * tokens for convention, each in flops.items()},
+    }
 
 
 def _selects(record: dict, sources: Sources) -> bool:

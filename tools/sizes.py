@@ -1,0 +1,85 @@
+#!/usr/bin/env python3
+"""Print the published ladder of sizes with the counts of each, and the papers' budgets.
+
+    python tools/sizes.py
+    python tools/sizes.py --train-flops 1e19
+
+With --train-flops: the tokens and the epochs of --unique-tokens that this compute buys at each size.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron.config.flags import HelpFormatter, Parser
+from megatron.config.sections import Vocabulary
+from megatron.config.sizes import (
+    BEST_ON_100M,
+    COMPUTE_OPTIMAL,
+    GPT2_VOCABULARY,
+    LADDER,
+    UNIQUE_TOKENS,
+    ladder_model,
+    non_embedding_count,
+    parameter_count,
+    published_count,
+)
+from megatron.errors import ConfigurationError
+
+
+class Formatter(HelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """The description as it is written."""
+
+
+def main() -> None:
+    parser = Parser(description=__doc__, formatter_class=Formatter, allow_abbrev=False)
+    parser.add_argument("--train-flops", type=float, metavar="C", help="training compute, 6ND")
+    parser.add_argument("--unique-tokens", default="100M", metavar="SET", help="published subset (default: 100M)")
+    try:
+        options = parser.parse_known(sys.argv[1:])
+        if options.unique_tokens not in UNIQUE_TOKENS:
+            known = ", ".join(UNIQUE_TOKENS)
+            raise ConfigurationError(
+                f"--unique-tokens {options.unique_tokens}: is no published subset; take one of {known}"
+            )
+        print_ladder(options.train_flops, UNIQUE_TOKENS[options.unique_tokens])
+    except ConfigurationError as error:
+        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
+    print_budgets()
+
+
+def print_ladder(flops: float | None, unique_tokens: int) -> None:
+    """Print one line a size: its shape, its parameters in millions by three counts, and what the compute buys."""
+    vocabulary = Vocabulary(GPT2_VOCABULARY)
+    head = f"{'size':>7}{'layers':>8}{'hidden':>8}{'heads':>7}{'head':>6}{'MLP':>7}"
+    head += f"{'N':>11}{'no embed':>11}{'published':>11}"
+    print(head + (f"{'tokens':>10}{'epochs':>10}" if flops else ""))
+    for name in LADDER:
+        model = ladder_model(name)
+        counts = (parameter_count(model, vocabulary), non_embedding_count(model, vocabulary), published_count(model))
+        line = f"{name:>7}{model.num_layers:>8}{model.hidden_size:>8}{model.num_attention_heads:>7}{model.head_size:>6}"
+        line += f"{model.mlp_size:>7}" + "".join(f"{count / 1e6:>10.1f}M" for count in counts)
+        if flops:
+            tokens = flops / (6 * counts[0])
+            line += f"{tokens:>10.2e}{tokens / unique_tokens:>10.1f}"
+        print(line)
+    print("N: all parameters, the embedding (padded to 50304 rows) once; published: as the papers' scripts count.\n")
+
+
+def print_budgets() -> None:
+    print("Best size by training FLOPs (2507.15857):")
+    for (objective, flops), name in COMPUTE_OPTIMAL.items():
+        print(f"  {objective.upper():4}{flops:.0e}  {name}")
+    print("Best published runs on 100M unique tokens:")
+    for objective, (name, epochs, loss) in BEST_ON_100M.items():
+        print(f"  {objective.upper():4}{name} x {epochs} epochs, validation loss {loss}")
+    print(
+        "Unique tokens of the published subsets:",
+        ", ".join(f"{name} {count:,}" for name, count in UNIQUE_TOKENS.items()),
+    )
+
+
+if __name__ == "__main__":
+    main()
