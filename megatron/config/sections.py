@@ -119,8 +119,9 @@ class DataConfig:
     train_unique_tokens: int | None = flag(None, "train on the first N tokens only, the last document cut; default all")
     epoch_order: str = flag(
         "documents",
-        "documents: shuffled and packed anew every epoch; windows: fixed cuts at an offset redrawn every epoch",
-        choices=("documents", "windows"),
+        "documents: shuffled and packed anew every epoch; windows: fixed cuts at an offset redrawn every epoch; "
+        "megatron: as Megatron orders them, which mixes the epochs and depends on the budget",
+        choices=("documents", "windows", "megatron"),
     )
     tokenizer_type: str = flag(
         "HFTokenizer", "the tokenizer that made the data", choices=("HFTokenizer", "ByteTokenizer", "NullTokenizer")

@@ -1,7 +1,7 @@
 """From a run position to token ids: arithmetic on (seed, epoch), nothing remembered but a cache.
 
-Epochs are strict: every token of the unique set is read once before any is read twice. The stream of an
-epoch order is endless, sample i is its tokens i*S .. i*S + S, and the last of them is only a target.
+Epochs are strict, in all orders but Megatron's: every token of the unique set is read once before any is read twice.
+The stream of an epoch order is endless, sample i is its tokens i*S .. i*S + S, and the last of them is only a target.
 """
 
 from functools import lru_cache
@@ -9,6 +9,7 @@ from functools import lru_cache
 import numpy as np
 
 from megatron.data.indexed import IndexedDataset
+from megatron.data.megatron_order import MegatronOrder
 from megatron.errors import ConfigurationError
 from megatron.randomness import stream
 
@@ -65,10 +66,16 @@ class TrainSamples:
         self.unique_tokens, self.seq_length, self._seed = unique_tokens or dataset.total_tokens, seq_length, seed
         _check_length(dataset, self.unique_tokens, seq_length)
         self._dataset = dataset
-        if epoch_order == "documents":
+        if epoch_order != "windows":
             self._source = _Documents(dataset, self.unique_tokens)
             self._epoch = lru_cache(maxsize=2)(self._lay_out)
-        self._read = {"documents": self._documents, "windows": self._windows}[epoch_order]
+        orders = {"documents": self._documents, "windows": self._windows, "megatron": self._megatron}
+        self.epoch_order, self._read = epoch_order, orders[epoch_order]
+
+    def request(self, samples: int) -> None:
+        """Say how many samples the run reads in all, before the first is read: Megatron's order depends on it."""
+        if self.epoch_order == "megatron":
+            self._order = MegatronOrder(self._source.sizes, self.seq_length, self._seed, samples)
 
     def __getitem__(self, position: int) -> np.ndarray:
         return self._read(position)
@@ -89,6 +96,11 @@ class TrainSamples:
             parts.append(self._source.gather(*self._epoch(epoch), offset, count)[0])
             start, wanted = start + count, wanted - count
         return np.concatenate(parts)
+
+    def _megatron(self, position: int) -> np.ndarray:
+        # what fills up a short last batch lies beyond the order; it has no weight
+        start = int(self._order.shuffle[position % len(self._order.shuffle)]) * self.seq_length
+        return self._source.gather(self._order.documents, self._order.ends, start, self.seq_length + 1)[0]
 
     def _windows(self, position: int) -> np.ndarray:
         """Cuts of the file as a ring, at an offset redrawn every epoch, in a keyed order: no start-up cost.

@@ -126,6 +126,7 @@ def run(objective: str, config: Config, command: str) -> None:
         raise ConfigurationError("--skip-train: there is nothing to evaluate; give --valid-data-path")
     vocabulary = Vocabulary(sources.tokenizer.vocabulary_size)
     plan = resolve(config, vocabulary, sources.train.unique_tokens)
+    sources.train.request(plan.train_samples)
     dropout = build_token_dropout(objective, config.objective, vocabulary)
     if config.training.dry_run:
         print(

@@ -104,6 +104,11 @@ def _check_branch(recorded: dict, meta: dict, config: Config, plan: Plan, source
         config.data.seq_length,
         f"the run in {source} counts samples of {before} tokens, and a branch goes on counting; give {before}",
     )
+    if config.data.epoch_order == "megatron" and plan.train_samples != recorded["plan"]["train_samples"]:
+        raise ConfigurationError(
+            f"--epoch-order megatron: depends on the budget, {recorded['plan']['train_samples']} samples in {source} "
+            f"and {plan.train_samples} here; keep the budget or begin anew with another order"
+        )
     if meta["consumed_samples"] >= plan.train_samples:
         raise ConfigurationError(
             f"--load {source}: has seen {meta['consumed_samples']} samples, and the budget of the branch is "

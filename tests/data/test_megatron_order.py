@@ -1,0 +1,97 @@
+"""Megatron's order against a direct, slow construction, token by token."""
+
+import numpy as np
+import pytest
+
+from megatron.data.indexed import IndexedDataset, IndexedDatasetWriter
+from megatron.data.megatron_order import MegatronOrder
+from megatron.data.samples import TrainSamples
+from megatron.training.main import main
+
+SIZES = {
+    "even": [7, 7, 7, 7],
+    "uneven": [1, 30, 4, 2, 0, 17, 9, 55, 3],
+    "one": [41],
+}
+
+
+def slowly(sizes, seq_length, seed, requested):
+    """Return the samples as lists of (document, offset) by the published rules, one step at a time."""
+    total = sum(sizes)
+    epochs = 1
+    while (epochs * total - 1) // seq_length < requested:
+        epochs += 1
+    random = np.random.RandomState(seed)
+    missing = requested - ((epochs - 1) * total - 1) // seq_length
+    apart = epochs > 1 and missing < int(0.80 * ((total - 1) // seq_length))
+    documents = []
+    for copies in [epochs - 1, 1] if apart else [epochs]:
+        block = np.array(list(range(len(sizes))) * copies)
+        random.shuffle(block)
+        documents += block.tolist()
+    tokens = [(document, offset) for document in documents for offset in range(sizes[document])]
+    samples = [tokens[start : start + seq_length + 1] for start in range(0, len(tokens) - seq_length, seq_length)]
+    first = ((epochs - 1) * total - 1) // seq_length if apart else len(samples)
+    order = []
+    for block in (np.arange(first), np.arange(first, len(samples))):
+        random.shuffle(block)
+        order += block.tolist()
+    return [samples[index] for index in order], epochs, apart
+
+
+def write(tmp_path, sizes) -> IndexedDataset:
+    """Write documents whose ids tell where they stand: document * 100 + offset."""
+    with IndexedDatasetWriter(tmp_path / "data", 60000) as writer:
+        for document, size in enumerate(sizes):
+            writer.add_document([document * 100 + offset for offset in range(size)])
+    return IndexedDataset(tmp_path / "data")
+
+
+@pytest.mark.parametrize("seed", [0, 1234])
+@pytest.mark.parametrize("seq_length", [2, 5, 16])
+@pytest.mark.parametrize("name", SIZES)
+def test_every_sample_equals_the_slow_construction(name, seq_length, seed, tmp_path):
+    sizes, seen = SIZES[name], set()
+    dataset = write(tmp_path, sizes)
+    for requested in (1, 2, 3, 5, 8, 13, 21, 40, 100):
+        expected, epochs, apart = slowly(sizes, seq_length, seed, requested)
+        samples = TrainSamples(dataset, seq_length, seed, "megatron")
+        samples.request(requested)
+        found = [samples[position].tolist() for position in range(requested)]
+        assert found == [[d * 100 + o for d, o in sample] for sample in expected[:requested]]
+        seen.add((epochs > 1, apart))
+    assert (True, True) in seen or (True, False) in seen
+
+
+def test_what_fills_up_a_short_last_batch_can_be_read(tmp_path):
+    samples = TrainSamples(write(tmp_path, SIZES["one"]), 5, 0, "megatron")
+    samples.request(8)  # exactly the samples that one epoch has
+    assert len(samples[8]) == 6
+
+
+def test_both_kinds_of_last_epoch_are_met():
+    """Else the test above would not tell them apart."""
+    kinds = {slowly(SIZES["uneven"], 5, 0, requested)[1:] for requested in range(1, 80)}
+    assert {apart for epochs, apart in kinds if epochs > 1} == {True, False} and (1, False) in kinds
+
+
+def test_the_types_are_megatrons():
+    order = MegatronOrder(np.array(SIZES["uneven"]), 5, 0, 40)
+    assert (order.documents.dtype, order.shuffle.dtype, order.ends.dtype) == (np.int32, np.uint32, np.int64)
+
+
+def test_unique_tokens_cut_the_documents(tmp_path):
+    samples = TrainSamples(write(tmp_path, SIZES["uneven"]), 5, 0, "megatron", unique_tokens=40)
+    samples.request(30)
+    expected, _, _ = slowly([1, 30, 4, 2, 0, 3], 5, 0, 30)
+    assert [samples[i].tolist() for i in range(30)] == [[d * 100 + o for d, o in s] for s in expected[:30]]
+
+
+def test_a_changed_budget_is_refused_on_a_branch_too(tiny, tmp_path, capsys):
+    flags = [*map(str, tiny), "--epoch-order", "megatron", "--train-unique-tokens", "400"]
+    main("ar", [*flags, "--save", str(tmp_path / "a"), "--exit-interval", "2"])
+    longer = [flag if flag != "93" else "120" for flag in flags]
+    with pytest.raises(SystemExit) as left:
+        main("ar", [*longer, "--load", str(tmp_path / "a"), "--save", str(tmp_path / "b")])
+    assert left.value.code == 2
+    assert "--epoch-order megatron: depends on the budget, 93 samples in" in capsys.readouterr().err
