@@ -14,7 +14,8 @@ FREE_ON_RESUME = {
     "model_size",
     "num_workers", "micro_batch_size", "compile", "log_interval", "exit_interval", "exit_duration_in_mins",
     "kill_switch_file", "eval_interval", "eval_batch_size", "skip_train", "save", "load", "save_interval",
-    "keep_every_epochs", "dry_run", "train_data_path", "valid_data_path", "tokenizer_model", "bf16", "fp32", *BUDGETS,
+    "keep_every_epochs", "dry_run", "train_data_path", "valid_data_path", "tokenizer_model", "vocab_file",
+    "merge_file", "bf16", "fp32", *BUDGETS,
 }  # fmt: skip
 EVALUATION = ("eval_interval", "eval_samples", "eval_batch_size", "eval_seed", "eval_alignment", "num_mc")
 # Plan values that a plain resume must keep; a branch may change them.

@@ -6,7 +6,7 @@ Checks that need two sections stand in `resolve.py`.
 import re
 from dataclasses import dataclass
 
-from megatron.config.flags import flag, one_namespace, require, typed
+from megatron.config.flags import flag, one_namespace, require, spelling, typed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +103,9 @@ class ModelConfig:
         return max(64, 8 * self.hidden_size // 3 // 64 * 64) if self.swiglu else 4 * self.hidden_size
 
 
+TOKENIZERS = ("HFTokenizer", "GPT2BPETokenizer", "ByteTokenizer", "NullTokenizer")
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Data: tokenised documents, how often they are seen and in which order."""
@@ -123,13 +126,13 @@ class DataConfig:
         "megatron: as Megatron orders them, which mixes the epochs and depends on the budget",
         choices=("documents", "windows", "megatron"),
     )
-    tokenizer_type: str = flag(
-        "HFTokenizer", "the tokenizer that made the data", choices=("HFTokenizer", "ByteTokenizer", "NullTokenizer")
-    )
+    tokenizer_type: str = flag("HFTokenizer", "the tokenizer that made the data", choices=TOKENIZERS)
     tokenizer_model: str | None = flag(
         None, "tokenizer.json of an HFTokenizer; default the one beside the data", metavar="FILE"
     )
     vocab_size: int | None = flag(None, "number of ids of a NullTokenizer, which adds one for end-of-document")
+    vocab_file: str | None = flag(None, "vocab.json of a GPT2BPETokenizer", metavar="FILE")
+    merge_file: str | None = flag(None, "merges.txt of a GPT2BPETokenizer", metavar="FILE")
     num_workers: int = flag(0, "data loader processes; 0 reads in the training process")
 
     def __post_init__(self):
@@ -140,12 +143,27 @@ class DataConfig:
         for item in self.valid_data_path:
             well_formed = re.fullmatch(r"[\w-]+=.+|[^=]+", item) is not None
             require(well_formed, "valid_data_path", item, "is neither PREFIX nor NAME=PREFIX with a word as NAME")
-        kind, size, model = self.tokenizer_type, self.vocab_size, self.tokenizer_model
-        require(size is not None or kind != "NullTokenizer", "tokenizer_type", kind, "needs --vocab-size; give it")
-        wrong = f"and --tokenizer-type is {kind}; change one"
-        require(size is None or kind == "NullTokenizer", "vocab_size", size, f"belongs to NullTokenizer, {wrong}")
-        require(size is None or size >= 1, "vocab_size", size, "must be at least 1")
-        require(model is None or kind == "HFTokenizer", "tokenizer_model", model, f"belongs to HFTokenizer, {wrong}")
+        check_tokenizer(self)
+
+
+def check_tokenizer(section) -> None:
+    """Check the tokenizer's flags, which training and preprocessing share: each type has its own."""
+    kind = section.tokenizer_type
+    needed = {"NullTokenizer": ("vocab_size",), "GPT2BPETokenizer": ("vocab_file", "merge_file")}
+    owners = {
+        "tokenizer_model": "HFTokenizer",
+        "vocab_size": "NullTokenizer",
+        "vocab_file": "GPT2BPETokenizer",
+        "merge_file": "GPT2BPETokenizer",
+    }
+    for name in needed.get(kind, ()):
+        require(getattr(section, name) is not None, "tokenizer_type", kind, f"needs {spelling(name)}; give it")
+    for name, owner in owners.items():
+        value = getattr(section, name)
+        rule = f"belongs to {owner}, and --tokenizer-type is {kind}; change one"
+        require(value is None or kind == owner, name, value, rule)
+    size = section.vocab_size
+    require(size is None or size >= 1, "vocab_size", size, "must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ from math import isfinite
 from pathlib import Path
 
 from megatron.config.flags import flag, require
+from megatron.config.sections import TOKENIZERS, check_tokenizer
 from megatron.data.corpus import SPLITS, Document, standard_library
 from megatron.data.text_files import read_documents
 from megatron.data.tokenizer import SMALLEST_TRAINED
@@ -32,32 +33,32 @@ class Preparation:
     splits: tuple[float, ...] = flag(
         (80, 10, 10), "shares of train, tuning and validation; a split of share 0 is not written", metavar="SHARE"
     )
-    tokenizer_type: str = flag(
-        "HFTokenizer", "how text becomes ids", choices=("HFTokenizer", "ByteTokenizer", "NullTokenizer")
-    )
+    tokenizer_type: str = flag("HFTokenizer", "how text becomes ids", choices=TOKENIZERS)
     tokenizer_model: str | None = flag(None, "an existing tokenizer.json; default train one", metavar="FILE")
     train_tokenizer: int | None = flag(
         None, f"ids of the byte-level BPE trained on the train split; default {TRAINED}", metavar="V"
     )
     vocab_size: int | None = flag(None, "number of ids of a NullTokenizer, which adds one for end-of-document")
+    vocab_file: str | None = flag(None, "vocab.json of a GPT2BPETokenizer", metavar="FILE")
+    merge_file: str | None = flag(None, "merges.txt of a GPT2BPETokenizer", metavar="FILE")
 
     def __post_init__(self):
-        shares, kind, size = self.shares, self.tokenizer_type, self.vocab_size
+        check_tokenizer(self)
+        shares, kind = self.shares, self.tokenizer_type
         model, train = self.tokenizer_model, self.train_tokenizer
         sound = len(self.splits) == 3 and all(isfinite(share) and share >= 0 for share in self.splits)
         require(sound and any(self.splits), "splits", shares, "give three shares, none negative, one above 0")
         both = train is not None and model is not None
         require(not both, "train_tokenizer", train, f"--tokenizer-model {model} is given; drop one")
-        wrong = f"and --tokenizer-type is {kind}; change one"
-        for name, value in (("tokenizer_model", model), ("train_tokenizer", train)):
-            require(value is None or kind == "HFTokenizer", name, value, f"belongs to HFTokenizer, {wrong}")
+        rule = f"belongs to HFTokenizer, and --tokenizer-type is {kind}; change one"
+        require(train is None or kind == "HFTokenizer", "train_tokenizer", train, rule)
+        for name in ("vocab_file", "merge_file"):
+            path = getattr(self, name)
+            require(path is None or Path(path).is_file(), name, path, "no such file; give GPT-2's own")
         enough = train is None or train >= SMALLEST_TRAINED
         require(enough, "train_tokenizer", train, f"give at least {SMALLEST_TRAINED}, for all bytes and the end")
         empty = self.splits[0] == 0 and self.trained_ids is not None
         require(not empty, "splits", shares, "leaves no text to train a tokenizer on; give --tokenizer-model")
-        require(size is not None or kind != "NullTokenizer", "tokenizer_type", kind, "needs --vocab-size; give it")
-        require(size is None or kind == "NullTokenizer", "vocab_size", size, f"belongs to NullTokenizer, {wrong}")
-        require(size is None or size >= 1, "vocab_size", size, "must be at least 1")
 
     @property
     def shares(self) -> str:
@@ -97,11 +98,12 @@ class Preparation:
             "tokenizer_model": self.tokenizer_model and file_hash(self.tokenizer_model),
             "train_tokenizer": self.trained_ids,
             "vocab_size": self.vocab_size,
+            "gpt2_files": [file_hash(path) for path in (self.vocab_file, self.merge_file) if path],
         }
 
 
 def file_hash(path: str | Path) -> str:
-    """Return the SHA-256 of a tokenizer.json."""
+    """Return the SHA-256 of a tokenizer's file."""
     if not Path(path).is_file():
         raise ConfigurationError(f"--tokenizer-model {path}: no such file; give a tokenizer.json, or none to train one")
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()

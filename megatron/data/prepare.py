@@ -84,7 +84,10 @@ def _make_tokenizer(asked: Preparation, stage: Path, train_bytes: int) -> Tokeni
         shutil.copyfile(asked.tokenizer_model, path)
     elif asked.trained_ids:
         train_tokenizer(_training_texts(asked, train_bytes), asked.trained_ids, path)
-    return build_tokenizer(asked.tokenizer_type, path, asked.vocab_size)
+    tokenizer = build_tokenizer(asked.tokenizer_type, path, asked.vocab_size, asked.vocab_file, asked.merge_file)
+    if asked.tokenizer_type == "GPT2BPETokenizer":
+        tokenizer.save(path)  # so that training finds it beside the data, without a flag
+    return tokenizer
 
 
 def _training_texts(asked: Preparation, train_bytes: int) -> Iterator[str]:

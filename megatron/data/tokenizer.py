@@ -27,17 +27,18 @@ class HFTokenizer:
             raise ConfigurationError(
                 f"--tokenizer-model {path}: is not a tokenizer.json ({error}); give the one that made the data"
             ) from None
-        self._library.encode_special_tokens = True  # literal special text stays text
         # a file may ask for either, and a document is neither cut nor filled up
         self._library.no_truncation()
         self._library.no_padding()
+        self._find_end(f"--tokenizer-model {path}")
+
+    def _find_end(self, named: str) -> None:
+        self._library.encode_special_tokens = True  # literal special text stays text
         self.vocabulary_size = max(self._library.get_vocab().values(), default=-1) + 1  # ids may have gaps
         self.eod = self._library.token_to_id(END)
         if self.eod is None or self.eod in self.encode(END):
             fault = f"has no {END} token" if self.eod is None else f"reads the text {END} as the end of a document"
-            raise ConfigurationError(
-                f'--tokenizer-model {path}: {fault}; give it one, as an added token with "special": true'
-            )
+            raise ConfigurationError(f'{named}: {fault}; give it one, as an added token with "special": true')
 
     def encode(self, text: str) -> list[int]:
         return self._library.encode(text, add_special_tokens=False).ids
@@ -64,6 +65,32 @@ class HFTokenizer:
         for index, added in self._library.get_added_tokens_decoder().items():
             lengths[index] = 0 if added.special else len(added.content.encode())
         return lengths
+
+
+class GPT2BPETokenizer(HFTokenizer):
+    """GPT-2's byte-level BPE from its two files, vocab.json and merges.txt."""
+
+    def __init__(self, vocab_file: str, merge_file: str):
+        from tokenizers import Tokenizer as Library
+        from tokenizers import decoders, models, pre_tokenizers
+
+        named = f"--vocab-file {vocab_file} and --merge-file {merge_file}"
+        for name, path in (("--vocab-file", vocab_file), ("--merge-file", merge_file)):
+            if not Path(path).is_file():
+                raise ConfigurationError(f"{name} {path}: no such file; give GPT-2's vocab.json and merges.txt")
+        try:
+            self._library = Library(models.BPE.from_file(str(vocab_file), str(merge_file)))
+        except Exception as error:  # the library raises bare Exception
+            raise ConfigurationError(f"{named}: do not belong together ({error}); give GPT-2's own pair") from None
+        self._library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        self._library.decoder = decoders.ByteLevel()
+        if self._library.token_to_id(END) is not None:
+            self._library.add_special_tokens([END])  # it keeps the id it has
+        self._find_end(named)
+
+    def save(self, path: str | Path) -> None:
+        """Write the same tokenizer as a tokenizer.json."""
+        Path(path).write_text(self._library.to_str(pretty=True), encoding="utf-8")
 
 
 class ByteTokenizer:
@@ -115,12 +142,20 @@ Tokenizer = HFTokenizer | ByteTokenizer | NullTokenizer
 
 
 def build_tokenizer(
-    tokenizer_type: str, tokenizer_model: str | None = None, vocab_size: int | None = None
+    tokenizer_type: str,
+    tokenizer_model: str | None = None,
+    vocab_size: int | None = None,
+    vocab_file: str | None = None,
+    merge_file: str | None = None,
 ) -> Tokenizer:
     """Return the tokenizer that --tokenizer-type names."""
-    if tokenizer_type == "ByteTokenizer":
-        return ByteTokenizer()
-    return NullTokenizer(vocab_size) if tokenizer_type == "NullTokenizer" else HFTokenizer(tokenizer_model)
+    makers = {
+        "HFTokenizer": lambda: HFTokenizer(tokenizer_model),
+        "GPT2BPETokenizer": lambda: GPT2BPETokenizer(vocab_file, merge_file),
+        "ByteTokenizer": ByteTokenizer,
+        "NullTokenizer": lambda: NullTokenizer(vocab_size),
+    }
+    return makers[tokenizer_type]()
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary_size: int, path: str) -> None:

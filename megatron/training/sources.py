@@ -70,13 +70,13 @@ def _tokenizer(data: DataConfig, prefix: str, made: dict[str, dict]) -> Tokenize
     model = data.tokenizer_model
     if model is None and made[prefix].get("tokenizer_model"):
         model = str(Path(prefix).parent / made[prefix]["tokenizer_model"])
-    tokenizer = build_tokenizer(data.tokenizer_type, model, data.vocab_size)
+    tokenizer = build_tokenizer(data.tokenizer_type, model, data.vocab_size, data.vocab_file, data.merge_file)
     hashed = file_hash(model) if data.tokenizer_type == "HFTokenizer" else None
     for each, recorded in made.items():
         size = recorded.get("vocabulary_size", tokenizer.vocabulary_size)
         if size != tokenizer.vocabulary_size:
             fault = f"was tokenised with {size} ids, the tokenizer has {tokenizer.vocabulary_size}"
-        elif (recorded.get("tokenizer_hash") or hashed) != hashed:
+        elif hashed and recorded.get("tokenizer_hash", hashed) != hashed:
             fault = f"was tokenised with another file than {model}"
         else:
             continue

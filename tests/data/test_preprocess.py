@@ -20,6 +20,9 @@ from megatron.data.preparation import Preparation
 from megatron.data.prepare import prepare
 from megatron.data.text_files import read_documents
 from megatron.data.tokenizer import HFTokenizer, build_tokenizer, train_tokenizer
+from megatron.errors import ConfigurationError
+from megatron.training.main import parse
+from megatron.training.sources import open_sources
 from tests.conftest import ROOT, environment
 
 SHARES = (60, 20, 20)
@@ -370,3 +373,30 @@ def test_help_teaches():
     said = call("--help").stdout
     for part in ("--input FILE", "--txt-separator", "default: text", "python tools/preprocess_data.py --output-dir"):
         assert part in said
+
+
+def test_gpt2_data_trains_with_the_tokenizer_that_is_written_beside_it(text, tmp_path):
+    prepare(asked(text, tmp_path / "one", tokenizer_type="HFTokenizer", train_tokenizer=280))
+    model = json.loads((tmp_path / "one" / "tokenizer.json").read_text())["model"]
+    (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]))
+    (tmp_path / "merges.txt").write_text("\n".join(" ".join(merge) for merge in model["merges"]) + "\n")
+    files = {"vocab_file": str(tmp_path / "vocab.json"), "merge_file": str(tmp_path / "merges.txt")}
+    wanted = asked(text, tmp_path / "two", tokenizer_type="GPT2BPETokenizer", **files)
+    assert prepare(wanted) is not None and prepare(wanted) is None
+    assert (tmp_path / "two" / "train.bin").read_bytes() == (tmp_path / "one" / "train.bin").read_bytes()
+    flags = ["--train-data-path", str(tmp_path / "two" / "train"), "--seq-length", "8"]
+    model_flags = "--num-layers 1 --hidden-size 8 --num-attention-heads 1 --train-iters 1".split()
+    by_files = [
+        "--tokenizer-type",
+        "GPT2BPETokenizer",
+        "--vocab-file",
+        files["vocab_file"],
+        "--merge-file",
+        files["merge_file"],
+    ]
+    for more in ([], by_files):
+        sources = open_sources(parse("ar", [*flags, *model_flags, *more]))
+        assert sources.tokenizer.vocabulary_size == 280
+    (tmp_path / "vocab.json").unlink()
+    with pytest.raises(ConfigurationError, match="--vocab-file .*: no such file"):
+        asked(text, tmp_path / "two", tokenizer_type="GPT2BPETokenizer", **files)

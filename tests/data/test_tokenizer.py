@@ -4,7 +4,15 @@ import json
 
 import pytest
 
-from megatron.data.tokenizer import END, ByteTokenizer, HFTokenizer, NullTokenizer, build_tokenizer, train_tokenizer
+from megatron.data.tokenizer import (
+    END,
+    ByteTokenizer,
+    GPT2BPETokenizer,
+    HFTokenizer,
+    NullTokenizer,
+    build_tokenizer,
+    train_tokenizer,
+)
 
 TEXTS = [
     "def f(x):\n\treturn x  # two  spaces\r\n\n\n",
@@ -14,6 +22,7 @@ TEXTS = [
     "",
 ]
 CORPUS = ["the quick brown fox jumps over the lazy dog and the bear\n" * 3, "def f(x):\n    return x\n"]
+from megatron.errors import ConfigurationError
 
 
 @pytest.fixture(scope="module")
@@ -157,3 +166,47 @@ def test_null_tokenizer_has_one_more_id_and_takes_numbers_only(refused):
     for word in ("100", "-1", "1.5", "x", "1_0", "+3", "٣", "²", "9" * 5000):
         with refused("NullTokenizer", word[:40], "0 to 99", "--vocab-size"):
             null.encode(f"1 {word} 2")
+
+
+@pytest.fixture
+def gpt2_files(tmp_path):
+    """vocab.json and merges.txt of a small byte-level BPE, in GPT-2's form: the end of a document comes last."""
+    train_tokenizer(["the cat sat on the mat, the end of the matter " * 20], 270, tmp_path / "tokenizer.json")
+    model = json.loads((tmp_path / "tokenizer.json").read_text())["model"]
+    tokens = sorted((token for token in model["vocab"] if token != END), key=model["vocab"].get)
+    (tmp_path / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate([*tokens, END])}))
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n")
+    return str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt")
+
+
+def test_gpt2_from_its_two_files_equals_transformers(gpt2_files):
+    from transformers import GPT2Tokenizer
+
+    ours, theirs = GPT2BPETokenizer(*gpt2_files), GPT2Tokenizer(*gpt2_files)
+    text = "the cat's mat:\n\tdef f(x):  return 'é — 漢字' # the end"
+    assert ours.encode(text) == theirs.encode(text) and ours.decode(ours.encode(text)) == text
+    assert (ours.vocabulary_size, ours.eod) == (270, 269)
+    assert ours.eod not in ours.encode(f"literal {END}") and ours.decode(ours.encode(END)) == END
+    assert ours.token_bytes()[ours.encode(text)].sum() == len(text.encode())
+
+
+def test_gpt2_saved_as_tokenizer_json_is_the_same(gpt2_files, tmp_path):
+    ours = GPT2BPETokenizer(*gpt2_files)
+    ours.save(tmp_path / "saved.json")
+    again, text = HFTokenizer(str(tmp_path / "saved.json")), f"the cat {END} sat"
+    assert again.encode(text) == ours.encode(text)
+    assert (again.vocabulary_size, again.eod) == (ours.vocabulary_size, ours.eod)
+
+
+def test_gpt2_files_that_do_not_fit_are_refused_in_one_line(gpt2_files, tmp_path):
+    vocab, merges = gpt2_files
+    (tmp_path / "other.txt").write_text("#version: 0.2\nq zz\n")
+    for files, said in (
+        ((str(tmp_path / "none.json"), merges), "--vocab-file .*none.json: no such file"),
+        ((vocab, str(tmp_path / "none.txt")), "--merge-file .*none.txt: no such file"),
+        ((vocab, str(tmp_path / "other.txt")), "do not belong together"),
+        ((merges, merges), "do not belong together"),
+    ):
+        with pytest.raises(ConfigurationError, match=said):
+            GPT2BPETokenizer(*files)
