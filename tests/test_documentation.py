@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron.errors import ConfigurationError
-from megatron.training.main import parse, parser
+from megatron.training.command_line import parse, parser
 from tests.conftest import ROOT
 
 OBJECTIVES = {"pretrain_gpt.py": "ar", "pretrain_mdm.py": "mdm"}

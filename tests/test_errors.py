@@ -17,7 +17,8 @@ from torch.distributed.checkpoint import FileSystemReader
 
 from megatron.data.indexed import HEADER, MAGIC
 from megatron.errors import ConfigurationError
-from megatron.training.main import main, parse
+from megatron.training.command_line import parse
+from megatron.training.main import main
 from tests.conftest import entry, environment, records, run
 
 NETWORK = "--num-layers 2 --hidden-size 32 --num-attention-heads 2".split()

@@ -5,18 +5,15 @@ import os
 # libgomp reads this when torch is loaded: spinning threads make a busy machine many times slower
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-import argparse
 import json
 import logging
 import shlex
 import sys
 from dataclasses import asdict
-from pathlib import Path
 
-from megatron.config.flags import HelpFormatter, Parser, add_section, build, spelling
-from megatron.config.resolve import BUDGETS, Plan, check_processes, idle_flags, resolve
-from megatron.config.sections import SECTIONS, Config, Vocabulary
-from megatron.config.sizes import flops_per_token, ladder_settings
+from megatron.config.resolve import Plan, check_processes, idle_flags, resolve
+from megatron.config.sections import Config, Vocabulary
+from megatron.config.sizes import flops_per_token
 from megatron.errors import ConfigurationError
 from megatron.log import configure_logging
 from megatron.model.initialise import initialise
@@ -25,10 +22,11 @@ from megatron.objectives import build_objective, build_token_dropout
 from megatron.parallel.apply import parallelise
 from megatron.parallel.mesh import start_processes, stop_processes
 from megatron.training import checkpoint
+from megatron.training.command_line import parse
 from megatron.training.environment import choose_compile, choose_precision, describe
 from megatron.training.feed import MicroBatches
 from megatron.training.optimizer import build_optimizer, start_state
-from megatron.training.resume import open_run, recorded_config
+from megatron.training.resume import open_run
 from megatron.training.sources import Sources, open_sources
 from megatron.training.trainer import DivergedError, Progress, Trainer
 
@@ -63,62 +61,6 @@ def _say(error: BaseException, code: int) -> int:
     return code
 
 
-def parser(objective: str, defaults: dict | None = None) -> Parser:
-    """Return the parser of one entry point, its flags generated from the sections; `defaults` win over their own."""
-    what = {"ar": "autoregressive", "mdm": "masked-diffusion"}[objective]
-    result = Parser(
-        prog=f"pretrain_{'gpt' if objective == 'ar' else 'mdm'}.py",
-        description=f"Train a transformer with the {what} objective. The same command resumes a run.",
-        formatter_class=HelpFormatter,
-        allow_abbrev=False,
-    )
-    for section in SECTIONS.values():
-        add_section(result, section, defaults or {})
-    return result
-
-
-def parse(objective: str, arguments: list[str]) -> Config:
-    """Return the typed configuration of a command line; raise ConfigurationError for anything wrong in it."""
-    defaults = recorded_settings(arguments) | size_settings(arguments)
-    namespace = parser(objective, defaults).parse_known(arguments)
-    return Config(**{name: build(section, namespace) for name, section in SECTIONS.items()})
-
-
-def size_settings(arguments: list[str]) -> dict:
-    """Return what --model-size stands for, as defaults that every flag beside it wins over."""
-    few = Parser(add_help=False, allow_abbrev=False)
-    few.add_argument("--model-size")
-    try:
-        asked, _ = few.parse_known_args(arguments)
-    except argparse.ArgumentError:
-        return {}  # the parser of all flags says what is wrong
-    return ladder_settings(asked.model_size) if asked.model_size else {}
-
-
-def recorded_settings(arguments: list[str]) -> dict:
-    """Return the settings of the run that --skip-train evaluates, so that they need not be given again."""
-    few = Parser(add_help=False, allow_abbrev=False)
-    few.add_argument("--skip-train", action=argparse.BooleanOptionalAction)
-    few.add_argument("--save")
-    few.add_argument("--load")
-    try:
-        asked, _ = few.parse_known_args(arguments)
-    except argparse.ArgumentError:
-        return {}  # the parser of all flags says what is wrong
-    recorded = recorded_config(Path(asked.load or asked.save or ""))
-    if not asked.skip_train or recorded is None:
-        return {}
-    settings = {
-        name: value for section in SECTIONS if section != "checkpoint" for name, value in recorded[section].items()
-    }
-    settings |= {"bf16": None, "fp32": None, recorded["precision"]: True}  # what it was, whatever the device prefers
-    typed = {argument.split("=")[0] for argument in arguments}
-    for rivals in (BUDGETS, ("bf16", "fp32")):  # one that is typed replaces whichever was recorded
-        if typed & set(map(spelling, rivals)):
-            settings |= dict.fromkeys(rivals)
-    return settings
-
-
 def run(objective: str, config: Config, command: str) -> None:
     """Put one run together and train it."""
     sources = open_sources(config)
@@ -129,11 +71,8 @@ def run(objective: str, config: Config, command: str) -> None:
     sources.train.request(plan.train_samples)
     dropout = build_token_dropout(objective, config.objective, vocabulary)
     if config.training.dry_run:
-        print(
-            json.dumps(
-                {"objective_name": objective, "plan": amounts(config, plan, vocabulary), **asdict(config)}, indent=1
-            )
-        )
+        resolved = {"objective_name": objective, "plan": amounts(config, plan, vocabulary), **asdict(config)}
+        print(json.dumps(resolved, indent=1))
         return
     processes = start_processes()
     if not config.validation.skip_train:
@@ -151,10 +90,11 @@ def run(objective: str, config: Config, command: str) -> None:
         checkpoint.load(origin.checkpoint, checkpoint.tensors(model, optimizer))
         progress = Progress(origin.meta["iteration"], origin.meta["consumed_samples"], origin.meta["seconds"])
         time_block = origin.meta["time_block"]
+    before = origin.records if origin else []
     description = describe(objective, config, plan, sources, vocabulary, processes, precision, compiled, command)
     description["branched_from"] = origin.branched_from if origin else None
     if folder:
-        folder.start(description, origin.records if origin else [], origin.run if origin else folder.path)
+        folder.start(description, before, origin.run if origin else folder.path)
 
     data = MicroBatches(
         sources.train,
@@ -168,7 +108,7 @@ def run(objective: str, config: Config, command: str) -> None:
         processes.rank,
         processes.size,
     )
-    validated = [(r["iteration"], r["loss"]) for r in (origin.records if origin else []) if _selects(r, sources)]
+    validated = {record["iteration"]: record["loss"] for record in before if _selects(record, sources)}
     trainer = Trainer(
         config,
         plan,
@@ -180,7 +120,7 @@ def run(objective: str, config: Config, command: str) -> None:
         folder,
         progress,
         description,
-        dict(validated),
+        validated,
     )
     if processes.rank == 0:
         _announce(objective, config, plan, processes, precision, compiled, origin)
@@ -212,7 +152,7 @@ def amounts(config: Config, plan: Plan, vocabulary: Vocabulary) -> dict:
 
 def _selects(record: dict, sources: Sources) -> bool:
     """Return whether a record is of the set that decides which checkpoint is best: the first one."""
-    return record["kind"] == "valid" and record["set"] == sources.validation[0].name if sources.validation else False
+    return record["kind"] == "valid" and record["set"] in [found.name for found in sources.validation[:1]]
 
 
 def _announce(objective, config, plan, processes, precision, compiled, origin) -> None:

@@ -19,7 +19,7 @@ from megatron.config.flags import (
 )
 from megatron.config.sections import SECTIONS
 from megatron.errors import ConfigurationError
-from megatron.training.main import parse, parser
+from megatron.training.command_line import parse, parser
 
 NETWORK = "--num-layers 2 --hidden-size 32 --num-attention-heads 2".split()
 FIELDS = [(section, field) for section in SECTIONS.values() for field in dataclasses.fields(section)]

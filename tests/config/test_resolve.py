@@ -11,7 +11,7 @@ from megatron.config.sections import ModelConfig, Vocabulary
 from megatron.config.sizes import parameter_count
 from megatron.errors import ConfigurationError
 from megatron.model.transformer import Transformer
-from megatron.training.main import parse
+from megatron.training.command_line import parse
 
 NETWORK = "--num-layers 2 --hidden-size 32 --num-attention-heads 2 --seq-length 100 --global-batch-size 8".split()
 VOCABULARY = Vocabulary(257)

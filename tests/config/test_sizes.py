@@ -18,7 +18,7 @@ from megatron.config.sizes import (
     published_count,
 )
 from megatron.errors import ConfigurationError
-from megatron.training.main import parse
+from megatron.training.command_line import parse
 from tests.conftest import run
 
 GPT2 = Vocabulary(50257)

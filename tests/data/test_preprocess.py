@@ -21,7 +21,7 @@ from megatron.data.prepare import prepare
 from megatron.data.text_files import read_documents
 from megatron.data.tokenizer import HFTokenizer, build_tokenizer, train_tokenizer
 from megatron.errors import ConfigurationError
-from megatron.training.main import parse
+from megatron.training.command_line import parse
 from megatron.training.sources import open_sources
 from tests.conftest import ROOT, environment
 
