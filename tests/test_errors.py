@@ -388,9 +388,17 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_never_begun_anew(refused, ti
     assert records(folder) == before
 
 
-@pytest.mark.parametrize("name", ["config.json", "checkpoints/best.json"])
-def test_a_damaged_record_of_a_run_is_named(name, refused, tiny, whole, tmp_path):
+def test_a_damaged_configuration_of_a_run_is_named(refused, tiny, whole, tmp_path):
     folder = copy(whole, tmp_path / "run")
-    (folder / name).write_text("{")
-    os.truncate(shard(folder, 12), 100)  # only a run that falls back reads best.json before it trains
-    refused("ar", [*tiny, "--save", folder], folder / name, "cannot be read as JSON", "restore it")
+    (folder / "config.json").write_text("{")
+    refused("ar", [*tiny, "--save", folder], folder / "config.json", "cannot be read as JSON", "restore it")
+
+
+def test_a_damaged_pointer_is_written_anew(tiny, whole, tmp_path):
+    """What points at checkpoints follows from them and from the records, also where the newest one is lost."""
+    folder = copy(whole, tmp_path / "run")
+    best = (folder / "checkpoints" / "best.json").read_text()
+    (folder / "checkpoints" / "best.json").write_text("{")
+    os.truncate(shard(folder, 12), 100)
+    run("ar", *tiny, "--save", folder)
+    assert (folder / "checkpoints" / "best.json").read_text() == best
