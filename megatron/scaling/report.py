@@ -73,7 +73,7 @@ def caveats(rows: list[dict], runs: list[Run]) -> list[str]:
     if any(row["last"]["iteration"] != row["best"]["iteration"] for row in rows):
         said.append(
             "A best point inside a run has a learning rate that had not yet decayed; a run whose budget ends there "
-            "reaches a lower loss."
+            "may reach a lower loss."
         )
     for run, row in zip(runs, rows):
         if not row["finished"]:
