@@ -54,6 +54,17 @@ def test_dry_run_prints_commands_and_does_nothing(tmp_path):
     assert not any(tmp_path.iterdir())
 
 
+def test_a_training_that_fails_while_others_go_on_fails_the_whole(tmp_path):
+    """Also where it ended before it was waited for."""
+    script = f"""source {ROOT}/examples_scaling/lib/run.sh
+beside slow sleep 1
+beside fast bash -c "exit 3"
+together
+echo the report would follow"""
+    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 3 and "report" not in done.stdout
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_makes_all_trainings_save_and_leave(number, tmp_path):
     """Ctrl-C goes to the whole job, a cancelled job's SIGTERM to the script alone."""

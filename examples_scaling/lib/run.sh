@@ -40,7 +40,8 @@ beside() {
 together() {
     local job code=0
     for job in "${beside_jobs[@]}"; do
-        while kill -0 "$job" 2>/dev/null; do wait "$job" || code=$?; done # a signal interrupts a wait
+        wait "$job" || code=$?
+        while kill -0 "$job" 2>/dev/null; do wait "$job" || code=$?; done # a signal interrupted the wait
     done
     beside_jobs=()
     return "$code"

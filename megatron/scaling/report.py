@@ -86,7 +86,8 @@ def caveats(rows: list[dict], runs: list[Run]) -> list[str]:
     for name, shared in (runs[0].config["shared_13grams"] or {}).items():
         said.append(
             f"{shared['ngrams']:.1%} of the runs of 13 words of the {name} set, in {shared['documents']:.0%} of its "
-            "documents, stand in the training split too."
+            "documents, stand in the training split too"
+            + ("." if shared["sampled"] == 1 else f" (measured on {shared['sampled']:.1%} of its documents).")
         )
     source = "source code, not prose" if runs[0].config["corpus_source"] == "python-stdlib" else "one corpus"
     seeds = {run.config["training"]["seed"] for run in runs}
