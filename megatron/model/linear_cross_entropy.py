@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 CHUNK_ROWS = {"cpu": 256, "cuda": 8192}
+CACHED_NUMBERS = 800_000  # that a CPU works on at a time: fp32 copies of more leave its cache, and fresh memory is slow
 
 
 def linear_cross_entropy(
@@ -36,8 +37,8 @@ def linear_nll(hidden: Tensor, head: Tensor, targets: Tensor, rows: Tensor, size
     """Return the nll of every row named in `rows`, fp32 [N], 0 elsewhere; without a graph."""
     nll = torch.zeros(len(hidden), device=hidden.device)
     for chunk, padded, target in _chunks(targets, rows):
-        logits = _logits(hidden[padded], head, size)
-        nll[chunk] = (logits.logsumexp(-1) - _at(logits, target))[: len(chunk)]
+        found = [_nll(logits, at, size) for logits, at in _pieces(hidden[padded] @ head.T, target)]
+        nll[chunk] = torch.cat(found)[: len(chunk)]
     return nll
 
 
@@ -47,18 +48,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
         loss = torch.zeros(1, device=hidden.device)
         grad_hidden = torch.zeros_like(hidden)
         grad_head = torch.zeros_like(head, dtype=torch.float32)
+        # reused by all chunks: a CPU pays dearly for fresh memory
+        logits = hidden.new_empty(CHUNK_ROWS[hidden.device.type], len(head))
+        chunk_grad_head = torch.empty_like(head)
         for chunk, padded, target in _chunks(targets, rows):
             inputs = hidden[padded]  # [C, H]
             weight = _pad(weights[chunk], len(padded))
-            logits = _logits(inputs, head, size)  # [C, padded vocabulary]
-            log_normaliser = logits.logsumexp(-1)
-            loss += ((log_normaliser - _at(logits, target)) * weight).sum()
-            # d nll / d logits = softmax - onehot(target), written over the logits
-            gradient = logits.sub_(log_normaliser[:, None]).exp_()
-            gradient.scatter_add_(1, target[:, None], gradient.new_full((len(target), 1), -1.0))
-            gradient = gradient.mul_(weight[:, None]).to(head.dtype)
-            grad_hidden[chunk] = (gradient @ head)[: len(chunk)]
-            grad_head += gradient.T @ inputs
+            torch.mm(inputs, head.T, out=logits)  # [C, padded vocabulary]
+            loss += (_to_gradient_(logits, target, weight, size) * weight).sum()
+            grad_hidden[chunk] = (logits @ head)[: len(chunk)]
+            torch.mm(logits.T, inputs, out=chunk_grad_head)
+            for total, part in _pieces(grad_head, chunk_grad_head):
+                total += part
         ctx.save_for_backward(grad_hidden, grad_head)
         ctx.dtype = head.dtype
         return loss
@@ -67,8 +68,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad_output):
         # the product is taken in fp32: a bf16 copy of the scale would bias every gradient alike
         grad_hidden, grad_head = ctx.saved_tensors
-        scaled_hidden = (grad_hidden * grad_output).to(ctx.dtype)
-        return scaled_hidden, (grad_head * grad_output).to(ctx.dtype), None, None, None, None
+        scaled_head = torch.empty_like(grad_head, dtype=ctx.dtype)
+        for scaled, part in _pieces(scaled_head, grad_head):
+            scaled.copy_(part * grad_output)
+        return (grad_hidden * grad_output).to(ctx.dtype), scaled_head, None, None, None, None
 
 
 def _chunks(targets: Tensor, rows: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -84,11 +87,38 @@ def _pad(vector: Tensor, size: int) -> Tensor:
     return F.pad(vector, (0, size - len(vector)))
 
 
-def _logits(inputs: Tensor, head: Tensor, size: int) -> Tensor:
+def _pieces(matrix: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Yield matching rows of `matrix` and of others as long: all at once, or on a CPU as many as its cache holds."""
+    rows = max(1, CACHED_NUMBERS // matrix.shape[1]) if matrix.device.type == "cpu" else len(matrix)
+    return zip(*(tensor.split(rows) for tensor in (matrix, *others)), strict=True)
+
+
+def _to_gradient_(logits: Tensor, targets: Tensor, weights: Tensor, size: int) -> Tensor:
+    """Overwrite logits [C, padded vocabulary] by weights * d nll / d logits; return the nll, fp32 [C]."""
+    found = []
+    for part, target, weight in _pieces(logits, targets, weights):
+        wide = _widen(part, size)
+        highest = wide.amax(-1, keepdim=True)
+        scored = _at(wide, target)
+        powers = wide.sub_(highest).exp_()
+        total = powers.sum(-1, keepdim=True)
+        found.append((highest + total.log()).squeeze(1) - scored)
+        # weight * (softmax - onehot(target))
+        gradient = powers.mul_(weight[:, None] / total).scatter_add_(1, target[:, None], -weight[:, None])
+        part.copy_(gradient)
+    return torch.cat(found)
+
+
+def _nll(logits: Tensor, target: Tensor, size: int) -> Tensor:
+    wide = _widen(logits, size)
+    return wide.logsumexp(-1) - _at(wide, target)
+
+
+def _widen(logits: Tensor, size: int) -> Tensor:
     """Return fp32 logits, minus infinity at the rows of the head that are no ids of the tokenizer."""
-    logits = (inputs @ head.T).float()
-    logits[:, size:] = float("-inf")
-    return logits
+    wide = logits.float()
+    wide[:, size:] = float("-inf")
+    return wide
 
 
 def _at(logits: Tensor, target: Tensor) -> Tensor:

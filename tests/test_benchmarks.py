@@ -1,0 +1,91 @@
+"""The benchmark runs at a toy shape, refuses contestants that compute something else, and reports mistakes in a line.
+
+No time is asserted. The benchmark sets the environment when it is imported, so it runs in processes of its own.
+"""
+
+import json
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import pytest
+
+from tests.conftest import ROOT, environment
+
+TOY = "--num-layers 2 --hidden-size 64 --num-attention-heads 2 --vocab-size 500 --seq-length 32 --rounds 2".split()
+TOY += ["--steps", "1", "--no-compile"]
+# transformers with other rotary frequencies, all else equal
+FAULT = """
+from dataclasses import replace
+from benchmarks import contestants, train_step
+build = contestants._transformers_model
+contestants._transformers_model = lambda shape: build(replace(shape, model=replace(shape.model, rotary_base=3.0)))
+train_step.main()
+"""
+
+
+def run(*arguments, script: str | None = None) -> subprocess.CompletedProcess:
+    program = ["benchmarks/train_step.py"] if script is None else ["-c", script]
+    command = [sys.executable, *program, *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
+
+
+def test_the_toy_run_ends_with_a_table(tmp_path):
+    done = run(*TOY, "--output", tmp_path / "step.json")
+    assert done.returncode == 0, done.stderr
+    assert "check passed: same loss and gradient norm" in done.stdout
+    absent = [peer for peer in ("transformers", "litgpt") if find_spec(peer) is None]
+    report = json.loads((tmp_path / "step.json").read_text())
+    names = {"ours AR eager", "ours MDM eager", "transformers AR eager", "litgpt AR eager"}
+    names -= {f"{peer} AR eager" for peer in absent}
+    assert report["seconds_per_step"].keys() == names
+    assert all(len(times) == 2 and min(times) > 0 for times in report["seconds_per_step"].values())
+    for name in names:
+        assert f"\n| {name} |" in done.stdout
+    for peer in absent:
+        assert f"{peer}: skipped, No module named" in done.stdout
+    assert "\n| ours MDM eager : ours AR eager |" in done.stdout
+
+
+@pytest.mark.skipif(find_spec("transformers") is None, reason="needs transformers")
+def test_a_peer_that_computes_something_else_is_refused():
+    done = run(*TOY, script=FAULT)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("transformers AR eager computes something else: its ")
+    assert "| gate |" not in done.stdout
+
+
+MISTAKES = {
+    "--num-layers 0": "--num-layers 0: must be at least 1",
+    "--hidden-size 64 --num-attention-heads 3": "--hidden-size 64: is not a multiple of --num-attention-heads 3",
+    "--seq-length 2": "--seq-length 2: gives less than 8 tokens a step",
+    "--output none/step.json": "--output none/step.json: none is no folder",
+    "--round 3": "unknown flag --round; did you mean --rounds?",
+}
+if find_spec("litgpt") is None:
+    MISTAKES["--require-peers"] = "--require-peers: litgpt cannot run, No module named 'litgpt'"
+
+
+# importing torch dominates, so one process makes all mistakes
+EACH = """
+import sys
+from benchmarks import train_step
+for flags in sys.argv[1:]:
+    sys.argv[1:] = flags.split()
+    try:
+        train_step.main()
+    except SystemExit as left:
+        print(left.code)
+"""
+
+
+def test_a_mistake_is_one_line():
+    done = run(*MISTAKES, script=EACH)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["2"] * len(MISTAKES)
+    for line, expected in zip(done.stderr.splitlines(), MISTAKES.values(), strict=True):
+        assert line.startswith(f"error: {expected}")
+
+
+def test_a_mistake_ends_with_exit_code_2():
+    assert run("--rounds", "none").returncode == 2
