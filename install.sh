@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Install into .venv. Idempotent: no login, no prompt, no compilation.
-#   bash install.sh [--with-test] [--help]
+#   bash install.sh [--with-EXTRA ...] [--help]; EXTRA: one of setup.py's, such as test or wandb
 # PYTHON names the interpreter to build on (default: python3, 3.10 or newer).
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -10,10 +10,15 @@ fail() {
     exit 2
 }
 
-extras=""
+known=$(sed -n '/extras_require/,/}/s/^ *"\([a-z0-9-]*\)": \[.*/\1/p' setup.py)
+asked=""
 for argument in "$@"; do
     case "$argument" in
-        --with-test) extras="[test]" ;;
+        --with-*)
+            grep -qx -- "${argument#--with-}" <<< "$known" ||
+                fail "install.sh $argument: unknown extra; give one of ${known//$'\n'/, }"
+            asked+=",${argument#--with-}"
+            ;;
         --help) sed -n '2,4s/^# \?//p' "$0"; exit 0 ;;
         *) fail "install.sh $argument: unknown flag; --help lists them" ;;
     esac
@@ -24,10 +29,16 @@ command -v "$python" >/dev/null || fail "$python: not found; install Python 3.10
 version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || fail "$python is Python $version; this needs 3.10 or newer"
 
-# what was installed, and on which interpreter: nothing is done twice
-wanted=$(cat install.sh setup.py constraints.txt | sha256sum; echo "$version $extras")
+# The stamp says what was installed, and on which interpreter: nothing is done twice, and an extra that is there stays.
 stamp=.venv/installed
-[[ -f "$stamp" && ("$(cat "$stamp")" == "$wanted" || "$(cat "$stamp")" == "$wanted[test]") ]] && exit 0
+if [[ -f "$stamp" ]]; then asked+=",$(sed -n '2s/.*\[\(.*\)\]/\1/p' "$stamp")"; fi
+extras=""
+for extra in $known; do
+    if [[ "$asked," == *",$extra,"* ]]; then extras+="${extras:+,}$extra"; fi
+done
+extras=${extras:+[$extras]}
+wanted=$(cat install.sh setup.py constraints.txt | sha256sum; echo "$version $extras")
+if [[ -f "$stamp" && "$(cat "$stamp")" == "$wanted" ]]; then exit 0; fi
 
 "$python" -c 'import venv, ensurepip' 2>/dev/null ||
     fail "$python has no venv module; install its package (Debian, Ubuntu: apt-get install python$version-venv)"

@@ -9,14 +9,13 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["megatron", "megatron.*"]),
-    install_requires=["torch>=2.11", "numpy", "safetensors", "tokenizers", "tqdm", "matplotlib"],
+    install_requires=["torch>=2.11", "numpy", "safetensors", "tokenizers", "sentencepiece", "tqdm", "matplotlib"],
     extras_require={
-        "test": ["pytest", "transformers", "zstandard"],
+        "test": ["pytest", "tensorboard", "transformers", "wandb>=0.31", "zstandard"],
         "eval": ["lm-eval"],
         "deepspeed": ["deepspeed"],
-        "sentencepiece": ["sentencepiece"],
         "tensorboard": ["tensorboard"],
-        "wandb": ["wandb"],
+        "wandb": ["wandb>=0.31"],
         "zstd": ["zstandard"],
     },
 )

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron.config.compatibility import TABLE
 from megatron.errors import ConfigurationError
 from megatron.training.command_line import parse, parser
 from tests.conftest import ROOT
@@ -17,10 +18,36 @@ from tests.conftest import ROOT
 OBJECTIVES = {"pretrain_gpt.py": "ar", "pretrain_mdm.py": "mdm"}
 NETWORK = "--num-layers 2 --hidden-size 32 --num-attention-heads 2".split()
 # commands that are not ours: their arguments are not checked
-FOREIGN = {"cd", "git", "source", "export", "ls", "cat", "head", "tail", "mkdir", "kill", "pip", "sbatch", "xdg-open"}
-# flags of torchrun
-FOREIGN_FLAGS = {"--standalone", "--nproc-per-node", "--nnodes", "--node-rank", "--rdzv-backend", "--rdzv-endpoint"}
-DOCUMENTS = [path for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))) if path.exists()]
+FOREIGN = {
+    "python3",
+    "cd",
+    "git",
+    "source",
+    "export",
+    "ls",
+    "cat",
+    "head",
+    "tail",
+    "mkdir",
+    "kill",
+    "pip",
+    "sbatch",
+    "xdg-open",
+}
+# flags of torchrun and pip
+FOREIGN_FLAGS = {
+    "--no-deps",
+    "--standalone",
+    "--nproc-per-node",
+    "--nnodes",
+    "--node-rank",
+    "--rdzv-backend",
+    "--rdzv-endpoint",
+}
+DOCUMENTS = [
+    ROOT / "README.md",
+    *(path for name in ("docs", "benchmarks", "results") for path in (ROOT / name).rglob("*.md")),
+]
 EXAMPLES = [path for path in sorted((ROOT / "examples_scaling").rglob("*.sh")) if "lib" not in path.parts]
 
 
@@ -127,14 +154,19 @@ def test_flags_given_to_an_example_reach_every_training(script):
     for words in dry_run(script, "--seed", "77"):
         if any(word in OBJECTIVES for word in words):
             name = next(word for word in words if word in OBJECTIVES)
-            assert parse(OBJECTIVES[name], words[words.index(name) + 1 :]).training.seed == 77
+            rest = NETWORK if "--skip-train" in words else []  # which takes the network from the run's folder
+            assert parse(OBJECTIVES[name], [*rest, *words[words.index(name) + 1 :]]).training.seed == 77
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_every_flag_that_a_document_names_exists(document):
-    known = FOREIGN_FLAGS | set(parser("ar")._option_string_actions)
-    texts = [help_of(tool) for tool in sorted((ROOT / "tools").glob("*.py"))] + [path.read_text() for path in scripts()]
+    known = FOREIGN_FLAGS | set(parser("ar")._option_string_actions) | set(TABLE)
+    tools = [*(ROOT / "tools").glob("*.py"), ROOT / "benchmarks" / "train_step.py"]
+    tools += [ROOT / "tests" / "training" / "kill_loop.py"]
+    texts = [help_of(tool) for tool in tools] + [path.read_text() for path in scripts()]
     known |= {name for text in texts for name in re.findall(r"--[a-z][\w-]*", text)}
+    extras = re.search(r"extras_require=\{(.*?)\}", (ROOT / "setup.py").read_text(), re.DOTALL)[1]
+    known |= {f"--with-{extra}" for extra in re.findall(r'"([\w-]+)":', extras)}  # of install.sh
     named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", document.read_text()))
     assert named <= known, f"unknown: {sorted(named - known)}"
 

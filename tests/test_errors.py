@@ -192,8 +192,50 @@ def test_data_of_another_tokenizer(refused, tiny, corpus):
 
 def test_no_data_and_two_sets_of_one_name(refused, tiny, corpus):
     refused("ar", without(tiny, "--train-data-path"), "--train-data-path", "required", "tools/preprocess_data.py")
-    twice = [*tiny, "--valid-data-path", f"{corpus}/tuning", f"{corpus}/validation"]
-    refused("ar", twice, f"--valid-data-path {corpus}/tuning {corpus}/validation", "share a name", "name=prefix")
+    twice = [*tiny, "--valid-data-path", f"a={corpus}/tuning", f"a={corpus}/validation"]
+    refused("ar", twice, f"--valid-data-path a={corpus}/tuning a={corpus}/validation", "share a name")
+
+
+def test_ids_beyond_the_vocabulary_are_named_where_they_are_read(refused, tiny, corpus, tmp_path):
+    data = copy(corpus, tmp_path)
+    (data / "train.json").unlink()
+    flags = [*tiny, "--train-data-path", data / "train", "--tokenizer-type", "NullTokenizer", "--vocab-size", 50]
+    index = flags.index("--valid-data-path")
+    refused("ar", flags[:index] + flags[index + 3 :], f"{data}/train.bin", "holds the token id", "ids 0 to 50")
+
+
+@pytest.mark.parametrize("code, said", [(6, "dtype code 6"), (7, "dtype code 7"), (9, "dtype code 9"), (0, "code 0")])
+def test_a_wrong_dtype_is_refused(code, said, refused, tiny, corpus, tmp_path):
+    data = copy(corpus, tmp_path)
+    index = bytearray((data / "train.idx").read_bytes())
+    index[17] = code
+    (data / "train.idx").write_bytes(index)
+    refused("ar", [*tiny, "--train-data-path", data / "train"], data / "train.idx", said, "write it anew")
+
+
+def test_an_index_that_points_past_its_tokens_is_refused(refused, tiny, corpus, tmp_path):
+    data = copy(corpus, tmp_path)
+    header = HEADER.unpack((data / "train.idx").read_bytes()[: HEADER.size])
+    index = bytearray((data / "train.idx").read_bytes())
+    last = HEADER.size + 4 * header[3] + 8 * (header[3] - 1)
+    index[last : last + 8] = (10**9).to_bytes(8, "little")
+    (data / "train.idx").write_bytes(index)
+    refused("ar", [*tiny, "--train-data-path", data / "train"], data / "train.bin", "its index points to", "write it")
+
+
+def test_blends_and_splits_that_cannot_be(refused, tiny, corpus, tmp_path):
+    blend = ["0.5", f"{corpus}/train", "nan", f"{corpus}/tuning"]
+    refused("ar", [*tiny, "--train-data-path", *blend], f"the weight nan of {corpus}/tuning", "not a positive number")
+    blend[2] = "0.5"
+    unique = [*tiny, "--train-data-path", *blend, "--train-unique-tokens", 500]
+    refused("ar", unique, "--train-unique-tokens 500", "blends 2", "drop it")
+    path = tmp_path / "paths.txt"
+    path.write_text('"0.5 a')
+    held_in = without(tiny, "--train-data-path")
+    refused("ar", [*held_in, "--train-data-path-file", path], f"--train-data-path-file {path}", "not of the form")
+    index = tiny.index("--valid-data-path")
+    flags = [*tiny[:index], *tiny[index + 3 :], "--split", "1,0.00001"]
+    refused("ar", flags, "--split 1,0.00001", "leaves no tokens", f"{corpus}/train", "for validation")
 
 
 # ------------------------------------------------------------------------------------ run folders

@@ -18,9 +18,9 @@ from megatron.errors import ConfigurationError
 REQUIRED = dataclasses.MISSING
 
 
-def flag(default=REQUIRED, help: str = "", *, choices=None, aliases=(), metavar=None):
+def flag(default=REQUIRED, help: str = "", *, choices=None, metavar=None):
     """Declare one field of a section together with its command-line flag."""
-    metadata = {"help": help, "choices": choices, "aliases": aliases, "metavar": metavar}
+    metadata = {"help": help, "choices": choices, "metavar": metavar}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -43,10 +43,11 @@ def one_namespace(sections: dict[str, type]) -> dict[str, type]:
     owners = {}
     for section in sections.values():
         for field in dataclasses.fields(section):
-            for name in (spelling(field.name), *field.metadata["aliases"]):
-                if name in owners:
-                    raise TypeError(f"{name} is claimed by {owners[name]} and by {section.__name__}.{field.name}")
-                owners[name] = f"{section.__name__}.{field.name}"
+            if field.name in owners:
+                raise TypeError(
+                    f"{spelling(field.name)} is claimed by {owners[field.name]} and by {section.__name__}.{field.name}"
+                )
+            owners[field.name] = f"{section.__name__}.{field.name}"
     return sections
 
 
@@ -106,8 +107,9 @@ def add_section(parser: argparse.ArgumentParser, section: type, defaults: dict) 
             choices = field.metadata["choices"]
             options |= {"type": _reader(item, choices), "metavar": field.metadata["metavar"] or item.__name__.upper()}
             options |= {"nargs": "+"} if item is not kind else {}
-            options |= {"metavar": "{" + ",".join(choices) + "}"} if choices else {}
-        action = group.add_argument(spelling(field.name), *field.metadata["aliases"], **options)
+            if choices and not field.metadata["metavar"]:
+                options["metavar"] = "{" + ",".join(choices) + "}"
+        action = group.add_argument(spelling(field.name), **options)
         action.help = _described(field.metadata["help"], default)
 
 

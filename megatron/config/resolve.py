@@ -1,9 +1,10 @@
 """What follows from several sections at once: the budget, intervals, and the checks between sections."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from fractions import Fraction
 
 from megatron.config.flags import require, spelling, typed
+from megatron.config.recipes import RECIPES
 from megatron.config.sections import SECTIONS, Config, Vocabulary
 from megatron.config.sizes import parameter_count
 from megatron.errors import ConfigurationError
@@ -14,8 +15,9 @@ FREE_ON_RESUME = {
     "model_size",
     "num_workers", "micro_batch_size", "compile", "log_interval", "exit_interval", "exit_duration_in_mins",
     "kill_switch_file", "eval_interval", "eval_batch_size", "skip_train", "save", "load", "save_interval",
-    "keep_every_epochs", "dry_run", "train_data_path", "valid_data_path", "tokenizer_model", "vocab_file",
-    "merge_file", "bf16", "fp32", *BUDGETS,
+    "keep_every_epochs", "dry_run", "train_data_path", "train_data_path_file", "valid_data_path",
+    "valid_data_path_file", "tokenizer_model", "vocab_file", "merge_file", "bf16", "fp32", *BUDGETS,
+    "tensorboard_dir", "tensorboard_queue_size", "wandb_project", "wandb_exp_name", "wandb_group", "wandb_save_dir",
 }  # fmt: skip
 EVALUATION = ("eval_interval", "eval_samples", "eval_batch_size", "eval_seed", "eval_alignment", "num_mc")
 # Plan values that a plain resume must keep; a branch may change them.
@@ -102,18 +104,18 @@ def _train_samples(training, seq_length: int, unique_tokens: int, parameters: in
 
 def idle_flags(config: Config, exact: bool) -> list[str]:
     """Return a line for each flag that this run accepts without effect, with the reason."""
-    reasons = []
+    reasons, usual = [], RECIPES[config.training.recipe]
     if exact:
         reasons.append(("validation", ("num_mc", "eval_seed"), "an exact likelihood has no evaluation noise"))
     if not config.checkpoint.save:
         reasons.append(("checkpoint", ("save_interval", "keep_every_epochs"), "no --save names a run folder"))
-    if not config.data.valid_data_path:
+    if not (config.data.valid_data_path or config.data.valid_data_path_file or config.data.split):
         reasons.append(("validation", EVALUATION, "no --valid-data-path names a validation set"))
     return [
         f"{typed(name, getattr(getattr(config, section), name))}: has no effect, {reason}"
         for section, names, reason in reasons
         for name in names
-        if getattr(getattr(config, section), name) != getattr(SECTIONS[section](), name)
+        if getattr(getattr(config, section), name) != usual.get(name, getattr(SECTIONS[section], name))
     ]
 
 
@@ -151,10 +153,13 @@ def check_resume(recorded: dict, config: Config, plan: Plan, objective: str, bra
             f"{typed(asked, folder)}: holds a run over {recorded['vocabulary_size']} token ids, and this data has "
             f"{plan.vocabulary_size}; give data of the same tokenizer, or begin another run"
         )
-    sections = ("model",) if branch else ("model", "data", "objective", "optimizer", "training", "validation")
+    sections = ("model",) if branch else ("training", "model", "data", "objective", "optimizer", "validation")
     for section in sections:
+        defaults = {field.name: field.default for field in fields(SECTIONS[section])}
         for name, value in asdict(getattr(config, section)).items():
-            before, value = recorded[section].get(name), list(value) if isinstance(value, tuple) else value
+            # a run that was begun before a flag existed has its default
+            before = recorded.get(section, {}).get(name, defaults[name])
+            before, value = (list(each) if isinstance(each, tuple) else each for each in (before, value))
             if name not in FREE_ON_RESUME and before != value:
                 raise ConfigurationError(
                     f"{typed(name, value)}: the run in {folder} was begun with {typed(name, before)}; "
@@ -171,7 +176,8 @@ def check_resume(recorded: dict, config: Config, plan: Plan, objective: str, bra
 def _cause(name: str, config: Config) -> str:
     """Return the flag as typed that decides a number of the plan."""
     if name == "unique_tokens":
-        deciding = [(name, getattr(config.data, name)) for name in ("train_unique_tokens", "train_data_path")]
+        names = ("train_unique_tokens", "split", "train_data_path_file", "train_data_path")
+        deciding = [(name, getattr(config.data, name)) for name in names]
     else:
         deciding = [(name, getattr(config.optimizer, name, None))]
         deciding += [(budget, getattr(config.training, budget)) for budget in BUDGETS]

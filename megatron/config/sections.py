@@ -3,10 +3,11 @@
 Checks that need two sections stand in `resolve.py`.
 """
 
-import re
 from dataclasses import dataclass
+from math import isfinite
 
 from megatron.config.flags import flag, one_namespace, require, spelling, typed
+from megatron.config.recipes import RECIPES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,11 +33,15 @@ class ModelConfig:
     )
     swiglu: bool = flag(True, "SwiGLU MLP; --no-swiglu is GELU")
     normalization: str = flag("rmsnorm", "normalisation layer", choices=("rmsnorm", "layernorm"))
-    norm_epsilon: float = flag(1e-5, "epsilon of the normalisation", aliases=("--layernorm-epsilon",))
+    norm_epsilon: float = flag(1e-5, "epsilon of the normalisation")
     qk_layernorm: bool = flag(False, "normalise queries and keys per head before the rotation, as Qwen3 does")
     rotary_base: float = flag(10000.0, "base of the rotary frequencies")
     add_bias_linear: bool = flag(False, "biases in the linear layers")
     untie_embeddings_and_output_weights: bool = flag(False, "give the output head its own matrix")
+    softmax_over_padding: bool = flag(
+        False,
+        "let [MASK] and the unused rows of the padded vocabulary take part in the softmax of training and validation",
+    )
     init_method_std: float = flag(
         0.02, "standard deviation of initial weights; output projections take it / sqrt(2 * --num-layers)"
     )
@@ -103,7 +108,8 @@ class ModelConfig:
         return max(64, 8 * self.hidden_size // 3 // 64 * 64) if self.swiglu else 4 * self.hidden_size
 
 
-TOKENIZERS = ("HFTokenizer", "GPT2BPETokenizer", "ByteTokenizer", "NullTokenizer")
+SENTENCE_PIECE = ("GPTSentencePieceTokenizer", "SentencePieceTokenizer")
+TOKENIZERS = ("HFTokenizer", "GPT2BPETokenizer", *SENTENCE_PIECE, "ByteTokenizer", "NullTokenizer")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,12 +117,24 @@ class DataConfig:
     """Data: tokenised documents, how often they are seen and in which order."""
 
     train_data_path: tuple[str, ...] = flag(
-        (), "training data: PREFIX.bin and PREFIX.idx; always needed", metavar="PREFIX", aliases=("--data-path",)
+        (),
+        "training data: a prefix of PREFIX.bin and PREFIX.idx, or weight prefix weight prefix ... to blend several",
+        metavar="[WEIGHT] PREFIX",
+    )
+    train_data_path_file: str | None = flag(
+        None, 'the same in a file: one line of "weight prefix" "weight prefix", or one a line', metavar="FILE"
     )
     valid_data_path: tuple[str, ...] = flag(
         (),
-        "held-out data: a prefix, or name=prefix for each of several sets; the first decides which checkpoint is best",
+        "held-out data: the same, or name=prefix for each of several sets; the first decides which checkpoint is best",
         metavar="[NAME=]PREFIX",
+    )
+    valid_data_path_file: str | None = flag(None, "the same in a file", metavar="FILE")
+    split: str | None = flag(
+        None,
+        "hold out documents of the training data, in file order: shares of training, validation and test, such as "
+        "969,30,1; test is read by --skip-train only, and neither is where --valid-data-path names other data",
+        metavar="A,B,C",
     )
     seq_length: int = flag(2048, "tokens of one sample")
     train_unique_tokens: int | None = flag(None, "train on the first N tokens only, the last document cut; default all")
@@ -126,9 +144,16 @@ class DataConfig:
         "megatron: as Megatron orders them, which mixes the epochs and depends on the budget",
         choices=("documents", "windows", "megatron"),
     )
-    tokenizer_type: str = flag("HFTokenizer", "the tokenizer that made the data", choices=TOKENIZERS)
+    tokenizer_type: str = flag(
+        "HFTokenizer",
+        f"the tokenizer that made the data: {', '.join(TOKENIZERS)}",
+        choices=TOKENIZERS,
+        metavar="NAME",
+    )
     tokenizer_model: str | None = flag(
-        None, "tokenizer.json of an HFTokenizer; default the one beside the data", metavar="FILE"
+        None,
+        "tokenizer.json of an HFTokenizer or tokenizer.model of a SentencePiece one; default the one beside the data",
+        metavar="FILE",
     )
     vocab_size: int | None = flag(None, "number of ids of a NullTokenizer, which adds one for end-of-document")
     vocab_file: str | None = flag(None, "vocab.json of a GPT2BPETokenizer", metavar="FILE")
@@ -140,10 +165,23 @@ class DataConfig:
         require(self.num_workers >= 0, "num_workers", self.num_workers, "must not be negative")
         unique = self.train_unique_tokens
         require(unique is None or unique > 0, "train_unique_tokens", unique, "must be positive")
-        for item in self.valid_data_path:
-            well_formed = re.fullmatch(r"[\w-]+=.+|[^=]+", item) is not None
-            require(well_formed, "valid_data_path", item, "is neither PREFIX nor NAME=PREFIX with a word as NAME")
+        for name in ("train_data_path", "valid_data_path"):
+            path = getattr(self, f"{name}_file")
+            both = path is not None and getattr(self, name)
+            require(not both, f"{name}_file", path, f"excludes {typed(name, getattr(self, name))}; give one of them")
+        shares = self.split_shares
+        sound = 1 <= len(shares) <= 3 and all(isfinite(share) and share >= 0 for share in shares) and shares[0] > 0
+        rule = "give up to three shares, none negative, the first positive: 969,30,1"
+        require(self.split is None or sound, "split", self.split, rule)
         check_tokenizer(self)
+
+    @property
+    def split_shares(self) -> list[float]:
+        """The numbers of --split, [] without it or where it holds something else."""
+        try:
+            return [float(share) for share in self.split.split(",")] if self.split else []
+        except ValueError:
+            return []
 
 
 def check_tokenizer(section) -> None:
@@ -151,17 +189,17 @@ def check_tokenizer(section) -> None:
     kind = section.tokenizer_type
     needed = {"NullTokenizer": ("vocab_size",), "GPT2BPETokenizer": ("vocab_file", "merge_file")}
     owners = {
-        "tokenizer_model": "HFTokenizer",
-        "vocab_size": "NullTokenizer",
-        "vocab_file": "GPT2BPETokenizer",
-        "merge_file": "GPT2BPETokenizer",
+        "tokenizer_model": ("HFTokenizer", *SENTENCE_PIECE),
+        "vocab_size": ("NullTokenizer",),
+        "vocab_file": ("GPT2BPETokenizer",),
+        "merge_file": ("GPT2BPETokenizer",),
     }
     for name in needed.get(kind, ()):
         require(getattr(section, name) is not None, "tokenizer_type", kind, f"needs {spelling(name)}; give it")
-    for name, owner in owners.items():
+    for name, kinds in owners.items():
         value = getattr(section, name)
-        rule = f"belongs to {owner}, and --tokenizer-type is {kind}; change one"
-        require(value is None or kind == owner, name, value, rule)
+        rule = f"belongs to {', '.join(kinds)}, and --tokenizer-type is {kind}; change one"
+        require(value is None or kind in kinds, name, value, rule)
     size = section.vocab_size
     require(size is None or size >= 1, "vocab_size", size, "must be at least 1")
 
@@ -245,6 +283,11 @@ class OptimizerConfig:
 class TrainingConfig:
     """Training: budget, batch, precision, and when to leave."""
 
+    recipe: str = flag(
+        "default",
+        "defaults of all flags: ours, or those of the published system (2507.15857); --help beside it shows them",
+        choices=tuple(RECIPES),
+    )
     train_epochs: float | None = flag(
         None, "budget in epochs of the unique tokens; the budget is given by exactly one --train-X"
     )
@@ -319,6 +362,38 @@ class CheckpointConfig:
             require(value is None or value > 0, name, value, "must be positive")
 
 
+@dataclass(frozen=True, kw_only=True)
+class TrackingConfig:
+    """Tracking: where the records of a run are shown, beside metrics.jsonl."""
+
+    tensorboard_dir: str | None = flag(
+        None, "TensorBoard: folder of the events of this run and of no other; default off", metavar="DIR"
+    )
+    tensorboard_queue_size: int = flag(100, "TensorBoard: events that may wait to be written")
+    wandb_project: str | None = flag(
+        None, "Weights & Biases: project to show the run in, offline without a login; default off", metavar="NAME"
+    )
+    wandb_exp_name: str | None = flag(
+        None, "Weights & Biases: name of the run; default that of its folder", metavar="NAME"
+    )
+    wandb_group: str | None = flag(None, "Weights & Biases: group of the run", metavar="NAME")
+    wandb_save_dir: str | None = flag(
+        None, "Weights & Biases: folder of its local files; default the run folder", metavar="DIR"
+    )
+
+    def __post_init__(self):
+        size, project = self.tensorboard_queue_size, self.wandb_project
+        require(size >= 1, "tensorboard_queue_size", size, "must be at least 1")
+        forbidden = set(project or "") & set("/\\#?%:")
+        require(not forbidden, "wandb_project", project, "a project's name has none of / \\ # ? % : in it; change it")
+        partners = {"tensorboard_queue_size": "tensorboard_dir"}
+        partners |= dict.fromkeys(("wandb_exp_name", "wandb_group", "wandb_save_dir"), "wandb_project")
+        for name, partner in partners.items():
+            value = getattr(self, name)
+            idle = value != getattr(TrackingConfig, name) and not getattr(self, partner)
+            require(not idle, name, value, f"does nothing without {spelling(partner)}; give both or neither")
+
+
 SECTIONS = one_namespace(
     {
         "model": ModelConfig,
@@ -328,6 +403,7 @@ SECTIONS = one_namespace(
         "training": TrainingConfig,
         "validation": ValidationConfig,
         "checkpoint": CheckpointConfig,
+        "tracking": TrackingConfig,
     }
 )
 
@@ -361,3 +437,4 @@ class Config:
     training: TrainingConfig
     validation: ValidationConfig
     checkpoint: CheckpointConfig
+    tracking: TrackingConfig

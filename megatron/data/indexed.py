@@ -11,6 +11,7 @@ import json
 import os
 import struct
 from array import array
+from copy import copy
 from pathlib import Path
 
 import numpy as np
@@ -83,6 +84,15 @@ class IndexedDataset:
     def stream(self, start: int, stop: int) -> np.ndarray:
         """Return a view of tokens start .. stop-1 of all documents, one after another."""
         return self._checked(self._tokens[start:stop])
+
+    def part(self, first: int, last: int) -> "IndexedDataset":
+        """Return documents first .. last-1 as a data set of their own; they hold at least one token."""
+        part = copy(self)
+        part.sizes, part._offsets = self.sizes[first:last], self._offsets[first:last] - self._offsets[first]
+        start = int(self._offsets[first]) // self.dtype.itemsize
+        part.total_tokens = int(part._offsets[-1]) // self.dtype.itemsize + int(part.sizes[-1])
+        part._tokens = self._tokens[start : start + part.total_tokens]
+        return part
 
     def fingerprint(self) -> str:
         """Return a hash of the sizes and of blocks spread over the tokens, in the same time at any size."""

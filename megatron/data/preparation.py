@@ -1,17 +1,15 @@
 """What a user asks of tools/preprocess_data.py: its flags, and what they mean together."""
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
 
 from megatron.config.flags import flag, require
-from megatron.config.sections import TOKENIZERS, check_tokenizer
+from megatron.config.sections import SENTENCE_PIECE, TOKENIZERS, check_tokenizer
 from megatron.data.corpus import SPLITS, Document, standard_library
 from megatron.data.text_files import read_documents
-from megatron.data.tokenizer import SMALLEST_TRAINED
-from megatron.errors import ConfigurationError
+from megatron.data.tokenizer import SMALLEST_TRAINED, file_hash
 
 TRAINED = 512  # ids of a tokenizer that nothing else is said of
 
@@ -33,8 +31,14 @@ class Preparation:
     splits: tuple[float, ...] = flag(
         (80, 10, 10), "shares of train, tuning and validation; a split of share 0 is not written", metavar="SHARE"
     )
-    tokenizer_type: str = flag("HFTokenizer", "how text becomes ids", choices=TOKENIZERS)
-    tokenizer_model: str | None = flag(None, "an existing tokenizer.json; default train one", metavar="FILE")
+    tokenizer_type: str = flag(
+        "HFTokenizer", f"how text becomes ids: {', '.join(TOKENIZERS)}", choices=TOKENIZERS, metavar="NAME"
+    )
+    tokenizer_model: str | None = flag(
+        None,
+        "an existing tokenizer.json, default train one; tokenizer.model of a SentencePieceTokenizer",
+        metavar="FILE",
+    )
     train_tokenizer: int | None = flag(
         None, f"ids of the byte-level BPE trained on the train split; default {TRAINED}", metavar="V"
     )
@@ -50,6 +54,8 @@ class Preparation:
         require(sound and any(self.splits), "splits", shares, "give three shares, none negative, one above 0")
         both = train is not None and model is not None
         require(not both, "train_tokenizer", train, f"--tokenizer-model {model} is given; drop one")
+        needs_model = kind in SENTENCE_PIECE and model is None
+        require(not needs_model, "tokenizer_type", kind, "needs --tokenizer-model; give its tokenizer.model")
         rule = f"belongs to HFTokenizer, and --tokenizer-type is {kind}; change one"
         require(train is None or kind == "HFTokenizer", "train_tokenizer", train, rule)
         for name in ("vocab_file", "merge_file"):
@@ -78,6 +84,11 @@ class Preparation:
         return f"--input {' '.join(self.input)}" if self.input else "the standard library's source"
 
     @property
+    def tokenizer_file(self) -> str:
+        """Name of the tokenizer's file beside the data."""
+        return "tokenizer.model" if self.tokenizer_type in SENTENCE_PIECE else "tokenizer.json"
+
+    @property
     def trained_ids(self) -> int | None:
         """Ids of the tokenizer to be trained, None where there is one."""
         trains = self.tokenizer_type == "HFTokenizer" and self.tokenizer_model is None
@@ -100,10 +111,3 @@ class Preparation:
             "vocab_size": self.vocab_size,
             "gpt2_files": [file_hash(path) for path in (self.vocab_file, self.merge_file) if path],
         }
-
-
-def file_hash(path: str | Path) -> str:
-    """Return the SHA-256 of a tokenizer's file."""
-    if not Path(path).is_file():
-        raise ConfigurationError(f"--tokenizer-model {path}: no such file; give a tokenizer.json, or none to train one")
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()

@@ -21,8 +21,8 @@ from tqdm import tqdm
 from megatron.data.corpus import SPLITS, Document, Fingerprint, split_of
 from megatron.data.duplicates import HeldOut, run_hashes
 from megatron.data.indexed import IndexedDataset, IndexedDatasetWriter, read_metadata
-from megatron.data.preparation import Preparation, file_hash
-from megatron.data.tokenizer import Tokenizer, build_tokenizer, train_tokenizer
+from megatron.data.preparation import Preparation
+from megatron.data.tokenizer import Tokenizer, build_tokenizer, file_hash, train_tokenizer
 from megatron.errors import ConfigurationError
 
 BATCH_CHARACTERS = 1 << 21  # tokenised together, on all cores
@@ -36,7 +36,7 @@ def prepare(asked: Preparation) -> dict | None:
     text, held_out = survey(asked)
     settings, folder = asked.settings(text.hash), asked.output_dir
     with _only_writer(folder):
-        if _complete(folder, settings):
+        if _complete(folder, settings, asked.tokenizer_file):
             return None
         stage = folder / ".partial"
         try:
@@ -78,9 +78,9 @@ def survey(asked: Preparation) -> tuple[Fingerprint, dict[str, HeldOut]]:
 
 def _make_tokenizer(asked: Preparation, stage: Path, train_bytes: int) -> Tokenizer:
     """Return the tokenizer, its file copied or trained into `stage`."""
-    path = stage / "tokenizer.json"
+    path = stage / asked.tokenizer_file
     if asked.tokenizer_model:
-        build_tokenizer("HFTokenizer", asked.tokenizer_model)  # a fault is told with the name that the user gave
+        build_tokenizer(asked.tokenizer_type, asked.tokenizer_model)  # a fault is told with the name the user gave
         shutil.copyfile(asked.tokenizer_model, path)
     elif asked.trained_ids:
         train_tokenizer(_training_texts(asked, train_bytes), asked.trained_ids, path)
@@ -150,7 +150,7 @@ def _describe(
     held_out: dict[str, HeldOut],
 ) -> dict:
     """Write SPLIT.json beside each split and corpus.json; return the latter."""
-    path = stage / "tokenizer.json"
+    path = stage / asked.tokenizer_file
     origin = {
         "source": asked.source,
         "python_version": platform.python_version(),
@@ -191,7 +191,7 @@ def _publish(stage: Path, folder: Path, source: str | list[str]) -> None:
         os.replace(stage / name, folder / name)
 
 
-def _complete(folder: Path, settings: dict) -> bool:
+def _complete(folder: Path, settings: dict, tokenizer_file: str) -> bool:
     """Return whether the files of these settings are all there, and whole."""
     try:
         record = json.loads((folder / "corpus.json").read_bytes())
@@ -203,7 +203,7 @@ def _complete(folder: Path, settings: dict) -> bool:
             if found != (size["documents"], size["tokens"], settings["hash"]):
                 return False
         tokenizer = record["tokenizer_hash"]
-        return tokenizer is None or file_hash(folder / "tokenizer.json") == tokenizer
+        return tokenizer is None or file_hash(folder / tokenizer_file) == tokenizer
     except (OSError, ValueError, KeyError, TypeError):  # whatever is wrong there, writing anew puts it right
         return False
 

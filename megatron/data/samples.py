@@ -4,6 +4,7 @@ Epochs are strict, in all orders but Megatron's: every token of the unique set i
 The stream of an epoch order is endless, sample i is its tokens i*S .. i*S + S, and the last of them is only a target.
 """
 
+from copy import copy
 from functools import lru_cache
 
 import numpy as np
@@ -80,8 +81,9 @@ class TrainSamples:
     def __getitem__(self, position: int) -> np.ndarray:
         return self._read(position)
 
-    def epoch_of(self, position: int) -> float:
-        return position * self.seq_length / self.unique_tokens
+    def epochs(self, samples: int) -> list[float]:
+        """Return how often the data set has been read after so many samples; a list, as of a blend."""
+        return [samples * self.seq_length / self.unique_tokens]
 
     def _lay_out(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         order = stream(self._seed, "documents", epoch).permutation(self._source.documents)
@@ -131,6 +133,13 @@ class ValidationWindows:
         self._source = _Documents(dataset, dataset.total_tokens)
         available = (self._source.total - 1) // seq_length
         self.seq_length, self._available, self._length = seq_length, available, min(limit or available, available)
+        self.documents = len(dataset)
+
+    def limited(self, count: int) -> "ValidationWindows":
+        """Return the same with another limit."""
+        other = copy(self)
+        other._length = min(count, self._available)
+        return other
 
     def __len__(self) -> int:
         return self._length

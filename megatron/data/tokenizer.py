@@ -1,5 +1,6 @@
 """Tokenizers under Megatron's names. Special ids never come out of text."""
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -17,10 +18,7 @@ class HFTokenizer:
     def __init__(self, path: str | None):
         from tokenizers import Tokenizer as Library
 
-        if path is None or not Path(path).is_file():
-            raise ConfigurationError(
-                f"--tokenizer-model {path}: no such file; give the tokenizer.json that made the data"
-            )
+        self.named, self.hash = f"--tokenizer-model {path}", file_hash(path, "tokenizer.json")
         try:
             self._library = Library.from_file(str(path))
         except Exception as error:  # the library raises bare Exception
@@ -30,15 +28,15 @@ class HFTokenizer:
         # a file may ask for either, and a document is neither cut nor filled up
         self._library.no_truncation()
         self._library.no_padding()
-        self._find_end(f"--tokenizer-model {path}")
+        self._find_end()
 
-    def _find_end(self, named: str) -> None:
+    def _find_end(self) -> None:
         self._library.encode_special_tokens = True  # literal special text stays text
         self.vocabulary_size = max(self._library.get_vocab().values(), default=-1) + 1  # ids may have gaps
         self.eod = self._library.token_to_id(END)
         if self.eod is None or self.eod in self.encode(END):
             fault = f"has no {END} token" if self.eod is None else f"reads the text {END} as the end of a document"
-            raise ConfigurationError(f'{named}: {fault}; give it one, as an added token with "special": true')
+            raise ConfigurationError(f'{self.named}: {fault}; give it one, as an added token with "special": true')
 
     def encode(self, text: str) -> list[int]:
         return self._library.encode(text, add_special_tokens=False).ids
@@ -74,29 +72,84 @@ class GPT2BPETokenizer(HFTokenizer):
         from tokenizers import Tokenizer as Library
         from tokenizers import decoders, models, pre_tokenizers
 
-        named = f"--vocab-file {vocab_file} and --merge-file {merge_file}"
+        self.named = f"--vocab-file {vocab_file} and --merge-file {merge_file}"
         for name, path in (("--vocab-file", vocab_file), ("--merge-file", merge_file)):
             if not Path(path).is_file():
                 raise ConfigurationError(f"{name} {path}: no such file; give GPT-2's vocab.json and merges.txt")
         try:
             self._library = Library(models.BPE.from_file(str(vocab_file), str(merge_file)))
         except Exception as error:  # the library raises bare Exception
-            raise ConfigurationError(f"{named}: do not belong together ({error}); give GPT-2's own pair") from None
+            raise ConfigurationError(f"{self.named}: do not belong together ({error}); give GPT-2's own pair") from None
         self._library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         self._library.decoder = decoders.ByteLevel()
         if self._library.token_to_id(END) is not None:
             self._library.add_special_tokens([END])  # it keeps the id it has
-        self._find_end(named)
+        self._find_end()
+        self.hash = hashlib.sha256(self._library.to_str(pretty=True).encode()).hexdigest()
 
     def save(self, path: str | Path) -> None:
-        """Write the same tokenizer as a tokenizer.json."""
+        """Write the same tokenizer, of the same hash, as a tokenizer.json."""
         Path(path).write_text(self._library.to_str(pretty=True), encoding="utf-8")
+
+
+class GPTSentencePieceTokenizer:
+    """A tokenizer.model of the `sentencepiece` library; its own end-of-sentence piece ends a document."""
+
+    def __init__(self, path: str | None):
+        from sentencepiece import SentencePieceProcessor
+
+        self.named, self.hash = f"--tokenizer-model {path}", file_hash(path, "tokenizer.model")
+        self._library = SentencePieceProcessor()
+        try:
+            self._library.LoadFromSerializedProto(Path(path).read_bytes())
+        except (RuntimeError, OSError) as error:
+            raise ConfigurationError(
+                f"{self.named}: is not a SentencePiece model ({str(error).splitlines()[0]}); "
+                "give the one that made the data"
+            ) from None
+        self.vocabulary_size, self.eod, end = self._special_ids()
+        if self.eod < 0 or self.eod in self.encode(end):
+            fault = "has no end-of-sentence piece" if self.eod < 0 else f"reads the text {end} as the end of a document"
+            raise ConfigurationError(f"{self.named}: {fault}; train it with a control symbol for that")
+
+    def _special_ids(self) -> tuple[int, int, str]:
+        """Return the number of ids, the one that ends a document, and how it is spelled."""
+        eod = self._library.eos_id()
+        return self._library.GetPieceSize(), eod, self._library.IdToPiece(eod) if eod >= 0 else ""
+
+    def encode(self, text: str) -> list[int]:
+        return self._library.EncodeAsIds(text)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of each text, worked out on all cores."""
+        return self._library.Encode(list(texts), out_type=int)
+
+    def decode(self, ids) -> str:
+        return self._library.DecodeIds([int(index) for index in ids if index < self._library.GetPieceSize()])
+
+    def token_bytes(self) -> None:
+        """Text is normalised before it becomes ids, so they do not tell how many bytes it had."""
+        return None
+
+
+class SentencePieceTokenizer(GPTSentencePieceTokenizer):
+    """The same with the ids that Megatron adds behind the model's where it lacks them; <EOD> ends a document."""
+
+    def _special_ids(self) -> tuple[int, int, str]:
+        library, size = self._library, self._library.GetPieceSize()
+        pieces = {library.IdToPiece(index): index for index in range(size)}
+        own = ((library.pad_id(), "<PAD>"), (library.bos_id(), "<BOS>"), (library.eos_id(), "<EOS>"))
+        named = [library.IdToPiece(index) if index >= 0 else absent for index, absent in own]
+        for piece in ("<CLS>", "<SEP>", "<EOD>", "<MASK>", *named):
+            pieces.setdefault(piece, len(pieces))
+        return len(pieces), pieces["<EOD>"], "<EOD>"
 
 
 class ByteTokenizer:
     """UTF-8 bytes, and one id for the end of a document."""
 
     vocabulary_size, eod = 257, 256
+    named, hash = "--tokenizer-type ByteTokenizer", None
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
@@ -116,6 +169,7 @@ class NullTokenizer:
 
     def __init__(self, vocab_size: int):
         self.vocabulary_size, self.eod = vocab_size + 1, vocab_size
+        self.named, self.hash = f"--vocab-size {vocab_size}", None
 
     def encode(self, text: str) -> list[int]:
         return [self._id(word) for word in text.split()]
@@ -138,7 +192,7 @@ class NullTokenizer:
         return int(word)
 
 
-Tokenizer = HFTokenizer | ByteTokenizer | NullTokenizer
+Tokenizer = HFTokenizer | GPTSentencePieceTokenizer | ByteTokenizer | NullTokenizer
 
 
 def build_tokenizer(
@@ -152,10 +206,19 @@ def build_tokenizer(
     makers = {
         "HFTokenizer": lambda: HFTokenizer(tokenizer_model),
         "GPT2BPETokenizer": lambda: GPT2BPETokenizer(vocab_file, merge_file),
+        "GPTSentencePieceTokenizer": lambda: GPTSentencePieceTokenizer(tokenizer_model),
+        "SentencePieceTokenizer": lambda: SentencePieceTokenizer(tokenizer_model),
         "ByteTokenizer": ByteTokenizer,
         "NullTokenizer": lambda: NullTokenizer(vocab_size),
     }
     return makers[tokenizer_type]()
+
+
+def file_hash(path: str | Path | None, kind: str = "tokenizer.json") -> str:
+    """Return the SHA-256 of a tokenizer's file; raise ConfigurationError where there is none."""
+    if path is None or not Path(path).is_file():
+        raise ConfigurationError(f"--tokenizer-model {path}: no such file; give the {kind} that made the data")
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary_size: int, path: str) -> None:

@@ -26,6 +26,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.vocabulary = vocabulary
+        self.softmax_size = vocabulary.padded_size if config.softmax_over_padding else vocabulary.size
         self.embed_tokens = nn.Embedding(vocabulary.padded_size, config.hidden_size)
         # keyed by name: a pipeline stage deletes entries, and those it keeps are not renumbered
         self.layers = nn.ModuleDict({str(index): Block(config) for index in range(config.num_layers)})
@@ -42,10 +43,10 @@ class Transformer(nn.Module):
         hidden = self.hidden_states(batch.tokens, batch.causal, batch.positions).flatten(0, 1)
         targets = batch.targets.flatten()
         if per_position:
-            nll = linear_nll(hidden, self.lm_weight(), targets, batch.rows, self.vocabulary.size)
+            nll = linear_nll(hidden, self.lm_weight(), targets, batch.rows, self.softmax_size)
             return nll.view_as(batch.weights)
         weights = batch.weights.flatten()
-        return linear_cross_entropy(hidden, self.lm_weight(), targets, weights, batch.rows, self.vocabulary.size)
+        return linear_cross_entropy(hidden, self.lm_weight(), targets, weights, batch.rows, self.softmax_size)
 
     def hidden_states(self, tokens: Tensor, causal: bool, positions: Tensor | None = None) -> Tensor:
         """Return what the head reads, [B, S, H], for tokens [B, S]; `positions` None means 0..S-1."""

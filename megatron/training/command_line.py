@@ -1,13 +1,21 @@
 """From a command line to a typed configuration: flags, and what some of them stand for."""
 
 import argparse
+import dataclasses
 from pathlib import Path
 
+from megatron.config.compatibility import translate
 from megatron.config.flags import HelpFormatter, Parser, add_section, build, spelling
+from megatron.config.recipes import RECIPES
 from megatron.config.resolve import BUDGETS
 from megatron.config.sections import SECTIONS, Config
 from megatron.config.sizes import ladder_settings
+from megatron.objectives import FOREIGN
 from megatron.training.resume import recorded_config
+
+# of each group one is given; one that is typed replaces whichever a recipe or a recorded run gives
+RIVALS = (BUDGETS, ("bf16", "fp32"))
+RIVALS += (("train_data_path", "train_data_path_file"), ("valid_data_path", "valid_data_path_file"))
 
 
 def parser(objective: str, defaults: dict | None = None) -> Parser:
@@ -15,7 +23,8 @@ def parser(objective: str, defaults: dict | None = None) -> Parser:
     what = {"ar": "autoregressive", "mdm": "masked-diffusion"}[objective]
     result = Parser(
         prog=f"pretrain_{'gpt' if objective == 'ar' else 'mdm'}.py",
-        description=f"Train a transformer with the {what} objective. The same command resumes a run.",
+        description=f"Train a transformer with the {what} objective. The same command resumes a run. "
+        "Flags of Megatron and DeepSpeed are understood, or refused with a reason: docs/compatibility.md.",
         formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
@@ -26,34 +35,63 @@ def parser(objective: str, defaults: dict | None = None) -> Parser:
 
 def parse(objective: str, arguments: list[str]) -> Config:
     """Return the typed configuration of a command line; raise ConfigurationError for anything wrong in it."""
-    namespace = parser(objective, implied(arguments)).parse_known(arguments)
+    arguments = translate(arguments, _batch(objective, arguments))
+    namespace = parser(objective, implied(objective, arguments)).parse_known(arguments)
     return Config(**{name: build(section, namespace) for name, section in SECTIONS.items()})
 
 
-def implied(arguments: list[str]) -> dict:
-    """Return what --model-size and --skip-train stand for, as defaults that every flag beside them wins over."""
-    few = Parser(add_help=False, allow_abbrev=False)
-    few.add_argument("--skip-train", action=argparse.BooleanOptionalAction)
-    for name in ("--save", "--load", "--model-size"):
-        few.add_argument(name)
-    try:
-        asked, _ = few.parse_known_args(arguments)
-    except argparse.ArgumentError:
-        return {}  # the parser of all flags says what is wrong
-    recorded = recorded_settings(asked.load or asked.save, arguments) if asked.skip_train else {}
-    return recorded | (ladder_settings(asked.model_size) if asked.model_size else {})
+def implied(objective: str, arguments: list[str]) -> dict:
+    """Return what --recipe, --model-size and --skip-train stand for, as defaults that flags beside them win over."""
+    idle, _ = FOREIGN[objective]
+    asked = _glance(arguments, "--recipe", "--save", "--load", "--model-size", skip_train=True)
+    recipe = RECIPES.get(asked.get("recipe"), {})  # a name that is none, the parser of all flags refuses
+    settings = {name: value for name, value in recipe.items() if name not in idle}
+    if asked.get("skip_train"):
+        settings |= recorded_settings(asked.get("load") or asked.get("save"))
+    if asked.get("model_size"):
+        settings |= ladder_settings(asked["model_size"])
+    typed = {argument.split("=")[0].replace("--no-", "--") for argument in arguments}
+    for rivals in RIVALS:
+        if typed & set(map(spelling, rivals)):
+            settings |= {name: _own_default(name) for name in rivals}
+    return settings
 
 
-def recorded_settings(source: str | None, arguments: list[str]) -> dict:
+def recorded_settings(source: str | None) -> dict:
     """Return the settings of the run that --skip-train evaluates, so that they need not be given again."""
     recorded = source and recorded_config(Path(source))
     if not recorded:
         return {}
-    sections = [recorded[section] for section in SECTIONS if section != "checkpoint"]
+    sections = [recorded.get(section, {}) for section in SECTIONS if section != "checkpoint"]
     settings = {name: value for section in sections for name, value in section.items()}
-    settings |= {"bf16": None, "fp32": None, recorded["precision"]: True}  # what it was, whatever the device prefers
-    typed = {argument.split("=")[0] for argument in arguments}
-    for rivals in (BUDGETS, ("bf16", "fp32")):  # one that is typed replaces whichever was recorded
-        if typed & set(map(spelling, rivals)):
-            settings |= dict.fromkeys(rivals)
-    return settings
+    # what it was, whatever the device prefers
+    return settings | {"bf16": None, "fp32": None, recorded["precision"]: True}
+
+
+def _batch(objective: str, arguments: list[str]) -> int:
+    """Return --global-batch-size of a command line that is not translated yet."""
+    asked = _glance(arguments, "--global-batch-size").get("global_batch_size")
+    try:
+        usual = implied(objective, arguments).get("global_batch_size", _own_default("global_batch_size"))
+        return int(float(asked or usual))
+    except (ValueError, OverflowError):
+        return 1  # the parser of all flags says what is wrong
+
+
+def _glance(arguments: list[str], *names: str, skip_train: bool = False) -> dict:
+    """Return a few flags of a command line, before all flags are parsed; {} where these are wrong."""
+    few = Parser(add_help=False, allow_abbrev=False)
+    for name in names:
+        few.add_argument(name)
+    if skip_train:
+        few.add_argument("--skip-train", action=argparse.BooleanOptionalAction)
+    try:
+        return vars(few.parse_known_args(arguments)[0])
+    except argparse.ArgumentError:
+        return {}  # the parser of all flags says what is wrong
+
+
+def _own_default(name: str):
+    """Return the default of a flag whatever the recipe."""
+    fields = [field for section in SECTIONS.values() for field in dataclasses.fields(section)]
+    return next(field.default for field in fields if field.name == name)

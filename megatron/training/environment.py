@@ -52,7 +52,7 @@ def describe(objective, config, plan, sources, vocabulary, processes, precision,
     """Return what config.json says: everything that is needed to repeat the run."""
     return {
         "objective_name": objective,
-        "recipe": "default",
+        "recipe": config.training.recipe,
         **asdict(config),
         "plan": asdict(plan),
         "parameters": plan.parameters,

@@ -28,6 +28,7 @@ from megatron.training.feed import MicroBatches
 from megatron.training.optimizer import build_optimizer, start_state
 from megatron.training.resume import open_run
 from megatron.training.sources import Sources, open_sources
+from megatron.training.trackers import Trackers, check_packages, start_trackers
 from megatron.training.trainer import DivergedError, Progress, Trainer
 
 logger = logging.getLogger(__name__)
@@ -63,6 +64,7 @@ def _say(error: BaseException, code: int) -> int:
 
 def run(objective: str, config: Config, command: str) -> None:
     """Put one run together and train it."""
+    check_packages(config)
     sources = open_sources(config)
     if config.validation.skip_train and not sources.validation:
         raise ConfigurationError("--skip-train: there is nothing to evaluate; give --valid-data-path")
@@ -71,7 +73,7 @@ def run(objective: str, config: Config, command: str) -> None:
     sources.train.request(plan.train_samples)
     dropout = build_token_dropout(objective, config.objective, vocabulary)
     if config.training.dry_run:
-        resolved = {"objective_name": objective, "plan": amounts(config, plan, vocabulary), **asdict(config)}
+        resolved = {"objective_name": objective, "plan": amounts(config, plan, vocabulary, sources), **asdict(config)}
         print(json.dumps(resolved, indent=1))
         return
     processes = start_processes()
@@ -109,6 +111,7 @@ def run(objective: str, config: Config, command: str) -> None:
         processes.size,
     )
     validated = {record["iteration"]: record["loss"] for record in before if _selects(record, sources)}
+    trackers = start_trackers(config, folder, description, before) if processes.rank == 0 else Trackers({})
     trainer = Trainer(
         config,
         plan,
@@ -118,6 +121,7 @@ def run(objective: str, config: Config, command: str) -> None:
         data,
         sources.validation,
         folder,
+        trackers,
         progress,
         description,
         validated,
@@ -129,23 +133,29 @@ def run(objective: str, config: Config, command: str) -> None:
             if processes.rank == 0:
                 print(json.dumps(record))
         return
-    try:
-        reason = trainer.train()
-    except BaseException as error:
-        if folder:
-            folder.status("failed", str(error) or type(error).__name__, progress.iteration, progress.consumed_samples)
-        raise
+    with trackers:
+        try:
+            reason = trainer.train()
+        except BaseException as error:
+            if folder:
+                reason = str(error) or type(error).__name__
+                folder.status("failed", reason, progress.iteration, progress.consumed_samples)
+            raise
     if processes.rank == 0:
         logger.info("%s at step %d of %d", reason, progress.iteration, trainer.steps)
 
 
-def amounts(config: Config, plan: Plan, vocabulary: Vocabulary) -> dict:
-    """Return the plan, and what the run amounts to in tokens, epochs and FLOPs by every convention."""
+def amounts(config: Config, plan: Plan, vocabulary: Vocabulary, sources: Sources) -> dict:
+    """Return the plan, and what the run amounts to in tokens, epochs and FLOPs by every convention.
+
+    In a blend each member has epochs of its own; the run's count the tokens of all members together.
+    """
     tokens = plan.train_samples * config.data.seq_length
     flops = flops_per_token(config.model, vocabulary, config.data.seq_length)
     return asdict(plan) | {
         "train_tokens": tokens,
         "epochs": tokens / plan.unique_tokens,
+        "epochs_by_data_set": dict(zip(sources.train_prefixes, sources.train.epochs(plan.train_samples))),
         "flops": {convention: each * tokens for convention, each in flops.items()},
     }
 

@@ -1,6 +1,6 @@
 """One run, one folder: configuration, records, state and the lock. Every later tool reads only this.
 
-DIR/config.json, metrics.jsonl, status.json, validation/<set>/<iteration>.npz, checkpoints/
+DIR/config.json, metrics.jsonl, status.json, validation/<set>/<iteration>.npz, checkpoints/, wandb.json
 """
 
 import fcntl

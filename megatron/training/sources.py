@@ -4,8 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron.config.sections import Config, DataConfig
+from megatron.data.blend import TrainBlend, ValidationBlend, combined_hash
 from megatron.data.indexed import IndexedDataset, read_metadata
-from megatron.data.preparation import file_hash
+from megatron.data.paths import DataSet, requested_sets, split_edges
 from megatron.data.samples import TrainSamples, ValidationWindows
 from megatron.data.tokenizer import Tokenizer, build_tokenizer
 from megatron.errors import ConfigurationError
@@ -17,7 +18,8 @@ class Sources:
     """The data of a run, opened and checked."""
 
     tokenizer: Tokenizer
-    train: TrainSamples
+    train: TrainSamples | TrainBlend
+    train_prefixes: tuple[str, ...]
     validation: list[ValidationSet]
     corpus_hash: str  # of the whole text; of the training tokens, where another system wrote them
     corpus_source: str | list[str]
@@ -29,64 +31,96 @@ class Sources:
 def open_sources(config: Config) -> Sources:
     """Open training and validation data and the tokenizer that made them."""
     data = config.data
-    if not data.train_data_path:
-        raise ConfigurationError("--train-data-path is required; tools/preprocess_data.py writes one from text")
-    if len(data.train_data_path) > 1:
-        raise ConfigurationError(
-            f"--train-data-path {' '.join(data.train_data_path)}: blends of several data sets are not available yet; "
-            "give one prefix"
+    train, held_out = requested_sets(data, with_test=config.validation.skip_train)
+    made = {prefix: read_metadata(prefix) for wanted in (train, *held_out) for prefix in wanted.prefixes}
+    tokenizer = _tokenizer(data, made)
+    opened = {prefix: IndexedDataset(prefix, tokenizer.vocabulary_size) for prefix in made}
+    members = {wanted.name: _members(wanted, opened, data) for wanted in (train, *held_out)}
+    fingerprints = {
+        "--train-data-path" if wanted is train else wanted.name: combined_hash(
+            [member.fingerprint() for member in members[wanted.name]], wanted.weights
         )
-    prefix = data.train_data_path[0]
-    held_out = _held_out(data.valid_data_path)
-    made = {each: read_metadata(each) for each in (prefix, *held_out.values())}
-    tokenizer = _tokenizer(data, prefix, made)
-    dataset = IndexedDataset(prefix, tokenizer.vocabulary_size)
-    train = TrainSamples(dataset, data.seq_length, config.training.seed, data.epoch_order, data.train_unique_tokens)
-    opened = {name: IndexedDataset(each, tokenizer.vocabulary_size) for name, each in held_out.items()}
-    fingerprints = {name: each.fingerprint() for name, each in [("--train-data-path", dataset), *opened.items()]}
+        for wanted in (train, *held_out)
+    }
+    hashes = [made[prefix].get("corpus_hash") for prefix in train.prefixes]
+    sources = [made[prefix].get("source", prefix) for prefix in train.prefixes]
     return Sources(
         tokenizer,
-        train,
-        [_validation_set(name, each, config, tokenizer) for name, each in opened.items()],
-        made[prefix].get("corpus_hash", fingerprints["--train-data-path"]),
-        made[prefix].get("source", prefix),
-        made[prefix].get("python_version"),
+        _training(train, members[train.name], config),
+        train.prefixes,
+        [_validation_set(wanted, members[wanted.name], config, tokenizer) for wanted in held_out],
+        combined_hash(hashes, train.weights) if all(hashes) else fingerprints["--train-data-path"],
+        sources[0] if len(sources) == 1 else sources,
+        made[train.prefixes[0]].get("python_version"),
         fingerprints,
-        {name: made[each]["shared_13grams"] for name, each in held_out.items() if "shared_13grams" in made[each]},
+        _shared_13grams(held_out, made),
     )
 
 
-def _held_out(items: tuple[str, ...]) -> dict[str, str]:
-    """Return the prefix of each --valid-data-path item by name; without a name it is "validation"."""
-    pairs = [item.split("=", 1) if "=" in item else ("validation", item) for item in items]
-    named = dict(pairs)
-    if len(named) < len(pairs):
-        raise ConfigurationError(f"--valid-data-path {' '.join(items)}: two sets share a name; give each name=prefix")
-    return named
+def _members(wanted: DataSet, opened: dict[str, IndexedDataset], data: DataConfig) -> list[IndexedDataset]:
+    """Return the data sets of a blend, each cut to its part of --split."""
+    whole = [opened[prefix] for prefix in wanted.prefixes]
+    if wanted.part is None:
+        return whole
+    parts = []
+    for dataset in whole:
+        first, last = split_edges(data.split_shares, len(dataset))[wanted.part : wanted.part + 2]
+        if not dataset.sizes[first:last].any():
+            raise ConfigurationError(
+                f"--split {data.split}: leaves no tokens of {dataset.prefix} for {wanted.name}, of {len(dataset)} "
+                "documents in all; change the shares or give --valid-data-path"
+            )
+        parts.append(dataset.part(first, last))
+    return parts
 
 
-def _tokenizer(data: DataConfig, prefix: str, made: dict[str, dict]) -> Tokenizer:
+def _training(wanted: DataSet, members: list[IndexedDataset], config: Config) -> TrainSamples | TrainBlend:
+    data = config.data
+    if len(members) > 1 and data.train_unique_tokens:
+        raise ConfigurationError(
+            f"--train-unique-tokens {data.train_unique_tokens}: cuts one data set, and --train-data-path blends "
+            f"{len(members)}; drop it, or cut the members when they are made"
+        )
+    arguments = (data.seq_length, config.training.seed, data.epoch_order, data.train_unique_tokens)
+    samples = [TrainSamples(member, *arguments) for member in members]
+    return samples[0] if len(samples) == 1 else TrainBlend(samples, wanted.weights)
+
+
+def _tokenizer(data: DataConfig, made: dict[str, dict]) -> Tokenizer:
     """Return the tokenizer, after a check that it made all the data."""
     model = data.tokenizer_model
-    if model is None and made[prefix].get("tokenizer_model"):
-        model = str(Path(prefix).parent / made[prefix]["tokenizer_model"])
+    first, recorded = next(iter(made.items()))
+    if model is None and recorded.get("tokenizer_model"):
+        model = str(Path(first).parent / recorded["tokenizer_model"])
     tokenizer = build_tokenizer(data.tokenizer_type, model, data.vocab_size, data.vocab_file, data.merge_file)
-    hashed = file_hash(model) if data.tokenizer_type == "HFTokenizer" else None
-    for each, recorded in made.items():
+    for prefix, recorded in made.items():
         size = recorded.get("vocabulary_size", tokenizer.vocabulary_size)
         if size != tokenizer.vocabulary_size:
             fault = f"was tokenised with {size} ids, the tokenizer has {tokenizer.vocabulary_size}"
-        elif hashed and recorded.get("tokenizer_hash", hashed) != hashed:
-            fault = f"was tokenised with another file than {model}"
+        elif recorded.get("tokenizer_hash", tokenizer.hash) != tokenizer.hash:
+            fault = f"was tokenised with another tokenizer than {tokenizer.named}"
         else:
             continue
         raise ConfigurationError(
-            f"{each}: {fault}; give the tokenizer that made the data "
-            "(--tokenizer-type, --tokenizer-model, --vocab-size)"
+            f"{prefix}: {fault}; give the tokenizer that made the data "
+            "(--tokenizer-type, --tokenizer-model, --vocab-file, --merge-file, --vocab-size)"
         )
     return tokenizer
 
 
-def _validation_set(name: str, dataset: IndexedDataset, config: Config, tokenizer: Tokenizer) -> ValidationSet:
-    windows = ValidationWindows(dataset, config.data.seq_length, config.validation.eval_samples)
-    return ValidationSet(name, windows, len(dataset), tokenizer.token_bytes())
+def _validation_set(
+    wanted: DataSet, members: list[IndexedDataset], config: Config, tokenizer: Tokenizer
+) -> ValidationSet:
+    limit = config.validation.eval_samples
+    if len(members) == 1:
+        windows = ValidationWindows(members[0], config.data.seq_length, limit)
+    else:
+        parts = [ValidationWindows(member, config.data.seq_length) for member in members]
+        windows = ValidationBlend(parts, wanted.weights, limit)
+    return ValidationSet(wanted.name, windows, windows.documents, tokenizer.token_bytes())
+
+
+def _shared_13grams(held_out: list[DataSet], made: dict[str, dict]) -> dict[str, dict]:
+    """Return how much of each held-out set stands in its training split too, where its preparation measured it."""
+    alone = {wanted.name: made[wanted.prefixes[0]] for wanted in held_out if len(wanted.prefixes) == 1}
+    return {name: recorded["shared_13grams"] for name, recorded in alone.items() if "shared_13grams" in recorded}

@@ -23,6 +23,7 @@ from megatron.training.run_folder import RunFolder, read_json, write_json
 from megatron.training.schedule import learning_rate
 from megatron.training.step import StepResult, reseed, train_step
 from megatron.training.stopping import Stopping
+from megatron.training.trackers import Trackers
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +54,7 @@ class Trainer:
         data: MicroBatches,
         validation_sets: list[ValidationSet],
         folder: RunFolder | None,
+        trackers: Trackers,
         progress: Progress,
         description: dict,
         validated: dict[int, float],
@@ -60,6 +62,7 @@ class Trainer:
         self.config, self.plan, self.processes = config, plan, processes
         self.model, self.optimizer, self.data = model, optimizer, data
         self.validation_sets, self.folder, self.progress = validation_sets, folder, progress
+        self.trackers = trackers
         self.description = description  # what config.json says; every checkpoint carries it
         self.objective = data.objective
         self.steps = progress.iteration + data.steps  # of the whole run
@@ -158,6 +161,7 @@ class Trainer:
         record = {"kind": record.pop("kind"), **clocks, **record}
         if self.folder:
             self.folder.record(record)
+        self.trackers.record(record)
         return record
 
     def _record_training(self, result: StepResult) -> None:

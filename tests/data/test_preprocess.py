@@ -24,6 +24,7 @@ from megatron.errors import ConfigurationError
 from megatron.training.command_line import parse
 from megatron.training.sources import open_sources
 from tests.conftest import ROOT, environment
+from tests.data.test_tokenizer import sentencepiece_model
 
 SHARES = (60, 20, 20)
 WRITTEN = {f"{name}.{suffix}" for name in SPLITS for suffix in ("bin", "idx", "json")} | {"corpus.json"}
@@ -400,3 +401,33 @@ def test_gpt2_data_trains_with_the_tokenizer_that_is_written_beside_it(text, tmp
     (tmp_path / "vocab.json").unlink()
     with pytest.raises(ConfigurationError, match="--vocab-file .*: no such file"):
         asked(text, tmp_path / "two", tokenizer_type="GPT2BPETokenizer", **files)
+
+
+def test_gpt2_files_other_than_those_that_made_the_data_are_refused(text, tmp_path, refused):
+    prepare(asked(text, tmp_path / "data", tokenizer_type="HFTokenizer", train_tokenizer=280))
+    model = json.loads((tmp_path / "data" / "tokenizer.json").read_text())["model"]
+    merges = [" ".join(merge) for merge in model["merges"]]
+    (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]))
+    (tmp_path / "merges.txt").write_text("\n".join(reversed(merges)) + "\n")
+    flags = f"--tokenizer-type GPT2BPETokenizer --vocab-file {tmp_path}/vocab.json --merge-file {tmp_path}/merges.txt"
+    flags += f" --train-data-path {tmp_path}/data/train --seq-length 8 --train-iters 1"
+    with refused(f"{tmp_path}/data/train", "another tokenizer than --vocab-file", "--merge-file"):
+        open_sources(parse("ar", [*"--num-layers 1 --hidden-size 8 --num-attention-heads 1".split(), *flags.split()]))
+
+
+@pytest.mark.parametrize("kind", ["GPTSentencePieceTokenizer", "SentencePieceTokenizer"])
+def test_sentencepiece_data_trains_with_the_model_that_lies_beside_it(kind, text, tmp_path, refused):
+    model = sentencepiece_model(tmp_path)
+    wanted = asked(text, tmp_path / "data", tokenizer_type=kind, tokenizer_model=model)
+    assert prepare(wanted) is not None and prepare(wanted) is None
+    flags = f"--tokenizer-type {kind} --train-data-path {tmp_path}/data/train --seq-length 8 --train-iters 1"
+    network = "--num-layers 1 --hidden-size 8 --num-attention-heads 1".split()
+    sources = open_sources(parse("ar", [*network, *flags.split()]))
+    assert sources.tokenizer.hash == build_tokenizer(kind, model).hash
+    dataset = IndexedDataset(tmp_path / "data" / "train", sources.tokenizer.vocabulary_size)
+    assert {int(dataset[document][-1]) for document in range(len(dataset))} == {sources.tokenizer.eod}
+    other = sentencepiece_model(tmp_path, seed_sentencepiece_size=50, vocab_size=290)
+    with refused(f"{tmp_path}/data/train", "was tokenised with"):
+        open_sources(parse("ar", [*network, *flags.split(), "--tokenizer-model", other]))
+    with refused(f"--tokenizer-type {kind}", "needs --tokenizer-model"):
+        asked(text, tmp_path / "data", tokenizer_type=kind)

@@ -210,3 +210,63 @@ def test_gpt2_files_that_do_not_fit_are_refused_in_one_line(gpt2_files, tmp_path
     ):
         with pytest.raises(ConfigurationError, match=said):
             GPT2BPETokenizer(*files)
+
+
+# ------------------------------------------------------------------------------------ SentencePiece
+
+
+def sentencepiece_model(folder, **options) -> str:
+    """Train a small SentencePiece model and return its file."""
+    import sentencepiece
+
+    (folder / "text.txt").write_text("\n".join(CORPUS) + "\n")
+    settings = {"vocab_size": 300, "byte_fallback": True, "minloglevel": 2, "hard_vocab_limit": False} | options
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(folder / "text.txt"), model_prefix=str(folder / "model"), **settings
+    )
+    return str(folder / "model.model")
+
+
+@pytest.fixture(scope="module")
+def pieces(tmp_path_factory):
+    return sentencepiece_model(tmp_path_factory.mktemp("pieces"))
+
+
+def test_sentencepiece_ids_are_the_librarys_and_text_comes_back(pieces):
+    import sentencepiece
+
+    library = sentencepiece.SentencePieceProcessor(model_file=pieces)
+    tokenizer = build_tokenizer("GPTSentencePieceTokenizer", pieces)
+    assert (tokenizer.vocabulary_size, tokenizer.eod) == (len(library), library.eos_id())
+    texts = ["the quick brown fox", "naïve 東京 🙂", "</s> and <s> and <unk>", ""]
+    for text, ids in zip(texts, tokenizer.encode_batch(texts)):
+        assert ids == tokenizer.encode(text) == library.encode(text)
+        assert tokenizer.decode(ids) == text and tokenizer.decode([*ids, tokenizer.eod]) == text
+        assert not {library.eos_id(), library.bos_id()} & set(ids)
+    assert tokenizer.token_bytes() is None
+
+
+def test_megatrons_sentencepiece_tokenizer_adds_its_ids_behind_the_models(pieces):
+    plain = build_tokenizer("GPTSentencePieceTokenizer", pieces)
+    tokenizer = build_tokenizer("SentencePieceTokenizer", pieces)
+    # <CLS> <SEP> <EOD> <MASK>, and a padding piece, which this model lacks; <s> and </s> it has
+    assert tokenizer.vocabulary_size == plain.vocabulary_size + 5
+    assert tokenizer.eod == plain.vocabulary_size + 2
+    ids = tokenizer.encode("the <EOD> fox <CLS>")
+    assert ids == plain.encode("the <EOD> fox <CLS>") and max(ids) < plain.vocabulary_size
+    assert tokenizer.decode([*ids, tokenizer.eod]) == "the <EOD> fox <CLS>"
+
+
+def test_a_sentencepiece_model_that_cannot_serve_is_refused(pieces, tmp_path, refused):
+    with refused(f"--tokenizer-model {tmp_path}/none", "no such file", "tokenizer.model"):
+        build_tokenizer("GPTSentencePieceTokenizer", f"{tmp_path}/none")
+    for content in (b"", b"nonsense", b"{}"):
+        (tmp_path / "other").write_bytes(content)
+        with refused(f"--tokenizer-model {tmp_path}/other", "is not a SentencePiece model"):
+            build_tokenizer("GPTSentencePieceTokenizer", f"{tmp_path}/other")
+    endless = sentencepiece_model(tmp_path, eos_id=-1)
+    with refused(f"--tokenizer-model {endless}", "has no end-of-sentence piece"):
+        build_tokenizer("GPTSentencePieceTokenizer", endless)
+    spelled = sentencepiece_model(tmp_path, user_defined_symbols=["<EOD>"])
+    with refused(f"--tokenizer-model {spelled}", "reads the text <EOD> as the end of a document"):
+        build_tokenizer("SentencePieceTokenizer", spelled)

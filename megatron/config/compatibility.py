@@ -1,0 +1,383 @@
+"""Flags of Megatron-LM, Megatron-DeepSpeed, DeepSpeed and the published fork that this project spells otherwise.
+
+Each is the same as flags of ours, accepted without effect (told in one line, with the reason), or refused with the
+reason: none is ignored in silence. What both spell alike stands in `sections.py` and not here.
+"""
+
+import logging
+from dataclasses import dataclass
+
+from megatron.errors import ConfigurationError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Same:
+    """The same as `words`, which take its place; with `batches` its value counts batches and ours counts samples."""
+
+    words: str
+    batches: bool = False
+
+
+@dataclass(frozen=True)
+class Idle:
+    """Accepted without effect; with `only`, just these values are, and any other is refused for `otherwise`."""
+
+    reason: str
+    takes_value: bool = False
+    only: tuple[str, ...] = ()
+    otherwise: str = ""
+
+
+@dataclass(frozen=True)
+class Refused:
+    """Refused: `reason` is the rest of the sentence that the flag begins."""
+
+    reason: str
+
+
+def idle(names: str, reason: str) -> dict:
+    """Switches without effect."""
+    return {name: Idle(reason) for name in names.split()}
+
+
+def idle_value(names: str, reason: str, only: str = "", otherwise: str = "") -> dict:
+    """Flags with one value and without effect."""
+    return {name: Idle(reason, True, tuple(only.split()), otherwise) for name in names.split()}
+
+
+def refused(names: str, reason: str) -> dict:
+    return {name: Refused(reason) for name in names.split()}
+
+
+def later(names: str, part: str) -> dict:
+    return refused(names, f"is not available yet ({part}); leave it out")
+
+
+def one_table(*groups: dict) -> dict:
+    """Return all groups as one; raise TypeError where two of them claim one flag."""
+    table = {}
+    for group in groups:
+        if twice := table.keys() & group.keys():
+            raise TypeError(f"claimed twice: {', '.join(twice)}")
+        table |= group
+    return table
+
+
+KERNELS = "kernels are chosen by PyTorch, for the same result"
+PARALLEL = "tensor and pipeline parallelism"
+TABLE = one_table(
+    {
+        "--data-path": Same("--train-data-path"),
+        "--disable-bias-linear": Same("--no-add-bias-linear"),
+        "--encoder-num-layers": Same("--num-layers"),
+        "--encoder-seq-length": Same("--seq-length"),
+        "--eval-iters": Same("--eval-samples", batches=True),
+        "--layernorm-epsilon": Same("--norm-epsilon"),
+        "--lr-decay-iters": Same("--lr-decay-samples", batches=True),
+        "--lr-warmup-iters": Same("--lr-warmup-samples", batches=True),
+        "--lr-wsd-decay-iters": Same("--lr-wsd-decay-samples", batches=True),
+        "--num-key-value-heads": Same("--group-query-attention --num-query-groups"),
+        "--rotary-position-embeddings-theta": Same("--rotary-base"),
+    },
+    # ---------------------------------------------------------------- network
+    idle("--use-rotary-position-embeddings", "positions are always rotary"),
+    idle("--no-position-embedding", "there are no learned positions"),
+    idle_value("--position-embedding-type", "positions are always rotary", "rope", "is always rope; leave it out"),
+    idle_value("--max-position-embeddings", "rotary positions have no largest one"),
+    idle_value("--rotary-percent", "all channels are rotated", "1 1.0", "all channels are rotated; leave it out"),
+    idle_value(
+        "--make-vocab-size-divisible-by",
+        "the multiple is always 128",
+        "128",
+        "the multiple is always 128; leave it out",
+    ),
+    idle(
+        "--apply-query-key-layer-scaling --no-query-key-layer-scaling",
+        "it changes no result, only the range of fp16, which is not used",
+    ),
+    idle("--attention-softmax-in-fp32", "the softmax is always computed in fp32"),
+    idle("--use-cpu-initialization", "weights are always drawn on the CPU, keyed by seed and name"),
+    refused("--openai-gelu --squared-relu", "is not supported: the MLP is SwiGLU or, with --no-swiglu, exact GELU"),
+    refused("--onnx-safe", "is not supported: there is no ONNX export"),
+    refused(
+        "--apply-layernorm-1p --apply-residual-connection-post-layernorm",
+        "is not supported: norms stand before attention and MLP, in their plain form",
+    ),
+    refused("--init-method-xavier-uniform", "is not supported: weights are drawn from N(0, --init-method-std)"),
+    refused("--no-initialization", "is not supported: a run begins from keyed initial weights"),
+    refused("--decoder-num-layers --decoder-seq-length", "is refused: there is no encoder beside the decoder"),
+    # -------------------------------------------------------------- precision
+    idle("--accumulate-allreduce-grads-in-fp32", "gradients are always summed in fp32"),
+    refused("--fp16", "is refused: computes in bf16 or fp32 over fp32 master weights; give --bf16 or --fp32"),
+    refused(
+        "--loss-scale --initial-loss-scale --min-loss-scale --loss-scale-window --hysteresis",
+        "is refused: only fp16 needs a loss scale; leave it out",
+    ),
+    refused("--fp16-lm-cross-entropy", "is refused: the loss is always computed in fp32; leave it out"),
+    refused(
+        "--fp32-residual-connection --embedding-weights-in-fp32",
+        "is not supported: blocks compute in the run's precision, norms and softmax in fp32; give --fp32 for all in it",
+    ),
+    refused(
+        "--fp8-e4m3 --fp8-hybrid --fp8-format --no-fp8-wgrad --fp8-margin --fp8-interval --fp8-amax-history-len "
+        "--fp8-amax-compute-algo",
+        "is not supported: computes in bf16 or fp32; leave it out",
+    ),
+    # ---------------------------------------------------------------- kernels
+    idle(
+        "--use-flash-attn --use-flash-attn-v1 --use-flash-attn-v2 --use-flash-attn-triton --use-flash-attn-builder "
+        "--no-masked-softmax-fusion --no-bias-gelu-fusion --no-bias-swiglu-fusion --no-bias-dropout-fusion "
+        "--no-rope-fusion --cross-entropy-loss-fusion --no-persist-layer-norm --disable-mem-efficient-ln "
+        "--no-gradient-accumulation-fusion --use-mcore-models --use-legacy-models",
+        KERNELS,
+    ),
+    idle_value("--transformer-impl --attention-backend", KERNELS),
+    # --------------------------------------------------------- parallel layout
+    idle_value(
+        "--tensor-model-parallel-size --pipeline-model-parallel-size --model-parallel-size --context-parallel-size "
+        "--ds-sequence-parallel-size --expert-model-parallel-size --moe-expert-parallel-size",
+        "it is 1 without the flag",
+        "1",
+        f"only 1 is available yet ({PARALLEL}); leave it out",
+    ),
+    idle("--sequence-parallel", "nothing is split at --tensor-model-parallel-size 1"),
+    idle("--no-pipeline-parallel", "there is one stage"),
+    idle("--use-distributed-optimizer", "optimizer states are always sharded over the processes"),
+    idle("--use-torch-fsdp2", "data parallelism is always FSDP2"),
+    idle(
+        "--no-async-tensor-model-parallel-allreduce --no-contiguous-buffers-in-local-ddp --overlap-grad-reduce "
+        "--no-scatter-gather-tensors-in-pipeline --overlap-p2p-communication --overlap-param-gather "
+        "--use-ring-exchange-p2p",
+        "FSDP2 arranges its own communication",
+    ),
+    idle_value("--DDP-impl", "data parallelism is always FSDP2"),
+    idle_value("--distributed-backend", "it is nccl between GPUs and gloo between CPUs"),
+    idle_value("--distributed-timeout-minutes", "it is always 10", "10", "is always 10; leave it out"),
+    idle_value("--local-rank --local_rank", "torchrun tells it through the environment"),
+    idle_value("--lazy-mpu-init --empty-unused-memory-level", "PyTorch manages devices and their memory"),
+    later(
+        "--num-layers-per-virtual-pipeline-stage --pipeline-model-parallel-split-rank --standalone-embedding-stage "
+        "--force-ds-sequence-parallel",
+        PARALLEL,
+    ),
+    later(
+        "--recompute-activations --recompute-granularity --recompute-method --recompute-num-layers "
+        "--distribute-saved-activations --checkpoint-activations --checkpoint-num-layers "
+        "--distribute-checkpointed-activations",
+        "activation recomputation",
+    ),
+    refused(
+        "--enable-zbh1-pipeline --enable-zbh1-exact-semantics",
+        "is refused: zero-bubble schedules give wrong gradients with sharded parameters; leave it out",
+    ),
+    refused("--data-parallel-random-init", "is refused: every process starts from the same weights; leave it out"),
+    # -------------------------------------------------------------- DeepSpeed
+    later(
+        "--deepspeed --deepspeed_config --deepspeed_mpi --deepscale --deepscale_config --zero-stage "
+        "--zero-reduce-scatter --zero-contigious-gradients --zero-reduce-bucket-size --zero-allgather-bucket-size "
+        "--cpu-optimizer --cpu_torch_adam --ds_fused_adam --remote-device --use-pin-memory --scattered-embeddings "
+        "--split-transformers --memory-centric-tiled-linear --tile-factor --deepspeed-activation-checkpointing "
+        "--partition-activations --contigious-checkpointing --checkpoint-in-cpu --synchronize-each-layer "
+        "--profile-backward --ds-inference --ds-sequence-parallel-fpdt --ds-sequence-parallel-fpdt-chunk-size "
+        "--ds-sequence-parallel-fpdt-offloading",
+        "DeepSpeed; states are sharded over the processes by FSDP2",
+    ),
+    # ------------------------------------------------------- batch and budget
+    refused("--batch-size", "is refused: give --micro-batch-size"),
+    refused("--train-tokens", "is refused: give --train-samples, tokens / --seq-length"),
+    refused("--train-data-exact-num-epochs", "is refused: give --train-epochs"),
+    later("--rampup-batch-size", "a growing batch"),
+    # --------------------------------------------------- optimizer, schedule
+    idle_value("--optimizer", "it is AdamW", "adam", "only AdamW is available; leave it out"),
+    refused("--sgd-momentum", "is refused: the optimizer is AdamW; leave it out"),
+    refused(
+        "--lr-decay-tokens --lr-warmup-tokens",
+        "is refused: the clock is samples; give --lr-decay-samples and --lr-warmup-samples",
+    ),
+    refused("--lr-warmup-fraction --warmup", "is refused: give --lr-warmup-samples; the default is 1% of the budget"),
+    later("--start-weight-decay --end-weight-decay --weight-decay-incr-style", "a changing weight decay"),
+    refused(
+        "--override-opt_param-scheduler --use-checkpoint-opt_param-scheduler --no-load-lr-state",
+        "is refused: a run keeps its schedule, and a branch changes it: --load A --save B",
+    ),
+    # ------------------------------------------------------------------- data
+    idle_value("--data-impl", "token files are always memory-mapped", "mmap infer", "is always mmap; leave it out"),
+    idle_value("--dataloader-type", "samples come in the order of --epoch-order", "single", "give --epoch-order"),
+    idle_value("--data-cache-path", "orders are computed from the seed; nothing is cached"),
+    idle("--mmap-warmup", "pages are read when they are needed"),
+    idle("--repeated-dataloader", "the order of samples has no end"),
+    idle("--no-create-attention-mask-in-dataloader", "attention masks are never made"),
+    refused(
+        "--test-data-path --test-data-path-file",
+        "is refused: evaluate it afterwards, --skip-train --load RUN --valid-data-path test=PREFIX",
+    ),
+    later(
+        "--eod-mask-loss --reset-position-ids --reset-attention-mask",
+        "documents of one sample see one another, and their ends are learnt",
+    ),
+    refused("--vocab-extra-ids", "is refused: [MASK] stands behind the tokenizer's ids, and there are no others"),
+    refused("--trust-remote-code", "is refused: no code from a hub is ever run; give --tokenizer-model FILE"),
+    refused(
+        "--use-dataset-only --return-data-index --train-idx-path --train-desc-path --train-doc-idx-path "
+        "--train-sample-idx-path --train-shuffle-idx-path --aml-data-download-path --sample-rate "
+        "--data-efficiency-curriculum-learning --random-ltd --mock-data",
+        "is not supported: data are token files, read in full; leave it out",
+    ),
+    # ------------------------------------------------------------ checkpoints
+    idle("--exit-signal-handler", "SIGTERM, SIGUSR1 and SIGINT always save and leave"),
+    idle("--no-load-rng --no-save-rng", "no generator is kept: noise follows from the seed and the place in the run"),
+    idle("--use-checkpoint-args", "a run's settings are checked on resume, and taken with --skip-train"),
+    idle("--use-dist-ckpt --auto-detect-ckpt-format", "checkpoints are safetensors"),
+    idle_value("--ckpt-format --dist-ckpt-format", "checkpoints are safetensors"),
+    refused("--no-save-optim", "is refused: a run could not be resumed; leave it out"),
+    later("--finetune --reset-iteration --exit-on-missing-checkpoint", "weights without their run"),
+    later("--universal-checkpoint --async-save", "checkpoints for any layout"),
+    refused("--adlr-autoresume --adlr-autoresume-interval", "is refused: give --exit-duration-in-mins"),
+    # ---------------------------------------------------------------- records
+    idle("--log-validation-ppl-to-tensorboard", "validation perplexity is always written"),
+    idle("--log-timers-to-tensorboard --log-throughput", "speed is in every training record"),
+    idle("--log-memory-to-tensorboard", "memory is in every training record"),
+    idle("--log-batch-size-to-tensorboard", "the batch never changes; config.json holds it"),
+    idle("--log-world-size-to-tensorboard", "config.json holds the number of processes"),
+    idle("--no-log-learnig-rate-to-tensorboard", "the learning rate is in every training record"),
+    idle("--no-log-loss-scale-to-tensorboard", "there is no loss scale"),
+    idle("--log-progress --no-barrier-with-level-1-timing", "status.json and metrics.jsonl tell how a run stands"),
+    idle_value("--timing-log-level --timing-log-option", "speed is in every training record"),
+    refused("--tensorboard-log-interval", "is refused: give --log-interval"),
+    later(
+        "--log-params-norm --log-num-zeros-in-grad --log-optimizer-states-to-tensorboard --profile --profile_steps "
+        "--profile-ranks",
+        "these records",
+    ),
+    # ------------------------------------------------- the fork's objectives
+    later(
+        "--ar-ratio --randmask-ratio --use-order-list --num-order-list --use-predefined-order --low-noise-start "
+        "--low-noise-iter --low-noise-ratio --untie-with-additional-mask",
+        "this form of an objective",
+    ),
+    refused(
+        "--target-random-ratio --use-target-position-embeddings --block-size --order-list",
+        "is refused: it does nothing in the published system; leave it out",
+    ),
+    # ---------------------------------------------------------------- scoring
+    later(
+        "--task_list --results_path --eval_method --eval_fp32 --only_generate --only_mc_nll --sampling_eps "
+        "--max_chunk_size --adaptive_seq_len --num_fewshot --inference --load-tag --no-load-optim "
+        "--inference-batch-times-seqlen-threshold --max-tokens-to-oom",
+        "scoring by lm-eval",
+    ),
+    # ---------------------------------------------------- what is left out
+    refused(
+        "--num-experts --num-experts-switch --mlp-type --topk --expert-interval --disable-moe-token-dropping "
+        "--moe-train-capacity-factor --moe-eval-capacity-factor --moe-min-capacity --moe-loss-coeff "
+        "--create-moe-param-group --disable-moe-top2-2nd-expert-sampling --use-tutel "
+        "--enable-expert-tensor-parallelism",
+        "is not supported: there are no mixtures of experts",
+    ),
+    refused(
+        "--num-layers-teacher --num-experts-teacher --hidden-size-teacher --num-attention-heads-teacher --mos --kd "
+        "--kd-alpha-ce --kd-beta-ce --kd-temp --load-teacher",
+        "is not supported: there is no distillation",
+    ),
+    refused(
+        "--retro-workdir --retro-add-retriever --retro-cyclic-train-iters --retro-encoder-layers "
+        "--retro-encoder-hidden-dropout --retro-encoder-attention-dropout --retro-num-neighbors "
+        "--retro-num-retrieved-chunks --retro-return-doc-ids --retriever-seq-length "
+        "--retriever-report-topk-accuracies --retriever-score-scaling --indexer-batch-size --indexer-log-interval "
+        "--ict-head-size --ict-load --biencoder-projection-dim --biencoder-shared-query-context-model "
+        "--titles-data-path --evidence-data-path --block-data-path --embedding-path --query-in-block-prob "
+        "--use-one-sent-docs",
+        "is not supported: there is no retrieval",
+    ),
+    refused(
+        "--bert-no-binary-head --bert-load --output-bert-embeddings --bert-embedder-type --mask-prob --short-seq-prob",
+        "is not supported: there are no encoders; masked diffusion is pretrain_mdm.py",
+    ),
+    refused(
+        "--num-classes --img-h --img-w --num-channels --patch-dim --classes-fraction --data-per-class-fraction "
+        "--no-data-sharding --head-lr-mult --vision-pretraining --vision-pretraining-type --vision-backbone-type "
+        "--swin-backbone-type --mask-type --mask-factor --iter-per-epoch --dino-local-img-size "
+        "--dino-local-crops-number --dino-head-hidden-size --dino-bottleneck-size --dino-freeze-last-layer "
+        "--dino-norm-last-layer --dino-warmup-teacher-temp --dino-teacher-temp --dino-warmup-teacher-temp-epochs",
+        "is not supported: there are no images",
+    ),
+)
+
+
+def translate(arguments: list[str], batch: int) -> list[str]:
+    """Return a command line in our own spellings; `batch` is --global-batch-size.
+
+    What is accepted without effect is logged and dropped. Raises ConfigurationError for what is refused.
+    """
+    translated, rest = [], list(arguments)
+    while rest:
+        word = rest.pop(0)
+        name, joined, value = word.partition("=")
+        rule = TABLE.get(name)
+        if rule is None:
+            translated.append(word)
+        elif isinstance(rule, Refused):
+            raise ConfigurationError(f"{name}: {rule.reason}")
+        elif isinstance(rule, Idle):
+            _accept(name, rule, _value(name, rest, joined, value) if rule.takes_value else None, joined)
+        else:
+            if rule.batches:
+                value, joined = _in_samples(name, _value(name, rest, joined, value), batch), "="
+            translated += [*rule.words.split()[:-1], rule.words.split()[-1] + joined + value]
+    return translated
+
+
+def _accept(name: str, rule: Idle, value: str | None, joined: str) -> None:
+    if joined and not rule.takes_value:
+        raise ConfigurationError(f"{name}: takes no value; write the flag alone")
+    typed = name if value is None else f"{name} {value}"
+    if rule.only and value not in rule.only:
+        raise ConfigurationError(f"{typed}: {rule.otherwise}")
+    logger.info("%s: has no effect, %s", typed, rule.reason)
+
+
+def _value(name: str, rest: list[str], joined: str, value: str) -> str:
+    """Return the one value of a flag, taken from `rest` where it was not joined by =."""
+    if joined:
+        return value
+    if not rest or rest[0].startswith("--"):
+        raise ConfigurationError(f"{name}: is not followed by a value; give one")
+    return rest.pop(0)
+
+
+def _in_samples(name: str, value: str, batch: int) -> str:
+    if not value.isdigit():
+        raise ConfigurationError(f"{name} {value}: is not a whole number of batches; give one")
+    return str(int(value) * batch)
+
+
+def markdown() -> str:
+    """Return the table as the page docs/compatibility.md."""
+    lines = [
+        "# Flags of Megatron and DeepSpeed",
+        "",
+        "Flags that are spelled as in Megatron-LM stand in `--help`. These are spelled otherwise, have no effect, or",
+        "are refused; a flag in neither place is unknown and refused.",
+        "Written by `python -m megatron.config.compatibility`.",
+        "",
+        "| flag | here |",
+        "|---|---|",
+    ]
+    return "\n".join(lines + [f"| `{name}` | {_described(TABLE[name])} |" for name in sorted(TABLE)]) + "\n"
+
+
+def _described(rule: Same | Idle | Refused) -> str:
+    if isinstance(rule, Same):
+        return f"the same as `{rule.words}`" + (", times `--global-batch-size`" if rule.batches else "")
+    if isinstance(rule, Refused):
+        return rule.reason
+    values = " or ".join(f"`{value}`" for value in rule.only)
+    return f"{values + ' ' if values else ''}has no effect: {rule.reason}" + (
+        f"; other values: {rule.otherwise}" if values else ""
+    )
+
+
+if __name__ == "__main__":
+    print(markdown(), end="")

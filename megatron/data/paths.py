@@ -1,0 +1,127 @@
+"""Which data sets a run reads: what --train-data-path, --valid-data-path, their files and --split say together."""
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron.config.sections import DataConfig
+from megatron.errors import ConfigurationError
+
+PAIRS = "write PREFIX, or WEIGHT PREFIX WEIGHT PREFIX ..."
+PUBLISHED_LINE = re.compile(r'\s*"[^"]*"(\s+"[^"]*")*\s*')
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """One set: its members' prefixes with their weights in the blend, and which part of --split it is."""
+
+    name: str
+    prefixes: tuple[str, ...]
+    weights: tuple[float, ...]
+    part: int | None = None  # 0, 1, 2: training, validation, test
+
+
+def requested_sets(data: DataConfig, with_test: bool) -> tuple[DataSet, list[DataSet]]:
+    """Return the training set and the held-out sets; `with_test` includes the third part of --split."""
+    train_items, train_source = _items(data, "train")
+    if not train_items:
+        raise ConfigurationError("--train-data-path is required; tools/preprocess_data.py writes one from text")
+    train = _blend("train", train_items, train_source, 0 if data.split else None)
+    valid_items, valid_source = _items(data, "valid")
+    if valid_items or not data.split:
+        return train, _held_out(valid_items, valid_source)
+    shares = [*data.split_shares, 0.0, 0.0]
+    parts = [("validation", 1)] + ([("test", 2)] if with_test else [])
+    return train, [DataSet(name, train.prefixes, train.weights, part) for name, part in parts if shares[part] > 0]
+
+
+def split_edges(shares: Sequence[float], documents: int) -> list[int]:
+    """Return where training, validation and test begin and end, [4] document numbers.
+
+    Rounded as Megatron's get_train_valid_test_split_ does: what rounding adds or leaves is taken from every edge.
+    """
+    shares, edges = [*shares, 0.0, 0.0][:3], [0]
+    for share in shares:
+        edges.append(edges[-1] + round(share / sum(shares) * documents))
+    excess = edges[-1] - documents
+    return [0] + [edge - excess for edge in edges[1:]]
+
+
+def _items(data: DataConfig, kind: str) -> tuple[list[str], str]:
+    """Return the words of a path flag or of its file, and how an error names them."""
+    path, words = getattr(data, f"{kind}_data_path_file"), getattr(data, f"{kind}_data_path")
+    if path is None:
+        return list(words), f"--{kind}-data-path {' '.join(words)}"
+    return read_path_file(path, f"--{kind}-data-path-file {path}"), f"--{kind}-data-path-file {path}"
+
+
+def read_path_file(path: str, named: str) -> list[str]:
+    """Return the words of a path file, as they would follow the flag.
+
+    The published form is one line of quoted pairs, "0.3 a" "0.7 b". The plain one holds one entry a line: a prefix,
+    a weight and a prefix, or name=prefix; empty lines and those that begin with # are left out.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not text"
+        raise ConfigurationError(f"{named}: cannot be read ({reason}); give a list of data sets") from None
+    lines = [line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
+    words = []
+    for line in lines:
+        if '"' not in line:
+            weight, *rest = line.split(maxsplit=1)
+            words += [weight, rest[0].strip()] if rest and _number(weight) is not None else [line.strip()]
+            continue
+        entries = [entry.split() for entry in re.findall(r'"([^"]*)"', line)]
+        if not PUBLISHED_LINE.fullmatch(line) or any(len(entry) != 2 for entry in entries):
+            raise ConfigurationError(
+                f'{named}: the line {line.strip()[:60]!r} is not of the form "WEIGHT PREFIX" "WEIGHT PREFIX" ...; '
+                "mend it, or write one WEIGHT PREFIX a line without quotes"
+            )
+        words += [word for entry in entries for word in entry]
+    if not words:
+        raise ConfigurationError(f"{named}: names no data set; write one WEIGHT PREFIX a line")
+    return words
+
+
+def _held_out(words: list[str], named: str) -> list[DataSet]:
+    """Return the sets of --valid-data-path: named ones, or one prefix or blend called "validation"."""
+    if not words:
+        return []
+    if not all(re.fullmatch(r"[\w-]+=.+", word) for word in words):
+        return [_blend("validation", words, named, None)]
+    pairs = [word.split("=", 1) for word in words]
+    if len(dict(pairs)) < len(pairs):
+        raise ConfigurationError(f"{named}: two sets share a name; give each its own")
+    return [DataSet(name, (prefix,), (1.0,)) for name, prefix in pairs]
+
+
+def _blend(name: str, words: list[str], named: str, part: int | None) -> DataSet:
+    """Return a set from a prefix, or from pairs of weight and prefix."""
+    if len(words) == 1:
+        words = ["1", *words]
+    weights, prefixes = words[::2], words[1::2]
+    form = PAIRS + (", or NAME=PREFIX of every set" if name == "validation" else "")
+    strange = [word for word in weights if _number(word) is None]
+    if strange or len(weights) != len(prefixes):
+        fault = f"{strange[0]} stands where a weight should" if strange else "a weight has no prefix"
+        raise ConfigurationError(f"{named}: {fault}; {form}")
+    for weight, prefix in zip(weights, prefixes):
+        if not 0 < _number(weight) < math.inf:
+            raise ConfigurationError(
+                f"{named}: the weight {weight} of {prefix} is not a positive number; change it or leave the set out"
+            )
+    if len(set(prefixes)) < len(prefixes):
+        twice = next(prefix for prefix in prefixes if prefixes.count(prefix) > 1)
+        raise ConfigurationError(f"{named}: names {twice} twice; add its weights")
+    return DataSet(name, tuple(prefixes), tuple(_number(weight) for weight in weights), part)
+
+
+def _number(word: str) -> float | None:
+    try:
+        return float(word)
+    except ValueError:
+        return None

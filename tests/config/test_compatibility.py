@@ -1,0 +1,131 @@
+"""Every flag of the published scripts has a rule, and every rule does what it says."""
+
+import logging
+
+import pytest
+
+from megatron.config.compatibility import TABLE, Idle, Refused, Same, markdown, one_table, refused, translate
+from megatron.config.sections import SECTIONS
+from megatron.errors import ConfigurationError
+from megatron.training.command_line import parse, parser
+from tests.conftest import ROOT
+
+NETWORK = "--num-layers 2 --hidden-size 32 --num-attention-heads 2".split()
+# what the 18 runnable scripts of the published system pass to its entry points and evaluators
+PUBLISHED = """
+    --adam-beta1 --adam-beta2 --adam-eps --bf16 --clip-grad --cpu-optimizer --data-impl --deepspeed --deepspeed_config
+    --disable-bias-linear --eval-interval --eval-iters --eval_fp32 --eval_method --global-batch-size --hidden-size
+    --inference --kill-switch-file --kv-channels --load --load-tag --log-batch-size-to-tensorboard --log-interval
+    --log-timers-to-tensorboard --log-validation-ppl-to-tensorboard --lr --lr-decay-samples --lr-decay-style
+    --lr-warmup-samples --max-position-embeddings --merge-file --micro-batch-size --min-lr --no-load-optim --no-load-rng
+    --no-pipeline-parallel --normalization --num-attention-heads --num-layers --num-mc --only_generate --only_mc_nll
+    --optimizer --pipeline-model-parallel-size --results_path --save --save-interval --seq-length --skip-train --swiglu
+    --task_list --tensor-model-parallel-size --tensorboard-dir --tensorboard-queue-size --train-data-path-file
+    --train-samples --use-rotary-position-embeddings --valid-data-path-file --vocab-file --wandb-exp-name --wandb-group
+    --wandb-project --wandb-save-dir --weight-decay --zero-stage
+""".split()  # fmt: skip
+DOCUMENTED = """
+    --append-eod --ar-ratio --attention-dropout --num-order-list --randmask-ratio --tokenizer-type --use-order-list
+    --use-predefined-order
+""".split()[1:]  # the first is its preprocessing tool's
+
+
+def of_kind(kind) -> list[str]:
+    return sorted(name for name, rule in TABLE.items() if isinstance(rule, kind))
+
+
+def test_every_published_flag_is_known_and_none_has_two_meanings():
+    ours = set(parser("ar")._option_string_actions)
+    assert [name for name in (*PUBLISHED, *DOCUMENTED) if name not in ours and name not in TABLE] == []
+    assert len(PUBLISHED) == 65 and not ours & set(TABLE)
+
+
+def test_a_flag_of_two_rules_is_a_programming_error():
+    with pytest.raises(TypeError, match="--a"):
+        one_table(refused("--a --b", "no"), refused("--c --a", "no"))
+
+
+VALUES = {
+    "--data-path": "d",
+    "--layernorm-epsilon": "0.5",
+    "--rotary-position-embeddings-theta": "500",
+    "--num-key-value-heads": "1",
+}
+
+
+@pytest.mark.parametrize("name", of_kind(Same))
+def test_an_alias_is_the_same_as_what_it_stands_for(name):
+    rule = TABLE[name]
+    takes_value = name != "--disable-bias-linear"
+    value = VALUES.get(name, "3") if takes_value else None
+    ours = str(int(value) * 8) if rule.batches else value
+    base = [*NETWORK, "--global-batch-size", "8", "--micro-batch-size", "8", "--lr-decay-style", "WSD"]
+    expected = parse("ar", base + rule.words.split() + ([ours] if takes_value else []))
+    assert parse("ar", base + [name] + ([value] if takes_value else [])) == expected
+    assert expected != parse("ar", base) or name == "--disable-bias-linear"
+    if takes_value:
+        assert parse("ar", [*base, f"{name}={value}"]) == expected
+        with pytest.raises(ConfigurationError, match="value"):
+            parse("ar", [*base, name])
+
+
+def test_the_alias_of_a_switch_undoes_it():
+    assert not parse("ar", [*NETWORK, "--add-bias-linear", "--disable-bias-linear"]).model.add_bias_linear
+
+
+@pytest.mark.parametrize("name", of_kind(Idle))
+def test_what_has_no_effect_says_so_with_its_reason(name, caplog):
+    rule = TABLE[name]
+    values = rule.only or ("anything",) if rule.takes_value else (None,)
+    for value in values:
+        for spelled in ([name] if value is None else [name, value], [name] if value is None else [f"{name}={value}"]):
+            caplog.clear()
+            with caplog.at_level(logging.INFO, "megatron"):
+                assert parse("ar", [*NETWORK, *spelled, "--lr", "0.5"]) == parse("ar", [*NETWORK, "--lr", "0.5"])
+            (line,) = caplog.messages
+            typed = name if value is None else f"{name} {value}"
+            assert line == f"{typed}: has no effect, {rule.reason}" and len(rule.reason) > 8
+    if rule.only:
+        with pytest.raises(ConfigurationError) as caught:
+            parse("ar", [*NETWORK, name, "7"])
+        assert str(caught.value) == f"{name} 7: {rule.otherwise}" and len(rule.otherwise) > 8
+    if rule.takes_value:
+        with pytest.raises(ConfigurationError, match=f"{name}: is not followed by a value"):
+            parse("ar", [*NETWORK, name])
+        with pytest.raises(ConfigurationError, match=f"{name}: is not followed by a value"):
+            parse("ar", [*NETWORK, name, "--lr", "0.5"])
+    else:
+        with pytest.raises(ConfigurationError, match=f"{name}: takes no value"):
+            parse("ar", [*NETWORK, f"{name}=1"])
+
+
+@pytest.mark.parametrize("name", of_kind(Refused))
+def test_what_is_refused_gives_its_reason(name):
+    for spelled in ([name], [name, "1"], [f"{name}=1"]):
+        with pytest.raises(ConfigurationError) as caught:
+            parse("mdm", [*NETWORK, *spelled])
+        assert str(caught.value) == f"{name}: {TABLE[name].reason}"
+        assert TABLE[name].reason.startswith(("is refused: ", "is not supported: ", "is not available yet ("))
+
+
+def test_batches_are_counted_by_the_recipe_or_the_flag_wherever_it_stands():
+    assert translate(["--eval-iters", "10"], 256) == ["--eval-samples=2560"]
+    assert parse("ar", [*NETWORK, "--eval-iters", "10"]).validation.eval_samples == 2560
+    last = parse("ar", [*NETWORK, "--eval-iters", "10", "--global-batch-size", "16"])
+    assert last.validation.eval_samples == 160
+    for wrong in ("ten", "-1", "1.5", ""):
+        with pytest.raises(ConfigurationError, match=f"--eval-iters {wrong}: is not a whole number of batches"):
+            parse("ar", [*NETWORK, "--eval-iters", wrong])
+    with pytest.raises(ConfigurationError, match="--global-batch-size many: is not a number"):
+        parse("ar", [*NETWORK, "--eval-iters", "10", "--global-batch-size", "many"])
+
+
+def test_the_page_is_the_table():
+    assert (ROOT / "docs" / "compatibility.md").read_text() == markdown()
+    assert all(f"| `{name}` |" in markdown() for name in TABLE)
+
+
+def test_what_an_alias_stands_for_exists():
+    fields = {f"--{name.replace('_', '-')}" for section in SECTIONS.values() for name in section.__dataclass_fields__}
+    for name in of_kind(Same):
+        assert {word.replace("--no-", "--") for word in TABLE[name].words.split()} <= fields

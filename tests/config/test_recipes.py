@@ -1,0 +1,106 @@
+"""The recipes: field by field against the published system, and flags win over them."""
+
+import dataclasses
+
+import pytest
+
+from megatron.config.recipes import RECIPES
+from megatron.config.resolve import resolve
+from megatron.config.sections import SECTIONS, Vocabulary
+from megatron.config.sizes import UNIQUE_TOKENS
+from megatron.errors import ConfigurationError
+from megatron.training.command_line import parse, parser
+
+FILES = "--vocab-file v.json --merge-file m.txt --train-data-path-file t.txt --valid-data-path-file v.txt".split()
+# What the published scripts pass (quickstart/train_ar.sh), or their parser assumes, under our names.
+SCRIPT = {
+    "num_layers": 15, "hidden_size": 768, "num_attention_heads": 12, "kv_channels": 64, "seq_length": 2048,
+    "micro_batch_size": 8, "global_batch_size": 256, "normalization": "rmsnorm", "swiglu": True, "bf16": True,
+    "add_bias_linear": False, "adam_beta1": 0.9, "adam_beta2": 0.95, "adam_eps": 1e-8, "lr": 2e-4, "min_lr": 2e-5,
+    "lr_decay_style": "cosine", "clip_grad": 1.0, "weight_decay": 0.1, "log_interval": 10, "save_interval": 1000,
+    "eval_interval": 1000, "eval_samples": 10 * 256, "vocab_file": "v.json", "merge_file": "m.txt",
+    "train_data_path_file": "t.txt", "valid_data_path_file": "v.txt", "num_mc": 1,
+}  # fmt: skip
+ASSUMED = {
+    "attention_dropout": 0.1, "hidden_dropout": 0.1, "embedding_dropout": 0.1, "seed": 1234, "init_method_std": 0.02,
+    "norm_epsilon": 1e-5, "rotary_base": 10000.0, "untie_embeddings_and_output_weights": False, "num_workers": 2,
+    "tokenizer_type": "GPT2BPETokenizer", "softmax_over_padding": True, "epoch_order": "megatron", "mask_times": "iid",
+    "mask_eps": 1e-3, "eval_alignment": "published", "ffn_hidden_size": None, "group_query_attention": False,
+    "num_query_groups": None, "qk_layernorm": False, "mlp_dropout": 0.0, "token_dropout": 0.0, "token_dropout_max": 0.0,
+    "split": None, "train_unique_tokens": None, "skip_train": False,
+}  # fmt: skip
+# Ours alone, or how a run is started and kept: nothing the published system has a value of.
+OURS = {
+    "model_size", "recipe", "vocab_size", "tokenizer_model", "train_data_path", "valid_data_path", "fp32", "compile",
+    "train_epochs", "train_samples", "train_iters", "train_flops", "lr_warmup_samples", "lr_decay_samples",
+    "lr_wsd_decay_samples", "exit_interval", "exit_duration_in_mins", "kill_switch_file", "dry_run", "eval_batch_size",
+    "eval_seed", "save", "load", "keep_every_epochs",
+}  # fmt: skip
+TRACKING = {name for name in ("tracking",) if name in SECTIONS for name in SECTIONS["tracking"].__dataclass_fields__}
+
+
+def values(config) -> dict:
+    return {
+        field.name: getattr(getattr(config, name), field.name)
+        for name, section in SECTIONS.items()
+        for field in dataclasses.fields(section)
+    }
+
+
+@pytest.mark.parametrize("objective, size, epochs", [("ar", "140M", 50), ("mdm", "425M", 500)])
+def test_the_published_recipe_is_the_published_system_field_by_field(objective, size, epochs):
+    flags = ["--recipe", "published", "--model-size", size, "--train-epochs", str(epochs), *FILES]
+    config = parse(objective, flags)
+    found = values(config)
+    expected = SCRIPT | ASSUMED | ({} if objective == "mdm" else {"mask_times": "stratified"})  # AR has no use for it
+    if size == "425M":
+        expected |= {"num_layers": 18, "hidden_size": 1280, "num_attention_heads": 10, "kv_channels": 128}
+    assert {name: found[name] for name in expected} == expected
+    assert set(found) == set(expected) | OURS | TRACKING  # no field is forgotten
+    plan = resolve(config, Vocabulary(50257), UNIQUE_TOKENS["100M"])
+    samples = {50: 2_440_244, 500: 24_402_441}[epochs]
+    assert (plan.train_samples, plan.lr_decay_samples, plan.lr_warmup_samples) == (samples, samples, samples // 100)
+    assert plan.steps == -(-samples // 256) and config.model.mlp_size == {"140M": 2048, "425M": 3392}[size]
+    assert Vocabulary(50257).padded_size == 50304 and Vocabulary(50257).mask_id == 50257
+
+
+def test_the_default_recipe_is_what_the_sections_say():
+    flags = ["--model-size", "140M", "--train-epochs", "1"]
+    assert RECIPES["default"] == {}
+    assert parse("ar", [*flags, "--recipe", "default"]) == parse("ar", flags)
+    found = values(parse("ar", flags))
+    dropouts = ("attention_dropout", "hidden_dropout", "embedding_dropout", "mlp_dropout")
+    assert not any(found[name] for name in dropouts)
+    assert (found["epoch_order"], found["mask_times"]) == ("documents", "stratified")
+
+
+def test_every_flag_wins_over_a_recipe():
+    flags = ["--recipe", "published", "--model-size", "140M", "--tokenizer-type", "ByteTokenizer"]
+    config = parse("ar", [*flags, "--hidden-dropout", "0", "--no-softmax-over-padding", "--fp32", "--num-mc", "3"])
+    assert config.model.hidden_dropout == 0 and config.model.attention_dropout == 0.1
+    assert config.training.fp32 and config.training.bf16 is None and not config.model.softmax_over_padding
+    assert config.validation.num_mc == 3
+    assert parse("ar", [*flags, "--eval-iters", "2", "--global-batch-size", "8"]).validation.eval_samples == 16
+    assert parse("ar", [*flags, "--eval-iters", "2"]).validation.eval_samples == 512
+
+
+@pytest.mark.parametrize("objective", ["ar", "mdm"])
+def test_help_shows_the_defaults_of_the_recipe(objective, capsys):
+    shown = {}
+    for recipe in RECIPES:
+        with pytest.raises(SystemExit) as left:
+            parse(objective, ["--help", "--recipe", recipe])
+        assert left.value.code == 0
+        shown[recipe] = " ".join(capsys.readouterr().out.split())
+    published = "dropout of attention probabilities (default: 0.1)"
+    assert published in shown["published"] and published not in shown["default"]
+    assert "(default: megatron)" in shown["published"] and "(default: documents)" in shown["default"]
+    assert "steps between two checkpoints; default --eval-interval (default: 1000)" in shown["published"]
+
+
+def test_every_name_of_a_recipe_is_a_field():
+    for settings in RECIPES.values():
+        assert set(settings) <= set(values(parse("ar", ["--model-size", "7M"])))
+    with pytest.raises(ConfigurationError, match="--recipe mine: is not one of default, published"):
+        parse("ar", ["--model-size", "7M", "--recipe", "mine"])
+    assert parser("ar")

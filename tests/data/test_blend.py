@@ -1,0 +1,99 @@
+"""Blends against a slow dealer that sorts all due times, and what a run reads of them."""
+
+from fractions import Fraction
+
+import numpy as np
+import pytest
+
+from megatron.data.blend import Shares, TrainBlend, ValidationBlend, combined_hash
+from megatron.data.samples import TrainSamples, ValidationWindows
+
+WEIGHTS = [[1], [0.3, 0.7], [1, 1, 1], [5, 1, 0.01], [0.2] * 5, [1e-6, 3, 2], list(range(1, 301))]
+
+
+def slowly(weights, positions: int) -> list[tuple[int, int]]:
+    """Return (member, index) of the first positions: sort every due time, in exact arithmetic."""
+    total = sum(map(Fraction, weights))
+    due = [
+        ((index + Fraction(1, 2)) / (Fraction(weight) / total), member, index)
+        for member, weight in enumerate(weights)
+        for index in range(int(positions * Fraction(weight) / total) + 2)
+    ]
+    return [(member, index) for _, member, index in sorted(due)[:positions]]
+
+
+@pytest.mark.parametrize("weights", WEIGHTS, ids=lambda weights: f"{len(weights)} of {weights[0]}")
+def test_positions_are_dealt_in_the_order_in_which_samples_are_due(weights):
+    shares, expected = Shares(weights), slowly(weights, 700)
+    dealt = [shares.locate(position) for position in range(700)]
+    # in floats, members that are due at one time may come in another order; each still comes in its own
+    counts, slow_counts = np.zeros(len(weights)), np.zeros(len(weights))
+    for position, ((member, index), (slow_member, _)) in enumerate(zip(dealt, expected)):
+        assert index == counts[member]
+        counts[member] += 1
+        slow_counts[slow_member] += 1
+        assert shares.counts(position + 1) == counts.tolist()
+        assert abs(counts - slow_counts).max() <= 1
+    wanted = 700 * np.array(weights) / sum(weights)
+    assert abs(counts - wanted).max() < 1 + 1e-6 * len(weights)
+
+
+@pytest.mark.parametrize("weights", WEIGHTS[1:], ids=lambda weights: f"{len(weights)} of {weights[0]}")
+def test_far_positions_cost_nothing_and_follow_one_another(weights):
+    shares, start = Shares(weights), 10**12
+    counts = shares.counts(start)
+    assert sum(counts) == start
+    for position in range(start, start + 300):
+        member, index = shares.locate(position)
+        assert index == counts[member]
+        counts[member] += 1
+
+
+def test_a_blend_reads_each_member_in_its_own_order(data_set):
+    first = data_set([list(range(30))], name="first")
+    second = data_set([list(range(100, 150))], name="second")
+    members = [TrainSamples(dataset, 4, seed=1) for dataset in (first, second)]
+    blend = TrainBlend(members, [1, 3])
+    read = [blend[position].tolist() for position in range(40)]
+    assert [ids for ids in read if ids[0] < 100] == [members[0][index].tolist() for index in range(10)]
+    assert [ids for ids in read if ids[0] >= 100] == [members[1][index].tolist() for index in range(30)]
+    assert blend.unique_tokens == 80
+    assert blend.epochs(40) == [10 * 4 / 30, 30 * 4 / 50]
+
+
+def test_megatrons_order_of_a_member_is_that_of_its_own_share(data_set):
+    datasets = [data_set([[0] * 9, [1] * 13], name="a"), data_set([[2] * 40], name="b")]
+    blend = TrainBlend([TrainSamples(dataset, 4, 1234, "megatron") for dataset in datasets], [0.5, 0.5])
+    blend.request(20)
+    alone = TrainSamples(datasets[0], 4, 1234, "megatron")
+    alone.request(10)
+    own = [blend[position].tolist() for position in range(20) if blend._shares.locate(position)[0] == 0]
+    assert own == [alone[index].tolist() for index in range(10)]
+
+
+def test_validation_windows_of_a_blend_keep_the_shares_and_number_the_documents_on(data_set):
+    first = data_set([[1] * 10, [2] * 31], name="first")  # 10 windows
+    second = data_set([[3] * 201], name="second")  # 50 windows
+    parts = [ValidationWindows(dataset, 4) for dataset in (first, second)]
+    whole = ValidationBlend(parts, [1, 2])
+    assert (len(whole), whole.documents) == (30, 3)
+    few = ValidationBlend(parts, [1, 2], limit=6)
+    owners = [few[window][1][0] for window in range(len(few))]
+    assert len(few) == 6 and owners.count(2) == 4
+    for blend in (whole, few):
+        for window in range(len(blend)):
+            ids, documents = blend[window]
+            assert (ids == documents + 1).all()
+
+
+def test_validation_reads_no_window_twice_however_small_a_member(data_set):
+    parts = [ValidationWindows(data_set([[0] * size], name=str(size)), 4) for size in (5, 101)]
+    blend = ValidationBlend(parts, [0.5, 0.5])
+    assert [len(part) for part in parts] == [1, 25] and len(blend) == 2
+
+
+def test_the_hash_of_a_blend_depends_on_members_and_shares_and_not_on_their_scale():
+    assert combined_hash(["a"], [3.0]) == "a"
+    two = combined_hash(["a", "b"], [1.0, 3.0])
+    assert two == combined_hash(["a", "b"], [0.25, 0.75])
+    assert len({two, combined_hash(["b", "a"], [1.0, 3.0]), combined_hash(["a", "b"], [1.0, 2.0])}) == 3

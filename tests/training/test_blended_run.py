@@ -1,0 +1,91 @@
+"""Blends, path files and --split in whole runs: resumed, evaluated, and accounted for."""
+
+import json
+
+import pytest
+
+from megatron.data.indexed import IndexedDataset
+from megatron.data.paths import split_edges
+from megatron.training.command_line import parse
+from megatron.training.main import main
+from megatron.training.sources import open_sources
+from tests.conftest import records, run
+from tests.test_errors import told
+
+
+def replaced(tiny, *flags) -> list[str]:
+    """Return the flags of a tiny run with other data."""
+    index = tiny.index("--train-data-path")
+    return [*tiny[:index], *flags]
+
+
+@pytest.fixture
+def blended(tiny, corpus, tmp_path):
+    (tmp_path / "train.txt").write_text(f'"0.25 {corpus}/train" "0.75 {corpus}/tuning"\n')
+    (tmp_path / "valid.txt").write_text(f"# held out\n1 {corpus}/validation\n")
+    files = ["--train-data-path-file", f"{tmp_path}/train.txt", "--valid-data-path-file", f"{tmp_path}/valid.txt"]
+    return replaced(tiny, *files)
+
+
+@pytest.mark.parametrize("order", ["documents", "windows", "megatron"])
+def test_a_blend_from_a_path_file_is_interrupted_and_resumed(order, blended, tiny, corpus, tmp_path):
+    flags = [*blended, "--epoch-order", order]
+    done = run("mdm", *flags, "--save", tmp_path / "whole")
+    assert "has no effect" not in done.stderr  # there is a held-out set, although no --valid-data-path names it
+    run("mdm", *flags, "--save", tmp_path / "cut", "--exit-interval", 5)
+    run("mdm", *flags, "--save", tmp_path / "cut", processes=2)
+    assert [record["iteration"] for record in records(tmp_path / "cut")] == [
+        record["iteration"] for record in records(tmp_path / "whole")
+    ]
+    for one, other in zip(records(tmp_path / "cut"), records(tmp_path / "whole")):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
+    if order == "documents":  # the same blend by flags is the same run; another share is another one
+        typed = ["--train-data-path", "1", f"{corpus}/train", "3", f"{corpus}/tuning"]
+        same = replaced(tiny, *typed, "--valid-data-path", f"{corpus}/validation")
+        run("mdm", *same, "--save", tmp_path / "whole")
+        typed[1] = "2"
+        other = run("mdm", *replaced(tiny, *typed), "--save", tmp_path / "whole", check=False)
+        told(other.stderr, "--train-data-path", "holds other tokens", "branch")
+
+
+def test_split_cuts_whole_documents_and_leaves_the_test_part_for_evaluation(tiny, corpus, tmp_path):
+    flags = replaced(tiny, "--data-path", f"{corpus}/train", "--split", "80,10,10")
+    whole = IndexedDataset(f"{corpus}/train")
+    run("ar", *flags, "--save", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    edges = split_edges([80, 10, 10], len(whole))
+    assert config["unique_tokens"] == whole.sizes[: edges[1]].sum()
+    assert {record["set"] for record in records(tmp_path, "valid")} == {"validation"}
+    done = run("ar", "--skip-train", "--load", tmp_path)
+    assert [json.loads(line)["set"] for line in done.stdout.splitlines()] == ["validation", "test"]
+    other = [
+        "--skip-train",
+        "--load",
+        str(tmp_path),
+        "--valid-data-path",
+        f"other={corpus}/tuning",
+        "--eval-iters",
+        "1",
+    ]
+    (line,) = run("ar", *other).stdout.splitlines()
+    assert json.loads(line)["set"] == "other" and json.loads(line)["epoch"] == records(tmp_path)[-1]["epoch"]
+    assert parse("ar", other).validation.eval_samples == 8  # one batch of the run's own size
+    sources = open_sources(parse("ar", [*map(str, flags), "--skip-train"]))
+    assert [found.documents for found in sources.validation] == [edges[2] - edges[1], edges[3] - edges[2]]
+    ids, documents = sources.validation[0].windows[0]
+    assert ids.tolist() == whole.stream(*(config["unique_tokens"] + edge for edge in (0, 33))).tolist()
+    assert documents[0] == 0
+
+
+def test_a_dry_run_says_how_often_each_member_is_read(tiny, corpus, capsys):
+    blend = ["--train-data-path", "1", f"{corpus}/train", "3", f"{corpus}/tuning"]
+    main("ar", [*map(str, replaced(tiny, *blend)), "--dry-run"])
+    plan = json.loads(capsys.readouterr().out)["plan"]
+    sizes = {name: IndexedDataset(f"{corpus}/{name}").total_tokens for name in ("train", "tuning")}
+    assert plan["unique_tokens"] == sum(sizes.values())
+    read = {name: plan["epochs_by_data_set"][f"{corpus}/{name}"] * sizes[name] / 32 for name in sizes}
+    assert sum(read.values()) == pytest.approx(93)
+    assert read["tuning"] == pytest.approx(0.75 * 93, abs=1)
+    main("ar", [*map(str, tiny), "--dry-run"])
+    alone = json.loads(capsys.readouterr().out)["plan"]
+    assert alone["epochs_by_data_set"] == {f"{corpus}/train": pytest.approx(alone["epochs"])}

@@ -1,0 +1,277 @@
+"""TensorBoard and Weights & Biases repeat metrics.jsonl, over restarts and branches, and end no run."""
+
+import json
+import math
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from wandb.proto.wandb_internal_pb2 import Record
+
+from megatron.config.sections import TrackingConfig
+from megatron.training.main import main
+from megatron.training.trackers import TensorBoard, Trackers
+from tests.conftest import entry, environment, records, run
+
+AXES = {
+    "iterations": lambda record: record["iteration"],
+    "samples": lambda record: record["consumed_samples"],
+    "tokens": lambda record: record["consumed_tokens"],
+    "epochs": lambda record: round(1000 * record["epoch"]),
+    "flops": lambda record: round(record["flops"] / 1e9),
+}
+TEXT = ("kind", "set", "alignment")
+VOLATILE = ("seconds", "tokens_per_second", "mfu", "memory_bytes")
+
+
+@pytest.fixture(autouse=True)
+def nobody_is_logged_in(monkeypatch, tmp_path_factory):
+    home = tmp_path_factory.mktemp("home")
+    monkeypatch.setenv("HOME", str(home))
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_DIR", "NETRC", "WANDB_CONFIG_DIR"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def boards(folder):
+    """Return the flags of both trackers, with a TensorBoard folder inside the run's."""
+    return ["--save", folder, "--tensorboard-dir", folder / "board", "--wandb-project", "tests"]
+
+
+@pytest.fixture(scope="module")
+def whole(tiny, tmp_path_factory):
+    """A run that nothing interrupted, of which each axis has a board and nobody is logged in."""
+    folder = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
+        done = run("mdm", *tiny, *boards(folder))
+    (told,) = [line for line in done.stderr.splitlines() if "wandb" in line]
+    assert "--wandb-project tests: offline" in told and f"wandb sync {folder}/wandb/offline-run-" in told
+    return folder
+
+
+def shown(board, hide=True) -> dict[str, list[tuple]]:
+    """Return the points of every curve on a board, (step, value), by axis and tag."""
+    found = {}
+    for axis in AXES:
+        events = EventAccumulator(str(board / axis), {"scalars": 0}, purge_orphaned_data=hide).Reload()
+        for tag in events.Tags()["scalars"]:
+            found[axis, tag] = [(event.step, event.value) for event in events.Scalars(tag)]
+    return found
+
+
+def expected(found: list[dict]) -> dict[str, list[tuple]]:
+    """Return the same of records, written down from what a board is to show."""
+    points = {}
+    for record in found:
+        group = "train" if record["kind"] == "train" else f"valid/{record['set']}"
+        values = {name: value for name, value in record.items() if name not in TEXT and value is not None}
+        values.pop("iteration")
+        if record["kind"] == "valid":
+            values = {name: value for name, value in values.items() if name not in ("seconds", "epoch", "flops")}
+            values = {name: value for name, value in values.items() if not name.startswith("consumed")}
+            values["perplexity"] = math.exp(record["loss"])
+        for axis, step in AXES.items():
+            for name, value in values.items():
+                if axis == "iterations" or name in ("loss", "perplexity"):
+                    value = struct.unpack("f", struct.pack("f", value))[0]
+                    points.setdefault((axis, f"{group}/{name} vs {axis}"), []).append((step(record), value))
+    return points
+
+
+def read_metrics(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def steady(curves: dict) -> dict:
+    """Return curves without what two equal runs need not share."""
+    return {(axis, tag): points for (axis, tag), points in curves.items() if not any(name in tag for name in VOLATILE)}
+
+
+def offline_runs(folder) -> list[list[Record]]:
+    """Return what each start wrote for Weights & Biases: a log of records that may be cut at 32 kB blocks."""
+    runs = []
+    for path in sorted(folder.glob("wandb/offline-run-*/run-*.wandb")):
+        data, position, part, found = path.read_bytes(), 7, b"", []
+        while position + 7 <= len(data):
+            left = 32768 - position % 32768
+            if left < 7:
+                position += left
+                continue
+            _, size, kind = struct.unpack_from("<IHB", data, position)
+            part += data[position + 7 : position + 7 + size]
+            position += 7 + size
+            if kind in (1, 4):  # a whole record, or its last part
+                found.append(Record.FromString(part))
+                part = b""
+        runs.append(found)
+    return runs
+
+
+def history(found: list[Record]) -> list[dict]:
+    """Return the rows of a log, without the fields that it adds."""
+    rows = [record.history.item for record in found if record.WhichOneof("record_type") == "history"]
+    rows = [{item.key or item.nested_key[0]: json.loads(item.value_json) for item in row} for row in rows]
+    return [{name: value for name, value in row.items() if not name.startswith("_")} for row in rows]
+
+
+def one(found: list[Record], kind: str):
+    return next(getattr(record, kind) for record in found if record.WhichOneof("record_type") == kind)
+
+
+def test_a_board_shows_the_records_on_every_axis(whole):
+    found = read_metrics(whole)
+    assert shown(whole / "board") == expected(found)
+    assert ("tokens", "train/loss vs tokens") in expected(found) and ("flops", "valid/tuning/perplexity vs flops") in (
+        expected(found)
+    )
+
+
+def test_weights_and_biases_has_every_record_with_its_clocks(whole):
+    (found,) = offline_runs(whole)
+    for row, record in zip(history(found), read_metrics(whole), strict=True):
+        group = "train" if record["kind"] == "train" else f"valid/{record['set']}"
+        assert row["consumed_samples"] == record["consumed_samples"] and row["flops"] == record["flops"]
+        assert row["iteration"] == record["iteration"] and row["epoch"] == record["epoch"]
+        assert row["consumed_tokens"] == record["consumed_tokens"] and row[f"{group}/loss"] == record["loss"]
+    begun = one(found, "run")
+    assert begun.project == "tests" and begun.display_name == whole.name
+    assert begun.run_id == json.loads((whole / "wandb.json").read_text())["id"]
+    settings = {item.key: json.loads(item.value_json) for item in begun.config.update}
+    assert settings["model"]["num_layers"] == 2 and settings["tracking"]["wandb_project"] == "tests"
+    metrics = [record.metric for record in found if record.WhichOneof("record_type") == "metric"]
+    assert [(metric.glob_name, metric.step_metric) for metric in metrics][-1] == ("*", "iteration")
+
+
+def test_after_a_kill_the_board_equals_that_of_an_uninterrupted_run(whole, tiny, tmp_path):
+    command = [sys.executable, entry("mdm"), *tiny, *map(str, boards(tmp_path))]
+    process = subprocess.Popen(command, env=environment(), stderr=subprocess.DEVNULL)
+    while process.poll() is None and not (tmp_path / "board").exists():
+        time.sleep(0.002)
+    metrics = tmp_path / "metrics.jsonl"
+    while process.poll() is None and '"iteration": 6,' not in metrics.read_text():
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    kept = (tmp_path / "wandb.json").read_text()
+    run("mdm", *tiny, *boards(tmp_path))
+    assert shown(tmp_path / "board") == expected(read_metrics(tmp_path))
+    assert steady(shown(tmp_path / "board")) == steady(shown(whole / "board"))
+    everything = shown(tmp_path / "board", hide=False)["iterations", "train/loss vs iterations"]
+    assert len(everything) > len(shown(whole / "board")["iterations", "train/loss vs iterations"])  # some was dropped
+    assert (tmp_path / "wandb.json").read_text() == kept
+    killed, resumed = offline_runs(tmp_path)
+    begun = [record.run.run_id for found in (killed, resumed) for record in found if record.HasField("run")]
+    assert set(begun) == {json.loads(kept)["id"]}  # of what was killed, wandb may not have written even that
+    assert history(resumed)[-1]["iteration"] == 12 and one(resumed, "exit").exit_code == 0
+    assert history(resumed)[0]["iteration"] == 5  # the records until then were sent before
+
+
+def test_a_branch_begins_with_the_records_of_its_origin(whole, tiny, tmp_path):
+    longer = [flag if flag != "93" else "120" for flag in tiny]
+    run("mdm", *longer, "--load", whole, *boards(tmp_path))
+    found = read_metrics(tmp_path)
+    assert found[: len(read_metrics(whole))] == read_metrics(whole) and found[-1]["consumed_samples"] == 120
+    assert shown(tmp_path / "board") == expected(found)
+    assert (tmp_path / "wandb.json").read_text() != (whole / "wandb.json").read_text()
+    assert [row["iteration"] for row in history(*offline_runs(tmp_path))] == [row["iteration"] for row in found]
+
+
+def test_a_run_older_than_its_trackers_is_resumed_and_evaluated(whole, tiny, tmp_path):
+    shutil.copytree(whole, tmp_path / "old", ignore=shutil.ignore_patterns("board", "wandb*"))
+    for path in (tmp_path / "old").rglob("*.json"):
+        value = json.loads(path.read_text())
+        for settings in (value, value.get("config", {})):
+            settings.pop("tracking", None)
+        path.write_text(json.dumps(value))
+    run("mdm", "--skip-train", "--load", tmp_path / "old")
+    run("mdm", *tiny, *boards(tmp_path / "old"))
+    assert shown(tmp_path / "old" / "board") == expected(read_metrics(whole))
+
+
+def test_an_evaluation_touches_no_tracker(whole):
+    before = sorted((path, path.stat().st_mtime_ns) for path in whole.rglob("*"))
+    done = run("mdm", "--skip-train", "--load", whole)
+    assert len(done.stdout.splitlines()) == 2 and "wandb" not in done.stderr
+    assert sorted((path, path.stat().st_mtime_ns) for path in whole.rglob("*")) == before
+
+
+def test_two_processes_have_one_board_and_a_failed_run_closes_it(tiny, tmp_path):
+    flags = [*tiny, "--lr", "1e30", "--clip-grad", 0, "--eval-interval", 100, *boards(tmp_path)]
+    assert run("ar", *flags, processes=2, check=False).returncode != 0
+    assert all(len(list((tmp_path / "board" / axis).iterdir())) == 1 for axis in AXES)
+    assert shown(tmp_path / "board") == expected(read_metrics(tmp_path)) and len(records(tmp_path)) == 1
+    (found,) = offline_runs(tmp_path)
+    assert len(history(found)) == 1 and one(found, "exit").exit_code == 1
+
+
+# -------------------------------------------------------------------------------------- what goes wrong
+
+
+@pytest.mark.parametrize(
+    "flag, value, package", [("--tensorboard-dir", "board", "tensorboard"), ("--wandb-project", "tests", "wandb")]
+)
+def test_a_missing_package_is_told_before_anything_is_written(
+    flag, value, package, tiny, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
+    with pytest.raises(SystemExit) as left:
+        main("ar", [*tiny, "--save", str(tmp_path / "run"), flag, value])
+    told = capsys.readouterr().err
+    assert left.value.code == 2 and len(told.splitlines()) == 1 and not (tmp_path / "run").exists()
+    assert told.startswith(f"error: {flag} {value}: needs the package {package}; bash install.sh --with-{package}")
+
+
+def test_trackers_that_cannot_start_are_switched_off_with_a_line_each(tiny, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("WANDB_API_KEY", "short")
+    flags = ["--save", tmp_path / "run", "--tensorboard-dir", tmp_path / "file", "--wandb-project", "tests"]
+    done = run("ar", *tiny, *flags)
+    warnings = [line for line in done.stderr.splitlines() if "is switched off" in line]
+    assert len(warnings) == 2 and "Traceback" not in done.stderr
+    assert f"--tensorboard-dir {tmp_path / 'file'}:" in warnings[0] and "--wandb-project tests:" in warnings[1]
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "finished"
+
+
+RECORD = {"kind": "train", "iteration": 1, "consumed_samples": 8, "consumed_tokens": 256, "epoch": 0.1, "flops": 1e9}
+RECORD |= {"seconds": 1.0, "loss": 2.0}
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_tracker_that_fails_later_is_switched_off_and_the_other_goes_on(tmp_path, caplog):
+    boards = {name: TrackingConfig(tensorboard_dir=str(tmp_path / name)) for name in ("lost", "kept")}
+    trackers = Trackers({name: lambda board=board: TensorBoard(board, []) for name, board in boards.items()})
+    with trackers:
+        trackers.record(RECORD)
+        shutil.rmtree(tmp_path / "lost")
+        for iteration in (2, 3):
+            trackers.record(RECORD | {"iteration": iteration})
+    (warning,) = [record.getMessage() for record in caplog.records]
+    assert warning.startswith("lost: is switched off") and "the run goes on" in warning and "\n" not in warning
+    curve = shown(tmp_path / "kept")["iterations", "train/loss vs iterations"]
+    assert curve == [(1, 2.0), (2, 2.0), (3, 2.0)] and not (tmp_path / "lost").exists()
+
+
+def test_a_step_that_rounding_shares_is_neither_lost_nor_doubled(tmp_path):
+    """On the axes of epochs and FLOPs several records have one step; a resume drops some of them."""
+    board = TrackingConfig(tensorboard_dir=str(tmp_path))
+    made = [RECORD | {"iteration": i, "epoch": i / 3000, "flops": i * 4e8, "loss": float(i)} for i in range(1, 12)]
+    with Trackers({"": lambda: TensorBoard(board, [])}) as trackers:
+        for record in made[:8]:
+            trackers.record(record)
+    with Trackers({"": lambda: TensorBoard(board, made[:4])}) as trackers:
+        for record in made[4:]:
+            trackers.record(record)
+    assert shown(tmp_path) == expected(made)
+
+
+def test_a_run_begun_anew_hides_what_the_last_attempt_showed(tmp_path):
+    board = TrackingConfig(tensorboard_dir=str(tmp_path))
+    for loss in (1.0, 2.0):
+        with Trackers({"": lambda: TensorBoard(board, [])}) as trackers:
+            trackers.record(RECORD | {"loss": loss})
+    assert shown(tmp_path) == expected([RECORD | {"loss": 2.0}])
