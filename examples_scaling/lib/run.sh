@@ -11,7 +11,23 @@ execute() {
     [[ "${DRY_RUN:-0}" == 1 ]] || ${in_its_place:-} "$@"
 }
 
-# pretrain ar|mdm FLAGS...: one process, or one for each CUDA device (NPROC overrides).
+# need REMEDY FILE...: leave with 2 where a file is missing, unless DRY_RUN=1.
+need() {
+    local file
+    for file in "${@:2}"; do
+        [[ -e "$file" || "${DRY_RUN:-0}" == 1 ]] || { echo "error: $file: is not there; $1" >&2; exit 2; }
+    done
+}
+
+# Print how many processes to start: one for each CUDA device, of as many as are a power of two, since batches are.
+processes() {
+    local devices count=1
+    devices=$(nvidia-smi -L 2>/dev/null | grep -c ^GPU || true)
+    while ((2 * count <= devices)); do ((count *= 2)); done
+    echo "$count"
+}
+
+# pretrain ar|mdm FLAGS...: NPROC processes, or what `processes` says.
 pretrain() {
     local script
     case "$1" in
@@ -19,9 +35,9 @@ pretrain() {
         mdm) script=pretrain_mdm.py ;;
         *) echo "error: pretrain $1: is neither ar nor mdm" >&2; return 2 ;;
     esac
-    local processes=${NPROC:-$(nvidia-smi -L 2>/dev/null | grep -c ^GPU || true)}
+    local count=${NPROC:-$(processes)}
     local launch=("$python")
-    ((processes > 1)) && launch+=(-m torch.distributed.run --standalone "--nproc_per_node=$processes")
+    ((count > 1)) && launch+=(-m torch.distributed.run --standalone "--nproc_per_node=$count")
     execute "${launch[@]}" "$script" "${@:2}"
 }
 
