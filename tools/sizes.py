@@ -18,6 +18,8 @@ from megatron.config.sections import Vocabulary
 from megatron.config.sizes import (
     BEST_ON_100M,
     COMPUTE_OPTIMAL,
+    DATA_VALUE_EPOCHS,
+    DATA_VALUE_TOKENS,
     GPT2_VOCABULARY,
     LADDER,
     UNIQUE_TOKENS,
@@ -72,6 +74,11 @@ def print_budgets() -> None:
     print("Best size by training FLOPs (2507.15857):")
     for (objective, flops), name in COMPUTE_OPTIMAL.items():
         print(f"  {objective.upper():4}{flops:.0e}  {name}")
+    print("Unique tokens, in millions, of the published sets that are read so many times at that compute:")
+    print("  epochs  " + "".join(f"{epochs:>9}" for epochs in DATA_VALUE_EPOCHS))
+    for (objective, flops), sets in DATA_VALUE_TOKENS.items():
+        amounts = "".join(f"{tokens / 1e6:>9.1f}" if tokens else f"{'-':>9}" for tokens in sets)
+        print(f"  {objective.upper():4}{flops:.0e}{amounts}")
     print("Best published runs on 100M unique tokens:")
     for objective, (name, epochs, loss) in BEST_ON_100M.items():
         print(f"  {objective.upper():4}{name} x {epochs} epochs, validation loss {loss}")

@@ -9,6 +9,8 @@ from megatron.config.sections import ModelConfig, Vocabulary
 from megatron.config.sizes import (
     BEST_ON_100M,
     COMPUTE_OPTIMAL,
+    DATA_VALUE_EPOCHS,
+    DATA_VALUE_TOKENS,
     LADDER,
     UNIQUE_TOKENS,
     flops_per_token,
@@ -116,6 +118,16 @@ def test_the_published_budgets(objective):
     assert (plan.train_samples, plan.steps) == (samples, steps)
     assert plan.train_samples * 2048 * 6 * published_count(config.model) == pytest.approx(flops, rel=2e-3)
     assert {size for (named, _), size in COMPUTE_OPTIMAL.items() if named == objective} <= set(LADDER)
+
+
+@pytest.mark.parametrize("key", DATA_VALUE_TOKENS)
+def test_the_sets_of_a_compute_scale_spend_it(key):
+    """The optimal size reads each set so often that 6ND is the compute, to within the documents' granularity."""
+    (_, flops), sets = key, DATA_VALUE_TOKENS[key]
+    size = published_count(ladder_model(COMPUTE_OPTIMAL[key]))
+    assert len(sets) == len(DATA_VALUE_EPOCHS)
+    for epochs, tokens in zip(DATA_VALUE_EPOCHS, sets):
+        assert tokens is None or 6 * size * tokens * epochs == pytest.approx(flops, rel=5e-3)
 
 
 @pytest.mark.parametrize("name", LADDER)
