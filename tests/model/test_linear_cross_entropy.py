@@ -12,6 +12,12 @@ from megatron.model.linear_cross_entropy import linear_cross_entropy, linear_nll
 POSITIONS, WIDTH, SIZE, PADDED = 60, 24, 101, 128
 
 
+@pytest.fixture(autouse=True, params=[fused.CACHED_NUMBERS, 500, 1], ids=["at once", "3 rows", "a row"])
+def cached(request, monkeypatch):
+    """Work on all rows at once, on three (20 of the head) at a time, and on one."""
+    monkeypatch.setattr(fused, "CACHED_NUMBERS", request.param)
+
+
 def reference_linear_cross_entropy(hidden, head, targets, weights, size):
     """Full logits and PyTorch's own loss, in fp32."""
     logits = hidden.float() @ head[:size].float().T

@@ -34,13 +34,17 @@ def example(causal=True, share=0.5, positions=None):
 
 def plain_nll(model, batch):
     logits = model.logits(batch.tokens, batch.causal, batch.positions)
+    if model.config.softmax_over_padding:
+        logits = F.linear(model.hidden_states(batch.tokens, batch.causal, batch.positions), model.lm_weight())
     return F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), reduction="none").view_as(batch.targets)
 
 
+@pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("untied", [False, True])
 @pytest.mark.parametrize("causal", [False, True])
-def test_loss_and_gradients_equal_full_logits(untied, causal):
-    model, batch = build(untie_embeddings_and_output_weights=untied, init_method_std=0.2), example(causal)
+def test_loss_and_gradients_equal_full_logits(untied, causal, padded):
+    options = {"untie_embeddings_and_output_weights": untied, "softmax_over_padding": padded}
+    model, batch = build(**options, init_method_std=0.2), example(causal)
     loss = model(batch)
     loss.backward()
     mine = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
@@ -75,6 +79,16 @@ def test_a_zero_head_scores_log_of_the_tokenizers_vocabulary(untied):
     nll = model(batch, per_position=True)
     assert (nll - math.log(VOCABULARY.size)).abs().max() < 1e-6
     assert abs(model(batch).item() / batch.weights.sum().item() - math.log(VOCABULARY.size)) < 1e-6
+
+
+def test_a_zero_head_scores_log_of_the_padded_vocabulary_where_that_takes_part():
+    model, batch = build(softmax_over_padding=True, untie_embeddings_and_output_weights=True), example(share=1.0)
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    found = model(batch, per_position=True)
+    torch.testing.assert_close(found, torch.full_like(found, math.log(VOCABULARY.padded_size)))
+    # whatever it was trained with, scoring and generation are over the tokenizer's ids
+    assert model.logits(batch.tokens, True).shape[-1] == VOCABULARY.size
 
 
 def test_causal_attention_never_sees_the_future_and_bidirectional_does():
