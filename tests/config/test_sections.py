@@ -47,11 +47,6 @@ REFUSED = [
         {"train_data_path": ("a",), "train_data_path_file": "f"},
         "--train-data-path-file f: excludes --train-data-path a; give one of them",
     ),
-    (
-        DataConfig,
-        {"split": "8,2", "valid_data_path_file": "f"},
-        "--split 8,2: cuts the held-out data from",
-    ),
     (DataConfig, {"split": "0,1"}, "--split 0,1: give up to three shares"),
     (DataConfig, {"num_workers": -1}, "--num-workers -1: must not be negative"),
     (DataConfig, {"train_unique_tokens": 0}, "--train-unique-tokens 0: must be positive"),
