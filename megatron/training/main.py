@@ -70,7 +70,6 @@ def run(objective: str, config: Config, command: str) -> None:
         raise ConfigurationError("--skip-train: there is nothing to evaluate; give --valid-data-path")
     vocabulary = Vocabulary(sources.tokenizer.vocabulary_size)
     plan = resolve(config, vocabulary, sources.train.unique_tokens)
-    sources.train.request(plan.train_samples)
     dropout = build_token_dropout(objective, config.objective, vocabulary)
     if config.training.dry_run:
         resolved = {"objective_name": objective, "plan": amounts(config, plan, vocabulary, sources), **asdict(config)}
@@ -79,6 +78,7 @@ def run(objective: str, config: Config, command: str) -> None:
     processes = start_processes()
     if not config.validation.skip_train:
         check_processes(config, processes.size)
+        sources.train.request(plan.train_samples)
     precision, compiled = choose_precision(config, processes.device), choose_compile(config, plan, processes)
     folder, origin = open_run(config, plan, objective, sources, precision, processes)
 
