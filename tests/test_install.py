@@ -34,6 +34,7 @@ esac
     "flags, machine, said",
     [
         (["--fast"], {}, "install.sh --fast: unknown flag; --help lists them"),
+        (["--with-apex"], {}, "install.sh --with-apex: unknown extra; give one of test, eval, deepspeed,"),
         ([], {"version": "3.9"}, "is Python 3.9; this needs 3.10 or newer"),
         (
             [],
@@ -53,12 +54,22 @@ def test_a_sound_machine_gets_as_far_as_the_environment(tmp_path):
     assert done.returncode == 7 and "making" in done.stderr
 
 
+def test_extras_are_installed_together_and_one_that_is_there_stays(tmp_path):
+    done = install(tmp_path, "--with-wandb", "--with-test")
+    assert "this package[test,wandb], into .venv" in done.stdout
+    (tmp_path / ".venv").mkdir()
+    (tmp_path / ".venv" / "installed").write_text("what it was made from  -\n3.11 [wandb,of-old]\n")
+    assert "this package[tensorboard,wandb], into .venv" in install(tmp_path, "--with-tensorboard").stdout
+
+
 def test_nothing_is_installed_twice():
     """tests/run.sh has just installed here."""
     if not (ROOT / ".venv" / "installed").exists():
         pytest.skip("this environment was not made by install.sh")
     before = (ROOT / ".venv" / "installed").stat().st_mtime_ns
     surroundings = {name: value for name, value in os.environ.items() if name != "PYTHON"}
-    done = subprocess.run(["bash", "install.sh"], cwd=ROOT, env=surroundings, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout == ""
+    for flags in ([], ["--with-test"]):
+        command = ["bash", "install.sh", *flags]
+        done = subprocess.run(command, cwd=ROOT, env=surroundings, capture_output=True, text=True)
+        assert done.returncode == 0 and done.stdout == ""
     assert (ROOT / ".venv" / "installed").stat().st_mtime_ns == before

@@ -111,6 +111,9 @@ def idle_flags(config: Config, exact: bool) -> list[str]:
         reasons.append(("checkpoint", ("save_interval", "keep_every_epochs"), "no --save names a run folder"))
     if not (config.data.valid_data_path or config.data.valid_data_path_file or config.data.split):
         reasons.append(("validation", EVALUATION, "no --valid-data-path names a validation set"))
+    if config.validation.skip_train:
+        trackers = tuple(field.name for field in fields(SECTIONS["tracking"]))
+        reasons.append(("tracking", trackers, "an evaluation is printed and not tracked"))
     return [
         f"{typed(name, getattr(getattr(config, section), name))}: has no effect, {reason}"
         for section, names, reason in reasons

@@ -62,7 +62,7 @@ def recorded_settings(source: str | None) -> dict:
     recorded = source and recorded_config(Path(source))
     if not recorded:
         return {}
-    sections = [recorded.get(section, {}) for section in SECTIONS if section != "checkpoint"]
+    sections = [recorded.get(section, {}) for section in SECTIONS if section not in ("checkpoint", "tracking")]
     settings = {name: value for section in sections for name, value in section.items()}
     # what it was, whatever the device prefers
     return settings | {"bf16": None, "fp32": None, recorded["precision"]: True}

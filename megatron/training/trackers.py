@@ -90,7 +90,9 @@ class TensorBoard:
 class WeightsAndBiases:
     """A run of Weights & Biases, the same one after every restart; offline where nobody is logged in.
 
-    What it was told cannot be taken back: steps that are repeated after a crash appear twice in its history.
+    Its history can only grow: steps that are repeated after a crash are in it twice. It is written every 15 seconds, so
+    that a kill may cost it the last ones. Its own step counts calls and goes on by itself; curves are drawn against
+    `iteration`, and can be drawn against every other clock.
     """
 
     def __init__(self, settings: TrackingConfig, folder: RunFolder | None, description: dict, before: list[dict]):
@@ -116,7 +118,6 @@ class WeightsAndBiases:
             mode=mode,
             settings=quiet,
         )
-        # Its own step counts calls and goes on by itself after a restart; every curve is drawn against a clock instead.
         self._run.define_metric("iteration")
         self._run.define_metric("*", step_metric="iteration")
         if not begun:

@@ -197,6 +197,8 @@ def test_an_evaluation_touches_no_tracker(whole):
     before = sorted((path, path.stat().st_mtime_ns) for path in whole.rglob("*"))
     done = run("mdm", "--skip-train", "--load", whole)
     assert len(done.stdout.splitlines()) == 2 and "wandb" not in done.stderr
+    asked = run("mdm", "--skip-train", "--load", whole, "--tensorboard-dir", whole / "other")
+    assert f"--tensorboard-dir {whole}/other: has no effect, an evaluation is printed" in asked.stderr
     assert sorted((path, path.stat().st_mtime_ns) for path in whole.rglob("*")) == before
 
 
