@@ -348,7 +348,7 @@ def _value(name: str, rest: list[str], joined: str, value: str) -> str:
 
 
 def _in_samples(name: str, value: str, batch: int) -> str:
-    if not value.isdigit():
+    if not (value.isascii() and value.isdigit()):
         raise ConfigurationError(f"{name} {value}: is not a whole number of batches; give one")
     return str(int(value) * batch)
 

@@ -20,7 +20,6 @@ RECIPES: dict[str, dict] = {
         "mask_times": "iid",
         "mask_eps": 1e-3,
         "lr": 2e-4,
-        "min_lr": 2e-5,
         "lr_decay_style": "cosine",
         "weight_decay": 0.1,
         "adam_beta1": 0.9,

@@ -19,8 +19,9 @@ class Shares:
     """Positions dealt to members in proportion to `weights`, positive numbers that need not add up to 1."""
 
     def __init__(self, weights: Sequence[float]):
-        total = math.fsum(weights)
-        self.shares = [weight / total for weight in weights]
+        largest = max(weights)  # taken out first, so that no sum overflows
+        total = math.fsum(weight / largest for weight in weights)
+        self.shares = [weight / largest / total for weight in weights]
 
     def locate(self, position: int) -> tuple[int, int]:
         """Return (member, which of its samples) of a position."""
@@ -105,5 +106,5 @@ def combined_hash(hashes: Sequence[str], weights: Sequence[float]) -> str:
     """Return one hash of a blend's members and shares; of a single member, its own."""
     if len(hashes) == 1:
         return hashes[0]
-    shares = Shares(weights).shares
+    shares = [f"{share:.9g}" for share in Shares(weights).shares]  # the same mixture in another scale has the same
     return hashlib.sha256(repr([*zip(hashes, shares)]).encode()).hexdigest()

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron.config.flags import require
+from megatron.config.flags import require, typed
 from megatron.config.resolve import Plan, check_resume
 from megatron.config.sections import Config
 from megatron.errors import ConfigurationError
@@ -75,6 +75,10 @@ def find_origin(config: Config, plan: Plan, objective: str, sources: Sources, pr
     recorded = recorded_config(source)
     # what is only evaluated may be evaluated in other ways than it was trained with
     check_resume(recorded, config, plan, objective, branched or only_evaluate)
+    if only_evaluate:
+        split = recorded["data"].get("split")
+        rule = f"the run in {source} was begun with {typed('split', split)}; leave the flag out"
+        require(config.data.split == split, "split", config.data.split, rule)
     if branched and not only_evaluate:
         _check_branch(recorded, meta, config, plan, source)
     elif not only_evaluate:

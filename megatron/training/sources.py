@@ -1,7 +1,10 @@
 """The data of a run: opened, and checked against the tokenizer that made it."""
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
 
 from megatron.config.sections import Config, DataConfig
 from megatron.data.blend import TrainBlend, ValidationBlend, combined_hash
@@ -11,6 +14,8 @@ from megatron.data.samples import TrainSamples, ValidationWindows
 from megatron.data.tokenizer import Tokenizer, build_tokenizer
 from megatron.errors import ConfigurationError
 from megatron.training.evaluate import ValidationSet
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -35,18 +40,18 @@ def open_sources(config: Config) -> Sources:
     made = {prefix: read_metadata(prefix) for wanted in (train, *held_out) for prefix in wanted.prefixes}
     tokenizer = _tokenizer(data, made)
     opened = {prefix: IndexedDataset(prefix, tokenizer.vocabulary_size) for prefix in made}
-    members = {wanted.name: _members(wanted, opened, data) for wanted in (train, *held_out)}
-    fingerprints = {
-        "--train-data-path" if wanted is train else wanted.name: combined_hash(
-            [member.fingerprint() for member in members[wanted.name]], wanted.weights
-        )
-        for wanted in (train, *held_out)
-    }
+    held_out = [wanted for wanted in held_out if _suffices(wanted, opened, data)]
+    train_members = _members(train, opened, data)
+    members = {wanted.name: _members(wanted, opened, data) for wanted in held_out}
+    fingerprints = {"--train-data-path": _fingerprint(train, train_members)}
+    fingerprints |= {wanted.name: _fingerprint(wanted, members[wanted.name]) for wanted in held_out}
+    if data.split and (data.valid_data_path or data.valid_data_path_file):
+        logger.info("--split %s: keeps its held-out documents out of training, though other data are given", data.split)
     hashes = [made[prefix].get("corpus_hash") for prefix in train.prefixes]
     sources = [made[prefix].get("source", prefix) for prefix in train.prefixes]
     return Sources(
         tokenizer,
-        _training(train, members[train.name], config),
+        _training(train, train_members, config),
         train.prefixes,
         [_validation_set(wanted, members[wanted.name], config, tokenizer) for wanted in held_out],
         combined_hash(hashes, train.weights) if all(hashes) else fingerprints["--train-data-path"],
@@ -72,6 +77,22 @@ def _members(wanted: DataSet, opened: dict[str, IndexedDataset], data: DataConfi
             )
         parts.append(dataset.part(first, last))
     return parts
+
+
+def _suffices(wanted: DataSet, opened: dict[str, IndexedDataset], data: DataConfig) -> bool:
+    """Return whether a set can be read; of --split's test part, which few ask for, nothing may be left."""
+    if wanted.part != 2:
+        return True
+    for dataset in (opened[prefix] for prefix in wanted.prefixes):
+        first, last = split_edges(data.split_shares, len(dataset))[2:]
+        if dataset.sizes[first:last].sum(dtype=np.int64) <= data.seq_length:
+            logger.info("--split %s: its test part holds too little for one sample and is left out", data.split)
+            return False
+    return True
+
+
+def _fingerprint(wanted: DataSet, members: list[IndexedDataset]) -> str:
+    return combined_hash([member.fingerprint() for member in members], wanted.weights)
 
 
 def _training(wanted: DataSet, members: list[IndexedDataset], config: Config) -> TrainSamples | TrainBlend:

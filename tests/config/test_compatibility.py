@@ -113,7 +113,7 @@ def test_batches_are_counted_by_the_recipe_or_the_flag_wherever_it_stands():
     assert parse("ar", [*NETWORK, "--eval-iters", "10"]).validation.eval_samples == 2560
     last = parse("ar", [*NETWORK, "--eval-iters", "10", "--global-batch-size", "16"])
     assert last.validation.eval_samples == 160
-    for wrong in ("ten", "-1", "1.5", ""):
+    for wrong in ("ten", "-1", "1.5", "", "²"):
         with pytest.raises(ConfigurationError, match=f"--eval-iters {wrong}: is not a whole number of batches"):
             parse("ar", [*NETWORK, "--eval-iters", wrong])
     with pytest.raises(ConfigurationError, match="--global-batch-size many: is not a number"):

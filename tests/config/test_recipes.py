@@ -16,7 +16,7 @@ FILES = "--vocab-file v.json --merge-file m.txt --train-data-path-file t.txt --v
 SCRIPT = {
     "num_layers": 15, "hidden_size": 768, "num_attention_heads": 12, "kv_channels": 64, "seq_length": 2048,
     "micro_batch_size": 8, "global_batch_size": 256, "normalization": "rmsnorm", "swiglu": True, "bf16": True,
-    "add_bias_linear": False, "adam_beta1": 0.9, "adam_beta2": 0.95, "adam_eps": 1e-8, "lr": 2e-4, "min_lr": 2e-5,
+    "add_bias_linear": False, "adam_beta1": 0.9, "adam_beta2": 0.95, "adam_eps": 1e-8, "lr": 2e-4, "min_lr": None,
     "lr_decay_style": "cosine", "clip_grad": 1.0, "weight_decay": 0.1, "log_interval": 10, "save_interval": 1000,
     "eval_interval": 1000, "eval_samples": 10 * 256, "vocab_file": "v.json", "merge_file": "m.txt",
     "train_data_path_file": "t.txt", "valid_data_path_file": "v.txt", "num_mc": 1,
@@ -60,6 +60,7 @@ def test_the_published_recipe_is_the_published_system_field_by_field(objective, 
     plan = resolve(config, Vocabulary(50257), UNIQUE_TOKENS["100M"])
     samples = {50: 2_440_244, 500: 24_402_441}[epochs]
     assert (plan.train_samples, plan.lr_decay_samples, plan.lr_warmup_samples) == (samples, samples, samples // 100)
+    assert config.optimizer.final_lr == pytest.approx(2e-5)  # a tenth of the peak
     assert plan.steps == -(-samples // 256) and config.model.mlp_size == {"140M": 2048, "425M": 3392}[size]
     assert Vocabulary(50257).padded_size == 50304 and Vocabulary(50257).mask_id == 50257
 
@@ -80,6 +81,7 @@ def test_every_flag_wins_over_a_recipe():
     assert config.model.hidden_dropout == 0 and config.model.attention_dropout == 0.1
     assert config.training.fp32 and config.training.bf16 is None and not config.model.softmax_over_padding
     assert config.validation.num_mc == 3
+    assert parse("ar", [*flags, "--lr-decay-style", "constant"]).optimizer.lr_decay_style == "constant"
     assert parse("ar", [*flags, "--eval-iters", "2", "--global-batch-size", "8"]).validation.eval_samples == 16
     assert parse("ar", [*flags, "--eval-iters", "2"]).validation.eval_samples == 512
 

@@ -96,4 +96,6 @@ def test_the_hash_of_a_blend_depends_on_members_and_shares_and_not_on_their_scal
     assert combined_hash(["a"], [3.0]) == "a"
     two = combined_hash(["a", "b"], [1.0, 3.0])
     assert two == combined_hash(["a", "b"], [0.25, 0.75])
+    assert combined_hash(["a", "b"], [0.3, 0.6]) == combined_hash(["a", "b"], [1, 2])
+    assert Shares([1e308, 1e308]).shares == [0.5, 0.5]
     assert len({two, combined_hash(["b", "a"], [1.0, 3.0]), combined_hash(["a", "b"], [1.0, 2.0])}) == 3

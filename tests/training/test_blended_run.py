@@ -75,6 +75,22 @@ def test_split_cuts_whole_documents_and_leaves_the_test_part_for_evaluation(tiny
     ids, documents = sources.validation[0].windows[0]
     assert ids.tolist() == whole.stream(*(config["unique_tokens"] + edge for edge in (0, 33))).tolist()
     assert documents[0] == 0
+    moved = run("ar", "--skip-train", "--load", tmp_path, "--split", "90,5,5", check=False)
+    told(moved.stderr, "--split 90,5,5", "begun with --split 80,10,10", "leave the flag out")
+
+
+def test_a_test_part_of_nothing_does_not_keep_the_others_from_being_evaluated(tiny, corpus, tmp_path):
+    run("ar", *replaced(tiny, "--data-path", f"{corpus}/train", "--split", "90,9.9,0.1"), "--save", tmp_path)
+    done = run("ar", "--skip-train", "--load", tmp_path)
+    assert [json.loads(line)["set"] for line in done.stdout.splitlines()] == ["validation"]
+    assert "--split 90,9.9,0.1: its test part holds too little" in done.stderr
+
+
+def test_a_held_out_set_may_be_named_train(tiny, corpus):
+    names = ["--valid-data-path", f"validation={corpus}/validation", f"train={corpus}/tuning"]
+    sources = open_sources(parse("ar", [*map(str, replaced(tiny, "--train-data-path", f"{corpus}/train", *names))]))
+    assert sources.train.unique_tokens == IndexedDataset(f"{corpus}/train").total_tokens
+    assert len(set(sources.fingerprints.values())) == 3
 
 
 def test_a_dry_run_says_how_often_each_member_is_read(tiny, corpus, capsys):
