@@ -8,8 +8,6 @@ import subprocess
 import sys
 from importlib.util import find_spec
 
-import pytest
-
 from tests.conftest import ROOT, environment
 
 TOY = "--num-layers 2 --hidden-size 64 --num-attention-heads 2 --vocab-size 500 --seq-length 32 --rounds 2".split()
@@ -47,7 +45,6 @@ def test_the_toy_run_ends_with_a_table(tmp_path):
     assert "\n| ours MDM eager : ours AR eager |" in done.stdout
 
 
-@pytest.mark.skipif(find_spec("transformers") is None, reason="needs transformers")
 def test_a_peer_that_computes_something_else_is_refused():
     done = run(*TOY, script=FAULT)
     assert done.returncode == 1

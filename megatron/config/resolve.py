@@ -11,13 +11,13 @@ from megatron.errors import ConfigurationError
 
 BUDGETS = ("train_epochs", "train_samples", "train_iters", "train_flops")
 # Flags that may differ between two starts of one run: they change neither the data, nor the noise, nor the weights.
+# So may all of checkpoints and tracking.
 FREE_ON_RESUME = {
     "model_size",
     "num_workers", "micro_batch_size", "compile", "log_interval", "exit_interval", "exit_duration_in_mins",
-    "kill_switch_file", "eval_interval", "eval_batch_size", "skip_train", "save", "load", "save_interval",
-    "keep_every_epochs", "dry_run", "train_data_path", "train_data_path_file", "valid_data_path",
-    "valid_data_path_file", "tokenizer_model", "vocab_file", "merge_file", "bf16", "fp32", *BUDGETS,
-    "tensorboard_dir", "tensorboard_queue_size", "wandb_project", "wandb_exp_name", "wandb_group", "wandb_save_dir",
+    "kill_switch_file", "eval_interval", "eval_batch_size", "skip_train", "dry_run", "train_data_path",
+    "train_data_path_file", "valid_data_path", "valid_data_path_file", "tokenizer_model", "vocab_file", "merge_file",
+    "bf16", "fp32", *BUDGETS,
 }  # fmt: skip
 EVALUATION = ("eval_interval", "eval_samples", "eval_batch_size", "eval_seed", "eval_alignment", "num_mc")
 # Plan values that a plain resume must keep; a branch may change them.
@@ -109,7 +109,7 @@ def idle_flags(config: Config, exact: bool) -> list[str]:
         reasons.append(("validation", ("num_mc", "eval_seed"), "an exact likelihood has no evaluation noise"))
     if not config.checkpoint.save:
         reasons.append(("checkpoint", ("save_interval", "keep_every_epochs"), "no --save names a run folder"))
-    if not (config.data.valid_data_path or config.data.valid_data_path_file or config.data.split):
+    if not config.data.holds_out:
         reasons.append(("validation", EVALUATION, "no --valid-data-path names a validation set"))
     if config.validation.skip_train:
         trackers = tuple(field.name for field in fields(SECTIONS["tracking"]))
@@ -179,8 +179,8 @@ def check_resume(recorded: dict, config: Config, plan: Plan, objective: str, bra
 def _cause(name: str, config: Config) -> str:
     """Return the flag as typed that decides a number of the plan."""
     if name == "unique_tokens":
-        names = ("train_unique_tokens", "split", "train_data_path_file", "train_data_path")
-        deciding = [(name, getattr(config.data, name)) for name in names]
+        names = ("train_unique_tokens", "train_data_path_file", "train_data_path")
+        deciding = [(name, getattr(config.data, name) or None) for name in names]
     else:
         deciding = [(name, getattr(config.optimizer, name, None))]
         deciding += [(budget, getattr(config.training, budget)) for budget in BUDGETS]

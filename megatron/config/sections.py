@@ -176,6 +176,11 @@ class DataConfig:
         check_tokenizer(self)
 
     @property
+    def holds_out(self) -> bool:
+        """Whether there is a set to validate on."""
+        return bool(self.valid_data_path or self.valid_data_path_file or any(self.split_shares[1:2]))
+
+    @property
     def split_shares(self) -> list[float]:
         """The numbers of --split, [] without it or where it holds something else."""
         try:

@@ -61,10 +61,11 @@ def read_path_file(path: str, named: str) -> list[str]:
     """Return the words of a path file, as they would follow the flag.
 
     The published form is one line of quoted pairs, "0.3 a" "0.7 b". The plain one holds one entry a line: a prefix,
-    a weight and a prefix, or name=prefix; empty lines and those that begin with # are left out.
+    a weight and a prefix, or name=prefix, and a prefix may have spaces; several pairs may share a line as they would
+    follow the flag. Empty lines and those that begin with # are left out.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not text"
         raise ConfigurationError(f"{named}: cannot be read ({reason}); give a list of data sets") from None
@@ -72,8 +73,7 @@ def read_path_file(path: str, named: str) -> list[str]:
     words = []
     for line in lines:
         if '"' not in line:
-            weight, *rest = line.split(maxsplit=1)
-            words += [weight, rest[0].strip()] if rest and _number(weight) is not None else [line.strip()]
+            words += _entry(line)
             continue
         entries = [entry.split() for entry in re.findall(r'"([^"]*)"', line)]
         if not PUBLISHED_LINE.fullmatch(line) or any(len(entry) != 2 for entry in entries):
@@ -85,6 +85,15 @@ def read_path_file(path: str, named: str) -> list[str]:
     if not words:
         raise ConfigurationError(f"{named}: names no data set; write one WEIGHT PREFIX a line")
     return words
+
+
+def _entry(line: str) -> list[str]:
+    """Return the words of a line without quotes."""
+    words = line.split()
+    if len(words) % 2 == 0 and all(_number(word) is not None for word in words[::2]):
+        return words
+    weight, *rest = line.split(maxsplit=1)
+    return [weight, rest[0].strip()] if rest and _number(weight) is not None else [line.strip()]
 
 
 def _held_out(words: list[str], named: str) -> list[DataSet]:

@@ -125,12 +125,24 @@ def _check_surroundings(recorded: dict, sources: Sources, precision: str, config
     remedy = f"or branch: --load {source} --save ANOTHER_DIR"
     for name, before in recorded["fingerprints"].items():
         if sources.fingerprints.get(name, before) != before:
-            named = name if name.startswith("--") else f"--valid-data-path {name}="
+            named = _data_flag(name, config)
             raise ConfigurationError(
-                f"{named}: holds other tokens than the run in {source} was begun with; give the same data, {remedy}"
+                f"{named}: holds other tokens, or in other shares, than the run in {source} was begun with; "
+                f"give the same data, {remedy}"
             )
     if recorded["precision"] != precision:
         raise ConfigurationError(
             f"--{precision}: is asked for, or this device's default; the run in {source} was begun in "
             f"{recorded['precision']}; give --{recorded['precision']}, {remedy}"
         )
+
+
+def _data_flag(name: str, config: Config) -> str:
+    """Return the flag that names the training data ("--train-data-path") or a validation set."""
+    data, kind = config.data, "train" if name.startswith("--") else "valid"
+    path = getattr(data, f"{kind}_data_path_file")
+    if path:
+        return f"--{kind}-data-path-file {path}"
+    if kind == "valid" and not data.valid_data_path:
+        return f"--split {data.split}"
+    return name if kind == "train" else f"--valid-data-path {name}="

@@ -9,7 +9,7 @@ from megatron.config.resolve import resolve
 from megatron.config.sections import SECTIONS, Vocabulary
 from megatron.config.sizes import UNIQUE_TOKENS
 from megatron.errors import ConfigurationError
-from megatron.training.command_line import parse, parser
+from megatron.training.command_line import parse
 
 FILES = "--vocab-file v.json --merge-file m.txt --train-data-path-file t.txt --valid-data-path-file v.txt".split()
 # What the published scripts pass (quickstart/train_ar.sh), or their parser assumes, under our names.
@@ -105,4 +105,3 @@ def test_every_name_of_a_recipe_is_a_field():
         assert set(settings) <= set(values(parse("ar", ["--model-size", "7M"])))
     with pytest.raises(ConfigurationError, match="--recipe mine: is not one of default, published"):
         parse("ar", ["--model-size", "7M", "--recipe", "mine"])
-    assert parser("ar")

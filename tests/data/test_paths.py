@@ -28,6 +28,8 @@ FILES = {
     '"0.3 a" "0.7 b"\n': ["0.3", "a", "0.7", "b"],
     "a": ["a"],
     "# shares\n\n0.3   a\n 0.7 b with spaces \n": ["0.3", "a", "0.7", "b with spaces"],
+    "0.3 a 0.7 b": ["0.3", "a", "0.7", "b"],
+    '\ufeff"1.0 a"': ["1.0", "a"],
     "tuning=t\nvalidation=v": ["tuning=t", "validation=v"],
 }
 
@@ -36,7 +38,9 @@ FILES = {
 def test_path_files_of_both_forms(text, tmp_path):
     (tmp_path / "paths.txt").write_text(text)
     assert read_path_file(tmp_path / "paths.txt", "--flag") == FILES[text]
-    assert requested(train_data_path_file=tmp_path / "paths.txt")[0].prefixes if "=" not in text else True
+    (tmp_path / "train.txt").write_text("a")
+    by_file = requested(train_data_path_file=tmp_path / "train.txt", valid_data_path_file=tmp_path / "paths.txt")
+    assert by_file == requested(train_data_path=("a",), valid_data_path=tuple(FILES[text]))
 
 
 MALFORMED = {

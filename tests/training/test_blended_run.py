@@ -45,7 +45,10 @@ def test_a_blend_from_a_path_file_is_interrupted_and_resumed(order, blended, tin
         run("mdm", *same, "--save", tmp_path / "whole")
         typed[1] = "2"
         other = run("mdm", *replaced(tiny, *typed), "--save", tmp_path / "whole", check=False)
-        told(other.stderr, "--train-data-path", "holds other tokens", "branch")
+        told(other.stderr, "--train-data-path", "holds other tokens, or in other shares", "branch")
+        (tmp_path / "train.txt").write_text(f"1 {corpus}/train\n2 {corpus}/tuning\n")
+        other = run("mdm", *flags, "--save", tmp_path / "whole", check=False)
+        told(other.stderr, f"--train-data-path-file {tmp_path}/train.txt", "or in other shares", "branch")
 
 
 def test_split_cuts_whole_documents_and_leaves_the_test_part_for_evaluation(tiny, corpus, tmp_path):
