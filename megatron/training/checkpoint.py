@@ -12,10 +12,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from megatron.errors import ConfigurationError
+from megatron.parallel.engine import Engine
 from megatron.parallel.mesh import Processes
 from megatron.training.optimizer import MOMENTS
 from megatron.training.run_folder import read_json, write_json
@@ -23,10 +24,10 @@ from megatron.training.run_folder import read_json, write_json
 logger = logging.getLogger(__name__)
 
 
-def tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def tensors(engine: Engine, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Return what a checkpoint holds by name: the parameters, and their moments under optimizer.<moment>."""
-    model.reshard()
-    named = dict(model.named_parameters())
+    engine.reshard()
+    named = dict(engine.named_parameters())
     state = {f"model.{name}": parameter.detach() for name, parameter in named.items()}
     for moment in MOMENTS:
         for name, parameter in named.items():

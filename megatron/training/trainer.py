@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from megatron.config.resolve import Plan
 from megatron.config.sections import Config
+from megatron.parallel.engine import Engine
 from megatron.parallel.mesh import Processes
 from megatron.training import checkpoint
 from megatron.training.evaluate import ValidationSet, evaluate
@@ -49,7 +49,7 @@ class Trainer:
         config: Config,
         plan: Plan,
         processes: Processes,
-        model: nn.Module,
+        engine: Engine,
         optimizer: torch.optim.Optimizer,
         data: MicroBatches,
         validation_sets: list[ValidationSet],
@@ -60,7 +60,7 @@ class Trainer:
         validated: dict[int, float],
     ):
         self.config, self.plan, self.processes = config, plan, processes
-        self.model, self.optimizer, self.data = model, optimizer, data
+        self.engine, self.optimizer, self.data = engine, optimizer, data
         self.validation_sets, self.folder, self.progress = validation_sets, folder, progress
         self.trackers = trackers
         self.description = description  # what config.json says; every checkpoint carries it
@@ -112,10 +112,9 @@ class Trainer:
         after = min(progress.consumed_samples + training.global_batch_size, self.plan.train_samples)
         self.rate = learning_rate(self.config.optimizer, self.plan, after)
         result = train_step(
-            self.model,
+            self.engine,
             self.optimizer,
             micro_batches,
-            self.processes,
             learning_rate=self.rate,
             clip_grad=self.config.optimizer.clip_grad,
         )
@@ -194,10 +193,9 @@ class Trainer:
         validation, records = self.config.validation, []
         for index, data in enumerate(self.validation_sets):
             evaluation = evaluate(
-                self.model,
+                self.engine,
                 self.objective,
                 data,
-                self.processes,
                 seed=validation.eval_seed,
                 replicates=validation.num_mc,
                 batch_size=validation.eval_batch_size or self.config.training.micro_batch_size,
@@ -232,7 +230,7 @@ class Trainer:
             "permanent": self._permanent(),
             "config": self.description,
         }
-        checkpoint.save(root, checkpoint.tensors(self.model, self.optimizer), meta, self.processes)
+        checkpoint.save(root, checkpoint.tensors(self.engine, self.optimizer), meta, self.processes)
         self.saved_at, self.saved_samples = progress.iteration, progress.consumed_samples
         self._point()
 
