@@ -1,5 +1,6 @@
 """One training step from the same initial weights, as any layout takes it, and what must be equal between two."""
 
+import sys
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -70,8 +71,8 @@ def whole(parameters) -> dict[str, np.ndarray]:
     return {name: tensor.full_tensor().detach().numpy().copy() for name, tensor in parameters}
 
 
-def take(processes: Processes, case: Case, parallel: ParallelConfig = ParallelConfig()) -> Step:
-    """Take one step from the initial weights."""
+def build(processes: Processes, case: Case, parallel: ParallelConfig, steps: int = 1):
+    """Return the engine at its initial weights, its optimizer and its data for so many steps."""
     config = ModelConfig(**MODEL | case.model)
     engine = build_engine(config, VOCABULARY, 5, processes, parallel, bf16=False, compile=False)
     optimizer = build_optimizer(engine, OptimizerConfig(lr=1.0, weight_decay=WEIGHT_DECAY))
@@ -85,12 +86,18 @@ def take(processes: Processes, case: Case, parallel: ParallelConfig = ParallelCo
         build_token_dropout(case.name, settings, VOCABULARY),
         seed=7,
         first_sample=0,
-        train_samples=case.samples,
+        train_samples=case.samples + (steps - 1) * GLOBAL_BATCH,
         micro_batch_size=case.micro_batch,
         global_batch_size=GLOBAL_BATCH,
         rank=processes.data_rank,
         size=processes.data_size,
     )
+    return engine, optimizer, data
+
+
+def take(processes: Processes, case: Case, parallel: ParallelConfig = ParallelConfig()) -> Step:
+    """Take one step from the initial weights."""
+    engine, optimizer, data = build(processes, case, parallel)
     gradients, before = {}, whole(engine.named_parameters())
     optimizer.register_step_pre_hook(
         lambda *_: gradients.update(whole((name, p.grad) for name, p in engine.named_parameters()))
@@ -99,6 +106,17 @@ def take(processes: Processes, case: Case, parallel: ParallelConfig = ParallelCo
     batches = [data[index] for index in range(data.per_step)]
     result = train_step(engine, optimizer, batches, learning_rate=LEARNING_RATE, clip_grad=case.clip)
     return Step(float(result.loss), float(result.grad_norm), gradients, before, whole(engine.named_parameters()))
+
+
+def curve(processes: Processes, case: Case, parallel: ParallelConfig = ParallelConfig(), steps: int = 20) -> np.ndarray:
+    """Return this process's shares of the losses of so many steps, [steps]."""
+    engine, optimizer, data = build(processes, case, parallel, steps)
+    losses = []
+    for step in range(steps):
+        reseed(7, step, processes.rank)
+        batches = [data[step * data.per_step + index] for index in range(data.per_step)]
+        losses.append(float(train_step(engine, optimizer, batches, learning_rate=1e-2, clip_grad=1.0).loss))
+    return np.array(losses)
 
 
 @contextmanager
@@ -117,3 +135,9 @@ def check_equal(expected: list[Step], found: list[Step]) -> None:
         assert step.gradients.keys() == expected[0].gradients.keys()
         for name, gradient in expected[0].gradients.items():
             np.testing.assert_allclose(step.gradients[name], gradient, rtol=1e-5, atol=1e-6 * norm, err_msg=name)
+
+
+def dropout_shared_by_ranks():
+    """All processes draw the same numbers for dropout."""
+    keyed = reseed
+    return patched(sys.modules[__name__], "reseed", lambda seed, iteration, rank: keyed(seed, iteration, 0))

@@ -9,6 +9,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# torch 2.13 renames what 2.11 has under the older names only
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 def gather_sequence(part: Tensor, group: dist.ProcessGroup) -> Tensor:
     """[B, S/tp, H] -> [B, S, H]; the gradient is summed over the group and scattered."""
@@ -45,12 +49,12 @@ class _ScatterSequence(torch.autograd.Function):
 def _gather(part: Tensor, group: dist.ProcessGroup) -> Tensor:
     batch, length, width = part.shape
     parts = part.new_empty(group.size() * batch, length, width)
-    dist.all_gather_into_tensor(parts, part.contiguous(), group=group)
+    all_gather(parts, part.contiguous(), group=group)
     return parts.unflatten(0, (group.size(), batch)).transpose(0, 1).flatten(1, 2)
 
 
 def _reduce_scatter(whole: Tensor, group: dist.ProcessGroup) -> Tensor:
     parts = whole.unflatten(1, (group.size(), -1)).transpose(0, 1).contiguous()
     part = torch.empty_like(parts[0])
-    dist.reduce_scatter_tensor(part, parts.flatten(0, 1), group=group)
+    reduce_scatter(part, parts.flatten(0, 1), group=group)
     return part

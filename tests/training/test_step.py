@@ -10,9 +10,8 @@ from megatron.objectives.masked_diffusion import MaskedDiffusion
 from megatron.parallel import engine
 from megatron.parallel.mesh import Processes
 from megatron.training.step import reseed
-from tests import steps
 from tests.distributed import joined, spawn
-from tests.steps import LEARNING_RATE, WEIGHT_DECAY, Case, Step, check_equal, patched, take
+from tests.steps import LEARNING_RATE, WEIGHT_DECAY, Case, Step, check_equal, dropout_shared_by_ranks, patched, take
 
 CASES = {
     "ar": Case("ar"),
@@ -49,11 +48,6 @@ def local_count():
 def local_norm():
     """The gradient norm is taken over this process's shards and not reduced."""
     return patched(engine.dist, "all_reduce", lambda tensor, *_, **__: tensor)
-
-
-def dropout_shared_by_ranks():
-    keyed = reseed
-    return patched(steps, "reseed", lambda seed, iteration, rank: keyed(seed, iteration, 0))
 
 
 PLANTED = [
