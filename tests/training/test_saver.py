@@ -1,6 +1,7 @@
 """What is saved beside training is what was there when it was asked for, complete or not there at all."""
 
 import json
+import signal
 import subprocess
 import sys
 import threading
@@ -13,7 +14,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from megatron.training import checkpoint, saver
 from megatron.training.saver import Saver, write_safetensors
-from tests.conftest import ROOT, environment, records
+from tests.conftest import ROOT, environment, records, run
 from tests.distributed import joined, spawn
 
 
@@ -201,33 +202,72 @@ def test_a_file_is_what_safetensors_reads(tmp_path):
 
 # ------------------------------------------------------------------------------------------ the run
 
-SLOW = """
-import sys, time
+BEFORE = """
+import os, signal, sys, time
 from pathlib import Path
 from megatron.training import saver
 from megatron.training.main import main
 
-run, write = Path(sys.argv[1]), saver.write_safetensors
+folder, write = Path(sys.argv[1]), saver.write_safetensors
 
+def recorded(step):
+    return f'"iteration": {step},' in (folder / "metrics.jsonl").read_text()
+"""
+SLOW = (
+    BEFORE
+    + """
 def slow(path, tensors, begins):
     if "iter_0000004" in str(path):
         end = time.monotonic() + 60
-        while '"iteration": 7,' not in (run / "metrics.jsonl").read_text():
+        while not recorded(7):
             assert time.monotonic() < end, "the run waits for its checkpoint"
             time.sleep(0.01)
-        assert not (run / "checkpoints" / "latest.json").exists()
+        assert not (folder / "checkpoints" / "latest.json").exists()
     return write(path, tensors, begins)
 
 saver.write_safetensors = slow
 main("ar", sys.argv[2:])
 """
+)
+KILLED = (
+    BEFORE
+    + """
+def killed(path, tensors, begins):
+    written = write(path, tensors, begins)
+    if "iter_0000008" in str(path):
+        while not recorded(10):
+            time.sleep(0.01)
+        os.truncate(path, written[0] // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return written
+
+saver.write_safetensors = killed
+main("ar", sys.argv[2:])
+"""
+)
+
+
+def run_with(planted: str, folder, flags) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", planted, str(folder), *map(str, flags), "--save", str(folder)]
+    return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(tiny, tmp_path):
     """The checkpoint of step 4 is not written before the run has recorded step 7."""
-    command = [sys.executable, "-c", SLOW, str(tmp_path), *map(str, tiny), "--save", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
+    done = run_with(SLOW, tmp_path, tiny)
     assert done.returncode == 0, done.stderr[-3000:]
     assert [record["iteration"] for record in records(tmp_path, "train")] == [*range(1, 13)]
     assert json.loads((tmp_path / "checkpoints" / "latest.json").read_text())["iteration"] == 12
     assert [path.name[5:] for path in checkpoint.complete(tmp_path / "checkpoints")] == ["0000008", "0000012"]
+
+
+def test_a_run_killed_while_its_checkpoint_is_written_resumes_from_the_one_before(tiny, tmp_path):
+    """Step 8 is half written, and step 10 recorded, when the kill comes."""
+    assert run_with(KILLED, tmp_path / "killed", tiny).returncode == -signal.SIGKILL
+    root = tmp_path / "killed" / "checkpoints"
+    assert sorted(path.name for path in root.glob("iter_*")) == ["iter_0000004", "iter_0000008.partial"]
+    assert json.loads((root / "latest.json").read_text())["iteration"] == 4
+    assert "iter_0000004 at step 4" in run("ar", *tiny, "--save", tmp_path / "killed").stderr
+    assert sorted(path.name for path in root.glob("iter_*")) == ["iter_0000008", "iter_0000012"]
+    run("ar", *tiny, "--save", tmp_path / "whole")
+    assert records(tmp_path / "killed") == records(tmp_path / "whole")
