@@ -240,7 +240,8 @@ TABLE = one_table(
     idle_value("--ckpt-format --dist-ckpt-format", "checkpoints are safetensors"),
     refused("--no-save-optim", "is refused: a run could not be resumed; leave it out"),
     later("--finetune --reset-iteration --exit-on-missing-checkpoint", "weights without their run"),
-    later("--universal-checkpoint --async-save", "checkpoints for any layout"),
+    idle("--async-save", "checkpoints are always written beside training"),
+    later("--universal-checkpoint", "checkpoints for any layout"),
     refused("--adlr-autoresume --adlr-autoresume-interval", "is refused: give --exit-duration-in-mins"),
     # ---------------------------------------------------------------- records
     idle("--log-validation-ppl-to-tensorboard", "validation perplexity is always written"),
