@@ -40,6 +40,12 @@ class Layout:
         return ParallelConfig(**sizes, **self.options)
 
 
+def described(check: tuple[Layout, str]) -> str:
+    layout, name = check
+    options = "".join(f"-{key.split('_')[0]}{value}" for key, value in layout.options.items())
+    return f"{name}-dp{layout.data}-tp{layout.tensor}-pp{layout.pipeline}{options}"
+
+
 OBJECTIVES = {
     "ar": Case("ar", micro_batch=2, model=MODEL),
     "mdm": Case("mdm", micro_batch=2, model=MODEL),
@@ -79,6 +85,7 @@ CURVES = [
     for name in ("mdm", "ar-token-dropout")
 ]
 CURVES += [(Layout(1, 2, 2, INTERLEAVED), "mdm-deep")]
+HALVED = [Layout(2, 1, 1), Layout(2, 1, 1, {"zero_stage": 3}), Layout(1, 2, 1), Layout(1, 1, 2)]
 
 
 def head_untied():
@@ -130,6 +137,10 @@ def all_layouts(processes: Processes, size: int) -> tuple[dict, dict]:
     """Return the steps of all checks, and the curves, on so many processes, by number."""
     found, curves = {}, {}
     if size == 2:
+        for layout in HALVED:
+            curves["bf16", described((layout, "mdm"))] = curve(
+                places(processes, layout), CASES["mdm"], layout.parallel, bf16=True
+            )
         for fault, layout in PLANTED:
             with fault():
                 found[fault] = take(places(processes, layout), CASES["mdm"], layout.parallel)
@@ -183,12 +194,6 @@ def merged(ranks: list[Step]) -> Step:
     return replace(ranks[0], loss=sum(step.loss for step in ranks), gradients=gradients)
 
 
-def described(check: tuple[Layout, str]) -> str:
-    layout, name = check
-    options = "".join(f"-{key.split('_')[0]}{value}" for key, value in layout.options.items())
-    return f"{name}-dp{layout.data}-tp{layout.tensor}-pp{layout.pipeline}{options}"
-
-
 @pytest.mark.parametrize("index", range(len(CHECKS)), ids=[described(check) for check in CHECKS])
 def test_a_step_equals_that_of_one_process(parallel, single, index):
     ranks, name = parallel[0][index], CHECKS[index][1]
@@ -213,3 +218,10 @@ def test_twenty_steps_follow_those_of_one_process(parallel, single, index):
     expected = single[CURVES[index][1]][1]
     np.testing.assert_allclose(sum(parallel[1][index]), expected, rtol=1e-4)
     assert np.ptp(expected) > 0.1  # there is a curve to follow
+
+
+@pytest.mark.parametrize("layout", HALVED, ids=[described((layout, "mdm")) for layout in HALVED])
+def test_twenty_steps_in_bf16_stay_near_those_in_fp32(parallel, single, layout):
+    found, expected = sum(parallel[1]["bf16", described((layout, "mdm"))]), single["mdm"][1]
+    np.testing.assert_allclose(found, expected, rtol=0.01)
+    assert not np.allclose(found, expected, rtol=1e-5)  # something was rounded

@@ -3,7 +3,11 @@
 import json
 
 import pytest
+import torch
 
+from megatron.config.sections import ModelConfig, Vocabulary
+from megatron.model.transformer import Transformer
+from megatron.training import checkpoint
 from tests.conftest import records, run
 
 TENSOR, PIPELINE = ("--tensor-model-parallel-size", 2), ("--pipeline-model-parallel-size", 2)
@@ -36,6 +40,17 @@ def test_a_run_moves_between_layouts(name, flags, tmp_path):
         assert {key: found[key] for key in words} == {key: expected[key] for key in words}
         numbers = expected.keys() - words
         assert {key: found[key] for key in numbers} == pytest.approx({key: expected[key] for key in numbers}, rel=1e-4)
+    for one, other in zip(*(plain_weights(tmp_path / kept) for kept in ("still", "moved")), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+
+def plain_weights(folder) -> list[torch.Tensor]:
+    """Return the weights of the newest checkpoint as any tool reads them: one process, a plain model, no group."""
+    newest, meta = checkpoint.newest(folder / "checkpoints", mend=False)
+    recorded = meta["config"]
+    model = Transformer(ModelConfig(**recorded["model"]), Vocabulary(recorded["vocabulary_size"]))
+    checkpoint.load(newest, {f"model.{name}": parameter.data for name, parameter in model.named_parameters()})
+    return list(model.parameters())
 
 
 def test_any_layout_evaluates_a_run(flags, tmp_path):
