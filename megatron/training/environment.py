@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 import megatron
+from megatron.config.flags import require
 from megatron.config.resolve import Plan
 from megatron.config.sections import Config
 from megatron.parallel.mesh import Processes
@@ -39,6 +40,12 @@ def native_bf16(device: torch.device) -> bool:
 def cpp_compiler() -> str | None:
     """Return the C++ compiler that torch.compile would call, or None."""
     return next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+
+
+def check_device(config: Config, device: torch.device) -> None:
+    """Raise ConfigurationError for what this device cannot do."""
+    rule = "moves states between a GPU and the host, and there is no GPU; leave it out"
+    require(not config.parallel.cpu_offload or device.type == "cuda", "cpu_offload", True, rule)
 
 
 # On two CPU cores compiling cost 9 to 15 s and then took an eighth off a step (0.46M parameters, bf16, torch 2.13),

@@ -21,7 +21,7 @@ from megatron.parallel.apply import build_engine
 from megatron.parallel.mesh import start_processes, stop_processes, world_size
 from megatron.training import checkpoint
 from megatron.training.command_line import parse
-from megatron.training.environment import choose_compile, choose_precision, describe
+from megatron.training.environment import check_device, choose_compile, choose_precision, describe
 from megatron.training.feed import MicroBatches
 from megatron.training.optimizer import build_optimizer, start_state
 from megatron.training.resume import open_run
@@ -82,6 +82,7 @@ def run(objective: str, config: Config, command: str) -> None:
         pipeline=parallel.pipeline_model_parallel_size,
         replicas=parallel.replicas(parallel.data_size(world_size())),
     )
+    check_device(config, processes.device)
     if not config.validation.skip_train:
         sources.train.request(plan.train_samples)
     precision, compiled = choose_precision(config, processes.device), choose_compile(config, plan, processes)
@@ -183,9 +184,17 @@ def _announce(objective, config, plan, processes, precision, compiled, origin) -
         logger.info("nothing is kept: no --save names a run folder")
     if origin:
         logger.info("continuing from %s at step %d", origin.checkpoint, origin.meta["iteration"])
+        before, model = origin.meta["config"], config.model
+        dropout = (model.attention_dropout, model.hidden_dropout, model.mlp_dropout, model.embedding_dropout)
+        moved = (before["processes"], before.get("parallel")) != (processes.size, asdict(config.parallel))
+        if moved and any(dropout):
+            logger.info("the layout is another one: dropout draws other numbers, and losses agree statistically")
+    axes = {"tensor": "tp", "pipeline": "pp", "replicas": "replicate", "shards": "shard"}
+    layout = [f"{processes.along(axis)[1]} {name}" for name, axis in axes.items() if processes.along(axis)[1] > 1]
     logger.info(
-        "%s: %.2fM parameters, %s unique tokens, %d samples of %d tokens in %d steps (%.1f epochs), %s%s on %s x%d",
+        "%s: %.2fM parameters, %s unique tokens, %d samples of %d tokens in %d steps (%.1f epochs), %s%s on %s x%d%s",
         objective, plan.parameters / 1e6, f"{plan.unique_tokens:,}", plan.train_samples, config.data.seq_length,
         plan.steps, plan.train_samples * config.data.seq_length / plan.unique_tokens,
         precision, ", compiled" if compiled else "", processes.device.type, processes.size,
+        f" ({' x '.join(layout)})" if layout else "",
     )  # fmt: skip
