@@ -12,16 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from megatron.batch import Batch
-from megatron.config.sections import ModelConfig, OptimizerConfig, Vocabulary
+from megatron.config.sections import ModelConfig, OptimizerConfig, ParallelConfig, Vocabulary
 from megatron.model.initialise import initialise
 from megatron.model.transformer import Transformer
-from megatron.parallel.apply import parallelise
+from megatron.parallel.apply import build_engine
 from megatron.parallel.mesh import Processes
 from megatron.training.optimizer import build_optimizer
 from megatron.training.step import train_step
 
 IGNORED = -100  # what both peers take for a target that is not asked
 OPTIMIZER = OptimizerConfig()
+SEED = 1  # of the weights that all start from
 
 # one optimizer step: (batch, learning rate) -> (loss, gradient norm before clipping)
 Step = Callable[[Batch, float], tuple[Tensor, Tensor]]
@@ -52,18 +53,19 @@ class Shape:
     def ours(self) -> Transformer:
         """Return our model, unsharded; every call gives the same weights."""
         model = Transformer(self.model, self.vocabulary)
-        initialise(model, self.model, seed=1)
+        initialise(model, self.model, SEED)
         return model
 
 
 def ours(shape: Shape, compile: bool, processes: Processes) -> Step:
     """Return the step of our trainer, in a group of one process."""
-    model = parallelise(shape.ours(), processes, bf16=True, compile=compile)
-    optimizer = build_optimizer(model, OPTIMIZER)
+    settings = {"bf16": True, "compile": compile}
+    engine = build_engine(shape.model, shape.vocabulary, SEED, processes, ParallelConfig(), **settings)
+    optimizer = build_optimizer(engine, OPTIMIZER)
 
     def step(batch: Batch, learning_rate: float) -> tuple[Tensor, Tensor]:
         clip = OPTIMIZER.clip_grad
-        result = train_step(model, optimizer, [batch], processes, learning_rate=learning_rate, clip_grad=clip)
+        result = train_step(engine, optimizer, [batch], learning_rate=learning_rate, clip_grad=clip)
         return result.loss, result.grad_norm
 
     return step

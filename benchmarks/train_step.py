@@ -209,7 +209,7 @@ def describe(options: Options, times: dict[str, list[float]]) -> dict:
         "settings": asdict(options),
         "versions": {name: version(name) for name in ("torch", "transformers", "litgpt", "lightning")},
         "python": platform.python_version(),
-        "machine": _processor(),
+        "machine": processor(),
         "date": date.today().isoformat(),
         "seconds_per_step": times,
         "gates": gates,
@@ -232,7 +232,7 @@ def print_report(report: dict) -> None:
         print(f"| {pair} | {gate['median']:.2f} | {low:.2f} - {high:.2f} | {gate['floor']:.2f} | {verdict} |")
 
 
-def _processor() -> str:
+def processor() -> str:
     """Return the processor's name and how many cores this machine has."""
     told = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     names = [line.partition(":")[2].strip() for line in told.splitlines() if line.startswith("model name")]

@@ -13,17 +13,16 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
 
-from megatron.parallel.mesh import Processes
+from megatron.parallel.mesh import Processes, arrange
 
 
 @contextmanager
 def joined(rank: int = 0, size: int = 1, store: dist.Store | None = None) -> Iterator[Processes]:
-    """Join a group on the CPU, by default one of a single process, and leave it again."""
+    """Join a group on the CPU, by default one of a single process, all data-parallel, and leave it again."""
     dist.init_process_group("gloo", store=store or dist.HashStore(), rank=rank, world_size=size)
     try:
-        yield Processes(rank, size, torch.device("cpu"), init_device_mesh("cpu", (size,), mesh_dim_names=("dp",)))
+        yield arrange(rank, size, torch.device("cpu"))
     finally:
         dist.destroy_process_group()
 

@@ -89,8 +89,8 @@ def dry_run(script: Path, *arguments: str, **variables) -> list[list[str]]:
 
 
 @lru_cache
-def help_of(tool: Path) -> str:
-    done = subprocess.run([sys.executable, tool, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+def help_of(*tool: Path | str) -> str:
+    done = subprocess.run([sys.executable, *tool, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -102,6 +102,11 @@ def flags(words: list[str]) -> list[str]:
 def check(words: list[str]) -> None:
     """Check one command as far as that is possible without running it."""
     names = [word for word in words if word.endswith((".py", ".sh"))]
+    if words[:2] == ["python", "-m"] and words[2].startswith("megatron."):
+        told = help_of(*words[1:3])  # fails where there is no such module
+        missing = [name for name in flags(words[3:]) if not re.search(rf"{name}(?![\w-])", told)]
+        assert not missing, f"{words[2]} has no {missing}"
+        return
     if not names or words[0] in FOREIGN:
         assert words[0] in FOREIGN, f"{shlex.join(words)}: this test does not know how to check it"
         return
@@ -163,7 +168,8 @@ def test_every_flag_that_a_document_names_exists(document):
     known = FOREIGN_FLAGS | set(parser("ar")._option_string_actions) | set(TABLE)
     tools = [*(ROOT / "tools").glob("*.py"), ROOT / "benchmarks" / "train_step.py"]
     tools += [ROOT / "tests" / "training" / "kill_loop.py"]
-    texts = [help_of(tool) for tool in tools] + [path.read_text() for path in scripts()]
+    texts = [help_of(tool) for tool in tools] + [help_of("-m", "megatron.check")]
+    texts += [path.read_text() for path in scripts()]
     known |= {name for text in texts for name in re.findall(r"--[a-z][\w-]*", text)}
     extras = re.search(r"extras_require=\{(.*?)\}", (ROOT / "setup.py").read_text(), re.DOTALL)[1]
     known |= {f"--with-{extra}" for extra in re.findall(r'"([\w-]+)":', extras)}  # of install.sh
@@ -179,6 +185,8 @@ def test_every_flag_that_a_document_names_exists(document):
         "bash examples_scaling/quickstart/run.sh --num-layer 3",
         "python tools/report.py runs/a --outptu x",
         "python tools/none.py",
+        "python -m megatron.none",
+        "python -m megatron.check --time-limits 3",
         "python pretrain_gpt.py --num-layers 2",
         "python pretrain_mdm.py ... --load runs/a --sav runs/b",
         "rm -rf data",

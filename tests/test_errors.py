@@ -10,13 +10,16 @@ import shutil
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import pytest
-from torch.distributed.checkpoint import FileSystemReader
+import torch
+from torch.distributed.checkpoint import CheckpointException, FileSystemReader
 
 from megatron.data.indexed import HEADER, MAGIC
 from megatron.errors import ConfigurationError
+from megatron.training import checkpoint
 from megatron.training.command_line import parse
 from megatron.training.main import main
 from tests.conftest import entry, environment, records, run
@@ -393,7 +396,17 @@ def plant(folder: Path, mark: Path) -> None:
     shard(folder, 12).with_name("meta.json").write_bytes(pickle.dumps(Payload(mark)))
 
 
-@pytest.mark.parametrize("damage", [cut, flip, plant], ids=lambda damage: damage.__name__)
+def replace(folder: Path, mark: Path) -> None:
+    """Put a pickle in the place of the newest checkpoint's tensors."""
+    shard(folder, 12).write_bytes(pickle.dumps(Payload(mark)))
+
+
+def add(folder: Path, mark: Path) -> None:
+    """Put a pickle beside them under a name that loading opens."""
+    shard(folder, 12).with_name("shard-00002-model-00001-of-00001.safetensors").write_bytes(pickle.dumps(Payload(mark)))
+
+
+@pytest.mark.parametrize("damage", [cut, flip, plant, replace, add], ids=lambda damage: damage.__name__)
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(damage, tiny, whole, tmp_path):
     folder, mark = copy(whole, tmp_path / "run"), tmp_path / "executed"
     damage(folder, mark)
@@ -410,6 +423,19 @@ def test_the_planted_pickle_is_one_that_the_default_reader_executes(whole, tmp_p
     with contextlib.suppress(AttributeError):  # what comes out of the pickle is no metadata
         FileSystemReader(str(shard(folder, 8).parent)).read_metadata()
     assert mark.exists()
+
+
+def test_a_pickle_that_the_checksums_were_made_for_is_not_executed_either(whole, tmp_path):
+    folder, mark = copy(whole, tmp_path / "run"), tmp_path / "executed"
+    replace(folder, mark)
+    path = shard(folder, 12)
+    meta = json.loads(path.with_name("meta.json").read_text())
+    meta["files"][path.name] = [path.stat().st_size, zlib.crc32(path.read_bytes())]
+    path.with_name("meta.json").write_text(json.dumps(meta))
+    assert checkpoint.damage(path.parent) is None
+    with pytest.raises(CheckpointException, match="header too large"):
+        checkpoint.load(path.parent, {"model.norm.weight": torch.zeros(1)})
+    assert not mark.exists()
 
 
 @pytest.mark.parametrize("nonsense", ["", "[1]", "{}", '{"files": 3}', '{"files": {"a": 1}}', "\ud83d"])

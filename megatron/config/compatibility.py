@@ -66,7 +66,7 @@ def one_table(*groups: dict) -> dict:
 
 
 KERNELS = "kernels are chosen by PyTorch, for the same result"
-PARALLEL = "tensor and pipeline parallelism"
+SPLIT = "is not supported: between layers activations are always split over the tensor-parallel processes; leave it out"
 TABLE = one_table(
     {
         "--data-path": Same("--train-data-path"),
@@ -80,6 +80,9 @@ TABLE = one_table(
         "--lr-wsd-decay-iters": Same("--lr-wsd-decay-samples", batches=True),
         "--num-key-value-heads": Same("--group-query-attention --num-query-groups"),
         "--rotary-position-embeddings-theta": Same("--rotary-base"),
+        "--use-distributed-optimizer": Same("--zero-stage 1"),
+        "--recompute-activations": Same("--recompute-granularity selective"),
+        "--checkpoint-activations": Same("--recompute-granularity full"),
     },
     # ---------------------------------------------------------------- network
     idle("--use-rotary-position-embeddings", "positions are always rotary"),
@@ -136,15 +139,18 @@ TABLE = one_table(
     idle_value("--transformer-impl --attention-backend", KERNELS),
     # --------------------------------------------------------- parallel layout
     idle_value(
-        "--tensor-model-parallel-size --pipeline-model-parallel-size --model-parallel-size --context-parallel-size "
-        "--ds-sequence-parallel-size --expert-model-parallel-size --moe-expert-parallel-size",
+        "--context-parallel-size --ds-sequence-parallel-size --expert-model-parallel-size --moe-expert-parallel-size",
         "it is 1 without the flag",
         "1",
-        f"only 1 is available yet ({PARALLEL}); leave it out",
+        "only 1 is available; give --tensor-model-parallel-size, which splits the sequence too",
     ),
-    idle("--sequence-parallel", "nothing is split at --tensor-model-parallel-size 1"),
-    idle("--no-pipeline-parallel", "there is one stage"),
-    idle("--use-distributed-optimizer", "optimizer states are always sharded over the processes"),
+    refused("--model-parallel-size", "is refused: give --tensor-model-parallel-size"),
+    idle("--sequence-parallel", "the sequence is always split where --tensor-model-parallel-size is above 1"),
+    refused(
+        "--no-sequence-parallel",
+        "is refused: processes that share a layer share the sequence too, so that dropout differs between them",
+    ),
+    idle("--no-pipeline-parallel", "there are as many stages as --pipeline-model-parallel-size says"),
     idle("--use-torch-fsdp2", "data parallelism is always FSDP2"),
     idle(
         "--no-async-tensor-model-parallel-allreduce --no-contiguous-buffers-in-local-ddp --overlap-grad-reduce "
@@ -157,17 +163,18 @@ TABLE = one_table(
     idle_value("--distributed-timeout-minutes", "it is always 10", "10", "is always 10; leave it out"),
     idle_value("--local-rank --local_rank", "torchrun tells it through the environment"),
     idle_value("--lazy-mpu-init --empty-unused-memory-level", "PyTorch manages devices and their memory"),
-    later(
-        "--num-layers-per-virtual-pipeline-stage --pipeline-model-parallel-split-rank --standalone-embedding-stage "
-        "--force-ds-sequence-parallel",
-        PARALLEL,
+    refused(
+        "--pipeline-model-parallel-split-rank --standalone-embedding-stage --force-ds-sequence-parallel",
+        "is not supported: stages are consecutive layers, the embedding with the first; leave it out",
     ),
-    later(
-        "--recompute-activations --recompute-granularity --recompute-method --recompute-num-layers "
-        "--distribute-saved-activations --checkpoint-activations --checkpoint-num-layers "
-        "--distribute-checkpointed-activations",
-        "activation recomputation",
+    idle_value(
+        "--recompute-method",
+        "--recompute-num-layers blocks of each stage recompute",
+        "block",
+        "is refused: each block recomputes for itself; leave it out and give --recompute-granularity full",
     ),
+    refused("--checkpoint-num-layers", "is refused: give --recompute-num-layers; without it all blocks recompute"),
+    refused("--distribute-saved-activations --distribute-checkpointed-activations", SPLIT),
     refused(
         "--enable-zbh1-pipeline --enable-zbh1-exact-semantics",
         "is refused: zero-bubble schedules give wrong gradients with sharded parameters; leave it out",
@@ -175,14 +182,14 @@ TABLE = one_table(
     refused("--data-parallel-random-init", "is refused: every process starts from the same weights; leave it out"),
     # -------------------------------------------------------------- DeepSpeed
     later(
-        "--deepspeed --deepspeed_config --deepspeed_mpi --deepscale --deepscale_config --zero-stage "
+        "--deepspeed --deepspeed_config --deepspeed_mpi --deepscale --deepscale_config "
         "--zero-reduce-scatter --zero-contigious-gradients --zero-reduce-bucket-size --zero-allgather-bucket-size "
         "--cpu-optimizer --cpu_torch_adam --ds_fused_adam --remote-device --use-pin-memory --scattered-embeddings "
         "--split-transformers --memory-centric-tiled-linear --tile-factor --deepspeed-activation-checkpointing "
         "--partition-activations --contigious-checkpointing --checkpoint-in-cpu --synchronize-each-layer "
         "--profile-backward --ds-inference --ds-sequence-parallel-fpdt --ds-sequence-parallel-fpdt-chunk-size "
         "--ds-sequence-parallel-fpdt-offloading",
-        "DeepSpeed; states are sharded over the processes by FSDP2",
+        "DeepSpeed; --zero-stage is served by FSDP2",
     ),
     # ------------------------------------------------------- batch and budget
     refused("--batch-size", "is refused: give --micro-batch-size"),
@@ -233,7 +240,8 @@ TABLE = one_table(
     idle_value("--ckpt-format --dist-ckpt-format", "checkpoints are safetensors"),
     refused("--no-save-optim", "is refused: a run could not be resumed; leave it out"),
     later("--finetune --reset-iteration --exit-on-missing-checkpoint", "weights without their run"),
-    later("--universal-checkpoint --async-save", "checkpoints for any layout"),
+    idle("--async-save", "checkpoints are always written beside training"),
+    later("--universal-checkpoint", "checkpoints for any layout"),
     refused("--adlr-autoresume --adlr-autoresume-interval", "is refused: give --exit-duration-in-mins"),
     # ---------------------------------------------------------------- records
     idle("--log-validation-ppl-to-tensorboard", "validation perplexity is always written"),

@@ -122,18 +122,76 @@ def idle_flags(config: Config, exact: bool) -> list[str]:
     ]
 
 
+def check_layout(config: Config, size: int) -> None:
+    """Check that `size` processes can take the places of the layout, and that the model divides into its parts."""
+    parallel, model = config.parallel, config.model
+    tensor, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    require(
+        size % (tensor * stages) == 0,
+        "tensor_model_parallel_size" if tensor > 1 else "pipeline_model_parallel_size",
+        tensor if tensor > 1 else stages,
+        f"makes groups of {tensor * stages} processes ({tensor} tensor-parallel x {stages} stages), and {size} "
+        f"{'were' if size > 1 else 'was'} started; start a multiple of {tensor * stages}, or lower one of the two",
+    )
+    for name, value in (
+        ("--num-attention-heads", model.num_attention_heads),
+        ("--num-query-groups", model.key_value_heads),
+        ("--ffn-hidden-size", model.mlp_size),
+        ("--seq-length", config.data.seq_length),
+    ):
+        fits = [part for part in range(1, tensor) if value % part == 0]
+        require(
+            value % tensor == 0,
+            "tensor_model_parallel_size",
+            tensor,
+            f"does not divide {name} {value}; change one, such as to {max(fits, default=1)}",
+        )
+    virtual = parallel.num_layers_per_virtual_pipeline_stage
+    require(
+        virtual is None or model.num_layers % (stages * virtual) == 0,
+        "num_layers_per_virtual_pipeline_stage",
+        virtual,
+        f"times {stages} stages does not divide --num-layers {model.num_layers}; change one",
+    )
+    total = stages * parallel.chunks(model.num_layers)
+    require(
+        model.num_layers >= total,
+        "pipeline_model_parallel_size",
+        stages,
+        f"is more than --num-layers {model.num_layers}: every stage has at least one; lower it",
+    )
+    replicas, data_size = parallel.num_distributed_optimizer_instances, parallel.data_size(size)
+    require(
+        data_size % replicas == 0,
+        "num_distributed_optimizer_instances",
+        replicas,
+        f"does not divide the {data_size} data-parallel process{'es' if data_size > 1 else ''}; change one",
+    )
+
+
 def check_processes(config: Config, size: int) -> None:
-    """Check that a step divides into whole micro-batches over `size` processes."""
-    training = config.training
-    share = training.micro_batch_size * size
+    """Check that a step divides into whole micro-batches over `size` processes, enough of them for a pipeline."""
+    training, parallel = config.training, config.parallel
+    data_size, stages = parallel.data_size(size), parallel.pipeline_model_parallel_size
+    share = training.micro_batch_size * data_size
     below, beside = divmod(training.global_batch_size, share)
     nearest = " or ".join(str(count * share) for count in (below, below + 1) if count)
+    kind = "data-parallel process" if size > data_size else "process"
     require(
         beside == 0,
         "global_batch_size",
         training.global_batch_size,
-        f"is not a multiple of --micro-batch-size {training.micro_batch_size} times {size} "
-        f"process{'es' if size > 1 else ''} = {share}; take {nearest}",
+        f"is not a multiple of --micro-batch-size {training.micro_batch_size} times {data_size} "
+        f"{kind}{'es' if data_size > 1 else ''} = {share}; take {nearest}",
+    )
+    interleaved = parallel.num_layers_per_virtual_pipeline_stage is not None
+    needed = "a multiple of that" if interleaved else "at least as many"
+    require(
+        below % stages == 0 if interleaved else below >= stages,
+        "global_batch_size",
+        training.global_batch_size,
+        f"makes {below} micro-batch{'es' if below > 1 else ''} a step, and --pipeline-model-parallel-size {stages} "
+        f"needs {needed}; take {max(1, round(below / stages)) * stages * share}, or lower --micro-batch-size",
     )
 
 

@@ -323,6 +323,76 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """Parallel layout: how the processes share one model. It changes speed and memory, not the run."""
+
+    tensor_model_parallel_size: int = flag(
+        1, "processes that share each layer, and the sequence between layers; divides heads and --seq-length"
+    )
+    pipeline_model_parallel_size: int = flag(
+        1, "stages of consecutive layers; a step needs at least as many micro-batches"
+    )
+    num_layers_per_virtual_pipeline_stage: int | None = flag(
+        None, "layers of one of several stages that a process has (interleaved 1F1B); default one stage a process"
+    )
+    zero_stage: int = flag(
+        1,
+        "what the data-parallel processes share: 0 nothing, 1 optimizer states and master weights, 2 gradients too, "
+        "3 the weights in use too",
+    )
+    num_distributed_optimizer_instances: int = flag(
+        1,
+        "replicas of what --zero-stage shares, such as one a node; each is shared by data-parallel size / N",
+        metavar="N",
+    )
+    cpu_offload: bool = flag(False, "keep master weights, gradients and optimizer states in the host's memory (CUDA)")
+    recompute_granularity: str | None = flag(
+        None,
+        "full: compute whole blocks again in the backward pass; selective: all but matrix products and attention; "
+        "default nothing",
+        choices=("full", "selective"),
+    )
+    recompute_num_layers: int | None = flag(None, "blocks of each stage that recompute, from its first; default all")
+
+    def __post_init__(self):
+        for name in (
+            "tensor_model_parallel_size",
+            "pipeline_model_parallel_size",
+            "num_layers_per_virtual_pipeline_stage",
+            "num_distributed_optimizer_instances",
+            "recompute_num_layers",
+        ):
+            value = getattr(self, name)
+            require(value is None or value >= 1, name, value, "must be at least 1")
+        stage, staged = self.zero_stage, self.pipeline_model_parallel_size > 1
+        require(0 <= stage <= 3, "zero_stage", stage, "is not one of 0, 1, 2 and 3")
+        rule = "reduces gradients at every micro-batch, and a pipeline once a step; give --zero-stage 1 or 3"
+        require(not (staged and stage == 2), "zero_stage", stage, rule)
+        replicas = self.num_distributed_optimizer_instances
+        rule = "shares nothing at --zero-stage 0; leave one of them out"
+        require(replicas == 1 or stage > 0, "num_distributed_optimizer_instances", replicas, rule)
+        virtual = self.num_layers_per_virtual_pipeline_stage
+        rule = "does nothing without --pipeline-model-parallel-size; give both or neither"
+        require(virtual is None or staged, "num_layers_per_virtual_pipeline_stage", virtual, rule)
+        blocks = self.recompute_num_layers
+        rule = "does nothing without --recompute-granularity; give both or neither"
+        require(blocks is None or self.recompute_granularity is not None, "recompute_num_layers", blocks, rule)
+
+    def chunks(self, num_layers: int) -> int:
+        """Return how many stages of a model of `num_layers` layers one process has."""
+        virtual = self.num_layers_per_virtual_pipeline_stage
+        return num_layers // (self.pipeline_model_parallel_size * virtual) if virtual else 1
+
+    def replicas(self, data_size: int) -> int:
+        """Return how many replicas of the sharded state `data_size` data-parallel processes hold."""
+        return data_size if self.zero_stage == 0 else self.num_distributed_optimizer_instances
+
+    def data_size(self, processes: int) -> int:
+        """Return the number of data-parallel processes among `processes` in all."""
+        return processes // (self.tensor_model_parallel_size * self.pipeline_model_parallel_size)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ValidationConfig:
     """Validation: the same windows with the same noise at every evaluation."""
 
@@ -406,6 +476,7 @@ SECTIONS = one_namespace(
         "objective": ObjectiveConfig,
         "optimizer": OptimizerConfig,
         "training": TrainingConfig,
+        "parallel": ParallelConfig,
         "validation": ValidationConfig,
         "checkpoint": CheckpointConfig,
         "tracking": TrackingConfig,
@@ -440,6 +511,7 @@ class Config:
     objective: ObjectiveConfig
     optimizer: OptimizerConfig
     training: TrainingConfig
+    parallel: ParallelConfig
     validation: ValidationConfig
     checkpoint: CheckpointConfig
     tracking: TrackingConfig

@@ -11,6 +11,7 @@ their gradient is exactly zero.
 """
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,31 +21,56 @@ CHUNK_ROWS = {"cpu": 256, "cuda": 8192}
 CACHED_NUMBERS = 800_000  # that a CPU works on at a time: fp32 copies of more leave its cache, and fresh memory is slow
 
 
+class WholeHead:
+    """A head of which every row is here. One that is split over processes overrides what follows from that."""
+
+    whole = True
+    start = 0  # the id of the first row that is here
+
+    def local(self, weight: Tensor) -> Tensor:
+        """Return the rows that are here."""
+        return weight
+
+    def highest(self, values: Tensor) -> Tensor:
+        """Return the maxima over all parts; `values`, the maxima of this part, may be overwritten."""
+        return values
+
+    def total(self, values: Tensor) -> Tensor:
+        """Return the sums over all parts; `values`, the sums of this part, may be overwritten."""
+        return values
+
+
+WHOLE = WholeHead()
+
+
 def linear_cross_entropy(
-    hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor, rows: Tensor, size: int
+    hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor, rows: Tensor, size: int, part: WholeHead = WHOLE
 ) -> Tensor:
     """Return sum over `rows` of weights * nll, fp32 [1], differentiable in `hidden` and `head`.
 
     hidden [N, H] and head [padded vocabulary, H] in the compute dtype; targets int64 [N]; weights fp32 [N];
     rows int64 [R], distinct indices into N, R may be 0. Matrix products run in the compute dtype, softmax
-    and sums in fp32.
+    and sums in fp32. Where `head` holds one part of the rows, every part gives the same loss, and the gradient
+    of `hidden` is this part's share of a sum.
     """
-    return _LinearCrossEntropy.apply(hidden, head, targets, weights, rows, size)
+    return _LinearCrossEntropy.apply(hidden, head, targets, weights, rows, size, part)
 
 
 @torch.no_grad()
-def linear_nll(hidden: Tensor, head: Tensor, targets: Tensor, rows: Tensor, size: int) -> Tensor:
+def linear_nll(
+    hidden: Tensor, head: Tensor, targets: Tensor, rows: Tensor, size: int, part: WholeHead = WHOLE
+) -> Tensor:
     """Return the nll of every row named in `rows`, fp32 [N], 0 elsewhere; without a graph."""
     nll = torch.zeros(len(hidden), device=hidden.device)
     for chunk, padded, target in _chunks(targets, rows):
-        found = [_nll(logits, at, size) for logits, at in _pieces(hidden[padded] @ head.T, target)]
-        nll[chunk] = torch.cat(found)[: len(chunk)]
+        pieces = _pieces(hidden[padded] @ head.T, target, cut=part.whole)
+        nll[chunk] = torch.cat([_softmax_(logits, at, size, part).nll for logits, at in pieces])[: len(chunk)]
     return nll
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, head, targets, weights, rows, size):
+    def forward(ctx, hidden, head, targets, weights, rows, size, part):
         loss = torch.zeros(1, device=hidden.device)
         grad_hidden = torch.zeros_like(hidden)
         grad_head = torch.zeros_like(head, dtype=torch.float32)
@@ -55,11 +81,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
             inputs = hidden[padded]  # [C, H]
             weight = _pad(weights[chunk], len(padded))
             torch.mm(inputs, head.T, out=logits)  # [C, padded vocabulary]
-            loss += (_to_gradient_(logits, target, weight, size) * weight).sum()
+            loss += (_to_gradient_(logits, target, weight, size, part) * weight).sum()
             grad_hidden[chunk] = (logits @ head)[: len(chunk)]
             torch.mm(logits.T, inputs, out=chunk_grad_head)
-            for total, part in _pieces(grad_head, chunk_grad_head):
-                total += part
+            for total, piece in _pieces(grad_head, chunk_grad_head):
+                total += piece
         ctx.save_for_backward(grad_hidden, grad_head)
         ctx.dtype = head.dtype
         return loss
@@ -69,9 +95,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # the product is taken in fp32: a bf16 copy of the scale would bias every gradient alike
         grad_hidden, grad_head = ctx.saved_tensors
         scaled_head = torch.empty_like(grad_head, dtype=ctx.dtype)
-        for scaled, part in _pieces(scaled_head, grad_head):
-            scaled.copy_(part * grad_output)
-        return (grad_hidden * grad_output).to(ctx.dtype), scaled_head, None, None, None, None
+        for scaled, piece in _pieces(scaled_head, grad_head):
+            scaled.copy_(piece * grad_output)
+        return (grad_hidden * grad_output).to(ctx.dtype), scaled_head, None, None, None, None, None
 
 
 def _chunks(targets: Tensor, rows: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -87,39 +113,44 @@ def _pad(vector: Tensor, size: int) -> Tensor:
     return F.pad(vector, (0, size - len(vector)))
 
 
-def _pieces(matrix: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+def _pieces(matrix: Tensor, *others: Tensor, cut: bool = True) -> Iterator[tuple[Tensor, ...]]:
     """Yield matching rows of `matrix` and of others as long: all at once, or on a CPU as many as its cache holds."""
-    rows = max(1, CACHED_NUMBERS // matrix.shape[1]) if matrix.device.type == "cpu" else len(matrix)
+    cut = cut and matrix.device.type == "cpu"
+    rows = max(1, CACHED_NUMBERS // matrix.shape[1]) if cut else max(1, len(matrix))
     return zip(*(tensor.split(rows) for tensor in (matrix, *others)), strict=True)
 
 
-def _to_gradient_(logits: Tensor, targets: Tensor, weights: Tensor, size: int) -> Tensor:
-    """Overwrite logits [C, padded vocabulary] by weights * d nll / d logits; return the nll, fp32 [C]."""
+def _to_gradient_(logits: Tensor, targets: Tensor, weights: Tensor, size: int, part: WholeHead) -> Tensor:
+    """Overwrite logits [C, rows of the head] by weights * d nll / d logits; return the nll, fp32 [C]."""
     found = []
-    for part, target, weight in _pieces(logits, targets, weights):
-        wide = _widen(part, size)
-        highest = wide.amax(-1, keepdim=True)
-        scored = _at(wide, target)
-        powers = wide.sub_(highest).exp_()
-        total = powers.sum(-1, keepdim=True)
-        found.append((highest + total.log()).squeeze(1) - scored)
+    # parts wait for one another at every piece, and need not hold as many rows: they take one piece
+    for piece, target, weight in _pieces(logits, targets, weights, cut=part.whole):
+        softmax = _softmax_(piece, target, size, part)
         # weight * (softmax - onehot(target))
-        gradient = powers.mul_(weight[:, None] / total).scatter_add_(1, target[:, None], -weight[:, None])
-        part.copy_(gradient)
+        gradient = softmax.powers.mul_(weight[:, None] / softmax.total)
+        gradient.scatter_add_(1, softmax.index, -weight[:, None] * softmax.here)
+        piece.copy_(gradient)
+        found.append(softmax.nll)
     return torch.cat(found)
 
 
-def _nll(logits: Tensor, target: Tensor, size: int) -> Tensor:
-    wide = _widen(logits, size)
-    return wide.logsumexp(-1) - _at(wide, target)
+class _Softmax(NamedTuple):
+    nll: Tensor  # [C]
+    powers: Tensor  # [C, rows of the head]: exp(logit - highest)
+    total: Tensor  # [C, 1]: sum of powers over the vocabulary
+    index: Tensor  # [C, 1]: the target's row of this part, or 0
+    here: Tensor  # [C, 1]: 1.0 where the target is one of this part, else 0.0
 
 
-def _widen(logits: Tensor, size: int) -> Tensor:
-    """Return fp32 logits, minus infinity at the rows of the head that are no ids of the tokenizer."""
+def _softmax_(logits: Tensor, targets: Tensor, size: int, part: WholeHead) -> _Softmax:
+    """Return the softmax of logits [C, rows of the head] in fp32; they may be overwritten."""
     wide = logits.float()
-    wide[:, size:] = float("-inf")
-    return wide
-
-
-def _at(logits: Tensor, target: Tensor) -> Tensor:
-    return logits.gather(1, target[:, None]).squeeze(1)
+    wide[:, max(0, size - part.start) :] = float("-inf")  # rows of the head that are no ids of the tokenizer
+    index = (targets - part.start)[:, None]
+    here = (index >= 0) & (index < wide.shape[1])
+    index = index.where(here, 0)
+    wide.sub_(part.highest(wide.amax(-1, keepdim=True)))
+    scored = wide.gather(1, index).where(here, 0.0)
+    powers = wide.exp_()
+    total, scored = part.total(torch.cat((powers.sum(-1, keepdim=True), scored), dim=1)).split(1, dim=1)
+    return _Softmax((total.log() - scored).squeeze(1), powers, total, index, here.float())

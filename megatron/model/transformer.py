@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from megatron.batch import Batch
 from megatron.config.sections import ModelConfig, Vocabulary
 from megatron.model.block import Block
-from megatron.model.linear_cross_entropy import linear_cross_entropy, linear_nll
+from megatron.model.linear_cross_entropy import WHOLE, linear_cross_entropy, linear_nll
 from megatron.model.norm import normalisation
 from megatron.model.rotary import rotary_table
 
@@ -33,30 +33,38 @@ class Transformer(nn.Module):
         self.norm = normalisation(config, config.hidden_size)
         if config.untie_embeddings_and_output_weights:
             self.lm_head = nn.Linear(config.hidden_size, vocabulary.padded_size, bias=False)
+        # what parallelism changes from outside: which stage of a pipeline this is, which rows of the head are here
+        self.first = self.last = True
+        self.head_part = WHOLE
 
-    def forward(self, batch: Batch, per_position: bool = False) -> Tensor:
+    def forward(self, batch: Batch, hidden: Tensor | None = None, per_position: bool = False) -> Tensor:
         """Return the sum of weights * nll over the scored positions, fp32 [1].
 
         With `per_position` return the unweighted nll, fp32 [B, S], 0 where nothing is asked; the head then
-        leaves no graph.
+        leaves no graph. A pipeline stage reads `hidden`, which the stage before it returned, unless it is the first,
+        and returns its hidden states unless it is the last.
         """
-        hidden = self.hidden_states(batch.tokens, batch.causal, batch.positions).flatten(0, 1)
-        targets = batch.targets.flatten()
+        hidden = self.hidden_states(batch.tokens, batch.causal, batch.positions, hidden)
+        if not self.last:
+            return hidden
+        hidden, targets = hidden.flatten(0, 1), batch.targets.flatten()
+        head, part = self.head_part.local(self.lm_weight()), self.head_part
         if per_position:
-            nll = linear_nll(hidden, self.lm_weight(), targets, batch.rows, self.softmax_size)
-            return nll.view_as(batch.weights)
-        weights = batch.weights.flatten()
-        return linear_cross_entropy(hidden, self.lm_weight(), targets, weights, batch.rows, self.softmax_size)
+            return linear_nll(hidden, head, targets, batch.rows, self.softmax_size, part).view_as(batch.weights)
+        return linear_cross_entropy(hidden, head, targets, batch.weights.flatten(), batch.rows, self.softmax_size, part)
 
-    def hidden_states(self, tokens: Tensor, causal: bool, positions: Tensor | None = None) -> Tensor:
+    def hidden_states(
+        self, tokens: Tensor, causal: bool, positions: Tensor | None = None, hidden: Tensor | None = None
+    ) -> Tensor:
         """Return what the head reads, [B, S, H], for tokens [B, S]; `positions` None means 0..S-1."""
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
         cos, sin = rotary_table(positions, self.config.head_size, self.config.rotary_base)
-        hidden = F.dropout(self.embed_tokens(tokens), self.config.embedding_dropout, self.training)
+        if self.first:
+            hidden = F.dropout(self.embed_tokens(tokens), self.config.embedding_dropout, self.training)
         for block in self.layers.values():
             hidden = block(hidden, cos, sin, causal)
-        return self.norm(hidden)
+        return self.norm(hidden) if self.last else hidden
 
     def logits(self, tokens: Tensor, causal: bool, positions: Tensor | None = None) -> Tensor:
         """Return fp32 logits [B, S, V] over the tokenizer's ids: for scoring, generation and tests."""

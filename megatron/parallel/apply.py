@@ -1,24 +1,72 @@
-"""The order in which a plain model becomes a parallel one, and nothing else: compile each block, then shard."""
+"""The order in which a plain model becomes a parallel one, and nothing else."""
 
 import torch
-from torch import nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
+from megatron.config.sections import ModelConfig, ParallelConfig, Vocabulary
+from megatron.model.initialise import initialise
+from megatron.model.transformer import Transformer
+from megatron.parallel.engine import Engine
 from megatron.parallel.mesh import Processes
+from megatron.parallel.pipeline import Pipeline, Stage, keep_stage
+from megatron.parallel.recompute import recompute
+from megatron.parallel.tensor import split_layers
 
 
-def parallelise(model: nn.Module, processes: Processes, *, bf16: bool, compile: bool) -> nn.Module:
-    """Shard `model` over the processes: fp32 master weights, compute in bf16 or fp32, gradients reduced in fp32.
+def build_engine(
+    config: ModelConfig,
+    vocabulary: Vocabulary,
+    seed: int,
+    processes: Processes,
+    parallel: ParallelConfig,
+    *,
+    bf16: bool,
+    compile: bool,
+) -> Engine:
+    """Keep the stages of this process -> initialise -> split layers -> recompute -> compile blocks -> shard.
 
-    One process takes the same path, so parameters are DTensors everywhere and checkpoints look alike.
+    Master weights are fp32, computation runs in bf16 or fp32, gradients are reduced in fp32. One process takes the
+    same path, so parameters are DTensors everywhere and checkpoints look alike.
     """
-    model.to(processes.device)
-    if compile:
-        for block in model.layers.values():
-            block.compile(fullgraph=True, dynamic=False)
+    with torch.device("meta"):
+        model = Transformer(config, vocabulary)
     compute = torch.bfloat16 if bf16 else torch.float32
-    # inputs keep their type: the rotary table stays in fp32
-    policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    place, length = processes.along("pp")
+    chunks = parallel.chunks(len(model.layers))
+    models = [keep_stage(model, place + chunk * length, length * chunks) for chunk in range(chunks)]
+    for piece in models:
+        piece.to_empty(device="cpu")
+        initialise(piece, config, seed)
+        if processes.along("tp")[1] > 1:
+            split_layers(piece, processes.mesh["tp"])
+        if not parallel.cpu_offload:
+            piece.to(processes.device)
+        recompute(piece, parallel)
+        if compile:
+            for block in piece.layers.values():
+                block.compile(fullgraph=True, dynamic=False)
+    roots = models if length == 1 else [Stage(piece) for piece in models]
+    for root, piece in zip(roots, models, strict=True):
+        _shard(root, piece, processes, parallel, compute)
+    if length == 1:
+        return Engine(roots, models, processes, parallel.zero_stage)
+    return Pipeline(roots, models, processes, parallel.zero_stage, compute)
+
+
+def _shard(root, model: Transformer, processes: Processes, parallel: ParallelConfig, compute: torch.dtype) -> None:
+    """Shard parameters, gradients and optimizer state over the data-parallel processes.
+
+    ZeRO 0 has one shard and as many replicas as there are processes; 1 and 2 keep parameters whole from the forward
+    pass to the end of the step; 3 frees them after each use.
+    """
+    replicated = processes.along("replicate")[1] > 1
+    options = {
+        "mesh": processes.mesh["replicate", "shard"] if replicated else processes.mesh["shard"],
+        "reshard_after_forward": parallel.zero_stage == 3,
+        # inputs keep their type: the rotary table stays in fp32
+        "mp_policy": MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False),
+        "offload_policy": CPUOffloadPolicy() if parallel.cpu_offload else OffloadPolicy(),
+    }
     for block in model.layers.values():
-        fully_shard(block, mesh=processes.mesh, mp_policy=policy)
-    return fully_shard(model, mesh=processes.mesh, mp_policy=policy)
+        fully_shard(block, **options)
+    fully_shard(root, **options)

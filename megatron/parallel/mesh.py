@@ -1,4 +1,4 @@
-"""Processes: who runs beside us, and the two small reductions a step needs."""
+"""Processes: who runs beside us, where each stands, and the small reductions a step needs."""
 
 import os
 from dataclasses import dataclass
@@ -8,15 +8,47 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+AXES = ("pp", "replicate", "shard", "tp")  # from the outermost: neighbours in rank share a tensor-parallel group
+
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among its peers. Even a single process has a group, so that there is one path."""
+    """This process among its peers. Even a single process has a group, so that there is one path.
+
+    The mesh has four axes: pipeline stages, replicas of the sharded state, shards of it, and tensor-parallel parts.
+    Replicas and shards together are the data-parallel processes, each of which reads its own samples; all stages
+    and parts beside them read the same.
+    """
 
     rank: int
     size: int
     device: torch.device
-    mesh: DeviceMesh  # one axis: data parallel
+    mesh: DeviceMesh  # axes: AXES
+
+    def along(self, axis: str) -> tuple[int, int]:
+        """Return this process's place on an axis, and the length of the axis."""
+        return self.mesh.get_local_rank(axis), self.mesh[axis].size()
+
+    @property
+    def data_rank(self) -> int:
+        """Which share of the data this process reads, in [0, data_size)."""
+        replica, shard = self.mesh.get_local_rank("replicate"), self.mesh.get_local_rank("shard")
+        return replica * self.mesh["shard"].size() + shard
+
+    @property
+    def data_size(self) -> int:
+        """The number of data-parallel processes."""
+        return self.mesh["replicate"].size() * self.mesh["shard"].size()
+
+    @property
+    def speaks(self) -> bool:
+        """Whether this process answers for its share of the data: one of those that read the same does.
+
+        It is on the last pipeline stage, where losses are, and the first of its tensor-parallel group. What is
+        counted in samples is summed over the processes that speak.
+        """
+        stage, stages = self.along("pp")
+        return stage == stages - 1 and self.mesh.get_local_rank("tp") == 0
 
     def sum(self, *values: float) -> list[float]:
         """Return the sums over all processes, computed on the CPU so that no device is waited for."""
@@ -47,9 +79,17 @@ class Processes:
         return tensor
 
 
-def start_processes() -> Processes:
-    """Join the group that torchrun describes, or make a group of one."""
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+def world_size() -> int:
+    """Return the number of processes that the launcher started."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def start_processes(*, tensor: int = 1, pipeline: int = 1, replicas: int = 1) -> Processes:
+    """Join the group that the launcher describes, or make a group of one.
+
+    `tensor` x `pipeline` divides the number of processes, and `replicas` the rest.
+    """
+    rank, size = int(os.environ.get("RANK", 0)), world_size()
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -59,7 +99,15 @@ def start_processes() -> Processes:
         store = dist.HashStore() if "RANK" not in os.environ else None
         options = {"store": store, "rank": 0, "world_size": 1} if store else {}
         dist.init_process_group(backend, timeout=timedelta(minutes=10), **options)
-    return Processes(rank, size, device, init_device_mesh(device.type, (size,), mesh_dim_names=("dp",)))
+    return arrange(rank, size, device, tensor=tensor, pipeline=pipeline, replicas=replicas)
+
+
+def arrange(
+    rank: int, size: int, device: torch.device, *, tensor: int = 1, pipeline: int = 1, replicas: int = 1
+) -> Processes:
+    """Give the processes of the group their places; all of them call this."""
+    shape = (pipeline, replicas, size // (pipeline * replicas * tensor), tensor)
+    return Processes(rank, size, device, init_device_mesh(device.type, shape, mesh_dim_names=AXES))
 
 
 def stop_processes() -> None:

@@ -1,32 +1,35 @@
 """Checkpoints: tensors as sharded safetensors, everything else as JSON; complete or not there at all.
 
 iter_0000500/ holds the shards of model and optimizer and meta.json, which lists every file with its size and
-checksum. It is written aside and renamed when complete. Nothing in it can execute anything.
+checksum. `saver` writes it aside and renames it when complete. Nothing in it can execute anything.
 """
 
 import logging
 import shutil
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import Tensor, nn
-from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch import Tensor
+from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 from megatron.errors import ConfigurationError
-from megatron.parallel.mesh import Processes
+from megatron.parallel.engine import Engine
 from megatron.training.optimizer import MOMENTS
-from megatron.training.run_folder import read_json, write_json
+from megatron.training.run_folder import read_json
 
 logger = logging.getLogger(__name__)
 
+BLOCK = 1 << 24  # bytes that are checked, read or written at a time
 
-def tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+
+def tensors(engine: Engine, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Return what a checkpoint holds by name: the parameters, and their moments under optimizer.<moment>."""
-    model.reshard()
-    named = dict(model.named_parameters())
+    engine.reshard()
+    named = dict(engine.named_parameters())
     state = {f"model.{name}": parameter.detach() for name, parameter in named.items()}
     for moment in MOMENTS:
         for name, parameter in named.items():
@@ -36,38 +39,6 @@ def tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Ten
 
 def folder_name(iteration: int) -> str:
     return f"iter_{iteration:07d}"
-
-
-def save(root: Path, state: dict[str, Tensor], meta: dict, processes: Processes) -> Path:
-    """Write one checkpoint below `root` and return its folder; all processes take part.
-
-    Raises OSError (a full disk) with the half-written files removed and every older checkpoint untouched.
-    """
-    target = root / folder_name(meta["iteration"])
-    aside = root / (target.name + ".partial")
-    if processes.rank == 0:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-    _barrier(processes)
-    try:
-        writer = HuggingFaceStorageWriter(str(aside), save_distributed=True)
-        dcp.save(state, storage_writer=writer)
-        if processes.rank == 0:
-            files = {path.name: _fingerprint(path) for path in sorted(aside.glob("*.safetensors"))}
-            write_json(aside / "meta.json", meta | {"files": files})
-            shutil.rmtree(target, ignore_errors=True)
-            aside.rename(target)
-    except BaseException as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        # DCP wraps what a writer met, in an exception that is no Exception; the user needs the cause
-        if isinstance(error, (Exception, CheckpointException)):
-            raise OSError(
-                f"{target}: could not be written ({_cause(error)}); older checkpoints are untouched, "
-                "free space and start the same command again"
-            ) from error
-        raise
-    _barrier(processes)
-    return target
 
 
 def load(folder: Path, state: dict[str, Tensor]) -> None:
@@ -101,14 +72,20 @@ def damage(folder: Path) -> str | None:
         files = [(name, *expected) for name, expected in read_json(folder / "meta.json")["files"].items()]
     except (ConfigurationError, KeyError, TypeError, AttributeError):
         return "meta.json is missing or unreadable"
+    for path in sorted(folder.glob("*.safetensors")):
+        if path.name not in [name for name, *_ in files]:  # loading opens them all
+            return f"{path.name} is not listed in meta.json"
     for name, size, checksum in files:
         path = folder / name
         if not path.exists():
             return f"{name} is missing"
         if path.stat().st_size != size:
             return f"{name} has {path.stat().st_size} bytes of {size}"
-        if _fingerprint(path)[1] != checksum:
-            return f"{name} does not match its checksum"
+    with ThreadPoolExecutor() as pool:  # reading and summing up release the interpreter's lock
+        found = pool.map(_checksum, [folder / name for name, *_ in files])
+        for (name, _, checksum), other in zip(files, found, strict=True):
+            if other != checksum:
+                return f"{name} does not match its checksum"
     return None
 
 
@@ -133,22 +110,9 @@ def _permanent(folder: Path) -> bool:
         return True  # nothing is removed that cannot be understood
 
 
-def _fingerprint(path: Path) -> tuple[int, int]:
-    checksum, size = 0, 0
-    with open(path, "rb") as file:
-        while block := file.read(1 << 24):
-            checksum, size = zlib.crc32(block, checksum), size + len(block)
-    return size, checksum
-
-
-def _cause(error: BaseException) -> BaseException:
-    failures = getattr(error, "failures", None)  # CheckpointException: rank -> wrapped exception
-    if failures:
-        first = next(iter(failures.values()))
-        return first[0] if isinstance(first, tuple) else first
-    return error
-
-
-def _barrier(processes: Processes) -> None:
-    if processes.size > 1:
-        dist.barrier()
+def _checksum(path: Path) -> int:
+    checksum, block = 0, memoryview(bytearray(BLOCK))
+    with open(path, "rb", buffering=0) as file:
+        while count := file.readinto(block):
+            checksum = zlib.crc32(block[:count], checksum)
+    return checksum

@@ -58,11 +58,16 @@ def implied(objective: str, arguments: list[str]) -> dict:
 
 
 def recorded_settings(source: str | None) -> dict:
-    """Return the settings of the run that --skip-train evaluates, so that they need not be given again."""
+    """Return the settings of the run that --skip-train evaluates, so that they need not be given again.
+
+    The layout is not one of them: any may evaluate.
+    """
     recorded = source and recorded_config(Path(source))
     if not recorded:
         return {}
-    sections = [recorded.get(section, {}) for section in SECTIONS if section not in ("checkpoint", "tracking")]
+    sections = [
+        recorded.get(section, {}) for section in SECTIONS if section not in ("parallel", "checkpoint", "tracking")
+    ]
     settings = {name: value for section in sections for name, value in section.items()}
     # what it was, whatever the device prefers
     return settings | {"bf16": None, "fp32": None, recorded["precision"]: True}

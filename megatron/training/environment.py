@@ -22,12 +22,23 @@ def choose_precision(config: Config, device: torch.device) -> str:
     """Return "bf16" or "fp32", what is computed in: as asked, else bf16 where the device has it natively."""
     training = config.training
     if training.bf16 is not None or training.fp32 is not None:
-        native = not training.fp32 if training.bf16 is None else training.bf16
-    elif device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        wanted = not training.fp32 if training.bf16 is None else training.bf16
     else:
-        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return "bf16" if native else "fp32"
+        wanted = native_bf16(device)
+    return "bf16" if wanted else "fp32"
+
+
+def native_bf16(device: torch.device) -> bool:
+    """Return whether the device computes in bf16 itself."""
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def cpp_compiler() -> str | None:
+    """Return the C++ compiler that torch.compile would call, or None."""
+    return next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
 
 
 # On two CPU cores compiling cost 9 to 15 s and then took an eighth off a step (0.46M parameters, bf16, torch 2.13),
@@ -42,7 +53,7 @@ def choose_compile(config: Config, plan: Plan, processes: Processes) -> bool:
     if wanted is None:
         flops = plan.flops(plan.train_samples, config.data.seq_length) / processes.size
         wanted = flops > COMPILE_PAYS_AFTER_FLOPS[kind]
-    if wanted and not any(map(shutil.which, ("c++", "g++", "clang++"))):
+    if wanted and cpp_compiler() is None:
         logger.info("no C++ compiler is installed: training runs eager; install g++ to compile")
         return False
     return wanted
@@ -66,7 +77,7 @@ def describe(objective, config, plan, sources, vocabulary, processes, precision,
         "fingerprints": sources.fingerprints,
         "precision": precision,
         "compiled": compiled,
-        "device": _device_name(processes.device),
+        "device": device_name(processes.device),
         "processes": processes.size,
         "command": command,
         "commit": _commit(),
@@ -78,9 +89,10 @@ def describe(objective, config, plan, sources, vocabulary, processes, precision,
     }
 
 
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
+    """Return what the device calls itself; for the CPU with the number of its cores."""
     if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
+        return torch.cuda.getdevice_name(device)
     told = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     names = [line.partition(":")[2].strip() for line in told.splitlines() if line.startswith("model name")]
     return f"{len(names)} x {names[0]}" if names else platform.machine()

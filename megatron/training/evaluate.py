@@ -4,11 +4,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import nn
 
 from megatron.data.samples import ValidationWindows
 from megatron.objectives.noise import EvaluationNoise
-from megatron.parallel.mesh import Processes
+from megatron.parallel.engine import Engine
 from megatron.training.feed import without_padding
 
 
@@ -55,10 +54,9 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module,
+    engine: Engine,
     objective,
     data: ValidationSet,
-    processes: Processes,
     *,
     seed: int,
     replicates: int,
@@ -70,14 +68,15 @@ def evaluate(
     A token's nats go to the document of the token itself, not to that of the position that speaks of it. All
     processes run the same number of forward passes: what is missing at the end is padded without weight.
     """
+    processes = engine.processes
     replicates = 1 if objective.exact else replicates
     nats = np.zeros((replicates, data.documents))
     tokens = np.zeros(data.documents)
     text = np.zeros(data.documents)
     scored = objective.scored_tokens(data.windows.seq_length, alignment)
-    model.eval()
-    for start in range(0, len(data.windows), batch_size * processes.size):
-        windows = start + processes.rank * batch_size + np.arange(batch_size)
+    engine.eval()
+    for start in range(0, len(data.windows), batch_size * processes.data_size):
+        windows = start + processes.data_rank * batch_size + np.arange(batch_size)
         real = windows < len(data.windows)
         windows = np.where(real, windows, 0)
         read = [data.windows[int(window)] for window in windows]
@@ -85,7 +84,7 @@ def evaluate(
         for replicate in range(replicates):
             batch = objective.evaluation(ids, EvaluationNoise(seed, data.name, replicate), windows, alignment)
             batch = without_padding(batch, torch.from_numpy(real))
-            nll = model(batch.to(processes.device), per_position=True).cpu().numpy()
+            nll = engine.nll(batch).cpu().numpy()
             weighted = nll.astype(np.float64) * batch.weights.numpy()
             owners = documents[:, objective.target_offset : objective.target_offset + nll.shape[1]]
             nats[replicate] += np.bincount(owners.ravel(), weighted.ravel(), minlength=data.documents)
@@ -93,7 +92,8 @@ def evaluate(
         tokens += np.bincount(owners, minlength=data.documents)
         if data.token_bytes is not None:
             text += np.bincount(owners, data.token_bytes[ids[real][:, scored].ravel()], minlength=data.documents)
-    model.train()
-    model.reshard()  # checkpoints and the optimizer see shards again
-    sums = processes.sum_tensor(torch.from_numpy(np.vstack([nats, tokens, text]))).numpy()
+    engine.train()
+    engine.reshard()
+    # of the processes that read the same windows one counts them
+    sums = processes.sum_tensor(torch.from_numpy(np.vstack([nats, tokens, text]) * processes.speaks)).numpy()
     return Evaluation(sums[:replicates], sums[replicates], None if data.token_bytes is None else sums[replicates + 1])

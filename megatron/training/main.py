@@ -11,16 +11,14 @@ import shlex
 import sys
 from dataclasses import asdict
 
-from megatron.config.resolve import Plan, check_processes, idle_flags, resolve
+from megatron.config.resolve import Plan, check_layout, check_processes, idle_flags, resolve
 from megatron.config.sections import Config, Vocabulary
 from megatron.config.sizes import flops_per_token
 from megatron.errors import ConfigurationError
 from megatron.log import configure_logging
-from megatron.model.initialise import initialise
-from megatron.model.transformer import Transformer
 from megatron.objectives import build_objective, build_token_dropout
-from megatron.parallel.apply import parallelise
-from megatron.parallel.mesh import start_processes, stop_processes
+from megatron.parallel.apply import build_engine
+from megatron.parallel.mesh import start_processes, stop_processes, world_size
 from megatron.training import checkpoint
 from megatron.training.command_line import parse
 from megatron.training.environment import choose_compile, choose_precision, describe
@@ -75,21 +73,34 @@ def run(objective: str, config: Config, command: str) -> None:
         resolved = {"objective_name": objective, "plan": amounts(config, plan, vocabulary, sources), **asdict(config)}
         print(json.dumps(resolved, indent=1))
         return
-    processes = start_processes()
+    check_layout(config, world_size())
     if not config.validation.skip_train:
-        check_processes(config, processes.size)
+        check_processes(config, world_size())
+    parallel = config.parallel
+    processes = start_processes(
+        tensor=parallel.tensor_model_parallel_size,
+        pipeline=parallel.pipeline_model_parallel_size,
+        replicas=parallel.replicas(parallel.data_size(world_size())),
+    )
+    if not config.validation.skip_train:
         sources.train.request(plan.train_samples)
     precision, compiled = choose_precision(config, processes.device), choose_compile(config, plan, processes)
     folder, origin = open_run(config, plan, objective, sources, precision, processes)
 
-    model = Transformer(config.model, vocabulary)
-    initialise(model, config.model, config.training.seed)
-    parallelise(model, processes, bf16=precision == "bf16", compile=compiled)
-    optimizer = build_optimizer(model, config.optimizer)
+    engine = build_engine(
+        config.model,
+        vocabulary,
+        config.training.seed,
+        processes,
+        parallel,
+        bf16=precision == "bf16",
+        compile=compiled,
+    )
+    optimizer = build_optimizer(engine, config.optimizer)
     start_state(optimizer, origin.meta["iteration"] if origin else 0)
     progress, time_block = Progress(), config.training.global_batch_size
     if origin:
-        checkpoint.load(origin.checkpoint, checkpoint.tensors(model, optimizer))
+        checkpoint.load(origin.checkpoint, checkpoint.tensors(engine, optimizer))
         progress = Progress(origin.meta["iteration"], origin.meta["consumed_samples"], origin.meta["seconds"])
         time_block = origin.meta["time_block"]
     before = origin.records if origin else []
@@ -107,8 +118,8 @@ def run(objective: str, config: Config, command: str) -> None:
         plan.train_samples,
         config.training.micro_batch_size,
         config.training.global_batch_size,
-        processes.rank,
-        processes.size,
+        processes.data_rank,
+        processes.data_size,
     )
     validated = {record["iteration"]: record["loss"] for record in before if _selects(record, sources)}
     trackers = start_trackers(config, folder, description, before) if processes.rank == 0 else Trackers({})
@@ -116,7 +127,7 @@ def run(objective: str, config: Config, command: str) -> None:
         config,
         plan,
         processes,
-        model,
+        engine,
         optimizer,
         data,
         sources.validation,

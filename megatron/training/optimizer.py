@@ -8,6 +8,7 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 
 from megatron.config.sections import OptimizerConfig
+from megatron.parallel.engine import Engine
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -17,8 +18,8 @@ def decays(parameter: nn.Parameter) -> bool:
     return parameter.dim() >= 2
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
-    """Return fused AdamW over the parameters of `model`; the learning rate is set at every step."""
+def build_optimizer(model: nn.Module | Engine, config: OptimizerConfig) -> Optimizer:
+    """Return fused AdamW over the parameters held here; the learning rate is set at every step."""
     parameters = list(model.parameters())
     groups = [
         {"params": [p for p in parameters if decays(p)], "weight_decay": config.weight_decay},

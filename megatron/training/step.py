@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from megatron.batch import Batch
-from megatron.parallel.mesh import Processes
+from megatron.parallel.engine import Engine
 from megatron.randomness import stream
 
 
@@ -24,31 +24,25 @@ def reseed(seed: int, iteration: int, rank: int) -> None:
 
 
 def train_step(
-    model: nn.Module,
+    engine: Engine,
     optimizer: torch.optim.Optimizer,
     micro_batches: list[Batch],
-    processes: Processes,
     *,
     learning_rate: float,
     clip_grad: float,
 ) -> StepResult:
-    """Update `model` on the mean loss of this step's micro-batches over all processes.
+    """Update the engine's model on the mean loss of this step's micro-batches over all processes.
 
     The loss is sum(weights * nll) / count with one global count, known before the forward pass, so the
     result does not depend on how the step is cut into micro-batches and processes.
     """
-    (count,) = processes.sum(sum(batch.count for batch in micro_batches))
-    loss = torch.zeros((), device=processes.device)
-    for index, batch in enumerate(micro_batches):
-        # gradients are reduced once, with the last micro-batch
-        model.set_requires_gradient_sync(index == len(micro_batches) - 1)
-        share = model(batch.to(processes.device)).sum() / count
-        # the reduction averages over the processes, and the count is already global
-        (share * processes.size).backward()
-        loss += share.detach()
+    processes = engine.processes
+    # of the processes that read the same samples one counts them
+    (count,) = processes.sum(sum(batch.count for batch in micro_batches) * processes.speaks)
+    loss = engine.backward(micro_batches, count)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
-    norm = nn.utils.clip_grad_norm_(model.parameters(), clip_grad if clip_grad else float("inf"))
+    norm = engine.clip(clip_grad)
     optimizer.step()
     optimizer.zero_grad()
-    return StepResult(loss, norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+    return StepResult(loss, norm)

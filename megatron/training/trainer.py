@@ -5,21 +5,23 @@ import math
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from megatron.config.resolve import Plan
 from megatron.config.sections import Config
+from megatron.parallel.engine import Engine
 from megatron.parallel.mesh import Processes
 from megatron.training import checkpoint
 from megatron.training.evaluate import ValidationSet, evaluate
 from megatron.training.feed import MicroBatches, loader
 from megatron.training.metrics import peak_flops, peak_memory
 from megatron.training.run_folder import RunFolder, read_json, write_json
+from megatron.training.saver import Saver
 from megatron.training.schedule import learning_rate
 from megatron.training.step import StepResult, reseed, train_step
 from megatron.training.stopping import Stopping
@@ -49,7 +51,7 @@ class Trainer:
         config: Config,
         plan: Plan,
         processes: Processes,
-        model: nn.Module,
+        engine: Engine,
         optimizer: torch.optim.Optimizer,
         data: MicroBatches,
         validation_sets: list[ValidationSet],
@@ -60,14 +62,15 @@ class Trainer:
         validated: dict[int, float],
     ):
         self.config, self.plan, self.processes = config, plan, processes
-        self.model, self.optimizer, self.data = model, optimizer, data
+        self.engine, self.optimizer, self.data = engine, optimizer, data
         self.validation_sets, self.folder, self.progress = validation_sets, folder, progress
         self.trackers = trackers
         self.description = description  # what config.json says; every checkpoint carries it
         self.objective = data.objective
         self.steps = progress.iteration + data.steps  # of the whole run
         self.diverged_at = torch.zeros((), dtype=torch.int64, device=processes.device)  # 0: never
-        self.saved_at, self.saved_samples = progress.iteration or None, progress.consumed_samples  # newest checkpoint
+        # of the newest checkpoint, which may still be being written
+        self.saved_at, self.saved_samples = progress.iteration or None, progress.consumed_samples
         self.rate = 0.0  # learning rate of the last step
         self.validated = validated  # loss on the first set by iteration: it decides which checkpoint is best
         self._recorded = (progress.consumed_samples, progress.seconds)  # at the last training record
@@ -80,9 +83,10 @@ class Trainer:
         batches = iter(loader(self.data, self.config.data.num_workers, self.processes.device))
         self._status("running", "")
         if self.saved_at:
-            self._point()  # a kill may have come between a checkpoint and the files that point at it
-        clock = time.monotonic()
-        with logging_redirect_tqdm(), self._progress_bar() as self._bar:
+            self._point(self.validated)  # a kill may have come between a checkpoint and the files that point at it
+        # leaving the last of these waits for what is still being written, whatever ends the run
+        with logging_redirect_tqdm(), self._progress_bar() as self._bar, self._start_saver() as self._saver:
+            clock = time.monotonic()
             while progress.iteration < self.steps and not reason:
                 result = self._step([next(batches) for _ in range(self.data.per_step)])
                 self._bar.update()
@@ -98,10 +102,10 @@ class Trainer:
                         self.save()
                     clock = time.monotonic()
                 reason = stopping.reason(progress.iteration, self.processes)
-        if self.saved_at != progress.iteration:
-            self._check_finite()
-            progress.seconds += time.monotonic() - clock
-            self.save()
+            if self.saved_at != progress.iteration:
+                self._check_finite()
+                progress.seconds += time.monotonic() - clock
+                self.save()
         finished = progress.iteration == self.steps
         self._status("finished" if finished else "stopped", "finished" if finished else reason)
         return "finished" if finished else reason
@@ -112,10 +116,9 @@ class Trainer:
         after = min(progress.consumed_samples + training.global_batch_size, self.plan.train_samples)
         self.rate = learning_rate(self.config.optimizer, self.plan, after)
         result = train_step(
-            self.model,
+            self.engine,
             self.optimizer,
             micro_batches,
-            self.processes,
             learning_rate=self.rate,
             clip_grad=self.config.optimizer.clip_grad,
         )
@@ -194,10 +197,9 @@ class Trainer:
         validation, records = self.config.validation, []
         for index, data in enumerate(self.validation_sets):
             evaluation = evaluate(
-                self.model,
+                self.engine,
                 self.objective,
                 data,
-                self.processes,
                 seed=validation.eval_seed,
                 replicates=validation.num_mc,
                 batch_size=validation.eval_batch_size or self.config.training.micro_batch_size,
@@ -218,12 +220,20 @@ class Trainer:
             self._say(f"step {self.progress.iteration}  {data.name} loss {summary['loss']:.4f}{bound}")
         return records
 
+    def _start_saver(self) -> Saver:
+        saver = Saver(Path(self.config.checkpoint.save or "") / "checkpoints", self.processes)
+        if self.config.checkpoint.save:
+            saver.reserve(checkpoint.tensors(self.engine, self.optimizer))
+        return saver
+
     def save(self) -> None:
-        """Write a checkpoint, point latest.json (and best.json) at it, and prune."""
-        settings, progress = self.config.checkpoint, self.progress
-        if settings.save is None:
+        """Copy what a checkpoint holds; when it is written, point latest.json (and best.json) at it, and prune.
+
+        Raises OSError where the one before could not be written.
+        """
+        progress = self.progress
+        if self.config.checkpoint.save is None:
             return
-        root = Path(settings.save) / "checkpoints"
         meta = {
             "iteration": progress.iteration,
             "consumed_samples": progress.consumed_samples,
@@ -232,24 +242,25 @@ class Trainer:
             "permanent": self._permanent(),
             "config": self.description,
         }
-        checkpoint.save(root, checkpoint.tensors(self.model, self.optimizer), meta, self.processes)
+        # by then the run may have been validated again
+        point = partial(self._point, dict(self.validated))
+        self._saver.save(checkpoint.tensors(self.engine, self.optimizer), meta, then=point)
         self.saved_at, self.saved_samples = progress.iteration, progress.consumed_samples
-        self._point()
 
-    def _point(self) -> None:
+    def _point(self, validated: dict[int, float]) -> None:
         """Point latest.json at the newest checkpoint and best.json at the best one that is kept, and prune the rest."""
         if self.folder is None:
             return
         root = self.folder.checkpoints
         kept = {int(path.name[5:]): path for path in checkpoint.complete(root)}
         chosen = {"latest": max(kept, default=None)}
-        chosen["best"] = min(self.validated.keys() & kept.keys(), key=self.validated.get, default=None)
+        chosen["best"] = min(validated.keys() & kept.keys(), key=validated.get, default=None)
         for name, iteration in chosen.items():
             if iteration is not None:
                 meta = read_json(kept[iteration] / "meta.json")
                 pointer = {"folder": kept[iteration].name, "iteration": iteration}
-                pointer |= {"consumed_samples": meta["consumed_samples"], "loss": self.validated.get(iteration)}
-                pointer |= {"set": self.validation_sets[0].name if iteration in self.validated else None}
+                pointer |= {"consumed_samples": meta["consumed_samples"], "loss": validated.get(iteration)}
+                pointer |= {"set": self.validation_sets[0].name if iteration in validated else None}
                 write_json(root / f"{name}.json", pointer)
         checkpoint.prune(root, keep={chosen["latest"], chosen["best"]})
 

@@ -153,7 +153,8 @@ def test_every_field_is_a_flag_with_help_and_a_default_that_it_accepts(section, 
     kind = typing.get_type_hints(section)[field.name]
     allowed = typing.get_args(kind) if typing.get_origin(kind) is not tuple else ()
     assert isinstance(field.default, (typing.get_origin(kind) or kind) if not allowed else allowed)
-    assert not field.metadata["choices"] or field.default in field.metadata["choices"]
+    choices = field.metadata["choices"]
+    assert not choices or field.default in choices or (field.default is None and type(None) in allowed)
 
 
 @pytest.mark.parametrize("objective", ["ar", "mdm"])

@@ -36,7 +36,8 @@ OURS = {
     "lr_wsd_decay_samples", "exit_interval", "exit_duration_in_mins", "kill_switch_file", "dry_run", "eval_batch_size",
     "eval_seed", "save", "load", "keep_every_epochs",
 }  # fmt: skip
-TRACKING = {name for name in ("tracking",) if name in SECTIONS for name in SECTIONS["tracking"].__dataclass_fields__}
+# ... the layout, and where the records are shown
+OURS |= {name for section in ("parallel", "tracking") for name in SECTIONS[section].__dataclass_fields__}
 
 
 def values(config) -> dict:
@@ -56,7 +57,7 @@ def test_the_published_recipe_is_the_published_system_field_by_field(objective, 
     if size == "425M":
         expected |= {"num_layers": 18, "hidden_size": 1280, "num_attention_heads": 10, "kv_channels": 128}
     assert {name: found[name] for name in expected} == expected
-    assert set(found) == set(expected) | OURS | TRACKING  # no field is forgotten
+    assert set(found) == set(expected) | OURS  # no field is forgotten
     plan = resolve(config, Vocabulary(50257), UNIQUE_TOKENS["100M"])
     samples = {50: 2_440_244, 500: 24_402_441}[epochs]
     assert (plan.train_samples, plan.lr_decay_samples, plan.lr_warmup_samples) == (samples, samples, samples // 100)

@@ -9,14 +9,15 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
-from megatron.config.sections import ModelConfig, ObjectiveConfig, OptimizerConfig, Vocabulary
+from megatron.config.sections import ModelConfig, ObjectiveConfig, OptimizerConfig, ParallelConfig, Vocabulary
 from megatron.data.indexed import IndexedDataset, IndexedDatasetWriter
 from megatron.data.samples import TrainSamples, ValidationWindows
 from megatron.model.initialise import initialise
 from megatron.model.transformer import Transformer
 from megatron.objectives import build_objective, build_token_dropout
 from megatron.objectives.noise import EvaluationNoise
-from megatron.parallel.apply import parallelise
+from megatron.parallel.apply import build_engine
+from megatron.parallel.engine import Engine
 from megatron.randomness import stream
 from megatron.training.evaluate import Evaluation, ValidationSet, evaluate
 from megatron.training.feed import MicroBatches
@@ -58,22 +59,19 @@ def plain_model() -> Transformer:
     return model.eval()
 
 
-def sharded_model(processes) -> torch.nn.Module:
-    model = Transformer(CONFIG, VOCABULARY)
-    initialise(model, CONFIG, seed=3)
-    return parallelise(model, processes, bf16=False, compile=False)
+def sharded_model(processes) -> Engine:
+    return build_engine(CONFIG, VOCABULARY, 3, processes, ParallelConfig(), bf16=False, compile=False)
 
 
 def objective(name: str):
     return build_objective(name, ObjectiveConfig(), VOCABULARY, time_block=8)
 
 
-def run(processes, model, name, data, *, seed=1, replicates=4, batch_size=4, alignment="common") -> Evaluation:
+def run(model, name, data, *, seed=1, replicates=4, batch_size=4, alignment="common") -> Evaluation:
     return evaluate(
         model,
         objective(name),
         data,
-        processes,
         seed=seed,
         replicates=replicates,
         batch_size=batch_size,
@@ -179,7 +177,7 @@ def test_ar_is_the_cross_entropy_of_the_scored_tokens_by_document(processes, pre
             nats[owners[place]] += nll[place - 1]
             tokens[owners[place]] += 1
             text[owners[place]] += ids[place] < 256
-    found = run(processes, sharded_model(processes), "ar", data, alignment=alignment)
+    found = run(sharded_model(processes), "ar", data, alignment=alignment)
     assert np.array_equal(found.tokens, tokens) and np.array_equal(found.bytes, text)
     np.testing.assert_allclose(found.nats, nats[None], rtol=1e-5)
     assert found.summary()["loss"] == pytest.approx(nats.sum() / tokens.sum(), rel=1e-6)
@@ -199,7 +197,7 @@ def test_mdm_gives_each_document_its_own_hidden_tokens(processes, prefix, alignm
             assert hidden.min() >= first
             for place in hidden:
                 nats[replicate, owners[window, place]] += nll[window, place] * (SEQ_LENGTH - first) / len(hidden)
-    found = run(processes, sharded_model(processes), "mdm", data, replicates=2, alignment=alignment)
+    found = run(sharded_model(processes), "mdm", data, replicates=2, alignment=alignment)
     assert np.array_equal(found.tokens, np.bincount(owners[:, first:-1].ravel(), minlength=data.documents))
     np.testing.assert_allclose(found.nats, nats, rtol=1e-5)
 
@@ -208,8 +206,8 @@ def test_mdm_gives_each_document_its_own_hidden_tokens(processes, prefix, alignm
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_a_uniform_model_scores_log_v(processes, prefix, name, alignment):
     model = sharded_model(processes)
-    torch.nn.init.zeros_(model.lm_weight().to_local())
-    summary = run(processes, model, name, validation_set(prefix), alignment=alignment, batch_size=5).summary()
+    torch.nn.init.zeros_(model.models[0].lm_weight().to_local())
+    summary = run(model, name, validation_set(prefix), alignment=alignment, batch_size=5).summary()
     assert summary["loss"] == pytest.approx(np.log(VOCABULARY.size), rel=1e-6)
     assert (summary["mc_se"] or 0) < 1e-6
 
@@ -221,17 +219,17 @@ def test_a_uniform_model_scores_log_v(processes, prefix, name, alignment):
 def test_batch_size_changes_nothing_and_repetition_less(processes, prefix, name):
     data, model = validation_set(prefix), sharded_model(processes)
     windows = len(data.windows)
-    expected = run(processes, model, name, data)
-    again = run(processes, model, name, data)
+    expected = run(model, name, data)
+    again = run(model, name, data)
     assert np.array_equal(expected.nats, again.nats) and np.array_equal(expected.tokens, again.tokens)
     for batch_size in (1, 3, windows, windows + 5):
-        check_equal(expected, run(processes, model, name, data, batch_size=batch_size))
+        check_equal(expected, run(model, name, data, batch_size=batch_size))
 
 
 def evaluations(processes, prefix: str) -> dict[tuple, Evaluation]:
     data, model = validation_set(prefix), sharded_model(processes)
     return {
-        (name, alignment, batch_size): run(processes, model, name, data, alignment=alignment, batch_size=batch_size)
+        (name, alignment, batch_size): run(model, name, data, alignment=alignment, batch_size=batch_size)
         for name in OBJECTIVES
         for alignment in ALIGNMENTS
         for batch_size in (3, 64)  # 64: all windows are the first process's, and the second one has padding only
@@ -260,12 +258,12 @@ def test_evaluation_does_not_touch_training(processes, prefix, name):
             reseed(1, step, 0)
             if evaluated:
                 before = torch.get_rng_state(), np.random.get_state()[1]
-                run(processes, model, name, data)
+                run(model, name, data)
                 assert torch.equal(before[0], torch.get_rng_state())
                 assert np.array_equal(before[1], np.random.get_state()[1])
-                assert model.training
+                assert model.models[0].training
                 assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
-            result = train_step(model, optimizer, [feed[step]], processes, learning_rate=0.01, clip_grad=1.0)
+            result = train_step(model, optimizer, [feed[step]], learning_rate=0.01, clip_grad=1.0)
             found.append(float(result.loss))
         return found
 
@@ -278,7 +276,7 @@ def test_evaluation_does_not_touch_training(processes, prefix, name):
 def reseeded(processes, prefix: str, windows: int = 6) -> list[dict]:
     """Return the summaries of 200 evaluations of a few windows that differ in their seed."""
     data, model = validation_set(prefix, windows), sharded_model(processes)
-    return [run(processes, model, "mdm", data, seed=seed, batch_size=windows).summary() for seed in range(200)]
+    return [run(model, "mdm", data, seed=seed, batch_size=windows).summary() for seed in range(200)]
 
 
 def check_mc_se(summaries: list[dict]) -> None:

@@ -8,10 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from megatron.config.sections import ModelConfig, OptimizerConfig, Vocabulary
-from megatron.model.initialise import initialise
-from megatron.model.transformer import Transformer
-from megatron.parallel.apply import parallelise
+from megatron.config.sections import ModelConfig, OptimizerConfig, ParallelConfig, Vocabulary
+from megatron.parallel.apply import build_engine
 from megatron.parallel.mesh import start_processes, stop_processes
 from megatron.training import optimizer as optimizers
 from megatron.training.optimizer import MOMENTS, ShardedApexAdam, build_optimizer, decays, start_state
@@ -48,9 +46,7 @@ def processes():
 
 def build(processes, fused_adam=None, steps=0):
     config = ModelConfig(num_layers=1, hidden_size=16, num_attention_heads=2, add_bias_linear=True)
-    model = Transformer(config, Vocabulary(20))
-    initialise(model, config, seed=1)
-    parallelise(model, processes, bf16=False, compile=False)
+    model = build_engine(config, Vocabulary(20), 1, processes, ParallelConfig(), bf16=False, compile=False)
     optimizer = build_optimizer(model, CONFIG)
     if fused_adam:
         groups = [{k: group[k] for k in ("params", "weight_decay")} for group in optimizer.param_groups]

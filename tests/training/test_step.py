@@ -1,61 +1,17 @@
 """A step is the same however it is cut: loss, gradient norm and every gradient, for one process and for two."""
 
-import sys
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from megatron.config.sections import ModelConfig, ObjectiveConfig, OptimizerConfig, Vocabulary
-from megatron.model.initialise import initialise
-from megatron.model.transformer import Transformer
-from megatron.objectives import build_objective, build_token_dropout
 from megatron.objectives.masked_diffusion import MaskedDiffusion
-from megatron.parallel.apply import parallelise
+from megatron.parallel import engine
 from megatron.parallel.mesh import Processes
-from megatron.training.feed import MicroBatches
-from megatron.training.optimizer import build_optimizer
-from megatron.training.step import reseed, train_step
+from megatron.training.step import reseed
 from tests.distributed import joined, spawn
-
-VOCABULARY, SEQ_LENGTH, GLOBAL_BATCH = Vocabulary(61), 16, 8
-LEARNING_RATE, WEIGHT_DECAY = 0.1, 0.5
-MODEL = dict(num_layers=2, hidden_size=16, num_attention_heads=2, add_bias_linear=True, init_method_std=0.2)
-
-
-@dataclass(frozen=True)
-class RandomText:
-    """Samples by run position, as TrainSamples gives them; the same ones come again after `period`."""
-
-    period: int
-
-    def __getitem__(self, position: int) -> np.ndarray:
-        draw = np.random.default_rng(position % self.period)
-        return draw.integers(0, VOCABULARY.size, SEQ_LENGTH + 1)
-
-
-class NothingMasked(MaskedDiffusion):
-    """Masked diffusion that hides nothing in the second half of a step, so in all that a second process reads."""
-
-    def time(self, position: int, seed: int) -> float:
-        return 0.0 if position >= GLOBAL_BATCH // 2 else super().time(position, seed)
-
-
-@dataclass(frozen=True)
-class Case:
-    """One step to take."""
-
-    name: str = "mdm"
-    token_dropout: float = 0.0
-    samples: int = GLOBAL_BATCH  # fewer make the batch short
-    nothing_masked: bool = False
-    micro_batch: int = 4
-    clip: float = 0.0
-    period: int = 100
-    model: dict = field(default_factory=dict)
-
+from tests.steps import LEARNING_RATE, WEIGHT_DECAY, Case, Step, check_equal, dropout_shared_by_ranks, patched, take
 
 CASES = {
     "ar": Case("ar"),
@@ -71,61 +27,6 @@ CASES = {
 CUT = ("ar", "mdm", "ar-token-dropout", "mdm-short")  # two processes take these in several micro-batches too
 # both processes read the same text, so only dropout can tell them apart
 DROPOUT = Case("ar", period=4, model={"hidden_dropout": 0.3, "attention_dropout": 0.2})
-
-
-@dataclass(frozen=True)
-class Step:
-    """What one process saw of a step; gradients (as the optimizer got them) and parameters are whole."""
-
-    loss: float  # this process's share
-    norm: float
-    gradients: dict[str, np.ndarray]
-    before: dict[str, np.ndarray]
-    after: dict[str, np.ndarray]
-
-
-def whole(parameters) -> dict[str, np.ndarray]:
-    return {name: tensor.full_tensor().detach().numpy().copy() for name, tensor in parameters}
-
-
-def take(processes: Processes, case: Case) -> Step:
-    """Take one step from the initial weights."""
-    config = ModelConfig(**MODEL | case.model)
-    model = Transformer(config, VOCABULARY)
-    initialise(model, config, seed=5)
-    parallelise(model, processes, bf16=False, compile=False)
-    optimizer = build_optimizer(model, OptimizerConfig(lr=1.0, weight_decay=WEIGHT_DECAY))
-    settings = ObjectiveConfig(token_dropout=case.token_dropout, mask_eps=1e-9 if case.nothing_masked else 1e-3)
-    objective = build_objective(case.name, settings, VOCABULARY, GLOBAL_BATCH)
-    if case.nothing_masked:
-        objective = NothingMasked(VOCABULARY.mask_id, GLOBAL_BATCH, settings.mask_eps)
-    data = MicroBatches(
-        RandomText(case.period),
-        objective,
-        build_token_dropout(case.name, settings, VOCABULARY),
-        seed=7,
-        first_sample=0,
-        train_samples=case.samples,
-        micro_batch_size=case.micro_batch,
-        global_batch_size=GLOBAL_BATCH,
-        rank=processes.rank,
-        size=processes.size,
-    )
-    gradients, before = {}, whole(model.named_parameters())
-    optimizer.register_step_pre_hook(
-        lambda *_: gradients.update(whole((name, p.grad) for name, p in model.named_parameters()))
-    )
-    reseed(7, 0, processes.rank)
-    batches = [data[index] for index in range(data.per_step)]
-    result = train_step(model, optimizer, batches, processes, learning_rate=LEARNING_RATE, clip_grad=case.clip)
-    return Step(float(result.loss), float(result.grad_norm), gradients, before, whole(model.named_parameters()))
-
-
-@contextmanager
-def patched(owner, name: str, value):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(owner, name, value)
-        yield
 
 
 def noise_of_the_local_index():
@@ -146,20 +47,7 @@ def local_count():
 
 def local_norm():
     """The gradient norm is taken over this process's shards and not reduced."""
-
-    def clip(parameters, limit):
-        shards = [p.grad.to_local() for p in parameters]
-        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(shard) for shard in shards]))
-        for shard in shards:
-            shard.mul_(min(1.0, limit / (float(norm) + 1e-6)))
-        return norm
-
-    return patched(torch.nn.utils, "clip_grad_norm_", clip)
-
-
-def dropout_shared_by_ranks():
-    keyed = reseed
-    return patched(sys.modules[__name__], "reseed", lambda seed, iteration, rank: keyed(seed, iteration, 0))
+    return patched(engine.dist, "all_reduce", lambda tensor, *_, **__: tensor)
 
 
 PLANTED = [
@@ -203,17 +91,6 @@ def one():
             for name, case in CASES.items():
                 steps[name, micro_batch] = [take(processes, replace(case, micro_batch=micro_batch))]
     return steps
-
-
-def check_equal(expected: list[Step], found: list[Step]) -> None:
-    """Check that two ways to cut a step give the same loss, norm and gradients; each is a list over processes."""
-    loss, norm = (sum(step.loss for step in expected), expected[0].norm)
-    assert sum(step.loss for step in found) == pytest.approx(loss, rel=1e-6)
-    for step in found:
-        assert step.norm == pytest.approx(norm, rel=1e-5)
-        assert step.gradients.keys() == expected[0].gradients.keys()
-        for name, gradient in expected[0].gradients.items():
-            np.testing.assert_allclose(step.gradients[name], gradient, rtol=1e-5, atol=1e-6 * norm, err_msg=name)
 
 
 def check_dropout_differs(ranks: list[Step]) -> None:

@@ -1,0 +1,215 @@
+"""The layout does not change the science: loss, gradient norm and every gradient equal those of a single process."""
+
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import pytest
+import torch
+
+from megatron.config.sections import ParallelConfig
+from megatron.parallel import tensor
+from megatron.parallel.engine import Engine
+from megatron.parallel.mesh import Processes, arrange
+from megatron.parallel.pipeline import Pipeline
+from megatron.parallel.vocabulary import HeadPart
+from tests import steps
+from tests.distributed import joined, spawn
+from tests.steps import Case, Step, build, check_equal, curve, dropout_shared_by_ranks, patched, take
+
+# 3 layers over 2 stages are uneven; 61 ids over 2 parts of 128 rows leave the second part without one
+MODEL = dict(num_layers=3, num_attention_heads=4, group_query_attention=True, num_query_groups=2, qk_layernorm=True)
+UNTIED = dict(untie_embeddings_and_output_weights=True, normalization="layernorm", swiglu=False)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The places of `data` x tensor x pipeline processes."""
+
+    data: int = 1
+    tensor: int = 1
+    pipeline: int = 1
+    options: dict = field(default_factory=dict)
+
+    @property
+    def size(self) -> int:
+        return self.data * self.tensor * self.pipeline
+
+    @property
+    def parallel(self) -> ParallelConfig:
+        sizes = {"tensor_model_parallel_size": self.tensor, "pipeline_model_parallel_size": self.pipeline}
+        return ParallelConfig(**sizes, **self.options)
+
+
+OBJECTIVES = {
+    "ar": Case("ar", micro_batch=2, model=MODEL),
+    "mdm": Case("mdm", micro_batch=2, model=MODEL),
+    "ar-token-dropout": Case("ar", token_dropout=0.4, micro_batch=2, model=MODEL),
+}
+CASES = OBJECTIVES | {
+    "mdm-short": Case("mdm", micro_batch=2, samples=5, model=MODEL),
+    "mdm-untied": Case("mdm", micro_batch=2, model=MODEL | UNTIED),
+    "ar-clipped": Case("ar", micro_batch=2, clip=0.05, model=MODEL),
+    "mdm-deep": Case("mdm", micro_batch=2, model=MODEL | {"num_layers": 4}),
+    "ar-deep-untied": Case("ar", micro_batch=2, model=MODEL | UNTIED | {"num_layers": 4}),
+}
+GRID = [Layout(data, tensor, pipeline) for data in (1, 2) for tensor in (1, 2) for pipeline in (1, 2)][1:]
+INTERLEAVED = {"num_layers_per_virtual_pipeline_stage": 1}
+CHECKS = [(layout, name) for layout in GRID for name in OBJECTIVES]
+CHECKS += [(layout, name) for layout in GRID for name in ("mdm-short", "mdm-untied", "ar-clipped")]
+CHECKS += [(Layout(2, 1, 1, {"zero_stage": stage}), name) for stage in (0, 2, 3) for name in ("ar", "mdm-untied")]
+CHECKS += [(Layout(2, tensor, 2, {"zero_stage": stage}), "mdm") for tensor in (1, 2) for stage in (0, 3)]
+CHECKS += [
+    (Layout(4, 1, 1, {"zero_stage": stage, "num_distributed_optimizer_instances": 2}), "mdm") for stage in (1, 2, 3)
+]
+CHECKS += [
+    (Layout(data, tensor, 2, INTERLEAVED), name)
+    for data, tensor in ((1, 1), (2, 1), (1, 2))
+    for name in ("mdm-deep", "ar-deep-untied")
+]
+CHECKS += [
+    (Layout(data, tensor, pipeline, {"recompute_granularity": granularity}), "mdm")
+    for data, tensor, pipeline in ((2, 1, 1), (1, 2, 1), (1, 1, 2))
+    for granularity in ("full", "selective")
+]
+
+
+CURVES = [
+    (layout, name)
+    for layout in (*GRID, Layout(2, 1, 1, {"zero_stage": 0}), Layout(2, 1, 1, {"zero_stage": 3}))
+    for name in ("mdm", "ar-token-dropout")
+]
+CURVES += [(Layout(1, 2, 2, INTERLEAVED), "mdm-deep")]
+
+
+def head_untied():
+    """The two ends of a pipeline keep the gradient of their own use of the matrix they share."""
+    return patched(Pipeline, "_reduce_tied", lambda self: None)
+
+
+def tied_matrix_counted_twice():
+    """The norm counts the copy of the tied matrix at the other end of the pipeline too."""
+    return patched(Pipeline, "_counts", Engine._counts)
+
+
+def norm_gradient_not_reduced():
+    """Each tensor-parallel process keeps the gradient of a norm on its part of the sequence."""
+    return patched(tensor, "_shared", lambda parameter: None if parameter is None else parameter.to_local())
+
+
+def replicas_counted_twice():
+    """The norm counts what tensor-parallel processes hold alike on each of them."""
+    return patched(Engine, "_counts", lambda self, parameter: True)
+
+
+def softmax_of_a_part():
+    """Each process normalises over its own part of the vocabulary."""
+    return patched(HeadPart, "total", lambda self, values: values)
+
+
+PLANTED = [
+    (head_untied, Layout(1, 1, 2)),
+    (tied_matrix_counted_twice, Layout(1, 1, 2)),
+    (norm_gradient_not_reduced, Layout(1, 2, 1)),
+    (replicas_counted_twice, Layout(1, 2, 1)),
+    (softmax_of_a_part, Layout(1, 2, 1)),
+]
+
+
+def dropped(processes: Processes) -> np.ndarray:
+    """Return which numbers of the embedding of one token, [B, S/2, H], this tensor-parallel process drops."""
+    case, layout = Case("ar", micro_batch=2, model=MODEL | {"embedding_dropout": 0.5}), Layout(1, 2, 1)
+    engine, _, data = build(places(processes, layout), case, layout.parallel)
+    found = []
+    engine.models[0].layers["0"].register_forward_pre_hook(lambda _, inputs: found.append(inputs[0] == 0))
+    steps.reseed(7, 0, processes.rank)
+    engine.backward([replace(data[0], tokens=torch.zeros_like(data[0].tokens))], 1.0)
+    return found[0].numpy()
+
+
+def all_layouts(processes: Processes, size: int) -> tuple[dict, dict]:
+    """Return the steps of all checks, and the curves, on so many processes, by number."""
+    found, curves = {}, {}
+    if size == 2:
+        for fault, layout in PLANTED:
+            with fault():
+                found[fault] = take(places(processes, layout), CASES["mdm"], layout.parallel)
+        found["dropped"] = dropped(processes)
+        with dropout_shared_by_ranks():
+            found["dropped", "shared"] = dropped(processes)
+    for index, (layout, name) in enumerate(CHECKS):
+        if layout.size == size:
+            found[index] = take(places(processes, layout), CASES[name], layout.parallel)
+    for index, (layout, name) in enumerate(CURVES):
+        if layout.size == size:
+            curves[index] = curve(places(processes, layout), CASES[name], layout.parallel)
+    return found, curves
+
+
+def places(processes: Processes, layout: Layout) -> Processes:
+    return arrange(
+        processes.rank,
+        processes.size,
+        torch.device("cpu"),
+        tensor=layout.tensor,
+        pipeline=layout.pipeline,
+        replicas=layout.parallel.replicas(layout.data),
+    )
+
+
+@pytest.fixture(scope="module")
+def parallel():
+    """The steps of every check, and the losses of every curve, by number; of each one a process."""
+    found, curves = {}, {}
+    for size in (2, 4, 8):
+        ranks = spawn(all_layouts, size, size)
+        found |= {index: [taken[index] for taken, _ in ranks] for index in ranks[0][0]}
+        curves |= {index: [losses[index] for _, losses in ranks] for index in ranks[0][1]}
+    return found, curves
+
+
+@pytest.fixture(scope="module")
+def single():
+    """The step and the curve of one process, of every case."""
+    with joined() as processes:
+        return {name: (take(processes, case), curve(processes, case)) for name, case in CASES.items()}
+
+
+def merged(ranks: list[Step]) -> Step:
+    """Return the step of the whole model: a process of a pipeline has the gradients of its own stages."""
+    gradients = {}
+    for step in ranks:
+        for name, gradient in step.gradients.items():
+            np.testing.assert_array_equal(gradients.setdefault(name, gradient), gradient, err_msg=name)
+    return replace(ranks[0], loss=sum(step.loss for step in ranks), gradients=gradients)
+
+
+def described(check: tuple[Layout, str]) -> str:
+    layout, name = check
+    options = "".join(f"-{key.split('_')[0]}{value}" for key, value in layout.options.items())
+    return f"{name}-dp{layout.data}-tp{layout.tensor}-pp{layout.pipeline}{options}"
+
+
+@pytest.mark.parametrize("index", range(len(CHECKS)), ids=[described(check) for check in CHECKS])
+def test_a_step_equals_that_of_one_process(parallel, single, index):
+    ranks, name = parallel[0][index], CHECKS[index][1]
+    check_equal([single[name][0]], [merged(ranks)])
+    assert len({step.norm for step in ranks}) == 1
+
+
+@pytest.mark.parametrize("fault, layout", PLANTED)
+def test_a_planted_fault_is_found(parallel, single, fault, layout):
+    with pytest.raises(AssertionError):
+        check_equal([single["mdm"][0]], [merged(parallel[0][fault])])
+
+
+def test_tensor_parallel_processes_drop_other_numbers_of_the_stream(parallel):
+    first, second = parallel[0]["dropped"]
+    assert 0.4 < first.mean() < 0.6 and not np.array_equal(first, second)
+    assert np.array_equal(*parallel[0]["dropped", "shared"])
+
+
+@pytest.mark.parametrize("index", range(len(CURVES)), ids=[described(check) for check in CURVES])
+def test_twenty_steps_follow_those_of_one_process(parallel, single, index):
+    expected = single[CURVES[index][1]][1]
+    np.testing.assert_allclose(sum(parallel[1][index]), expected, rtol=1e-4)
+    assert np.ptp(expected) > 0.1  # there is a curve to follow

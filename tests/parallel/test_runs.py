@@ -1,0 +1,47 @@
+"""Whole runs: a run moves from layout to layout, and its losses are those of a run that never moved."""
+
+import json
+
+import pytest
+
+from tests.conftest import records, run
+
+TENSOR, PIPELINE = ("--tensor-model-parallel-size", 2), ("--pipeline-model-parallel-size", 2)
+JOURNEY = [
+    (4, [*TENSOR, *PIPELINE]),
+    (4, ["--zero-stage", 3]),
+    (1, []),
+    (2, [*PIPELINE, "--num-layers-per-virtual-pipeline-stage", 1]),
+    (2, TENSOR),
+]
+OBJECTIVES = {"ar": ["--token-dropout-max", 0.3], "mdm": ["--untie-embeddings-and-output-weights"]}
+
+
+@pytest.fixture(scope="module")
+def flags(tiny):
+    small = [*tiny, "--micro-batch-size", 2, "--num-layers", 4, "--group-query-attention", "--num-query-groups", 2]
+    return [*small, "--num-attention-heads", 4, "--save-interval", 1]
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_run_moves_between_layouts(name, flags, tmp_path):
+    run(name, *flags, *OBJECTIVES[name], "--save", tmp_path / "still")
+    for step, (processes, layout) in zip((2, 4, 7, 9, 1000), JOURNEY, strict=True):
+        command = [*flags, *OBJECTIVES[name], *layout, "--save", tmp_path / "moved", "--exit-interval", step]
+        run(name, *command, processes=processes)
+    still, moved = records(tmp_path / "still"), records(tmp_path / "moved")
+    assert len(still) == len(moved)
+    for expected, found in zip(still, moved, strict=True):
+        words = {key for key, value in expected.items() if not isinstance(value, (int, float))}
+        assert {key: found[key] for key in words} == {key: expected[key] for key in words}
+        numbers = expected.keys() - words
+        assert {key: found[key] for key in numbers} == pytest.approx({key: expected[key] for key in numbers}, rel=1e-4)
+
+
+def test_any_layout_evaluates_a_run(flags, tmp_path):
+    run("mdm", *flags, *TENSOR, "--save", tmp_path, "--exit-interval", 4, processes=2)
+    expected = [record["loss"] for record in records(tmp_path, "valid") if record["iteration"] == 4]
+    for processes, layout in ((4, [*TENSOR, *PIPELINE]), (1, [])):
+        done = run("mdm", "--skip-train", "--load", tmp_path, *layout, processes=processes)
+        found = [json.loads(line)["loss"] for line in done.stdout.splitlines()]
+        assert found == pytest.approx(expected, rel=1e-5)

@@ -1,0 +1,143 @@
+"""One training step from the same initial weights, as any layout takes it, and what must be equal between two."""
+
+import sys
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+
+from megatron.config.sections import ModelConfig, ObjectiveConfig, OptimizerConfig, ParallelConfig, Vocabulary
+from megatron.objectives import build_objective, build_token_dropout
+from megatron.objectives.masked_diffusion import MaskedDiffusion
+from megatron.parallel.apply import build_engine
+from megatron.parallel.mesh import Processes
+from megatron.training.feed import MicroBatches
+from megatron.training.optimizer import build_optimizer
+from megatron.training.step import reseed, train_step
+
+VOCABULARY, SEQ_LENGTH, GLOBAL_BATCH = Vocabulary(61), 16, 8
+LEARNING_RATE, WEIGHT_DECAY = 0.1, 0.5
+MODEL = dict(num_layers=2, hidden_size=16, num_attention_heads=2, add_bias_linear=True, init_method_std=0.2)
+
+
+@dataclass(frozen=True)
+class RandomText:
+    """Samples by run position, as TrainSamples gives them; the same ones come again after `period`."""
+
+    period: int
+
+    def __getitem__(self, position: int) -> np.ndarray:
+        draw = np.random.default_rng(position % self.period)
+        return draw.integers(0, VOCABULARY.size, SEQ_LENGTH + 1)
+
+
+class NothingMasked(MaskedDiffusion):
+    """Masked diffusion that hides nothing in the second half of a step, so in all that a second process reads."""
+
+    def time(self, position: int, seed: int) -> float:
+        return 0.0 if position >= GLOBAL_BATCH // 2 else super().time(position, seed)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One step to take."""
+
+    name: str = "mdm"
+    token_dropout: float = 0.0
+    samples: int = GLOBAL_BATCH  # fewer make the batch short
+    nothing_masked: bool = False
+    micro_batch: int = 4
+    clip: float = 0.0
+    period: int = 100
+    model: dict = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one process saw of a step; gradients (as the optimizer got them) and parameters are whole.
+
+    A process of a pipeline has those of its stages only.
+    """
+
+    loss: float  # this process's share
+    norm: float
+    gradients: dict[str, np.ndarray]
+    before: dict[str, np.ndarray]
+    after: dict[str, np.ndarray]
+
+
+def whole(parameters) -> dict[str, np.ndarray]:
+    return {name: tensor.full_tensor().detach().numpy().copy() for name, tensor in parameters}
+
+
+def build(processes: Processes, case: Case, parallel: ParallelConfig, steps: int = 1):
+    """Return the engine at its initial weights, its optimizer and its data for so many steps."""
+    config = ModelConfig(**MODEL | case.model)
+    engine = build_engine(config, VOCABULARY, 5, processes, parallel, bf16=False, compile=False)
+    optimizer = build_optimizer(engine, OptimizerConfig(lr=1.0, weight_decay=WEIGHT_DECAY))
+    settings = ObjectiveConfig(token_dropout=case.token_dropout, mask_eps=1e-9 if case.nothing_masked else 1e-3)
+    objective = build_objective(case.name, settings, VOCABULARY, GLOBAL_BATCH)
+    if case.nothing_masked:
+        objective = NothingMasked(VOCABULARY.mask_id, GLOBAL_BATCH, settings.mask_eps)
+    data = MicroBatches(
+        RandomText(case.period),
+        objective,
+        build_token_dropout(case.name, settings, VOCABULARY),
+        seed=7,
+        first_sample=0,
+        train_samples=case.samples + (steps - 1) * GLOBAL_BATCH,
+        micro_batch_size=case.micro_batch,
+        global_batch_size=GLOBAL_BATCH,
+        rank=processes.data_rank,
+        size=processes.data_size,
+    )
+    return engine, optimizer, data
+
+
+def take(processes: Processes, case: Case, parallel: ParallelConfig = ParallelConfig()) -> Step:
+    """Take one step from the initial weights."""
+    engine, optimizer, data = build(processes, case, parallel)
+    gradients, before = {}, whole(engine.named_parameters())
+    optimizer.register_step_pre_hook(
+        lambda *_: gradients.update(whole((name, p.grad) for name, p in engine.named_parameters()))
+    )
+    reseed(7, 0, processes.rank)
+    batches = [data[index] for index in range(data.per_step)]
+    result = train_step(engine, optimizer, batches, learning_rate=LEARNING_RATE, clip_grad=case.clip)
+    return Step(float(result.loss), float(result.grad_norm), gradients, before, whole(engine.named_parameters()))
+
+
+def curve(processes: Processes, case: Case, parallel: ParallelConfig = ParallelConfig(), steps: int = 20) -> np.ndarray:
+    """Return this process's shares of the losses of so many steps, [steps]."""
+    engine, optimizer, data = build(processes, case, parallel, steps)
+    losses = []
+    for step in range(steps):
+        reseed(7, step, processes.rank)
+        batches = [data[step * data.per_step + index] for index in range(data.per_step)]
+        losses.append(float(train_step(engine, optimizer, batches, learning_rate=1e-2, clip_grad=1.0).loss))
+    return np.array(losses)
+
+
+@contextmanager
+def patched(owner, name: str, value):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, value)
+        yield
+
+
+def check_equal(expected: list[Step], found: list[Step]) -> None:
+    """Check that two ways to cut a step give the same loss, norm and gradients; each is a list over processes."""
+    loss, norm = (sum(step.loss for step in expected), expected[0].norm)
+    assert sum(step.loss for step in found) == pytest.approx(loss, rel=1e-6)
+    for step in found:
+        assert step.norm == pytest.approx(norm, rel=1e-5)
+        assert step.gradients.keys() == expected[0].gradients.keys()
+        for name, gradient in expected[0].gradients.items():
+            np.testing.assert_allclose(step.gradients[name], gradient, rtol=1e-5, atol=1e-6 * norm, err_msg=name)
+
+
+def dropout_shared_by_ranks():
+    """All processes draw the same numbers for dropout."""
+    keyed = reseed
+    return patched(sys.modules[__name__], "reseed", lambda seed, iteration, rank: keyed(seed, iteration, 0))
