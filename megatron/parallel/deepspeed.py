@@ -1,6 +1,6 @@
 """DeepSpeed as a second data-parallel engine: ZeRO stages 0 to 3 and offload, around the same plain model.
 
-It stands beside `parallelise`: the model is initialised first and wrapped afterwards, so both engines start from the
+It stands beside `build_engine`: the model is initialised first and wrapped afterwards, so both engines start from the
 same weights, and what is read and written are the same tensors under the same names: a run can move between them.
 Tensor and pipeline parallelism are not for it: DeepSpeed's ZeRO knows plain parameters only.
 """
@@ -18,6 +18,8 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from megatron.batch import Batch
 from megatron.errors import ConfigurationError
+from megatron.model.transformer import Transformer
+from megatron.parallel.engine import Engine
 from megatron.parallel.mesh import Processes
 
 logger = logging.getLogger(__name__)
@@ -45,44 +47,43 @@ def import_deepspeed(device: torch.device):
     return deepspeed
 
 
-class DeepSpeedEngine:
+class DeepSpeedEngine(Engine):
     """A plain model and AdamW over its parameters, inside DeepSpeed.
 
-    `settings` come from `deepspeed_config`; the model is on its device, with its initial weights. A step is
-    `forward_backward` for every micro-batch, then `update`. `module` is the model as validation calls it:
-    `module(batch, per_position=True)`, by all processes alike.
+    `settings` come from `deepspeed_config`; the model is on its device, with its initial weights. DeepSpeed clips,
+    steps and clears gradients in one, so a step is `backward`, then `update`.
     """
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Transformer,
         optimizer: torch.optim.AdamW,
         settings: dict,
         processes: Processes,
         *,
         compile: bool,
     ):
+        super().__init__([model], [model], processes, settings["zero_optimization"]["stage"])
         deepspeed = self._deepspeed = import_deepspeed(processes.device)
-        self.processes, self.optimizer, self.module = processes, optimizer, model
-        self.bf16, self.stage = settings["bf16"]["enabled"], settings["zero_optimization"]["stage"]
-        self._clip = settings["gradient_clipping"]
-        if self.stage == 0 and self.bf16:
+        self.optimizer, self._limit = optimizer, settings["gradient_clipping"]
+        bf16 = settings["bf16"]["enabled"]
+        if self.zero_stage == 0 and bf16:
             # DeepSpeed has no stage 0 with bf16 weights and fp32 sums
             logger.info("ZeRO stage 0 in bf16 runs as stage 1: the optimizer's states are sharded, the result is equal")
-            self.stage = 1
+            self.zero_stage = 1
             settings = settings | {"zero_optimization": settings["zero_optimization"] | {"stage": 1}}
-        if compile and self.stage == 3:
+        if compile and self.zero_stage == 3:
             logger.info("ZeRO stage 3 of DeepSpeed runs eager: its hooks gather parameters inside every block")
         elif compile:
             for block in model.layers.values():
                 block.compile(fullgraph=True, dynamic=False)
-        if self.stage == 0:  # DeepSpeed would clip too, but keep the norm to itself
+        if self.zero_stage == 0:  # it would clip a second time
             settings = settings | {"gradient_clipping": 0.0}
         # named before ZeRO-3 leaves nothing of a parameter but its shard
         self._named = dict(model.named_parameters())
         self._shapes = {name: parameter.shape for name, parameter in self._named.items()}
         # the masters are made from weights that are rounded to bf16 already, and get these afterwards
-        exact = {name: p.detach().float().clone() for name, p in self._named.items()} if self.bf16 else {}
+        exact = {name: p.detach().float().clone() for name, p in self._named.items()} if bf16 else {}
         try:
             with contextlib.redirect_stdout(io.StringIO()):  # it prints its memory at every start
                 self._engine = deepspeed.initialize(
@@ -90,7 +91,7 @@ class DeepSpeedEngine:
                 )[0]
         except ValueError as error:  # pydantic's, of a key that its section does not have
             raise ConfigurationError(f"DeepSpeed refuses its configuration: {_one_line(error)}") from None
-        if self.stage == 3:
+        if self.zero_stage == 3:
             # what the head multiplies with is not a parameter of the module that reads it
             deepspeed.zero.register_external_parameter(model, model.lm_weight())
         self._start_state(0)
@@ -98,35 +99,35 @@ class DeepSpeedEngine:
             for name, value in exact.items():
                 self._write(name, value)
 
-    def forward_backward(self, batch: Batch, count: float, *, last: bool) -> Tensor:
-        """Add the gradient of one micro-batch; return its share of the loss, []. `count` is global.
+    def backward(self, batches: list[Batch], count: float) -> Tensor:
+        loss = torch.zeros((), device=self.processes.device)
+        for index, batch in enumerate(batches):
+            self._engine.set_gradient_accumulation_boundary(index == len(batches) - 1)
+            share = self._engine(batch.to(self.processes.device)).sum() / count
+            # the engine averages over the processes, and the count is already global
+            self._engine.backward(share * self.processes.data_size, scale_wrt_gas=False)
+            loss += share.detach()
+        return loss
 
-        Gradients are ready after the micro-batch that is the `last` of its step.
-        """
-        self._engine.set_gradient_accumulation_boundary(last)
-        share = self._engine(batch.to(self.processes.device)).sum() / count
-        # the engine averages over the processes, and the count is already global
-        self._engine.backward(share * self.processes.size, scale_wrt_gas=False)
-        return share.detach()
+    def update(self, optimizer: torch.optim.Optimizer, limit: float) -> Tensor:
+        """Clip, step and clear the gradients; return the global norm before clipping, [].
 
-    def update(self, learning_rate: float) -> Tensor:
-        """Clip, step, clear the gradients; return the global norm before clipping, [].
-
+        `optimizer` is the one given at the start, with the learning rate set, and `limit` that of the settings.
         Where the norm is not finite, DeepSpeed takes no step.
         """
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
-        norm = None
-        if self.stage == 0:
-            limit = self._clip or float("inf")
-            norm = nn.utils.clip_grad_norm_(self.module.parameters(), limit)
+        assert optimizer is self.optimizer and limit == self._limit
+        norm = self.clip(limit) if self.zero_stage == 0 else None
         self._engine.step()
         norm = self._engine.get_global_grad_norm() if norm is None else norm
         return torch.as_tensor(norm, dtype=torch.float32, device=self.processes.device).detach().clone()
 
+    def clip(self, limit: float) -> Tensor:
+        """Clip as `update` does at stage 0, where DeepSpeed would keep the norm to itself."""
+        return nn.utils.clip_grad_norm_(self.parameters(), limit or float("inf"))
+
     @torch.no_grad()
     def tensors(self) -> dict[str, Tensor]:
-        """Return what a checkpoint holds, by the names that the other engine gives: copies, sharded by rows.
+        """Return what a checkpoint holds, by the names of `checkpoint.tensors`: copies, sharded by rows.
 
         All processes take part. One parameter at a time is whole in memory.
         """
@@ -150,7 +151,7 @@ class DeepSpeedEngine:
     def _start_state(self, steps: int) -> None:
         """Give what the optimizer updates zero moments and the step count; DeepSpeed waits for the first step."""
         its = self._engine.optimizer
-        if self.stage == 0:
+        if self.zero_stage == 0:
             flat = list(self._named.values())
         else:
             names = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition")
@@ -158,7 +159,7 @@ class DeepSpeedEngine:
         for tensor in flat:
             self.optimizer.state[tensor] = {moment: torch.zeros_like(tensor) for moment in MOMENTS}
             self.optimizer.state[tensor]["step"] = torch.tensor(float(steps), device=tensor.device)
-        if self.stage in (1, 2):
+        if self.zero_stage in (1, 2):
             # otherwise linked to the parameters after the first step
             its._hp_optimizer_states_linked = False
             its._lazy_init_hp_params_optimizer_state()
@@ -168,7 +169,7 @@ class DeepSpeedEngine:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         parameter = self._named[name]
-        if self.stage == 0:
+        if self.zero_stage == 0:
             return parameter.detach() if moment is None else self.optimizer.state[parameter][moment]
         whole = safe_get_full_optimizer_state(parameter, moment) if moment else safe_get_full_fp32_param(parameter)
         return whole.view(self._shapes[name])
@@ -178,9 +179,9 @@ class DeepSpeedEngine:
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
         parameter = self._named[name]
-        if self.stage == 0:
+        if self.zero_stage == 0:
             self._read(name, moment).copy_(value)
-        elif self.stage == 3:
+        elif self.zero_stage == 3:
             self._write_partition(parameter, value, moment)
         elif moment:
             safe_set_full_optimizer_state(parameter, value, moment)
@@ -193,8 +194,8 @@ class DeepSpeedEngine:
         from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
 
         size = parameter.ds_tensor.numel()
-        flat = F.pad(value.flatten(), (0, size * self.processes.size - value.numel()))
-        part = flat.narrow(0, size * self.processes.rank, size)
+        flat = F.pad(value.flatten(), (0, size * self.processes.data_size - value.numel()))
+        part = flat.narrow(0, size * self.processes.data_rank, size)
         if moment:
             safe_set_local_optimizer_state(parameter, part, moment)
             return
@@ -204,7 +205,8 @@ class DeepSpeedEngine:
 
     def _shard(self, whole: Tensor) -> Tensor:
         """Return a copy of this process's rows of `whole`, as FSDP2 would hold them."""
-        sharded = distribute_tensor(whole.contiguous(), self.processes.mesh, [Shard(0)], src_data_rank=None)
+        mesh = self.processes.mesh["replicate", "shard"]
+        sharded = distribute_tensor(whole.contiguous(), mesh, [Shard(0), Shard(0)], src_data_rank=None)
         return sharded.clone()  # a view would keep the whole alive
 
 

@@ -15,21 +15,23 @@ import pytest
 import torch
 
 from megatron.config.deepspeed_config import deepspeed_config
-from megatron.config.sections import ModelConfig, ObjectiveConfig, OptimizerConfig
+from megatron.config.sections import ModelConfig, ObjectiveConfig, OptimizerConfig, ParallelConfig
 from megatron.errors import ConfigurationError
 from megatron.model.initialise import initialise
 from megatron.model.transformer import Transformer
 from megatron.objectives import build_objective, build_token_dropout
-from megatron.parallel.apply import parallelise
+from megatron.parallel.apply import build_engine
 from megatron.parallel.deepspeed import DeepSpeedEngine, import_deepspeed
 from megatron.parallel.mesh import Processes
+from megatron.parallel.recompute import recompute
 from megatron.training import checkpoint
 from megatron.training.feed import MicroBatches
 from megatron.training.optimizer import build_optimizer, start_state
+from megatron.training.saver import Saver
 from megatron.training.step import train_step
 from tests.conftest import ROOT, environment
 from tests.distributed import joined, spawn
-from tests.training.test_step import GLOBAL_BATCH, VOCABULARY, RandomText
+from tests.steps import GLOBAL_BATCH, VOCABULARY, RandomText
 
 installed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
 
@@ -53,6 +55,7 @@ class Case:
     steps: int = 3
     bf16: bool = False
     clip: float = 0.05
+    recompute: str | None = None
 
 
 CASES = {
@@ -60,6 +63,8 @@ CASES = {
     "mdm-untied": Case("mdm", BIASES | UNTIED),
     "mdm-one-micro-batch": Case("mdm", micro_batch=4),
     "ar-untied-unclipped": Case("ar", UNTIED, micro_batch=1, clip=0.0),
+    "ar-full-recompute": Case("ar", BIASES, recompute="full"),
+    "mdm-selective-recompute": Case("mdm", recompute="selective"),
     "curve": Case("mdm", steps=20),
     # a weight that rounds the other way moves everything after it: one step is exact, a curve is close
     "bf16": Case("mdm", steps=1, bf16=True),
@@ -94,24 +99,23 @@ class Fsdp2:
 
     def __init__(self, processes: Processes, case: Case, source: Path | None):
         optimizer = OptimizerConfig(**vars(OPTIMIZER) | {"clip_grad": case.clip})
+        network, parallel = ModelConfig(**NETWORK | case.network), ParallelConfig()
         self.processes, self.clip = processes, case.clip
-        self.module = parallelise(build(case), processes, bf16=case.bf16, compile=False)
-        self.optimizer = build_optimizer(self.module, optimizer)
+        self.engine = build_engine(network, VOCABULARY, 5, processes, parallel, bf16=case.bf16, compile=False)
+        self.optimizer = build_optimizer(self.engine, optimizer)
         start_state(self.optimizer, case.steps // 2 if source else 0)
         if source:
             checkpoint.load(source, self.tensors())
 
     def step(self, batches, rate: float):
-        result = train_step(
-            self.module, self.optimizer, batches, self.processes, learning_rate=rate, clip_grad=self.clip
-        )
+        result = train_step(self.engine, self.optimizer, batches, learning_rate=rate, clip_grad=self.clip)
         return result.loss, result.grad_norm
 
     def tensors(self):
-        return checkpoint.tensors(self.module, self.optimizer)
+        return checkpoint.tensors(self.engine, self.optimizer)
 
 
-class Zero(DeepSpeedEngine):
+class Zero:
     """The engine under test, at one stage."""
 
     def __init__(self, processes: Processes, case: Case, source: Path | None, stage: int, section=None):
@@ -121,30 +125,32 @@ class Zero(DeepSpeedEngine):
         settings = deepspeed_config(None, training, optimizer, **sizes)
         settings["zero_optimization"] |= section or {}
         model = build(case)
-        super().__init__(model, build_optimizer(model, optimizer), settings, processes, compile=False)
+        recompute(model, ParallelConfig(recompute_granularity=case.recompute))
+        self.processes, self.clip, self.optimizer = processes, case.clip, build_optimizer(model, optimizer)
+        self.engine = DeepSpeedEngine(model, self.optimizer, settings, processes, compile=False)
         if source:
             state = self.tensors()
             checkpoint.load(source, state)
-            self.load(state, case.steps // 2)
+            self.engine.load(state, case.steps // 2)
 
     def step(self, batches, rate: float):
         (count,) = self.processes.sum(sum(batch.count for batch in batches))
-        last = len(batches) - 1
-        loss = sum(self.forward_backward(batch, count, last=index == last) for index, batch in enumerate(batches))
-        return loss, self.update(rate)
+        loss = self.engine.backward(batches, count)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        return loss, self.engine.update(self.optimizer, self.clip)
+
+    def tensors(self):
+        return self.engine.tensors()
 
 
 class Forgetful(Zero):
     """A planted fault: the loss is not scaled for the average over the processes."""
 
     def step(self, batches, rate: float):
-        whole, self.processes = self.processes, SimpleNamespace(size=1, device=torch.device("cpu"), sum=lambda n: [n])
-        (count,) = whole.sum(sum(batch.count for batch in batches))
-        self.processes.sum = lambda n: [count]
-        try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Processes, "data_size", 1)
             return super().step(batches, rate)
-        finally:
-            self.processes = whole
 
 
 def build(case: Case) -> Transformer:
@@ -179,14 +185,17 @@ def train(engine, case: Case, steps: range) -> Trace:
         losses.append(processes.sum(float(loss))[0])
         norms.append(float(norm))
     state = {name: tensor.full_tensor().numpy().copy() for name, tensor in engine.tensors().items()}
-    engine.module.eval()
+    engine.engine.eval()
     with torch.no_grad():
-        nll = engine.module(batches_of(case, 0, 1)[0], per_position=True).numpy().copy()
+        nll = engine.engine.nll(batches_of(case, 0, 1)[0]).numpy().copy()
+    engine.engine.train()
+    engine.engine.reshard()
     return Trace(losses, norms, state, nll)
 
 
 def save(engine, folder: Path, case: Case) -> None:
-    checkpoint.save(folder, engine.tensors(), {"iteration": case.steps // 2}, engine.processes)
+    with Saver(folder, engine.processes) as saver:
+        saver.save(engine.tensors(), {"iteration": case.steps // 2}, then=lambda: None)
 
 
 def two_processes(processes: Processes, folder: Path) -> dict:
@@ -203,7 +212,7 @@ def two_processes(processes: Processes, folder: Path) -> dict:
         runs["moved", stage] = train(moved, MOVED, rest)
         broken = Zero(processes, CASES["ar"], None, stage)
         with torch.no_grad():
-            broken._write("norm.weight", torch.full((16,), float("nan")))
+            broken.engine._write("norm.weight", torch.full((16,), float("nan")))
         runs["broken", stage] = train(broken, CASES["ar"], range(1))
     for name, (case, stage, section) in VARIANTS.items():
         runs[name] = train(Zero(processes, CASES[case], None, stage, section), CASES[case], range(CASES[case].steps))
