@@ -77,7 +77,7 @@ def deepspeed_config(
         found = given.pop(key, value)
         if found != value:
             raise ConfigurationError(
-                f"--deepspeed_config {path}: {key} {json.dumps(found)} contradicts {flag}; "
+                f"--deepspeed-config {path}: {key} {json.dumps(found)} contradicts {flag}; "
                 "let them agree, or leave it out"
             )
         return value
@@ -122,7 +122,7 @@ def _check_optimizer(agree, path: str | None, given: dict, optimizer: OptimizerC
     kind = given.pop("optimizer.type", "AdamW")
     if str(kind).lower() not in ("adam", "adamw"):
         raise ConfigurationError(
-            f"--deepspeed_config {path}: optimizer.type {json.dumps(kind)} contradicts AdamW, the only optimizer here; "
+            f"--deepspeed-config {path}: optimizer.type {json.dumps(kind)} contradicts AdamW, the only optimizer here; "
             "leave it out"
         )
     for name, field in {"lr": "lr", "weight_decay": "weight_decay", "eps": "adam_eps"}.items():
@@ -139,11 +139,11 @@ def _zero(path: str | None, given: dict, asked: int | None) -> dict:
     stage = given.pop(ZERO + "stage", None)
     if stage is not None and (isinstance(stage, bool) or stage not in range(4)):
         raise ConfigurationError(
-            f"--deepspeed_config {path}: zero_optimization.stage {json.dumps(stage)} is none; give 0, 1, 2 or 3"
+            f"--deepspeed-config {path}: zero_optimization.stage {json.dumps(stage)} is none; give 0, 1, 2 or 3"
         )
     if None not in (stage, asked) and stage != asked:
         raise ConfigurationError(
-            f"--deepspeed_config {path}: zero_optimization.stage {stage} contradicts {typed('zero_stage', asked)}; "
+            f"--deepspeed-config {path}: zero_optimization.stage {stage} contradicts {typed('zero_stage', asked)}; "
             "let them agree, or leave one out"
         )
     stage = next((found for found in (stage, asked) if found is not None), 0)
@@ -168,11 +168,11 @@ def _check_offload(path: str | None, key: str, value, stage: int) -> None:
         return
     if value != "cpu":
         raise ConfigurationError(
-            f'--deepspeed_config {path}: {key} {json.dumps(value)} is not supported; give "cpu" or "none"'
+            f'--deepspeed-config {path}: {key} {json.dumps(value)} is not supported; give "cpu" or "none"'
         )
     if stage < needed:
         raise ConfigurationError(
-            f'--deepspeed_config {path}: {key} "cpu" needs ZeRO stage {needed} at least, and the stage is {stage}; '
+            f'--deepspeed-config {path}: {key} "cpu" needs ZeRO stage {needed} at least, and the stage is {stage}; '
             f"give {spelling('zero_stage')} {needed}, or leave it out"
         )
 
@@ -180,14 +180,14 @@ def _check_offload(path: str | None, key: str, value, stage: int) -> None:
 def _judge(path: str | None, key: str, value) -> None:
     """Say what becomes of a key that is not used, or refuse it."""
     if key in IDLE:
-        logger.info("--deepspeed_config %s: %s has no effect", path, key)
+        logger.info("--deepspeed-config %s: %s has no effect", path, key)
         return
     prefixes = [key[:end] for end, letter in enumerate(key + ".") if letter == "."]
     reason = next((REFUSED[prefix] for prefix in prefixes if prefix in REFUSED), None)
     if reason and value == OFF.get(key, False):
         return
     raise ConfigurationError(
-        f"--deepspeed_config {path}: {key} {json.dumps(value)} is not supported{f': {reason}' if reason else ''}; "
+        f"--deepspeed-config {path}: {key} {json.dumps(value)} is not supported{f': {reason}' if reason else ''}; "
         "leave it out"
     )
 
@@ -196,11 +196,11 @@ def _read(path: str) -> dict:
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigurationError(f"--deepspeed_config {path}: {error.strerror}; name a JSON file") from None
+        raise ConfigurationError(f"--deepspeed-config {path}: {error.strerror}; name a JSON file") from None
     except ValueError as error:
-        raise ConfigurationError(f"--deepspeed_config {path}: is not JSON ({error}); mend it") from None
+        raise ConfigurationError(f"--deepspeed-config {path}: is not JSON ({error}); mend it") from None
     if not isinstance(found, dict):
-        raise ConfigurationError(f"--deepspeed_config {path}: holds no object; DeepSpeed's keys stand in {{...}}")
+        raise ConfigurationError(f"--deepspeed-config {path}: holds no object; DeepSpeed's keys stand in {{...}}")
     return found
 
 

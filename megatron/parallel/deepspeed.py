@@ -19,12 +19,10 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from megatron.batch import Batch
 from megatron.errors import ConfigurationError
 from megatron.model.transformer import Transformer
-from megatron.parallel.engine import Engine
+from megatron.parallel.engine import MOMENTS, Engine
 from megatron.parallel.mesh import Processes
 
 logger = logging.getLogger(__name__)
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def import_deepspeed(device: torch.device):
@@ -126,8 +124,8 @@ class DeepSpeedEngine(Engine):
         return nn.utils.clip_grad_norm_(self.parameters(), limit or float("inf"))
 
     @torch.no_grad()
-    def tensors(self) -> dict[str, Tensor]:
-        """Return what a checkpoint holds, by the names of `checkpoint.tensors`: copies, sharded by rows.
+    def tensors(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+        """Return what a checkpoint holds, by the names of the other engine: copies, sharded by rows.
 
         All processes take part. One parameter at a time is whole in memory.
         """
@@ -138,9 +136,9 @@ class DeepSpeedEngine(Engine):
         return state
 
     @torch.no_grad()
-    def load(self, state: dict[str, Tensor], iteration: int) -> None:
-        """Take over what `tensors` returned and a checkpoint was read into, `iteration` steps old."""
-        self._start_state(iteration)
+    def load(self, state: dict[str, Tensor], steps: int) -> None:
+        """Take over what `tensors` returned and a checkpoint, `steps` steps old, was read into."""
+        self._start_state(steps)
         for name in self._named:
             self._write(name, _whole(state[f"model.{name}"]))
             for moment in MOMENTS:

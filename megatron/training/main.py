@@ -17,13 +17,12 @@ from megatron.config.sizes import flops_per_token
 from megatron.errors import ConfigurationError
 from megatron.log import configure_logging
 from megatron.objectives import build_objective, build_token_dropout
-from megatron.parallel.apply import build_engine
 from megatron.parallel.mesh import start_processes, stop_processes, world_size
 from megatron.training import checkpoint
 from megatron.training.command_line import parse
+from megatron.training.engines import start_engine
 from megatron.training.environment import check_device, choose_compile, choose_precision, describe
 from megatron.training.feed import MicroBatches
-from megatron.training.optimizer import build_optimizer, start_state
 from megatron.training.resume import open_run
 from megatron.training.sources import Sources, open_sources
 from megatron.training.trackers import Trackers, check_packages, start_trackers
@@ -88,21 +87,15 @@ def run(objective: str, config: Config, command: str) -> None:
     precision, compiled = choose_precision(config, processes.device), choose_compile(config, plan, processes)
     folder, origin = open_run(config, plan, objective, sources, precision, processes)
 
-    engine = build_engine(
-        config.model,
-        vocabulary,
-        config.training.seed,
-        processes,
-        parallel,
-        bf16=precision == "bf16",
-        compile=compiled,
-    )
-    optimizer = build_optimizer(engine, config.optimizer)
-    start_state(optimizer, origin.meta["iteration"] if origin else 0)
+    steps = origin.meta["iteration"] if origin else 0
+    bf16 = precision == "bf16"
+    engine, optimizer = start_engine(config, vocabulary, processes, bf16=bf16, compile=compiled, steps=steps)
     progress, time_block = Progress(), config.training.global_batch_size
     if origin:
-        checkpoint.load(origin.checkpoint, checkpoint.tensors(engine, optimizer))
-        progress = Progress(origin.meta["iteration"], origin.meta["consumed_samples"], origin.meta["seconds"])
+        state = engine.tensors(optimizer)
+        checkpoint.load(origin.checkpoint, state)
+        engine.load(state, steps)
+        progress = Progress(steps, origin.meta["consumed_samples"], origin.meta["seconds"])
         time_block = origin.meta["time_block"]
     before = origin.records if origin else []
     description = describe(objective, config, plan, sources, vocabulary, processes, precision, compiled, command)

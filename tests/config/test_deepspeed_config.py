@@ -141,11 +141,11 @@ def test_a_contradiction_is_refused_in_one_line_that_names_both(file, options, s
     with pytest.raises(ConfigurationError) as error:
         reconcile(tmp_path, file, **options)
     line = str(error.value)
-    assert said in line and line.startswith(f"--deepspeed_config {tmp_path}/ds.json: ") and "\n" not in line
+    assert said in line and line.startswith(f"--deepspeed-config {tmp_path}/ds.json: ") and "\n" not in line
 
 
 def test_a_file_that_is_missing_is_named(tmp_path):
-    with pytest.raises(ConfigurationError, match="^--deepspeed_config .*/none.json: No such file or directory; name a"):
+    with pytest.raises(ConfigurationError, match="^--deepspeed-config .*/none.json: No such file or directory; name a"):
         deepspeed_config(
             str(tmp_path / "none.json"), TRAINING, OptimizerConfig(), processes=1, bf16=False, zero_stage=None
         )

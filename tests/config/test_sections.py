@@ -120,6 +120,18 @@ REFUSED = [
         {"recompute_num_layers": 1},
         "--recompute-num-layers 1: does nothing without --recompute-granularity",
     ),
+    (ParallelConfig, {"deepspeed_config": "d.json"}, "--deepspeed-config d.json: does nothing without --deepspeed"),
+    (
+        ParallelConfig,
+        {"deepspeed": True, "tensor_model_parallel_size": 2},
+        "--tensor-model-parallel-size 2: is not served by DeepSpeed",
+    ),
+    (
+        ParallelConfig,
+        {"deepspeed": True, "num_distributed_optimizer_instances": 2},
+        "--num-distributed-optimizer-instances 2: is not served by DeepSpeed",
+    ),
+    (ParallelConfig, {"deepspeed": True, "cpu_offload": True}, "--cpu-offload: is FSDP2's; give offload_optimizer"),
     (ValidationConfig, {"num_mc": 0}, "--num-mc 0: must be at least 1"),
     (ValidationConfig, {"eval_interval": 0}, "--eval-interval 0: must be positive"),
     (ValidationConfig, {"eval_samples": -1}, "--eval-samples -1: must be positive"),

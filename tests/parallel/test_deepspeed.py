@@ -112,7 +112,7 @@ class Fsdp2:
         return result.loss, result.grad_norm
 
     def tensors(self):
-        return checkpoint.tensors(self.engine, self.optimizer)
+        return self.engine.tensors(self.optimizer)
 
 
 class Zero:
@@ -141,7 +141,7 @@ class Zero:
         return loss, self.engine.update(self.optimizer, self.clip)
 
     def tensors(self):
-        return self.engine.tensors()
+        return self.engine.tensors(self.optimizer)
 
 
 class Forgetful(Zero):
