@@ -17,7 +17,7 @@ from megatron.training.feed import MicroBatches
 from megatron.training.optimizer import build_optimizer
 from megatron.training.step import reseed, train_step
 
-VOCABULARY, SEQ_LENGTH, GLOBAL_BATCH = Vocabulary(61), 16, 8
+VOCABULARY, SEQ_LENGTH, GLOBAL_BATCH = Vocabulary(61), 18, 8
 LEARNING_RATE, WEIGHT_DECAY = 0.1, 0.5
 CURVE_STEPS = 20
 MODEL = dict(num_layers=2, hidden_size=16, num_attention_heads=2, add_bias_linear=True, init_method_std=0.2)

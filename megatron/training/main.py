@@ -132,7 +132,7 @@ def run(objective: str, config: Config, command: str) -> None:
         validated,
     )
     if processes.rank == 0:
-        _announce(objective, config, plan, processes, precision, compiled, origin)
+        _announce(objective, config, plan, engine, precision, compiled, origin)
     if config.validation.skip_train:
         for record in trainer.evaluate():
             if processes.rank == 0:
@@ -170,7 +170,8 @@ def _selects(record: dict, sources: Sources) -> bool:
     return record["kind"] == "valid" and record["set"] in [found.name for found in sources.validation[:1]]
 
 
-def _announce(objective, config, plan, processes, precision, compiled, origin) -> None:
+def _announce(objective, config, plan, engine, precision, compiled, origin) -> None:
+    processes = engine.processes
     for line in idle_flags(config, exact=objective == "ar"):
         logger.info(line)
     if not config.checkpoint.save and not config.validation.skip_train:
@@ -184,10 +185,11 @@ def _announce(objective, config, plan, processes, precision, compiled, origin) -
             logger.info("the layout is another one: dropout draws other numbers, and losses agree statistically")
     axes = {"tensor": "tp", "pipeline": "pp", "replicas": "replicate", "shards": "shard"}
     layout = [f"{processes.along(axis)[1]} {name}" for name, axis in axes.items() if processes.along(axis)[1] > 1]
+    sharing = f"{'DeepSpeed ' if config.parallel.deepspeed else ''}ZeRO {engine.zero_stage}"
     logger.info(
         "%s: %.2fM parameters, %s unique tokens, %d samples of %d tokens in %d steps (%.1f epochs), %s%s on %s x%d%s",
         objective, plan.parameters / 1e6, f"{plan.unique_tokens:,}", plan.train_samples, config.data.seq_length,
         plan.steps, plan.train_samples * config.data.seq_length / plan.unique_tokens,
         precision, ", compiled" if compiled else "", processes.device.type, processes.size,
-        f" ({' x '.join(layout)})" if layout else "",
+        f" ({', '.join([*layout, sharing])})" if processes.size > 1 else "",
     )  # fmt: skip

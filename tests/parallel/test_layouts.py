@@ -56,12 +56,16 @@ CASES = OBJECTIVES | {
     "mdm-untied": Case("mdm", micro_batch=2, model=MODEL | UNTIED),
     "ar-clipped": Case("ar", micro_batch=2, clip=0.05, model=MODEL),
     "mdm-deep": Case("mdm", micro_batch=2, model=MODEL | {"num_layers": 4}),
+    "mdm-thirds": Case(  # 128 rows of the vocabulary in parts of 43, 43 and 42
+        "mdm", micro_batch=2, model={"hidden_size": 24, "num_attention_heads": 3, "ffn_hidden_size": 48}
+    ),
     "ar-deep-untied": Case("ar", micro_batch=2, model=MODEL | UNTIED | {"num_layers": 4}),
 }
 GRID = [Layout(data, tensor, pipeline) for data in (1, 2) for tensor in (1, 2) for pipeline in (1, 2)][1:]
 INTERLEAVED = {"num_layers_per_virtual_pipeline_stage": 1}
 CHECKS = [(layout, name) for layout in GRID for name in OBJECTIVES]
 CHECKS += [(layout, name) for layout in GRID for name in ("mdm-short", "mdm-untied", "ar-clipped")]
+CHECKS += [(Layout(2, 3, 1), "mdm-thirds")]
 CHECKS += [(Layout(2, 1, 1, {"zero_stage": stage}), name) for stage in (0, 2, 3) for name in ("ar", "mdm-untied")]
 CHECKS += [(Layout(2, tensor, 2, {"zero_stage": stage}), "mdm") for tensor in (1, 2) for stage in (0, 3)]
 CHECKS += [
@@ -171,7 +175,7 @@ def places(processes: Processes, layout: Layout) -> Processes:
 def parallel():
     """The steps of every check, and the losses of every curve, by number; of each one a process."""
     found, curves = {}, {}
-    for size in (2, 4, 8):
+    for size in (2, 4, 6, 8):
         ranks = spawn(all_layouts, size, size)
         found |= {index: [taken[index] for taken, _ in ranks] for index in ranks[0][0]}
         curves |= {index: [losses[index] for _, losses in ranks] for index in ranks[0][1]}

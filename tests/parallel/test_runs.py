@@ -16,6 +16,7 @@ JOURNEY = [
     (4, ["--zero-stage", 3]),
     (1, []),
     (2, [*PIPELINE, "--num-layers-per-virtual-pipeline-stage", 1]),
+    (2, ["--deepspeed", "--zero-stage", 3]),
     (2, TENSOR),
 ]
 OBJECTIVES = {"ar": ["--token-dropout-max", 0.3], "mdm": ["--untie-embeddings-and-output-weights"]}
@@ -30,7 +31,7 @@ def flags(tiny):
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_a_run_moves_between_layouts(name, flags, tmp_path):
     run(name, *flags, *OBJECTIVES[name], "--save", tmp_path / "still")
-    for step, (processes, layout) in zip((2, 4, 7, 9, 1000), JOURNEY, strict=True):
+    for step, (processes, layout) in zip((2, 4, 7, 9, 11, 1000), JOURNEY, strict=True):
         command = [*flags, *OBJECTIVES[name], *layout, "--save", tmp_path / "moved", "--exit-interval", step]
         run(name, *command, processes=processes)
     still, moved = records(tmp_path / "still"), records(tmp_path / "moved")
