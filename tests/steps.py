@@ -73,10 +73,17 @@ def whole(parameters) -> dict[str, np.ndarray]:
     return {name: tensor.full_tensor().detach().numpy().copy() for name, tensor in parameters}
 
 
-def build(processes: Processes, case: Case, parallel: ParallelConfig, steps: int = 1, bf16: bool = False):
+def build(
+    processes: Processes,
+    case: Case,
+    parallel: ParallelConfig,
+    steps: int = 1,
+    bf16: bool = False,
+    compile: bool = False,
+):
     """Return the engine at its initial weights, its optimizer and its data for so many steps."""
     config = ModelConfig(**MODEL | case.model)
-    engine = build_engine(config, VOCABULARY, 5, processes, parallel, bf16=bf16, compile=False)
+    engine = build_engine(config, VOCABULARY, 5, processes, parallel, bf16=bf16, compile=compile)
     optimizer = build_optimizer(engine, OptimizerConfig(lr=1.0, weight_decay=WEIGHT_DECAY))
     settings = ObjectiveConfig(token_dropout=case.token_dropout, mask_eps=1e-9 if case.nothing_masked else 1e-3)
     objective = build_objective(case.name, settings, VOCABULARY, GLOBAL_BATCH)

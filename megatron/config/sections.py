@@ -396,6 +396,11 @@ class ParallelConfig:
         """The ZeRO stage of FSDP2."""
         return 1 if self.zero_stage is None else self.zero_stage
 
+    @property
+    def compiles(self) -> bool:
+        """Whether blocks can be compiled: torch 2.13 cannot where split layers recompute."""
+        return self.tensor_model_parallel_size == 1 or self.recompute_granularity is None
+
     def chunks(self, num_layers: int) -> int:
         """Return how many stages of a model of `num_layers` layers one process has."""
         virtual = self.num_layers_per_virtual_pipeline_stage

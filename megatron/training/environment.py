@@ -59,7 +59,7 @@ def choose_compile(config: Config, plan: Plan, processes: Processes) -> bool:
     kind = processes.device.type
     if wanted is None:
         flops = plan.flops(plan.train_samples, config.data.seq_length) / processes.size
-        wanted = flops > COMPILE_PAYS_AFTER_FLOPS[kind]
+        wanted = flops > COMPILE_PAYS_AFTER_FLOPS[kind] and config.parallel.compiles
     if wanted and cpp_compiler() is None:
         logger.info("no C++ compiler is installed: training runs eager; install g++ to compile")
         return False
