@@ -140,6 +140,7 @@ def test_a_layout_that_fits_passes(size, line):
     (4, "--pipeline-model-parallel-size 4", "--pipeline-model-parallel-size 4: is more than --num-layers 2"),
     (2, "--num-layers 6 --pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 2",
      "--num-layers-per-virtual-pipeline-stage 2: times 2 stages does not divide --num-layers 6"),
+    (2, "--tensor-model-parallel-size 2 --recompute-granularity full --compile", "--compile: layers that"),
     (3, "--num-distributed-optimizer-instances 2",
      "--num-distributed-optimizer-instances 2: does not divide the 3 data-parallel processes"),
 ])  # fmt: skip
