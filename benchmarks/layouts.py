@@ -55,6 +55,7 @@ class Options:
     micro_batch_size: int = flag(8, "samples of one micro-batch")
     micro_batches: int = flag(4, "micro-batches of one step and process, in data parallelism alone")
     steps: int = flag(10, f"steps that are timed, after {WARM_UP} that are not")
+    compile: bool = flag(True, "try compiled blocks too")
     output: str | None = flag(None, "write the JSON to a file too", metavar="FILE")
 
     def __post_init__(self):
@@ -115,7 +116,8 @@ def measure(options: Options) -> dict | None:
     """Return what the first process reports; the others return None."""
     first = start_processes()
     results = {}
-    for flags in layouts(first.size, first.device.type == "cuda"):
+    tried = layouts(first.size, first.device.type == "cuda")
+    for flags in [flags for flags in tried if options.compile or "--no-compile" in flags]:
         results[flags] = attempt(options, flags, first)
         if first.rank == 0:
             print(f"{flags}: {json.dumps(results[flags])}", file=sys.stderr)
