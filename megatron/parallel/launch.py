@@ -1,14 +1,16 @@
 """How processes find one another: what torchrun, srun or a person says in the environment."""
 
+import errno
 import os
 import socket
+import time
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 from megatron.errors import ConfigurationError
-from megatron.parallel.watch import Hub, PeerError, Watch, missing
+from megatron.parallel.watch import RETRY, Hub, PeerError, Watch, listen, missing
 
 
 def adopt_slurm() -> None:
@@ -96,18 +98,34 @@ def _watch(store: dist.Store, size: int, minutes: float) -> tuple[Watch, str]:
 
 def _store(minutes: float) -> dist.Store:
     """Return the store at MASTER_ADDR:MASTER_PORT: torchrun's, or one that the first process makes."""
-    address, port = os.environ["MASTER_ADDR"], _whole("MASTER_PORT", 0)
-    first = rank() == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    timeout = timedelta(minutes=minutes)
-    try:
-        return dist.TCPStore(address, port, is_master=first, timeout=timeout, wait_for_workers=False)
-    except dist.DistError as error:
-        if not first:
-            raise PeerError(missing([0], minutes) + f" (no answer at {address}:{port})") from None
-        raise ConfigurationError(
-            f"MASTER_PORT={port}: cannot be listened on at {address} "
-            f"({'it is in use' if 'EADDRINUSE' in str(error) else str(error).splitlines()[0]}); choose another port"
-        ) from None
+    address, port, options = os.environ["MASTER_ADDR"], _whole("MASTER_PORT", 0), {}
+    if rank() == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        # listened on and, by the others, tried from here: torch says what fails there with a page of C++
+        try:
+            options = {"is_master": True, "master_listen_fd": listen(port).detach()}
+        except (OSError, OverflowError) as error:
+            reason = "it is in use" if getattr(error, "errno", None) == errno.EADDRINUSE else error
+            raise ConfigurationError(
+                f"MASTER_PORT={port}: cannot be listened on ({reason}); choose another port"
+            ) from None
+    else:
+        _await(address, port, minutes)
+    return dist.TCPStore(address, port, timeout=timedelta(minutes=minutes), wait_for_workers=False, **options)
+
+
+def _await(address: str, port: int, minutes: float) -> None:
+    """Return when somebody listens at a port; raise PeerError where nobody does in time."""
+    until = time.monotonic() + 60 * minutes
+    while True:
+        try:
+            socket.create_connection((address, port), timeout=5).close()
+            return
+        except OSError as error:
+            if time.monotonic() > until:
+                raise PeerError(
+                    f"{missing([0], minutes)} (MASTER_ADDR={address} MASTER_PORT={port}: {error})"
+                ) from None
+            time.sleep(RETRY)
 
 
 def _own_address() -> str:

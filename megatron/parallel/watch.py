@@ -1,6 +1,6 @@
 """Who is still there: every process keeps a connection to the first one, and the kernel closes it when a process dies.
 
-    rank 0, 1, ... n  -- hello, fault, bye -->  hub in rank 0  -- welcome, start, fault -->  rank 0, 1, ... n
+    rank 0, 1, ... n  -- hello, fault, bye -->  hub in rank 0  -- welcome, start, fault, bye -->  rank 0, 1, ... n
 
 A collective whose peer is gone fails at once, in minutes or never, and does not say which peer it was. Here the first
 fault of any process ends all of them in seconds, with one line on each node that names the rank.
@@ -52,6 +52,13 @@ def missing(ranks: list[int], minutes: float, size: int | None = None) -> str:
     )
 
 
+def listen(port: int, backlog: int = 1024) -> socket.socket:
+    """Return a socket that listens on all addresses of this node; raises OSError where the port is taken."""
+    if socket.has_dualstack_ipv6():
+        return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=backlog)
+    return socket.create_server(("", port), backlog=backlog)
+
+
 def _send(connection: socket.socket, **message) -> None:
     with suppress(OSError):  # a peer that is gone is noticed where it is read from
         connection.sendall(json.dumps(message).encode() + b"\n")
@@ -73,15 +80,16 @@ class Hub(threading.Thread):
         self.size, self.minutes = size, minutes
         self.token = secrets.token_hex(8)  # of this start: an earlier one may have left its address behind
         self.began = time.monotonic()
-        self.peers: dict[int, socket.socket] = {}  # those that have come and not left
-        self.complete, self.fault, self.all_left = False, None, threading.Event()
-        self.listener = socket.create_server(("", 0), backlog=size)
+        self.peers: dict[int, socket.socket] = {}  # those that are there
+        self.ready: set[int] = set()  # to leave
+        self.complete, self.fault = False, None
+        self.listener = listen(0, backlog=size)
         self.port = self.listener.getsockname()[1]
         self.selector = selectors.DefaultSelector()
         self.selector.register(self.listener, selectors.EVENT_READ)
 
     def run(self) -> None:
-        while not self.all_left.is_set():
+        while not (self.complete and self.ready == self.peers.keys()):
             for key, _ in self.selector.select(timeout=1.0):
                 if key.fileobj is self.listener:
                     connection, _ = self.listener.accept()
@@ -93,6 +101,7 @@ class Hub(threading.Thread):
             if not (self.complete or self.fault) and time.monotonic() - self.began > 60 * self.minutes:
                 absent = sorted(set(range(self.size)) - self.peers.keys())
                 self._end(Fault(absent[0], missing(absent, self.minutes, self.size), 1))
+        self._tell(bye=True)
 
     def _read(self, connection: socket.socket, peer: dict) -> None:
         try:
@@ -107,8 +116,11 @@ class Hub(threading.Thread):
             self.selector.unregister(connection)
             connection.close()
             if self.peers.get(peer["rank"]) is connection:
-                self._leave(peer["rank"])
-                self._end(gone(peer["rank"], peer["where"]))
+                del self.peers[peer["rank"]]
+                if peer["rank"] in self.ready:
+                    self.ready.remove(peer["rank"])
+                else:
+                    self._end(gone(peer["rank"], peer["where"]))
 
     def _hear(self, connection: socket.socket, peer: dict, message: dict) -> None:
         if "hello" in message:
@@ -126,12 +138,7 @@ class Hub(threading.Thread):
         elif "fault" in message:
             self._end(Fault(**message["fault"]))
         else:
-            self._leave(peer["rank"])
-
-    def _leave(self, rank: int) -> None:
-        self.peers.pop(rank, None)
-        if not self.peers:
-            self.all_left.set()
+            self.ready.add(peer["rank"])
 
     def _end(self, fault: Fault) -> None:
         if self.fault is None:
@@ -153,7 +160,7 @@ class Watch(threading.Thread):
         super().__init__(name="watch", daemon=True)
         self.rank, self.first_on_node, self.hub = rank, first_on_node, hub
         self.last_words: Callable[[str], None] | None = None
-        self._all_here, self._leaving = threading.Event(), False
+        self._all_here = threading.Event()
 
     def meet(self, find: Callable[[], tuple[str, int, str]], minutes: float) -> str:
         """Wait until all processes have said hello to the hub; return its token, which no other start has.
@@ -189,12 +196,13 @@ class Watch(threading.Thread):
         fault = gone(0)  # unless the hub says otherwise before it falls silent
         with suppress(OSError, ValueError):
             for message in map(json.loads, self._lines):
+                if "bye" in message:
+                    return
                 if "fault" in message:
                     fault = Fault(**message["fault"])
                     break
                 self._all_here.set()
-        if not self._leaving:
-            self._end(fault)
+        self._end(fault)
 
     def _end(self, fault: Fault) -> None:
         """Leave, whatever the main thread waits for."""
@@ -215,8 +223,6 @@ class Watch(threading.Thread):
         os._exit(code)
 
     def leave(self, minutes: float) -> None:
-        """Say that nothing is left to do; the first process waits up to `minutes` until all have said so."""
-        self._leaving = True
+        """Wait until no process has anything left to do, up to `minutes`; a peer that needs this one finds it here."""
         _send(self._connection, bye=True)
-        if self.hub:
-            self.hub.all_left.wait(60 * minutes)
+        self.join(60 * minutes)

@@ -51,8 +51,8 @@ def main(objective: str, arguments: list[str] | None = None) -> None:
             watch = join(minutes)
         run(objective, config, shlex.join([sys.argv[0], *arguments]), watch)
         if watch:
-            stop_processes()
             watch.leave(minutes)
+            stop_processes()
     except (ConfigurationError, DivergedError, PeerError) as error:
         code = _say(error, 2 if isinstance(error, ConfigurationError) else 1, watch)
     except OSError as error:
