@@ -226,3 +226,5 @@ class Watch(threading.Thread):
         """Wait until no process has anything left to do, up to `minutes`; a peer that needs this one finds it here."""
         _send(self._connection, bye=True)
         self.join(60 * minutes)
+        if self.hub:
+            self.hub.join(60 * minutes)  # it is still telling the others
