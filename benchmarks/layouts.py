@@ -33,7 +33,8 @@ from megatron.config.sections import Config, Vocabulary
 from megatron.config.sizes import GPT2_VOCABULARY, parameter_count
 from megatron.errors import ConfigurationError
 from megatron.objectives import build_objective, build_token_dropout
-from megatron.parallel.mesh import Processes, start_processes, stop_processes, world_size
+from megatron.parallel.launch import world_size
+from megatron.parallel.mesh import Processes, start_processes, stop_processes
 from megatron.training.command_line import parse
 from megatron.training.engines import start_engine
 from megatron.training.environment import check_device, choose_precision

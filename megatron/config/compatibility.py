@@ -161,7 +161,6 @@ TABLE = one_table(
     ),
     idle_value("--DDP-impl", "data parallelism is always FSDP2"),
     idle_value("--distributed-backend", "it is nccl between GPUs and gloo between CPUs"),
-    idle_value("--distributed-timeout-minutes", "it is always 10", "10", "is always 10; leave it out"),
     idle_value("--local-rank --local_rank", "torchrun tells it through the environment"),
     idle_value("--lazy-mpu-init --empty-unused-memory-level", "PyTorch manages devices and their memory"),
     refused(

@@ -357,6 +357,9 @@ class ParallelConfig:
         choices=("full", "selective"),
     )
     recompute_num_layers: int | None = flag(None, "blocks of each stage that recompute, from its first; default all")
+    distributed_timeout_minutes: float = flag(
+        10.0, "how long processes wait for one another, at the start and in a collective, before all of them leave"
+    )
 
     def __post_init__(self):
         for name in (
@@ -368,6 +371,8 @@ class ParallelConfig:
         ):
             value = getattr(self, name)
             require(value is None or value >= 1, name, value, "must be at least 1")
+        minutes = self.distributed_timeout_minutes
+        require(minutes > 0, "distributed_timeout_minutes", minutes, "must be positive")
         stage, staged = self.zero_stage, self.pipeline_model_parallel_size > 1
         require(stage is None or 0 <= stage <= 3, "zero_stage", stage, "is not one of 0, 1, 2 and 3")
         rule = "reduces gradients at every micro-batch, and a pipeline once a step; give --zero-stage 1 or 3"

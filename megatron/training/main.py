@@ -9,6 +9,8 @@ import json
 import logging
 import shlex
 import sys
+import time
+import traceback
 from dataclasses import asdict
 
 from megatron.config.resolve import Plan, check_layout, check_processes, idle_flags, resolve
@@ -17,7 +19,9 @@ from megatron.config.sizes import flops_per_token
 from megatron.errors import ConfigurationError
 from megatron.log import configure_logging
 from megatron.objectives import build_objective, build_token_dropout
-from megatron.parallel.mesh import start_processes, stop_processes, world_size
+from megatron.parallel.launch import adopt_slurm, join, local_rank, world_size
+from megatron.parallel.mesh import start_processes, stop_processes
+from megatron.parallel.watch import PATIENCE, PeerError, Watch
 from megatron.training import checkpoint
 from megatron.training.command_line import parse
 from megatron.training.engines import start_engine
@@ -30,21 +34,38 @@ from megatron.training.trainer import DivergedError, Progress, Trainer
 
 logger = logging.getLogger(__name__)
 
+SILENCE = 5.0  # seconds that a process with nothing new to say stays
+
 
 def main(objective: str, arguments: list[str] | None = None) -> None:
     """Run one training from the command line; leave with 0 (done or left as asked), 2 (user's mistake) or 1."""
-    configure_logging()
-    code = 0
+    watch, code = None, 0
     try:
+        adopt_slurm()
+        configure_logging()
         arguments = sys.argv[1:] if arguments is None else arguments
         config = parse(objective, arguments)
-        run(objective, config, shlex.join([sys.argv[0], *arguments]))
-    except ConfigurationError as error:
-        code = _say(error, 2)
-    except (DivergedError, OSError) as error:
-        code = _say(error, 1)
+        minutes = config.parallel.distributed_timeout_minutes
+        if not config.training.dry_run:
+            watch = join(minutes)
+        run(objective, config, shlex.join([sys.argv[0], *arguments]), watch)
+        if watch:
+            watch.leave(minutes)
+            stop_processes()
+    except (ConfigurationError, DivergedError, PeerError) as error:
+        code = _say(error, 2 if isinstance(error, ConfigurationError) else 1, watch)
+    except OSError as error:
+        code = _say(error, 1, watch, PATIENCE)
+    except BaseException as error:
+        if watch is None:
+            raise
+        time.sleep(PATIENCE)  # a peer's death may be what made a collective fail: then the watch ends this process
+        traceback.print_exc()
+        first_line = str(error).strip().partition("\n")[0]
+        watch.report(f"rank {watch.rank} failed with {type(error).__name__}: {first_line}", 1)
     finally:
-        stop_processes()
+        if watch is None:
+            stop_processes()
     if os.environ.get("WORLD_SIZE", "1") != "1":
         # a thread of gloo may outlive its group and abort the interpreter on its way out
         sys.stdout.flush()
@@ -54,12 +75,19 @@ def main(objective: str, arguments: list[str] | None = None) -> None:
         sys.exit(code)
 
 
-def _say(error: BaseException, code: int) -> int:
-    print(f"error: {error}", file=sys.stderr)
+def _say(error: BaseException, code: int, watch: Watch | None, patience: float = 0.0) -> int:
+    """Say what went wrong, once a node; return the exit code, or leave with all the others where there are any."""
+    if watch:
+        time.sleep(patience)
+        watch.report(str(error), code)
+    if isinstance(error, ConfigurationError) and local_rank() > 0:
+        time.sleep(SILENCE)  # the first process of this node says the same, and must not be ended before
+    else:
+        print(f"error: {error}", file=sys.stderr)
     return code
 
 
-def run(objective: str, config: Config, command: str) -> None:
+def run(objective: str, config: Config, command: str, watch: Watch | None) -> None:
     """Put one run together and train it."""
     check_packages(config)
     sources = open_sources(config)
@@ -80,6 +108,7 @@ def run(objective: str, config: Config, command: str) -> None:
         tensor=parallel.tensor_model_parallel_size,
         pipeline=parallel.pipeline_model_parallel_size,
         replicas=parallel.replicas(parallel.data_size(world_size())),
+        minutes=parallel.distributed_timeout_minutes,
     )
     check_device(config, processes.device)
     if not config.validation.skip_train:
@@ -138,14 +167,22 @@ def run(objective: str, config: Config, command: str) -> None:
             if processes.rank == 0:
                 print(json.dumps(record))
         return
+
+    def failed(reason: str) -> None:
+        if folder:
+            folder.status("failed", reason, progress.iteration, progress.consumed_samples)
+
+    if watch:
+        watch.last_words = failed
     with trackers:
         try:
             reason = trainer.train()
         except BaseException as error:
-            if folder:
-                reason = str(error) or type(error).__name__
-                folder.status("failed", reason, progress.iteration, progress.consumed_samples)
+            if watch is None:
+                failed(str(error) or type(error).__name__)
             raise
+    if watch:
+        watch.last_words = None
     if processes.rank == 0:
         logger.info("%s at step %d of %d", reason, progress.iteration, trainer.steps)
 

@@ -97,6 +97,7 @@ REFUSED = [
     (TrainingConfig, {"bf16": True, "fp32": True}, "--bf16: excludes --fp32; give one of them"),
     (TrainingConfig, {"bf16": False, "fp32": False}, "--no-bf16: excludes --no-fp32; give one of them"),
     (ParallelConfig, {"tensor_model_parallel_size": 0}, "--tensor-model-parallel-size 0: must be at least 1"),
+    (ParallelConfig, {"distributed_timeout_minutes": 0.0}, "--distributed-timeout-minutes 0.0: must be positive"),
     (ParallelConfig, {"recompute_num_layers": 0}, "--recompute-num-layers 0: must be at least 1"),
     (ParallelConfig, {"zero_stage": 4}, "--zero-stage 4: is not one of 0, 1, 2 and 3"),
     (ParallelConfig, {"zero_stage": -1}, "--zero-stage -1: is not one of 0, 1, 2 and 3"),
