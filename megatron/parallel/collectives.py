@@ -9,10 +9,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# torch 2.13 renames what 2.11 has under the older names only
-all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-
 
 def gather_sequence(part: Tensor, group: dist.ProcessGroup) -> Tensor:
     """[B, S/tp, H] -> [B, S, H]; the gradient is summed over the group and scattered."""
@@ -46,15 +42,16 @@ class _ScatterSequence(torch.autograd.Function):
         return _gather(grad, ctx.group), None
 
 
+# The functional operators return new tensors: collectives that fill a given one lose its gradient in code compiled by
+# torch 2.11, without a word. Python's functions for them have other names in 2.13.
+COLLECTIVES = torch.ops._c10d_functional
+
+
 def _gather(part: Tensor, group: dist.ProcessGroup) -> Tensor:
-    batch, length, width = part.shape
-    parts = part.new_empty(group.size() * batch, length, width)
-    all_gather(parts, part.contiguous(), group=group)
-    return parts.unflatten(0, (group.size(), batch)).transpose(0, 1).flatten(1, 2)
+    parts = COLLECTIVES.all_gather_into_tensor(part.contiguous(), group.size(), group.group_name)
+    return COLLECTIVES.wait_tensor(parts).unflatten(0, (group.size(), -1)).transpose(0, 1).flatten(1, 2)
 
 
 def _reduce_scatter(whole: Tensor, group: dist.ProcessGroup) -> Tensor:
-    parts = whole.unflatten(1, (group.size(), -1)).transpose(0, 1).contiguous()
-    part = torch.empty_like(parts[0])
-    reduce_scatter(part, parts.flatten(0, 1), group=group)
-    return part
+    parts = whole.unflatten(1, (group.size(), -1)).transpose(0, 1).flatten(0, 1).contiguous()
+    return COLLECTIVES.wait_tensor(COLLECTIVES.reduce_scatter_tensor(parts, "sum", group.size(), group.group_name))
