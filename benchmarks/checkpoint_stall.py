@@ -78,7 +78,7 @@ def main() -> None:
         optimizer = build_optimizer(engine, OptimizerConfig())
         start_state(optimizer, 0)
         with tempfile.TemporaryDirectory(dir=options.folder) as root:
-            report = measure(options, Path(root), lambda: checkpoint.tensors(engine, optimizer), processes)
+            report = measure(options, Path(root), lambda: engine.tensors(optimizer), processes)
     finally:
         stop_processes()
     print(json.dumps(report, indent=1))

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
+import torch
 
 from megatron.config.sections import ModelConfig, ObjectiveConfig, OptimizerConfig, ParallelConfig, Vocabulary
 from megatron.objectives import build_objective, build_token_dropout
@@ -16,8 +17,9 @@ from megatron.training.feed import MicroBatches
 from megatron.training.optimizer import build_optimizer
 from megatron.training.step import reseed, train_step
 
-VOCABULARY, SEQ_LENGTH, GLOBAL_BATCH = Vocabulary(61), 16, 8
+VOCABULARY, SEQ_LENGTH, GLOBAL_BATCH = Vocabulary(61), 18, 8
 LEARNING_RATE, WEIGHT_DECAY = 0.1, 0.5
+CURVE_STEPS = 20
 MODEL = dict(num_layers=2, hidden_size=16, num_attention_heads=2, add_bias_linear=True, init_method_std=0.2)
 
 
@@ -71,10 +73,17 @@ def whole(parameters) -> dict[str, np.ndarray]:
     return {name: tensor.full_tensor().detach().numpy().copy() for name, tensor in parameters}
 
 
-def build(processes: Processes, case: Case, parallel: ParallelConfig, steps: int = 1):
+def build(
+    processes: Processes,
+    case: Case,
+    parallel: ParallelConfig,
+    steps: int = 1,
+    bf16: bool = False,
+    compile: bool = False,
+):
     """Return the engine at its initial weights, its optimizer and its data for so many steps."""
     config = ModelConfig(**MODEL | case.model)
-    engine = build_engine(config, VOCABULARY, 5, processes, parallel, bf16=False, compile=False)
+    engine = build_engine(config, VOCABULARY, 5, processes, parallel, bf16=bf16, compile=compile)
     optimizer = build_optimizer(engine, OptimizerConfig(lr=1.0, weight_decay=WEIGHT_DECAY))
     settings = ObjectiveConfig(token_dropout=case.token_dropout, mask_eps=1e-9 if case.nothing_masked else 1e-3)
     objective = build_objective(case.name, settings, VOCABULARY, GLOBAL_BATCH)
@@ -108,11 +117,14 @@ def take(processes: Processes, case: Case, parallel: ParallelConfig = ParallelCo
     return Step(float(result.loss), float(result.grad_norm), gradients, before, whole(engine.named_parameters()))
 
 
-def curve(processes: Processes, case: Case, parallel: ParallelConfig = ParallelConfig(), steps: int = 20) -> np.ndarray:
-    """Return this process's shares of the losses of so many steps, [steps]."""
-    engine, optimizer, data = build(processes, case, parallel, steps)
+def curve(
+    processes: Processes, case: Case, parallel: ParallelConfig = ParallelConfig(), bf16: bool = False
+) -> np.ndarray:
+    """Return this process's shares of the losses of CURVE_STEPS steps, [steps]."""
+    engine, optimizer, data = build(processes, case, parallel, CURVE_STEPS, bf16)
+    assert all(parameter.dtype == torch.float32 for parameter in engine.parameters())  # master weights
     losses = []
-    for step in range(steps):
+    for step in range(CURVE_STEPS):
         reseed(7, step, processes.rank)
         batches = [data[step * data.per_step + index] for index in range(data.per_step)]
         losses.append(float(train_step(engine, optimizer, batches, learning_rate=1e-2, clip_grad=1.0).loss))

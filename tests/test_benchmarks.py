@@ -1,6 +1,6 @@
-"""The benchmark runs at a toy shape, refuses contestants that compute something else, and reports mistakes in a line.
+"""The benchmarks run at a toy shape, refuse contestants that compute something else, and report mistakes in a line.
 
-No time is asserted. The benchmark sets the environment when it is imported, so it runs in processes of its own.
+No time is asserted. A benchmark sets the environment when it is imported, so it runs in processes of its own.
 """
 
 import json
@@ -86,3 +86,26 @@ def test_a_mistake_is_one_line():
 
 def test_a_mistake_ends_with_exit_code_2():
     assert run("--rounds", "none").returncode == 2
+
+
+def test_the_stall_of_a_small_network_is_measured():
+    command = [sys.executable, "benchmarks/checkpoint_stall.py"]
+    done = subprocess.run(
+        [*command, "--model-size", "7M", "--rounds", "2"], cwd=ROOT, env=environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["bytes"] == 12 * report["parameters"]
+    assert all(min(report["seconds"][name]) > 0 for name in ("copy", "clone", "stall", "writing", "longest_pause"))
+    refused = subprocess.run([*command, "--model-size", "8M"], cwd=ROOT, capture_output=True, text=True)
+    assert refused.returncode == 2 and refused.stderr.startswith("error: --model-size 8M: is not on the ladder")
+
+
+def test_every_layout_of_one_process_trains_the_same():
+    command = [sys.executable, "benchmarks/layouts.py", *"--model-size 7M --seq-length 32 --micro-batch-size 1".split()]
+    command += "--micro-batches 2 --steps 1 --no-compile".split()
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout)["layouts"]
+    assert len(found) == (6 if find_spec("deepspeed") is None else 10)
+    assert all(layout["tokens_per_second"] > 0 and layout["memory_bytes"] > 0 for layout in found.values())

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -60,6 +61,20 @@ def test_a_resumed_run_follows_an_uninterrupted_one(objective, extra, unspoken, 
     run(objective, *unspoken, *extra, "--save", tmp_path / "parts", "--num-workers", 2)
     # attention's gradient is summed in no fixed order on CUDA
     assert losses(tmp_path / "parts") == pytest.approx(losses(tmp_path / "whole"), rel=2e-3)
+
+
+LAYOUTS = [f"--zero-stage {stage}" for stage in (0, 2, 3)]
+LAYOUTS += [f"--recompute-granularity {kind}" for kind in ("full", "selective")]
+LAYOUTS += ["--recompute-granularity full --compile", "--cpu-offload", "--cpu-offload --zero-stage 3"]
+LAYOUTS += [f"--deepspeed --zero-stage {stage}" for stage in (0, 1, 2, 3)] * bool(find_spec("deepspeed"))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_layout_of_one_device_changes_nothing_and_resumes(layout, tiny, tmp_path):
+    run("mdm", *tiny, "--save", tmp_path / "plain")
+    run("mdm", *tiny, *layout.split(), "--save", tmp_path / "other", "--exit-interval", 5)
+    run("mdm", *tiny, *layout.split(), "--save", tmp_path / "other")
+    assert losses(tmp_path / "other") == pytest.approx(losses(tmp_path / "plain"), rel=1e-4)
 
 
 @pytest.mark.skipif(apex_adam() is None, reason="needs NVIDIA apex")

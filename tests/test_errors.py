@@ -307,6 +307,16 @@ def test_a_second_process_is_told_who_holds_the_run(refused, tiny, tmp_path):
         first.wait()
 
 
+def test_a_layout_is_refused_before_anything_is_written(refused, tiny, tmp_path):
+    flags = [*tiny, "--save", tmp_path / "a", "--tensor-model-parallel-size", 2]
+    refused("ar", flags, "--tensor-model-parallel-size 2", "1 was started", "multiple of 2")
+    assert not (tmp_path / "a").exists()
+
+
+def test_offload_needs_a_gpu(refused, tiny):
+    refused("mdm", [*tiny, "--cpu-offload"], "--cpu-offload", "there is no GPU", "leave it out")
+
+
 # ---------------------------------------------------------------------------- faults of a machine
 
 

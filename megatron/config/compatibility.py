@@ -81,6 +81,7 @@ TABLE = one_table(
         "--num-key-value-heads": Same("--group-query-attention --num-query-groups"),
         "--rotary-position-embeddings-theta": Same("--rotary-base"),
         "--use-distributed-optimizer": Same("--zero-stage 1"),
+        "--deepspeed_config": Same("--deepspeed-config"),
         "--recompute-activations": Same("--recompute-granularity selective"),
         "--checkpoint-activations": Same("--recompute-granularity full"),
     },
@@ -160,7 +161,6 @@ TABLE = one_table(
     ),
     idle_value("--DDP-impl", "data parallelism is always FSDP2"),
     idle_value("--distributed-backend", "it is nccl between GPUs and gloo between CPUs"),
-    idle_value("--distributed-timeout-minutes", "it is always 10", "10", "is always 10; leave it out"),
     idle_value("--local-rank --local_rank", "torchrun tells it through the environment"),
     idle_value("--lazy-mpu-init --empty-unused-memory-level", "PyTorch manages devices and their memory"),
     refused(
@@ -181,15 +181,26 @@ TABLE = one_table(
     ),
     refused("--data-parallel-random-init", "is refused: every process starts from the same weights; leave it out"),
     # -------------------------------------------------------------- DeepSpeed
-    later(
-        "--deepspeed --deepspeed_config --deepspeed_mpi --deepscale --deepscale_config "
-        "--zero-reduce-scatter --zero-contigious-gradients --zero-reduce-bucket-size --zero-allgather-bucket-size "
-        "--cpu-optimizer --cpu_torch_adam --ds_fused_adam --remote-device --use-pin-memory --scattered-embeddings "
-        "--split-transformers --memory-centric-tiled-linear --tile-factor --deepspeed-activation-checkpointing "
-        "--partition-activations --contigious-checkpointing --checkpoint-in-cpu --synchronize-each-layer "
-        "--profile-backward --ds-inference --ds-sequence-parallel-fpdt --ds-sequence-parallel-fpdt-chunk-size "
-        "--ds-sequence-parallel-fpdt-offloading",
-        "DeepSpeed; --zero-stage is served by FSDP2",
+    refused("--deepspeed_mpi", "is refused: start the processes with torchrun, deepspeed or srun"),
+    refused("--deepscale --deepscale_config", "is refused: give --deepspeed and --deepspeed-config"),
+    refused(
+        "--zero-reduce-scatter --zero-contigious-gradients --zero-reduce-bucket-size --zero-allgather-bucket-size",
+        "is refused: say it under zero_optimization in the file of --deepspeed-config",
+    ),
+    refused(
+        "--cpu-optimizer --remote-device --use-pin-memory",
+        "is refused: give --cpu-offload, or offload_optimizer and offload_param in the file of --deepspeed-config",
+    ),
+    idle("--cpu_torch_adam --ds_fused_adam", "the optimizer is PyTorch's AdamW, on whatever device its states are"),
+    refused(
+        "--scattered-embeddings --split-transformers --memory-centric-tiled-linear --tile-factor "
+        "--synchronize-each-layer --profile-backward --ds-inference --ds-sequence-parallel-fpdt "
+        "--ds-sequence-parallel-fpdt-chunk-size --ds-sequence-parallel-fpdt-offloading",
+        "is not supported: DeepSpeed shares the plain model by ZeRO; leave it out",
+    ),
+    refused(
+        "--deepspeed-activation-checkpointing --partition-activations --contigious-checkpointing --checkpoint-in-cpu",
+        "is refused: recomputation is not DeepSpeed's here; give --recompute-granularity",
     ),
     # ------------------------------------------------------- batch and budget
     refused("--batch-size", "is refused: give --micro-batch-size"),

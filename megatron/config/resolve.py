@@ -133,6 +133,8 @@ def check_layout(config: Config, size: int) -> None:
         f"makes groups of {tensor * stages} processes ({tensor} tensor-parallel x {stages} stages), and {size} "
         f"{'were' if size > 1 else 'was'} started; start a multiple of {tensor * stages}, or lower one of the two",
     )
+    rule = "layers that --tensor-model-parallel-size splits and that recompute cannot be compiled; leave one out"
+    require(parallel.compiles or not config.training.compile, "compile", True, rule)
     for name, value in (
         ("--num-attention-heads", model.num_attention_heads),
         ("--num-query-groups", model.key_value_heads),

@@ -335,10 +335,10 @@ class ParallelConfig:
     num_layers_per_virtual_pipeline_stage: int | None = flag(
         None, "layers of one of several stages that a process has (interleaved 1F1B); default one stage a process"
     )
-    zero_stage: int = flag(
-        1,
+    zero_stage: int | None = flag(
+        None,
         "what the data-parallel processes share: 0 nothing, 1 optimizer states and master weights, 2 gradients too, "
-        "3 the weights in use too",
+        "3 the weights in use too; default 1, or what --deepspeed-config says",
     )
     num_distributed_optimizer_instances: int = flag(
         1,
@@ -346,6 +346,10 @@ class ParallelConfig:
         metavar="N",
     )
     cpu_offload: bool = flag(False, "keep master weights, gradients and optimizer states in the host's memory (CUDA)")
+    deepspeed: bool = flag(False, "share the model by DeepSpeed in place of FSDP2; bash install.sh --with-deepspeed")
+    deepspeed_config: str | None = flag(
+        None, "DeepSpeed's JSON file; what it says beside flags here must agree with them", metavar="FILE"
+    )
     recompute_granularity: str | None = flag(
         None,
         "full: compute whole blocks again in the backward pass; selective: all but matrix products and attention; "
@@ -353,6 +357,9 @@ class ParallelConfig:
         choices=("full", "selective"),
     )
     recompute_num_layers: int | None = flag(None, "blocks of each stage that recompute, from its first; default all")
+    distributed_timeout_minutes: float = flag(
+        10.0, "how long processes wait for one another, at the start and in a collective, before all of them leave"
+    )
 
     def __post_init__(self):
         for name in (
@@ -364,19 +371,40 @@ class ParallelConfig:
         ):
             value = getattr(self, name)
             require(value is None or value >= 1, name, value, "must be at least 1")
+        minutes = self.distributed_timeout_minutes
+        require(minutes > 0, "distributed_timeout_minutes", minutes, "must be positive")
         stage, staged = self.zero_stage, self.pipeline_model_parallel_size > 1
-        require(0 <= stage <= 3, "zero_stage", stage, "is not one of 0, 1, 2 and 3")
+        require(stage is None or 0 <= stage <= 3, "zero_stage", stage, "is not one of 0, 1, 2 and 3")
         rule = "reduces gradients at every micro-batch, and a pipeline once a step; give --zero-stage 1 or 3"
         require(not (staged and stage == 2), "zero_stage", stage, rule)
         replicas = self.num_distributed_optimizer_instances
         rule = "shares nothing at --zero-stage 0; leave one of them out"
-        require(replicas == 1 or stage > 0, "num_distributed_optimizer_instances", replicas, rule)
+        require(replicas == 1 or stage != 0, "num_distributed_optimizer_instances", replicas, rule)
         virtual = self.num_layers_per_virtual_pipeline_stage
         rule = "does nothing without --pipeline-model-parallel-size; give both or neither"
         require(virtual is None or staged, "num_layers_per_virtual_pipeline_stage", virtual, rule)
         blocks = self.recompute_num_layers
         rule = "does nothing without --recompute-granularity; give both or neither"
         require(blocks is None or self.recompute_granularity is not None, "recompute_num_layers", blocks, rule)
+
+        file = self.deepspeed_config
+        require(file is None or self.deepspeed, "deepspeed_config", file, "does nothing without --deepspeed; give both")
+        single = {"tensor_model_parallel_size", "pipeline_model_parallel_size", "num_distributed_optimizer_instances"}
+        for name in sorted(single if self.deepspeed else ()):
+            rule = "is not served by DeepSpeed, which shares whole layers over all processes; leave out --deepspeed"
+            require(getattr(self, name) == 1, name, getattr(self, name), rule)
+        rule = "is FSDP2's; give offload_optimizer and offload_param in the file of --deepspeed-config"
+        require(not (self.deepspeed and self.cpu_offload), "cpu_offload", self.cpu_offload, rule)
+
+    @property
+    def fsdp_stage(self) -> int:
+        """The ZeRO stage of FSDP2."""
+        return 1 if self.zero_stage is None else self.zero_stage
+
+    @property
+    def compiles(self) -> bool:
+        """Whether blocks can be compiled: torch 2.13 cannot where split layers recompute."""
+        return self.tensor_model_parallel_size == 1 or self.recompute_granularity is None
 
     def chunks(self, num_layers: int) -> int:
         """Return how many stages of a model of `num_layers` layers one process has."""
@@ -385,7 +413,8 @@ class ParallelConfig:
 
     def replicas(self, data_size: int) -> int:
         """Return how many replicas of the sharded state `data_size` data-parallel processes hold."""
-        return data_size if self.zero_stage == 0 else self.num_distributed_optimizer_instances
+        replicated = self.zero_stage == 0 and not self.deepspeed  # which arranges its processes itself
+        return data_size if replicated else self.num_distributed_optimizer_instances
 
     def data_size(self, processes: int) -> int:
         """Return the number of data-parallel processes among `processes` in all."""

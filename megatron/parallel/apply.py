@@ -49,8 +49,8 @@ def build_engine(
     for root, piece in zip(roots, models, strict=True):
         _shard(root, piece, processes, parallel, compute)
     if length == 1:
-        return Engine(roots, models, processes, parallel.zero_stage)
-    return Pipeline(roots, models, processes, parallel.zero_stage, compute)
+        return Engine(roots, models, processes, parallel.fsdp_stage)
+    return Pipeline(roots, models, processes, parallel.fsdp_stage, compute)
 
 
 def _shard(root, model: Transformer, processes: Processes, parallel: ParallelConfig, compute: torch.dtype) -> None:
@@ -62,7 +62,7 @@ def _shard(root, model: Transformer, processes: Processes, parallel: ParallelCon
     replicated = processes.along("replicate")[1] > 1
     options = {
         "mesh": processes.mesh["replicate", "shard"] if replicated else processes.mesh["shard"],
-        "reshard_after_forward": parallel.zero_stage == 3,
+        "reshard_after_forward": parallel.fsdp_stage == 3,
         # inputs keep their type: the rotary table stays in fp32
         "mp_policy": MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False),
         "offload_policy": CPUOffloadPolicy() if parallel.cpu_offload else OffloadPolicy(),

@@ -11,11 +11,13 @@ from megatron.batch import Batch
 from megatron.model.transformer import Transformer
 from megatron.parallel.mesh import Processes
 
+MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW keeps of every parameter
+
 
 class Engine:
     """One sharded model that this process runs from the first layer to the last; `Pipeline` runs stages of one.
 
-    `root` is the module that FSDP2 has sharded: the model itself.
+    `roots` are the modules that FSDP2 has sharded: the model itself. `DeepSpeedEngine` is the other way to share one.
     """
 
     def __init__(self, roots: list[nn.Module], models: list[Transformer], processes: Processes, zero_stage: int):
@@ -65,6 +67,29 @@ class Engine:
         return all(
             mesh.get_local_rank(axis) == 0 for axis, placement in enumerate(placements) if placement == Replicate()
         )
+
+    def update(self, optimizer: torch.optim.Optimizer, limit: float) -> Tensor:
+        """Clip, step and clear the gradients; return the global norm before clipping, []."""
+        norm = self.clip(limit)
+        optimizer.step()
+        optimizer.zero_grad()
+        return norm
+
+    def tensors(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+        """Return what a checkpoint holds by name: the parameters, and their moments under optimizer.<moment>.
+
+        Tensors and names are those held here; all processes take part.
+        """
+        self.reshard()
+        named = dict(self.named_parameters())
+        state = {f"model.{name}": parameter.detach() for name, parameter in named.items()}
+        for moment in MOMENTS:
+            for name, parameter in named.items():
+                state[f"optimizer.{moment}.{name}"] = optimizer.state[parameter][moment]
+        return state
+
+    def load(self, state: dict[str, Tensor], steps: int) -> None:
+        """Take over what `tensors` returned and a checkpoint, `steps` steps old, was read into: it is in place."""
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield the parameters held here by the names they have in the whole model."""

@@ -1,12 +1,14 @@
 """Processes: who runs beside us, where each stands, and the small reductions a step needs."""
 
-import os
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
+
+from megatron.parallel.launch import device, join, rank, world_size
 
 AXES = ("pp", "replicate", "shard", "tp")  # from the outermost: neighbours in rank share a tensor-parallel group
 
@@ -24,6 +26,7 @@ class Processes:
     size: int
     device: torch.device
     mesh: DeviceMesh  # axes: AXES
+    timeout: timedelta = timedelta(minutes=10)  # of a collective
 
     def along(self, axis: str) -> tuple[int, int]:
         """Return this process's place on an axis, and the length of the axis."""
@@ -79,35 +82,33 @@ class Processes:
         return tensor
 
 
-def world_size() -> int:
-    """Return the number of processes that the launcher started."""
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
-def start_processes(*, tensor: int = 1, pipeline: int = 1, replicas: int = 1) -> Processes:
-    """Join the group that the launcher describes, or make a group of one.
+def start_processes(*, tensor: int = 1, pipeline: int = 1, replicas: int = 1, minutes: float = 10.0) -> Processes:
+    """Join the group, unless that is done, and give this process its place in the layout.
 
     `tensor` x `pipeline` divides the number of processes, and `replicas` the rest.
     """
-    rank, size = int(os.environ.get("RANK", 0)), world_size()
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
     if not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        store = dist.HashStore() if "RANK" not in os.environ else None
-        options = {"store": store, "rank": 0, "world_size": 1} if store else {}
-        dist.init_process_group(backend, timeout=timedelta(minutes=10), **options)
-    return arrange(rank, size, device, tensor=tensor, pipeline=pipeline, replicas=replicas)
+        join(minutes, watched=False)
+    sizes = {"tensor": tensor, "pipeline": pipeline, "replicas": replicas}
+    return arrange(rank(), world_size(), device(), minutes=minutes, **sizes)
 
 
 def arrange(
-    rank: int, size: int, device: torch.device, *, tensor: int = 1, pipeline: int = 1, replicas: int = 1
+    rank: int,
+    size: int,
+    device: torch.device,
+    *,
+    tensor: int = 1,
+    pipeline: int = 1,
+    replicas: int = 1,
+    minutes: float = 10.0,
 ) -> Processes:
     """Give the processes of the group their places; all of them call this."""
-    shape = (pipeline, replicas, size // (pipeline * replicas * tensor), tensor)
-    return Processes(rank, size, device, init_device_mesh(device.type, shape, mesh_dim_names=AXES))
+    shape, timeout = (pipeline, replicas, size // (pipeline * replicas * tensor), tensor), timedelta(minutes=minutes)
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=AXES)
+    for axis in AXES:
+        _set_pg_timeout(timeout, mesh.get_group(axis))
+    return Processes(rank, size, device, mesh, timeout)
 
 
 def stop_processes() -> None:

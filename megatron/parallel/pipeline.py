@@ -137,4 +137,4 @@ def _tied_ends(processes: Processes, model: Transformer) -> dist.ProcessGroup | 
         return None
     pipelines = processes.mesh.mesh.flatten(1).T.tolist()  # [one pipeline][stage] -> rank
     ends = [[ranks[0], ranks[-1]] for ranks in pipelines]
-    return dist.new_subgroups_by_enumeration(ends)[0]
+    return dist.new_subgroups_by_enumeration(ends, timeout=processes.timeout)[0]

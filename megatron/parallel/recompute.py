@@ -1,6 +1,7 @@
 """Activation recomputation: what the backward pass needs is computed again instead of kept."""
 
 import functools
+from collections.abc import Callable
 
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
@@ -29,7 +30,16 @@ def recompute(model: Transformer, parallel: ParallelConfig) -> None:
     contexts = {"context_fn": functools.partial(create_selective_checkpoint_contexts, _policy)} if selective else {}
     blocks = list(model.layers.values())
     for block in blocks[: parallel.recompute_num_layers]:
-        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, **contexts)
+        block.forward = _recomputed(block.forward, contexts)
+
+
+def _recomputed(forward: Callable, contexts: dict) -> Callable:
+    """Return `forward` under a checkpoint, as a function of Python: what compiles the block begins at one."""
+
+    def recomputed(*inputs):
+        return checkpoint(forward, *inputs, use_reentrant=False, **contexts)
+
+    return recomputed
 
 
 def _policy(context, operator, *arguments, **words) -> CheckpointPolicy:

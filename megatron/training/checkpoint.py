@@ -10,31 +10,17 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 from megatron.errors import ConfigurationError
-from megatron.parallel.engine import Engine
-from megatron.training.optimizer import MOMENTS
 from megatron.training.run_folder import read_json
 
 logger = logging.getLogger(__name__)
 
 BLOCK = 1 << 24  # bytes that are checked, read or written at a time
-
-
-def tensors(engine: Engine, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Return what a checkpoint holds by name: the parameters, and their moments under optimizer.<moment>."""
-    engine.reshard()
-    named = dict(engine.named_parameters())
-    state = {f"model.{name}": parameter.detach() for name, parameter in named.items()}
-    for moment in MOMENTS:
-        for name, parameter in named.items():
-            state[f"optimizer.{moment}.{name}"] = optimizer.state[parameter][moment]
-    return state
 
 
 def folder_name(iteration: int) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 import megatron
+from megatron.config.flags import require
 from megatron.config.resolve import Plan
 from megatron.config.sections import Config
 from megatron.parallel.mesh import Processes
@@ -41,6 +42,12 @@ def cpp_compiler() -> str | None:
     return next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
 
 
+def check_device(config: Config, device: torch.device) -> None:
+    """Raise ConfigurationError for what this device cannot do."""
+    rule = "moves states between a GPU and the host, and there is no GPU; leave it out"
+    require(not config.parallel.cpu_offload or device.type == "cuda", "cpu_offload", True, rule)
+
+
 # On two CPU cores compiling cost 9 to 15 s and then took an eighth off a step (0.46M parameters, bf16, torch 2.13),
 # so a run of some minutes gets it back; for CUDA, a minute of one device is assumed.
 COMPILE_PAYS_AFTER_FLOPS = {"cuda": 1e16, "cpu": 3e13}
@@ -52,7 +59,7 @@ def choose_compile(config: Config, plan: Plan, processes: Processes) -> bool:
     kind = processes.device.type
     if wanted is None:
         flops = plan.flops(plan.train_samples, config.data.seq_length) / processes.size
-        wanted = flops > COMPILE_PAYS_AFTER_FLOPS[kind]
+        wanted = flops > COMPILE_PAYS_AFTER_FLOPS[kind] and config.parallel.compiles
     if wanted and cpp_compiler() is None:
         logger.info("no C++ compiler is installed: training runs eager; install g++ to compile")
         return False

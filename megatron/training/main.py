@@ -9,6 +9,8 @@ import json
 import logging
 import shlex
 import sys
+import time
+import traceback
 from dataclasses import asdict
 
 from megatron.config.resolve import Plan, check_layout, check_processes, idle_flags, resolve
@@ -17,13 +19,14 @@ from megatron.config.sizes import flops_per_token
 from megatron.errors import ConfigurationError
 from megatron.log import configure_logging
 from megatron.objectives import build_objective, build_token_dropout
-from megatron.parallel.apply import build_engine
-from megatron.parallel.mesh import start_processes, stop_processes, world_size
+from megatron.parallel.launch import adopt_slurm, join, local_rank, world_size
+from megatron.parallel.mesh import start_processes, stop_processes
+from megatron.parallel.watch import PATIENCE, PeerError, Watch
 from megatron.training import checkpoint
 from megatron.training.command_line import parse
-from megatron.training.environment import choose_compile, choose_precision, describe
+from megatron.training.engines import start_engine
+from megatron.training.environment import check_device, choose_compile, choose_precision, describe
 from megatron.training.feed import MicroBatches
-from megatron.training.optimizer import build_optimizer, start_state
 from megatron.training.resume import open_run
 from megatron.training.sources import Sources, open_sources
 from megatron.training.trackers import Trackers, check_packages, start_trackers
@@ -31,21 +34,38 @@ from megatron.training.trainer import DivergedError, Progress, Trainer
 
 logger = logging.getLogger(__name__)
 
+SILENCE = 5.0  # seconds that a process with nothing new to say stays
+
 
 def main(objective: str, arguments: list[str] | None = None) -> None:
     """Run one training from the command line; leave with 0 (done or left as asked), 2 (user's mistake) or 1."""
-    configure_logging()
-    code = 0
+    watch, code = None, 0
     try:
+        adopt_slurm()
+        configure_logging()
         arguments = sys.argv[1:] if arguments is None else arguments
         config = parse(objective, arguments)
-        run(objective, config, shlex.join([sys.argv[0], *arguments]))
-    except ConfigurationError as error:
-        code = _say(error, 2)
-    except (DivergedError, OSError) as error:
-        code = _say(error, 1)
+        minutes = config.parallel.distributed_timeout_minutes
+        if not config.training.dry_run:
+            watch = join(minutes)
+        run(objective, config, shlex.join([sys.argv[0], *arguments]), watch)
+        if watch:
+            watch.leave(minutes)
+            stop_processes()
+    except (ConfigurationError, DivergedError, PeerError) as error:
+        code = _say(error, 2 if isinstance(error, ConfigurationError) else 1, watch)
+    except OSError as error:
+        code = _say(error, 1, watch, PATIENCE)
+    except BaseException as error:
+        if watch is None:
+            raise
+        time.sleep(PATIENCE)  # a peer's death may be what made a collective fail: then the watch ends this process
+        traceback.print_exc()
+        first_line = str(error).strip().partition("\n")[0]
+        watch.report(f"rank {watch.rank} failed with {type(error).__name__}: {first_line}", 1)
     finally:
-        stop_processes()
+        if watch is None:
+            stop_processes()
     if os.environ.get("WORLD_SIZE", "1") != "1":
         # a thread of gloo may outlive its group and abort the interpreter on its way out
         sys.stdout.flush()
@@ -55,12 +75,19 @@ def main(objective: str, arguments: list[str] | None = None) -> None:
         sys.exit(code)
 
 
-def _say(error: BaseException, code: int) -> int:
-    print(f"error: {error}", file=sys.stderr)
+def _say(error: BaseException, code: int, watch: Watch | None, patience: float = 0.0) -> int:
+    """Say what went wrong, once a node; return the exit code, or leave with all the others where there are any."""
+    if watch:
+        time.sleep(patience)
+        watch.report(str(error), code)
+    if isinstance(error, ConfigurationError) and local_rank() > 0:
+        time.sleep(SILENCE)  # the first process of this node says the same, and must not be ended before
+    else:
+        print(f"error: {error}", file=sys.stderr)
     return code
 
 
-def run(objective: str, config: Config, command: str) -> None:
+def run(objective: str, config: Config, command: str, watch: Watch | None) -> None:
     """Put one run together and train it."""
     check_packages(config)
     sources = open_sources(config)
@@ -81,27 +108,23 @@ def run(objective: str, config: Config, command: str) -> None:
         tensor=parallel.tensor_model_parallel_size,
         pipeline=parallel.pipeline_model_parallel_size,
         replicas=parallel.replicas(parallel.data_size(world_size())),
+        minutes=parallel.distributed_timeout_minutes,
     )
+    check_device(config, processes.device)
     if not config.validation.skip_train:
         sources.train.request(plan.train_samples)
     precision, compiled = choose_precision(config, processes.device), choose_compile(config, plan, processes)
     folder, origin = open_run(config, plan, objective, sources, precision, processes)
 
-    engine = build_engine(
-        config.model,
-        vocabulary,
-        config.training.seed,
-        processes,
-        parallel,
-        bf16=precision == "bf16",
-        compile=compiled,
-    )
-    optimizer = build_optimizer(engine, config.optimizer)
-    start_state(optimizer, origin.meta["iteration"] if origin else 0)
+    steps = origin.meta["iteration"] if origin else 0
+    bf16 = precision == "bf16"
+    engine, optimizer = start_engine(config, vocabulary, processes, bf16=bf16, compile=compiled, steps=steps)
     progress, time_block = Progress(), config.training.global_batch_size
     if origin:
-        checkpoint.load(origin.checkpoint, checkpoint.tensors(engine, optimizer))
-        progress = Progress(origin.meta["iteration"], origin.meta["consumed_samples"], origin.meta["seconds"])
+        state = engine.tensors(optimizer)
+        checkpoint.load(origin.checkpoint, state)
+        engine.load(state, steps)
+        progress = Progress(steps, origin.meta["consumed_samples"], origin.meta["seconds"])
         time_block = origin.meta["time_block"]
     before = origin.records if origin else []
     description = describe(objective, config, plan, sources, vocabulary, processes, precision, compiled, command)
@@ -138,20 +161,28 @@ def run(objective: str, config: Config, command: str) -> None:
         validated,
     )
     if processes.rank == 0:
-        _announce(objective, config, plan, processes, precision, compiled, origin)
+        _announce(objective, config, plan, engine, precision, compiled, origin)
     if config.validation.skip_train:
         for record in trainer.evaluate():
             if processes.rank == 0:
                 print(json.dumps(record))
         return
+
+    def failed(reason: str) -> None:
+        if folder:
+            folder.status("failed", reason, progress.iteration, progress.consumed_samples)
+
+    if watch:
+        watch.last_words = failed
     with trackers:
         try:
             reason = trainer.train()
         except BaseException as error:
-            if folder:
-                reason = str(error) or type(error).__name__
-                folder.status("failed", reason, progress.iteration, progress.consumed_samples)
+            if watch is None:
+                failed(str(error) or type(error).__name__)
             raise
+    if watch:
+        watch.last_words = None
     if processes.rank == 0:
         logger.info("%s at step %d of %d", reason, progress.iteration, trainer.steps)
 
@@ -176,16 +207,26 @@ def _selects(record: dict, sources: Sources) -> bool:
     return record["kind"] == "valid" and record["set"] in [found.name for found in sources.validation[:1]]
 
 
-def _announce(objective, config, plan, processes, precision, compiled, origin) -> None:
+def _announce(objective, config, plan, engine, precision, compiled, origin) -> None:
+    processes = engine.processes
     for line in idle_flags(config, exact=objective == "ar"):
         logger.info(line)
     if not config.checkpoint.save and not config.validation.skip_train:
         logger.info("nothing is kept: no --save names a run folder")
     if origin:
         logger.info("continuing from %s at step %d", origin.checkpoint, origin.meta["iteration"])
+        before, model = origin.meta["config"], config.model
+        dropout = (model.attention_dropout, model.hidden_dropout, model.mlp_dropout, model.embedding_dropout)
+        moved = (before["processes"], before.get("parallel")) != (processes.size, asdict(config.parallel))
+        if moved and any(dropout):
+            logger.info("the layout is another one: dropout draws other numbers, and losses agree statistically")
+    axes = {"tensor": "tp", "pipeline": "pp", "replicas": "replicate", "shards": "shard"}
+    layout = [f"{processes.along(axis)[1]} {name}" for name, axis in axes.items() if processes.along(axis)[1] > 1]
+    sharing = f"{'DeepSpeed ' if config.parallel.deepspeed else ''}ZeRO {engine.zero_stage}"
     logger.info(
-        "%s: %.2fM parameters, %s unique tokens, %d samples of %d tokens in %d steps (%.1f epochs), %s%s on %s x%d",
+        "%s: %.2fM parameters, %s unique tokens, %d samples of %d tokens in %d steps (%.1f epochs), %s%s on %s x%d%s",
         objective, plan.parameters / 1e6, f"{plan.unique_tokens:,}", plan.train_samples, config.data.seq_length,
         plan.steps, plan.train_samples * config.data.seq_length / plan.unique_tokens,
         precision, ", compiled" if compiled else "", processes.device.type, processes.size,
+        f" ({', '.join([*layout, sharing])})" if processes.size > 1 else "",
     )  # fmt: skip

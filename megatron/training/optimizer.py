@@ -5,12 +5,11 @@ On CUDA the update is NVIDIA apex's where that is installed, else PyTorch's own 
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 
 from megatron.config.sections import OptimizerConfig
-from megatron.parallel.engine import Engine
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
+from megatron.parallel.engine import MOMENTS, Engine
 
 
 def decays(parameter: nn.Parameter) -> bool:
@@ -26,7 +25,8 @@ def build_optimizer(model: nn.Module | Engine, config: OptimizerConfig) -> Optim
         {"params": [p for p in parameters if not decays(p)], "weight_decay": 0.0},
     ]
     options = {"lr": config.lr, "betas": (config.adam_beta1, config.adam_beta2), "eps": config.adam_eps}
-    apex = apex_adam() if parameters[0].device.type == "cuda" else None
+    sharded = parameters[0].device.type == "cuda" and isinstance(parameters[0], DTensor)
+    apex = apex_adam() if sharded else None
     return ShardedApexAdam(apex, groups, **options) if apex else AdamW(groups, **options, fused=True)
 
 

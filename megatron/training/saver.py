@@ -44,7 +44,7 @@ class Saver:
     def __init__(self, root: Path, processes: Processes):
         self.root, self.processes = root, processes
         # the thread's collectives must not fall between those of the training
-        self._group = dist.new_group(backend="gloo")
+        self._group = dist.new_group(backend="gloo", timeout=processes.timeout)
         on_cuda = processes.device.type == "cuda"
         start = (torch.cuda.set_device, (processes.device,)) if on_cuda else (None, ())
         self._thread = ThreadPoolExecutor(1, "saver", *start)
@@ -57,7 +57,7 @@ class Saver:
     def __exit__(self, kind, error, traceback) -> None:
         try:
             self.wait()
-        except OSError as failure:
+        except (OSError, RuntimeError) as failure:
             if error is None:
                 raise
             logger.error(failure)  # what ends the run already is what it is told to have ended by
@@ -93,7 +93,7 @@ class Saver:
         """Return when nothing is being written any more.
 
         Raises OSError (a full disk), on every process, with the half-written files removed and every older checkpoint
-        untouched.
+        untouched, and RuntimeError where a peer is gone.
         """
         pending, self._pending = self._pending, None
         if pending:
@@ -124,6 +124,8 @@ def _write(
     try:
         dcp.save(state, storage_writer=writer, process_group=group)
     except (Exception, CheckpointException) as error:  # the latter is no Exception
+        if isinstance(_cause(error), RuntimeError):
+            raise _cause(error)  # a collective failed: a peer is gone, and the disk is not to blame
         shutil.rmtree(writer.aside, ignore_errors=True)
         raise OSError(
             f"{folder}: could not be written ({_cause(error)}); older checkpoints are untouched, "

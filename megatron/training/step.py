@@ -42,7 +42,4 @@ def train_step(
     loss = engine.backward(micro_batches, count)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
-    norm = engine.clip(clip_grad)
-    optimizer.step()
-    optimizer.zero_grad()
-    return StepResult(loss, norm)
+    return StepResult(loss, engine.update(optimizer, clip_grad))

@@ -223,7 +223,7 @@ class Trainer:
     def _start_saver(self) -> Saver:
         saver = Saver(Path(self.config.checkpoint.save or "") / "checkpoints", self.processes)
         if self.config.checkpoint.save:
-            saver.reserve(checkpoint.tensors(self.engine, self.optimizer))
+            saver.reserve(self.engine.tensors(self.optimizer))
         return saver
 
     def save(self) -> None:
@@ -244,7 +244,7 @@ class Trainer:
         }
         # by then the run may have been validated again
         point = partial(self._point, dict(self.validated))
-        self._saver.save(checkpoint.tensors(self.engine, self.optimizer), meta, then=point)
+        self._saver.save(self.engine.tensors(self.optimizer), meta, then=point)
         self.saved_at, self.saved_samples = progress.iteration, progress.consumed_samples
 
     def _point(self, validated: dict[int, float]) -> None:

@@ -45,13 +45,8 @@ def test_a_flag_of_two_rules_is_a_programming_error():
         one_table(refused("--a --b", "no"), refused("--c --a", "no"))
 
 
-SWITCHES = (
-    "--disable-bias-linear",
-    "--use-distributed-optimizer",
-    "--recompute-activations",
-    "--checkpoint-activations",
-)
-DEFAULTS = ("--disable-bias-linear", "--use-distributed-optimizer")  # they ask for what is so without them
+DEFAULTS = ("--disable-bias-linear",)  # it asks for what is so without it
+SWITCHES = (*DEFAULTS, "--use-distributed-optimizer", "--recompute-activations", "--checkpoint-activations")
 VALUES = {
     "--data-path": "d",
     "--layernorm-epsilon": "0.5",
@@ -66,7 +61,7 @@ def test_an_alias_is_the_same_as_what_it_stands_for(name):
     takes_value = name not in SWITCHES
     value = VALUES.get(name, "3") if takes_value else None
     ours = str(int(value) * 8) if rule.batches else value
-    base = [*NETWORK, "--global-batch-size", "8", "--micro-batch-size", "8", "--lr-decay-style", "WSD"]
+    base = [*NETWORK, "--global-batch-size", "8", "--micro-batch-size", "8", "--lr-decay-style", "WSD", "--deepspeed"]
     expected = parse("ar", base + rule.words.split() + ([ours] if takes_value else []))
     assert parse("ar", base + [name] + ([value] if takes_value else [])) == expected
     assert expected != parse("ar", base) or name in DEFAULTS

@@ -6,7 +6,7 @@ from fractions import Fraction
 
 import pytest
 
-from megatron.config.resolve import check_processes, check_resume, resolve
+from megatron.config.resolve import check_layout, check_processes, check_resume, resolve
 from megatron.config.sections import ModelConfig, Vocabulary
 from megatron.config.sizes import parameter_count
 from megatron.errors import ConfigurationError
@@ -111,6 +111,52 @@ def test_a_step_divides_into_micro_batches_of_all_processes():
 # --------------------------------------------------------------------------------------- resuming
 
 BEGUN = "--train-samples 93 --train-data-path data --save run"
+
+
+@pytest.mark.parametrize("size, line", [
+    (8, "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2"),
+    (4, "--zero-stage 3 --num-distributed-optimizer-instances 2"),
+    (2, "--num-layers 4 --pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1"),
+    (2, "--num-layers 3 --pipeline-model-parallel-size 2"),
+])  # fmt: skip
+def test_a_layout_that_fits_passes(size, line):
+    check_layout(config(line), size)
+    check_processes(config(f"{line} --micro-batch-size 1"), size)
+
+
+@pytest.mark.parametrize("size, line, said", [
+    (6, "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2",
+     "--tensor-model-parallel-size 2: makes groups of 4 processes (2 tensor-parallel x 2 stages), and 6 were started; "
+     "start a multiple of 4"),
+    (1, "--pipeline-model-parallel-size 2", "--pipeline-model-parallel-size 2: makes groups of 2"),
+    (4, "--tensor-model-parallel-size 4",
+     "--tensor-model-parallel-size 4: does not divide --num-attention-heads 2; change one, such as to 2"),
+    (4, "--num-attention-heads 4 --group-query-attention --num-query-groups 2 --tensor-model-parallel-size 4",
+     "--tensor-model-parallel-size 4: does not divide --num-query-groups 2"),
+    (2, "--ffn-hidden-size 65 --tensor-model-parallel-size 2",
+     "--tensor-model-parallel-size 2: does not divide --ffn-hidden-size 65"),
+    (2, "--seq-length 101 --tensor-model-parallel-size 2",
+     "--tensor-model-parallel-size 2: does not divide --seq-length 101"),
+    (4, "--pipeline-model-parallel-size 4", "--pipeline-model-parallel-size 4: is more than --num-layers 2"),
+    (2, "--num-layers 6 --pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 2",
+     "--num-layers-per-virtual-pipeline-stage 2: times 2 stages does not divide --num-layers 6"),
+    (2, "--tensor-model-parallel-size 2 --recompute-granularity full --compile", "--compile: layers that"),
+    (3, "--num-distributed-optimizer-instances 2",
+     "--num-distributed-optimizer-instances 2: does not divide the 3 data-parallel processes"),
+])  # fmt: skip
+def test_a_layout_that_does_not_fit_is_refused(size, line, said):
+    assert refusal(check_layout, config(line), size).startswith(said)
+
+
+def test_a_pipeline_needs_enough_micro_batches():
+    said = refusal(check_processes, config("--pipeline-model-parallel-size 2 --micro-batch-size 4"), 4)
+    assert said == (
+        "--global-batch-size 8: makes 1 micro-batch a step, and --pipeline-model-parallel-size 2 needs at least as "
+        "many; take 16, or lower --micro-batch-size"
+    )
+    interleaved = "--num-layers 4 --pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1"
+    said = refusal(check_processes, config(f"{interleaved} --global-batch-size 12 --micro-batch-size 4"), 2)
+    assert "makes 3 micro-batches a step" in said and "needs a multiple of that; take 16" in said
 
 
 def recorded(line: str = BEGUN, objective: str = "ar", unique_tokens: int = 12_345) -> dict:

@@ -40,6 +40,12 @@ class Layout:
         return ParallelConfig(**sizes, **self.options)
 
 
+def described(check: tuple[Layout, str]) -> str:
+    layout, name = check
+    options = "".join(f"-{key.split('_')[0]}{value}" for key, value in layout.options.items())
+    return f"{name}-dp{layout.data}-tp{layout.tensor}-pp{layout.pipeline}{options}"
+
+
 OBJECTIVES = {
     "ar": Case("ar", micro_batch=2, model=MODEL),
     "mdm": Case("mdm", micro_batch=2, model=MODEL),
@@ -50,12 +56,16 @@ CASES = OBJECTIVES | {
     "mdm-untied": Case("mdm", micro_batch=2, model=MODEL | UNTIED),
     "ar-clipped": Case("ar", micro_batch=2, clip=0.05, model=MODEL),
     "mdm-deep": Case("mdm", micro_batch=2, model=MODEL | {"num_layers": 4}),
+    "mdm-thirds": Case(  # 128 rows of the vocabulary in parts of 43, 43 and 42
+        "mdm", micro_batch=2, model={"hidden_size": 24, "num_attention_heads": 3, "ffn_hidden_size": 48}
+    ),
     "ar-deep-untied": Case("ar", micro_batch=2, model=MODEL | UNTIED | {"num_layers": 4}),
 }
 GRID = [Layout(data, tensor, pipeline) for data in (1, 2) for tensor in (1, 2) for pipeline in (1, 2)][1:]
 INTERLEAVED = {"num_layers_per_virtual_pipeline_stage": 1}
 CHECKS = [(layout, name) for layout in GRID for name in OBJECTIVES]
 CHECKS += [(layout, name) for layout in GRID for name in ("mdm-short", "mdm-untied", "ar-clipped")]
+CHECKS += [(Layout(2, 3, 1), "mdm-thirds")]
 CHECKS += [(Layout(2, 1, 1, {"zero_stage": stage}), name) for stage in (0, 2, 3) for name in ("ar", "mdm-untied")]
 CHECKS += [(Layout(2, tensor, 2, {"zero_stage": stage}), "mdm") for tensor in (1, 2) for stage in (0, 3)]
 CHECKS += [
@@ -79,6 +89,7 @@ CURVES = [
     for name in ("mdm", "ar-token-dropout")
 ]
 CURVES += [(Layout(1, 2, 2, INTERLEAVED), "mdm-deep")]
+HALVED = [Layout(2, 1, 1), Layout(2, 1, 1, {"zero_stage": 3}), Layout(1, 2, 1), Layout(1, 1, 2)]
 
 
 def head_untied():
@@ -130,6 +141,10 @@ def all_layouts(processes: Processes, size: int) -> tuple[dict, dict]:
     """Return the steps of all checks, and the curves, on so many processes, by number."""
     found, curves = {}, {}
     if size == 2:
+        for layout in HALVED:
+            curves["bf16", described((layout, "mdm"))] = curve(
+                places(processes, layout), CASES["mdm"], layout.parallel, bf16=True
+            )
         for fault, layout in PLANTED:
             with fault():
                 found[fault] = take(places(processes, layout), CASES["mdm"], layout.parallel)
@@ -160,7 +175,7 @@ def places(processes: Processes, layout: Layout) -> Processes:
 def parallel():
     """The steps of every check, and the losses of every curve, by number; of each one a process."""
     found, curves = {}, {}
-    for size in (2, 4, 8):
+    for size in (2, 4, 6, 8):
         ranks = spawn(all_layouts, size, size)
         found |= {index: [taken[index] for taken, _ in ranks] for index in ranks[0][0]}
         curves |= {index: [losses[index] for _, losses in ranks] for index in ranks[0][1]}
@@ -181,12 +196,6 @@ def merged(ranks: list[Step]) -> Step:
         for name, gradient in step.gradients.items():
             np.testing.assert_array_equal(gradients.setdefault(name, gradient), gradient, err_msg=name)
     return replace(ranks[0], loss=sum(step.loss for step in ranks), gradients=gradients)
-
-
-def described(check: tuple[Layout, str]) -> str:
-    layout, name = check
-    options = "".join(f"-{key.split('_')[0]}{value}" for key, value in layout.options.items())
-    return f"{name}-dp{layout.data}-tp{layout.tensor}-pp{layout.pipeline}{options}"
 
 
 @pytest.mark.parametrize("index", range(len(CHECKS)), ids=[described(check) for check in CHECKS])
@@ -213,3 +222,10 @@ def test_twenty_steps_follow_those_of_one_process(parallel, single, index):
     expected = single[CURVES[index][1]][1]
     np.testing.assert_allclose(sum(parallel[1][index]), expected, rtol=1e-4)
     assert np.ptp(expected) > 0.1  # there is a curve to follow
+
+
+@pytest.mark.parametrize("layout", HALVED, ids=[described((layout, "mdm")) for layout in HALVED])
+def test_twenty_steps_in_bf16_stay_near_those_in_fp32(parallel, single, layout):
+    found, expected = sum(parallel[1]["bf16", described((layout, "mdm"))]), single["mdm"][1]
+    np.testing.assert_allclose(found, expected, rtol=0.01)
+    assert not np.allclose(found, expected, rtol=1e-5)  # something was rounded

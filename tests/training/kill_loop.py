@@ -1,11 +1,15 @@
 """Kill a training run with SIGKILL at random moments, start it again, compare with an uninterrupted run.
 
     python tests/training/kill_loop.py --data DIR --moments 20 --output results/kill_loop.jsonl
+    python tests/training/kill_loop.py --data DIR --processes 4 --minutes 30 --output results/kill_loop_4.jsonl
 
 DIR is what tools/preprocess_data.py wrote with --tokenizer-type ByteTokenizer. Each line of the output is one
 kill: variant, compile on or off, seed of the moment, phase the run was in, what the moment was, and the first
 record that differs from the uninterrupted run ("none" when every record is equal to the last bit, and the same
 checkpoints are kept and pointed at).
+
+With --processes 4 a run is killed again and again, a random one of its processes each time, and goes on in another
+layout or with another launcher, until it is finished; `kill_processes` has the rest.
 """
 
 import argparse
@@ -21,6 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 from tests.conftest import entry, environment, records  # noqa: E402
+from tests.training import kill_processes  # noqa: E402
 
 VARIANTS = {
     "ar": ("ar", []),
@@ -114,34 +119,48 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--moments", type=int, default=20)
+    parser.add_argument("--processes", type=int, choices=(1, 4), default=1)
+    parser.add_argument("--minutes", type=float, default=0, help="begin runs to be killed for so long (4 processes)")
+    parser.add_argument("--kills", type=int, default=8, help="largest number of kills of one run (4 processes)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
-    differing = 0
+
+    def log(line: dict) -> None:
+        print(json.dumps(line), flush=True)
+        if options.output:
+            with open(options.output, "a") as file:
+                file.write(json.dumps(line) + "\n")
+
     with tempfile.TemporaryDirectory() as scratch:
-        whole = {}
-        for moment in range(options.moments):
-            draw = random.Random(options.seed + moment)
-            variant, phase = list(VARIANTS)[moment % 3], PHASES[moment // 3 % 3]
-            compiled = moment % 2 == 1
-            objective, extra = VARIANTS[variant]
-            arguments = flags(options.data, compiled) + extra
-            if (variant, compiled) not in whole:
-                whole[variant, compiled] = Path(scratch) / f"whole-{variant}-{compiled}"
-                finish(objective, arguments, whole[variant, compiled])
-            folder = Path(scratch) / f"killed-{moment}"
-            described = kill(objective, arguments, folder, phase, draw)
-            finish(objective, arguments, folder)
-            difference = first_difference(whole[variant, compiled], folder)
-            differing += difference != "none"
-            line = {"variant": variant, "compile": compiled, "seed": options.seed + moment, "phase": phase}
-            line |= {"moment": described, "first_difference": difference}
-            print(json.dumps(line), flush=True)
-            if options.output:
-                with open(options.output, "a") as file:
-                    file.write(json.dumps(line) + "\n")
-    print(f"{options.moments - differing} of {options.moments} equal an uninterrupted run")
-    raise SystemExit(bool(differing))
+        if options.processes > 1:
+            faults = kill_processes.loop(options.data, Path(scratch), options.seed, options.minutes, options.kills, log)
+        else:
+            faults = loop(options.data, Path(scratch), options.seed, options.moments, log)
+    raise SystemExit(bool(faults))
+
+
+def loop(data: Path, scratch: Path, seed: int, moments: int, log) -> int:
+    """Return how many of the runs differ from an uninterrupted one."""
+    differing, whole = 0, {}
+    for moment in range(moments):
+        draw = random.Random(seed + moment)
+        variant, phase = list(VARIANTS)[moment % 3], PHASES[moment // 3 % 3]
+        compiled = moment % 2 == 1
+        objective, extra = VARIANTS[variant]
+        arguments = flags(data, compiled) + extra
+        if (variant, compiled) not in whole:
+            whole[variant, compiled] = scratch / f"whole-{variant}-{compiled}"
+            finish(objective, arguments, whole[variant, compiled])
+        folder = scratch / f"killed-{moment}"
+        described = kill(objective, arguments, folder, phase, draw)
+        finish(objective, arguments, folder)
+        difference = first_difference(whole[variant, compiled], folder)
+        differing += difference != "none"
+        line = {"variant": variant, "compile": compiled, "seed": seed + moment, "phase": phase}
+        log(line | {"moment": described, "first_difference": difference})
+    print(f"{moments - differing} of {moments} equal an uninterrupted run")
+    return differing
 
 
 if __name__ == "__main__":

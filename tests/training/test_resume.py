@@ -47,8 +47,8 @@ def test_killed_and_resumed_equals_uninterrupted(variant, uninterrupted, tiny, t
     objective, flags = VARIANTS[variant]
     command = [sys.executable, entry(objective), *tiny, *flags, "--save", str(tmp_path)]
     process = subprocess.Popen(command, env=environment(), stderr=subprocess.DEVNULL)
-    metrics = tmp_path / "metrics.jsonl"
-    while process.poll() is None and not (metrics.exists() and '"iteration": 6,' in metrics.read_text()):
+    metrics, saved = tmp_path / "metrics.jsonl", tmp_path / "checkpoints" / "iter_0000004"
+    while process.poll() is None and not (saved.exists() and '"iteration": 6,' in metrics.read_text()):
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL

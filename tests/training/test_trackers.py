@@ -155,6 +155,8 @@ def test_after_a_kill_the_board_equals_that_of_an_uninterrupted_run(whole, tiny,
     metrics = tmp_path / "metrics.jsonl"
     while process.poll() is None and '"iteration": 6,' not in metrics.read_text():
         time.sleep(0.002)
+    while process.poll() is None and not (tmp_path / "checkpoints" / "iter_0000004").exists():
+        time.sleep(0.002)  # it is written while the run goes on
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     kept = (tmp_path / "wandb.json").read_text()

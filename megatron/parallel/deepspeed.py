@@ -1,0 +1,216 @@
+"""DeepSpeed as a second data-parallel engine: ZeRO stages 0 to 3 and offload, around the same plain model.
+
+It stands beside `build_engine`: the model is initialised first and wrapped afterwards, so both engines start from the
+same weights, and what is read and written are the same tensors under the same names: a run can move between them.
+Tensor and pipeline parallelism are not for it: DeepSpeed's ZeRO knows plain parameters only.
+"""
+
+import contextlib
+import io
+import logging
+import os
+import warnings
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from megatron.batch import Batch
+from megatron.errors import ConfigurationError
+from megatron.model.transformer import Transformer
+from megatron.parallel.engine import MOMENTS, Engine
+from megatron.parallel.mesh import Processes
+
+logger = logging.getLogger(__name__)
+
+
+def import_deepspeed(device: torch.device):
+    """Return the package, set up for `device`; raise ConfigurationError where it is not installed.
+
+    On the CPU DeepSpeed would compile, at first use, a kernel that only inference calls.
+    """
+    os.environ.setdefault("DS_ACCELERATOR", device.type)  # a machine may have a device that is not to be used
+    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))  # required, and a single process has none
+    # its collectives go by names that newer versions of torch warn of, once a process
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise ConfigurationError(f"--deepspeed: {error}; install it: bash install.sh --with-deepspeed") from None
+    from deepspeed.utils import logger as its_logger
+
+    its_logger.setLevel(logging.WARNING)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+class DeepSpeedEngine(Engine):
+    """A plain model and AdamW over its parameters, inside DeepSpeed.
+
+    `settings` come from `deepspeed_config`; the model is on its device, with its initial weights. DeepSpeed clips,
+    steps and clears gradients in one, so a step is `backward`, then `update`.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        optimizer: torch.optim.AdamW,
+        settings: dict,
+        processes: Processes,
+        *,
+        compile: bool,
+    ):
+        super().__init__([model], [model], processes, settings["zero_optimization"]["stage"])
+        deepspeed = self._deepspeed = import_deepspeed(processes.device)
+        self.optimizer, self._limit = optimizer, settings["gradient_clipping"]
+        bf16 = settings["bf16"]["enabled"]
+        if self.zero_stage == 0 and bf16:
+            # DeepSpeed has no stage 0 with bf16 weights and fp32 sums
+            logger.info("ZeRO stage 0 in bf16 runs as stage 1: the optimizer's states are sharded, the result is equal")
+            self.zero_stage = 1
+            settings = settings | {"zero_optimization": settings["zero_optimization"] | {"stage": 1}}
+        if compile and self.zero_stage == 3:
+            logger.info("ZeRO stage 3 of DeepSpeed runs eager: its hooks gather parameters inside every block")
+        elif compile:
+            for block in model.layers.values():
+                block.compile(fullgraph=True, dynamic=False)
+        if self.zero_stage == 0:  # it would clip a second time
+            settings = settings | {"gradient_clipping": 0.0}
+        # named before ZeRO-3 leaves nothing of a parameter but its shard
+        self._named = dict(model.named_parameters())
+        self._shapes = {name: parameter.shape for name, parameter in self._named.items()}
+        # the masters are made from weights that are rounded to bf16 already, and get these afterwards
+        exact = {name: p.detach().float().clone() for name, p in self._named.items()} if bf16 else {}
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):  # it prints its memory at every start
+                self._engine = deepspeed.initialize(
+                    model=model, optimizer=optimizer, config=settings, dist_init_required=False
+                )[0]
+        except ValueError as error:  # pydantic's, of a key that its section does not have
+            raise ConfigurationError(f"DeepSpeed refuses its configuration: {_one_line(error)}") from None
+        if self.zero_stage == 3:
+            # what the head multiplies with is not a parameter of the module that reads it
+            deepspeed.zero.register_external_parameter(model, model.lm_weight())
+        self._start_state(0)
+        with torch.no_grad():
+            for name, value in exact.items():
+                self._write(name, value)
+
+    def backward(self, batches: list[Batch], count: float) -> Tensor:
+        loss = torch.zeros((), device=self.processes.device)
+        for index, batch in enumerate(batches):
+            self._engine.set_gradient_accumulation_boundary(index == len(batches) - 1)
+            share = self._engine(batch.to(self.processes.device)).sum() / count
+            # the engine averages over the processes, and the count is already global
+            self._engine.backward(share * self.processes.data_size, scale_wrt_gas=False)
+            loss += share.detach()
+        return loss
+
+    def update(self, optimizer: torch.optim.Optimizer, limit: float) -> Tensor:
+        """Clip, step and clear the gradients; return the global norm before clipping, [].
+
+        `optimizer` is the one given at the start, with the learning rate set, and `limit` that of the settings.
+        Where the norm is not finite, DeepSpeed takes no step.
+        """
+        assert optimizer is self.optimizer and limit == self._limit
+        norm = self.clip(limit) if self.zero_stage == 0 else None
+        self._engine.step()
+        norm = self._engine.get_global_grad_norm() if norm is None else norm
+        return torch.as_tensor(norm, dtype=torch.float32, device=self.processes.device).detach().clone()
+
+    def clip(self, limit: float) -> Tensor:
+        """Clip as `update` does at stage 0, where DeepSpeed would keep the norm to itself."""
+        return nn.utils.clip_grad_norm_(self.parameters(), limit or float("inf"))
+
+    @torch.no_grad()
+    def tensors(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+        """Return what a checkpoint holds, by the names of the other engine: copies, sharded by rows.
+
+        All processes take part. One parameter at a time is whole in memory.
+        """
+        state = {f"model.{name}": self._shard(self._read(name)) for name in self._named}
+        for moment in MOMENTS:
+            for name in self._named:
+                state[f"optimizer.{moment}.{name}"] = self._shard(self._read(name, moment))
+        return state
+
+    @torch.no_grad()
+    def load(self, state: dict[str, Tensor], steps: int) -> None:
+        """Take over what `tensors` returned and a checkpoint, `steps` steps old, was read into."""
+        self._start_state(steps)
+        for name in self._named:
+            self._write(name, _whole(state[f"model.{name}"]))
+            for moment in MOMENTS:
+                self._write(name, _whole(state[f"optimizer.{moment}.{name}"]), moment)
+
+    # ------------------------------------------------------------------ DeepSpeed's own storage
+
+    def _start_state(self, steps: int) -> None:
+        """Give what the optimizer updates zero moments and the step count; DeepSpeed waits for the first step."""
+        its = self._engine.optimizer
+        if self.zero_stage == 0:
+            flat = list(self._named.values())
+        else:
+            names = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition")
+            flat = next(getattr(its, name) for name in names if hasattr(its, name))
+        for tensor in flat:
+            self.optimizer.state[tensor] = {moment: torch.zeros_like(tensor) for moment in MOMENTS}
+            self.optimizer.state[tensor]["step"] = torch.tensor(float(steps), device=tensor.device)
+        if self.zero_stage in (1, 2):
+            # otherwise linked to the parameters after the first step
+            its._hp_optimizer_states_linked = False
+            its._lazy_init_hp_params_optimizer_state()
+
+    def _read(self, name: str, moment: str | None = None) -> Tensor:
+        """Return a whole fp32 parameter, or a moment of it."""
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        parameter = self._named[name]
+        if self.zero_stage == 0:
+            return parameter.detach() if moment is None else self.optimizer.state[parameter][moment]
+        whole = safe_get_full_optimizer_state(parameter, moment) if moment else safe_get_full_fp32_param(parameter)
+        return whole.view(self._shapes[name])
+
+    def _write(self, name: str, value: Tensor, moment: str | None = None) -> None:
+        """Set a whole fp32 parameter, with the copy that computes, or a moment of it."""
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        parameter = self._named[name]
+        if self.zero_stage == 0:
+            self._read(name, moment).copy_(value)
+        elif self.zero_stage == 3:
+            self._write_partition(parameter, value, moment)
+        elif moment:
+            safe_set_full_optimizer_state(parameter, value, moment)
+        else:
+            safe_set_full_fp32_param(parameter, value)
+            parameter.copy_(value)
+
+    def _write_partition(self, parameter: nn.Parameter, value: Tensor, moment: str | None) -> None:
+        """Set this process's part of a parameter of ZeRO-3; the last part is filled up, to the length of the others."""
+        from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
+
+        size = parameter.ds_tensor.numel()
+        flat = F.pad(value.flatten(), (0, size * self.processes.data_size - value.numel()))
+        part = flat.narrow(0, size * self.processes.data_rank, size)
+        if moment:
+            safe_set_local_optimizer_state(parameter, part, moment)
+            return
+        safe_set_local_fp32_param(parameter, part)
+        with self._deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+            parameter.copy_(value)
+
+    def _shard(self, whole: Tensor) -> Tensor:
+        """Return a copy of this process's rows of `whole`, as FSDP2 would hold them."""
+        mesh = self.processes.mesh["replicate", "shard"]
+        sharded = distribute_tensor(whole.contiguous(), mesh, [Shard(0), Shard(0)], src_data_rank=None)
+        return sharded.clone()  # a view would keep the whole alive
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,136 @@
+"""How processes find one another: what torchrun, srun or a person says in the environment."""
+
+import errno
+import os
+import socket
+import time
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from megatron.errors import ConfigurationError
+from megatron.parallel.watch import RETRY, Hub, PeerError, Watch, listen, missing
+
+
+def adopt_slurm() -> None:
+    """Take the place of this process from SLURM where plain `srun` started it; `torchrun` sets RANK itself."""
+    if "RANK" not in os.environ and "SLURM_STEP_NUM_TASKS" in os.environ:
+        for name, given in (("RANK", "PROCID"), ("WORLD_SIZE", "STEP_NUM_TASKS"), ("LOCAL_RANK", "LOCALID")):
+            os.environ.setdefault(name, os.environ[f"SLURM_{given}"])
+
+
+def world_size() -> int:
+    """Return the number of processes that the launcher started."""
+    return _whole("WORLD_SIZE", 1)
+
+
+def rank() -> int:
+    """Return this process's place among all of them."""
+    return _whole("RANK", 0)
+
+
+def local_rank() -> int:
+    """Return this process's place among those of its node."""
+    return _whole("LOCAL_RANK", rank() % (torch.cuda.device_count() or world_size()))
+
+
+def device() -> torch.device:
+    """Return the device of this process, which becomes CUDA's current one."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    own = torch.device("cuda", local_rank())
+    torch.cuda.set_device(own)
+    return own
+
+
+def _whole(name: str, default: int) -> int:
+    value = os.environ.get(name, str(default))
+    if not (value.isascii() and value.isdigit()):
+        raise ConfigurationError(f"{name}={value}: is not a whole number; torchrun and srun set it, unset it or fix it")
+    return int(value)
+
+
+def join(minutes: float = 10.0, watched: bool = True) -> Watch | None:
+    """Join the group that the launcher describes, or make a group of one; return the watch over several processes.
+
+    Neither this nor any collective of the group takes longer than `minutes`. Raises ConfigurationError where the
+    launcher's words make no sense or its port is taken, and PeerError where the first process does not come.
+    """
+    size, timeout = world_size(), timedelta(minutes=minutes)
+    backend = "cpu:gloo,cuda:nccl" if device().type == "cuda" else "gloo"
+    if size == 1:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        return None
+    rule = "start processes with torchrun or srun, or give each RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT"
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        if name not in os.environ:
+            raise ConfigurationError(f"WORLD_SIZE={size}: needs {name}, which is not set; {rule}")
+    if rank() >= size:
+        raise ConfigurationError(f"RANK={rank()}: is not below WORLD_SIZE={size}; {rule}")
+    store, watch = _store(minutes), None
+    if watched:
+        watch, token = _watch(store, size, minutes)
+        # torchrun's store outlives the processes that it starts anew: what earlier ones wrote must not be read
+        store = dist.PrefixStore(token, store)
+    dist.init_process_group(backend, store=store, rank=rank(), world_size=size, timeout=timeout)
+    return watch
+
+
+def _watch(store: dist.Store, size: int, minutes: float) -> tuple[Watch, str]:
+    """Return the watch that all processes have come to, and the token of this start."""
+    hub = None
+    if rank() == 0:
+        hub = Hub(size, minutes)
+        hub.start()
+        store.set("watch", f"{_own_address()} {hub.port} {hub.token}")
+
+    def find() -> tuple[str, int, str]:
+        address, port, token = store.get("watch").decode().split()
+        return address, int(port), token
+
+    watch = Watch(rank(), max(0, rank() - local_rank()), hub)
+    try:
+        return watch, watch.meet(find, minutes)
+    except dist.DistError:  # the store's own clock, or its end
+        raise PeerError(missing([0], minutes)) from None
+
+
+def _store(minutes: float) -> dist.Store:
+    """Return the store at MASTER_ADDR:MASTER_PORT: torchrun's, or one that the first process makes."""
+    address, port, options = os.environ["MASTER_ADDR"], _whole("MASTER_PORT", 0), {}
+    if rank() == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        # listened on and, by the others, tried from here: torch says what fails there with a page of C++
+        try:
+            options = {"is_master": True, "master_listen_fd": listen(port).detach()}
+        except (OSError, OverflowError) as error:
+            reason = "it is in use" if getattr(error, "errno", None) == errno.EADDRINUSE else error
+            raise ConfigurationError(
+                f"MASTER_PORT={port}: cannot be listened on ({reason}); choose another port"
+            ) from None
+    else:
+        _await(address, port, minutes)
+    return dist.TCPStore(address, port, timeout=timedelta(minutes=minutes), wait_for_workers=False, **options)
+
+
+def _await(address: str, port: int, minutes: float) -> None:
+    """Return when somebody listens at a port; raise PeerError where nobody does in time."""
+    until = time.monotonic() + 60 * minutes
+    while True:
+        try:
+            socket.create_connection((address, port), timeout=5).close()
+            return
+        except OSError as error:
+            if time.monotonic() > until:
+                raise PeerError(
+                    f"{missing([0], minutes)} (MASTER_ADDR={address} MASTER_PORT={port}: {error})"
+                ) from None
+            time.sleep(RETRY)
+
+
+def _own_address() -> str:
+    """Return the address under which other nodes reach this one."""
+    master = os.environ["MASTER_ADDR"], _whole("MASTER_PORT", 0)
+    with socket.create_connection(master, timeout=60) as connection:
+        own, other = connection.getsockname()[0], connection.getpeername()[0]
+    return master[0] if own == other else own  # the store is on this node: others reach it by that name

@@ -1,0 +1,44 @@
+"""Which engine runs a model, FSDP2's or DeepSpeed's, with the optimizer it updates."""
+
+import torch
+
+from megatron.config.deepspeed_config import deepspeed_config
+from megatron.config.sections import Config, Vocabulary
+from megatron.model.initialise import initialise
+from megatron.model.transformer import Transformer
+from megatron.parallel.apply import build_engine
+from megatron.parallel.deepspeed import DeepSpeedEngine
+from megatron.parallel.engine import Engine
+from megatron.parallel.mesh import Processes
+from megatron.parallel.recompute import recompute
+from megatron.training.optimizer import build_optimizer, start_state
+
+
+def start_engine(
+    config: Config, vocabulary: Vocabulary, processes: Processes, *, bf16: bool, compile: bool, steps: int
+) -> tuple[Engine, torch.optim.Optimizer]:
+    """Return the engine that the configuration asks for, at its initial weights, and its optimizer.
+
+    The moments are zero, and count as `steps` steps old: ready for a checkpoint of then to be read into.
+
+    Raises ConfigurationError where DeepSpeed is not installed or its file contradicts the flags.
+    """
+    parallel, seed = config.parallel, config.training.seed
+    if not parallel.deepspeed:
+        engine = build_engine(config.model, vocabulary, seed, processes, parallel, bf16=bf16, compile=compile)
+        optimizer = build_optimizer(engine, config.optimizer)
+        start_state(optimizer, steps)
+        return engine, optimizer
+    settings = deepspeed_config(
+        parallel.deepspeed_config,
+        config.training,
+        config.optimizer,
+        processes=processes.size,
+        bf16=bf16,
+        zero_stage=parallel.zero_stage,
+    )
+    model = Transformer(config.model, vocabulary)
+    initialise(model, config.model, seed)
+    recompute(model.to(processes.device), parallel)
+    optimizer = build_optimizer(model, config.optimizer)
+    return DeepSpeedEngine(model, optimizer, settings, processes, compile=compile), optimizer

@@ -1,0 +1,342 @@
+"""DeepSpeed against FSDP2: the same losses, norms, parameters and moments, and checkpoints that both engines read."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from megatron.config.deepspeed_config import deepspeed_config
+from megatron.config.sections import ModelConfig, ObjectiveConfig, OptimizerConfig, ParallelConfig
+from megatron.errors import ConfigurationError
+from megatron.model.initialise import initialise
+from megatron.model.transformer import Transformer
+from megatron.objectives import build_objective, build_token_dropout
+from megatron.parallel.apply import build_engine
+from megatron.parallel.deepspeed import DeepSpeedEngine, import_deepspeed
+from megatron.parallel.mesh import Processes
+from megatron.parallel.recompute import recompute
+from megatron.training import checkpoint
+from megatron.training.feed import MicroBatches
+from megatron.training.optimizer import build_optimizer, start_state
+from megatron.training.saver import Saver
+from megatron.training.step import train_step
+from tests.conftest import ROOT, environment
+from tests.distributed import joined, spawn
+from tests.steps import GLOBAL_BATCH, VOCABULARY, RandomText
+
+installed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
+
+# 63 is divided by no number of processes; biases have a gradient of zero, so that with Adam's usual epsilon
+# rounding alone would move them
+NETWORK = dict(num_layers=2, hidden_size=16, num_attention_heads=2, ffn_hidden_size=63, init_method_std=0.2)
+BIASES, UNTIED = {"add_bias_linear": True}, {"untie_embeddings_and_output_weights": True}
+OPTIMIZER = OptimizerConfig(lr=1e-2, weight_decay=0.5, clip_grad=0.05, adam_eps=1e-3)
+SMALL = {"reduce_bucket_size": 500, "stage3_param_persistence_threshold": 0, "sub_group_size": 1500}
+OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
+STAGES = (0, 1, 2, 3)
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is trained, without the engine."""
+
+    objective: str = "mdm"
+    network: dict = field(default_factory=dict)
+    micro_batch: int = 2
+    steps: int = 3
+    bf16: bool = False
+    clip: float = 0.05
+    recompute: str | None = None
+
+
+CASES = {
+    "ar": Case("ar", BIASES),
+    "mdm-untied": Case("mdm", BIASES | UNTIED),
+    "mdm-one-micro-batch": Case("mdm", micro_batch=4),
+    "ar-untied-unclipped": Case("ar", UNTIED, micro_batch=1, clip=0.0),
+    "ar-full-recompute": Case("ar", BIASES, recompute="full"),
+    "mdm-selective-recompute": Case("mdm", recompute="selective"),
+    "curve": Case("mdm", steps=20),
+    # a weight that rounds the other way moves everything after it: one step is exact, a curve is close
+    "bf16": Case("mdm", steps=1, bf16=True),
+    "bf16-curve": Case("ar", UNTIED, steps=20, bf16=True),
+}
+# what a file adds at a stage
+VARIANTS = {
+    "offload-1": ("ar", 1, OFFLOAD),
+    "offload-2": ("mdm-untied", 2, OFFLOAD),
+    "offload-3": ("mdm-untied", 3, OFFLOAD | {"offload_param": {"device": "cpu"}}),
+    "offload-2-bf16": ("bf16", 2, OFFLOAD),
+    "small-pieces-1": ("mdm-untied", 1, {"reduce_bucket_size": 500, "allgather_bucket_size": 700}),
+    "small-pieces-2": ("mdm-untied", 2, {"reduce_bucket_size": 500, "overlap_comm": True}),
+    "all-reduce-2": ("ar", 2, {"reduce_scatter": False, "contiguous_gradients": False}),
+    "small-pieces-3": ("ar", 3, SMALL),
+}
+MOVED = Case("mdm", BIASES, steps=4)  # half of it in one engine, half in the other
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What a run did; tensors are whole, by the names of a checkpoint."""
+
+    losses: list[float]
+    norms: list[float]
+    tensors: dict[str, np.ndarray]
+    nll: np.ndarray  # of the first micro-batch, by position, at the end
+
+
+class Fsdp2:
+    """The engine that everything else uses."""
+
+    def __init__(self, processes: Processes, case: Case, source: Path | None):
+        optimizer = OptimizerConfig(**vars(OPTIMIZER) | {"clip_grad": case.clip})
+        network, parallel = ModelConfig(**NETWORK | case.network), ParallelConfig()
+        self.processes, self.clip = processes, case.clip
+        self.engine = build_engine(network, VOCABULARY, 5, processes, parallel, bf16=case.bf16, compile=False)
+        self.optimizer = build_optimizer(self.engine, optimizer)
+        start_state(self.optimizer, case.steps // 2 if source else 0)
+        if source:
+            checkpoint.load(source, self.tensors())
+
+    def step(self, batches, rate: float):
+        result = train_step(self.engine, self.optimizer, batches, learning_rate=rate, clip_grad=self.clip)
+        return result.loss, result.grad_norm
+
+    def tensors(self):
+        return self.engine.tensors(self.optimizer)
+
+
+class Zero:
+    """The engine under test, at one stage."""
+
+    def __init__(self, processes: Processes, case: Case, source: Path | None, stage: int, section=None):
+        optimizer = OptimizerConfig(**vars(OPTIMIZER) | {"clip_grad": case.clip})
+        training = SimpleNamespace(micro_batch_size=case.micro_batch, global_batch_size=GLOBAL_BATCH)
+        sizes = {"processes": processes.size, "bf16": case.bf16, "zero_stage": stage}
+        settings = deepspeed_config(None, training, optimizer, **sizes)
+        settings["zero_optimization"] |= section or {}
+        model = build(case)
+        recompute(model, ParallelConfig(recompute_granularity=case.recompute))
+        self.processes, self.clip, self.optimizer = processes, case.clip, build_optimizer(model, optimizer)
+        self.engine = DeepSpeedEngine(model, self.optimizer, settings, processes, compile=False)
+        if source:
+            state = self.tensors()
+            checkpoint.load(source, state)
+            self.engine.load(state, case.steps // 2)
+
+    def step(self, batches, rate: float):
+        (count,) = self.processes.sum(sum(batch.count for batch in batches))
+        loss = self.engine.backward(batches, count)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        return loss, self.engine.update(self.optimizer, self.clip)
+
+    def tensors(self):
+        return self.engine.tensors(self.optimizer)
+
+
+class Forgetful(Zero):
+    """A planted fault: the loss is not scaled for the average over the processes."""
+
+    def step(self, batches, rate: float):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Processes, "data_size", 1)
+            return super().step(batches, rate)
+
+
+def build(case: Case) -> Transformer:
+    config = ModelConfig(**NETWORK | case.network)
+    model = Transformer(config, VOCABULARY)
+    initialise(model, config, seed=5)
+    return model
+
+
+def batches_of(case: Case, rank: int, size: int) -> MicroBatches:
+    settings = ObjectiveConfig()
+    return MicroBatches(
+        RandomText(100),
+        build_objective(case.objective, settings, VOCABULARY, GLOBAL_BATCH),
+        build_token_dropout(case.objective, settings, VOCABULARY),
+        seed=7,
+        first_sample=0,
+        train_samples=case.steps * GLOBAL_BATCH - 3,  # the last batch is short
+        micro_batch_size=case.micro_batch,
+        global_batch_size=GLOBAL_BATCH,
+        rank=rank,
+        size=size,
+    )
+
+
+def train(engine, case: Case, steps: range) -> Trace:
+    processes, losses, norms = engine.processes, [], []
+    data = batches_of(case, processes.rank, processes.size)
+    for step in steps:
+        batches = [data[step * data.per_step + index] for index in range(data.per_step)]
+        loss, norm = engine.step(batches, 1e-2 * (1 + step % 3))
+        losses.append(processes.sum(float(loss))[0])
+        norms.append(float(norm))
+    state = {name: tensor.full_tensor().numpy().copy() for name, tensor in engine.tensors().items()}
+    engine.engine.eval()
+    with torch.no_grad():
+        nll = engine.engine.nll(batches_of(case, 0, 1)[0]).numpy().copy()
+    engine.engine.train()
+    engine.engine.reshard()
+    return Trace(losses, norms, state, nll)
+
+
+def save(engine, folder: Path, case: Case) -> None:
+    with Saver(folder, engine.processes) as saver:
+        saver.save(engine.tensors(), {"iteration": case.steps // 2}, then=lambda: None)
+
+
+def two_processes(processes: Processes, folder: Path) -> dict:
+    """Return all runs that this module asks of two processes."""
+    half, rest = range(MOVED.steps // 2), range(MOVED.steps // 2, MOVED.steps)
+    runs = {}
+    for stage in STAGES:
+        for name, case in CASES.items():
+            runs[name, stage] = train(Zero(processes, case, None, stage), case, range(case.steps))
+        engine = Zero(processes, MOVED, None, stage)
+        train(engine, MOVED, half)
+        save(engine, folder / f"zero-{stage}", MOVED)
+        moved = Zero(processes, MOVED, checkpoint.complete(folder / "fsdp2")[0], stage)
+        runs["moved", stage] = train(moved, MOVED, rest)
+        broken = Zero(processes, CASES["ar"], None, stage)
+        with torch.no_grad():
+            broken.engine._write("norm.weight", torch.full((16,), float("nan")))
+        runs["broken", stage] = train(broken, CASES["ar"], range(1))
+    for name, (case, stage, section) in VARIANTS.items():
+        runs[name] = train(Zero(processes, CASES[case], None, stage, section), CASES[case], range(CASES[case].steps))
+    runs["planted"] = train(Forgetful(processes, CASES["ar"], None, 1), CASES["ar"], range(3))
+    return runs
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    """The runs of one process with FSDP2, and the folder of its checkpoint."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    with joined() as processes:
+        runs = {name: train(Fsdp2(processes, case, None), case, range(case.steps)) for name, case in CASES.items()}
+        runs["moved"] = train(Fsdp2(processes, MOVED, None), MOVED, range(MOVED.steps))
+        engine = Fsdp2(processes, MOVED, None)
+        train(engine, MOVED, range(MOVED.steps // 2))
+        save(engine, folder / "fsdp2", MOVED)
+    return runs | {"folder": folder}
+
+
+@pytest.fixture(scope="module")
+def two(one):
+    """The runs of two processes with DeepSpeed; both saw the same."""
+    first, second = spawn(two_processes, 2, one["folder"])
+    for name in first:
+        np.testing.assert_equal(first[name].losses, second[name].losses)
+        np.testing.assert_equal(first[name].norms, second[name].norms)
+    return first
+
+
+def check_equal(found: Trace, expected: Trace, rel: float) -> None:
+    assert found.losses == pytest.approx(expected.losses[-len(found.losses) :], rel=rel)
+    assert found.norms == pytest.approx(expected.norms[-len(found.norms) :], rel=10 * rel)
+    assert list(found.tensors) == list(expected.tensors)
+    for name, tensor in expected.tensors.items():
+        assert found.tensors[name].dtype == np.float32
+        np.testing.assert_allclose(found.tensors[name], tensor, rtol=0, atol=rel * np.abs(tensor).max(), err_msg=name)
+    np.testing.assert_allclose(found.nll, expected.nll, rtol=10 * rel, atol=10 * rel)
+
+
+@installed
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("name", [name for name in CASES if "curve" not in name])
+def test_three_steps_are_those_of_fsdp2(one, two, name, stage):
+    assert max(one[name].norms) > 2 * 0.05  # clipping is at work where it is on
+    check_equal(two[name, stage], one[name], 1e-5)
+
+
+@installed
+@pytest.mark.parametrize("name", VARIANTS)
+def test_what_a_file_adds_changes_no_result(one, two, name):
+    check_equal(two[name], one[VARIANTS[name][0]], 1e-5)
+
+
+@installed
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("name, rel", [("curve", 1e-4), ("bf16-curve", 5e-3)])
+def test_a_curve_of_twenty_steps_is_that_of_fsdp2(one, two, name, rel, stage):
+    assert len(two[name, stage].losses) == 20
+    assert two[name, stage].losses == pytest.approx(one[name].losses, rel=rel)
+
+
+@installed
+def test_a_planted_fault_is_found(one, two):
+    with pytest.raises(AssertionError):
+        check_equal(two["planted"], one["ar"], 1e-5)
+
+
+@installed
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_run_moves_from_fsdp2_to_deepspeed(one, two, stage):
+    check_equal(two["moved", stage], one["moved"], 1e-5)
+
+
+@installed
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_run_moves_from_deepspeed_to_fsdp2(one, two, stage):
+    source = checkpoint.complete(one["folder"] / f"zero-{stage}")[0]
+    assert {path.suffix for path in source.iterdir()} == {".json", ".safetensors"}
+    with joined() as processes:
+        moved = train(Fsdp2(processes, MOVED, source), MOVED, range(MOVED.steps // 2, MOVED.steps))
+    check_equal(moved, one["moved"], 1e-5)
+
+
+@installed
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_norm_that_is_no_number_is_reported(two, stage):
+    assert not np.isfinite(two["broken", stage].norms[0])
+
+
+@installed
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_single_process_without_launcher_or_compiler(one, stage, tmp_path):
+    """No RANK, no LOCAL_RANK, no C++ compiler: with offload nothing is compiled, even at first use."""
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name in ("sh", "uname", "env"):  # without c++, g++, clang++, ninja
+        (tools / name).symlink_to(shutil.which(name))
+    section = {} if stage == 0 else OFFLOAD
+    code = f"""
+import json
+from tests.distributed import joined
+from tests.parallel.test_deepspeed import CASES, Zero, train
+with joined() as processes:
+    found = train(Zero(processes, CASES["ar"], None, {stage}, {section}), CASES["ar"], range(3))
+print(json.dumps(found.losses))
+"""
+    surroundings = {name: value for name, value in environment().items() if name not in ("RANK", "LOCAL_RANK", "CXX")}
+    surroundings |= {"PATH": str(tools), "TORCH_EXTENSIONS_DIR": str(tmp_path / "built")}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=surroundings, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(done.stdout) == pytest.approx(one["ar"].losses, rel=1e-5)  # and nothing else is printed
+    assert not (tmp_path / "built").exists()
+
+
+@installed
+def test_a_key_that_deepspeed_does_not_know_is_refused():
+    with joined() as processes, pytest.raises(ConfigurationError, match="refuses its configuration.*stge"):
+        Zero(processes, CASES["ar"], None, 1, {"stge": 2})
+
+
+def test_without_deepspeed_the_remedy_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "deepspeed", None)  # as if it were not installed
+    for name in ("DS_ACCELERATOR", "LOCAL_RANK"):
+        monkeypatch.setenv(name, os.environ.get(name, "0"))
+    with pytest.raises(ConfigurationError, match="^--deepspeed: .*; install it: bash install.sh --with-deepspeed$"):
+        import_deepspeed(torch.device("cpu"))

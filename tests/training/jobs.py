@@ -1,0 +1,109 @@
+"""Jobs of several processes for tests: started with torchrun or by hand, one rank found and killed, the end timed."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from tests.conftest import environment
+
+LAYOUTS = {
+    "dp4": [],
+    "tp2 x pp2": ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"],
+    "tp2 x dp2": ["--tensor-model-parallel-size", "2"],
+    "pp2 x dp2": ["--pipeline-model-parallel-size", "2"],
+}
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
+
+
+class Job:
+    """One start of a training on several processes; what they and the launcher say goes to `log`.
+
+    By hand the processes are started as srun starts them, with nothing that looks after them.
+    """
+
+    def __init__(self, arguments: list, log: Path, size: int = 4, by_hand: bool = False, launcher: tuple = ()):
+        self.log, self.size = log, size
+        command = [*map(str, arguments)]
+        with open(log, "w") as out:
+            if by_hand:
+                port = str(free_port())
+                self.started = [
+                    subprocess.Popen([sys.executable, *command], env=_place(rank, size, port), stdout=out, stderr=out)
+                    for rank in range(size)
+                ]
+            else:
+                run = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}", *launcher]
+                command = [sys.executable, *run, *command]
+                self.started = [subprocess.Popen(command, env=environment(), stdout=out, stderr=out)]
+        self.by_hand = by_hand
+
+    def pid(self, rank: int) -> int | None:
+        """Return the process id of a rank, or None where it is not there (yet)."""
+        if self.by_hand:
+            return self.started[rank].pid if self.started[rank].poll() is None else None
+        agent = self.started[0].pid
+        try:
+            children = Path(f"/proc/{agent}/task/{agent}/children").read_text().split()
+            for child in children:
+                if f"RANK={rank}".encode() in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"):
+                    return int(child)
+        except OSError:
+            pass
+        return None
+
+    def ended(self) -> bool:
+        return all(process.poll() is not None for process in self.started)
+
+    def wait_until(self, condition, timeout: float = 120) -> bool:
+        """Return whether `condition` came true while the job ran."""
+        until = time.monotonic() + timeout
+        while not self.ended():
+            if condition():
+                return True
+            if time.monotonic() > until:
+                raise TimeoutError(f"nothing happened in {timeout} s:\n{self.text()[-3000:]}")
+            time.sleep(0.002)
+        return False
+
+    def kill(self, rank: int, number: int = signal.SIGKILL) -> bool:
+        """Return whether the rank was there to be killed."""
+        pid = self.pid(rank)
+        if pid:
+            os.kill(pid, number)
+        return bool(pid)
+
+    def wait(self, timeout: float = 120) -> tuple[float, list[int]]:
+        """Return the seconds until all have ended, and their exit codes; end them and raise TimeoutError after that."""
+        began = time.monotonic()
+        while not self.ended():
+            if time.monotonic() - began > timeout:
+                self.end()
+                raise TimeoutError(f"still running after {timeout} s:\n{self.text()[-3000:]}")
+            time.sleep(0.01)
+        return time.monotonic() - began, [process.returncode for process in self.started]
+
+    def end(self) -> None:
+        for rank in range(self.size):
+            self.kill(rank)
+        for process in self.started:
+            process.kill()
+            process.wait()
+
+    def text(self) -> str:
+        return self.log.read_text()
+
+    def errors(self) -> list[str]:
+        return [line for line in self.text().splitlines() if line.startswith("error:")]
+
+
+def _place(rank: int, size: int, port: str) -> dict:
+    place = {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return environment() | place
