@@ -137,6 +137,7 @@ class _Process:
         self.queries = self.tokens * model.num_attention_heads // self.tensor * model.head_size  # numbers
         self.keys = self.tokens * model.key_value_heads // self.tensor * model.head_size
         self.mlp = self.tokens * model.mlp_size // self.tensor
+        self.kept = [self._kept(layer) for layer in range(self.layers)]
 
     def _root_shapes(self) -> list[tuple[int, ...]]:
         """The parameters outside blocks; tied ends of a pipeline have a copy of the table each."""
@@ -173,12 +174,12 @@ class _Process:
 
     def _at_head(self, in_flight: int, accumulated: bool) -> Memory:
         """The loss is computed. The last gathered block's buffer is there, where blocks had to be gathered."""
-        fresh = not accumulated or (self.parallel.zero_stage == 3 and self.stages == 1)
+        fresh = not accumulated or (self.parallel.fsdp_stage == 3 and self.stages == 1)
         return self._memory("head", in_flight, accumulated, None, head=self._head(), communication=fresh * self._buffer)
 
     def _within_block(self, in_flight: int, accumulated: bool, done: int) -> Memory:
         """A block is at work on its backward pass: its activations are there, again where it recomputes."""
-        layer, ahead = self.layers - 1 - done, self.parallel.zero_stage == 3
+        layer, ahead = self.layers - 1 - done, self.parallel.fsdp_stage == 3
         previous = FP32 * self.block.whole * (done > 0) * self._reduces(accumulated)  # FSDP2 keeps it so long
         return self._memory(
             f"backward of block {layer + 1} of {self.layers}",
@@ -186,7 +187,7 @@ class _Process:
             accumulated,
             done,
             gradients=self._head_gradient,
-            activations=self._again(layer) - self._kept(layer) + self._backward_workspace,
+            activations=self._again(layer) - self.kept[layer] + self._backward_workspace,
             communication=previous + ahead * self._buffer,
         )
 
@@ -278,7 +279,7 @@ class _Process:
     @property
     def _reduces_each(self) -> bool:
         """Whether gradients are reduced at every micro-batch; a pipeline does it once a step."""
-        return self.stages == 1 and self.parallel.zero_stage >= 2
+        return self.stages == 1 and self.parallel.fsdp_stage >= 2
 
     def _reduces(self, accumulated: bool) -> bool:
         """Whether a backward pass reduces as it goes: the only one, the last one, or every one."""
@@ -287,7 +288,7 @@ class _Process:
     def _compute_weights(self, in_flight: int, accumulated: bool, done: int | None) -> int:
         """The gathered weights: of all blocks, of those that are not through, or with ZeRO 3 of that at work."""
         held = self.layers * self.chunks
-        zero3 = self.parallel.zero_stage == 3
+        zero3 = self.parallel.fsdp_stage == 3
         if self.stages == 1:
             if zero3:
                 held = 0 if done is None else 1
@@ -354,7 +355,7 @@ class _Process:
 
     def _again(self, layer: int) -> int:
         """What a block holds in its backward pass, where all is there again."""
-        kept, saved = self._kept(layer), self._saved()
+        kept, saved = self.kept[layer], self._saved()
         return saved if kept == saved or self._norm_keeps_input else saved + self.stream
 
     @property
@@ -366,7 +367,7 @@ class _Process:
 
     def _chunk(self, done: int = 0) -> int:
         """What one micro-batch keeps of a chunk of which `done` blocks are through."""
-        kept = sum(self._kept(layer) for layer in range(self.layers - done))
+        kept = sum(self.kept[: self.layers - done])
         kept += 2 * FP32 * self.seq_length * self.model.head_size  # the rotary table
         if self.last and done == 0:
             kept += self._norm(self.own_tokens * self.model.hidden_size, self.own_tokens)
