@@ -4,6 +4,8 @@ Sources: 2507.15857 (Diffusion Beats Autoregressive in Data-Constrained Settings
 sizes come from 2305.16264 (Scaling Data-Constrained Language Models).
 """
 
+from math import prod
+
 from megatron.config.sections import ModelConfig, Vocabulary
 from megatron.errors import ConfigurationError
 
@@ -118,21 +120,33 @@ def ladder_model(name: str) -> ModelConfig:
     return ModelConfig(**ladder_settings(name))
 
 
+def block_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every parameter of one block, by its name in the block."""
+    width, head, mlp = model.hidden_size, model.head_size, model.mlp_size
+    query, key_value = model.num_attention_heads * head, model.key_value_heads * head
+    layers = {
+        "self_attn.q_proj": (query, width),
+        "self_attn.k_proj": (key_value, width),
+        "self_attn.v_proj": (key_value, width),
+        "self_attn.o_proj": (width, query),
+        **({"mlp.gate_proj": (mlp, width)} if model.swiglu else {}),
+        "mlp.up_proj": (mlp, width),
+        "mlp.down_proj": (width, mlp),
+    }
+    norms = {"input_layernorm": width, "post_attention_layernorm": width}
+    norms |= {"self_attn.q_norm": head, "self_attn.k_norm": head} if model.qk_layernorm else {}
+    shapes = {f"{name}.weight": shape for name, shape in layers.items()}
+    shapes |= {f"{name}.bias": shape[:1] for name, shape in layers.items() if model.add_bias_linear}
+    shapes |= {f"{name}.weight": (size,) for name, size in norms.items()}
+    return shapes | {f"{name}.bias": (size,) for name, size in norms.items() if model.normalization == "layernorm"}
+
+
 def parameter_count(model: ModelConfig, vocabulary: Vocabulary) -> int:
     """Return N: every parameter of the model, the embedding (padded rows included) counted once."""
-    width, head = model.hidden_size, model.head_size
-    query, key_value = model.num_attention_heads * head, model.key_value_heads * head
-    vectors = 1 if model.normalization == "rmsnorm" else 2  # of one norm
-    block = 2 * width * query + 2 * width * key_value  # q and o, k and v
-    block += (3 if model.swiglu else 2) * width * model.mlp_size
-    block += 2 * vectors * width
-    if model.qk_layernorm:
-        block += 2 * vectors * head
-    if model.add_bias_linear:
-        block += query + 2 * key_value + width  # q, k, v, o
-        block += (2 if model.swiglu else 1) * model.mlp_size + width  # up (and gate), down
+    block = sum(prod(shape) for shape in block_shapes(model).values())
+    vectors = 1 if model.normalization == "rmsnorm" else 2  # of the last norm
     tables = 2 if model.untie_embeddings_and_output_weights else 1
-    return model.num_layers * block + vectors * width + tables * vocabulary.padded_size * width
+    return model.num_layers * block + (vectors + tables * vocabulary.padded_size) * model.hidden_size
 
 
 def non_embedding_count(model: ModelConfig, vocabulary: Vocabulary) -> int:

@@ -1,0 +1,155 @@
+"""The formula of memory against measured peaks of real steps, and against the code whose numbers it repeats."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks.memory import (
+    CPU_CASES,
+    CUDA_CASES,
+    FULL,
+    GELU,
+    INTERLEAVED,
+    PIPELINE,
+    RICH,
+    SHORT,
+    SMALL,
+    TENSOR,
+    Case,
+    measure,
+    print_table,
+)
+from benchmarks.memory import on_cpu as measure_on_cpu
+from megatron.config import memory
+from megatron.config.memory import _Process, layers_of_stage, memory_per_process
+from megatron.config.sections import ModelConfig, Vocabulary
+from megatron.config.sizes import block_shapes, parameter_count
+from megatron.model import linear_cross_entropy
+from megatron.model.block import Block
+from megatron.model.transformer import Transformer
+from megatron.parallel import tensor
+from megatron.parallel.pipeline import layers_of
+from tests.distributed import joined
+from tests.steps import patched
+
+CPU = torch.device("cpu")
+TOLERANCE = 0.04  # of the total
+CASES = [
+    Case(SMALL, 1, 2),
+    Case(f"{SMALL} {FULL}"),
+    *(Case(f"{SHORT} --zero-stage {stage}", 2) for stage in (0, 1, 3)),
+    Case(f"{SMALL} --zero-stage 2", 2, 2),
+    Case(f"{SMALL} {TENSOR}", 2),
+    Case(f"{SMALL} {PIPELINE}", 2, 4),
+    Case(f"{SMALL} {INTERLEAVED}", 2, 4),
+    Case(f"{RICH} {TENSOR}", 2, 1, 20000),
+    Case(f"{SHORT} --num-distributed-optimizer-instances 2", 4, 2),
+    Case(f"{SMALL} {TENSOR} {PIPELINE} {FULL}", 4, 4),
+]
+MODELS = [
+    {},
+    {"swiglu": False, "normalization": "layernorm", "untie_embeddings_and_output_weights": True},
+    {"group_query_attention": True, "num_query_groups": 2, "qk_layernorm": True, "add_bias_linear": True},
+    {"qk_layernorm": True, "normalization": "layernorm", "kv_channels": 6},
+]
+
+
+@pytest.fixture(scope="module")
+def measured():
+    """What one step of every case takes at its peak; later steps take as much."""
+    with joined():
+        found = {case: measure(case, 0, CPU, steps=1) for case in CASES if case.processes == 1}
+    several = [case for case in CASES if case.processes > 1]
+    return found | dict(zip(several, measure_on_cpu(several, steps=1), strict=True))
+
+
+def names(case: Case) -> str:
+    return f"{case.processes}x{case.micro_batches}{case.flags.partition('--bf16')[2].replace(' ', '')}"
+
+
+@pytest.mark.parametrize("case", CASES, ids=names)
+def test_the_formula_gives_the_measured_peak(measured, case):
+    found, computed = measured[case], case.formula("cpu")
+    assert computed.total == pytest.approx(found["total"], rel=TOLERANCE)
+    assert computed.master_weights == pytest.approx(found["master weights"], rel=0.01)
+    assert computed.optimizer_states == pytest.approx(found["optimizer states"], rel=0.01)
+    states = found["master weights"] + found["optimizer states"]
+    rest = computed.total - computed.master_weights - computed.optimizer_states
+    assert rest == pytest.approx(found["total"] - states, rel=2 * TOLERANCE)
+
+
+FAULTS = [
+    ("_head", lambda self: 0, CASES[9]),
+    ("_backward_workspace", 0, CASES[1]),
+    ("_compute_weights", lambda self, *_: 0, CASES[5]),
+    ("_passed_on", 0, CASES[8]),
+    ("in_flight", 1, CASES[7]),
+]
+
+
+@pytest.mark.parametrize("name, value, case", FAULTS, ids=[name for name, *_ in FAULTS])
+def test_what_is_left_out_is_missed(measured, name, value, case):
+    with patched(_Process, name, value), pytest.raises(AssertionError):
+        test_the_formula_gives_the_measured_peak(measured, case)
+
+
+def test_the_benchmark_prints_a_line_a_case(measured, capsys):
+    print_table([(case, case.formula("cpu"), measured[case]) for case in CASES])
+    head, _, *lines = capsys.readouterr().out.splitlines()
+    assert head.startswith("| processes | micro-batches | flags | measured MB | formula MB | ratio |")
+    assert len(lines) == len(CASES) and lines[0].startswith("| 1 | 2 | small | ")
+
+
+def test_every_case_of_the_benchmark_is_a_layout():
+    assert all(case.formula("cpu").total > 0 for case in CPU_CASES)
+    assert all(0 < case.formula("cuda").total < 80e9 for case in CUDA_CASES)
+
+
+def test_the_head_as_on_cuda():
+    """Chunks that are larger than the batch, in one piece. (LayerNorm: RMSNorm is one operator on CUDA only.)"""
+    case = Case(f"{SMALL} {GELU}", 1, 1, 20000)
+    with (
+        patched(linear_cross_entropy, "CHUNK_ROWS", {"cpu": 1500}),
+        patched(linear_cross_entropy, "CACHED_NUMBERS", 10**12),
+        joined(),
+    ):
+        found = measure(case, 0, CPU, steps=1)["total"]
+    with patched(memory, "HEAD_ROWS", {"cuda": 1500}):
+        computed = case.formula("cuda")
+    assert computed.moment == "head" and computed.head > 0.4 * computed.total
+    assert computed.total == pytest.approx(found, rel=TOLERANCE)
+
+
+def test_offload_moves_the_states_to_the_host():
+    here, there = Case(SMALL, 2).formula("cuda"), Case(f"{SMALL} --cpu-offload", 2).formula("cuda")
+    assert there.master_weights == there.optimizer_states == here.host == 0
+    assert there.host == 4 * here.master_weights and there.total < here.total
+
+
+def test_the_worst_process_decides():
+    config = Case(f"{SMALL} {PIPELINE}", 2, 4).config
+    deep = replace(config, model=replace(config.model, num_layers=24))
+    wide = Vocabulary(500_000)
+    assert memory_per_process(deep, Vocabulary(500), 2, "bf16").stage == 0  # has more in flight
+    assert memory_per_process(config, wide, 2, "bf16").stage == 1  # has the head
+
+
+@pytest.mark.parametrize("changes", MODELS, ids=lambda changes: "-".join(changes) or "plain")
+def test_shapes_are_those_of_the_model(changes):
+    model, vocabulary = (
+        ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=4, **changes),
+        Vocabulary(500),
+    )
+    shapes = {name: tuple(parameter.shape) for name, parameter in Block(model).named_parameters()}
+    assert block_shapes(model) == shapes
+    assert parameter_count(model, vocabulary) == sum(p.numel() for p in Transformer(model, vocabulary).parameters())
+
+
+def test_numbers_that_stand_in_two_rooms_are_equal():
+    assert memory.HEAD_ROWS == linear_cross_entropy.CHUNK_ROWS
+    assert memory.HEAD_NUMBERS == {"cpu": linear_cross_entropy.CACHED_NUMBERS}
+    assert {*memory.COLUMNS, "lm_head"} == set(tensor.COLUMNS) and set(memory.ROWS) == set(tensor.ROWS)
+    for stages, layers in ((1, 3), (2, 3), (4, 18), (3, 47)):
+        expected = [len(layers_of(stage, stages, layers)) for stage in range(stages)]
+        assert [layers_of_stage(stage, stages, layers) for stage in range(stages)] == expected
