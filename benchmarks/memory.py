@@ -112,6 +112,23 @@ CPU_CASES = [
     Case(f"{SMALL} --pipeline-model-parallel-size 4", 4, 8),
     Case(f"{SMALL} {PIPELINE} {FULL} --recompute-num-layers 1", 4, 2),
 ]
+# sizes of the ladder, chosen after the formula was finished: it has seen none of their peaks
+WIDE = "--seq-length 512 --micro-batch-size 2 --bf16"
+CPU_CASES += [
+    Case(f"--model-size 35M {WIDE}", 1, 3, GPT2_VOCABULARY),
+    Case(f"--model-size 35M {WIDE} --micro-batch-size 4 {FULL} --zero-stage 2", 2, 2, GPT2_VOCABULARY),
+    Case(f"--model-size 44M {WIDE} {INTERLEAVED} {SELECTIVE} --zero-stage 3", 2, 6, 8000),
+    Case(f"--model-size 44M {WIDE} {TENSOR} {FULL} --zero-stage 3 --qk-layernorm {GELU}", 2, 2, 8000),
+    Case(f"--model-size 57M {WIDE} {PIPELINE} --untie-embeddings-and-output-weights --hidden-dropout 0.1", 2, 3, 30000),
+    Case(
+        f"--model-size 20M {WIDE.replace('--bf16', '--fp32')} --zero-stage 3 "
+        f"--num-distributed-optimizer-instances 2 {GELU} --add-bias-linear",
+        4,
+        1,
+        GPT2_VOCABULARY,
+    ),
+    Case(f"--model-size 44M {WIDE} --micro-batch-size 1 {TENSOR} {PIPELINE} {SELECTIVE}", 4, 5, GPT2_VOCABULARY),
+]
 LADDER_140M = "--model-size 140M --micro-batch-size 8 --bf16"
 CUDA_CASES = [
     Case(f"{flags} {more}", 1, micro_batches, GPT2_VOCABULARY)
