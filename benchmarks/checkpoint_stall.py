@@ -33,7 +33,6 @@ import torch
 from torch import Tensor
 
 from benchmarks.contestants import version
-from benchmarks.train_step import processor
 from megatron.config.flags import HelpFormatter, Parser, add_section, build, flag, require
 from megatron.config.sections import OptimizerConfig, ParallelConfig, Vocabulary
 from megatron.config.sizes import GPT2_VOCABULARY, ladder_model
@@ -41,6 +40,7 @@ from megatron.errors import ConfigurationError
 from megatron.parallel.apply import build_engine
 from megatron.parallel.mesh import Processes, start_processes, stop_processes
 from megatron.training import checkpoint
+from megatron.training.environment import device_name
 from megatron.training.optimizer import build_optimizer, start_state
 from megatron.training.saver import Saver
 
@@ -117,7 +117,7 @@ def measure(options: Options, root: Path, state: Callable[[], dict[str, Tensor]]
         "tensors": len(tensors),
         "versions": {name: version(name) for name in ("torch", "safetensors")},
         "python": platform.python_version(),
-        "machine": processor(),
+        "machine": device_name(torch.device("cpu")),
         "date": date.today().isoformat(),
         "seconds": seconds | {"reserving": reserving},
         "ratios": ratios,

@@ -26,7 +26,6 @@ import numpy as np
 import torch
 
 from benchmarks.contestants import version
-from benchmarks.train_step import processor
 from megatron.config.flags import HelpFormatter, Parser, add_section, build, flag, require
 from megatron.config.resolve import check_layout, check_processes
 from megatron.config.sections import Config, Vocabulary
@@ -37,7 +36,7 @@ from megatron.parallel.launch import world_size
 from megatron.parallel.mesh import Processes, start_processes, stop_processes
 from megatron.training.command_line import parse
 from megatron.training.engines import start_engine
-from megatron.training.environment import check_device, choose_precision
+from megatron.training.environment import check_device, choose_precision, device_name
 from megatron.training.feed import MicroBatches
 from megatron.training.metrics import peak_flops, peak_memory
 from megatron.training.step import train_step
@@ -127,7 +126,7 @@ def measure(options: Options) -> dict | None:
     config = configuration(options, "", first.size)
     return {
         "date": str(date.today()),
-        "device": torch.cuda.get_device_name() if first.device.type == "cuda" else processor(),
+        "device": device_name(first.device),
         "processes": first.size,
         "precision": choose_precision(config, first.device),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in ("torch", "deepspeed")},

@@ -318,7 +318,7 @@ def main() -> None:
     cases = CUDA_CASES if kind == "cuda" else CPU_CASES
     measured = on_cuda(cases) if kind == "cuda" else on_cpu(cases)
     rows = [(case, case.formula(kind), found) for case, found in zip(cases, measured, strict=True)]
-    device = torch.cuda.get_device_name() if kind == "cuda" else device_name(torch.device("cpu"))
+    device = device_name(torch.device(kind))
     print(f"{date.today()}, {device}, torch {torch.__version__}, eager\n")
     print_table(rows)
     if options.output:

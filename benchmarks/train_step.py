@@ -39,6 +39,7 @@ from megatron.errors import ConfigurationError
 from megatron.objectives import build_objective
 from megatron.parallel.mesh import Processes, start_processes, stop_processes
 from megatron.randomness import stream
+from megatron.training.environment import device_name
 
 LEARNING_RATE = 1e-4
 INIT_STD = 0.1  # large enough that attention and MLP, not the embedding alone, decide the loss of a few positions
@@ -209,7 +210,7 @@ def describe(options: Options, times: dict[str, list[float]]) -> dict:
         "settings": asdict(options),
         "versions": {name: version(name) for name in ("torch", "transformers", "litgpt", "lightning")},
         "python": platform.python_version(),
-        "machine": processor(),
+        "machine": device_name(torch.device("cpu")),
         "date": date.today().isoformat(),
         "seconds_per_step": times,
         "gates": gates,
@@ -230,13 +231,6 @@ def print_report(report: dict) -> None:
         low, high, verdict = min(gate["ratios"]), max(gate["ratios"]), "pass" if gate["passed"] else "FAIL"
         pair = f"{gate['contestant']} : {gate['peer']}"
         print(f"| {pair} | {gate['median']:.2f} | {low:.2f} - {high:.2f} | {gate['floor']:.2f} | {verdict} |")
-
-
-def processor() -> str:
-    """Return the processor's name and how many cores this machine has."""
-    told = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    names = [line.partition(":")[2].strip() for line in told.splitlines() if line.startswith("model name")]
-    return f"{len(names)} x {names[0]}" if names else platform.machine()
 
 
 if __name__ == "__main__":

@@ -99,7 +99,7 @@ def describe(objective, config, plan, sources, vocabulary, processes, precision,
 def device_name(device: torch.device) -> str:
     """Return what the device calls itself; for the CPU with the number of its cores."""
     if device.type == "cuda":
-        return torch.cuda.getdevice_name(device)
+        return torch.cuda.get_device_name(device)
     told = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     names = [line.partition(":")[2].strip() for line in told.splitlines() if line.startswith("model name")]
     return f"{len(names)} x {names[0]}" if names else platform.machine()
