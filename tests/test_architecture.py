@@ -1,12 +1,15 @@
 """The plan of the house, checked: which way imports run, what lies in the tree, what no file may do."""
 
 import ast
+import operator
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.conftest import ROOT
 
@@ -168,6 +171,29 @@ def test_no_file_that_is_read_can_execute(path):
 def test_a_planted_unsafe_read_is_found(planted):
     assert unsafe_reads(planted)
     assert not unsafe_reads("import json\nnp.load(p)\nnp.load(p, allow_pickle=False)\njson.load(file)")
+
+
+def absent_from_torch(source: str) -> list[str]:
+    """Return what a file names of torch, as `torch.a.b`, that torch does not have: no GPU runs every line here."""
+    absent = []
+    for node in ast.walk(ast.parse(source)):
+        name = ast.unparse(node) if isinstance(node, ast.Attribute) else ""
+        if re.fullmatch(r"torch(\.\w+)+", name):
+            try:
+                operator.attrgetter(name.removeprefix("torch."))(torch)
+            except AttributeError:
+                absent.append(name)
+    return absent
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_what_is_named_of_torch_exists(path):
+    assert absent_from_torch(path.read_text()) == []
+
+
+def test_a_planted_slip_is_found():
+    assert absent_from_torch("torch.cuda.getdevice_name(0)") == ["torch.cuda.getdevice_name"]
+    assert not absent_from_torch("torch.cuda.get_device_name(0)\nother.torch.x\ntorch.ops.aten.mm.default")
 
 
 def test_entry_points_are_a_dozen_lines():
