@@ -107,3 +107,15 @@ class Job:
 def _place(rank: int, size: int, port: str) -> dict:
     place = {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     return environment() | place
+
+
+def lines(folder: Path) -> int:
+    """Return the number of records of a run."""
+    path = folder / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def newest(folder: Path) -> int:
+    """Return the step of a run's newest complete checkpoint, 0 where it has none."""
+    found = [path.name[5:] for path in folder.glob("checkpoints/iter_*")]
+    return max((int(name) for name in found if name.isdigit()), default=0)
