@@ -56,10 +56,10 @@ def test_a_flag_that_does_not_exist_is_said_once(flags, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("victim", [0, 3])
-def test_without_a_launcher_the_others_end_too(victim, long, tmp_path):
+@pytest.mark.parametrize("victim, slurm", [(0, False), (3, True)])
+def test_without_a_launcher_the_others_end_too(victim, slurm, long, tmp_path):
     folder = tmp_path / "run"
-    job = Job([*long, *LAYOUTS["pp2 x dp2"], "--save", folder], tmp_path / "log", by_hand=True)
+    job = Job([*long, *LAYOUTS["pp2 x dp2"], "--save", folder], tmp_path / "log", by_hand=True, slurm=slurm)
     assert job.wait_until(lambda: lines(folder) > 5)
     job.kill(victim)
     seconds, codes = job.wait(30)
@@ -73,7 +73,7 @@ def test_without_a_launcher_the_others_end_too(victim, long, tmp_path):
 
 @pytest.mark.slow
 def test_torchrun_starts_a_job_anew_by_itself(flags, tmp_path):
-    folder, restarts = tmp_path / "run", ("--max-restarts=2",)
+    folder, restarts = tmp_path / "run", ("--standalone", "--max-restarts=2")
     job = Job([*flags, *LAYOUTS["tp2 x dp2"], "--save", folder], tmp_path / "log", launcher=restarts)
     for rank, step in ((1, 2), (0, 6)):
         assert job.wait_until(lambda: newest(folder) >= step and job.pid(rank))
