@@ -34,7 +34,7 @@ FOREIGN = {
     "sbatch",
     "xdg-open",
 }
-# flags of torchrun and pip
+# flags of torchrun, srun, sbatch and pip
 FOREIGN_FLAGS = {
     "--no-deps",
     "--standalone",
@@ -43,6 +43,13 @@ FOREIGN_FLAGS = {
     "--node-rank",
     "--rdzv-backend",
     "--rdzv-endpoint",
+    "--rdzv-id",
+    "--rdzv-conf",
+    "--max-restarts",
+    "--nodes",
+    "--ntasks-per-node",
+    "--gpus-per-node",
+    "--kill-on-bad-exit",
 }
 DOCUMENTS = [
     ROOT / "README.md",

@@ -61,8 +61,7 @@ def main(objective: str, arguments: list[str] | None = None) -> None:
             raise
         time.sleep(PATIENCE)  # a peer's death may be what made a collective fail: then the watch ends this process
         traceback.print_exc()
-        first_line = str(error).strip().partition("\n")[0]
-        watch.report(f"rank {watch.rank} failed with {type(error).__name__}: {first_line}", 1)
+        watch.report(_what_failed(error, watch.rank, minutes), 1)
     finally:
         if watch is None:
             stop_processes()
@@ -73,6 +72,16 @@ def main(objective: str, arguments: list[str] | None = None) -> None:
         os._exit(code)
     if code:
         sys.exit(code)
+
+
+def _what_failed(error: BaseException, rank: int, minutes: float) -> str:
+    first_line = str(error).strip().partition("\n")[0]
+    if "Timed out waiting" in first_line:  # gloo's words
+        return (
+            f"--distributed-timeout-minutes {minutes:g}: rank {rank} waited that long for another process; one stands "
+            "still, or the time is too short for what it does"
+        )
+    return f"rank {rank} failed with {type(error).__name__}: {first_line}"
 
 
 def _say(error: BaseException, code: int, watch: Watch | None, patience: float = 0.0) -> int:

@@ -26,22 +26,35 @@ def free_port() -> int:
 class Job:
     """One start of a training on several processes; what they and the launcher say goes to `log`.
 
-    By hand the processes are started as srun starts them, with nothing that looks after them.
+    By hand nothing looks after the processes; with `slurm` they find their places as under srun. `prefix` stands
+    before the launcher's command.
     """
 
-    def __init__(self, arguments: list, log: Path, size: int = 4, by_hand: bool = False, launcher: tuple = ()):
+    def __init__(
+        self,
+        arguments: list,
+        log: Path,
+        size: int = 4,
+        by_hand: bool = False,
+        launcher: tuple = ("--standalone",),
+        prefix: tuple = (),
+        slurm: bool = False,
+    ):
         self.log, self.size = log, size
         command = [*map(str, arguments)]
         with open(log, "w") as out:
             if by_hand:
-                port = str(free_port())
-                self.started = [
-                    subprocess.Popen([sys.executable, *command], env=_place(rank, size, port), stdout=out, stderr=out)
-                    for rank in range(size)
-                ]
+                names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS") if slurm else ("RANK", "WORLD_SIZE")
+                master = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+                self.started = []
+                for rank in range(size):
+                    place = dict(zip(names, (str(rank), str(size)))) | ({"SLURM_LOCALID": str(rank)} if slurm else {})
+                    surroundings = environment() | master | place
+                    command_line = [sys.executable, *command]
+                    self.started.append(subprocess.Popen(command_line, env=surroundings, stdout=out, stderr=out))
             else:
-                run = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}", *launcher]
-                command = [sys.executable, *run, *command]
+                run = ["-m", "torch.distributed.run", f"--nproc-per-node={size}", *launcher]
+                command = [*prefix, sys.executable, *run, *command]
                 self.started = [subprocess.Popen(command, env=environment(), stdout=out, stderr=out)]
         self.by_hand = by_hand
 
@@ -104,6 +117,13 @@ class Job:
         return [line for line in self.text().splitlines() if line.startswith("error:")]
 
 
-def _place(rank: int, size: int, port: str) -> dict:
-    place = {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    return environment() | place
+def lines(folder: Path) -> int:
+    """Return the number of records of a run."""
+    path = folder / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def newest(folder: Path) -> int:
+    """Return the step of a run's newest complete checkpoint, 0 where it has none."""
+    found = [path.name[5:] for path in folder.glob("checkpoints/iter_*")]
+    return max((int(name) for name in found if name.isdigit()), default=0)

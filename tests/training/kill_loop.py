@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 from tests.conftest import entry, environment, records  # noqa: E402
 from tests.training import kill_processes  # noqa: E402
+from tests.training.jobs import lines  # noqa: E402
 
 VARIANTS = {
     "ar": ("ar", []),
@@ -62,11 +63,6 @@ def wait_until(process: subprocess.Popen, condition) -> bool:
             return True
         time.sleep(0.0005)
     return False
-
-
-def lines(folder: Path) -> int:
-    path = folder / "metrics.jsonl"
-    return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 def kill(objective: str, arguments: list[str], folder: Path, phase: str, draw: random.Random) -> str:

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 from tests.conftest import entry, records
-from tests.training.jobs import LAYOUTS, Job
+from tests.training.jobs import LAYOUTS, Job, newest
 
 PHASES = ("starting", "loading", "step", "step", "saving", "saving", "leaving")
 TOLERANCE = 1e-4
@@ -93,12 +93,6 @@ class Start:
         text = self.job.text()
         found = re.search(r"continuing from .* at step (\d+)", text)
         return int(found[1]) if found else 0 if "parameters," in text else None
-
-
-def newest(folder: Path) -> int:
-    """Return the step of a run's newest complete checkpoint, 0 where it has none."""
-    found = [path.name[5:] for path in folder.glob("checkpoints/iter_*")]
-    return max((int(name) for name in found if name.isdigit()), default=0)
 
 
 def difference(one: Path, two: Path) -> float:

@@ -1,0 +1,113 @@
+"""Jobs of several processes on a machine that fails them: who is named, how soon all have left, what is lost."""
+
+import json
+import re
+import signal
+
+import pytest
+
+from tests.conftest import entry, records, run
+from tests.training.jobs import LAYOUTS, Job, lines, newest
+from tests.training.kill_processes import difference
+
+
+@pytest.fixture
+def flags(tiny):
+    return [entry("mdm"), *tiny, "--num-layers", "4", "--micro-batch-size", "2", "--save-interval", "2"]
+
+
+@pytest.fixture
+def long(flags):
+    """The same, and so long that it is still running whenever it is looked at."""
+    return [*flags, "--train-samples", "100000", "--eval-interval", "100000", "--save-interval", "4"]
+
+
+def test_a_killed_rank_ends_the_job_with_its_name_and_nothing_saved_is_lost(flags, tmp_path):
+    folder = tmp_path / "run"
+    job = Job([*flags, *LAYOUTS["tp2 x pp2"], "--save", folder], tmp_path / "log")
+    assert job.wait_until(lambda: newest(folder) >= 4)
+    assert job.kill(2)
+    seconds, _ = job.wait(30)
+    saved = newest(folder)
+    (line,) = job.errors()
+    assert line.startswith("error: rank 2 ") and "is gone" in line and "the same command" in line
+    assert re.search(r"Root Cause[^=]*rank +: 2 ", job.text()), job.text()[-3000:]
+    status = json.loads((folder / "status.json").read_text())
+    assert status["state"] == "failed" and line == f"error: {status['reason']}"
+    done = run("mdm", *flags[1:], "--save", folder)
+    assert f"at step {saved}\n" in done.stderr and saved >= 4
+    run("mdm", *flags[1:], "--save", tmp_path / "whole")
+    assert difference(tmp_path / "whole", folder) < 1e-4
+
+
+def test_a_number_of_processes_that_does_not_fit_is_said_once(flags, tmp_path):
+    job = Job([*flags, *LAYOUTS["tp2 x dp2"], "--save", tmp_path / "run"], tmp_path / "log", size=3, by_hand=True)
+    assert job.wait(60)[1] == [2, 2, 2]
+    (line,) = job.errors()
+    assert "--tensor-model-parallel-size 2: makes groups of 2 processes" in line and "and 3 were started" in line
+    assert "Traceback" not in job.text() and not (tmp_path / "run").exists()
+
+
+def test_a_flag_that_does_not_exist_is_said_once(flags, tmp_path):
+    job = Job([*flags, "--num-layer", "3"], tmp_path / "log", size=2)
+    job.wait(60)
+    (line,) = job.errors()
+    assert "unknown flag --num-layer" in line
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim, slurm", [(0, False), (3, True)])
+def test_without_a_launcher_the_others_end_too(victim, slurm, long, tmp_path):
+    folder = tmp_path / "run"
+    job = Job([*long, *LAYOUTS["pp2 x dp2"], "--save", folder], tmp_path / "log", by_hand=True, slurm=slurm)
+    assert job.wait_until(lambda: lines(folder) > 5)
+    job.kill(victim)
+    seconds, codes = job.wait(30)
+    assert seconds < 15 and codes == [-9 if rank == victim else 1 for rank in range(4)]
+    (line,) = job.errors()
+    assert f"rank {victim}" in line and "is gone" in line
+    state = json.loads((folder / "status.json").read_text())["state"]
+    assert state == ("running" if victim == 0 else "failed")  # who would have to say it is gone himself
+    run("mdm", *long[1:], "--save", folder, "--exit-interval", 1)  # and yet the next start is not refused
+
+
+@pytest.mark.slow
+def test_torchrun_starts_a_job_anew_by_itself(flags, tmp_path):
+    folder, restarts = tmp_path / "run", ("--standalone", "--max-restarts=2")
+    job = Job([*flags, *LAYOUTS["tp2 x dp2"], "--save", folder], tmp_path / "log", launcher=restarts)
+    for rank, step in ((1, 2), (0, 6)):
+        assert job.wait_until(lambda: newest(folder) >= step and job.pid(rank))
+        before = job.pid(rank)
+        job.kill(rank)
+        assert job.wait_until(lambda: job.pid(rank) not in (None, before))
+    assert job.wait(120)[1] == [0], job.text()[-3000:]
+    run("mdm", *flags[1:], "--save", tmp_path / "whole")
+    assert difference(tmp_path / "whole", folder) < 1e-4
+
+
+@pytest.mark.slow
+def test_a_peer_that_stands_still_is_not_waited_for_for_ever(long, tmp_path):
+    folder = tmp_path / "run"
+    flags = [*long, *LAYOUTS["tp2 x dp2"], "--distributed-timeout-minutes", "0.1", "--save", folder]
+    job = Job(flags, tmp_path / "log", by_hand=True)
+    assert job.wait_until(lambda: lines(folder) > 5)
+    job.kill(1, signal.SIGSTOP)
+    try:
+        others = [job.started[rank] for rank in (0, 2, 3)]
+        assert job.wait_until(lambda: all(other.poll() is not None for other in others), timeout=40)
+        (line,) = job.errors()
+        assert "--distributed-timeout-minutes 0.1: rank" in line and "stands still" in line
+        assert json.loads((folder / "status.json").read_text())["state"] == "failed"
+    finally:
+        job.end()
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_a_number_is_said_once(flags, tmp_path):
+    folder = tmp_path / "run"
+    job = Job([*flags, *LAYOUTS["tp2 x dp2"], "--lr", "1e30", "--clip-grad", "0", "--save", folder], tmp_path / "log")
+    job.wait(60)
+    (line,) = job.errors()
+    assert "not finite" in line and "Traceback" not in job.text().partition("torch/distributed/elastic")[0]
+    assert json.loads((folder / "status.json").read_text())["reason"] in line
+    assert records(folder)
