@@ -5,7 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -226,6 +226,8 @@ def one(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoints")
     with joined() as processes:
         runs = {name: train(Fsdp2(processes, case, None), case, range(case.steps)) for name, case in CASES.items()}
+        whole = replace(CASES["bf16-curve"], bf16=False)
+        runs["fp32-curve"] = train(Fsdp2(processes, whole, None), whole, range(whole.steps))
         runs["moved"] = train(Fsdp2(processes, MOVED, None), MOVED, range(MOVED.steps))
         engine = Fsdp2(processes, MOVED, None)
         train(engine, MOVED, range(MOVED.steps // 2))
@@ -273,6 +275,13 @@ def test_what_a_file_adds_changes_no_result(one, two, name):
 def test_a_curve_of_twenty_steps_is_that_of_fsdp2(one, two, name, rel, stage):
     assert len(two[name, stage].losses) == 20
     assert two[name, stage].losses == pytest.approx(one[name].losses, rel=rel)
+
+
+@installed
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_curve_in_bf16_stays_near_the_one_in_fp32(one, two, stage):
+    assert two["bf16-curve", stage].losses == pytest.approx(one["fp32-curve"].losses, rel=1e-2)
+    assert two["bf16-curve", stage].losses != pytest.approx(one["fp32-curve"].losses, rel=1e-5)  # something was rounded
 
 
 @installed
