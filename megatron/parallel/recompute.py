@@ -27,7 +27,9 @@ def recompute(model: Transformer, parallel: ParallelConfig) -> None:
     if parallel.recompute_granularity is None:
         return
     selective = parallel.recompute_granularity == "selective"
-    contexts = {"context_fn": functools.partial(create_selective_checkpoint_contexts, _policy)} if selective else {}
+    # attention that is kept would not draw its dropout again, and all later dropout of the block would differ
+    policy = _policy_without_attention if model.config.attention_dropout else _policy
+    contexts = {"context_fn": functools.partial(create_selective_checkpoint_contexts, policy)} if selective else {}
     blocks = list(model.layers.values())
     for block in blocks[: parallel.recompute_num_layers]:
         block.forward = _recomputed(block.forward, contexts)
@@ -44,3 +46,8 @@ def _recomputed(forward: Callable, contexts: dict) -> Callable:
 
 def _policy(context, operator, *arguments, **words) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if operator in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _policy_without_attention(context, operator, *arguments, **words) -> CheckpointPolicy:
+    kept = operator in KEPT and "attention" not in operator.__name__
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
