@@ -10,11 +10,9 @@ from megatron.config.sections import ParallelConfig
 from megatron.model.transformer import Transformer
 
 ATEN = torch.ops.aten
-# what is dear to compute: matrix products and attention
-KEPT = {
-    ATEN.mm.default,
-    ATEN.addmm.default,
-    ATEN.bmm.default,
+# what is dear to compute
+PRODUCTS = {ATEN.mm.default, ATEN.addmm.default, ATEN.bmm.default}
+ATTENTION = {
     ATEN._scaled_dot_product_flash_attention.default,
     ATEN._scaled_dot_product_efficient_attention.default,
     ATEN._scaled_dot_product_cudnn_attention.default,
@@ -23,13 +21,17 @@ KEPT = {
 
 
 def recompute(model: Transformer, parallel: ParallelConfig) -> None:
-    """Let the blocks that `parallel` names recompute all, or all but matrix products and attention, in place."""
+    """Let the blocks that `parallel` names recompute all, or all but matrix products and attention, in place.
+
+    Attention with dropout is computed again: a kept result would leave the generator where it was, and what the block
+    drops after it would not be what the forward pass dropped.
+    """
     if parallel.recompute_granularity is None:
         return
-    selective = parallel.recompute_granularity == "selective"
-    # attention that is kept would not draw its dropout again, and all later dropout of the block would differ
-    policy = _policy_without_attention if model.config.attention_dropout else _policy
-    contexts = {"context_fn": functools.partial(create_selective_checkpoint_contexts, policy)} if selective else {}
+    contexts = {}
+    if parallel.recompute_granularity == "selective":
+        policy = functools.partial(_policy, PRODUCTS if model.config.attention_dropout else PRODUCTS | ATTENTION)
+        contexts["context_fn"] = functools.partial(create_selective_checkpoint_contexts, policy)
     blocks = list(model.layers.values())
     for block in blocks[: parallel.recompute_num_layers]:
         block.forward = _recomputed(block.forward, contexts)
@@ -44,10 +46,5 @@ def _recomputed(forward: Callable, contexts: dict) -> Callable:
     return recomputed
 
 
-def _policy(context, operator, *arguments, **words) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operator in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-def _policy_without_attention(context, operator, *arguments, **words) -> CheckpointPolicy:
-    kept = operator in KEPT and "attention" not in operator.__name__
-    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+def _policy(kept: set, context, operator, *arguments, **words) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operator in kept else CheckpointPolicy.PREFER_RECOMPUTE
