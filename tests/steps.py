@@ -3,6 +3,7 @@
 import sys
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -111,7 +112,7 @@ def take(processes: Processes, case: Case, parallel: ParallelConfig = ParallelCo
     optimizer.register_step_pre_hook(
         lambda *_: gradients.update(whole((name, p.grad) for name, p in engine.named_parameters()))
     )
-    reseed(7, 0, processes.rank)
+    reseed(7, 0, processes)
     batches = [data[index] for index in range(data.per_step)]
     result = train_step(engine, optimizer, batches, learning_rate=LEARNING_RATE, clip_grad=case.clip)
     return Step(float(result.loss), float(result.grad_norm), gradients, before, whole(engine.named_parameters()))
@@ -125,7 +126,7 @@ def curve(
     assert all(parameter.dtype == torch.float32 for parameter in engine.parameters())  # master weights
     losses = []
     for step in range(CURVE_STEPS):
-        reseed(7, step, processes.rank)
+        reseed(7, step, processes)
         batches = [data[step * data.per_step + index] for index in range(data.per_step)]
         losses.append(float(train_step(engine, optimizer, batches, learning_rate=1e-2, clip_grad=1.0).loss))
     return np.array(losses)
@@ -152,4 +153,6 @@ def check_equal(expected: list[Step], found: list[Step]) -> None:
 def dropout_shared_by_ranks():
     """All processes draw the same numbers for dropout."""
     keyed = reseed
-    return patched(sys.modules[__name__], "reseed", lambda seed, iteration, rank: keyed(seed, iteration, 0))
+    return patched(
+        sys.modules[__name__], "reseed", lambda seed, iteration, _: keyed(seed, iteration, SimpleNamespace(rank=0))
+    )

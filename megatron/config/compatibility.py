@@ -344,8 +344,20 @@ def translate(arguments: list[str], batch: int) -> list[str]:
         else:
             if rule.batches:
                 value, joined = _in_samples(name, _value(name, rest, joined, value), batch), "="
-            translated += [*rule.words.split()[:-1], rule.words.split()[-1] + joined + value]
+            *words, last = rule.words.split()
+            if not last.startswith("--"):
+                _agree(name, *words, last, arguments)
+            translated += [*words, last + joined + value]
     return translated
+
+
+def _agree(name: str, flag: str, value: str, arguments: list[str]) -> None:
+    """Raise ConfigurationError where `name`, which is `flag` with a value, stands beside that flag with another."""
+    for word, after in zip(arguments, [*arguments[1:], ""]):
+        typed, joined, given = word.partition("=")
+        given = given if joined else after
+        if typed == flag and given != value:
+            raise ConfigurationError(f"{name}: is {flag} {value}, and {flag} {given} is given too; leave one out")
 
 
 def _accept(name: str, rule: Idle, value: str | None, joined: str) -> None:

@@ -146,7 +146,7 @@ def _zero(path: str | None, given: dict, asked: int | None) -> dict:
             f"--deepspeed-config {path}: zero_optimization.stage {stage} contradicts {typed('zero_stage', asked)}; "
             "let them agree, or leave one out"
         )
-    stage = next((found for found in (stage, asked) if found is not None), 0)
+    stage = next((found for found in (stage, asked) if found is not None), 1)
     section = {"stage": stage}
     for key in [key for key in given if key.startswith(ZERO)]:
         value = given.pop(key)
@@ -205,10 +205,10 @@ def _read(path: str) -> dict:
 
 
 def _flat(section: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
-    """Yield (dotted key, value) of everything that a file asks for: not "auto", not a section that is not enabled."""
+    """Yield (dotted key, value) of everything that a file asks for: not "auto" or null, nor a section not enabled."""
     for name, value in section.items():
         if not isinstance(value, dict):
-            if value != "auto":
+            if value not in ("auto", None):
                 yield prefix + name, value
         elif value.get("enabled", True) is True or name in ("bf16", "bfloat16"):
             yield from _flat(value, f"{prefix}{name}.")

@@ -155,9 +155,14 @@ def check_layout(config: Config, size: int) -> None:
         virtual,
         f"times {stages} stages does not divide --num-layers {model.num_layers}; change one",
     )
-    total = stages * parallel.chunks(model.num_layers)
+    chunks = parallel.chunks(model.num_layers)
+    rule = "gives every process one stage, as without the flag; leave it out or lower it"
+    require(virtual is None or chunks > 1, "num_layers_per_virtual_pipeline_stage", virtual, rule)
+    blocks, longest = parallel.recompute_num_layers, -(-model.num_layers // (stages * chunks))
+    rule = f"is more than the {longest} layers of a stage; lower it, or leave it out for all of them"
+    require(blocks is None or blocks <= longest, "recompute_num_layers", blocks, rule)
     require(
-        model.num_layers >= total,
+        model.num_layers >= stages * chunks,
         "pipeline_model_parallel_size",
         stages,
         f"is more than --num-layers {model.num_layers}: every stage has at least one; lower it",
@@ -186,7 +191,7 @@ def check_processes(config: Config, size: int) -> None:
         f"is not a multiple of --micro-batch-size {training.micro_batch_size} times {data_size} "
         f"{kind}{'es' if data_size > 1 else ''} = {share}; take {nearest}",
     )
-    interleaved = parallel.num_layers_per_virtual_pipeline_stage is not None
+    interleaved = parallel.chunks(config.model.num_layers) > 1
     needed = "a multiple of that" if interleaved else "at least as many"
     require(
         below % stages == 0 if interleaved else below >= stages,

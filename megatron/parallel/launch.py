@@ -36,11 +36,18 @@ def local_rank() -> int:
 
 
 def device() -> torch.device:
-    """Return the device of this process, which becomes CUDA's current one."""
+    """Return the device of this process, which becomes CUDA's current one; raise ConfigurationError for want of one."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    own = torch.device("cuda", local_rank())
+    visible = torch.cuda.device_count()
+    index = local_rank() if visible > 1 else 0  # srun --gpus-per-task shows each process the one that is its own
+    if index >= visible:
+        raise ConfigurationError(
+            f"LOCAL_RANK={index}: has no GPU, {visible} are visible here; start no more processes on this node"
+        )
+    own = torch.device("cuda", index)
     torch.cuda.set_device(own)
+    torch.cuda.init()  # a mesh would choose by LOCAL_RANK where CUDA is not initialised
     return own
 
 

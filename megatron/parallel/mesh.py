@@ -10,6 +10,7 @@ from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from megatron.parallel.launch import device, join, rank, world_size
 
+PATIENCE = timedelta(days=1)  # of processes that wait for a disk; a peer that dies meanwhile, the watch notices
 AXES = ("pp", "replicate", "shard", "tp")  # from the outermost: neighbours in rank share a tensor-parallel group
 
 
@@ -27,6 +28,7 @@ class Processes:
     device: torch.device
     mesh: DeviceMesh  # axes: AXES
     timeout: timedelta = timedelta(minutes=10)  # of a collective
+    patient: dist.ProcessGroup | None = None  # for waiting on files, which takes what it takes; None for one process
 
     def along(self, axis: str) -> tuple[int, int]:
         """Return this process's place on an axis, and the length of the axis."""
@@ -62,7 +64,10 @@ class Processes:
         return total.tolist()
 
     def from_first(self, function):
-        """Return what `function` gives on the first process; every process returns or raises the same."""
+        """Return what `function` gives on the first process; every process returns or raises the same.
+
+        The others wait as long as it takes, such as for the checksums of a large checkpoint.
+        """
         answer = [None, None]
         if self.rank == 0:
             try:
@@ -70,7 +75,7 @@ class Processes:
             except Exception as error:  # the others wait below: they must hear of it, whatever it is
                 answer[1] = error
         if self.size > 1:
-            dist.broadcast_object_list(answer)
+            dist.broadcast_object_list(answer, group=self.patient)
         if answer[1] is not None:
             raise answer[1]
         return answer[0]
@@ -108,7 +113,8 @@ def arrange(
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=AXES)
     for axis in AXES:
         _set_pg_timeout(timeout, mesh.get_group(axis))
-    return Processes(rank, size, device, mesh, timeout)
+    patient = dist.new_group(backend="gloo", timeout=PATIENCE) if size > 1 else None
+    return Processes(rank, size, device, mesh, timeout, patient)
 
 
 def stop_processes() -> None:

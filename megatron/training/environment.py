@@ -60,7 +60,7 @@ def choose_compile(config: Config, plan: Plan, processes: Processes) -> bool:
     if wanted is None:
         flops = plan.flops(plan.train_samples, config.data.seq_length) / processes.size
         wanted = flops > COMPILE_PAYS_AFTER_FLOPS[kind] and config.parallel.compiles
-    if wanted and cpp_compiler() is None:
+    if wanted and processes.sum(cpp_compiler() is None) != [0]:  # on any node
         logger.info("no C++ compiler is installed: training runs eager; install g++ to compile")
         return False
     return wanted

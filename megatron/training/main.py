@@ -90,9 +90,8 @@ def _say(error: BaseException, code: int, watch: Watch | None, patience: float =
         time.sleep(patience)
         watch.report(str(error), code)
     if isinstance(error, ConfigurationError) and local_rank() > 0:
-        time.sleep(SILENCE)  # the first process of this node says the same, and must not be ended before
-    else:
-        print(f"error: {error}", file=sys.stderr)
+        time.sleep(SILENCE)  # if the first process of this node says the same, its launcher ends this one meanwhile
+    print(f"error: {error}", file=sys.stderr)
     return code
 
 
@@ -122,7 +121,9 @@ def run(objective: str, config: Config, command: str, watch: Watch | None) -> No
     check_device(config, processes.device)
     if not config.validation.skip_train:
         sources.train.request(plan.train_samples)
-    precision, compiled = choose_precision(config, processes.device), choose_compile(config, plan, processes)
+    # nodes may differ in what they have natively
+    precision = processes.from_first(lambda: choose_precision(config, processes.device))
+    compiled = choose_compile(config, plan, processes)
     folder, origin = open_run(config, plan, objective, sources, precision, processes)
 
     steps = origin.meta["iteration"] if origin else 0

@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.tensor import DTensor
 
-from megatron.parallel.mesh import Processes
+from megatron.parallel.mesh import PATIENCE, Processes
 from megatron.training.checkpoint import BLOCK, folder_name
 from megatron.training.run_folder import write_json
 
@@ -44,7 +44,7 @@ class Saver:
     def __init__(self, root: Path, processes: Processes):
         self.root, self.processes = root, processes
         # the thread's collectives must not fall between those of the training
-        self._group = dist.new_group(backend="gloo", timeout=processes.timeout)
+        self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
         on_cuda = processes.device.type == "cuda"
         start = (torch.cuda.set_device, (processes.device,)) if on_cuda else (None, ())
         self._thread = ThreadPoolExecutor(1, "saver", *start)

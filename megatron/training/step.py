@@ -7,6 +7,7 @@ from torch import Tensor
 
 from megatron.batch import Batch
 from megatron.parallel.engine import Engine
+from megatron.parallel.mesh import Processes
 from megatron.randomness import stream
 
 
@@ -18,9 +19,12 @@ class StepResult:
     grad_norm: Tensor  # []
 
 
-def reseed(seed: int, iteration: int, rank: int) -> None:
-    """Set the ambient generators, which only dropout reads, so that no generator state is ever saved."""
-    torch.manual_seed(int(stream(seed, "dropout", iteration, rank).integers(2**62)))
+def reseed(seed: int, iteration: int, processes: Processes) -> None:
+    """Set the ambient generators, which only dropout reads, so that no generator state is ever saved.
+
+    Each process has its own key: what dropout acts on differs between any two of them.
+    """
+    torch.manual_seed(int(stream(seed, "dropout", iteration, processes.rank).integers(2**62)))
 
 
 def train_step(

@@ -112,7 +112,7 @@ class Trainer:
 
     def _step(self, micro_batches) -> StepResult:
         progress, training = self.progress, self.config.training
-        reseed(training.seed, progress.iteration, self.processes.rank)
+        reseed(training.seed, progress.iteration, self.processes)
         after = min(progress.consumed_samples + training.global_batch_size, self.plan.train_samples)
         self.rate = learning_rate(self.config.optimizer, self.plan, after)
         result = train_step(

@@ -71,6 +71,16 @@ def test_an_alias_is_the_same_as_what_it_stands_for(name):
             parse("ar", [*base, name])
 
 
+@pytest.mark.parametrize("line", ["--zero-stage 3 {}", "{} --zero-stage=3"])
+def test_an_alias_beside_another_value_of_its_flag_is_refused(line):
+    alias = "--use-distributed-optimizer"
+    said = f"{alias}: is --zero-stage 1, and --zero-stage 3 is given too; leave one out"
+    with pytest.raises(ConfigurationError) as caught:
+        parse("ar", [*NETWORK, *line.format(alias).split()])
+    assert str(caught.value) == said
+    assert parse("ar", [*NETWORK, alias, "--zero-stage", "1"]).parallel.zero_stage == 1
+
+
 def test_the_alias_of_a_switch_undoes_it():
     assert not parse("ar", [*NETWORK, "--add-bias-linear", "--disable-bias-linear"]).model.add_bias_linear
 

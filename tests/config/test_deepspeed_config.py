@@ -43,7 +43,7 @@ def test_without_a_file_the_flags_say_all(tmp_path):
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
-    assert reconcile(tmp_path, None)["zero_optimization"] == {"stage": 0}
+    assert reconcile(tmp_path, None)["zero_optimization"] == {"stage": 1}
 
 
 def test_a_file_that_repeats_the_flags_changes_nothing(tmp_path, caplog):
@@ -120,7 +120,7 @@ def test_what_only_deepspeed_knows_is_passed_on(tmp_path):
             'offload_param.device "cpu" needs ZeRO stage 3 at least, and the stage is 2; give --zero-stage 3',
         ),
         (
-            {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}},
+            {"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}},
             {},
             "needs ZeRO stage 1 at least, and the stage is 0",
         ),

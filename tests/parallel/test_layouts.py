@@ -65,7 +65,7 @@ GRID = [Layout(data, tensor, pipeline) for data in (1, 2) for tensor in (1, 2) f
 INTERLEAVED = {"num_layers_per_virtual_pipeline_stage": 1}
 CHECKS = [(layout, name) for layout in GRID for name in OBJECTIVES]
 CHECKS += [(layout, name) for layout in GRID for name in ("mdm-short", "mdm-untied", "ar-clipped")]
-CHECKS += [(Layout(2, 3, 1), "mdm-thirds")]
+CHECKS += [(Layout(2, 3, 1), "mdm-thirds"), (Layout(1, 1, 4), "mdm-deep")]  # two stages there have no end
 CHECKS += [(Layout(2, 1, 1, {"zero_stage": stage}), name) for stage in (0, 2, 3) for name in ("ar", "mdm-untied")]
 CHECKS += [(Layout(2, tensor, 2, {"zero_stage": stage}), "mdm") for tensor in (1, 2) for stage in (0, 3)]
 CHECKS += [
@@ -132,7 +132,7 @@ def dropped(processes: Processes) -> np.ndarray:
     engine, _, data = build(places(processes, layout), case, layout.parallel)
     found = []
     engine.models[0].layers["0"].register_forward_pre_hook(lambda _, inputs: found.append(inputs[0] == 0))
-    steps.reseed(7, 0, processes.rank)
+    steps.reseed(7, 0, processes)
     engine.backward([replace(data[0], tokens=torch.zeros_like(data[0].tokens))], 1.0)
     return found[0].numpy()
 

@@ -6,12 +6,14 @@ import socket
 import subprocess
 import sys
 import time
+from unittest import mock
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from megatron.errors import ConfigurationError
-from megatron.parallel.launch import adopt_slurm, join, local_rank
+from megatron.parallel.launch import adopt_slurm, device, join, local_rank
 from megatron.parallel.watch import Hub, PeerError, Watch
 from tests.conftest import ROOT
 
@@ -159,16 +161,16 @@ PLACE = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_POR
 
 
 @pytest.fixture
-def place(monkeypatch):
-    """Set the variables of a launcher, and no others."""
+def place():
+    """Set the variables of a launcher, and no others; what is set meanwhile does not outlive the test."""
 
     def put(**given):
         for name in [name for name in os.environ if name.startswith("SLURM_")] + [*PLACE, "LOCAL_RANK"]:
-            monkeypatch.delenv(name, raising=False)
-        for name, value in given.items():
-            monkeypatch.setenv(name, value)
+            os.environ.pop(name, None)
+        os.environ.update(given)
 
-    return put
+    with mock.patch.dict(os.environ):
+        yield put
 
 
 @pytest.mark.parametrize("name", ["RANK", "MASTER_ADDR", "MASTER_PORT"])
@@ -203,6 +205,34 @@ def test_a_first_process_that_does_not_come_is_named(place):
     place(**PLACE)
     with pytest.raises(PeerError, match="0.005: rank 0 did not come.*MASTER_ADDR=127.0.0.1 MASTER_PORT=1: .*refused"):
         join(0.005)
+
+
+@pytest.mark.parametrize("local, visible, index", [("3", 1, 0), ("3", 4, 3), ("0", 8, 0)])
+def test_each_process_takes_its_own_gpu(local, visible, index, place, gpus):
+    place(**PLACE, LOCAL_RANK=local)
+    assert gpus(visible) == [index]
+
+
+def test_more_processes_than_gpus_are_refused(place, gpus):
+    place(**PLACE, LOCAL_RANK="2")
+    with pytest.raises(ConfigurationError, match="LOCAL_RANK=2: has no GPU, 2 are visible here; start no more"):
+        gpus(2)
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """Let torch see so many GPUs; return those that a process takes."""
+
+    def take(visible: int) -> list[int]:
+        taken = []
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+        monkeypatch.setattr(torch.cuda, "init", lambda: None)
+        monkeypatch.setattr(torch.cuda, "set_device", lambda device: taken.append(device.index))
+        device()
+        return taken
+
+    return take
 
 
 def test_plain_srun_gives_every_process_its_place(place):

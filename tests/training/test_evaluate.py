@@ -255,7 +255,7 @@ def test_evaluation_does_not_touch_training(processes, prefix, name):
         feed = MicroBatches(samples, objective(name), dropout, 1, 0, 20, 4, 4, 0, 1)
         found = []
         for step in range(feed.steps):
-            reseed(1, step, 0)
+            reseed(1, step, processes)
             if evaluated:
                 before = torch.get_rng_state(), np.random.get_state()[1]
                 run(model, name, data)

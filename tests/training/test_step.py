@@ -1,6 +1,7 @@
 """A step is the same however it is cut: loss, gradient norm and every gradient, for one process and for two."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -147,7 +148,8 @@ def test_dropout_differs_between_processes_and_comes_again(two):
 
 def test_the_ambient_generator_is_keyed_by_seed_iteration_and_rank():
     def draw(*key) -> float:
-        reseed(*key)
+        seed, iteration, rank = key
+        reseed(seed, iteration, SimpleNamespace(rank=rank))
         return float(torch.rand(()))
 
     keys = [(1, 0, 0), (2, 0, 0), (1, 1, 0), (1, 0, 1), (1, 1, 1)]
