@@ -15,7 +15,6 @@ import os
 # before torch is imported: one thread, and no accelerator
 os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
-import argparse
 import json
 import platform
 import sys
@@ -33,7 +32,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.contestants import version
-from megatron.config.flags import HelpFormatter, Parser, add_section, build, flag, require
+from benchmarks.options import read_options, refuse
+from megatron.config.flags import flag, require
 from megatron.config.sections import OptimizerConfig, ParallelConfig, Vocabulary
 from megatron.config.sizes import GPT2_VOCABULARY, ladder_model
 from megatron.errors import ConfigurationError
@@ -58,18 +58,12 @@ class Options:
         require(self.rounds >= 1, "rounds", self.rounds, "must be at least 1")
 
 
-class Formatter(HelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """The description as it is written."""
-
-
 def main() -> None:
-    parser = Parser(description=__doc__, formatter_class=Formatter, allow_abbrev=False)
-    add_section(parser, Options, {})
+    options = read_options(Options, __doc__)
     try:
-        options = build(Options, parser.parse_known(sys.argv[1:]))
         config = ladder_model(options.model_size)
     except ConfigurationError as error:
-        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
+        refuse(error)
     torch.set_num_threads(1)
     processes = start_processes()
     try:

@@ -9,7 +9,6 @@ tensor and pipeline parallelism where there are several processes. The losses mu
 tokens and the same masks. Offload needs a GPU. Times are of single steps, the first ones left out.
 """
 
-import argparse
 import json
 import platform
 import sys
@@ -26,7 +25,8 @@ import numpy as np
 import torch
 
 from benchmarks.contestants import version
-from megatron.config.flags import HelpFormatter, Parser, add_section, build, flag, require
+from benchmarks.options import read_options, refuse
+from megatron.config.flags import flag, require
 from megatron.config.resolve import check_layout, check_processes
 from megatron.config.sections import Config, Vocabulary
 from megatron.config.sizes import GPT2_VOCABULARY, parameter_count
@@ -91,18 +91,12 @@ def layouts(processes: int, cuda: bool) -> list[str]:
     return found
 
 
-class Formatter(HelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """The description as it is written."""
-
-
 def main() -> None:
-    parser = Parser(description=__doc__, formatter_class=Formatter, allow_abbrev=False)
-    add_section(parser, Options, {})
+    options = read_options(Options, __doc__)
     try:
-        options = build(Options, parser.parse_known(sys.argv[1:]))
         report = measure(options)
     except ConfigurationError as error:
-        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
+        refuse(error)
     finally:
         stop_processes()
     if report:

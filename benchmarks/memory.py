@@ -9,7 +9,6 @@ Without one: small networks in one to four processes over gloo, by the bytes of 
 operators return. What an operator or a backend takes inside, and gives back, is in the first measure only.
 """
 
-import argparse
 import gc
 import json
 import os
@@ -31,12 +30,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_iter
 
+from benchmarks.options import read_options
 from megatron.batch import Batch
-from megatron.config.flags import HelpFormatter, Parser, add_section, build, flag
+from megatron.config.flags import flag
 from megatron.config.memory import Memory, memory_per_process
 from megatron.config.sections import Config, Vocabulary
 from megatron.config.sizes import GPT2_VOCABULARY
-from megatron.errors import ConfigurationError
 from megatron.parallel.apply import build_engine
 from megatron.parallel.engine import MOMENTS
 from megatron.parallel.mesh import arrange, start_processes, stop_processes
@@ -303,17 +302,8 @@ class Options:
     output: str | None = flag(None, "write the JSON to a file too", metavar="FILE")
 
 
-class Formatter(HelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """The description as it is written."""
-
-
 def main() -> None:
-    parser = Parser(description=__doc__, formatter_class=Formatter, allow_abbrev=False)
-    add_section(parser, Options, {})
-    try:
-        options = build(Options, parser.parse_known(sys.argv[1:]))
-    except ConfigurationError as error:
-        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
+    options = read_options(Options, __doc__)
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     cases = CUDA_CASES if kind == "cuda" else CPU_CASES
     measured = on_cuda(cases) if kind == "cuda" else on_cpu(cases)

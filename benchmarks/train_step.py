@@ -15,7 +15,6 @@ import os
 # before torch is imported: one thread, and no accelerator
 os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
-import argparse
 import json
 import platform
 import sys
@@ -31,8 +30,9 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.contestants import PEERS, Contestant, Shape, missing, ours, version
+from benchmarks.options import read_options, refuse
 from megatron.batch import Batch
-from megatron.config.flags import HelpFormatter, Parser, add_section, build, flag, require
+from megatron.config.flags import flag, require
 from megatron.config.sections import ModelConfig, ObjectiveConfig, Vocabulary
 from megatron.config.sizes import GPT2_VOCABULARY
 from megatron.errors import ConfigurationError
@@ -85,19 +85,13 @@ class Options:
         require(folder.is_dir(), "output", self.output, f"{folder} is no folder; make it first")
 
 
-class Formatter(HelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """The description as it is written."""
-
-
 def main() -> None:
-    parser = Parser(description=__doc__, formatter_class=Formatter, allow_abbrev=False)
-    add_section(parser, Options, {})
+    options = read_options(Options, __doc__)
     try:
-        options = build(Options, parser.parse_known(sys.argv[1:]))
         shape = shape_of(options)
         peers = installed_peers(options)
     except ConfigurationError as error:
-        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
+        refuse(error)
     torch.set_num_threads(1)
     try:
         report = measure(options, enter(shape, peers, options.compile, start_processes()), shape)

@@ -17,15 +17,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
 from megatron.config.sections import Config, Vocabulary
-from megatron.config.sizes import block_shapes
+from megatron.config.sizes import COLUMNS, ROWS, block_shapes, layers_of
 
 FP32 = 4  # bytes
 BATCH_BYTES = 28  # of a token of a micro-batch: ids, targets and rows int64, weights fp32
 # megatron/model/linear_cross_entropy.py: rows of one chunk of logits, and how many numbers of it are fp32 at a time
 HEAD_ROWS = {"cpu": 256, "cuda": 8192}
 HEAD_NUMBERS = {"cpu": 800_000}
-COLUMNS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")  # what megatron/parallel/tensor.py splits, and how
-ROWS = ("o_proj", "down_proj")
 ACTIVE_CHUNKS = 3  # whole stages that torch's interleaved 1F1B lets a process hold
 
 
@@ -97,11 +95,6 @@ def _part(name: str, shape: tuple[int, ...], tensor: int) -> tuple[int, ...]:
     return (shape[0], shape[1] // tensor) if layer in ROWS and kind == "weight" else shape
 
 
-def layers_of_stage(stage: int, stages: int, num_layers: int) -> int:
-    """Return how many layers a stage has: even shares, where some are left over one more for each of the first."""
-    return num_layers // stages + (stage < num_layers % stages)
-
-
 class _Process:
     """One process of a layout: what it holds of each kind, in bytes unless a name says otherwise.
 
@@ -117,7 +110,7 @@ class _Process:
         self.tensor, self.stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
         self.first, self.last = place == 0, place == self.stages - 1
         self.chunks = parallel.chunks(model.num_layers)
-        self.layers = layers_of_stage(place, self.stages * self.chunks, model.num_layers)  # of one chunk
+        self.layers = len(layers_of(place, self.stages * self.chunks, model.num_layers))  # of one chunk
         data_size = parallel.data_size(processes)
         self.micro_batches = training.global_batch_size // (training.micro_batch_size * data_size)
 

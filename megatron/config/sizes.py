@@ -141,6 +141,18 @@ def block_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes | {f"{name}.bias": (size,) for name, size in norms.items() if model.normalization == "layernorm"}
 
 
+# which layers of a block tensor parallelism splits: by their output, or by their input
+COLUMNS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+ROWS = ("o_proj", "down_proj")
+
+
+def layers_of(stage: int, stages: int, num_layers: int) -> range:
+    """Return the layers of a pipeline stage: even shares, and what is left over one each for the first stages."""
+    share, more = divmod(num_layers, stages)
+    start = stage * share + min(stage, more)
+    return range(start, start + share + (stage < more))
+
+
 def parameter_count(model: ModelConfig, vocabulary: Vocabulary) -> int:
     """Return N: every parameter of the model, the embedding (padded rows included) counted once."""
     block = sum(prod(shape) for shape in block_shapes(model).values())

@@ -8,16 +8,10 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleInterleaved1F1B
 
 from megatron.batch import Batch
+from megatron.config.sizes import layers_of
 from megatron.model.transformer import Transformer
 from megatron.parallel.engine import Engine
 from megatron.parallel.mesh import Processes
-
-
-def layers_of(stage: int, stages: int, num_layers: int) -> range:
-    """Return the layers of a stage: even shares, where layers are left over one more for each of the first stages."""
-    share, more = divmod(num_layers, stages)
-    start = stage * share + min(stage, more)
-    return range(start, start + share + (stage < more))
 
 
 def keep_stage(model: Transformer, stage: int, stages: int) -> Transformer:

@@ -10,12 +10,11 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Partial, Placement, Replicate, Shard, distribute_tensor
 
+from megatron.config.sizes import COLUMNS, ROWS
 from megatron.model.transformer import Transformer
 from megatron.parallel.collectives import gather_sequence, scatter_sequence
 from megatron.parallel.vocabulary import HeadPart
 
-COLUMNS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "lm_head")
-ROWS = ("o_proj", "down_proj")
 NORMS_OF_THE_STREAM = ("input_layernorm", "post_attention_layernorm", "norm")
 NORMS_OF_HEADS = ("q_norm", "k_norm")
 
@@ -24,7 +23,7 @@ def split_layers(model: Transformer, mesh: DeviceMesh) -> None:
     """Split the layers of `model` over the one-dimensional `mesh`, in place; no process needs another's weights."""
     for owner in list(model.modules()):
         for name, layer in list(owner.named_children()):
-            if name in COLUMNS:
+            if name in (*COLUMNS, "lm_head"):
                 setattr(owner, name, ColumnParallelLinear(layer, mesh))
             elif name in ROWS:
                 setattr(owner, name, RowParallelLinear(layer, mesh))

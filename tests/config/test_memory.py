@@ -22,14 +22,12 @@ from benchmarks.memory import (
 )
 from benchmarks.memory import on_cpu as measure_on_cpu
 from megatron.config import memory
-from megatron.config.memory import _Process, layers_of_stage, memory_per_process
+from megatron.config.memory import _Process, memory_per_process
 from megatron.config.sections import ModelConfig, Vocabulary
 from megatron.config.sizes import block_shapes, parameter_count
 from megatron.model import linear_cross_entropy
 from megatron.model.block import Block
 from megatron.model.transformer import Transformer
-from megatron.parallel import tensor
-from megatron.parallel.pipeline import layers_of
 from tests.distributed import joined
 from tests.steps import patched
 
@@ -149,7 +147,3 @@ def test_shapes_are_those_of_the_model(changes):
 def test_numbers_that_stand_in_two_rooms_are_equal():
     assert memory.HEAD_ROWS == linear_cross_entropy.CHUNK_ROWS
     assert memory.HEAD_NUMBERS == {"cpu": linear_cross_entropy.CACHED_NUMBERS}
-    assert {*memory.COLUMNS, "lm_head"} == set(tensor.COLUMNS) and set(memory.ROWS) == set(tensor.ROWS)
-    for stages, layers in ((1, 3), (2, 3), (4, 18), (3, 47)):
-        expected = [len(layers_of(stage, stages, layers)) for stage in range(stages)]
-        assert [layers_of_stage(stage, stages, layers) for stage in range(stages)] == expected
