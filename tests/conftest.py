@@ -53,8 +53,13 @@ def tiny(corpus):
     ]
 
 
+PLACE = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
+
+
 def environment() -> dict:
-    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    """Return the environment of a process of its own: on the CPU, one thread, and no place that a launcher gave."""
+    inherited = {name: value for name, value in os.environ.items() if name not in PLACE}
+    return inherited | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
 
 
 def entry(objective: str) -> str:

@@ -68,6 +68,7 @@ def choose_compile(config: Config, plan: Plan, processes: Processes) -> bool:
 
 def describe(objective, config, plan, sources, vocabulary, processes, precision, compiled, command) -> dict:
     """Return what config.json says: everything that is needed to repeat the run."""
+    packages = ("torch", "numpy", "tokenizers", "safetensors", *["deepspeed"] * config.parallel.deepspeed)
     return {
         "objective_name": objective,
         "recipe": config.training.recipe,
@@ -91,7 +92,7 @@ def describe(objective, config, plan, sources, vocabulary, processes, precision,
         "versions": {
             "python": platform.python_version(),
             "megatron": megatron.__version__,
-            **{name: metadata.version(name) for name in ("torch", "numpy", "tokenizers", "safetensors")},
+            **{name: metadata.version(name) for name in packages},
         },
     }
 

@@ -53,6 +53,7 @@ OBJECTIVES = {
 }
 CASES = OBJECTIVES | {
     "mdm-short": Case("mdm", micro_batch=2, samples=5, model=MODEL),
+    "mdm-nothing-masked": Case("mdm", micro_batch=2, nothing_masked=True, model=MODEL),
     "mdm-untied": Case("mdm", micro_batch=2, model=MODEL | UNTIED),
     "ar-clipped": Case("ar", micro_batch=2, clip=0.05, model=MODEL),
     "mdm-deep": Case("mdm", micro_batch=2, model=MODEL | {"num_layers": 4}),
@@ -64,7 +65,9 @@ CASES = OBJECTIVES | {
 GRID = [Layout(data, tensor, pipeline) for data in (1, 2) for tensor in (1, 2) for pipeline in (1, 2)][1:]
 INTERLEAVED = {"num_layers_per_virtual_pipeline_stage": 1}
 CHECKS = [(layout, name) for layout in GRID for name in OBJECTIVES]
-CHECKS += [(layout, name) for layout in GRID for name in ("mdm-short", "mdm-untied", "ar-clipped")]
+CHECKS += [
+    (layout, name) for layout in GRID for name in ("mdm-short", "mdm-nothing-masked", "mdm-untied", "ar-clipped")
+]
 CHECKS += [(Layout(2, 3, 1), "mdm-thirds"), (Layout(1, 1, 4), "mdm-deep")]  # two stages there have no end
 CHECKS += [(Layout(2, 1, 1, {"zero_stage": stage}), name) for stage in (0, 2, 3) for name in ("ar", "mdm-untied")]
 CHECKS += [(Layout(2, tensor, 2, {"zero_stage": stage}), "mdm") for tensor in (1, 2) for stage in (0, 3)]

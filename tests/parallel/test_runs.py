@@ -54,6 +54,14 @@ def plain_weights(folder) -> list[torch.Tensor]:
     return list(model.parameters())
 
 
+def test_a_resume_in_the_same_layout_is_exact_where_the_network_drops(flags, tmp_path):
+    layout = [*flags, *TENSOR, *PIPELINE, "--mlp-dropout", 0.2, "--hidden-dropout", 0.1, "--attention-dropout", 0.1]
+    run("mdm", *layout, "--save", tmp_path / "still", processes=4)
+    for step in (5, 1000):
+        run("mdm", *layout, "--save", tmp_path / "stopped", "--exit-interval", step, processes=4)
+    assert records(tmp_path / "stopped") == records(tmp_path / "still")
+
+
 def test_any_layout_evaluates_a_run(flags, tmp_path):
     run("mdm", *flags, *TENSOR, "--save", tmp_path, "--exit-interval", 4, processes=2)
     expected = [record["loss"] for record in records(tmp_path, "valid") if record["iteration"] == 4]
