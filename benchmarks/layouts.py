@@ -31,7 +31,7 @@ from megatron.config.resolve import check_layout, check_processes
 from megatron.config.sections import Config, Vocabulary
 from megatron.config.sizes import GPT2_VOCABULARY, parameter_count
 from megatron.errors import ConfigurationError
-from megatron.objectives import build_objective, build_token_dropout
+from megatron.objectives import build_input_noise, build_objective
 from megatron.parallel.launch import world_size
 from megatron.parallel.mesh import Processes, start_processes, stop_processes
 from megatron.training.command_line import parse
@@ -167,8 +167,8 @@ def train(options: Options, config: Config, first: Processes) -> dict:
     batch = config.training.global_batch_size
     data = MicroBatches(
         RandomText(vocabulary.size, options.seq_length),
-        build_objective(options.objective, config.objective, vocabulary, batch),
-        build_token_dropout(options.objective, config.objective, vocabulary),
+        build_objective(config.objective, vocabulary, batch),
+        build_input_noise(config.objective, vocabulary, config.model.num_layers),
         seed=1,
         first_sample=0,
         train_samples=(WARM_UP + options.steps) * batch,
@@ -179,7 +179,7 @@ def train(options: Options, config: Config, first: Processes) -> dict:
     )
     seconds = []
     for step in range(data.steps):
-        batches = [data[step * data.per_step + index] for index in range(data.per_step)]
+        batches = [batch for index in range(data.per_step) for batch in data[step * data.per_step + index]]
         begin = time.perf_counter()
         result = train_step(engine, optimizer, batches, learning_rate=1e-4, clip_grad=1.0)
         (loss,) = processes.sum(float(result.loss))  # waits for the device

@@ -24,6 +24,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -257,7 +258,7 @@ def measure(case: Case, rank: int, device: torch.device, steps: int = STEPS) -> 
 def random_batch(config: Config, vocabulary: Vocabulary, seed: int) -> Batch:
     shape = (config.training.micro_batch_size, config.data.seq_length)
     tokens = torch.randint(vocabulary.size, shape, generator=torch.Generator().manual_seed(seed))
-    return Batch(tokens, tokens.clone(), torch.ones(shape), tokens.numel(), causal=True)
+    return Batch(tokens, tokens.clone(), torch.ones(shape), np.full(len(tokens), shape[-1]), causal=True)
 
 
 def on_cpu(cases: list[Case], steps: int = STEPS) -> list[dict[str, int]]:

@@ -26,6 +26,7 @@ from statistics import median
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -139,7 +140,7 @@ def batches(shape: Shape, options: Options, count: int, seed: int = 1) -> dict[s
     size = options.micro_batch_size
     made = {}
     for name in ("ar", "mdm"):
-        objective = build_objective(name, ObjectiveConfig(), shape.vocabulary, time_block=count * size)
+        objective = build_objective(ObjectiveConfig(objective=name), shape.vocabulary, time_block=count * size)
         made[name] = []
         for first in range(0, count * size, size):
             text = stream(seed, "benchmark text", first)
@@ -159,7 +160,7 @@ def probes(shape: Shape, options: Options) -> dict[str, list[Batch]]:
 def _thinned(batch: Batch) -> Batch:
     places = torch.linspace(0, batch.weights.numel() - 1, PROBED).long()
     weights = torch.zeros(batch.weights.numel()).index_fill(0, places, 1.0).view_as(batch.weights)
-    return Batch(batch.tokens, batch.targets, weights, PROBED, batch.causal)
+    return Batch(batch.tokens, batch.targets, weights, np.full(len(weights), PROBED / len(weights)), batch.causal)
 
 
 def check(contestants: list[Contestant], probes: dict[str, list[Batch]]) -> None:

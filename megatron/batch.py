@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, fields, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -10,22 +11,37 @@ from torch import Tensor
 class Batch:
     """What the model reads, what it must say, and how much each answer counts.
 
-    Shapes: B sequences of S positions. `rows` is derived on the CPU, before the batch travels to a
-    device, so that selecting the scored positions never makes the host wait for the device; whoever
+    Shapes: B sequences of T positions, T = S but in block diffusion. `rows` is derived on the CPU, before the batch
+    travels to a device, so that selecting the scored positions never makes the host wait for the device; whoever
     replaces the weights passes `rows=None`.
     """
 
-    tokens: Tensor  # [B, S] int64, possibly corrupted
-    targets: Tensor  # [B, S] int64
-    weights: Tensor  # [B, S] float32; 0 where nothing is asked
-    count: int  # what the summed loss is divided by: scored tokens for AR, all tokens for MDM
+    tokens: Tensor  # [B, T] int64, possibly corrupted
+    targets: Tensor  # [B, T] int64
+    weights: Tensor  # [B, T] float32; 0 where nothing is asked
+    counts: np.ndarray  # [B]: what the summed loss is divided by, of each sequence
     causal: bool  # True: a position sees itself and what stands before it; False: it sees all
-    positions: Tensor | None = None  # [B, S] int64 rotary positions; None means 0..S-1
+    positions: Tensor | None = None  # [B, T] int64, the place of each token in its sample; None means 0..T-1
+    target_positions: Tensor | None = None  # [B, T] int64, the place of the token asked for, where the model is told
+    blocked: Tensor | None = None  # [B or 1, T, T] bool, what a position must not see beside that
+    documents: Tensor | None = None  # [B, T] int64; a position sees its own document only
+    branches: Tensor | None = None  # [B, blocks] float32, factor of what each block adds to the residual stream
     rows: Tensor | None = None  # [R] int64, flat indices of the positions with a weight
 
     def __post_init__(self):
         if self.rows is None:
             object.__setattr__(self, "rows", self.weights.flatten().nonzero().flatten())
+
+    @classmethod
+    def to_read(cls, tokens: Tensor, causal: bool, positions: Tensor | None = None) -> "Batch":
+        """Return a batch that asks for nothing."""
+        nothing = torch.zeros(tokens.shape, device=tokens.device)
+        return cls(tokens, tokens, nothing, np.zeros(len(tokens)), causal, positions)
+
+    @property
+    def count(self) -> float:
+        """What the summed loss of all its sequences is divided by: scored tokens for AR, all tokens for MDM."""
+        return float(self.counts.sum())
 
     def map_tensors(self, function) -> "Batch":
         """Return a copy with `function` applied to every tensor."""

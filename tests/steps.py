@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from megatron.batch import Batch
 from megatron.config.sections import ModelConfig, ObjectiveConfig, OptimizerConfig, ParallelConfig, Vocabulary
-from megatron.objectives import build_objective, build_token_dropout
+from megatron.objectives import build_input_noise, build_objective
+from megatron.objectives.documents import DocumentRules
 from megatron.objectives.masked_diffusion import MaskedDiffusion
 from megatron.parallel.apply import build_engine
 from megatron.parallel.mesh import Processes
@@ -47,7 +49,8 @@ class Case:
     """One step to take."""
 
     name: str = "mdm"
-    token_dropout: float = 0.0
+    options: dict = field(default_factory=dict)  # of the objective
+    documents: DocumentRules | None = None
     samples: int = GLOBAL_BATCH  # fewer make the batch short
     nothing_masked: bool = False
     micro_batch: int = 4
@@ -86,14 +89,15 @@ def build(
     config = ModelConfig(**MODEL | case.model)
     engine = build_engine(config, VOCABULARY, 5, processes, parallel, bf16=bf16, compile=compile)
     optimizer = build_optimizer(engine, OptimizerConfig(lr=1.0, weight_decay=WEIGHT_DECAY))
-    settings = ObjectiveConfig(token_dropout=case.token_dropout, mask_eps=1e-9 if case.nothing_masked else 1e-3)
-    objective = build_objective(case.name, settings, VOCABULARY, GLOBAL_BATCH)
+    eps = 1e-9 if case.nothing_masked else 1e-3
+    settings = ObjectiveConfig(objective=case.name, mask_eps=eps, **case.options)
+    objective = build_objective(settings, VOCABULARY, GLOBAL_BATCH, case.documents)
     if case.nothing_masked:
         objective = NothingMasked(VOCABULARY.mask_id, GLOBAL_BATCH, settings.mask_eps)
     data = MicroBatches(
         RandomText(case.period),
         objective,
-        build_token_dropout(case.name, settings, VOCABULARY),
+        build_input_noise(settings, VOCABULARY, config.num_layers),
         seed=7,
         first_sample=0,
         train_samples=case.samples + (steps - 1) * GLOBAL_BATCH,
@@ -105,6 +109,11 @@ def build(
     return engine, optimizer, data
 
 
+def batches_of_step(data: MicroBatches, step: int) -> list[Batch]:
+    """Return what this process computes in one step."""
+    return [batch for index in range(data.per_step) for batch in data[step * data.per_step + index]]
+
+
 def take(processes: Processes, case: Case, parallel: ParallelConfig = ParallelConfig()) -> Step:
     """Take one step from the initial weights."""
     engine, optimizer, data = build(processes, case, parallel)
@@ -113,7 +122,7 @@ def take(processes: Processes, case: Case, parallel: ParallelConfig = ParallelCo
         lambda *_: gradients.update(whole((name, p.grad) for name, p in engine.named_parameters()))
     )
     reseed(7, 0, processes)
-    batches = [data[index] for index in range(data.per_step)]
+    batches = batches_of_step(data, 0)
     result = train_step(engine, optimizer, batches, learning_rate=LEARNING_RATE, clip_grad=case.clip)
     return Step(float(result.loss), float(result.grad_norm), gradients, before, whole(engine.named_parameters()))
 
@@ -127,7 +136,7 @@ def curve(
     losses = []
     for step in range(CURVE_STEPS):
         reseed(7, step, processes)
-        batches = [data[step * data.per_step + index] for index in range(data.per_step)]
+        batches = batches_of_step(data, step)
         losses.append(float(train_step(engine, optimizer, batches, learning_rate=1e-2, clip_grad=1.0).loss))
     return np.array(losses)
 

@@ -75,6 +75,7 @@ TABLE = one_table(
         "--encoder-seq-length": Same("--seq-length"),
         "--eval-iters": Same("--eval-samples", batches=True),
         "--layernorm-epsilon": Same("--norm-epsilon"),
+        "--low-noise-iter": Same("--low-noise-samples", batches=True),
         "--lr-decay-iters": Same("--lr-decay-samples", batches=True),
         "--lr-warmup-iters": Same("--lr-warmup-samples", batches=True),
         "--lr-wsd-decay-iters": Same("--lr-wsd-decay-samples", batches=True),
@@ -231,10 +232,6 @@ TABLE = one_table(
         "--test-data-path --test-data-path-file",
         "is refused: evaluate it afterwards, --skip-train --load RUN --valid-data-path test=PREFIX",
     ),
-    later(
-        "--eod-mask-loss --reset-position-ids --reset-attention-mask",
-        "documents of one sample see one another, and their ends are learnt",
-    ),
     refused("--vocab-extra-ids", "is refused: [MASK] stands behind the tokenizer's ids, and there are no others"),
     refused("--trust-remote-code", "is refused: no code from a hub is ever run; give --tokenizer-model FILE"),
     refused(
@@ -271,11 +268,9 @@ TABLE = one_table(
         "these records",
     ),
     # ------------------------------------------------- the fork's objectives
-    later(
-        "--ar-ratio --randmask-ratio --use-order-list --num-order-list --use-predefined-order --low-noise-start "
-        "--low-noise-iter --low-noise-ratio --untie-with-additional-mask",
-        "this form of an objective",
-    ),
+    idle("--use-order-list", "--num-order-list above 1 switches orders on"),
+    refused("--low-noise-start", "is refused: --low-noise-iter switches it on, 1000 in the published system; give it"),
+    idle("--untie-with-additional-mask", "[MASK] always has a row of its own"),
     refused(
         "--target-random-ratio --use-target-position-embeddings --block-size --order-list",
         "is refused: it does nothing in the published system; leave it out",

@@ -13,7 +13,7 @@ BUDGETS = ("train_epochs", "train_samples", "train_iters", "train_flops")
 # Flags that may differ between two starts of one run: they change neither the data, nor the noise, nor the weights.
 # So may all of checkpoints and tracking.
 FREE_ON_RESUME = {
-    "model_size",
+    "model_size", "objective",
     "num_workers", "micro_batch_size", "compile", "log_interval", "exit_interval", "exit_duration_in_mins",
     "kill_switch_file", "eval_interval", "eval_batch_size", "skip_train", "dry_run", "train_data_path",
     "train_data_path_file", "valid_data_path", "valid_data_path_file", "tokenizer_model", "vocab_file", "merge_file",
@@ -31,6 +31,7 @@ class Plan:
     parameters: int  # N, the embedding counted once
     vocabulary_size: int  # V, the tokenizer's ids
     unique_tokens: int  # U
+    passes: int  # through the model, of every sample
     train_samples: int
     steps: int
     lr_warmup_samples: int
@@ -43,15 +44,15 @@ class Plan:
         return samples * seq_length
 
     def flops(self, samples: int, seq_length: int) -> float:
-        """Return 6ND of so many samples."""
-        return 6.0 * self.parameters * samples * seq_length
+        """Return 6ND of so many samples, D counted once for each pass."""
+        return 6.0 * self.parameters * samples * seq_length * self.passes
 
 
 def resolve(config: Config, vocabulary: Vocabulary, unique_tokens: int) -> Plan:
     """Return the plan of a run over `unique_tokens`; raise ConfigurationError where sections contradict."""
     training, optimizer, seq_length = config.training, config.optimizer, config.data.seq_length
-    parameters = parameter_count(config.model, vocabulary)
-    samples = _train_samples(training, seq_length, unique_tokens, parameters)
+    parameters, passes = parameter_count(config.model, vocabulary), config.objective.passes
+    samples = _train_samples(training, seq_length, unique_tokens, parameters * passes)
     steps = -(-samples // training.global_batch_size)
     warmup = samples // 100 if optimizer.lr_warmup_samples is None else optimizer.lr_warmup_samples
     decay = optimizer.lr_decay_samples or samples
@@ -73,6 +74,7 @@ def resolve(config: Config, vocabulary: Vocabulary, unique_tokens: int) -> Plan:
         parameters=parameters,
         vocabulary_size=vocabulary.size,
         unique_tokens=unique_tokens,
+        passes=passes,
         train_samples=samples,
         steps=steps,
         lr_warmup_samples=warmup,
@@ -83,7 +85,7 @@ def resolve(config: Config, vocabulary: Vocabulary, unique_tokens: int) -> Plan:
     )
 
 
-def _train_samples(training, seq_length: int, unique_tokens: int, parameters: int) -> int:
+def _train_samples(training, seq_length: int, unique_tokens: int, computed: int) -> int:
     given = {name: getattr(training, name) for name in BUDGETS if getattr(training, name) is not None}
     if len(given) != 1:
         said = " and ".join(typed(name, value) for name, value in given.items()) or "no budget"
@@ -96,7 +98,7 @@ def _train_samples(training, seq_length: int, unique_tokens: int, parameters: in
         "train_epochs": lambda: int(Fraction(str(value)) * unique_tokens / seq_length),
         "train_samples": lambda: value,
         "train_iters": lambda: value * training.global_batch_size,
-        "train_flops": lambda: int(value / (6 * parameters * seq_length)),
+        "train_flops": lambda: int(value / (6 * computed * seq_length)),
     }[name]()
     require(samples >= 1, name, value, f"is less than one sample of {seq_length} tokens; raise it")
     return samples
@@ -191,6 +193,15 @@ def check_processes(config: Config, size: int) -> None:
         f"is not a multiple of --micro-batch-size {training.micro_batch_size} times {data_size} "
         f"{kind}{'es' if data_size > 1 else ''} = {share}; take {nearest}",
     )
+    causal, micro = config.objective.causal_samples(training.global_batch_size), training.micro_batch_size
+    fits = [f"{count * micro / training.global_batch_size:.6g}" for count in (causal // micro, causal // micro + 1)]
+    require(
+        config.objective.objective != "dual" or causal % micro == 0,
+        "causal_ratio",
+        config.objective.causal_ratio,
+        f"is {causal} of the {training.global_batch_size} samples of a step, and a micro-batch of {micro} is of one "
+        f"kind; take {' or '.join(fits)}, or another --micro-batch-size",
+    )
     interleaved = parallel.chunks(config.model.num_layers) > 1
     needed = "a multiple of that" if interleaved else "at least as many"
     require(
@@ -214,7 +225,7 @@ def check_resume(recorded: dict, config: Config, plan: Plan, objective: str, bra
     if recorded["objective_name"] != objective:
         raise ConfigurationError(
             f"{typed(asked, folder)}: holds a run of objective {recorded['objective_name']}, not {objective}; "
-            "use its own entry point or another folder"
+            f"give --objective {recorded['objective_name']} or another folder"
         )
     if recorded["vocabulary_size"] != plan.vocabulary_size:
         raise ConfigurationError(

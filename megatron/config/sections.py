@@ -144,6 +144,9 @@ class DataConfig:
         "megatron: as Megatron orders them, which mixes the epochs and depends on the budget",
         choices=("documents", "windows", "megatron"),
     )
+    reset_attention_mask: bool = flag(False, "let documents of one sample not see one another")
+    reset_position_ids: bool = flag(False, "count positions from the begin of each document")
+    eod_mask_loss: bool = flag(False, "do not ask for the first token of a document, which follows another one's end")
     tokenizer_type: str = flag(
         "HFTokenizer",
         f"the tokenizer that made the data: {', '.join(TOKENIZERS)}",
@@ -211,31 +214,87 @@ def check_tokenizer(section) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
-    """Objective: how inputs are corrupted in training. Nothing here acts in validation."""
+    """Objective: what the network is asked, and noise on what it reads. Noise acts in training, never in validation."""
 
+    objective: str = flag(
+        "ar",
+        "ar: the next token; mdm: masked diffusion; dual: both, on one network; any-order: the next token of a random "
+        "order; block-diffusion: blocks in order, each by masked diffusion",
+        choices=("ar", "mdm", "dual", "any-order", "block-diffusion"),
+    )
     mask_times: str = flag(
         "stratified",
         "masked diffusion: how the time t of a sequence, its share of masked tokens, is drawn from U(0, 1)",
         choices=("stratified", "iid"),
     )
     mask_eps: float = flag(1e-3, "masked diffusion: a token is masked with probability (1 - eps) t + eps")
+    ar_ratio: float = flag(0.0, "masked diffusion: share of sequences that mask as many tokens at their end instead")
+    low_noise_samples: int = flag(0, "masked diffusion: multiply t by --low-noise-ratio in the first N samples")
+    low_noise_ratio: float = flag(0.5, "masked diffusion: factor of t in the first --low-noise-samples")
+    causal_ratio: float = flag(0.5, "dual: share of the samples of a step that predict the next token")
+    diffusion_block_size: int = flag(16, "block diffusion: tokens of a block")
+    num_order_list: int = flag(1, "ar: read each sequence in one of N orders, the first of them left to right")
+    use_predefined_order: bool = flag(False, "ar: the k-th order sorts places i by i + k N(0, 1); else it is uniform")
+    right_to_left_ratio: float = flag(0.0, "ar: share of sequences that are read from right to left")
+    target_offset_max: int = flag(1, "ar: ask each sequence for the i-th next token, i drawn from 1..N")
+    target_positions: bool = flag(
+        False, "ar: tell the network the place of the token it must say, as the rotary position of its queries"
+    )
     token_dropout: float = flag(
         0.0, "autoregressive: replace this share of input tokens by [MASK] and keep the targets"
     )
     token_dropout_max: float = flag(
         0.0, "autoregressive: the same with a share drawn from U(0, R) for every sequence", metavar="R"
     )
+    random_replacement: float = flag(0.0, "autoregressive: replace this share of input tokens by random ones")
+    masked_input_weight: float = flag(
+        0.0, "autoregressive: add the loss on masked inputs, times this weight, by a second pass; doubles the compute"
+    )
+    masked_input_max: float = flag(0.5, "autoregressive: its share of masked inputs is drawn from U(0, R)", metavar="R")
+    randmask_ratio: float = flag(
+        0.0, "autoregressive: share of positions that miss a random share, U(0, 1), of the keys they could see"
+    )
+    stochastic_depth: float = flag(0.0, "share of sequences that skip the last block; linearly fewer skip earlier ones")
 
     def __post_init__(self):
         require(0 < self.mask_eps < 1, "mask_eps", self.mask_eps, "lies in (0, 1)")
-        for name in ("token_dropout", "token_dropout_max"):
+        shares = ("token_dropout", "token_dropout_max", "random_replacement", "masked_input_max", "randmask_ratio")
+        for name in (*shares, "ar_ratio", "right_to_left_ratio", "causal_ratio", "low_noise_ratio"):
             require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "is a share in [0, 1]")
-        require(
-            not (self.token_dropout and self.token_dropout_max),
-            "token_dropout",
-            self.token_dropout,
-            f"excludes --token-dropout-max {self.token_dropout_max}; give one of them",
-        )
+        require(0 <= self.stochastic_depth < 1, "stochastic_depth", self.stochastic_depth, "lies in [0, 1)")
+        for name in ("low_noise_samples", "masked_input_weight"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
+        for name in ("diffusion_block_size", "num_order_list", "target_offset_max"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
+        for name, other in (
+            ("token_dropout", "token_dropout_max"),
+            ("masked_input_weight", "token_dropout"),
+            ("masked_input_weight", "token_dropout_max"),
+            ("right_to_left_ratio", "num_order_list"),
+        ):
+            value, beside = getattr(self, name), getattr(self, other)
+            both = value and beside != getattr(ObjectiveConfig, other)
+            require(not both, name, value, f"excludes {typed(other, beside)}; give one of them")
+        for name, needed in (
+            ("use_predefined_order", "num_order_list"),
+            ("low_noise_ratio", "low_noise_samples"),
+            ("masked_input_max", "masked_input_weight"),
+        ):
+            value, usual = getattr(self, name), getattr(ObjectiveConfig, name)
+            met = value == usual or getattr(self, needed) != getattr(ObjectiveConfig, needed)
+            require(met, name, value, f"does nothing without {spelling(needed)}; give both or neither")
+        offset, told = self.target_offset_max, self.target_positions
+        rule = "needs --target-positions, or the network cannot know which token it is asked for; give both"
+        require(offset == 1 or told, "target_offset_max", offset, rule)
+
+    @property
+    def passes(self) -> int:
+        """Forward and backward passes that a sample takes."""
+        return 2 if self.masked_input_weight or self.objective == "block-diffusion" else 1
+
+    def causal_samples(self, block: int) -> int:
+        """Return how many of `block` samples predict the next token under the dual objective."""
+        return round(self.causal_ratio * block)
 
 
 @dataclass(frozen=True, kw_only=True)

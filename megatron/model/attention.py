@@ -1,11 +1,22 @@
-"""Self-attention: every query sees all positions, or only itself and what stands before it."""
+"""Self-attention: every query sees all positions, itself and what stands before it, or what a mask lets it see."""
+
+from typing import NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron.config.sections import ModelConfig
 from megatron.model.norm import normalisation
-from megatron.model.rotary import rotate
+from megatron.model.rotary import RotaryTable, rotate
+
+
+class Sight(NamedTuple):
+    """Where the tokens of a batch stand and what each position may see: the same in all blocks."""
+
+    queries: RotaryTable
+    keys: RotaryTable
+    causal: bool  # of what `visible` does not say
+    visible: Tensor | None = None  # bool [B or 1, 1, S, S], True where a query may see a key; None is no mask at all
 
 
 class Attention(nn.Module):
@@ -25,18 +36,19 @@ class Attention(nn.Module):
         self.q_norm = normalisation(config, config.head_size) if config.qk_layernorm else nn.Identity()
         self.k_norm = normalisation(config, config.head_size) if config.qk_layernorm else nn.Identity()
 
-    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, causal: bool) -> Tensor:
-        """[B, S, H] -> [B, S, H]; `cos` and `sin` are the rotary table [B or 1, 1, S, D]."""
+    def forward(self, hidden: Tensor, sight: Sight) -> Tensor:
+        """[B, S, H] -> [B, S, H]."""
         # the head count is left to `unflatten`, so that a layer holding a share of the heads works unchanged
         query = self.q_norm(self.q_proj(hidden).unflatten(-1, (-1, self.head_size))).transpose(1, 2)
         key = self.k_norm(self.k_proj(hidden).unflatten(-1, (-1, self.head_size))).transpose(1, 2)
         value = self.v_proj(hidden).unflatten(-1, (-1, self.head_size)).transpose(1, 2)
         mixed = F.scaled_dot_product_attention(
-            rotate(query, cos, sin),
-            rotate(key, cos, sin),
+            rotate(query, sight.queries),
+            rotate(key, sight.keys),
             value,
+            attn_mask=sight.visible,
             dropout_p=self.dropout if self.training else 0.0,
-            is_causal=causal,
+            is_causal=sight.causal,
             enable_gqa=self.grouped,
         )
         return self.o_proj(mixed.transpose(1, 2).flatten(2))

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron.config.sections import ModelConfig
-from megatron.model.attention import Attention
+from megatron.model.attention import Attention, Sight
 from megatron.model.mlp import MLP
 from megatron.model.norm import normalisation
 
@@ -20,9 +20,14 @@ class Block(nn.Module):
         self.post_attention_layernorm = normalisation(config, config.hidden_size)
         self.mlp = MLP(config)
 
-    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, causal: bool) -> Tensor:
-        """[B, S, H] -> [B, S, H]; plain tensors and one flag, so that the block compiles as one graph."""
-        attended = self.self_attn(self.input_layernorm(hidden), cos, sin, causal)
-        hidden = hidden + F.dropout(attended, self.dropout, self.training)
-        transformed = self.mlp(self.post_attention_layernorm(hidden))
-        return hidden + F.dropout(transformed, self.dropout, self.training)
+    def forward(self, hidden: Tensor, sight: Sight, branch: Tensor | None = None) -> Tensor:
+        """[B, S, H] -> [B, S, H]; `branch` [B, 1, 1] scales what is added, for stochastic depth.
+
+        Plain tensors and flags, so that the block compiles as one graph.
+        """
+        hidden = hidden + self._added(self.self_attn(self.input_layernorm(hidden), sight), branch)
+        return hidden + self._added(self.mlp(self.post_attention_layernorm(hidden)), branch)
+
+    def _added(self, output: Tensor, branch: Tensor | None) -> Tensor:
+        output = F.dropout(output, self.dropout, self.training)
+        return output if branch is None else output * branch.to(output.dtype)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from megatron.batch import Batch
 from megatron.config.sections import ModelConfig, Vocabulary
+from megatron.model.attention import Sight
 from megatron.model.block import Block
 from megatron.model.linear_cross_entropy import WHOLE, linear_cross_entropy, linear_nll
 from megatron.model.norm import normalisation
@@ -44,7 +45,7 @@ class Transformer(nn.Module):
         leaves no graph. A pipeline stage reads `hidden`, which the stage before it returned, unless it is the first,
         and returns its hidden states unless it is the last.
         """
-        hidden = self.hidden_states(batch.tokens, batch.causal, batch.positions, hidden)
+        hidden = self.hidden_states(batch, hidden)
         if not self.last:
             return hidden
         hidden, targets = hidden.flatten(0, 1), batch.targets.flatten()
@@ -53,22 +54,43 @@ class Transformer(nn.Module):
             return linear_nll(hidden, head, targets, batch.rows, self.softmax_size, part).view_as(batch.weights)
         return linear_cross_entropy(hidden, head, targets, batch.weights.flatten(), batch.rows, self.softmax_size, part)
 
-    def hidden_states(
-        self, tokens: Tensor, causal: bool, positions: Tensor | None = None, hidden: Tensor | None = None
-    ) -> Tensor:
-        """Return what the head reads, [B, S, H], for tokens [B, S]; `positions` None means 0..S-1."""
-        if positions is None:
-            positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
-        cos, sin = rotary_table(positions, self.config.head_size, self.config.rotary_base)
+    def hidden_states(self, batch: Batch, hidden: Tensor | None = None) -> Tensor:
+        """Return what the head reads, [B, T, H]."""
+        sight = self._sight(batch)
+        branches = [None] * len(self.layers)
+        if batch.branches is not None:
+            branches = [batch.branches[:, int(index), None, None] for index in self.layers]
         if self.first:
-            hidden = F.dropout(self.embed_tokens(tokens), self.config.embedding_dropout, self.training)
-        for block in self.layers.values():
-            hidden = block(hidden, cos, sin, causal)
+            hidden = F.dropout(self.embed_tokens(batch.tokens), self.config.embedding_dropout, self.training)
+        for block, branch in zip(self.layers.values(), branches, strict=True):
+            hidden = block(hidden, sight, branch)
         return self.norm(hidden) if self.last else hidden
+
+    def _sight(self, batch: Batch) -> Sight:
+        """Return where the tokens stand and what each may see.
+
+        A model that is told which token it must say next to what it reads has its queries stand at the place of that
+        token and its keys at their own, so that attention goes by the distance from what is asked to what is known.
+        """
+        length, positions = batch.tokens.shape[1], batch.positions
+        if positions is None:
+            positions = torch.arange(length, device=batch.tokens.device)[None]
+        keys = rotary_table(positions, self.config.head_size, self.config.rotary_base)
+        queries, visible = keys, None
+        if batch.target_positions is not None:
+            queries = rotary_table(batch.target_positions, self.config.head_size, self.config.rotary_base)
+        if batch.documents is not None:
+            visible = batch.documents[:, :, None] == batch.documents[:, None, :]
+        if batch.blocked is not None:
+            visible = ~batch.blocked if visible is None else visible & ~batch.blocked
+        if visible is None:
+            return Sight(queries, keys, batch.causal)
+        visible = visible.tril() if batch.causal else visible
+        return Sight(queries, keys, False, visible[:, None])
 
     def logits(self, tokens: Tensor, causal: bool, positions: Tensor | None = None) -> Tensor:
         """Return fp32 logits [B, S, V] over the tokenizer's ids: for scoring, generation and tests."""
-        hidden = self.hidden_states(tokens, causal, positions)
+        hidden = self.hidden_states(Batch.to_read(tokens, causal, positions))
         return F.linear(hidden, self.lm_weight()[: self.vocabulary.size]).float()
 
     def lm_weight(self) -> Tensor:

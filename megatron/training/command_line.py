@@ -10,7 +10,7 @@ from megatron.config.recipes import RECIPES
 from megatron.config.resolve import BUDGETS
 from megatron.config.sections import SECTIONS, Config
 from megatron.config.sizes import ladder_settings
-from megatron.objectives import FOREIGN
+from megatron.objectives import OBJECTIVES, foreign
 from megatron.training.resume import recorded_config
 
 # of each group one is given; one that is typed replaces whichever a recipe or a recorded run gives
@@ -23,13 +23,14 @@ def parser(objective: str, defaults: dict | None = None) -> Parser:
     what = {"ar": "autoregressive", "mdm": "masked-diffusion"}[objective]
     result = Parser(
         prog=f"pretrain_{'gpt' if objective == 'ar' else 'mdm'}.py",
-        description=f"Train a transformer with the {what} objective. The same command resumes a run. "
+        description=f"Train a transformer with the {what} objective, or another --objective. The same command resumes "
+        "a run. "
         "Flags of Megatron and DeepSpeed are understood, or refused with a reason: docs/compatibility.md.",
         formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     for section in SECTIONS.values():
-        add_section(result, section, defaults or {})
+        add_section(result, section, {"objective": objective} | (defaults or {}))
     return result
 
 
@@ -42,9 +43,10 @@ def parse(objective: str, arguments: list[str]) -> Config:
 
 def implied(objective: str, arguments: list[str]) -> dict:
     """Return what --recipe, --model-size and --skip-train stand for, as defaults that flags beside them win over."""
-    idle, _ = FOREIGN[objective]
-    asked = _glance(arguments, "--recipe", "--save", "--load", "--model-size", skip_train=True)
-    recipe = RECIPES.get(asked.get("recipe"), {})  # a name that is none, the parser of all flags refuses
+    asked = _glance(arguments, "--objective", "--recipe", "--save", "--load", "--model-size", skip_train=True)
+    # a name that is none, the parser of all flags refuses
+    recipe, asked_objective = RECIPES.get(asked.get("recipe"), {}), asked.get("objective") or objective
+    idle = foreign(asked_objective) if asked_objective in OBJECTIVES else ()
     settings = {name: value for name, value in recipe.items() if name not in idle}
     if asked.get("skip_train"):
         settings |= recorded_settings(asked.get("load") or asked.get("save"))
@@ -70,7 +72,8 @@ def recorded_settings(source: str | None) -> dict:
     ]
     settings = {name: value for section in sections for name, value in section.items()}
     # what it was, whatever the device prefers
-    return settings | {"bf16": None, "fp32": None, recorded["precision"]: True}
+    settings |= {"bf16": None, "fp32": None, recorded["precision"]: True}
+    return settings | {"objective": recorded["objective_name"]}  # a run may be older than the flag
 
 
 def _batch(objective: str, arguments: list[str]) -> int:

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from megatron.data.samples import ValidationWindows
+from megatron.objectives.likelihood import Likelihood
 from megatron.objectives.noise import EvaluationNoise
 from megatron.parallel.engine import Engine
 from megatron.training.feed import without_padding
@@ -55,7 +56,7 @@ class Evaluation:
 @torch.no_grad()
 def evaluate(
     engine: Engine,
-    objective,
+    likelihood: Likelihood,
     data: ValidationSet,
     *,
     seed: int,
@@ -69,11 +70,10 @@ def evaluate(
     processes run the same number of forward passes: what is missing at the end is padded without weight.
     """
     processes = engine.processes
-    replicates = 1 if objective.exact else replicates
+    replicates = 1 if likelihood.exact else replicates
     nats = np.zeros((replicates, data.documents))
     tokens = np.zeros(data.documents)
     text = np.zeros(data.documents)
-    scored = objective.scored_tokens(data.windows.seq_length, alignment)
     engine.eval()
     for start in range(0, len(data.windows), batch_size * processes.data_size):
         windows = start + processes.data_rank * batch_size + np.arange(batch_size)
@@ -82,16 +82,19 @@ def evaluate(
         read = [data.windows[int(window)] for window in windows]
         ids, documents = (np.stack(part) for part in zip(*read))
         for replicate in range(replicates):
-            batch = objective.evaluation(ids, EvaluationNoise(seed, data.name, replicate), windows, alignment)
+            batch = likelihood.evaluation(ids, EvaluationNoise(seed, data.name, replicate), windows, alignment)
             batch = without_padding(batch, torch.from_numpy(real))
             nll = engine.nll(batch).cpu().numpy()
             weighted = nll.astype(np.float64) * batch.weights.numpy()
-            owners = documents[:, objective.target_offset : objective.target_offset + nll.shape[1]]
-            nats[replicate] += np.bincount(owners.ravel(), weighted.ravel(), minlength=data.documents)
-        owners = documents[real][:, scored].ravel()
+            asked = batch.weights.numpy() > 0  # an unasked position may speak of no token at all
+            rows, _ = asked.nonzero()
+            owners = documents[rows, likelihood.asked_places(batch)[asked]]
+            nats[replicate] += np.bincount(owners, weighted[asked], minlength=data.documents)
+        scored = likelihood.scored(ids, alignment) & real[:, None]
+        owners = documents[scored]
         tokens += np.bincount(owners, minlength=data.documents)
         if data.token_bytes is not None:
-            text += np.bincount(owners, data.token_bytes[ids[real][:, scored].ravel()], minlength=data.documents)
+            text += np.bincount(owners, data.token_bytes[ids[scored]], minlength=data.documents)
     engine.train()
     engine.reshard()
     # of the processes that read the same windows one counts them

@@ -9,7 +9,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from megatron.batch import Batch
 from megatron.data.samples import TrainSamples
-from megatron.objectives.token_dropout import TokenDropout
+from megatron.objectives import InputNoise
+from megatron.objectives.likelihood import Objective
 
 
 @dataclass(frozen=True)
@@ -21,8 +22,8 @@ class MicroBatches(Dataset):
     """
 
     samples: TrainSamples
-    objective: object
-    token_dropout: TokenDropout
+    objective: Objective
+    noise: InputNoise
     seed: int
     first_sample: int
     train_samples: int
@@ -48,22 +49,19 @@ class MicroBatches(Dataset):
         """Steps to the end of the budget, the last one perhaps short."""
         return -(-(self.train_samples - self.first_sample) // self.global_batch_size)
 
-    def __getitem__(self, index: int) -> Batch:
+    def __getitem__(self, index: int) -> list[Batch]:
+        """Return the batches of micro-batch `index`: one, or two where a sample takes two passes."""
         positions = self.positions(index)
         ids = np.stack([self.samples[int(position)] for position in positions])
-        batch = self.token_dropout(self.objective.prepare(ids, positions, self.seed), positions, self.seed)
-        return without_padding(batch, torch.from_numpy(positions < self.train_samples))
+        batches = self.noise(self.objective.prepare(ids, positions, self.seed), positions, self.seed)
+        return [without_padding(batch, torch.from_numpy(positions < self.train_samples)) for batch in batches]
 
 
 def without_padding(batch: Batch, real: torch.Tensor) -> Batch:
-    """Return the batch with the weight and count of padded sequences taken away; `real` is [B] bool.
-
-    Every sequence has the same part of the count.
-    """
+    """Return the batch with the weight and count of padded sequences taken away; `real` is [B] bool."""
     if bool(real.all()):
         return batch
-    count = batch.count * int(real.sum()) // len(real)
-    return replace(batch, weights=batch.weights * real[:, None], count=count, rows=None)
+    return replace(batch, weights=batch.weights * real[:, None], counts=batch.counts * real.numpy(), rows=None)
 
 
 def loader(dataset: MicroBatches, num_workers: int, device: torch.device) -> DataLoader:

@@ -12,13 +12,14 @@ import sys
 import time
 import traceback
 from dataclasses import asdict
+from functools import partial
 
 from megatron.config.resolve import Plan, check_layout, check_processes, idle_flags, resolve
 from megatron.config.sections import Config, Vocabulary
 from megatron.config.sizes import flops_per_token
 from megatron.errors import ConfigurationError
 from megatron.log import configure_logging
-from megatron.objectives import build_objective, build_token_dropout
+from megatron.objectives import build_input_noise, build_objective, document_rules
 from megatron.parallel.launch import adopt_slurm, join, local_rank, world_size
 from megatron.parallel.mesh import start_processes, stop_processes
 from megatron.parallel.watch import PATIENCE, PeerError, Watch
@@ -38,7 +39,10 @@ SILENCE = 5.0  # seconds that a process with nothing new to say stays
 
 
 def main(objective: str, arguments: list[str] | None = None) -> None:
-    """Run one training from the command line; leave with 0 (done or left as asked), 2 (user's mistake) or 1."""
+    """Run one training from the command line, of `objective` unless it names another one.
+
+    Leaves with 0 (done or left as asked), 2 (user's mistake) or 1.
+    """
     watch, code = None, 0
     try:
         adopt_slurm()
@@ -48,7 +52,7 @@ def main(objective: str, arguments: list[str] | None = None) -> None:
         minutes = config.parallel.distributed_timeout_minutes
         if not config.training.dry_run:
             watch = join(minutes)
-        run(objective, config, shlex.join([sys.argv[0], *arguments]), watch)
+        run(config, shlex.join([sys.argv[0], *arguments]), watch)
         if watch:
             watch.leave(minutes)
             stop_processes()
@@ -95,15 +99,18 @@ def _say(error: BaseException, code: int, watch: Watch | None, patience: float =
     return code
 
 
-def run(objective: str, config: Config, command: str, watch: Watch | None) -> None:
+def run(config: Config, command: str, watch: Watch | None) -> None:
     """Put one run together and train it."""
+    objective = config.objective.objective
     check_packages(config)
     sources = open_sources(config)
     if config.validation.skip_train and not sources.validation:
         raise ConfigurationError("--skip-train: there is nothing to evaluate; give --valid-data-path")
     vocabulary = Vocabulary(sources.tokenizer.vocabulary_size)
     plan = resolve(config, vocabulary, sources.train.unique_tokens)
-    dropout = build_token_dropout(objective, config.objective, vocabulary)
+    documents = document_rules(config.data, config.objective, sources.tokenizer.eod)
+    made = partial(build_objective, config.objective, vocabulary, documents=documents)
+    made(config.training.global_batch_size)  # refuses what has no meaning, before anything is started
     if config.training.dry_run:
         resolved = {"objective_name": objective, "plan": amounts(config, plan, vocabulary, sources), **asdict(config)}
         print(json.dumps(resolved, indent=1))
@@ -129,13 +136,13 @@ def run(objective: str, config: Config, command: str, watch: Watch | None) -> No
     steps = origin.meta["iteration"] if origin else 0
     bf16 = precision == "bf16"
     engine, optimizer = start_engine(config, vocabulary, processes, bf16=bf16, compile=compiled, steps=steps)
-    progress, time_block = Progress(), config.training.global_batch_size
+    progress = Progress(time_block=config.training.global_batch_size)
     if origin:
         state = engine.tensors(optimizer)
         checkpoint.load(origin.checkpoint, state)
         engine.load(state, steps)
-        progress = Progress(steps, origin.meta["consumed_samples"], origin.meta["seconds"])
-        time_block = origin.meta["time_block"]
+        kept = ("iteration", "consumed_samples", "seconds", "time_block")
+        progress = Progress(*(origin.meta[name] for name in kept))
     before = origin.records if origin else []
     description = describe(objective, config, plan, sources, vocabulary, processes, precision, compiled, command)
     description["branched_from"] = origin.branched_from if origin else None
@@ -144,8 +151,8 @@ def run(objective: str, config: Config, command: str, watch: Watch | None) -> No
 
     data = MicroBatches(
         sources.train,
-        build_objective(objective, config.objective, vocabulary, time_block),
-        dropout,
+        made(progress.time_block),
+        build_input_noise(config.objective, vocabulary, config.model.num_layers),
         config.training.seed,
         progress.consumed_samples,
         plan.train_samples,
@@ -171,7 +178,7 @@ def run(objective: str, config: Config, command: str, watch: Watch | None) -> No
         validated,
     )
     if processes.rank == 0:
-        _announce(objective, config, plan, engine, precision, compiled, origin)
+        _announce(config, plan, trainer, precision, compiled, origin)
     if config.validation.skip_train:
         for record in trainer.evaluate():
             if processes.rank == 0:
@@ -208,7 +215,7 @@ def amounts(config: Config, plan: Plan, vocabulary: Vocabulary, sources: Sources
         "train_tokens": tokens,
         "epochs": tokens / plan.unique_tokens,
         "epochs_by_data_set": dict(zip(sources.train_prefixes, sources.train.epochs(plan.train_samples))),
-        "flops": {convention: each * tokens for convention, each in flops.items()},
+        "flops": {convention: each * tokens * plan.passes for convention, each in flops.items()},
     }
 
 
@@ -217,9 +224,10 @@ def _selects(record: dict, sources: Sources) -> bool:
     return record["kind"] == "valid" and record["set"] in [found.name for found in sources.validation[:1]]
 
 
-def _announce(objective, config, plan, engine, precision, compiled, origin) -> None:
+def _announce(config, plan, trainer, precision, compiled, origin) -> None:
+    objective, engine = trainer.objective, trainer.engine
     processes = engine.processes
-    for line in idle_flags(config, exact=objective == "ar"):
+    for line in idle_flags(config, exact=all(likelihood.exact for likelihood in objective.likelihoods)):
         logger.info(line)
     if not config.checkpoint.save and not config.validation.skip_train:
         logger.info("nothing is kept: no --save names a run folder")
@@ -235,7 +243,7 @@ def _announce(objective, config, plan, engine, precision, compiled, origin) -> N
     sharing = f"{'DeepSpeed ' if config.parallel.deepspeed else ''}ZeRO {engine.zero_stage}"
     logger.info(
         "%s: %.2fM parameters, %s unique tokens, %d samples of %d tokens in %d steps (%.1f epochs), %s%s on %s x%d%s",
-        objective, plan.parameters / 1e6, f"{plan.unique_tokens:,}", plan.train_samples, config.data.seq_length,
+        objective.name, plan.parameters / 1e6, f"{plan.unique_tokens:,}", plan.train_samples, config.data.seq_length,
         plan.steps, plan.train_samples * config.data.seq_length / plan.unique_tokens,
         precision, ", compiled" if compiled else "", processes.device.type, processes.size,
         f" ({', '.join([*layout, sharing])})" if processes.size > 1 else "",

@@ -14,6 +14,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from megatron.config.resolve import Plan
 from megatron.config.sections import Config
+from megatron.objectives.likelihood import Likelihood
 from megatron.parallel.engine import Engine
 from megatron.parallel.mesh import Processes
 from megatron.training import checkpoint
@@ -41,6 +42,7 @@ class Progress:
     iteration: int = 0
     consumed_samples: int = 0
     seconds: float = 0.0  # of training, without validation and saving
+    time_block: int = 1  # run positions that are stratified together: the batch of the first start
 
 
 class Trainer:
@@ -88,7 +90,7 @@ class Trainer:
         with logging_redirect_tqdm(), self._progress_bar() as self._bar, self._start_saver() as self._saver:
             clock = time.monotonic()
             while progress.iteration < self.steps and not reason:
-                result = self._step([next(batches) for _ in range(self.data.per_step)])
+                result = self._step([batch for _ in range(self.data.per_step) for batch in next(batches)])
                 self._bar.update()
                 due = self._due()
                 if due["log"] or due["evaluate"] or due["save"]:
@@ -181,7 +183,7 @@ class Trainer:
             "learning_rate": self.rate,
             "weight_decay": self.config.optimizer.weight_decay,
             "tokens_per_second": speed,
-            "mfu": 6 * self.plan.parameters * speed / peak if peak else None,
+            "mfu": self.plan.flops(1, 1) * speed / peak if peak else None,
             "memory_bytes": peak_memory(self.processes.device),
         }
         share = f"  MFU {record['mfu']:.1%}" if peak else ""
@@ -193,32 +195,43 @@ class Trainer:
         self._record(record)
 
     def evaluate(self) -> list[dict]:
-        """Evaluate every validation set and return the records; the first set decides which checkpoint is best."""
-        validation, records = self.config.validation, []
-        for index, data in enumerate(self.validation_sets):
-            evaluation = evaluate(
-                self.engine,
-                self.objective,
-                data,
-                seed=validation.eval_seed,
-                replicates=validation.num_mc,
-                batch_size=validation.eval_batch_size or self.config.training.micro_batch_size,
-                alignment=validation.eval_alignment,
-            )
-            summary = evaluation.summary()
-            if not math.isfinite(summary["loss"]):
-                raise DivergedError(f"step {self.progress.iteration}: validation loss on {data.name} is not finite")
-            if index == 0:
-                self.validated[self.progress.iteration] = summary["loss"]
-            if self.folder:
-                self.folder.save_evaluation(data.name, self.progress.iteration, evaluation)
-            replicates = 1 if self.objective.exact else validation.num_mc
-            record = {"kind": "valid", "set": data.name, "alignment": validation.eval_alignment, "num_mc": replicates}
-            records.append(self._record(record | summary))
-            error = "" if summary["mc_se"] is None else f", mc_se {summary['mc_se']:.4f}"
-            bound = "" if self.objective.exact else f" (upper bound{error})"
-            self._say(f"step {self.progress.iteration}  {data.name} loss {summary['loss']:.4f}{bound}")
+        """Evaluate every validation set by every likelihood of the objective and return the records.
+
+        The first of both decides which checkpoint is best, and bears the plain name of the set.
+        """
+        records = []
+        for data in self.validation_sets:
+            for likelihood in self.objective.likelihoods:
+                first = likelihood is self.objective.likelihoods[0]
+                records.append(
+                    self._evaluate(data, likelihood, data.name if first else f"{data.name}.{likelihood.name}")
+                )
+        self.validated[self.progress.iteration] = records[0]["loss"]
         return records
+
+    def _evaluate(self, data: ValidationSet, likelihood: Likelihood, name: str) -> dict:
+        validation, iteration = self.config.validation, self.progress.iteration
+        evaluation = evaluate(
+            self.engine,
+            likelihood,
+            data,
+            seed=validation.eval_seed,
+            replicates=validation.num_mc,
+            batch_size=validation.eval_batch_size or self.config.training.micro_batch_size,
+            alignment=validation.eval_alignment,
+        )
+        summary = evaluation.summary()
+        if not math.isfinite(summary["loss"]):
+            raise DivergedError(f"step {iteration}: validation loss on {name} is not finite")
+        if self.folder:
+            self.folder.save_evaluation(name, iteration, evaluation)
+        replicates = 1 if likelihood.exact else validation.num_mc
+        record = {"kind": "valid", "set": name, "likelihood": likelihood.name, "bound": not likelihood.exact}
+        record |= {"alignment": validation.eval_alignment, "num_mc": replicates}
+        error = "" if summary["mc_se"] is None else f", mc_se {summary['mc_se']:.4f}"
+        bound = "" if likelihood.exact else f" (upper bound{error})"
+        self._say(f"step {iteration}  {name} loss {summary['loss']:.4f}{bound}")
+        return self._record(record | summary)
 
     def _start_saver(self) -> Saver:
         saver = Saver(Path(self.config.checkpoint.save or "") / "checkpoints", self.processes)
@@ -238,7 +251,7 @@ class Trainer:
             "iteration": progress.iteration,
             "consumed_samples": progress.consumed_samples,
             "seconds": progress.seconds,
-            "time_block": getattr(self.objective, "time_block", self.config.training.global_batch_size),
+            "time_block": progress.time_block,
             "permanent": self._permanent(),
             "config": self.description,
         }

@@ -27,14 +27,18 @@ ASSUMED = {
     "tokenizer_type": "GPT2BPETokenizer", "softmax_over_padding": True, "epoch_order": "megatron", "mask_times": "iid",
     "mask_eps": 1e-3, "eval_alignment": "published", "ffn_hidden_size": None, "group_query_attention": False,
     "num_query_groups": None, "qk_layernorm": False, "mlp_dropout": 0.0, "token_dropout": 0.0, "token_dropout_max": 0.0,
-    "split": None, "train_unique_tokens": None, "skip_train": False,
+    "split": None, "train_unique_tokens": None, "skip_train": False, "ar_ratio": 0.0, "randmask_ratio": 0.0,
+    "low_noise_samples": 0, "num_order_list": 1, "use_predefined_order": False, "reset_attention_mask": False,
+    "reset_position_ids": False, "eod_mask_loss": False,
 }  # fmt: skip
 # Ours alone, or how a run is started and kept: nothing the published system has a value of.
 OURS = {
     "model_size", "recipe", "vocab_size", "tokenizer_model", "train_data_path", "valid_data_path", "fp32", "compile",
     "train_epochs", "train_samples", "train_iters", "train_flops", "lr_warmup_samples", "lr_decay_samples",
     "lr_wsd_decay_samples", "exit_interval", "exit_duration_in_mins", "kill_switch_file", "dry_run", "eval_batch_size",
-    "eval_seed", "save", "load", "keep_every_epochs",
+    "eval_seed", "save", "load", "keep_every_epochs", "objective", "causal_ratio", "diffusion_block_size",
+    "right_to_left_ratio", "target_offset_max", "target_positions", "random_replacement", "masked_input_weight",
+    "masked_input_max", "stochastic_depth", "low_noise_ratio",
 }  # fmt: skip
 # ... the layout, and where the records are shown
 OURS |= {name for section in ("parallel", "tracking") for name in SECTIONS[section].__dataclass_fields__}

@@ -234,7 +234,9 @@ def test_another_objective_or_vocabulary_is_never_continued(objective):
         folder = "--load other" if branch else "--save run"
         before = recorded(objective=objective)
         said = refusal(lambda: resume(line, branch=branch, objective=other, before=before))
-        assert said.startswith(f"{folder}: holds a run of objective {objective}, not {other}; use its own entry point")
+        assert said.startswith(
+            f"{folder}: holds a run of objective {objective}, not {other}; give --objective {objective} "
+        )
         before |= {"vocabulary_size": 300}
         said = refusal(lambda: resume(line, branch=branch, objective=objective, before=before))
         assert said.startswith(f"{folder}: holds a run over 300 token ids, and this data has 257")

@@ -61,6 +61,25 @@ REFUSED = [
     ),
     (ObjectiveConfig, {"mask_eps": 0.0}, "--mask-eps 0.0: lies in (0, 1)"),
     (ObjectiveConfig, {"mask_eps": 1.0}, "--mask-eps 1.0: lies in (0, 1)"),
+    (ObjectiveConfig, {"stochastic_depth": 1.0}, "--stochastic-depth 1.0: lies in [0, 1)"),
+    (ObjectiveConfig, {"masked_input_weight": -1.0}, "--masked-input-weight -1.0: must not be negative"),
+    (ObjectiveConfig, {"diffusion_block_size": 0}, "--diffusion-block-size 0: must be at least 1"),
+    (
+        ObjectiveConfig,
+        {"masked_input_weight": 0.4, "token_dropout": 0.1},
+        "--masked-input-weight 0.4: excludes --token-dropout 0.1; give one of them",
+    ),
+    (
+        ObjectiveConfig,
+        {"right_to_left_ratio": 0.5, "num_order_list": 4},
+        "--right-to-left-ratio 0.5: excludes --num-order-list 4; give one of them",
+    ),
+    (
+        ObjectiveConfig,
+        {"use_predefined_order": True},
+        "--use-predefined-order: does nothing without --num-order-list; give both or neither",
+    ),
+    (ObjectiveConfig, {"target_offset_max": 5}, "--target-offset-max 5: needs --target-positions, or the network"),
     (ObjectiveConfig, {"token_dropout": 1.1}, "--token-dropout 1.1: is a share in [0, 1]"),
     (ObjectiveConfig, {"token_dropout_max": -0.1}, "--token-dropout-max -0.1: is a share in [0, 1]"),
     (

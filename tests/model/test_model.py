@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -29,13 +30,13 @@ def example(causal=True, share=0.5, positions=None):
     targets = torch.randint(VOCABULARY.size, (3, 10), generator=generator)
     scored = torch.rand(3, 10, generator=generator) < share
     weights = torch.where(scored, torch.rand(3, 10, generator=generator) + 0.5, 0.0)
-    return Batch(tokens, targets, weights, count=30, causal=causal, positions=positions)
+    return Batch(tokens, targets, weights, np.full(3, 10), causal, positions)
 
 
 def plain_nll(model, batch):
     logits = model.logits(batch.tokens, batch.causal, batch.positions)
     if model.config.softmax_over_padding:
-        logits = F.linear(model.hidden_states(batch.tokens, batch.causal, batch.positions), model.lm_weight())
+        logits = F.linear(model.hidden_states(batch), model.lm_weight())
     return F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), reduction="none").view_as(batch.targets)
 
 

@@ -5,7 +5,7 @@ import pytest
 from megatron.config.sections import ParallelConfig
 from megatron.parallel.mesh import Processes, arrange
 from tests.distributed import joined, spawn
-from tests.steps import Case, build
+from tests.steps import Case, batches_of_step, build
 
 CASE = Case("mdm", micro_batch=2)
 RECOMPUTED = [{}, {"recompute_granularity": "full"}, {"recompute_granularity": "selective"}]
@@ -13,7 +13,7 @@ RECOMPUTED = [{}, {"recompute_granularity": "full"}, {"recompute_granularity": "
 
 def loss_and_norm(processes: Processes, parallel: ParallelConfig, compile: bool) -> tuple[float, float]:
     engine, _, data = build(processes, CASE, parallel, compile=compile)
-    loss = engine.backward([data[index] for index in range(data.per_step)], 100.0)
+    loss = engine.backward(batches_of_step(data, 0), 100.0)
     return processes.sum(float(loss))[0], float(engine.clip(0.0))
 
 

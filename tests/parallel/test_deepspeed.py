@@ -19,7 +19,7 @@ from megatron.config.sections import ModelConfig, ObjectiveConfig, OptimizerConf
 from megatron.errors import ConfigurationError
 from megatron.model.initialise import initialise
 from megatron.model.transformer import Transformer
-from megatron.objectives import build_objective, build_token_dropout
+from megatron.objectives import build_input_noise, build_objective
 from megatron.parallel.apply import build_engine
 from megatron.parallel.deepspeed import DeepSpeedEngine, import_deepspeed
 from megatron.parallel.mesh import Processes
@@ -31,7 +31,7 @@ from megatron.training.saver import Saver
 from megatron.training.step import train_step
 from tests.conftest import ROOT, environment
 from tests.distributed import joined, spawn
-from tests.steps import GLOBAL_BATCH, VOCABULARY, RandomText
+from tests.steps import GLOBAL_BATCH, VOCABULARY, RandomText, batches_of_step
 
 installed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
 
@@ -161,11 +161,11 @@ def build(case: Case) -> Transformer:
 
 
 def batches_of(case: Case, rank: int, size: int) -> MicroBatches:
-    settings = ObjectiveConfig()
+    settings = ObjectiveConfig(objective=case.objective)
     return MicroBatches(
         RandomText(100),
-        build_objective(case.objective, settings, VOCABULARY, GLOBAL_BATCH),
-        build_token_dropout(case.objective, settings, VOCABULARY),
+        build_objective(settings, VOCABULARY, GLOBAL_BATCH),
+        build_input_noise(settings, VOCABULARY, num_layers=2),
         seed=7,
         first_sample=0,
         train_samples=case.steps * GLOBAL_BATCH - 3,  # the last batch is short
@@ -180,14 +180,14 @@ def train(engine, case: Case, steps: range) -> Trace:
     processes, losses, norms = engine.processes, [], []
     data = batches_of(case, processes.rank, processes.size)
     for step in steps:
-        batches = [data[step * data.per_step + index] for index in range(data.per_step)]
+        batches = batches_of_step(data, step)
         loss, norm = engine.step(batches, 1e-2 * (1 + step % 3))
         losses.append(processes.sum(float(loss))[0])
         norms.append(float(norm))
     state = {name: tensor.full_tensor().numpy().copy() for name, tensor in engine.tensors().items()}
     engine.engine.eval()
     with torch.no_grad():
-        nll = engine.engine.nll(batches_of(case, 0, 1)[0]).numpy().copy()
+        nll = engine.engine.nll(batches_of(case, 0, 1)[0][0]).numpy().copy()
     engine.engine.train()
     engine.engine.reshard()
     return Trace(losses, norms, state, nll)

@@ -49,7 +49,7 @@ def described(check: tuple[Layout, str]) -> str:
 OBJECTIVES = {
     "ar": Case("ar", micro_batch=2, model=MODEL),
     "mdm": Case("mdm", micro_batch=2, model=MODEL),
-    "ar-token-dropout": Case("ar", token_dropout=0.4, micro_batch=2, model=MODEL),
+    "ar-token-dropout": Case("ar", options={"token_dropout": 0.4}, micro_batch=2, model=MODEL),
 }
 CASES = OBJECTIVES | {
     "mdm-short": Case("mdm", micro_batch=2, samples=5, model=MODEL),
@@ -136,7 +136,7 @@ def dropped(processes: Processes) -> np.ndarray:
     found = []
     engine.models[0].layers["0"].register_forward_pre_hook(lambda _, inputs: found.append(inputs[0] == 0))
     steps.reseed(7, 0, processes)
-    engine.backward([replace(data[0], tokens=torch.zeros_like(data[0].tokens))], 1.0)
+    engine.backward([replace(data[0][0], tokens=torch.zeros_like(data[0][0].tokens))], 1.0)
     return found[0].numpy()
 
 

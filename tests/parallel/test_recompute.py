@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -39,7 +40,7 @@ def gradients(granularity: str | None, blocks: int | None = None) -> torch.Tenso
     recompute(model, ParallelConfig(recompute_granularity=granularity, recompute_num_layers=blocks))
     tokens = torch.randint(0, 61, (2, 17), generator=torch.Generator().manual_seed(0))
     torch.manual_seed(5)
-    model(Batch(tokens[:, :-1], tokens[:, 1:], torch.ones(2, 16), 32, True)).sum().backward()
+    model(Batch(tokens[:, :-1], tokens[:, 1:], torch.ones(2, 16), np.full(2, 16), True)).sum().backward()
     return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
 
 

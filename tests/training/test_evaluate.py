@@ -14,7 +14,7 @@ from megatron.data.indexed import IndexedDataset, IndexedDatasetWriter
 from megatron.data.samples import TrainSamples, ValidationWindows
 from megatron.model.initialise import initialise
 from megatron.model.transformer import Transformer
-from megatron.objectives import build_objective, build_token_dropout
+from megatron.objectives import build_input_noise, build_objective
 from megatron.objectives.noise import EvaluationNoise
 from megatron.parallel.apply import build_engine
 from megatron.parallel.engine import Engine
@@ -64,7 +64,7 @@ def sharded_model(processes) -> Engine:
 
 
 def objective(name: str):
-    return build_objective(name, ObjectiveConfig(), VOCABULARY, time_block=8)
+    return build_objective(ObjectiveConfig(objective=name), VOCABULARY, time_block=8)
 
 
 def run(model, name, data, *, seed=1, replicates=4, batch_size=4, alignment="common") -> Evaluation:
@@ -251,8 +251,8 @@ def test_evaluation_does_not_touch_training(processes, prefix, name):
         model = sharded_model(processes)
         optimizer = build_optimizer(model, OptimizerConfig())
         samples = TrainSamples(IndexedDataset(prefix), SEQ_LENGTH, seed=1)
-        dropout = build_token_dropout(name, ObjectiveConfig(), VOCABULARY)
-        feed = MicroBatches(samples, objective(name), dropout, 1, 0, 20, 4, 4, 0, 1)
+        noise = build_input_noise(ObjectiveConfig(), VOCABULARY, 1)
+        feed = MicroBatches(samples, objective(name), noise, 1, 0, 20, 4, 4, 0, 1)
         found = []
         for step in range(feed.steps):
             reseed(1, step, processes)

@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron.config.sections import ObjectiveConfig, Vocabulary
 from megatron.data.indexed import IndexedDataset, IndexedDatasetWriter
 from megatron.data.samples import TrainSamples
-from megatron.objectives import build_objective, build_token_dropout
+from megatron.objectives import build_input_noise, build_objective
 from megatron.objectives.masked_diffusion import MaskedDiffusion
 from megatron.objectives.token_dropout import TokenDropout
 from megatron.training.feed import MicroBatches, loader
@@ -75,13 +75,14 @@ def feed(
 ) -> Stretch:
     """Read a run to its end as `size` processes do, one after another."""
     name, settings = VARIANTS[variant]
-    objective = build_objective(name, ObjectiveConfig(**settings), VOCABULARY, time_block=GLOBAL_BATCH)
-    dropout = build_token_dropout(name, ObjectiveConfig(**settings), VOCABULARY)
+    config = ObjectiveConfig(objective=name, **settings)
+    objective = build_objective(config, VOCABULARY, time_block=GLOBAL_BATCH)
+    noise = build_input_noise(config, VOCABULARY, num_layers=2)
     rows, counts = {}, []
     for rank in range(size):
-        data = MicroBatches(samples, objective, dropout, SEED, first, budget, micro_batch, global_batch, rank, size)
+        data = MicroBatches(samples, objective, noise, SEED, first, budget, micro_batch, global_batch, rank, size)
         counts = counts or [0] * data.steps
-        for index, batch in enumerate(loader(data, workers, torch.device("cpu"))):
+        for index, (batch,) in enumerate(loader(data, workers, torch.device("cpu"))):
             counts[index // data.per_step] += batch.count
             assert torch.equal(batch.rows, batch.weights.flatten().nonzero().flatten())
             for position, *row in zip(data.positions(index), batch.tokens, batch.targets, batch.weights):

@@ -17,7 +17,7 @@ from tests.steps import LEARNING_RATE, WEIGHT_DECAY, Case, Step, check_equal, dr
 CASES = {
     "ar": Case("ar"),
     "mdm": Case("mdm"),
-    "ar-token-dropout": Case("ar", token_dropout=0.4),
+    "ar-token-dropout": Case("ar", {"token_dropout": 0.4}),
     "ar-short": Case("ar", samples=5),
     "mdm-short": Case("mdm", samples=5),
     "mdm-padding-only": Case("mdm", samples=3),  # the second process gets padding and nothing else
