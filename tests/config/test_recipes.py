@@ -34,7 +34,7 @@ OURS = {
     "model_size", "recipe", "vocab_size", "tokenizer_model", "train_data_path", "valid_data_path", "fp32", "compile",
     "train_epochs", "train_samples", "train_iters", "train_flops", "lr_warmup_samples", "lr_decay_samples",
     "lr_wsd_decay_samples", "exit_interval", "exit_duration_in_mins", "kill_switch_file", "dry_run", "eval_batch_size",
-    "eval_seed", "save", "load", "keep_every_epochs",
+    "eval_seed", "save", "load", "keep_every_epochs", "label_smoothing", "z_loss",
 }  # fmt: skip
 # ... the layout, and where the records are shown
 OURS |= {name for section in ("parallel", "tracking") for name in SECTIONS[section].__dataclass_fields__}
