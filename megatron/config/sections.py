@@ -49,6 +49,10 @@ class ModelConfig:
     hidden_dropout: float = flag(0.0, "dropout of what attention and MLP add to the residual stream")
     mlp_dropout: float = flag(0.0, "dropout inside the MLP, after its activation")
     embedding_dropout: float = flag(0.0, "dropout of the embedded tokens")
+    label_smoothing: float = flag(
+        0.0, "share E of the training loss that asks for all ids alike: (1 - E) nll + E mean of -log p", metavar="E"
+    )
+    z_loss: float = flag(0.0, "add this times log(Z)^2 to the training loss, Z the normaliser of the softmax")
 
     def __post_init__(self):
         for name in ("num_layers", "hidden_size", "num_attention_heads"):
@@ -60,6 +64,8 @@ class ModelConfig:
             require(getattr(self, name) > 0, name, getattr(self, name), "must be positive")
         for name in ("attention_dropout", "hidden_dropout", "mlp_dropout", "embedding_dropout"):
             require(0 <= getattr(self, name) < 1, name, getattr(self, name), "a dropout probability lies in [0, 1)")
+        require(0 <= self.label_smoothing < 1, "label_smoothing", self.label_smoothing, "is a share in [0, 1)")
+        require(self.z_loss >= 0, "z_loss", self.z_loss, "must not be negative")
         require(
             self.kv_channels is not None or self.hidden_size % self.num_attention_heads == 0,
             "hidden_size",

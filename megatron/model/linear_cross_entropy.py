@@ -43,17 +43,39 @@ class WholeHead:
 WHOLE = WholeHead()
 
 
+class Terms(NamedTuple):
+    """What training adds to a row's nll; every term is 0 where it is off.
+
+    The row's loss is (1 - label_smoothing) * nll + label_smoothing * mean of -log p over the ids + z_loss * log(Z)^2:
+    label smoothing (Szegedy et al. 2016, 1512.00567, section 7) and PaLM's z-loss (2204.02311, section 5), where Z is
+    the softmax's normaliser, the sum of exp(logit).
+    """
+
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+
+
+PLAIN = Terms()
+
+
 def linear_cross_entropy(
-    hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor, rows: Tensor, size: int, part: WholeHead = WHOLE
+    hidden: Tensor,
+    head: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    rows: Tensor,
+    size: int,
+    part: WholeHead = WHOLE,
+    terms: Terms = PLAIN,
 ) -> Tensor:
-    """Return sum over `rows` of weights * nll, fp32 [1], differentiable in `hidden` and `head`.
+    """Return sum over `rows` of weights * loss, fp32 [1], differentiable in `hidden` and `head`.
 
     hidden [N, H] and head [padded vocabulary, H] in the compute dtype; targets int64 [N]; weights fp32 [N];
-    rows int64 [R], distinct indices into N, R may be 0. Matrix products run in the compute dtype, softmax
-    and sums in fp32. Where `head` holds one part of the rows, every part gives the same loss, and the gradient
-    of `hidden` is this part's share of a sum.
+    rows int64 [R], distinct indices into N, R may be 0. A row's loss is its nll unless `terms` add to it. Matrix
+    products run in the compute dtype, softmax and sums in fp32. Where `head` holds one part of the rows, every part
+    gives the same loss, and the gradient of `hidden` is this part's share of a sum.
     """
-    return _LinearCrossEntropy.apply(hidden, head, targets, weights, rows, size, part)
+    return _LinearCrossEntropy.apply(hidden, head, targets, weights, rows, size, part, terms)
 
 
 @torch.no_grad()
@@ -70,7 +92,7 @@ def linear_nll(
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, head, targets, weights, rows, size, part):
+    def forward(ctx, hidden, head, targets, weights, rows, size, part, terms):
         loss = torch.zeros(1, device=hidden.device)
         grad_hidden = torch.zeros_like(hidden)
         grad_head = torch.zeros_like(head, dtype=torch.float32)
@@ -81,7 +103,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             inputs = hidden[padded]  # [C, H]
             weight = _pad(weights[chunk], len(padded))
             torch.mm(inputs, head.T, out=logits)  # [C, padded vocabulary]
-            loss += (_to_gradient_(logits, target, weight, size, part) * weight).sum()
+            loss += (_to_gradient_(logits, target, weight, size, part, terms) * weight).sum()
             grad_hidden[chunk] = (logits @ head)[: len(chunk)]
             torch.mm(logits.T, inputs, out=chunk_grad_head)
             for total, piece in _pieces(grad_head, chunk_grad_head):
@@ -97,7 +119,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         scaled_head = torch.empty_like(grad_head, dtype=ctx.dtype)
         for scaled, piece in _pieces(scaled_head, grad_head):
             scaled.copy_(piece * grad_output)
-        return (grad_hidden * grad_output).to(ctx.dtype), scaled_head, None, None, None, None, None
+        return (grad_hidden * grad_output).to(ctx.dtype), scaled_head, None, None, None, None, None, None
 
 
 def _chunks(targets: Tensor, rows: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -120,37 +142,58 @@ def _pieces(matrix: Tensor, *others: Tensor, cut: bool = True) -> Iterator[tuple
     return zip(*(tensor.split(rows) for tensor in (matrix, *others)), strict=True)
 
 
-def _to_gradient_(logits: Tensor, targets: Tensor, weights: Tensor, size: int, part: WholeHead) -> Tensor:
-    """Overwrite logits [C, rows of the head] by weights * d nll / d logits; return the nll, fp32 [C]."""
+def _to_gradient_(logits: Tensor, targets: Tensor, weights: Tensor, size: int, part: WholeHead, terms: Terms) -> Tensor:
+    """Overwrite logits [C, rows of the head] by weights * d loss / d logits; return the loss, fp32 [C]."""
+    smoothing, z_loss = terms
     found = []
     # parts wait for one another at every piece, and need not hold as many rows: they take one piece
     for piece, target, weight in _pieces(logits, targets, weights, cut=part.whole):
-        softmax = _softmax_(piece, target, size, part)
-        # weight * (softmax - onehot(target))
-        gradient = softmax.powers.mul_(weight[:, None] / softmax.total)
-        gradient.scatter_add_(1, softmax.index, -weight[:, None] * softmax.here)
+        softmax = _softmax_(piece, target, size, part, averaged=bool(smoothing))
+        loss, scale = softmax.nll, weight
+        if smoothing:
+            loss = loss + smoothing * (softmax.scored - softmax.average).squeeze(1)
+        if z_loss:
+            log_z = (softmax.highest + softmax.total.log()).squeeze(1)
+            loss, scale = loss + z_loss * log_z.square(), weight * (1 + 2 * z_loss * log_z)
+        # weight * ((1 + 2 z log Z) softmax - (1 - e) onehot(target) - e / size)
+        gradient = softmax.powers.mul_(scale[:, None] / softmax.total)
+        gradient.scatter_add_(1, softmax.index, (smoothing - 1) * weight[:, None] * softmax.here)
+        if smoothing:
+            gradient[:, : _ids(size, part)].sub_(weight[:, None] * (smoothing / size))
         piece.copy_(gradient)
-        found.append(softmax.nll)
+        found.append(loss)
     return torch.cat(found)
 
 
 class _Softmax(NamedTuple):
     nll: Tensor  # [C]
     powers: Tensor  # [C, rows of the head]: exp(logit - highest)
+    highest: Tensor  # [C, 1]: the highest logit
     total: Tensor  # [C, 1]: sum of powers over the vocabulary
+    scored: Tensor  # [C, 1]: the target's logit - highest
+    average: Tensor | None  # [C, 1]: mean of logit - highest over the vocabulary, where it is asked for
     index: Tensor  # [C, 1]: the target's row of this part, or 0
     here: Tensor  # [C, 1]: 1.0 where the target is one of this part, else 0.0
 
 
-def _softmax_(logits: Tensor, targets: Tensor, size: int, part: WholeHead) -> _Softmax:
+def _softmax_(logits: Tensor, targets: Tensor, size: int, part: WholeHead, averaged: bool = False) -> _Softmax:
     """Return the softmax of logits [C, rows of the head] in fp32; they may be overwritten."""
-    wide = logits.float()
-    wide[:, max(0, size - part.start) :] = float("-inf")  # rows of the head that are no ids of the tokenizer
+    wide, ids = logits.float(), _ids(size, part)
+    wide[:, ids:] = float("-inf")  # rows of the head that are no ids of the tokenizer
     index = (targets - part.start)[:, None]
     here = (index >= 0) & (index < wide.shape[1])
     index = index.where(here, 0)
-    wide.sub_(part.highest(wide.amax(-1, keepdim=True)))
-    scored = wide.gather(1, index).where(here, 0.0)
+    highest = part.highest(wide.amax(-1, keepdim=True))
+    wide.sub_(highest)
+    sums = [wide.gather(1, index).where(here, 0.0)]
+    if averaged:
+        sums.append(wide[:, :ids].sum(-1, keepdim=True) / size)
     powers = wide.exp_()
-    total, scored = part.total(torch.cat((powers.sum(-1, keepdim=True), scored), dim=1)).split(1, dim=1)
-    return _Softmax((total.log() - scored).squeeze(1), powers, total, index, here.float())
+    sums = part.total(torch.cat([powers.sum(-1, keepdim=True), *sums], dim=1)).split(1, dim=1)
+    total, scored, average = (*sums, None)[:3]
+    return _Softmax((total.log() - scored).squeeze(1), powers, highest, total, scored, average, index, here.float())
+
+
+def _ids(size: int, part: WholeHead) -> int:
+    """Return how many rows, the first of this part, are ids of the tokenizer."""
+    return max(0, size - part.start)

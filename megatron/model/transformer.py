@@ -11,7 +11,7 @@ from megatron.batch import Batch
 from megatron.config.sections import ModelConfig, Vocabulary
 from megatron.model.attention import Sight
 from megatron.model.block import Block
-from megatron.model.linear_cross_entropy import WHOLE, linear_cross_entropy, linear_nll
+from megatron.model.linear_cross_entropy import PLAIN, WHOLE, Terms, linear_cross_entropy, linear_nll
 from megatron.model.norm import normalisation
 from megatron.model.rotary import rotary_table
 
@@ -39,7 +39,7 @@ class Transformer(nn.Module):
         self.head_part = WHOLE
 
     def forward(self, batch: Batch, hidden: Tensor | None = None, per_position: bool = False) -> Tensor:
-        """Return the sum of weights * nll over the scored positions, fp32 [1].
+        """Return the sum of weights * nll over the scored positions, fp32 [1]; in training with the terms of the loss.
 
         With `per_position` return the unweighted nll, fp32 [B, S], 0 where nothing is asked; the head then
         leaves no graph. A pipeline stage reads `hidden`, which the stage before it returned, unless it is the first,
@@ -52,7 +52,9 @@ class Transformer(nn.Module):
         head, part = self.head_part.local(self.lm_weight()), self.head_part
         if per_position:
             return linear_nll(hidden, head, targets, batch.rows, self.softmax_size, part).view_as(batch.weights)
-        return linear_cross_entropy(hidden, head, targets, batch.weights.flatten(), batch.rows, self.softmax_size, part)
+        terms = Terms(self.config.label_smoothing, self.config.z_loss) if self.training else PLAIN
+        weights = batch.weights.flatten()
+        return linear_cross_entropy(hidden, head, targets, weights, batch.rows, self.softmax_size, part, terms)
 
     def hidden_states(self, batch: Batch, hidden: Tensor | None = None) -> Tensor:
         """Return what the head reads, [B, T, H]."""

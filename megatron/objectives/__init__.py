@@ -43,6 +43,7 @@ NOISE = ("token_dropout", "token_dropout_max", "random_replacement")
 NOISE += ("masked_input_weight", "masked_input_max", "randmask_ratio")
 ORDERS = ("num_order_list", "use_predefined_order", "right_to_left_ratio", "target_offset_max", "target_positions")
 MASKS = ("mask_times", "mask_eps")
+DOCUMENT_RULES = ("reset_attention_mask", "reset_position_ids", "eod_mask_loss")  # of DataConfig
 PERMUTED = "a sample that is read in another order has its documents mixed"
 
 
@@ -115,7 +116,7 @@ def document_rules(data: DataConfig, config: ObjectiveConfig, eod: int) -> Docum
 
     Raises ConfigurationError where samples are not read from left to right.
     """
-    asked = {name: getattr(data, name) for name in ("reset_attention_mask", "reset_position_ids", "eod_mask_loss")}
+    asked = {name: getattr(data, name) for name in DOCUMENT_RULES}
     if not any(asked.values()):
         return None
     name = next(name for name, value in asked.items() if value)

@@ -1,6 +1,7 @@
 """What every objective is: a way to make training batches, and one or more likelihoods to evaluate."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -13,6 +14,11 @@ class Objective(ABC):
 
     name: str
     likelihoods: tuple["Likelihood", ...]
+
+    def evaluations(self, set_name: str) -> Iterator[tuple[str, "Likelihood"]]:
+        """Yield what a validation set is evaluated by, each under its name; the first bears that of the set."""
+        for likelihood in self.likelihoods:
+            yield (set_name if likelihood is self.likelihoods[0] else f"{set_name}.{likelihood.name}"), likelihood
 
     @abstractmethod
     def prepare(self, ids: np.ndarray, positions: np.ndarray, seed: int) -> Batch:

@@ -23,6 +23,8 @@ REGULARISERS = {
     "attention_dropout": "attention dropout {}",
     "hidden_dropout": "hidden dropout {}",
     "embedding_dropout": "embedding dropout {}",
+    "label_smoothing": "label smoothing {}",
+    "z_loss": "z-loss {}",
 }
 
 
@@ -46,7 +48,8 @@ class Run:
 
     def regularisers(self) -> str:
         settings = self.config["model"] | self.config["objective"]
-        said = [text.format(settings[name]) for name, text in REGULARISERS.items() if settings[name]]
+        # a run that was begun before a flag existed has not used it
+        said = [text.format(settings[name]) for name, text in REGULARISERS.items() if settings.get(name)]
         return ", ".join([*said, f"weight decay {self.config['optimizer']['weight_decay']}"])
 
 

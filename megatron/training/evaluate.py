@@ -1,9 +1,11 @@
 """Validation: the same windows, the same noise, every time; sums by document, divided once."""
 
+import sys
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from megatron.data.samples import ValidationWindows
 from megatron.objectives.likelihood import Likelihood
@@ -64,18 +66,40 @@ def evaluate(
     batch_size: int,
     alignment: str,
 ) -> Evaluation:
-    """Return the per-document sums of `data` over `replicates` draws of the noise; every process returns the same.
+    """Return the per-document sums of `data` over `replicates` draws of the noise; every process returns the same."""
+    settings = {"seed": seed, "replicates": replicates, "batch_size": batch_size, "alignment": alignment}
+    (evaluation,) = evaluate_all(engine, 1, likelihood, data, **settings)
+    return evaluation
+
+
+@torch.no_grad()
+def evaluate_all(
+    engine: Engine,
+    models: int,
+    likelihood: Likelihood,
+    data: ValidationSet,
+    *,
+    seed: int,
+    replicates: int,
+    batch_size: int,
+    alignment: str,
+) -> list[Evaluation]:
+    """Return what `evaluate` does for each of several models; `engine.nll` gives the nll of all, [models, B, S].
 
     A token's nats go to the document of the token itself, not to that of the position that speaks of it. All
     processes run the same number of forward passes: what is missing at the end is padded without weight.
     """
     processes = engine.processes
     replicates = 1 if likelihood.exact else replicates
-    nats = np.zeros((replicates, data.documents))
+    nats = np.zeros((models, replicates, data.documents))
     tokens = np.zeros(data.documents)
     text = np.zeros(data.documents)
+    starts = range(0, len(data.windows), batch_size * processes.data_size)
+    silent = processes.rank != 0 or not sys.stderr.isatty()
+    # only an evaluation that takes its time shows how far it is
+    bar = tqdm(desc=data.name, total=len(starts) * replicates, unit="pass", leave=False, delay=5, disable=silent)
     engine.eval()
-    for start in range(0, len(data.windows), batch_size * processes.data_size):
+    for start in starts:
         windows = start + processes.data_rank * batch_size + np.arange(batch_size)
         real = windows < len(data.windows)
         windows = np.where(real, windows, 0)
@@ -84,19 +108,21 @@ def evaluate(
         for replicate in range(replicates):
             batch = likelihood.evaluation(ids, EvaluationNoise(seed, data.name, replicate), windows, alignment)
             batch = without_padding(batch, torch.from_numpy(real))
-            nll = engine.nll(batch).cpu().numpy()
-            weighted = nll.astype(np.float64) * batch.weights.numpy()
             asked = batch.weights.numpy() > 0  # an unasked position may speak of no token at all
-            rows, _ = asked.nonzero()
-            owners = documents[rows, likelihood.asked_places(batch)[asked]]
-            nats[replicate] += np.bincount(owners, weighted[asked], minlength=data.documents)
+            owners = documents[asked.nonzero()[0], likelihood.asked_places(batch)[asked]]
+            nll = engine.nll(batch).cpu().numpy().reshape(models, *asked.shape)
+            for index, weighted in enumerate(nll.astype(np.float64) * batch.weights.numpy()):
+                nats[index, replicate] += np.bincount(owners, weighted[asked], minlength=data.documents)
+            bar.update()
         scored = likelihood.scored(ids, alignment) & real[:, None]
         owners = documents[scored]
         tokens += np.bincount(owners, minlength=data.documents)
         if data.token_bytes is not None:
             text += np.bincount(owners, data.token_bytes[ids[scored]], minlength=data.documents)
+    bar.close()
     engine.train()
     engine.reshard()
     # of the processes that read the same windows one counts them
-    sums = processes.sum_tensor(torch.from_numpy(np.vstack([nats, tokens, text]) * processes.speaks)).numpy()
-    return Evaluation(sums[:replicates], sums[replicates], None if data.token_bytes is None else sums[replicates + 1])
+    sums = processes.sum_tensor(torch.from_numpy(np.vstack([*nats, tokens, text]) * processes.speaks)).numpy()
+    text = None if data.token_bytes is None else sums[-1]
+    return [Evaluation(each, sums[-2], text) for each in sums[:-2].reshape(nats.shape)]

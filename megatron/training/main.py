@@ -11,6 +11,7 @@ import shlex
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 
@@ -43,16 +44,22 @@ def main(objective: str, arguments: list[str] | None = None) -> None:
 
     Leaves with 0 (done or left as asked), 2 (user's mistake) or 1.
     """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    command = shlex.join([sys.argv[0], *arguments])
+    start(lambda: parse(objective, arguments), lambda config, watch: run(config, command, watch))
+
+
+def start(read: Callable[[], Config], work: Callable[[Config, Watch | None], None]) -> None:
+    """Join the processes of a job, whose configuration `read` returns, do its `work`, and leave as `main` says."""
     watch, code = None, 0
     try:
         adopt_slurm()
         configure_logging()
-        arguments = sys.argv[1:] if arguments is None else arguments
-        config = parse(objective, arguments)
+        config = read()
         minutes = config.parallel.distributed_timeout_minutes
         if not config.training.dry_run:
             watch = join(minutes)
-        run(config, shlex.join([sys.argv[0], *arguments]), watch)
+        work(config, watch)
         if watch:
             watch.leave(minutes)
             stop_processes()

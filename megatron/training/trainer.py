@@ -199,13 +199,11 @@ class Trainer:
 
         The first of both decides which checkpoint is best, and bears the plain name of the set.
         """
-        records = []
-        for data in self.validation_sets:
-            for likelihood in self.objective.likelihoods:
-                first = likelihood is self.objective.likelihoods[0]
-                records.append(
-                    self._evaluate(data, likelihood, data.name if first else f"{data.name}.{likelihood.name}")
-                )
+        records = [
+            self._evaluate(data, likelihood, name)
+            for data in self.validation_sets
+            for name, likelihood in self.objective.evaluations(data.name)
+        ]
         self.validated[self.progress.iteration] = records[0]["loss"]
         return records
 

@@ -38,7 +38,7 @@ OURS = {
     "lr_wsd_decay_samples", "exit_interval", "exit_duration_in_mins", "kill_switch_file", "dry_run", "eval_batch_size",
     "eval_seed", "save", "load", "keep_every_epochs", "objective", "causal_ratio", "diffusion_block_size",
     "right_to_left_ratio", "target_offset_max", "target_positions", "random_replacement", "masked_input_weight",
-    "masked_input_max", "stochastic_depth", "low_noise_ratio",
+    "masked_input_max", "stochastic_depth", "low_noise_ratio", "label_smoothing", "z_loss",
 }  # fmt: skip
 # ... the layout, and where the records are shown
 OURS |= {name for section in ("parallel", "tracking") for name in SECTIONS[section].__dataclass_fields__}

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from megatron.model import linear_cross_entropy as fused
-from megatron.model.linear_cross_entropy import linear_cross_entropy, linear_nll
+from megatron.model.linear_cross_entropy import PLAIN, Terms, linear_cross_entropy, linear_nll
 
 POSITIONS, WIDTH, SIZE, PADDED = 60, 24, 101, 128
 
@@ -18,10 +18,14 @@ def cached(request, monkeypatch):
     monkeypatch.setattr(fused, "CACHED_NUMBERS", request.param)
 
 
-def reference_linear_cross_entropy(hidden, head, targets, weights, size):
+TERMS = [PLAIN, Terms(label_smoothing=0.1), Terms(z_loss=0.01), Terms(label_smoothing=0.3, z_loss=0.1)]
+
+
+def reference_linear_cross_entropy(hidden, head, targets, weights, size, terms=PLAIN):
     """Full logits and PyTorch's own loss, in fp32."""
     logits = hidden.float() @ head[:size].float().T
-    return (F.cross_entropy(logits, targets, reduction="none") * weights).sum()[None]
+    loss = F.cross_entropy(logits, targets, reduction="none", label_smoothing=terms.label_smoothing)
+    return ((loss + terms.z_loss * logits.logsumexp(1).square()) * weights).sum()[None]
 
 
 def problem(scored, dtype=torch.float32, seed=0):
@@ -39,24 +43,26 @@ def gradients(loss, *inputs):
     return torch.autograd.grad(loss * 0.37, inputs)
 
 
+@pytest.mark.parametrize("terms", TERMS)
 @pytest.mark.parametrize("chunk", [8, 256])
 @pytest.mark.parametrize("scored", [1, 8, 19, POSITIONS])
-def test_loss_and_gradients_equal_the_plain_twin(monkeypatch, chunk, scored):
+def test_loss_and_gradients_equal_the_plain_twin(monkeypatch, chunk, scored, terms):
     monkeypatch.setitem(fused.CHUNK_ROWS, "cpu", chunk)
     hidden, head, targets, weights, rows = problem(scored)
-    loss = linear_cross_entropy(hidden, head, targets, weights, rows, SIZE)
-    expected = reference_linear_cross_entropy(hidden, head, targets, weights, SIZE)
+    loss = linear_cross_entropy(hidden, head, targets, weights, rows, SIZE, terms=terms)
+    expected = reference_linear_cross_entropy(hidden, head, targets, weights, SIZE, terms)
     assert loss.shape == (1,) and loss.dtype == torch.float32
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-6)
     for mine, theirs in zip(gradients(loss, hidden, head), gradients(expected, hidden, head), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=2e-6)
 
 
-def test_rows_outside_the_tokenizer_get_exactly_no_gradient():
+@pytest.mark.parametrize("terms", TERMS)
+def test_rows_outside_the_tokenizer_get_exactly_no_gradient(terms):
     hidden, head, targets, weights, rows = problem(30)
     head.data[SIZE:] = 50.0  # would dominate the softmax
-    loss = linear_cross_entropy(hidden, head, targets, weights, rows, SIZE)
-    torch.testing.assert_close(loss, reference_linear_cross_entropy(hidden, head, targets, weights, SIZE))
+    loss = linear_cross_entropy(hidden, head, targets, weights, rows, SIZE, terms=terms)
+    torch.testing.assert_close(loss, reference_linear_cross_entropy(hidden, head, targets, weights, SIZE, terms))
     assert gradients(loss, head)[0][SIZE:].abs().max() == 0
 
 
@@ -68,14 +74,35 @@ def test_no_scored_row_gives_zero_and_a_graph():
     assert hidden.grad.abs().max() == 0 and head.grad.abs().max() == 0
 
 
-def test_bfloat16_gradients_point_the_same_way():
+@pytest.mark.parametrize("terms", TERMS)
+def test_bfloat16_gradients_point_the_same_way(terms):
     hidden, head, targets, weights, rows = problem(POSITIONS, torch.bfloat16)
-    loss = linear_cross_entropy(hidden, head, targets, weights, rows, SIZE)
-    expected = reference_linear_cross_entropy(hidden, head, targets, weights, SIZE)
+    loss = linear_cross_entropy(hidden, head, targets, weights, rows, SIZE, terms=terms)
+    expected = reference_linear_cross_entropy(hidden, head, targets, weights, SIZE, terms)
     torch.testing.assert_close(loss, expected, rtol=5e-3, atol=0)
     for mine, theirs in zip(gradients(loss, hidden, head), gradients(expected, hidden, head), strict=True):
         assert mine.dtype == torch.bfloat16
         assert F.cosine_similarity(mine.float().flatten(), theirs.float().flatten(), dim=0) > 0.999
+
+
+@torch.no_grad()
+def test_terms_that_are_off_change_no_bit():
+    """Loss and gradients are those of the plain formula, step by step as the fused head takes them."""
+    hidden, head, targets, weights, rows = problem(POSITIONS)
+    fill = (0, fused.CHUNK_ROWS["cpu"] - len(rows))
+    inputs, target, weight = hidden[F.pad(rows, fill)], F.pad(targets[rows], fill), F.pad(weights[rows], fill)[:, None]
+    logits = inputs @ head.T
+    logits[:, SIZE:] = float("-inf")
+    logits -= logits.amax(1, keepdim=True)
+    powers = logits.exp()
+    total = powers.sum(1, keepdim=True)
+    nll = total.log() - logits.gather(1, target[:, None])
+    gradient = (powers * (weight / total)).scatter_add(1, target[:, None], -weight)
+    with torch.enable_grad():
+        loss = linear_cross_entropy(hidden, head, targets, weights, rows, SIZE, terms=Terms(0.0, 0.0))
+        of_hidden, of_head = torch.autograd.grad(loss, (hidden, head))
+    assert torch.equal(loss, (nll * weight).sum()[None])
+    assert torch.equal(of_hidden[rows], (gradient @ head)[: len(rows)]) and torch.equal(of_head, gradient.T @ inputs)
 
 
 def test_nll_per_position_is_unweighted_and_leaves_no_graph(monkeypatch):

@@ -33,28 +33,42 @@ def example(causal=True, share=0.5, positions=None):
     return Batch(tokens, targets, weights, np.full(3, 10), causal, positions)
 
 
-def plain_nll(model, batch):
+def plain_loss(model, batch, label_smoothing=0.0, z_loss=0.0):
     logits = model.logits(batch.tokens, batch.causal, batch.positions)
     if model.config.softmax_over_padding:
         logits = F.linear(model.hidden_states(batch), model.lm_weight())
-    return F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), reduction="none").view_as(batch.targets)
+    options = {"reduction": "none", "label_smoothing": label_smoothing}
+    loss = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), **options).view_as(batch.targets)
+    return loss + z_loss * logits.logsumexp(-1).square()
 
 
+TERMS = {"label_smoothing": 0.2, "z_loss": 0.05}
+
+
+@pytest.mark.parametrize("terms", [{}, TERMS], ids=["nll", "terms"])
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("untied", [False, True])
 @pytest.mark.parametrize("causal", [False, True])
-def test_loss_and_gradients_equal_full_logits(untied, causal, padded):
+def test_loss_and_gradients_equal_full_logits(untied, causal, padded, terms):
     options = {"untie_embeddings_and_output_weights": untied, "softmax_over_padding": padded}
-    model, batch = build(**options, init_method_std=0.2), example(causal)
+    model, batch = build(**options, **terms, init_method_std=0.2), example(causal)
     loss = model(batch)
     loss.backward()
     mine = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     model.zero_grad()
-    expected = (plain_nll(model, batch) * batch.weights).sum()[None]
+    expected = (plain_loss(model, batch, **terms) * batch.weights).sum()[None]
     expected.backward()
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-6)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(mine[name], parameter.grad, rtol=1e-5, atol=1e-5, msg=lambda text: f"{name}: {text}")
+
+
+def test_terms_of_the_loss_act_in_training_only():
+    model, plain, batch = build(**TERMS), build(), example()
+    assert model(batch) > plain(batch)
+    for mode in (model.train(), model.eval()):
+        assert torch.equal(mode(batch, per_position=True), plain(batch, per_position=True))
+    assert torch.equal(model.eval()(batch), plain.eval()(batch))
 
 
 def test_nothing_scored_trains_nothing():
@@ -69,7 +83,7 @@ def test_per_position_is_the_unweighted_nll():
     model, batch = build(), example()
     nll = model(batch, per_position=True)
     assert nll.shape == batch.tokens.shape and not nll.requires_grad
-    expected = torch.where(batch.weights > 0, plain_nll(model, batch), 0.0)
+    expected = torch.where(batch.weights > 0, plain_loss(model, batch), 0.0)
     torch.testing.assert_close(nll, expected.detach(), rtol=1e-6, atol=1e-6)
 
 

@@ -18,6 +18,7 @@ from tests.steps import Case, Step, build, check_equal, curve, dropout_shared_by
 
 # 3 layers over 2 stages are uneven; 61 ids over 2 parts of 128 rows leave the second part without one
 MODEL = dict(num_layers=3, num_attention_heads=4, group_query_attention=True, num_query_groups=2, qk_layernorm=True)
+TERMS = dict(label_smoothing=0.2, z_loss=0.05)
 UNTIED = dict(untie_embeddings_and_output_weights=True, normalization="layernorm", swiglu=False)
 
 
@@ -55,10 +56,14 @@ CASES = OBJECTIVES | {
     "mdm-short": Case("mdm", micro_batch=2, samples=5, model=MODEL),
     "mdm-nothing-masked": Case("mdm", micro_batch=2, nothing_masked=True, model=MODEL),
     "mdm-untied": Case("mdm", micro_batch=2, model=MODEL | UNTIED),
+    "mdm-terms": Case("mdm", micro_batch=2, model=MODEL | TERMS),
     "ar-clipped": Case("ar", micro_batch=2, clip=0.05, model=MODEL),
     "mdm-deep": Case("mdm", micro_batch=2, model=MODEL | {"num_layers": 4}),
     "mdm-thirds": Case(  # 128 rows of the vocabulary in parts of 43, 43 and 42
         "mdm", micro_batch=2, model={"hidden_size": 24, "num_attention_heads": 3, "ffn_hidden_size": 48}
+    ),
+    "ar-thirds-terms": Case(
+        "ar", micro_batch=2, model={"hidden_size": 24, "num_attention_heads": 3, "ffn_hidden_size": 48} | TERMS
     ),
     "ar-deep-untied": Case("ar", micro_batch=2, model=MODEL | UNTIED | {"num_layers": 4}),
 }
@@ -66,9 +71,12 @@ GRID = [Layout(data, tensor, pipeline) for data in (1, 2) for tensor in (1, 2) f
 INTERLEAVED = {"num_layers_per_virtual_pipeline_stage": 1}
 CHECKS = [(layout, name) for layout in GRID for name in OBJECTIVES]
 CHECKS += [
-    (layout, name) for layout in GRID for name in ("mdm-short", "mdm-nothing-masked", "mdm-untied", "ar-clipped")
+    (layout, name)
+    for layout in GRID
+    for name in ("mdm-short", "mdm-nothing-masked", "mdm-untied", "mdm-terms", "ar-clipped")
 ]
-CHECKS += [(Layout(2, 3, 1), "mdm-thirds"), (Layout(1, 1, 4), "mdm-deep")]  # two stages there have no end
+CHECKS += [(Layout(2, 3, 1), name) for name in ("mdm-thirds", "ar-thirds-terms")]
+CHECKS += [(Layout(1, 1, 4), "mdm-deep")]  # two stages there have no end
 CHECKS += [(Layout(2, 1, 1, {"zero_stage": stage}), name) for stage in (0, 2, 3) for name in ("ar", "mdm-untied")]
 CHECKS += [(Layout(2, tensor, 2, {"zero_stage": stage}), "mdm") for tensor in (1, 2) for stage in (0, 3)]
 CHECKS += [

@@ -1,0 +1,71 @@
+#!/usr/bin/env python3
+"""Evaluate trained runs together: each alone, and the ensembles of the first 1, 2, ... of them.
+
+    python tools/ensemble.py runs/seed_1 runs/seed_2 runs/seed_3
+    python tools/ensemble.py runs/seed_* --checkpoint best --json runs/ensemble.json --plot runs/ensemble.png
+    torchrun --standalone --nproc-per-node 8 tools/ensemble.py runs/seed_1 runs/seed_2 --num-mc 32
+
+An ensemble averages probabilities, token by token: p = mean of p_k, so nll = log K - logsumexp(-nll_k). The loss of
+autoregressive runs is exact. That of masked diffusion is an upper bound, as for a single run: the mean of the denoisers
+is a denoiser, evaluated with the same masks for all members.
+
+Data, noise and alignment are those that the first run recorded, as with --skip-train; flags of data and validation
+behind the runs win over them: --num-mc, --eval-seed, --eval-samples, --eval-batch-size, --eval-alignment,
+--valid-data-path, --train-data-path, --tokenizer-model (see pretrain_gpt.py --help). Members share objective,
+tokenizer, alignment and validation text; sizes, budgets and regularisers may differ, and any layout may have trained
+them. All are in memory at once, shared by the processes of torchrun.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron.training.main import start
+
+# isort: split
+# libgomp has been told how to wait: before that nothing may load torch
+from megatron.evaluation.ensemble import evaluate_members, open_members, plot, settings, table
+from megatron.parallel.mesh import start_processes
+from megatron.training.run_folder import write_json, writing
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folders that --save wrote, or checkpoints in them")
+    parser.add_argument(
+        "--checkpoint",
+        choices=("latest", "best"),
+        default="latest",
+        help="which checkpoint of each run: the newest, or that of the lowest loss on its first set (default: latest)",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures for a machine too")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw loss against the number of members")
+    options, flags = parser.parse_known_args()
+
+    def work(config, watch) -> None:
+        processes = start_processes(minutes=config.parallel.distributed_timeout_minutes)
+        members = processes.from_first(lambda: open_members(options.runs, options.checkpoint, flags))
+        processes.from_first(make_folders)
+        record = evaluate_members(members, processes)
+        if processes.rank == 0:
+            print(table(record))
+            if options.json:
+                write_json(options.json, record)
+            if options.plot:
+                with writing(options.plot):
+                    plot(record, options.plot)
+
+    def make_folders() -> None:
+        for path in filter(None, (options.json, options.plot)):
+            with writing(path):  # before the work, not after it
+                path.parent.mkdir(parents=True, exist_ok=True)
+
+    start(lambda: settings(options.runs[0], flags), work)
+
+
+if __name__ == "__main__":
+    main()
