@@ -234,7 +234,7 @@ def measure(case: Case, rank: int, device: torch.device, steps: int = STEPS) -> 
     optimizer = build_optimizer(engine, config.optimizer)
     start_state(optimizer, 0)
     batches = [random_batch(config, vocabulary, seed) for seed in range(case.micro_batches)]
-    step = partial(train_step, engine, optimizer, batches, learning_rate=1e-4, clip_grad=1.0)
+    step = partial(train_step, engine, optimizer, batches, learning_rate=1e-4, weight_decay=0.1, clip_grad=1.0)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         for _ in range(steps):

@@ -54,6 +54,7 @@ class Case:
     clip: float = 0.0
     period: int = 100
     model: dict = field(default_factory=dict)
+    optimizer: dict = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def build(
     """Return the engine at its initial weights, its optimizer and its data for so many steps."""
     config = ModelConfig(**MODEL | case.model)
     engine = build_engine(config, VOCABULARY, 5, processes, parallel, bf16=bf16, compile=compile)
-    optimizer = build_optimizer(engine, OptimizerConfig(lr=1.0, weight_decay=WEIGHT_DECAY))
+    optimizer = build_optimizer(engine, OptimizerConfig(lr=1.0, weight_decay=WEIGHT_DECAY, **case.optimizer))
     settings = ObjectiveConfig(token_dropout=case.token_dropout, mask_eps=1e-9 if case.nothing_masked else 1e-3)
     objective = build_objective(case.name, settings, VOCABULARY, GLOBAL_BATCH)
     if case.nothing_masked:
@@ -114,7 +115,8 @@ def take(processes: Processes, case: Case, parallel: ParallelConfig = ParallelCo
     )
     reseed(7, 0, processes)
     batches = [data[index] for index in range(data.per_step)]
-    result = train_step(engine, optimizer, batches, learning_rate=LEARNING_RATE, clip_grad=case.clip)
+    rates = {"learning_rate": LEARNING_RATE, "weight_decay": WEIGHT_DECAY}
+    result = train_step(engine, optimizer, batches, **rates, clip_grad=case.clip)
     return Step(float(result.loss), float(result.grad_norm), gradients, before, whole(engine.named_parameters()))
 
 
@@ -124,11 +126,11 @@ def curve(
     """Return this process's shares of the losses of CURVE_STEPS steps, [steps]."""
     engine, optimizer, data = build(processes, case, parallel, CURVE_STEPS, bf16)
     assert all(parameter.dtype == torch.float32 for parameter in engine.parameters())  # master weights
-    losses = []
+    losses, rates = [], {"learning_rate": 1e-2, "weight_decay": WEIGHT_DECAY}
     for step in range(CURVE_STEPS):
         reseed(7, step, processes)
         batches = [data[step * data.per_step + index] for index in range(data.per_step)]
-        losses.append(float(train_step(engine, optimizer, batches, learning_rate=1e-2, clip_grad=1.0).loss))
+        losses.append(float(train_step(engine, optimizer, batches, **rates, clip_grad=1.0).loss))
     return np.array(losses)
 
 

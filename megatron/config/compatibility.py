@@ -215,7 +215,6 @@ TABLE = one_table(
         "is refused: the clock is samples; give --lr-decay-samples and --lr-warmup-samples",
     ),
     refused("--lr-warmup-fraction --warmup", "is refused: give --lr-warmup-samples; the default is 1% of the budget"),
-    later("--start-weight-decay --end-weight-decay --weight-decay-incr-style", "a changing weight decay"),
     refused(
         "--override-opt_param-scheduler --use-checkpoint-opt_param-scheduler --no-load-lr-state",
         "is refused: a run keeps its schedule, and a branch changes it: --load A --save B",

@@ -27,6 +27,7 @@ from megatron.training.command_line import parse
 from megatron.training.engines import start_engine
 from megatron.training.environment import check_device, choose_compile, choose_precision, describe
 from megatron.training.feed import MicroBatches
+from megatron.training.optimizer import parameter_table
 from megatron.training.resume import open_run
 from megatron.training.sources import Sources, open_sources
 from megatron.training.trackers import Trackers, check_packages, start_trackers
@@ -171,7 +172,7 @@ def run(objective: str, config: Config, command: str, watch: Watch | None) -> No
         validated,
     )
     if processes.rank == 0:
-        _announce(objective, config, plan, engine, precision, compiled, origin)
+        _announce(objective, config, plan, vocabulary, engine, precision, compiled, origin)
     if config.validation.skip_train:
         for record in trainer.evaluate():
             if processes.rank == 0:
@@ -217,7 +218,7 @@ def _selects(record: dict, sources: Sources) -> bool:
     return record["kind"] == "valid" and record["set"] in [found.name for found in sources.validation[:1]]
 
 
-def _announce(objective, config, plan, engine, precision, compiled, origin) -> None:
+def _announce(objective, config, plan, vocabulary, engine, precision, compiled, origin) -> None:
     processes = engine.processes
     for line in idle_flags(config, exact=objective == "ar"):
         logger.info(line)
@@ -240,3 +241,5 @@ def _announce(objective, config, plan, engine, precision, compiled, origin) -> N
         precision, ", compiled" if compiled else "", processes.device.type, processes.size,
         f" ({', '.join([*layout, sharing])})" if processes.size > 1 else "",
     )  # fmt: skip
+    for line in () if config.validation.skip_train else parameter_table(config, vocabulary):
+        logger.info(line)

@@ -1,31 +1,64 @@
-"""AdamW over two parameter groups: matrices decay, vectors do not.
+"""AdamW over groups of parameters by what they are, some of which decay.
 
 On CUDA the update is NVIDIA apex's where that is installed, else PyTorch's own fused one.
 """
+
+from collections.abc import Iterator
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 
-from megatron.config.sections import OptimizerConfig
+from megatron.config.sections import Config, OptimizerConfig, Vocabulary
+from megatron.model.transformer import Transformer
 from megatron.parallel.engine import MOMENTS, Engine
 
+MATRICES, TABLES, VECTORS = KINDS = ("matrices of the blocks", "embedding and head", "vectors")
+DECAYING = {"hidden": (MATRICES,), "matrices": (MATRICES, TABLES), "all": KINDS}  # by --weight-decay-parameters
 
-def decays(parameter: nn.Parameter) -> bool:
-    """Return whether weight decay applies: to matrices, embeddings included; not to norms and biases."""
-    return parameter.dim() >= 2
+
+def kind(name: str, parameter: torch.Tensor) -> str:
+    """Return which of KINDS a parameter is, by its name in the whole model; vectors are norms and biases."""
+    if parameter.dim() < 2:
+        return VECTORS
+    return MATRICES if name.startswith("layers.") else TABLES
+
+
+def parameter_groups(model: nn.Module | Engine, config: OptimizerConfig) -> list[dict]:
+    """Return a group for each kind of parameter held here; "decays" says whether weight decay applies to it."""
+    named = list(model.named_parameters())
+    members = {each: [parameter for name, parameter in named if kind(name, parameter) == each] for each in KINDS}
+    decaying = DECAYING[config.weight_decay_parameters]
+    return [
+        {"params": found, "decays": each in decaying, "weight_decay": config.weight_decay if each in decaying else 0.0}
+        for each, found in members.items()
+        if found  # a stage may have no embedding
+    ]
+
+
+def parameter_table(config: Config, vocabulary: Vocabulary) -> Iterator[str]:
+    """Yield the lines of a table of the whole model: which parameters there are, how many, and how they decay."""
+    optimizer, counts = config.optimizer, dict.fromkeys(KINDS, 0)
+    with torch.device("meta"):
+        model = Transformer(config.model, vocabulary)
+    for name, parameter in model.named_parameters():
+        counts[kind(name, parameter)] += parameter.numel()
+    decay = f"{optimizer.weight_decay:g}"
+    if optimizer.weight_decay_incr_style != "constant":
+        ends = f"{optimizer.start_weight_decay:g} to {optimizer.end_weight_decay:g}"
+        decay = f"{ends}, {optimizer.weight_decay_incr_style}"
+    yield f"{'parameters':<24}{'number':>16}  weight decay"
+    for each, count in counts.items():
+        yield f"{each:<24}{count:>16,}  {decay if each in DECAYING[optimizer.weight_decay_parameters] else 'none'}"
 
 
 def build_optimizer(model: nn.Module | Engine, config: OptimizerConfig) -> Optimizer:
-    """Return fused AdamW over the parameters held here; the learning rate is set at every step."""
-    parameters = list(model.parameters())
-    groups = [
-        {"params": [p for p in parameters if decays(p)], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if not decays(p)], "weight_decay": 0.0},
-    ]
+    """Return fused AdamW over the parameters held here; learning rate and weight decay are set at every step."""
+    groups = parameter_groups(model, config)
+    first = groups[0]["params"][0]
     options = {"lr": config.lr, "betas": (config.adam_beta1, config.adam_beta2), "eps": config.adam_eps}
-    sharded = parameters[0].device.type == "cuda" and isinstance(parameters[0], DTensor)
+    sharded = first.device.type == "cuda" and isinstance(first, DTensor)
     apex = apex_adam() if sharded else None
     return ShardedApexAdam(apex, groups, **options) if apex else AdamW(groups, **options, fused=True)
 
@@ -77,7 +110,7 @@ class ShardedApexAdam(Optimizer):
     @torch.no_grad()
     def step(self) -> None:
         for outer, inner in zip(self.param_groups, self._apex.param_groups, strict=True):
-            inner["lr"] = outer["lr"]
+            inner["lr"], inner["weight_decay"] = outer["lr"], outer["weight_decay"]
             for parameter in outer["params"]:
                 self._local[parameter].grad = parameter.grad.to_local()
         self._apex.step()

@@ -22,7 +22,7 @@ from megatron.training.feed import MicroBatches, loader
 from megatron.training.metrics import peak_flops, peak_memory
 from megatron.training.run_folder import RunFolder, read_json, write_json
 from megatron.training.saver import Saver
-from megatron.training.schedule import learning_rate
+from megatron.training.schedule import learning_rate, weight_decay
 from megatron.training.step import StepResult, reseed, train_step
 from megatron.training.stopping import Stopping
 from megatron.training.trackers import Trackers
@@ -71,7 +71,7 @@ class Trainer:
         self.diverged_at = torch.zeros((), dtype=torch.int64, device=processes.device)  # 0: never
         # of the newest checkpoint, which may still be being written
         self.saved_at, self.saved_samples = progress.iteration or None, progress.consumed_samples
-        self.rate = 0.0  # learning rate of the last step
+        self.rate = self.decay = 0.0  # learning rate and weight decay of the last step
         self.validated = validated  # loss on the first set by iteration: it decides which checkpoint is best
         self._recorded = (progress.consumed_samples, progress.seconds)  # at the last training record
         self._bar = None
@@ -115,11 +115,13 @@ class Trainer:
         reseed(training.seed, progress.iteration, self.processes)
         after = min(progress.consumed_samples + training.global_batch_size, self.plan.train_samples)
         self.rate = learning_rate(self.config.optimizer, self.plan, after)
+        self.decay = weight_decay(self.config.optimizer, self.plan, after)
         result = train_step(
             self.engine,
             self.optimizer,
             micro_batches,
             learning_rate=self.rate,
+            weight_decay=self.decay,
             clip_grad=self.config.optimizer.clip_grad,
         )
         progress.iteration, progress.consumed_samples = progress.iteration + 1, after
@@ -179,7 +181,7 @@ class Trainer:
             "loss": loss,
             "grad_norm": float(result.grad_norm),
             "learning_rate": self.rate,
-            "weight_decay": self.config.optimizer.weight_decay,
+            "weight_decay": self.decay,
             "tokens_per_second": speed,
             "mfu": 6 * self.plan.parameters * speed / peak if peak else None,
             "memory_bytes": peak_memory(self.processes.device),

@@ -27,7 +27,8 @@ ASSUMED = {
     "tokenizer_type": "GPT2BPETokenizer", "softmax_over_padding": True, "epoch_order": "megatron", "mask_times": "iid",
     "mask_eps": 1e-3, "eval_alignment": "published", "ffn_hidden_size": None, "group_query_attention": False,
     "num_query_groups": None, "qk_layernorm": False, "mlp_dropout": 0.0, "token_dropout": 0.0, "token_dropout_max": 0.0,
-    "split": None, "train_unique_tokens": None, "skip_train": False,
+    "split": None, "train_unique_tokens": None, "skip_train": False, "weight_decay_incr_style": "constant",
+    "start_weight_decay": None, "end_weight_decay": None, "weight_decay_parameters": "matrices",
 }  # fmt: skip
 # Ours alone, or how a run is started and kept: nothing the published system has a value of.
 OURS = {

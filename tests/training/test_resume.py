@@ -12,7 +12,13 @@ from tests.conftest import entry, environment, records, run
 
 VARIANTS = {
     "ar": ("ar", []),
-    "ar-regularised": ("ar", ["--token-dropout-max", "0.5", "--mlp-dropout", "0.2", "--hidden-dropout", "0.1"]),
+    "ar-regularised": (
+        "ar",
+        [
+            *("--token-dropout-max", "0.5", "--mlp-dropout", "0.2", "--hidden-dropout", "0.1"),
+            *("--weight-decay-incr-style", "linear", "--start-weight-decay", "0", "--end-weight-decay", "0.93"),
+        ],
+    ),
     "mdm": ("mdm", []),
     "mdm-dropout": ("mdm", ["--mlp-dropout", "0.2", "--attention-dropout", "0.1", "--embedding-dropout", "0.1"]),
 }
@@ -54,6 +60,11 @@ def test_killed_and_resumed_equals_uninterrupted(variant, uninterrupted, tiny, t
     assert process.wait() == -signal.SIGKILL
     run(objective, *tiny, *flags, "--save", tmp_path)
     assert records(tmp_path) == records(uninterrupted(variant))
+
+
+def test_a_changing_weight_decay_is_recorded(uninterrupted):
+    for record in records(uninterrupted("ar-regularised"), "train"):
+        assert record["weight_decay"] == pytest.approx(record["consumed_samples"] / 100)
 
 
 @pytest.mark.parametrize("variant", ["ar", "mdm"])
