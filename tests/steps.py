@@ -15,7 +15,7 @@ from megatron.objectives.masked_diffusion import MaskedDiffusion
 from megatron.parallel.apply import build_engine
 from megatron.parallel.mesh import Processes
 from megatron.training.feed import MicroBatches
-from megatron.training.optimizer import build_optimizer
+from megatron.training.optimizer import build_optimizer, start_state
 from megatron.training.step import reseed, train_step
 
 VOCABULARY, SEQ_LENGTH, GLOBAL_BATCH = Vocabulary(61), 18, 8
@@ -87,6 +87,7 @@ def build(
     config = ModelConfig(**MODEL | case.model)
     engine = build_engine(config, VOCABULARY, 5, processes, parallel, bf16=bf16, compile=compile)
     optimizer = build_optimizer(engine, OptimizerConfig(lr=1.0, weight_decay=WEIGHT_DECAY, **case.optimizer))
+    start_state(optimizer, 0)
     settings = ObjectiveConfig(token_dropout=case.token_dropout, mask_eps=1e-9 if case.nothing_masked else 1e-3)
     objective = build_objective(case.name, settings, VOCABULARY, GLOBAL_BATCH)
     if case.nothing_masked:

@@ -122,8 +122,8 @@ def _check_optimizer(agree, path: str | None, given: dict, optimizer: OptimizerC
     kind = given.pop("optimizer.type", "AdamW")
     if str(kind).lower() not in ("adam", "adamw"):
         raise ConfigurationError(
-            f"--deepspeed-config {path}: optimizer.type {json.dumps(kind)} contradicts AdamW, the only optimizer here; "
-            "leave it out"
+            f"--deepspeed-config {path}: optimizer.type {json.dumps(kind)} contradicts AdamW, the only optimizer that "
+            "DeepSpeed runs here; leave it out"
         )
     for name, field in {"lr": "lr", "eps": "adam_eps"}.items():
         value = getattr(optimizer, field)
@@ -136,7 +136,7 @@ def _check_optimizer(agree, path: str | None, given: dict, optimizer: OptimizerC
     betas = [optimizer.adam_beta1, optimizer.adam_beta2]
     agree("optimizer.params.betas", betas, f"--adam-beta1 {betas[0]} --adam-beta2 {betas[1]}")
     for name in ("adam_w_mode", "bias_correction"):
-        agree(f"optimizer.params.{name}", True, "AdamW, the only optimizer here")
+        agree(f"optimizer.params.{name}", True, "AdamW, the only optimizer here with DeepSpeed")
 
 
 def _zero(path: str | None, given: dict, asked: int | None) -> dict:

@@ -50,6 +50,7 @@ class Plan:
 def resolve(config: Config, vocabulary: Vocabulary, unique_tokens: int) -> Plan:
     """Return the plan of a run over `unique_tokens`; raise ConfigurationError where sections contradict."""
     training, optimizer, seq_length = config.training, config.optimizer, config.data.seq_length
+    _check_deepspeed(config)
     parameters = parameter_count(config.model, vocabulary)
     samples = _train_samples(training, seq_length, unique_tokens, parameters)
     steps = -(-samples // training.global_batch_size)
@@ -81,6 +82,13 @@ def resolve(config: Config, vocabulary: Vocabulary, unique_tokens: int) -> Plan:
         eval_interval=eval_interval,
         save_interval=config.checkpoint.save_interval or eval_interval,
     )
+
+
+def _check_deepspeed(config: Config) -> None:
+    """Refuse what needs parameters as FSDP2 keeps them."""
+    muon = config.parallel.deepspeed and config.optimizer.optimizer == "muon"
+    rule = "orthogonalises whole matrices, and DeepSpeed's ZeRO updates flat pieces of them; leave out --deepspeed"
+    require(not muon, "optimizer", config.optimizer.optimizer, rule)
 
 
 def _train_samples(training, seq_length: int, unique_tokens: int, parameters: int) -> int:
@@ -206,7 +214,8 @@ def check_resume(recorded: dict, config: Config, plan: Plan, objective: str, bra
     """Refuse to continue a run under another configuration.
 
     `recorded` is the config.json of the run. A resume keeps everything but FREE_ON_RESUME; a branch
-    (--load A --save B) must only keep the objective, the network and its vocabulary.
+    (--load A --save B) must only keep the objective, the network and its vocabulary, and the optimizer whose moments
+    it goes on with.
     """
     asked = "load" if branch and config.checkpoint.load else "save"
     folder = getattr(config.checkpoint, asked)
@@ -233,6 +242,9 @@ def check_resume(recorded: dict, config: Config, plan: Plan, objective: str, bra
                     f"{typed(name, value)}: the run in {folder} was begun with {typed(name, before)}; "
                     + ("a branch keeps the network, so drop the change" if branch else remedy)
                 )
+    kind = recorded["optimizer"].get("optimizer", "adamw")
+    rule = f"the run in {folder} was begun with --optimizer {kind}, whose moments a branch goes on with; keep it"
+    require(config.optimizer.optimizer == kind, "optimizer", config.optimizer.optimizer, rule)
     for name in () if branch else BUDGET_PLAN:
         if recorded["plan"][name] != getattr(plan, name):
             raise ConfigurationError(

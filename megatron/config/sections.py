@@ -240,8 +240,14 @@ class ObjectiveConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """Optimizer and schedule: AdamW, with the clock in samples."""
+    """Optimizer and schedule: AdamW or Muon, with the clock in samples."""
 
+    optimizer: str = flag(
+        "adamw",
+        "muon: orthogonal updates of the matrices of the blocks, of AdamW's size, so that --lr serves both; AdamW for "
+        "embedding, head and vectors",
+        choices=("adamw", "muon"),
+    )
     lr: float = flag(2e-4, "peak learning rate")
     min_lr: float | None = flag(None, "final learning rate; default a tenth of the peak")
     lr_decay_style: str = flag(
@@ -268,6 +274,7 @@ class OptimizerConfig:
     adam_beta1: float = flag(0.9, "decay of the first moment")
     adam_beta2: float = flag(0.95, "decay of the second moment")
     adam_eps: float = flag(1e-8, "epsilon of AdamW")
+    muon_momentum: float = flag(0.95, "Nesterov momentum of Muon")
     clip_grad: float = flag(1.0, "scale gradients down to this global norm; 0 does not clip")
 
     def __post_init__(self):
@@ -279,8 +286,11 @@ class OptimizerConfig:
             value = getattr(self, name)
             require(value is None or value >= 0, name, value, "must not be negative")
         self._check_changing_weight_decay()
-        for name in ("adam_beta1", "adam_beta2"):
+        for name in ("adam_beta1", "adam_beta2", "muon_momentum"):
             require(0 <= getattr(self, name) < 1, name, getattr(self, name), "lies in [0, 1)")
+        momentum = self.muon_momentum
+        idle = self.optimizer != "muon" and momentum != OptimizerConfig.muon_momentum
+        require(not idle, "muon_momentum", momentum, "does nothing without --optimizer muon; give both or neither")
         require(self.adam_eps > 0, "adam_eps", self.adam_eps, "must be positive")
         warmup = self.lr_warmup_samples
         require(warmup is None or warmup >= 0, "lr_warmup_samples", warmup, "must not be negative")

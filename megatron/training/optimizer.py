@@ -1,6 +1,6 @@
-"""AdamW over groups of parameters by what they are, some of which decay.
+"""AdamW, or Muon beside it, over groups of parameters by what they are, some of which decay.
 
-On CUDA the update is NVIDIA apex's where that is installed, else PyTorch's own fused one.
+On CUDA AdamW's update is NVIDIA apex's where that is installed, else PyTorch's own fused one.
 """
 
 from collections.abc import Iterator
@@ -13,6 +13,7 @@ from torch.optim import AdamW, Optimizer
 from megatron.config.sections import Config, OptimizerConfig, Vocabulary
 from megatron.model.transformer import Transformer
 from megatron.parallel.engine import MOMENTS, Engine
+from megatron.training.muon import Muon
 
 MATRICES, TABLES, VECTORS = KINDS = ("matrices of the blocks", "embedding and head", "vectors")
 DECAYING = {"hidden": (MATRICES,), "matrices": (MATRICES, TABLES), "all": KINDS}  # by --weight-decay-parameters
@@ -26,19 +27,33 @@ def kind(name: str, parameter: torch.Tensor) -> str:
 
 
 def parameter_groups(model: nn.Module | Engine, config: OptimizerConfig) -> list[dict]:
-    """Return a group for each kind of parameter held here; "decays" says whether weight decay applies to it."""
+    """Return a group for each kind of parameter held here.
+
+    "moments" names what the optimizer keeps of each parameter, "decays" says whether weight decay applies.
+    """
     named = list(model.named_parameters())
     members = {each: [parameter for name, parameter in named if kind(name, parameter) == each] for each in KINDS}
     decaying = DECAYING[config.weight_decay_parameters]
     return [
-        {"params": found, "decays": each in decaying, "weight_decay": config.weight_decay if each in decaying else 0.0}
+        {
+            "params": found,
+            "lr": config.lr,
+            "moments": ("momentum_buffer",) if updates(each, config) == "muon" else MOMENTS,
+            "decays": each in decaying,
+            "weight_decay": config.weight_decay if each in decaying else 0.0,
+        }
         for each, found in members.items()
         if found  # a stage may have no embedding
     ]
 
 
+def updates(kind: str, config: OptimizerConfig) -> str:
+    """Return which optimizer updates parameters of this kind: Muon is for matrices that map hidden states."""
+    return config.optimizer if kind == MATRICES else "adamw"
+
+
 def parameter_table(config: Config, vocabulary: Vocabulary) -> Iterator[str]:
-    """Yield the lines of a table of the whole model: which parameters there are, how many, and how they decay."""
+    """Yield the lines of a table of the whole model: which parameters, how many, what updates them, how they decay."""
     optimizer, counts = config.optimizer, dict.fromkeys(KINDS, 0)
     with torch.device("meta"):
         model = Transformer(config.model, vocabulary)
@@ -48,19 +63,22 @@ def parameter_table(config: Config, vocabulary: Vocabulary) -> Iterator[str]:
     if optimizer.weight_decay_incr_style != "constant":
         ends = f"{optimizer.start_weight_decay:g} to {optimizer.end_weight_decay:g}"
         decay = f"{ends}, {optimizer.weight_decay_incr_style}"
-    yield f"{'parameters':<24}{'number':>16}  weight decay"
+    yield f"{'parameters':<24}{'number':>16}  {'optimizer':<9}  weight decay"
     for each, count in counts.items():
-        yield f"{each:<24}{count:>16,}  {decay if each in DECAYING[optimizer.weight_decay_parameters] else 'none'}"
+        shown = decay if each in DECAYING[optimizer.weight_decay_parameters] else "none"
+        yield f"{each:<24}{count:>16,}  {updates(each, optimizer):<9}  {shown}"
 
 
 def build_optimizer(model: nn.Module | Engine, config: OptimizerConfig) -> Optimizer:
-    """Return fused AdamW over the parameters held here; learning rate and weight decay are set at every step."""
+    """Return the optimizer of the parameters held here; learning rate and weight decay are set at every step."""
     groups = parameter_groups(model, config)
+    matrices = groups.pop(0) if config.optimizer == "muon" else None
     first = groups[0]["params"][0]
     options = {"lr": config.lr, "betas": (config.adam_beta1, config.adam_beta2), "eps": config.adam_eps}
     sharded = first.device.type == "cuda" and isinstance(first, DTensor)
     apex = apex_adam() if sharded else None
-    return ShardedApexAdam(apex, groups, **options) if apex else AdamW(groups, **options, fused=True)
+    adamw = ShardedApexAdam(apex, groups, **options) if apex else AdamW(groups, **options, fused=True)
+    return Muon(matrices, adamw, config.muon_momentum) if matrices else adamw
 
 
 def apex_adam() -> type | None:
@@ -76,11 +94,12 @@ def start_state(optimizer: Optimizer, steps: int) -> None:
     """Give every parameter zero moments and the step count, ready for a checkpoint to be loaded into."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            optimizer.state[parameter] = {moment: torch.zeros_like(parameter) for moment in MOMENTS}
-            # the fused kernel reads the count on the parameter's device
-            optimizer.state[parameter]["step"] = torch.tensor(float(steps), device=parameter.device)
-    if isinstance(optimizer, ShardedApexAdam):
-        optimizer.attach(steps)
+            optimizer.state[parameter] = {moment: torch.zeros_like(parameter) for moment in group["moments"]}
+            if group["moments"] == MOMENTS:  # the fused kernel reads the count on the parameter's device
+                optimizer.state[parameter]["step"] = torch.tensor(float(steps), device=parameter.device)
+    adamw = optimizer.others if isinstance(optimizer, Muon) else optimizer
+    if isinstance(adamw, ShardedApexAdam):
+        adamw.attach(steps)
 
 
 class ShardedApexAdam(Optimizer):

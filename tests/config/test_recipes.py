@@ -29,13 +29,14 @@ ASSUMED = {
     "num_query_groups": None, "qk_layernorm": False, "mlp_dropout": 0.0, "token_dropout": 0.0, "token_dropout_max": 0.0,
     "split": None, "train_unique_tokens": None, "skip_train": False, "weight_decay_incr_style": "constant",
     "start_weight_decay": None, "end_weight_decay": None, "weight_decay_parameters": "matrices",
+    "optimizer": "adamw",
 }  # fmt: skip
 # Ours alone, or how a run is started and kept: nothing the published system has a value of.
 OURS = {
     "model_size", "recipe", "vocab_size", "tokenizer_model", "train_data_path", "valid_data_path", "fp32", "compile",
     "train_epochs", "train_samples", "train_iters", "train_flops", "lr_warmup_samples", "lr_decay_samples",
     "lr_wsd_decay_samples", "exit_interval", "exit_duration_in_mins", "kill_switch_file", "dry_run", "eval_batch_size",
-    "eval_seed", "save", "load", "keep_every_epochs",
+    "eval_seed", "save", "load", "keep_every_epochs", "muon_momentum",
 }  # fmt: skip
 # ... the layout, and where the records are shown
 OURS |= {name for section in ("parallel", "tracking") for name in SECTIONS[section].__dataclass_fields__}

@@ -90,6 +90,8 @@ REFUSED = [
     (OptimizerConfig, {"clip_grad": -1.0}, "--clip-grad -1.0: must not be negative"),
     (OptimizerConfig, {"adam_beta1": 1.0}, "--adam-beta1 1.0: lies in [0, 1)"),
     (OptimizerConfig, {"adam_beta2": -0.1}, "--adam-beta2 -0.1: lies in [0, 1)"),
+    (OptimizerConfig, {"muon_momentum": 1.0}, "--muon-momentum 1.0: lies in [0, 1)"),
+    (OptimizerConfig, {"muon_momentum": 0.9}, "--muon-momentum 0.9: does nothing without --optimizer muon; give both"),
     (OptimizerConfig, {"adam_eps": 0.0}, "--adam-eps 0.0: must be positive"),
     (OptimizerConfig, {"lr_warmup_samples": -1}, "--lr-warmup-samples -1: must not be negative"),
     (OptimizerConfig, {"lr_decay_samples": 0}, "--lr-decay-samples 0: must be at least 1"),

@@ -127,12 +127,13 @@ def test_what_decays_and_nothing_else(processes, choice):
 
 
 def test_the_table_counts_every_parameter_once():
-    words = "--num-layers 2 --hidden-size 32 --num-attention-heads 2 --weight-decay-parameters hidden"
+    words = "--num-layers 2 --hidden-size 32 --num-attention-heads 2 --weight-decay-parameters hidden --optimizer muon"
     words += " --weight-decay-incr-style linear --start-weight-decay 0 --end-weight-decay 0.5"
     config, vocabulary = parse("ar", words.split()), Vocabulary(257)
     head, *lines = parameter_table(config, vocabulary)
-    assert head.split() == ["parameters", "number", "weight", "decay"]
+    assert head.split() == ["parameters", "number", "optimizer", "weight", "decay"]
     assert [line[:24].strip() for line in lines] == ["matrices of the blocks", "embedding and head", "vectors"]
-    assert [line[40:].strip() for line in lines] == ["0 to 0.5, linear", "none", "none"]
+    assert [line[40:51].strip() for line in lines] == ["muon", "adamw", "adamw"]
+    assert [line[51:].strip() for line in lines] == ["0 to 0.5, linear", "none", "none"]
     counts = [int(line[24:40].replace(",", "")) for line in lines]
     assert sum(counts) == parameter_count(config.model, vocabulary) and counts[1:] == [384 * 32, 5 * 32]
