@@ -34,7 +34,7 @@ class Memory:
     stage: int  # its place in the pipeline, from 0
     moment: str
     master_weights: int  # fp32, this process's shard
-    optimizer_states: int  # two moments of AdamW, likewise; one of Muon
+    optimizer_states: int  # two moments of AdamW, likewise; one of Muon; and averaged weights
     gradients: int  # shards, and what is not reduced yet
     compute_weights: int  # what FSDP2 has gathered, in the compute dtype
     activations: int
@@ -125,6 +125,7 @@ class _Process:
         if config.optimizer.optimizer == "muon":
             matrices = [_part(*item, self.tensor) for item in block_shapes(model).items() if len(item[1]) == 2]
             self.moments_held -= _numbers(matrices, shards).shard * self.layers * self.chunks
+        self.moments_held += self.parameters.shard * config.optimizer.averages
 
         self.seq_length = config.data.seq_length
         self.tokens = training.micro_batch_size * self.seq_length

@@ -53,6 +53,9 @@ def resolve(config: Config, vocabulary: Vocabulary, unique_tokens: int) -> Plan:
     _check_deepspeed(config)
     parameters = parameter_count(config.model, vocabulary)
     samples = _train_samples(training, seq_length, unique_tokens, parameters)
+    begin = optimizer.average_from_samples
+    rule = f"is more than the budget of {samples} samples, so nothing would be averaged; lower it"
+    require(begin is None or begin <= samples, "average_from_samples", begin, rule)
     steps = -(-samples // training.global_batch_size)
     warmup = samples // 100 if optimizer.lr_warmup_samples is None else optimizer.lr_warmup_samples
     decay = optimizer.lr_decay_samples or samples
@@ -85,10 +88,13 @@ def resolve(config: Config, vocabulary: Vocabulary, unique_tokens: int) -> Plan:
 
 
 def _check_deepspeed(config: Config) -> None:
-    """Refuse what needs parameters as FSDP2 keeps them."""
-    muon = config.parallel.deepspeed and config.optimizer.optimizer == "muon"
+    """Refuse with DeepSpeed what needs parameters as FSDP2 keeps them."""
+    optimizer, free = config.optimizer, not config.parallel.deepspeed
     rule = "orthogonalises whole matrices, and DeepSpeed's ZeRO updates flat pieces of them; leave out --deepspeed"
-    require(not muon, "optimizer", config.optimizer.optimizer, rule)
+    require(free or optimizer.optimizer != "muon", "optimizer", optimizer.optimizer, rule)
+    for name in ("ema_decay", "average_from_samples"):
+        rule = "averages the fp32 weights, which DeepSpeed keeps in flat pieces of its own; leave out --deepspeed"
+        require(free or getattr(optimizer, name) is None, name, getattr(optimizer, name), rule)
 
 
 def _train_samples(training, seq_length: int, unique_tokens: int, parameters: int) -> int:

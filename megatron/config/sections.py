@@ -276,6 +276,12 @@ class OptimizerConfig:
     adam_eps: float = flag(1e-8, "epsilon of AdamW")
     muon_momentum: float = flag(0.95, "Nesterov momentum of Muon")
     clip_grad: float = flag(1.0, "scale gradients down to this global norm; 0 does not clip")
+    ema_decay: float | None = flag(
+        None, "evaluate an exponential moving average of the weights too, which keeps D of itself a step", metavar="D"
+    )
+    average_from_samples: int | None = flag(
+        None, "evaluate the mean of the weights after every step from N consumed samples on too", metavar="N"
+    )
 
     def __post_init__(self):
         require(self.lr > 0, "lr", self.lr, "must be positive")
@@ -291,6 +297,11 @@ class OptimizerConfig:
         momentum = self.muon_momentum
         idle = self.optimizer != "muon" and momentum != OptimizerConfig.muon_momentum
         require(not idle, "muon_momentum", momentum, "does nothing without --optimizer muon; give both or neither")
+        decay, begin = self.ema_decay, self.average_from_samples
+        require(decay is None or 0 < decay < 1, "ema_decay", decay, "lies in (0, 1)")
+        require(begin is None or begin >= 0, "average_from_samples", begin, "must not be negative")
+        rule = f"excludes --average-from-samples {begin}; give one of them"
+        require(decay is None or begin is None, "ema_decay", decay, rule)
         require(self.adam_eps > 0, "adam_eps", self.adam_eps, "must be positive")
         warmup = self.lr_warmup_samples
         require(warmup is None or warmup >= 0, "lr_warmup_samples", warmup, "must not be negative")
@@ -313,6 +324,11 @@ class OptimizerConfig:
             require(value is not None or constant, "weight_decay_incr_style", style, needed)
         rule = f"does nothing with --weight-decay-incr-style {style}, which has a start and an end; leave it out"
         require(constant or decay == OptimizerConfig.weight_decay, "weight_decay", decay, rule)
+
+    @property
+    def averages(self) -> bool:
+        """Whether an average of the weights is kept."""
+        return self.ema_decay is not None or self.average_from_samples is not None
 
     @property
     def final_lr(self) -> float:

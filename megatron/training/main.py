@@ -23,6 +23,7 @@ from megatron.parallel.launch import adopt_slurm, join, local_rank, world_size
 from megatron.parallel.mesh import start_processes, stop_processes
 from megatron.parallel.watch import PATIENCE, PeerError, Watch
 from megatron.training import checkpoint
+from megatron.training.averaging import start_average
 from megatron.training.command_line import parse
 from megatron.training.engines import start_engine
 from megatron.training.environment import check_device, choose_compile, choose_precision, describe
@@ -137,6 +138,7 @@ def run(objective: str, config: Config, command: str, watch: Watch | None) -> No
         engine.load(state, steps)
         progress = Progress(steps, origin.meta["consumed_samples"], origin.meta["seconds"])
         time_block = origin.meta["time_block"]
+    average = start_average(engine, config.optimizer, origin)
     before = origin.records if origin else []
     description = describe(objective, config, plan, sources, vocabulary, processes, precision, compiled, command)
     description["branched_from"] = origin.branched_from if origin else None
@@ -163,6 +165,7 @@ def run(objective: str, config: Config, command: str, watch: Watch | None) -> No
         processes,
         engine,
         optimizer,
+        average,
         data,
         sources.validation,
         folder,

@@ -17,6 +17,7 @@ from megatron.config.sections import Config
 from megatron.parallel.engine import Engine
 from megatron.parallel.mesh import Processes
 from megatron.training import checkpoint
+from megatron.training.averaging import Average
 from megatron.training.evaluate import ValidationSet, evaluate
 from megatron.training.feed import MicroBatches, loader
 from megatron.training.metrics import peak_flops, peak_memory
@@ -53,6 +54,7 @@ class Trainer:
         processes: Processes,
         engine: Engine,
         optimizer: torch.optim.Optimizer,
+        average: Average | None,
         data: MicroBatches,
         validation_sets: list[ValidationSet],
         folder: RunFolder | None,
@@ -62,7 +64,7 @@ class Trainer:
         validated: dict[int, float],
     ):
         self.config, self.plan, self.processes = config, plan, processes
-        self.engine, self.optimizer, self.data = engine, optimizer, data
+        self.engine, self.optimizer, self.average, self.data = engine, optimizer, average, data
         self.validation_sets, self.folder, self.progress = validation_sets, folder, progress
         self.trackers = trackers
         self.description = description  # what config.json says; every checkpoint carries it
@@ -124,6 +126,8 @@ class Trainer:
             weight_decay=self.decay,
             clip_grad=self.config.optimizer.clip_grad,
         )
+        if self.average:
+            self.average.update(after)
         progress.iteration, progress.consumed_samples = progress.iteration + 1, after
         # noted on the device, so that no step waits for it
         bad = ~(torch.isfinite(result.loss) & torch.isfinite(result.grad_norm)) & (self.diverged_at == 0)
@@ -195,7 +199,15 @@ class Trainer:
         self._record(record)
 
     def evaluate(self) -> list[dict]:
-        """Evaluate every validation set and return the records; the first set decides which checkpoint is best."""
+        """Evaluate every validation set, with the averaged weights too where there are any; return the records."""
+        records = self._evaluate("")
+        if self.average and self.average.steps:
+            with self.average.swapped():
+                records += self._evaluate(".average")
+        return records
+
+    def _evaluate(self, suffix: str) -> list[dict]:
+        """Evaluate every set with what weights are there; the first set, raw, decides which checkpoint is best."""
         validation, records = self.config.validation, []
         for index, data in enumerate(self.validation_sets):
             evaluation = evaluate(
@@ -207,26 +219,30 @@ class Trainer:
                 batch_size=validation.eval_batch_size or self.config.training.micro_batch_size,
                 alignment=validation.eval_alignment,
             )
-            summary = evaluation.summary()
+            summary, name = evaluation.summary(), data.name + suffix
             if not math.isfinite(summary["loss"]):
-                raise DivergedError(f"step {self.progress.iteration}: validation loss on {data.name} is not finite")
-            if index == 0:
+                raise DivergedError(f"step {self.progress.iteration}: validation loss on {name} is not finite")
+            if index == 0 and not suffix:
                 self.validated[self.progress.iteration] = summary["loss"]
             if self.folder:
-                self.folder.save_evaluation(data.name, self.progress.iteration, evaluation)
+                self.folder.save_evaluation(name, self.progress.iteration, evaluation)
             replicates = 1 if self.objective.exact else validation.num_mc
-            record = {"kind": "valid", "set": data.name, "alignment": validation.eval_alignment, "num_mc": replicates}
+            record = {"kind": "valid", "set": name, "alignment": validation.eval_alignment, "num_mc": replicates}
             records.append(self._record(record | summary))
             error = "" if summary["mc_se"] is None else f", mc_se {summary['mc_se']:.4f}"
             bound = "" if self.objective.exact else f" (upper bound{error})"
-            self._say(f"step {self.progress.iteration}  {data.name} loss {summary['loss']:.4f}{bound}")
+            self._say(f"step {self.progress.iteration}  {name} loss {summary['loss']:.4f}{bound}")
         return records
 
     def _start_saver(self) -> Saver:
         saver = Saver(Path(self.config.checkpoint.save or "") / "checkpoints", self.processes)
         if self.config.checkpoint.save:
-            saver.reserve(self.engine.tensors(self.optimizer))
+            saver.reserve(self._tensors())
         return saver
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        """Return what a checkpoint holds, by name."""
+        return self.engine.tensors(self.optimizer) | (self.average.tensors() if self.average else {})
 
     def save(self) -> None:
         """Copy what a checkpoint holds; when it is written, point latest.json (and best.json) at it, and prune.
@@ -241,12 +257,13 @@ class Trainer:
             "consumed_samples": progress.consumed_samples,
             "seconds": progress.seconds,
             "time_block": getattr(self.objective, "time_block", self.config.training.global_batch_size),
+            "averaged_steps": self.average.steps if self.average else 0,
             "permanent": self._permanent(),
             "config": self.description,
         }
         # by then the run may have been validated again
         point = partial(self._point, dict(self.validated))
-        self._saver.save(self.engine.tensors(self.optimizer), meta, then=point)
+        self._saver.save(self._tensors(), meta, then=point)
         self.saved_at, self.saved_samples = progress.iteration, progress.consumed_samples
 
     def _point(self, validated: dict[int, float]) -> None:

@@ -94,6 +94,18 @@ def test_defaults_follow_from_the_budget():
             "--optimizer muon: orthogonalises whole matrices, and DeepSpeed's ZeRO updates flat pieces of them; leave",
         ),
         (
+            "--train-samples 9 --ema-decay 0.9 --deepspeed",
+            "--ema-decay 0.9: averages the fp32 weights, which DeepSpeed",
+        ),
+        (
+            "--train-samples 9 --average-from-samples 5 --deepspeed",
+            "--average-from-samples 5: averages the fp32 weights, which DeepSpeed keeps in flat pieces of its own",
+        ),
+        (
+            "--train-samples 9 --average-from-samples 10",
+            "--average-from-samples 10: is more than the budget of 9 samples, so nothing would be averaged; lower it",
+        ),
+        (
             "--train-samples 100 --lr-decay-style WSD --lr-warmup-samples 50 --lr-wsd-decay-samples 60",
             "--lr-wsd-decay-samples 60: and a warm-up of 50 samples are longer than the whole schedule of 100",
         ),
@@ -206,6 +218,7 @@ def test_one_budget_may_be_written_as_another():
 REFUSED_ON_RESUME = {
     "--train-samples 94": "--train-samples 94 makes train samples 94, and the run in run was begun with 93",
     "--optimizer muon": "--optimizer muon: the run in run was begun with --optimizer adamw",
+    "--ema-decay 0.9": "--ema-decay 0.9: the run in run was begun with no --ema-decay",
     "--weight-decay-parameters all": "--weight-decay-parameters all: the run in run was begun with "
     "--weight-decay-parameters matrices",
     "--lr 0.1": "--lr 0.1: the run in run was begun with --lr 0.0002",

@@ -92,6 +92,13 @@ REFUSED = [
     (OptimizerConfig, {"adam_beta2": -0.1}, "--adam-beta2 -0.1: lies in [0, 1)"),
     (OptimizerConfig, {"muon_momentum": 1.0}, "--muon-momentum 1.0: lies in [0, 1)"),
     (OptimizerConfig, {"muon_momentum": 0.9}, "--muon-momentum 0.9: does nothing without --optimizer muon; give both"),
+    (OptimizerConfig, {"ema_decay": 1.0}, "--ema-decay 1.0: lies in (0, 1)"),
+    (OptimizerConfig, {"average_from_samples": -1}, "--average-from-samples -1: must not be negative"),
+    (
+        OptimizerConfig,
+        {"ema_decay": 0.9, "average_from_samples": 5},
+        "--ema-decay 0.9: excludes --average-from-samples 5; give one of them",
+    ),
     (OptimizerConfig, {"adam_eps": 0.0}, "--adam-eps 0.0: must be positive"),
     (OptimizerConfig, {"lr_warmup_samples": -1}, "--lr-warmup-samples -1: must not be negative"),
     (OptimizerConfig, {"lr_decay_samples": 0}, "--lr-decay-samples 0: must be at least 1"),
