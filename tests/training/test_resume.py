@@ -41,7 +41,7 @@ def uninterrupted(tiny, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "ar-averaged"])  # which is killed below
 def test_stopped_and_resumed_equals_uninterrupted(variant, uninterrupted, tiny, tmp_path):
     objective, flags = VARIANTS[variant]
     run(objective, *tiny, *flags, "--save", tmp_path, "--exit-interval", 5)
