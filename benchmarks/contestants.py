@@ -65,7 +65,8 @@ def ours(shape: Shape, compile: bool, processes: Processes) -> Step:
 
     def step(batch: Batch, learning_rate: float) -> tuple[Tensor, Tensor]:
         clip = OPTIMIZER.clip_grad
-        result = train_step(engine, optimizer, [batch], learning_rate=learning_rate, clip_grad=clip)
+        rates = {"learning_rate": learning_rate, "weight_decay": OPTIMIZER.weight_decay}
+        result = train_step(engine, optimizer, [batch], **rates, clip_grad=clip)
         return result.loss, result.grad_norm
 
     return step

@@ -181,7 +181,7 @@ def train(options: Options, config: Config, first: Processes) -> dict:
     for step in range(data.steps):
         batches = [batch for index in range(data.per_step) for batch in data[step * data.per_step + index]]
         begin = time.perf_counter()
-        result = train_step(engine, optimizer, batches, learning_rate=1e-4, clip_grad=1.0)
+        result = train_step(engine, optimizer, batches, learning_rate=1e-4, weight_decay=0.1, clip_grad=1.0)
         (loss,) = processes.sum(float(result.loss))  # waits for the device
         seconds.append(time.perf_counter() - begin)
     step = median(seconds[WARM_UP:])

@@ -38,7 +38,6 @@ from megatron.config.memory import Memory, memory_per_process
 from megatron.config.sections import Config, Vocabulary
 from megatron.config.sizes import GPT2_VOCABULARY
 from megatron.parallel.apply import build_engine
-from megatron.parallel.engine import MOMENTS
 from megatron.parallel.mesh import arrange, start_processes, stop_processes
 from megatron.training.command_line import parse
 from megatron.training.environment import device_name
@@ -235,7 +234,7 @@ def measure(case: Case, rank: int, device: torch.device, steps: int = STEPS) -> 
     optimizer = build_optimizer(engine, config.optimizer)
     start_state(optimizer, 0)
     batches = [random_batch(config, vocabulary, seed) for seed in range(case.micro_batches)]
-    step = partial(train_step, engine, optimizer, batches, learning_rate=1e-4, clip_grad=1.0)
+    step = partial(train_step, engine, optimizer, batches, learning_rate=1e-4, weight_decay=0.1, clip_grad=1.0)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         for _ in range(steps):
@@ -244,7 +243,7 @@ def measure(case: Case, rank: int, device: torch.device, steps: int = STEPS) -> 
     live = LiveBytes()
     for parameter in engine.parameters():
         live.add(parameter, "master weights")
-        for moment in MOMENTS:
+        for moment in optimizer.state[parameter].keys() - {"step"}:
             live.add(optimizer.state[parameter][moment], "optimizer states")
     for tensor in (getattr(batch, name) for batch in batches for name in ("tokens", "targets", "weights", "rows")):
         live.add(tensor)

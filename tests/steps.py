@@ -17,7 +17,7 @@ from megatron.objectives.masked_diffusion import MaskedDiffusion
 from megatron.parallel.apply import build_engine
 from megatron.parallel.mesh import Processes
 from megatron.training.feed import MicroBatches
-from megatron.training.optimizer import build_optimizer
+from megatron.training.optimizer import build_optimizer, start_state
 from megatron.training.step import reseed, train_step
 
 VOCABULARY, SEQ_LENGTH, GLOBAL_BATCH = Vocabulary(61), 18, 8
@@ -57,6 +57,7 @@ class Case:
     clip: float = 0.0
     period: int = 100
     model: dict = field(default_factory=dict)
+    optimizer: dict = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,8 @@ def build(
     """Return the engine at its initial weights, its optimizer and its data for so many steps."""
     config = ModelConfig(**MODEL | case.model)
     engine = build_engine(config, VOCABULARY, 5, processes, parallel, bf16=bf16, compile=compile)
-    optimizer = build_optimizer(engine, OptimizerConfig(lr=1.0, weight_decay=WEIGHT_DECAY))
+    optimizer = build_optimizer(engine, OptimizerConfig(lr=1.0, weight_decay=WEIGHT_DECAY, **case.optimizer))
+    start_state(optimizer, 0)
     eps = 1e-9 if case.nothing_masked else 1e-3
     settings = ObjectiveConfig(objective=case.name, mask_eps=eps, **case.options)
     objective = build_objective(settings, VOCABULARY, GLOBAL_BATCH, case.documents)
@@ -122,8 +124,8 @@ def take(processes: Processes, case: Case, parallel: ParallelConfig = ParallelCo
         lambda *_: gradients.update(whole((name, p.grad) for name, p in engine.named_parameters()))
     )
     reseed(7, 0, processes)
-    batches = batches_of_step(data, 0)
-    result = train_step(engine, optimizer, batches, learning_rate=LEARNING_RATE, clip_grad=case.clip)
+    rates = {"learning_rate": LEARNING_RATE, "weight_decay": WEIGHT_DECAY}
+    result = train_step(engine, optimizer, batches_of_step(data, 0), **rates, clip_grad=case.clip)
     return Step(float(result.loss), float(result.grad_norm), gradients, before, whole(engine.named_parameters()))
 
 
@@ -133,11 +135,11 @@ def curve(
     """Return this process's shares of the losses of CURVE_STEPS steps, [steps]."""
     engine, optimizer, data = build(processes, case, parallel, CURVE_STEPS, bf16)
     assert all(parameter.dtype == torch.float32 for parameter in engine.parameters())  # master weights
-    losses = []
+    losses, rates = [], {"learning_rate": 1e-2, "weight_decay": WEIGHT_DECAY}
     for step in range(CURVE_STEPS):
         reseed(7, step, processes)
         batches = batches_of_step(data, step)
-        losses.append(float(train_step(engine, optimizer, batches, learning_rate=1e-2, clip_grad=1.0).loss))
+        losses.append(float(train_step(engine, optimizer, batches, **rates, clip_grad=1.0).loss))
     return np.array(losses)
 
 

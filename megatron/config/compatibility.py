@@ -209,14 +209,20 @@ TABLE = one_table(
     refused("--train-data-exact-num-epochs", "is refused: give --train-epochs"),
     later("--rampup-batch-size", "a growing batch"),
     # --------------------------------------------------- optimizer, schedule
-    idle_value("--optimizer", "it is AdamW", "adam", "only AdamW is available; leave it out"),
-    refused("--sgd-momentum", "is refused: the optimizer is AdamW; leave it out"),
+    refused("--sgd-momentum", "is refused: the optimizer is AdamW or, with --optimizer muon, Muon; leave it out"),
+    idle("--muon-use-nesterov", "Muon's momentum is always Nesterov's"),
+    idle_value("--muon-num-ns-steps", "Muon takes 5 Newton-Schulz steps", "5", "Muon takes 5 of them; leave it out"),
+    idle_value("--muon-tp-mode", "Muon orthogonalises whole matrices in every layout"),
+    refused("--muon-no-split-qkv", "is refused: queries, keys and values have matrices of their own; leave it out"),
+    refused(
+        "--muon-scale-mode --muon-extra-scale-factor",
+        "is refused: Muon's updates have the size of AdamW's, 0.2 of the learning rate; leave it out",
+    ),
     refused(
         "--lr-decay-tokens --lr-warmup-tokens",
         "is refused: the clock is samples; give --lr-decay-samples and --lr-warmup-samples",
     ),
     refused("--lr-warmup-fraction --warmup", "is refused: give --lr-warmup-samples; the default is 1% of the budget"),
-    later("--start-weight-decay --end-weight-decay --weight-decay-incr-style", "a changing weight decay"),
     refused(
         "--override-opt_param-scheduler --use-checkpoint-opt_param-scheduler --no-load-lr-state",
         "is refused: a run keeps its schedule, and a branch changes it: --load A --save B",
@@ -320,6 +326,10 @@ TABLE = one_table(
 )
 
 
+# values of our own flags that Megatron calls otherwise
+VALUES = {"--optimizer": {"adam": "adamw"}}
+
+
 def translate(arguments: list[str], batch: int) -> list[str]:
     """Return a command line in our own spellings; `batch` is --global-batch-size.
 
@@ -330,7 +340,10 @@ def translate(arguments: list[str], batch: int) -> list[str]:
         word = rest.pop(0)
         name, joined, value = word.partition("=")
         rule = TABLE.get(name)
-        if rule is None:
+        if name in VALUES:
+            given = _value(name, rest, joined, value)
+            translated += [name, VALUES[name].get(given, given)]
+        elif rule is None:
             translated.append(word)
         elif isinstance(rule, Refused):
             raise ConfigurationError(f"{name}: {rule.reason}")
@@ -391,7 +404,10 @@ def markdown() -> str:
         "| flag | here |",
         "|---|---|",
     ]
-    return "\n".join(lines + [f"| `{name}` | {_described(TABLE[name])} |" for name in sorted(TABLE)]) + "\n"
+    rows = {name: _described(rule) for name, rule in TABLE.items()}
+    for name, values in VALUES.items():
+        rows |= {f"{name} {theirs}": f"the same as `{name} {ours}`" for theirs, ours in values.items()}
+    return "\n".join(lines + [f"| `{name}` | {rows[name]} |" for name in sorted(rows)]) + "\n"
 
 
 def _described(rule: Same | Idle | Refused) -> str:

@@ -122,16 +122,21 @@ def _check_optimizer(agree, path: str | None, given: dict, optimizer: OptimizerC
     kind = given.pop("optimizer.type", "AdamW")
     if str(kind).lower() not in ("adam", "adamw"):
         raise ConfigurationError(
-            f"--deepspeed-config {path}: optimizer.type {json.dumps(kind)} contradicts AdamW, the only optimizer here; "
-            "leave it out"
+            f"--deepspeed-config {path}: optimizer.type {json.dumps(kind)} contradicts AdamW, the only optimizer that "
+            "DeepSpeed runs here; leave it out"
         )
-    for name, field in {"lr": "lr", "weight_decay": "weight_decay", "eps": "adam_eps"}.items():
+    for name, field in {"lr": "lr", "eps": "adam_eps"}.items():
         value = getattr(optimizer, field)
         agree(f"optimizer.params.{name}", value, typed(field, value))
+    style, decay = optimizer.weight_decay_incr_style, optimizer.weight_decay
+    if style == "constant":
+        agree("optimizer.params.weight_decay", decay, typed("weight_decay", decay))
+    else:  # it is set at every step, and the file has no word for that
+        agree("optimizer.params.weight_decay", None, typed("weight_decay_incr_style", style))
     betas = [optimizer.adam_beta1, optimizer.adam_beta2]
     agree("optimizer.params.betas", betas, f"--adam-beta1 {betas[0]} --adam-beta2 {betas[1]}")
     for name in ("adam_w_mode", "bias_correction"):
-        agree(f"optimizer.params.{name}", True, "AdamW, the only optimizer here")
+        agree(f"optimizer.params.{name}", True, "AdamW, the only optimizer here with DeepSpeed")
 
 
 def _zero(path: str | None, given: dict, asked: int | None) -> dict:

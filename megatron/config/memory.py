@@ -34,7 +34,7 @@ class Memory:
     stage: int  # its place in the pipeline, from 0
     moment: str
     master_weights: int  # fp32, this process's shard
-    optimizer_states: int  # two moments of AdamW, likewise
+    optimizer_states: int  # two moments of AdamW, likewise; one of Muon; and averaged weights
     gradients: int  # shards, and what is not reduced yet
     compute_weights: int  # what FSDP2 has gathered, in the compute dtype
     activations: int
@@ -121,6 +121,11 @@ class _Process:
         self.block = _numbers([_part(*item, self.tensor) for item in block_shapes(model).items()], shards)
         self.root = _numbers(self._root_shapes(), shards)
         self.parameters = self.block * (self.layers * self.chunks) + self.root
+        self.moments_held = 2 * self.parameters.shard  # numbers
+        if config.optimizer.optimizer == "muon":
+            matrices = [_part(*item, self.tensor) for item in block_shapes(model).items() if len(item[1]) == 2]
+            self.moments_held -= _numbers(matrices, shards).shard * self.layers * self.chunks
+        self.moments_held += self.parameters.shard * config.optimizer.averages
 
         self.seq_length = config.data.seq_length
         self.tokens = training.micro_batch_size * self.seq_length
@@ -262,8 +267,8 @@ class _Process:
             stage=self.place,
             moment=moment,
             master_weights=self.resident * shard,
-            optimizer_states=2 * self.resident * shard,
-            host=4 * (FP32 - self.resident) * shard,
+            optimizer_states=self.resident * self.moments_held,
+            host=(FP32 - self.resident) * (2 * shard + self.moments_held),
             **{"compute_weights": 0, "activations": 0, "head": 0, **parts},
         )
 

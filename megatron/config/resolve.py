@@ -51,8 +51,12 @@ class Plan:
 def resolve(config: Config, vocabulary: Vocabulary, unique_tokens: int) -> Plan:
     """Return the plan of a run over `unique_tokens`; raise ConfigurationError where sections contradict."""
     training, optimizer, seq_length = config.training, config.optimizer, config.data.seq_length
+    _check_deepspeed(config)
     parameters, passes = parameter_count(config.model, vocabulary), config.objective.passes
     samples = _train_samples(training, seq_length, unique_tokens, parameters * passes)
+    begin = optimizer.average_from_samples
+    rule = f"is more than the budget of {samples} samples, so nothing would be averaged; lower it"
+    require(begin is None or begin <= samples, "average_from_samples", begin, rule)
     steps = -(-samples // training.global_batch_size)
     warmup = samples // 100 if optimizer.lr_warmup_samples is None else optimizer.lr_warmup_samples
     decay = optimizer.lr_decay_samples or samples
@@ -83,6 +87,16 @@ def resolve(config: Config, vocabulary: Vocabulary, unique_tokens: int) -> Plan:
         eval_interval=eval_interval,
         save_interval=config.checkpoint.save_interval or eval_interval,
     )
+
+
+def _check_deepspeed(config: Config) -> None:
+    """Refuse with DeepSpeed what needs parameters as FSDP2 keeps them."""
+    optimizer, free = config.optimizer, not config.parallel.deepspeed
+    rule = "orthogonalises whole matrices, and DeepSpeed's ZeRO updates flat pieces of them; leave out --deepspeed"
+    require(free or optimizer.optimizer != "muon", "optimizer", optimizer.optimizer, rule)
+    for name in ("ema_decay", "average_from_samples"):
+        rule = "averages the fp32 weights, which DeepSpeed keeps in flat pieces of its own; leave out --deepspeed"
+        require(free or getattr(optimizer, name) is None, name, getattr(optimizer, name), rule)
 
 
 def _train_samples(training, seq_length: int, unique_tokens: int, computed: int) -> int:
@@ -217,7 +231,8 @@ def check_resume(recorded: dict, config: Config, plan: Plan, objective: str, bra
     """Refuse to continue a run under another configuration.
 
     `recorded` is the config.json of the run. A resume keeps everything but FREE_ON_RESUME; a branch
-    (--load A --save B) must only keep the objective, the network and its vocabulary.
+    (--load A --save B) must only keep the objective, the network and its vocabulary, and the optimizer whose moments
+    it goes on with.
     """
     asked = "load" if branch and config.checkpoint.load else "save"
     folder = getattr(config.checkpoint, asked)
@@ -244,6 +259,9 @@ def check_resume(recorded: dict, config: Config, plan: Plan, objective: str, bra
                     f"{typed(name, value)}: the run in {folder} was begun with {typed(name, before)}; "
                     + ("a branch keeps the network, so drop the change" if branch else remedy)
                 )
+    kind = recorded["optimizer"].get("optimizer", "adamw")
+    rule = f"the run in {folder} was begun with --optimizer {kind}, whose moments a branch goes on with; keep it"
+    require(config.optimizer.optimizer == kind, "optimizer", config.optimizer.optimizer, rule)
     for name in () if branch else BUDGET_PLAN:
         if recorded["plan"][name] != getattr(plan, name):
             raise ConfigurationError(

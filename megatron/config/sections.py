@@ -305,8 +305,14 @@ class ObjectiveConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """Optimizer and schedule: AdamW, with the clock in samples."""
+    """Optimizer and schedule: AdamW or Muon, with the clock in samples."""
 
+    optimizer: str = flag(
+        "adamw",
+        "muon: orthogonal updates of the matrices of the blocks, of AdamW's size, so that --lr serves both; AdamW for "
+        "embedding, head and vectors",
+        choices=("adamw", "muon"),
+    )
     lr: float = flag(2e-4, "peak learning rate")
     min_lr: float | None = flag(None, "final learning rate; default a tenth of the peak")
     lr_decay_style: str = flag(
@@ -317,21 +323,50 @@ class OptimizerConfig:
     lr_warmup_samples: int | None = flag(None, "samples of linear warm-up; default 1% of the budget")
     lr_decay_samples: int | None = flag(None, "samples until the final rate; default the whole budget")
     lr_wsd_decay_samples: int | None = flag(None, "samples of the final decay of WSD; default 10% of the budget")
-    weight_decay: float = flag(0.1, "decoupled weight decay of all matrices, embeddings included; vectors have none")
+    weight_decay: float = flag(0.1, "decoupled weight decay")
+    weight_decay_incr_style: str = flag(
+        "constant",
+        "constant: --weight-decay; linear, cosine: from --start-weight-decay to --end-weight-decay over the budget",
+        choices=("constant", "linear", "cosine"),
+    )
+    start_weight_decay: float | None = flag(None, "weight decay at the start, where it changes")
+    end_weight_decay: float | None = flag(None, "weight decay at the end, where it changes")
+    weight_decay_parameters: str = flag(
+        "matrices",
+        "what decays; hidden: matrices of the blocks; matrices: embedding and head too; all: biases and norms too",
+        choices=("hidden", "matrices", "all"),
+    )
     adam_beta1: float = flag(0.9, "decay of the first moment")
     adam_beta2: float = flag(0.95, "decay of the second moment")
     adam_eps: float = flag(1e-8, "epsilon of AdamW")
+    muon_momentum: float = flag(0.95, "Nesterov momentum of Muon")
     clip_grad: float = flag(1.0, "scale gradients down to this global norm; 0 does not clip")
+    ema_decay: float | None = flag(
+        None, "evaluate an exponential moving average of the weights too, which keeps D of itself a step", metavar="D"
+    )
+    average_from_samples: int | None = flag(
+        None, "evaluate the mean of the weights after every step from N consumed samples on too", metavar="N"
+    )
 
     def __post_init__(self):
         require(self.lr > 0, "lr", self.lr, "must be positive")
         require(
             self.min_lr is None or 0 <= self.min_lr <= self.lr, "min_lr", self.min_lr, f"lies in [0, --lr {self.lr}]"
         )
-        for name in ("weight_decay", "clip_grad"):
-            require(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
-        for name in ("adam_beta1", "adam_beta2"):
+        for name in ("weight_decay", "start_weight_decay", "end_weight_decay", "clip_grad"):
+            value = getattr(self, name)
+            require(value is None or value >= 0, name, value, "must not be negative")
+        self._check_changing_weight_decay()
+        for name in ("adam_beta1", "adam_beta2", "muon_momentum"):
             require(0 <= getattr(self, name) < 1, name, getattr(self, name), "lies in [0, 1)")
+        momentum = self.muon_momentum
+        idle = self.optimizer != "muon" and momentum != OptimizerConfig.muon_momentum
+        require(not idle, "muon_momentum", momentum, "does nothing without --optimizer muon; give both or neither")
+        decay, begin = self.ema_decay, self.average_from_samples
+        require(decay is None or 0 < decay < 1, "ema_decay", decay, "lies in (0, 1)")
+        require(begin is None or begin >= 0, "average_from_samples", begin, "must not be negative")
+        rule = f"excludes --average-from-samples {begin}; give one of them"
+        require(decay is None or begin is None, "ema_decay", decay, rule)
         require(self.adam_eps > 0, "adam_eps", self.adam_eps, "must be positive")
         warmup = self.lr_warmup_samples
         require(warmup is None or warmup >= 0, "lr_warmup_samples", warmup, "must not be negative")
@@ -343,6 +378,22 @@ class OptimizerConfig:
             require(not idle, name, getattr(self, name), "does nothing with --lr-decay-style constant; drop one")
         wsd = self.lr_wsd_decay_samples
         require(wsd is None or self.lr_decay_style == "WSD", "lr_wsd_decay_samples", wsd, "needs --lr-decay-style WSD")
+
+    def _check_changing_weight_decay(self) -> None:
+        style, decay = self.weight_decay_incr_style, self.weight_decay
+        constant, ends = style == "constant", ("start_weight_decay", "end_weight_decay")
+        for name, value in ((name, getattr(self, name)) for name in ends):
+            rule = "does nothing with --weight-decay-incr-style constant; give linear or cosine, or leave it out"
+            require(value is None or not constant, name, value, rule)
+            needed = f"needs {spelling(name)}; give it"
+            require(value is not None or constant, "weight_decay_incr_style", style, needed)
+        rule = f"does nothing with --weight-decay-incr-style {style}, which has a start and an end; leave it out"
+        require(constant or decay == OptimizerConfig.weight_decay, "weight_decay", decay, rule)
+
+    @property
+    def averages(self) -> bool:
+        """Whether an average of the weights is kept."""
+        return self.ema_decay is not None or self.average_from_samples is not None
 
     @property
     def final_lr(self) -> float:

@@ -130,8 +130,8 @@ class DeepSpeedEngine(Engine):
         All processes take part. One parameter at a time is whole in memory.
         """
         state = {f"model.{name}": self._shard(self._read(name)) for name in self._named}
-        for moment in MOMENTS:
-            for name in self._named:
+        for name in self._named:
+            for moment in MOMENTS:
                 state[f"optimizer.{moment}.{name}"] = self._shard(self._read(name, moment))
         return state
 

@@ -11,7 +11,7 @@ from megatron.batch import Batch
 from megatron.model.transformer import Transformer
 from megatron.parallel.mesh import Processes
 
-MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW keeps of every parameter
+MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW keeps of a parameter
 
 
 class Engine:
@@ -83,9 +83,10 @@ class Engine:
         self.reshard()
         named = dict(self.named_parameters())
         state = {f"model.{name}": parameter.detach() for name, parameter in named.items()}
-        for moment in MOMENTS:
-            for name, parameter in named.items():
-                state[f"optimizer.{moment}.{name}"] = optimizer.state[parameter][moment]
+        for name, parameter in named.items():
+            for moment, tensor in optimizer.state[parameter].items():
+                if moment != "step":  # which follows from the checkpoint's own
+                    state[f"optimizer.{moment}.{name}"] = tensor
         return state
 
     def load(self, state: dict[str, Tensor], steps: int) -> None:

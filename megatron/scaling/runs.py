@@ -50,7 +50,11 @@ class Run:
         settings = self.config["model"] | self.config["objective"]
         # a run that was begun before a flag existed has not used it
         said = [text.format(settings[name]) for name, text in REGULARISERS.items() if settings.get(name)]
-        return ", ".join([*said, f"weight decay {self.config['optimizer']['weight_decay']}"])
+        optimizer = self.config["optimizer"]
+        decay = optimizer["weight_decay"]
+        if optimizer.get("weight_decay_incr_style", "constant") != "constant":
+            decay = f"{optimizer['start_weight_decay']} to {optimizer['end_weight_decay']}"
+        return ", ".join([*said, f"weight decay {decay}"])
 
 
 @dataclass(frozen=True)

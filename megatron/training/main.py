@@ -25,10 +25,12 @@ from megatron.parallel.launch import adopt_slurm, join, local_rank, world_size
 from megatron.parallel.mesh import start_processes, stop_processes
 from megatron.parallel.watch import PATIENCE, PeerError, Watch
 from megatron.training import checkpoint
+from megatron.training.averaging import start_average
 from megatron.training.command_line import parse
 from megatron.training.engines import start_engine
 from megatron.training.environment import check_device, choose_compile, choose_precision, describe
 from megatron.training.feed import MicroBatches
+from megatron.training.optimizer import parameter_table
 from megatron.training.resume import open_run
 from megatron.training.sources import Sources, open_sources
 from megatron.training.trackers import Trackers, check_packages, start_trackers
@@ -150,6 +152,7 @@ def run(config: Config, command: str, watch: Watch | None) -> None:
         engine.load(state, steps)
         kept = ("iteration", "consumed_samples", "seconds", "time_block")
         progress = Progress(*(origin.meta[name] for name in kept))
+    average = start_average(engine, config.optimizer, origin)
     before = origin.records if origin else []
     description = describe(objective, config, plan, sources, vocabulary, processes, precision, compiled, command)
     description["branched_from"] = origin.branched_from if origin else None
@@ -176,6 +179,7 @@ def run(config: Config, command: str, watch: Watch | None) -> None:
         processes,
         engine,
         optimizer,
+        average,
         data,
         sources.validation,
         folder,
@@ -185,7 +189,7 @@ def run(config: Config, command: str, watch: Watch | None) -> None:
         validated,
     )
     if processes.rank == 0:
-        _announce(config, plan, trainer, precision, compiled, origin)
+        _announce(config, plan, vocabulary, trainer, precision, compiled, origin)
     if config.validation.skip_train:
         for record in trainer.evaluate():
             if processes.rank == 0:
@@ -231,7 +235,7 @@ def _selects(record: dict, sources: Sources) -> bool:
     return record["kind"] == "valid" and record["set"] in [found.name for found in sources.validation[:1]]
 
 
-def _announce(config, plan, trainer, precision, compiled, origin) -> None:
+def _announce(config, plan, vocabulary, trainer, precision, compiled, origin) -> None:
     objective, engine = trainer.objective, trainer.engine
     processes = engine.processes
     for line in idle_flags(config, exact=all(likelihood.exact for likelihood in objective.likelihoods)):
@@ -255,3 +259,5 @@ def _announce(config, plan, trainer, precision, compiled, origin) -> None:
         precision, ", compiled" if compiled else "", processes.device.type, processes.size,
         f" ({', '.join([*layout, sharing])})" if processes.size > 1 else "",
     )  # fmt: skip
+    for line in () if config.validation.skip_train else parameter_table(config, vocabulary):
+        logger.info(line)

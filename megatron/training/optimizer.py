@@ -1,33 +1,84 @@
-"""AdamW over two parameter groups: matrices decay, vectors do not.
+"""AdamW, or Muon beside it, over groups of parameters by what they are, some of which decay.
 
-On CUDA the update is NVIDIA apex's where that is installed, else PyTorch's own fused one.
+On CUDA AdamW's update is NVIDIA apex's where that is installed, else PyTorch's own fused one.
 """
+
+from collections.abc import Iterator
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 
-from megatron.config.sections import OptimizerConfig
+from megatron.config.sections import Config, OptimizerConfig, Vocabulary
+from megatron.model.transformer import Transformer
 from megatron.parallel.engine import MOMENTS, Engine
+from megatron.training.muon import Muon
+
+MATRICES, TABLES, VECTORS = KINDS = ("matrices of the blocks", "embedding and head", "vectors")
+DECAYING = {"hidden": (MATRICES,), "matrices": (MATRICES, TABLES), "all": KINDS}  # by --weight-decay-parameters
 
 
-def decays(parameter: nn.Parameter) -> bool:
-    """Return whether weight decay applies: to matrices, embeddings included; not to norms and biases."""
-    return parameter.dim() >= 2
+def kind(name: str, parameter: torch.Tensor) -> str:
+    """Return which of KINDS a parameter is, by its name in the whole model; vectors are norms and biases."""
+    if parameter.dim() < 2:
+        return VECTORS
+    return MATRICES if name.startswith("layers.") else TABLES
+
+
+def parameter_groups(model: nn.Module | Engine, config: OptimizerConfig) -> list[dict]:
+    """Return a group for each kind of parameter held here.
+
+    "moments" names what the optimizer keeps of each parameter, "decays" says whether weight decay applies.
+    """
+    named = list(model.named_parameters())
+    members = {each: [parameter for name, parameter in named if kind(name, parameter) == each] for each in KINDS}
+    decaying = DECAYING[config.weight_decay_parameters]
+    return [
+        {
+            "params": found,
+            "lr": config.lr,
+            "moments": ("momentum_buffer",) if updates(each, config) == "muon" else MOMENTS,
+            "decays": each in decaying,
+            "weight_decay": config.weight_decay if each in decaying else 0.0,
+        }
+        for each, found in members.items()
+        if found  # a stage may have no embedding
+    ]
+
+
+def updates(kind: str, config: OptimizerConfig) -> str:
+    """Return which optimizer updates parameters of this kind: Muon is for matrices that map hidden states."""
+    return config.optimizer if kind == MATRICES else "adamw"
+
+
+def parameter_table(config: Config, vocabulary: Vocabulary) -> Iterator[str]:
+    """Yield the lines of a table of the whole model: which parameters, how many, what updates them, how they decay."""
+    optimizer, counts = config.optimizer, dict.fromkeys(KINDS, 0)
+    with torch.device("meta"):
+        model = Transformer(config.model, vocabulary)
+    for name, parameter in model.named_parameters():
+        counts[kind(name, parameter)] += parameter.numel()
+    decay = f"{optimizer.weight_decay:g}"
+    if optimizer.weight_decay_incr_style != "constant":
+        ends = f"{optimizer.start_weight_decay:g} to {optimizer.end_weight_decay:g}"
+        decay = f"{ends}, {optimizer.weight_decay_incr_style}"
+    yield f"{'parameters':<24}{'number':>16}  {'optimizer':<9}  weight decay"
+    for each, count in counts.items():
+        shown = decay if each in DECAYING[optimizer.weight_decay_parameters] else "none"
+        yield f"{each:<24}{count:>16,}  {updates(each, optimizer):<9}  {shown}"
 
 
 def build_optimizer(model: nn.Module | Engine, config: OptimizerConfig) -> Optimizer:
-    """Return fused AdamW over the parameters held here; the learning rate is set at every step."""
-    parameters = list(model.parameters())
-    groups = [
-        {"params": [p for p in parameters if decays(p)], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if not decays(p)], "weight_decay": 0.0},
-    ]
+    """Return the optimizer of the parameters held here; learning rate and weight decay are set at every step."""
+    groups = parameter_groups(model, config)
+    matrices = groups.pop(0) if config.optimizer == "muon" else None
+    first = groups[0]["params"][0]
     options = {"lr": config.lr, "betas": (config.adam_beta1, config.adam_beta2), "eps": config.adam_eps}
-    sharded = parameters[0].device.type == "cuda" and isinstance(parameters[0], DTensor)
+    sharded = first.device.type == "cuda" and isinstance(first, DTensor)
     apex = apex_adam() if sharded else None
-    return ShardedApexAdam(apex, groups, **options) if apex else AdamW(groups, **options, fused=True)
+    adamw = ShardedApexAdam(apex, groups, **options) if apex else AdamW(groups, **options, fused=True)
+    return Muon(matrices, adamw, config.muon_momentum) if matrices else adamw
 
 
 def apex_adam() -> type | None:
@@ -43,11 +94,12 @@ def start_state(optimizer: Optimizer, steps: int) -> None:
     """Give every parameter zero moments and the step count, ready for a checkpoint to be loaded into."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            optimizer.state[parameter] = {moment: torch.zeros_like(parameter) for moment in MOMENTS}
-            # the fused kernel reads the count on the parameter's device
-            optimizer.state[parameter]["step"] = torch.tensor(float(steps), device=parameter.device)
-    if isinstance(optimizer, ShardedApexAdam):
-        optimizer.attach(steps)
+            optimizer.state[parameter] = {moment: torch.zeros_like(parameter) for moment in group["moments"]}
+            if group["moments"] == MOMENTS:  # the fused kernel reads the count on the parameter's device
+                optimizer.state[parameter]["step"] = torch.tensor(float(steps), device=parameter.device)
+    adamw = optimizer.others if isinstance(optimizer, Muon) else optimizer
+    if isinstance(adamw, ShardedApexAdam):
+        adamw.attach(steps)
 
 
 class ShardedApexAdam(Optimizer):
@@ -77,7 +129,7 @@ class ShardedApexAdam(Optimizer):
     @torch.no_grad()
     def step(self) -> None:
         for outer, inner in zip(self.param_groups, self._apex.param_groups, strict=True):
-            inner["lr"] = outer["lr"]
+            inner["lr"], inner["weight_decay"] = outer["lr"], outer["weight_decay"]
             for parameter in outer["params"]:
                 self._local[parameter].grad = parameter.grad.to_local()
         self._apex.step()

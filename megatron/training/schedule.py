@@ -1,4 +1,4 @@
-"""The learning rate as a function of samples."""
+"""Learning rate and weight decay as functions of samples."""
 
 import math
 
@@ -23,3 +23,17 @@ def learning_rate(config: OptimizerConfig, plan: Plan, samples: int) -> float:
     done = min(1.0, max(0.0, (samples - start) / max(1, plan.lr_decay_samples - start)))
     left = (1 + math.cos(math.pi * done)) / 2 if config.lr_decay_style == "cosine" else 1 - done
     return config.final_lr + (config.lr - config.final_lr) * left
+
+
+def weight_decay(config: OptimizerConfig, plan: Plan, samples: int) -> float:
+    """Return the weight decay of the step that ends at `samples` consumed samples.
+
+    It is constant, or goes from its start to its end over the whole budget, on a line or on half a cosine, as
+    Megatron's does.
+    """
+    if config.weight_decay_incr_style == "constant":
+        return config.weight_decay
+    done = min(1.0, samples / plan.train_samples)
+    if config.weight_decay_incr_style == "cosine":
+        done = (1 - math.cos(math.pi * done)) / 2
+    return config.start_weight_decay + (config.end_weight_decay - config.start_weight_decay) * done

@@ -33,6 +33,7 @@ def train_step(
     micro_batches: list[Batch],
     *,
     learning_rate: float,
+    weight_decay: float,
     clip_grad: float,
 ) -> StepResult:
     """Update the engine's model on the mean loss of this step's micro-batches over all processes.
@@ -46,4 +47,5 @@ def train_step(
     loss = engine.backward(micro_batches, count)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
+        group["weight_decay"] = weight_decay if group["decays"] else 0.0
     return StepResult(loss, engine.update(optimizer, clip_grad))

@@ -18,12 +18,13 @@ from megatron.objectives.likelihood import Likelihood
 from megatron.parallel.engine import Engine
 from megatron.parallel.mesh import Processes
 from megatron.training import checkpoint
+from megatron.training.averaging import Average
 from megatron.training.evaluate import ValidationSet, evaluate
 from megatron.training.feed import MicroBatches, loader
 from megatron.training.metrics import peak_flops, peak_memory
 from megatron.training.run_folder import RunFolder, read_json, write_json
 from megatron.training.saver import Saver
-from megatron.training.schedule import learning_rate
+from megatron.training.schedule import learning_rate, weight_decay
 from megatron.training.step import StepResult, reseed, train_step
 from megatron.training.stopping import Stopping
 from megatron.training.trackers import Trackers
@@ -55,6 +56,7 @@ class Trainer:
         processes: Processes,
         engine: Engine,
         optimizer: torch.optim.Optimizer,
+        average: Average | None,
         data: MicroBatches,
         validation_sets: list[ValidationSet],
         folder: RunFolder | None,
@@ -64,7 +66,7 @@ class Trainer:
         validated: dict[int, float],
     ):
         self.config, self.plan, self.processes = config, plan, processes
-        self.engine, self.optimizer, self.data = engine, optimizer, data
+        self.engine, self.optimizer, self.average, self.data = engine, optimizer, average, data
         self.validation_sets, self.folder, self.progress = validation_sets, folder, progress
         self.trackers = trackers
         self.description = description  # what config.json says; every checkpoint carries it
@@ -73,7 +75,7 @@ class Trainer:
         self.diverged_at = torch.zeros((), dtype=torch.int64, device=processes.device)  # 0: never
         # of the newest checkpoint, which may still be being written
         self.saved_at, self.saved_samples = progress.iteration or None, progress.consumed_samples
-        self.rate = 0.0  # learning rate of the last step
+        self.rate = self.decay = 0.0  # learning rate and weight decay of the last step
         self.validated = validated  # loss on the first set by iteration: it decides which checkpoint is best
         self._recorded = (progress.consumed_samples, progress.seconds)  # at the last training record
         self._bar = None
@@ -117,13 +119,17 @@ class Trainer:
         reseed(training.seed, progress.iteration, self.processes)
         after = min(progress.consumed_samples + training.global_batch_size, self.plan.train_samples)
         self.rate = learning_rate(self.config.optimizer, self.plan, after)
+        self.decay = weight_decay(self.config.optimizer, self.plan, after)
         result = train_step(
             self.engine,
             self.optimizer,
             micro_batches,
             learning_rate=self.rate,
+            weight_decay=self.decay,
             clip_grad=self.config.optimizer.clip_grad,
         )
+        if self.average:
+            self.average.update(after)
         progress.iteration, progress.consumed_samples = progress.iteration + 1, after
         # noted on the device, so that no step waits for it
         bad = ~(torch.isfinite(result.loss) & torch.isfinite(result.grad_norm)) & (self.diverged_at == 0)
@@ -181,7 +187,7 @@ class Trainer:
             "loss": loss,
             "grad_norm": float(result.grad_norm),
             "learning_rate": self.rate,
-            "weight_decay": self.config.optimizer.weight_decay,
+            "weight_decay": self.decay,
             "tokens_per_second": speed,
             "mfu": self.plan.flops(1, 1) * speed / peak if peak else None,
             "memory_bytes": peak_memory(self.processes.device),
@@ -195,17 +201,23 @@ class Trainer:
         self._record(record)
 
     def evaluate(self) -> list[dict]:
-        """Evaluate every validation set by every likelihood of the objective and return the records.
+        """Evaluate every validation set by every likelihood, with the averaged weights too; return the records.
 
-        The first of both decides which checkpoint is best, and bears the plain name of the set.
+        The raw weights on the first set by the first likelihood decide which checkpoint is best.
         """
-        records = [
-            self._evaluate(data, likelihood, name)
+        records = self._evaluate_all("")
+        self.validated[self.progress.iteration] = records[0]["loss"]
+        if self.average and self.average.steps:
+            with self.average.swapped():
+                records += self._evaluate_all(".average")
+        return records
+
+    def _evaluate_all(self, suffix: str) -> list[dict]:
+        return [
+            self._evaluate(data, likelihood, name + suffix)
             for data in self.validation_sets
             for name, likelihood in self.objective.evaluations(data.name)
         ]
-        self.validated[self.progress.iteration] = records[0]["loss"]
-        return records
 
     def _evaluate(self, data: ValidationSet, likelihood: Likelihood, name: str) -> dict:
         validation, iteration = self.config.validation, self.progress.iteration
@@ -234,8 +246,12 @@ class Trainer:
     def _start_saver(self) -> Saver:
         saver = Saver(Path(self.config.checkpoint.save or "") / "checkpoints", self.processes)
         if self.config.checkpoint.save:
-            saver.reserve(self.engine.tensors(self.optimizer))
+            saver.reserve(self._tensors())
         return saver
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        """Return what a checkpoint holds, by name."""
+        return self.engine.tensors(self.optimizer) | (self.average.tensors() if self.average else {})
 
     def save(self) -> None:
         """Copy what a checkpoint holds; when it is written, point latest.json (and best.json) at it, and prune.
@@ -250,12 +266,13 @@ class Trainer:
             "consumed_samples": progress.consumed_samples,
             "seconds": progress.seconds,
             "time_block": progress.time_block,
+            "averaged_steps": self.average.steps if self.average else 0,
             "permanent": self._permanent(),
             "config": self.description,
         }
         # by then the run may have been validated again
         point = partial(self._point, dict(self.validated))
-        self._saver.save(self.engine.tensors(self.optimizer), meta, then=point)
+        self._saver.save(self._tensors(), meta, then=point)
         self.saved_at, self.saved_samples = progress.iteration, progress.consumed_samples
 
     def _point(self, validated: dict[int, float]) -> None:

@@ -120,6 +120,16 @@ def test_what_is_refused_gives_its_reason(name):
         assert TABLE[name].reason.startswith(("is refused: ", "is not supported: ", "is not available yet ("))
 
 
+@pytest.mark.parametrize("spelled", ["--optimizer adam", "--optimizer=adam", "--optimizer adamw"])
+def test_a_value_that_megatron_calls_otherwise_is_understood(spelled):
+    assert parse("ar", [*NETWORK, *spelled.split()]).optimizer.optimizer == "adamw"
+    assert parse("ar", [*NETWORK, "--optimizer", "muon"]).optimizer.optimizer == "muon"
+    with pytest.raises(ConfigurationError, match="^--optimizer sgd: is not one of adamw, muon$"):
+        parse("ar", [*NETWORK, "--optimizer", "sgd"])
+    with pytest.raises(ConfigurationError, match="^--optimizer: is not followed by a value"):
+        parse("ar", [*NETWORK, "--optimizer"])
+
+
 def test_batches_are_counted_by_the_recipe_or_the_flag_wherever_it_stands():
     assert translate(["--eval-iters", "10"], 256) == ["--eval-samples=2560"]
     assert parse("ar", [*NETWORK, "--eval-iters", "10"]).validation.eval_samples == 2560

@@ -99,6 +99,12 @@ def test_what_only_deepspeed_knows_is_passed_on(tmp_path):
         ({"communication_data_type": "bf16"}, {}, 'communication_data_type "bf16" contradicts the rule'),
         ({"optimizer": {"type": "Lamb"}}, {}, 'optimizer.type "Lamb" contradicts AdamW'),
         ({"optimizer": {"params": {"lr": 1e-3}}}, {}, "optimizer.params.lr 0.001 contradicts --lr 0.0002"),
+        ({"optimizer": {"params": {"weight_decay": 0.2}}}, {}, "weight_decay 0.2 contradicts --weight-decay 0.1"),
+        (
+            {"optimizer": {"params": {"weight_decay": 0.1}}},
+            {"weight_decay_incr_style": "linear", "start_weight_decay": 0.1, "end_weight_decay": 0.2},
+            "weight_decay 0.1 contradicts --weight-decay-incr-style linear",
+        ),
         (
             {"optimizer": {"params": {"betas": [0.9, 0.999]}}},
             {},

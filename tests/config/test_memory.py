@@ -36,6 +36,7 @@ TOLERANCE = 0.04  # of the total
 CASES = [
     Case(SMALL, 1, 2),
     Case(f"{SMALL} {FULL}"),
+    Case(f"{SHORT} --optimizer muon"),
     *(Case(f"{SHORT} --zero-stage {stage}", 2) for stage in (0, 1, 3)),
     Case(f"{SMALL} --zero-stage 2", 2, 2),
     Case(f"{SMALL} {TENSOR}", 2),
@@ -78,11 +79,11 @@ def test_the_formula_gives_the_measured_peak(measured, case):
 
 
 FAULTS = [
-    ("_head", lambda self: 0, CASES[9]),
+    ("_head", lambda self: 0, CASES[10]),
     ("_backward_workspace", 0, CASES[1]),
-    ("_compute_weights", lambda self, *_: 0, CASES[5]),
-    ("_passed_on", 0, CASES[8]),
-    ("in_flight", 1, CASES[7]),
+    ("_compute_weights", lambda self, *_: 0, CASES[6]),
+    ("_passed_on", 0, CASES[9]),
+    ("in_flight", 1, CASES[8]),
 ]
 
 

@@ -29,7 +29,9 @@ ASSUMED = {
     "num_query_groups": None, "qk_layernorm": False, "mlp_dropout": 0.0, "token_dropout": 0.0, "token_dropout_max": 0.0,
     "split": None, "train_unique_tokens": None, "skip_train": False, "ar_ratio": 0.0, "randmask_ratio": 0.0,
     "low_noise_samples": 0, "num_order_list": 1, "use_predefined_order": False, "reset_attention_mask": False,
-    "reset_position_ids": False, "eod_mask_loss": False,
+    "reset_position_ids": False, "eod_mask_loss": False, "weight_decay_incr_style": "constant",
+    "start_weight_decay": None, "end_weight_decay": None, "weight_decay_parameters": "matrices",
+    "optimizer": "adamw",
 }  # fmt: skip
 # Ours alone, or how a run is started and kept: nothing the published system has a value of.
 OURS = {
@@ -38,7 +40,8 @@ OURS = {
     "lr_wsd_decay_samples", "exit_interval", "exit_duration_in_mins", "kill_switch_file", "dry_run", "eval_batch_size",
     "eval_seed", "save", "load", "keep_every_epochs", "objective", "causal_ratio", "diffusion_block_size",
     "right_to_left_ratio", "target_offset_max", "target_positions", "random_replacement", "masked_input_weight",
-    "masked_input_max", "stochastic_depth", "low_noise_ratio", "label_smoothing", "z_loss",
+    "masked_input_max", "stochastic_depth", "low_noise_ratio", "label_smoothing", "z_loss", "muon_momentum",
+    "ema_decay", "average_from_samples",
 }  # fmt: skip
 # ... the layout, and where the records are shown
 OURS |= {name for section in ("parallel", "tracking") for name in SECTIONS[section].__dataclass_fields__}

@@ -90,6 +90,22 @@ def test_defaults_follow_from_the_budget():
         ("--train-samples 9 --lr-warmup-samples 10", "--lr-warmup-samples 10: is longer than the whole schedule of 9"),
         ("--train-samples 1000 --lr-decay-samples 5", "--lr-warmup-samples 10: is longer than the whole schedule of 5"),
         (
+            "--train-samples 9 --optimizer muon --deepspeed",
+            "--optimizer muon: orthogonalises whole matrices, and DeepSpeed's ZeRO updates flat pieces of them; leave",
+        ),
+        (
+            "--train-samples 9 --ema-decay 0.9 --deepspeed",
+            "--ema-decay 0.9: averages the fp32 weights, which DeepSpeed",
+        ),
+        (
+            "--train-samples 9 --average-from-samples 5 --deepspeed",
+            "--average-from-samples 5: averages the fp32 weights, which DeepSpeed keeps in flat pieces of its own",
+        ),
+        (
+            "--train-samples 9 --average-from-samples 10",
+            "--average-from-samples 10: is more than the budget of 9 samples, so nothing would be averaged; lower it",
+        ),
+        (
             "--train-samples 100 --lr-decay-style WSD --lr-warmup-samples 50 --lr-wsd-decay-samples 60",
             "--lr-wsd-decay-samples 60: and a warm-up of 50 samples are longer than the whole schedule of 100",
         ),
@@ -201,6 +217,10 @@ def test_one_budget_may_be_written_as_another():
 
 REFUSED_ON_RESUME = {
     "--train-samples 94": "--train-samples 94 makes train samples 94, and the run in run was begun with 93",
+    "--optimizer muon": "--optimizer muon: the run in run was begun with --optimizer adamw",
+    "--ema-decay 0.9": "--ema-decay 0.9: the run in run was begun with no --ema-decay",
+    "--weight-decay-parameters all": "--weight-decay-parameters all: the run in run was begun with "
+    "--weight-decay-parameters matrices",
     "--lr 0.1": "--lr 0.1: the run in run was begun with --lr 0.0002",
     "--lr-decay-samples 50": "--lr-decay-samples 50: the run in run was begun with no --lr-decay-samples",
     "--lr-warmup-samples 5": "--lr-warmup-samples 5: the run in run was begun with no --lr-warmup-samples",
@@ -247,6 +267,11 @@ def test_a_branch_may_change_all_but_the_network():
     resume(line, branch=True)
     said = refusal(lambda: resume(f"{line} --num-layers 3", branch=True))
     assert said.startswith("--num-layers 3: the run in run was begun with --num-layers 2; a branch keeps the network")
+    said = refusal(lambda: resume(f"{line} --optimizer muon", branch=True))
+    assert said == (
+        "--optimizer muon: the run in run was begun with --optimizer adamw, whose moments a branch goes on "
+        "with; keep it"
+    )
 
 
 # -------------------------------------------------------------------------------- parameter counts

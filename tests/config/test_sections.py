@@ -94,9 +94,33 @@ REFUSED = [
     (OptimizerConfig, {"lr": 0.1, "min_lr": 0.2}, "--min-lr 0.2: lies in [0, --lr 0.1]"),
     (OptimizerConfig, {"min_lr": -0.1}, "--min-lr -0.1: lies in [0, --lr 0.0002]"),
     (OptimizerConfig, {"weight_decay": -1.0}, "--weight-decay -1.0: must not be negative"),
+    (
+        OptimizerConfig,
+        {"end_weight_decay": 0.1},
+        "--end-weight-decay 0.1: does nothing with --weight-decay-incr-style c",
+    ),
+    (
+        OptimizerConfig,
+        {"weight_decay_incr_style": "linear", "start_weight_decay": 0.1},
+        "--weight-decay-incr-style linear: needs --end-weight-decay; give it",
+    ),
+    (
+        OptimizerConfig,
+        {"weight_decay_incr_style": "cosine", "start_weight_decay": 0.1, "end_weight_decay": 0.2, "weight_decay": 0.3},
+        "--weight-decay 0.3: does nothing with --weight-decay-incr-style cosine, which has a start and an end; leave",
+    ),
     (OptimizerConfig, {"clip_grad": -1.0}, "--clip-grad -1.0: must not be negative"),
     (OptimizerConfig, {"adam_beta1": 1.0}, "--adam-beta1 1.0: lies in [0, 1)"),
     (OptimizerConfig, {"adam_beta2": -0.1}, "--adam-beta2 -0.1: lies in [0, 1)"),
+    (OptimizerConfig, {"muon_momentum": 1.0}, "--muon-momentum 1.0: lies in [0, 1)"),
+    (OptimizerConfig, {"muon_momentum": 0.9}, "--muon-momentum 0.9: does nothing without --optimizer muon; give both"),
+    (OptimizerConfig, {"ema_decay": 1.0}, "--ema-decay 1.0: lies in (0, 1)"),
+    (OptimizerConfig, {"average_from_samples": -1}, "--average-from-samples -1: must not be negative"),
+    (
+        OptimizerConfig,
+        {"ema_decay": 0.9, "average_from_samples": 5},
+        "--ema-decay 0.9: excludes --average-from-samples 5; give one of them",
+    ),
     (OptimizerConfig, {"adam_eps": 0.0}, "--adam-eps 0.0: must be positive"),
     (OptimizerConfig, {"lr_warmup_samples": -1}, "--lr-warmup-samples -1: must not be negative"),
     (OptimizerConfig, {"lr_decay_samples": 0}, "--lr-decay-samples 0: must be at least 1"),
@@ -212,6 +236,7 @@ def test_edges_that_are_allowed():
     DataConfig(valid_data_path=("data/validation", "tuning=/data/lr=3/tuning", "c4-en_2=x"))
     ObjectiveConfig(token_dropout=1.0)
     OptimizerConfig(clip_grad=0.0, weight_decay=0.0, min_lr=2e-4, lr_warmup_samples=0)
+    OptimizerConfig(weight_decay_incr_style="linear", start_weight_decay=0.3, end_weight_decay=0.0)
     TrainingConfig(bf16=True, fp32=False)
 
 

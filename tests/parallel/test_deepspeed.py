@@ -40,6 +40,7 @@ installed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed
 NETWORK = dict(num_layers=2, hidden_size=16, num_attention_heads=2, ffn_hidden_size=63, init_method_std=0.2)
 BIASES, UNTIED = {"add_bias_linear": True}, {"untie_embeddings_and_output_weights": True}
 OPTIMIZER = OptimizerConfig(lr=1e-2, weight_decay=0.5, clip_grad=0.05, adam_eps=1e-3)
+DECAY = 50  # weight decay, as a multiple of the learning rate of the step
 SMALL = {"reduce_bucket_size": 500, "stage3_param_persistence_threshold": 0, "sub_group_size": 1500}
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 STAGES = (0, 1, 2, 3)
@@ -108,7 +109,8 @@ class Fsdp2:
             checkpoint.load(source, self.tensors())
 
     def step(self, batches, rate: float):
-        result = train_step(self.engine, self.optimizer, batches, learning_rate=rate, clip_grad=self.clip)
+        rates = {"learning_rate": rate, "weight_decay": DECAY * rate, "clip_grad": self.clip}
+        result = train_step(self.engine, self.optimizer, batches, **rates)
         return result.loss, result.grad_norm
 
     def tensors(self):
@@ -137,7 +139,7 @@ class Zero:
         (count,) = self.processes.sum(sum(batch.count for batch in batches))
         loss = self.engine.backward(batches, count)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"], group["weight_decay"] = rate, DECAY * rate * group["decays"]
         return loss, self.engine.update(self.optimizer, self.clip)
 
     def tensors(self):

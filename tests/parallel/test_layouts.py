@@ -12,6 +12,7 @@ from megatron.parallel.engine import Engine
 from megatron.parallel.mesh import Processes, arrange
 from megatron.parallel.pipeline import Pipeline
 from megatron.parallel.vocabulary import HeadPart
+from megatron.training import muon
 from tests import steps
 from tests.distributed import joined, spawn
 from tests.steps import Case, Step, build, check_equal, curve, dropout_shared_by_ranks, patched, take
@@ -65,6 +66,7 @@ CASES = OBJECTIVES | {
     "ar-thirds-terms": Case(
         "ar", micro_batch=2, model={"hidden_size": 24, "num_attention_heads": 3, "ffn_hidden_size": 48} | TERMS
     ),
+    "mdm-muon": Case("mdm", micro_batch=2, model=MODEL, optimizer={"optimizer": "muon"}),
     "ar-deep-untied": Case("ar", micro_batch=2, model=MODEL | UNTIED | {"num_layers": 4}),
 }
 GRID = [Layout(data, tensor, pipeline) for data in (1, 2) for tensor in (1, 2) for pipeline in (1, 2)][1:]
@@ -92,7 +94,10 @@ CHECKS += [
     for data, tensor, pipeline in ((2, 1, 1), (1, 2, 1), (1, 1, 2))
     for granularity in ("full", "selective")
 ]
-
+# all kinds of placement that a matrix has
+MUON = [layout for layout in GRID if layout.size == 2] + [Layout(2, 2, 1)]
+MUON += [Layout(2, 1, 1, {"zero_stage": stage}) for stage in (0, 3)]
+CHECKS += [(layout, "mdm-muon") for layout in MUON]
 
 CURVES = [
     (layout, name)
@@ -100,6 +105,7 @@ CURVES = [
     for name in ("mdm", "ar-token-dropout")
 ]
 CURVES += [(Layout(1, 2, 2, INTERLEAVED), "mdm-deep")]
+CURVES += [(layout, "mdm-muon") for layout in MUON]
 HALVED = [Layout(2, 1, 1), Layout(2, 1, 1, {"zero_stage": 3}), Layout(1, 2, 1), Layout(1, 1, 2)]
 
 
@@ -126,6 +132,12 @@ def replicas_counted_twice():
 def softmax_of_a_part():
     """Each process normalises over its own part of the vocabulary."""
     return patched(HeadPart, "total", lambda self, values: values)
+
+
+def parts_orthogonalised():
+    """Each of two processes orthogonalises its own rows of a matrix."""
+    whole = muon.orthogonalise
+    return patched(muon, "orthogonalise", lambda matrix: torch.cat([whole(part) for part in matrix.chunk(2)]))
 
 
 PLANTED = [
@@ -159,6 +171,8 @@ def all_layouts(processes: Processes, size: int) -> tuple[dict, dict]:
         for fault, layout in PLANTED:
             with fault():
                 found[fault] = take(places(processes, layout), CASES["mdm"], layout.parallel)
+        with parts_orthogonalised():
+            found[parts_orthogonalised] = take(processes, CASES["mdm-muon"])
         found["dropped"] = dropped(processes)
         with dropout_shared_by_ranks():
             found["dropped", "shared"] = dropped(processes)
@@ -201,12 +215,21 @@ def single():
 
 
 def merged(ranks: list[Step]) -> Step:
-    """Return the step of the whole model: a process of a pipeline has the gradients of its own stages."""
-    gradients = {}
+    """Return the step of the whole model: a process of a pipeline has the parameters of its own stages."""
+    gradients, after = {}, {}
     for step in ranks:
         for name, gradient in step.gradients.items():
             np.testing.assert_array_equal(gradients.setdefault(name, gradient), gradient, err_msg=name)
-    return replace(ranks[0], loss=sum(step.loss for step in ranks), gradients=gradients)
+            np.testing.assert_array_equal(after.setdefault(name, step.after[name]), step.after[name], err_msg=name)
+    return replace(ranks[0], loss=sum(step.loss for step in ranks), gradients=gradients, after=after)
+
+
+def check_orthogonal_updates(expected: Step, found: Step) -> None:
+    """Check that Muon moved the matrices of the blocks alike: AdamW's first step is a sign, often of rounding."""
+    matrices = [name for name in expected.after if name.startswith("layers.") and expected.after[name].ndim == 2]
+    for name in matrices:
+        np.testing.assert_allclose(found.after[name], expected.after[name], rtol=0, atol=1e-5, err_msg=name)
+    assert len(matrices) == 3 * 7
 
 
 @pytest.mark.parametrize("index", range(len(CHECKS)), ids=[described(check) for check in CHECKS])
@@ -214,12 +237,19 @@ def test_a_step_equals_that_of_one_process(parallel, single, index):
     ranks, name = parallel[0][index], CHECKS[index][1]
     check_equal([single[name][0]], [merged(ranks)])
     assert len({step.norm for step in ranks}) == 1
+    if CASES[name].optimizer:
+        check_orthogonal_updates(single[name][0], merged(ranks))
 
 
 @pytest.mark.parametrize("fault, layout", PLANTED)
 def test_a_planted_fault_is_found(parallel, single, fault, layout):
     with pytest.raises(AssertionError):
         check_equal([single["mdm"][0]], [merged(parallel[0][fault])])
+
+
+def test_orthogonalised_parts_are_found(parallel, single):
+    with pytest.raises(AssertionError):
+        check_orthogonal_updates(single["mdm-muon"][0], merged(parallel[0][parts_orthogonalised]))
 
 
 def test_tensor_parallel_processes_drop_other_numbers_of_the_stream(parallel):

@@ -4,15 +4,25 @@ Apex runs on CUDA only. What is ours is the plumbing around it, tested here with
 interface: `state` by parameter, `step` counted in the group, moments made only where they are missing.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
-from torch import nn
 
 from megatron.config.sections import ModelConfig, OptimizerConfig, ParallelConfig, Vocabulary
+from megatron.config.sizes import parameter_count
 from megatron.parallel.apply import build_engine
 from megatron.parallel.mesh import start_processes, stop_processes
 from megatron.training import optimizer as optimizers
-from megatron.training.optimizer import MOMENTS, ShardedApexAdam, build_optimizer, decays, start_state
+from megatron.training.command_line import parse
+from megatron.training.optimizer import (
+    MOMENTS,
+    ShardedApexAdam,
+    build_optimizer,
+    parameter_groups,
+    parameter_table,
+    start_state,
+)
 
 CONFIG = OptimizerConfig(lr=1e-2, weight_decay=0.3)
 
@@ -44,13 +54,18 @@ def processes():
     stop_processes()
 
 
+def build_model(processes, **changes):
+    config = ModelConfig(num_layers=1, hidden_size=16, num_attention_heads=2, add_bias_linear=True, **changes)
+    return build_engine(config, Vocabulary(20), 1, processes, ParallelConfig(), bf16=False, compile=False)
+
+
 def build(processes, fused_adam=None, steps=0):
-    config = ModelConfig(num_layers=1, hidden_size=16, num_attention_heads=2, add_bias_linear=True)
-    model = build_engine(config, Vocabulary(20), 1, processes, ParallelConfig(), bf16=False, compile=False)
+    model = build_model(processes)
     optimizer = build_optimizer(model, CONFIG)
     if fused_adam:
-        groups = [{k: group[k] for k in ("params", "weight_decay")} for group in optimizer.param_groups]
-        optimizer = ShardedApexAdam(fused_adam, groups, lr=CONFIG.lr, betas=(0.9, 0.95), eps=1e-8)
+        optimizer = ShardedApexAdam(
+            fused_adam, parameter_groups(model, CONFIG), lr=CONFIG.lr, betas=(0.9, 0.95), eps=1e-8
+        )
     start_state(optimizer, steps)
     return model, optimizer
 
@@ -65,6 +80,7 @@ def train(model, optimizer, steps):
             )
         for group in optimizer.param_groups:
             group["lr"] = CONFIG.lr / (1 + step)
+            group["weight_decay"] = 0.5 * step * group["decays"]
         optimizer.step()
         optimizer.zero_grad()
 
@@ -87,16 +103,37 @@ def test_the_apex_of_pypi_is_not_taken_for_nvidias(monkeypatch, tmp_path):
     assert optimizers.apex_adam() is None
 
 
-def test_matrices_decay_and_vectors_do_not(processes):
-    model, optimizer = build(processes)
+DECAYING = {  # --weight-decay-parameters: which decay, by their name in the model
+    "hidden": lambda name: name.startswith("layers.") and "proj.weight" in name,
+    "matrices": lambda name: "proj.weight" in name or "embed" in name or "head" in name,
+    "all": lambda name: True,
+}
+
+
+@pytest.mark.parametrize("choice", DECAYING)
+def test_what_decays_and_nothing_else(processes, choice):
+    model = build_model(processes, untie_embeddings_and_output_weights=True)
+    optimizer = build_optimizer(model, replace(CONFIG, weight_decay_parameters=choice))
     decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
-    for name, parameter in model.named_parameters():
-        assert (id(parameter) in decayed) == (parameter.dim() == 2) == decays(parameter), name
-    assert not decays(nn.Parameter(torch.zeros(3)))
     before = {name: parameter.full_tensor().clone() for name, parameter in model.named_parameters()}
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     for name, parameter in model.named_parameters():
-        shrunk = 1 - CONFIG.lr * CONFIG.weight_decay * (parameter.dim() == 2)
+        assert (id(parameter) in decayed) == DECAYING[choice](name), name
+        shrunk = 1 - CONFIG.lr * CONFIG.weight_decay * DECAYING[choice](name)
         torch.testing.assert_close(parameter.full_tensor(), before[name] * shrunk, rtol=1e-6, atol=1e-8)
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(before)
+
+
+def test_the_table_counts_every_parameter_once():
+    words = "--num-layers 2 --hidden-size 32 --num-attention-heads 2 --weight-decay-parameters hidden --optimizer muon"
+    words += " --weight-decay-incr-style linear --start-weight-decay 0 --end-weight-decay 0.5"
+    config, vocabulary = parse("ar", words.split()), Vocabulary(257)
+    head, *lines = parameter_table(config, vocabulary)
+    assert head.split() == ["parameters", "number", "optimizer", "weight", "decay"]
+    assert [line[:24].strip() for line in lines] == ["matrices of the blocks", "embedding and head", "vectors"]
+    assert [line[40:51].strip() for line in lines] == ["muon", "adamw", "adamw"]
+    assert [line[51:].strip() for line in lines] == ["0 to 0.5, linear", "none", "none"]
+    counts = [int(line[24:40].replace(",", "")) for line in lines]
+    assert sum(counts) == parameter_count(config.model, vocabulary) and counts[1:] == [384 * 32, 5 * 32]

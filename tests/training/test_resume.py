@@ -12,8 +12,17 @@ from tests.conftest import entry, environment, records, run
 
 VARIANTS = {
     "ar": ("ar", []),
-    "ar-regularised": ("ar", ["--token-dropout-max", "0.5", "--mlp-dropout", "0.2", "--hidden-dropout", "0.1"]),
+    "ar-regularised": (
+        "ar",
+        [
+            *("--token-dropout-max", "0.5", "--mlp-dropout", "0.2", "--hidden-dropout", "0.1"),
+            *("--weight-decay-incr-style", "linear", "--start-weight-decay", "0", "--end-weight-decay", "0.93"),
+        ],
+    ),
+    "ar-averaged": ("ar", ["--ema-decay", "0.9"]),
     "mdm": ("mdm", []),
+    # 40 samples are seen at the stop: the average begins after it
+    "mdm-muon-averaged": ("mdm", ["--optimizer", "muon", "--average-from-samples", "60"]),
     "mdm-dropout": ("mdm", ["--mlp-dropout", "0.2", "--attention-dropout", "0.1", "--embedding-dropout", "0.1"]),
 }
 
@@ -32,7 +41,7 @@ def uninterrupted(tiny, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "ar-averaged"])  # which is killed below
 def test_stopped_and_resumed_equals_uninterrupted(variant, uninterrupted, tiny, tmp_path):
     objective, flags = VARIANTS[variant]
     run(objective, *tiny, *flags, "--save", tmp_path, "--exit-interval", 5)
@@ -42,7 +51,7 @@ def test_stopped_and_resumed_equals_uninterrupted(variant, uninterrupted, tiny, 
     assert json.loads((tmp_path / "status.json").read_text())["state"] == "finished"
 
 
-@pytest.mark.parametrize("variant", ["ar", "mdm-dropout"])
+@pytest.mark.parametrize("variant", ["ar-averaged", "mdm-dropout"])
 def test_killed_and_resumed_equals_uninterrupted(variant, uninterrupted, tiny, tmp_path):
     objective, flags = VARIANTS[variant]
     command = [sys.executable, entry(objective), *tiny, *flags, "--save", str(tmp_path)]
@@ -54,6 +63,11 @@ def test_killed_and_resumed_equals_uninterrupted(variant, uninterrupted, tiny, t
     assert process.wait() == -signal.SIGKILL
     run(objective, *tiny, *flags, "--save", tmp_path)
     assert records(tmp_path) == records(uninterrupted(variant))
+
+
+def test_a_changing_weight_decay_is_recorded(uninterrupted):
+    for record in records(uninterrupted("ar-regularised"), "train"):
+        assert record["weight_decay"] == pytest.approx(record["consumed_samples"] / 100)
 
 
 @pytest.mark.parametrize("variant", ["ar", "mdm"])
@@ -69,6 +83,38 @@ def test_micro_batch_and_workers_change_nothing(uninterrupted, tiny, tmp_path):
     run("mdm", *tiny, "--save", tmp_path, "--micro-batch-size", 2, "--num-workers", 1, "--eval-batch-size", 4)
     for one, two in zip(records(uninterrupted("mdm")), records(tmp_path), strict=True):
         assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
+
+
+def test_averages_are_evaluated_beside_the_weights_and_change_nothing_else(uninterrupted):
+    plain, averaged = records(uninterrupted("ar")), records(uninterrupted("ar-averaged"))
+    extra = [record for record in averaged if record.get("set", "").endswith(".average")]
+    assert [record for record in averaged if record not in extra] == plain
+    assert [(record["iteration"], record["set"]) for record in extra] == [
+        (iteration, f"{name}.average") for iteration in (4, 8, 12) for name in ("tuning", "validation")
+    ]
+    assert all(
+        (uninterrupted("ar-averaged") / "validation" / r["set"] / f"{r['iteration']}.npz").exists() for r in extra
+    )
+    best = [json.loads((uninterrupted(v) / "checkpoints" / "best.json").read_text()) for v in ("ar", "ar-averaged")]
+    assert best[0] == best[1]  # the raw weights decide
+    late = [record for record in records(uninterrupted("mdm-muon-averaged")) if ".average" in record.get("set", "")]
+    assert {record["iteration"] for record in late} == {8, 12}
+
+
+def test_an_evaluation_alone_reads_the_average_too(uninterrupted):
+    folder = uninterrupted("mdm-muon-averaged")
+    done = run("mdm", "--skip-train", "--load", folder)
+    found = {record["set"]: record["loss"] for record in map(json.loads, done.stdout.splitlines())}
+    assert found == {record["set"]: record["loss"] for record in records(folder, "valid") if record["iteration"] == 12}
+    assert len(found) == 4
+
+
+def test_muon_and_an_average_move_between_layouts(uninterrupted, tiny, tmp_path):
+    command = ["mdm", *tiny, *VARIANTS["mdm-muon-averaged"][1], "--save", tmp_path]
+    run(*command, "--exit-interval", 9, "--tensor-model-parallel-size", 2, processes=2)
+    run(*command)
+    for one, two in zip(records(uninterrupted("mdm-muon-averaged")), records(tmp_path), strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
 
 
 def test_a_checkpoint_of_two_processes_resumes_on_one(uninterrupted, tiny, tmp_path):

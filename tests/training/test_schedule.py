@@ -1,4 +1,4 @@
-"""The learning rate at the corners of every shape."""
+"""Learning rate and weight decay at the corners of every shape."""
 
 from math import cos, pi
 from types import SimpleNamespace
@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from megatron.config.sections import OptimizerConfig
-from megatron.training.schedule import learning_rate
+from megatron.training.schedule import learning_rate, weight_decay
 
 PEAK, LOW = 0.5, 0.1
 WARMUP, END, WSD = 100, 1000, 300
@@ -75,3 +75,21 @@ def test_the_final_rate(style, low, final):
     assert rate(END, style, low=low) == rate(2 * END, style, low=low) == pytest.approx(final)
     if low == PEAK:
         assert rate(END // 2, style, low=low) == PEAK
+
+
+DECAYS = {  # style: (samples, weight decay)
+    "linear": [(0, 0.5), (250, 0.4), (500, 0.3), (1000, 0.1)],
+    "cosine": [(0, 0.5), (250, 0.3 + 0.2 * 0.5**0.5), (500, 0.3), (750, 0.3 - 0.2 * 0.5**0.5), (1000, 0.1)],
+}
+
+
+@pytest.mark.parametrize("style", DECAYS)
+def test_weight_decay_goes_from_its_start_to_its_end_over_the_budget(style):
+    config = OptimizerConfig(weight_decay_incr_style=style, start_weight_decay=0.5, end_weight_decay=0.1)
+    for samples, expected in DECAYS[style]:
+        assert weight_decay(config, SimpleNamespace(train_samples=1000), samples) == pytest.approx(expected)
+
+
+def test_weight_decay_stays_where_it_does_not_change():
+    for samples in (0, 1, 10**9):
+        assert weight_decay(OptimizerConfig(weight_decay=0.3), SimpleNamespace(train_samples=1000), samples) == 0.3
