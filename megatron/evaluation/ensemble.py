@@ -295,11 +295,11 @@ def plot(record: dict, path: Path) -> None:
     for axes, (name, found) in zip(panels[0], sets.items(), strict=True):
         sizes = [figures["size"] for figures in found["ensembles"]]
         losses, errors = zip(*((figures["loss"], figures["data_se"] or 0) for figures in found["ensembles"]))
-        axes.errorbar(sizes, losses, yerr=errors, fmt="o-", capsize=4, label="ensemble of the first")
+        axes.errorbar(sizes, losses, yerr=errors, fmt="o-", capsize=4, label="the first N together")
         alone = [figures["loss"] for figures in found["members"]]
         axes.plot([1] * len(alone), alone, "x", color="gray", label="each alone")
         bound = ", upper bound" if found["upper_bound"] else ""
-        axes.set(xlabel="members", ylabel=f"nats per token{bound}", title=f"{name} (± over documents)")
+        axes.set(xlabel="members N", ylabel=f"nats per token{bound}", title=f"{name} (± over documents)")
         axes.set_xticks(sizes)
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from megatron.config.sections import ParallelConfig
+from megatron.objectives.documents import DocumentRules
 from megatron.parallel import tensor
 from megatron.parallel.engine import Engine
 from megatron.parallel.mesh import Processes, arrange
@@ -53,25 +54,48 @@ OBJECTIVES = {
     "mdm": Case("mdm", micro_batch=2, model=MODEL),
     "ar-token-dropout": Case("ar", options={"token_dropout": 0.4}, micro_batch=2, model=MODEL),
 }
-CASES = OBJECTIVES | {
-    "mdm-short": Case("mdm", micro_batch=2, samples=5, model=MODEL),
-    "mdm-nothing-masked": Case("mdm", micro_batch=2, nothing_masked=True, model=MODEL),
-    "mdm-untied": Case("mdm", micro_batch=2, model=MODEL | UNTIED),
-    "mdm-terms": Case("mdm", micro_batch=2, model=MODEL | TERMS),
-    "ar-clipped": Case("ar", micro_batch=2, clip=0.05, model=MODEL),
-    "mdm-deep": Case("mdm", micro_batch=2, model=MODEL | {"num_layers": 4}),
-    "mdm-thirds": Case(  # 128 rows of the vocabulary in parts of 43, 43 and 42
-        "mdm", micro_batch=2, model={"hidden_size": 24, "num_attention_heads": 3, "ffn_hidden_size": 48}
+# every option of an objective: what it draws is the same in every layout, and what it blocks or skips too
+OPTIONS = {
+    "dual": Case("dual", micro_batch=2, model=MODEL),
+    "any-order": Case("any-order", micro_batch=2, model=MODEL),
+    "block-diffusion": Case("block-diffusion", {"diffusion_block_size": 4}, micro_batch=2, model=MODEL),
+    "ar-orders": Case("ar", {"num_order_list": 4, "target_positions": True}, micro_batch=2, model=MODEL),
+    "ar-backwards": Case(
+        "ar",
+        {"right_to_left_ratio": 0.5, "target_offset_max": 3, "target_positions": True, "random_replacement": 0.2},
+        micro_batch=2,
+        model=MODEL,
     ),
-    "ar-thirds-terms": Case(
-        "ar", micro_batch=2, model={"hidden_size": 24, "num_attention_heads": 3, "ffn_hidden_size": 48} | TERMS
+    "ar-masked-input": Case(
+        "ar", {"masked_input_weight": 0.4, "randmask_ratio": 0.5}, micro_batch=2, samples=5, model=MODEL
     ),
-    "mdm-muon": Case("mdm", micro_batch=2, model=MODEL, optimizer={"optimizer": "muon"}),
-    "ar-deep-untied": Case("ar", micro_batch=2, model=MODEL | UNTIED | {"num_layers": 4}),
+    "ar-documents": Case("ar", documents=DocumentRules(7, True, True, True), micro_batch=2, model=MODEL),
+    "mdm-depth": Case("mdm", {"ar_ratio": 0.5, "stochastic_depth": 0.5}, micro_batch=2, model=MODEL),
 }
+CASES = (
+    OBJECTIVES
+    | OPTIONS
+    | {
+        "mdm-short": Case("mdm", micro_batch=2, samples=5, model=MODEL),
+        "mdm-nothing-masked": Case("mdm", micro_batch=2, nothing_masked=True, model=MODEL),
+        "mdm-untied": Case("mdm", micro_batch=2, model=MODEL | UNTIED),
+        "mdm-terms": Case("mdm", micro_batch=2, model=MODEL | TERMS),
+        "ar-clipped": Case("ar", micro_batch=2, clip=0.05, model=MODEL),
+        "mdm-deep": Case("mdm", micro_batch=2, model=MODEL | {"num_layers": 4}),
+        "mdm-thirds": Case(  # 128 rows of the vocabulary in parts of 43, 43 and 42
+            "mdm", micro_batch=2, model={"hidden_size": 24, "num_attention_heads": 3, "ffn_hidden_size": 48}
+        ),
+        "ar-thirds-terms": Case(
+            "ar", micro_batch=2, model={"hidden_size": 24, "num_attention_heads": 3, "ffn_hidden_size": 48} | TERMS
+        ),
+        "mdm-muon": Case("mdm", micro_batch=2, model=MODEL, optimizer={"optimizer": "muon"}),
+        "ar-deep-untied": Case("ar", micro_batch=2, model=MODEL | UNTIED | {"num_layers": 4}),
+    }
+)
 GRID = [Layout(data, tensor, pipeline) for data in (1, 2) for tensor in (1, 2) for pipeline in (1, 2)][1:]
 INTERLEAVED = {"num_layers_per_virtual_pipeline_stage": 1}
 CHECKS = [(layout, name) for layout in GRID for name in OBJECTIVES]
+CHECKS += [(layout, name) for layout in (Layout(2, 1, 1), Layout(1, 2, 2)) for name in OPTIONS]
 CHECKS += [
     (layout, name)
     for layout in GRID
@@ -211,7 +235,11 @@ def parallel():
 def single():
     """The step and the curve of one process, of every case."""
     with joined() as processes:
-        return {name: (take(processes, case), curve(processes, case)) for name, case in CASES.items()}
+        curved = {name for _, name in CURVES}
+        return {
+            name: (take(processes, case), curve(processes, case) if name in curved else None)
+            for name, case in CASES.items()
+        }
 
 
 def merged(ranks: list[Step]) -> Step:

@@ -263,7 +263,7 @@ def test_evaluation_does_not_touch_training(processes, prefix, name):
                 assert np.array_equal(before[1], np.random.get_state()[1])
                 assert model.models[0].training
                 assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
-            result = train_step(model, optimizer, [feed[step]], learning_rate=0.01, weight_decay=0.1, clip_grad=1.0)
+            result = train_step(model, optimizer, feed[step], learning_rate=0.01, weight_decay=0.1, clip_grad=1.0)
             found.append(float(result.loss))
         return found
 
