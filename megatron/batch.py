@@ -43,6 +43,15 @@ class Batch:
         """What the summed loss of all its sequences is divided by: scored tokens for AR, all tokens for MDM."""
         return float(self.counts.sum())
 
+    def visible(self) -> Tensor | None:
+        """Return what each position may see, bool [B or 1, T, T]; None where `causal` says it all."""
+        visible = None
+        if self.documents is not None:
+            visible = self.documents[:, :, None] == self.documents[:, None, :]
+        if self.blocked is not None:
+            visible = ~self.blocked if visible is None else visible & ~self.blocked
+        return visible.tril() if visible is not None and self.causal else visible
+
     def map_tensors(self, function) -> "Batch":
         """Return a copy with `function` applied to every tensor."""
         changed = {

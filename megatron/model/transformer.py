@@ -78,16 +78,11 @@ class Transformer(nn.Module):
         if positions is None:
             positions = torch.arange(length, device=batch.tokens.device)[None]
         keys = rotary_table(positions, self.config.head_size, self.config.rotary_base)
-        queries, visible = keys, None
+        queries, visible = keys, batch.visible()
         if batch.target_positions is not None:
             queries = rotary_table(batch.target_positions, self.config.head_size, self.config.rotary_base)
-        if batch.documents is not None:
-            visible = batch.documents[:, :, None] == batch.documents[:, None, :]
-        if batch.blocked is not None:
-            visible = ~batch.blocked if visible is None else visible & ~batch.blocked
         if visible is None:
             return Sight(queries, keys, batch.causal)
-        visible = visible.tril() if batch.causal else visible
         return Sight(queries, keys, False, visible[:, None])
 
     def logits(self, tokens: Tensor, causal: bool, positions: Tensor | None = None) -> Tensor:

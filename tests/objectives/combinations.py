@@ -1,0 +1,148 @@
+"""All pairs of the options of training: which of them work together, which are refused, and why.
+
+    python -m tests.objectives.combinations > docs/combinations.md
+
+A pair works if, under one of the objectives, a model takes a step with it and is evaluated.
+"""
+
+from itertools import combinations
+
+import numpy as np
+import torch
+
+from megatron.config.resolve import check_processes, resolve
+from megatron.config.sections import Config, Vocabulary
+from megatron.errors import ConfigurationError
+from megatron.objectives import OBJECTIVES, build_input_noise, build_objective, document_rules
+from megatron.objectives.noise import EvaluationNoise
+from megatron.parallel.mesh import Processes
+from megatron.training.command_line import parse
+from megatron.training.engines import start_engine
+from megatron.training.step import reseed, train_step
+from tests.distributed import joined
+
+NETWORK = "--num-layers 2 --hidden-size 16 --num-attention-heads 2 --seq-length 16 --micro-batch-size 4 "
+NETWORK += "--global-batch-size 8 --train-iters 4 --train-data-path none --tokenizer-type ByteTokenizer --fp32"
+VOCABULARY, EOD = Vocabulary(257), 256
+OPTIONS = [f"--objective {name}" for name in OBJECTIVES] + [
+    "--mask-times iid",
+    "--ar-ratio 0.5",
+    "--low-noise-samples 8",
+    "--causal-ratio 1",
+    "--diffusion-block-size 4",
+    "--num-order-list 4",
+    "--right-to-left-ratio 0.5",
+    "--target-positions",
+    "--target-offset-max 3 --target-positions",
+    "--token-dropout 0.2",
+    "--token-dropout-max 0.4",
+    "--random-replacement 0.2",
+    "--masked-input-weight 0.4",
+    "--randmask-ratio 0.5",
+    "--stochastic-depth 0.2",
+    "--reset-attention-mask",
+    "--reset-position-ids",
+    "--eod-mask-loss",
+    "--attention-dropout 0.1",
+    "--hidden-dropout 0.1",
+    "--mlp-dropout 0.1",
+    "--embedding-dropout 0.1",
+    "--label-smoothing 0.1",
+    "--z-loss 1e-4",
+    "--optimizer muon",
+    "--weight-decay-parameters hidden",
+    "--weight-decay-incr-style linear --start-weight-decay 0 --end-weight-decay 1",
+    "--ema-decay 0.99",
+    "--average-from-samples 8",
+    "--deepspeed",
+]
+
+
+def refusal(flags: str, processes: Processes | None) -> str | None:
+    """Return why a command line is refused; None where a model takes a step with it and is evaluated.
+
+    Without `processes` no step is taken.
+    """
+    try:
+        config = parse("ar", f"{NETWORK} {flags}".split())
+        rules = document_rules(config.data, config.objective, EOD)
+        objective = build_objective(config.objective, VOCABULARY, 8, rules)
+        plan = resolve(config, VOCABULARY, unique_tokens=1000)
+        check_processes(config, 1)
+    except ConfigurationError as error:
+        return str(error)
+    if processes and not config.parallel.deepspeed:  # which not every machine has; the tests of its own run it
+        _step(config, objective, plan, processes)
+    return None
+
+
+def _step(config: Config, objective, plan, processes: Processes) -> None:
+    noise = build_input_noise(config.objective, VOCABULARY, config.model.num_layers)
+    engine, optimizer = start_engine(config, VOCABULARY, processes, bf16=False, compile=False, steps=0)
+    draw = np.random.default_rng(1)
+    ids = np.where(draw.random((8, 17)) < 0.1, EOD, draw.integers(0, EOD, (8, 17)))
+    reseed(1, 0, processes)
+    batches = []
+    for start in (0, 4):
+        positions = np.arange(start, start + 4)
+        batches += noise(objective.prepare(ids[positions], positions, 1), positions, 1)
+    rates = {"learning_rate": 1e-3, "weight_decay": 0.1}
+    result = train_step(engine, optimizer, batches, **rates, clip_grad=1.0)
+    assert torch.isfinite(result.loss) and result.grad_norm > 0, "the step is not finite"
+    engine.eval()
+    for name, likelihood in objective.evaluations("validation"):
+        batch = likelihood.evaluation(ids, EvaluationNoise(1, name, 0), np.arange(8), "common")
+        loss = float((engine.nll(batch) * batch.weights).sum()) / batch.count
+        assert abs(loss - np.log(VOCABULARY.size)) < 1, f"{name}: {loss}"
+
+
+def pairs(processes: Processes | None) -> dict[tuple[int, int], str | None]:
+    """Return, for every pair of options by number, why it is refused, or None where it works."""
+    alone = {}
+    for index, option in enumerate(OPTIONS):
+        under = (
+            [option] if option.startswith("--objective") else [f"--objective {name} {option}" for name in OBJECTIVES]
+        )
+        alone[index] = [flags for flags in under if refusal(flags, processes) is None]
+        assert alone[index], f"{option} works under no objective"
+    return {pair: _pair(*pair, alone, processes) for pair in combinations(range(len(OPTIONS)), 2)}
+
+
+def _pair(first: int, second: int, alone: dict[int, list[str]], processes: Processes | None) -> str | None:
+    if OPTIONS[second].startswith("--objective"):
+        return f"{OPTIONS[first]}: a run has one objective"
+    reasons = []
+    for flags in alone[first]:  # under each objective that the first one works under
+        reason = refusal(f"{flags} {OPTIONS[second]}", processes)
+        if reason is None:
+            return None
+        reasons.append(reason)
+    # an option that has no meaning under an objective says less than two that exclude each other
+    return next((each for each in reasons if "excludes" in each or "leave one" in each), reasons[0])
+
+
+def markdown(found: dict[tuple[int, int], str | None]) -> str:
+    """Return the page docs/combinations.md."""
+    told = {pair: reason.partition(": ")[2] for pair, reason in found.items() if reason}  # without the flag itself
+    named = {reason: str(number) for number, reason in enumerate(dict.fromkeys(told.values()), start=1)}
+    lines = [
+        "# Which options work together",
+        "",
+        "`+` works: a model takes a step with both and is evaluated. A number is why the pair is refused, told below.",
+        "Written by `python -m tests.objectives.combinations`, and compared with the code by a test.",
+        "",
+        f"| | option | {' | '.join(str(index) for index in range(1, len(OPTIONS) + 1))} |",
+        "|---|---|" + "---|" * len(OPTIONS),
+    ]
+    for row, option in enumerate(OPTIONS):
+        cells = []
+        for column in range(len(OPTIONS)):
+            reason = told.get((min(row, column), max(row, column)))
+            cells.append("" if row == column else named[reason] if reason else "+")
+        lines.append(f"| {row + 1} | `{option}` | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", *(f"{number}. {reason}" for reason, number in named.items())]) + "\n"
+
+
+if __name__ == "__main__":
+    with joined() as alone:
+        print(markdown(pairs(alone)), end="")

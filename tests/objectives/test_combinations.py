@@ -1,0 +1,28 @@
+"""The page of all pairs of options is what the code does."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.distributed import joined
+from tests.objectives.combinations import OPTIONS, markdown, pairs, refusal
+
+PAGE = Path(__file__).parents[2] / "docs" / "combinations.md"
+
+
+def test_the_page_tells_what_is_refused_and_why():
+    assert PAGE.read_text() == markdown(pairs(None)), (
+        "run python -m tests.objectives.combinations > docs/combinations.md"
+    )
+
+
+@pytest.mark.slow
+def test_what_the_page_says_to_work_does():
+    with joined() as alone:
+        assert PAGE.read_text() == markdown(pairs(alone))
+
+
+def test_a_refusal_names_the_flag():
+    for option in OPTIONS:
+        said = refusal(f"--objective block-diffusion {option}", None)
+        assert said is None or said.startswith("--") and ": " in said and "\n" not in said
