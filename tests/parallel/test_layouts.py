@@ -1,6 +1,7 @@
 """The layout does not change the science: loss, gradient norm and every gradient equal those of a single process."""
 
 from dataclasses import dataclass, field, replace
+from functools import cache
 
 import numpy as np
 import pytest
@@ -129,7 +130,7 @@ CURVES = [
     for name in ("mdm", "ar-token-dropout")
 ]
 CURVES += [(Layout(1, 2, 2, INTERLEAVED), "mdm-deep")]
-CURVES += [(layout, "mdm-muon") for layout in MUON]
+CURVES += [(Layout(2, 2, 1), "mdm-muon")]
 HALVED = [Layout(2, 1, 1), Layout(2, 1, 1, {"zero_stage": 3}), Layout(1, 2, 1), Layout(1, 1, 2)]
 
 
@@ -210,14 +211,13 @@ def all_layouts(processes: Processes, size: int) -> tuple[dict, dict]:
 
 
 def places(processes: Processes, layout: Layout) -> Processes:
-    return arrange(
-        processes.rank,
-        processes.size,
-        torch.device("cpu"),
-        tensor=layout.tensor,
-        pipeline=layout.pipeline,
-        replicas=layout.parallel.replicas(layout.data),
-    )
+    replicas = layout.parallel.replicas(layout.data)
+    return _arranged(processes.rank, processes.size, layout.tensor, layout.pipeline, replicas)
+
+
+@cache  # the threads of groups that are never closed made the last of a hundred layouts three times slower
+def _arranged(rank: int, size: int, tensor: int, pipeline: int, replicas: int) -> Processes:
+    return arrange(rank, size, torch.device("cpu"), tensor=tensor, pipeline=pipeline, replicas=replicas)
 
 
 @pytest.fixture(scope="module")
