@@ -109,3 +109,25 @@ def test_every_layout_of_one_process_trains_the_same():
     found = json.loads(done.stdout)["layouts"]
     assert len(found) == (6 if find_spec("deepspeed") is None else 10)
     assert all(layout["tokens_per_second"] > 0 and layout["memory_bytes"] > 0 for layout in found.values())
+
+
+FEW = """
+import sys
+from benchmarks import objectives
+few = ["--objective block-diffusion", "--masked-input-weight 0.4"]
+assert set(few) < set(objectives.CASES)
+objectives.CASES = [objectives.PLAIN, *few]
+objectives.main()
+"""
+
+
+def test_options_are_timed_beside_what_explains_their_cost(tmp_path):
+    flags = f"--model-size 7M --seq-length 32 --micro-batch-size 1 --rounds 1 --output {tmp_path}/objectives.json"
+    command = [sys.executable, "-c", FEW, *flags.split()]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads((tmp_path / "objectives.json").read_text())
+    plain, blocks, masked = report["results"].values()
+    assert plain["times_plain"] == plain["explained"] == 1 and masked["explained"] == 2
+    assert 1 < blocks["explained"] < 2  # twice the positions, and half of their outputs at most are asked for
+    assert done.stdout.count("\n") == 2 + len(report["results"])

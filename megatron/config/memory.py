@@ -127,7 +127,7 @@ class _Process:
             self.moments_held -= _numbers(matrices, shards).shard * self.layers * self.chunks
         self.moments_held += self.parameters.shard * config.optimizer.averages
 
-        self.seq_length = config.data.seq_length
+        self.seq_length = config.objective.positions(config.data.seq_length)
         self.tokens = training.micro_batch_size * self.seq_length
         self.own_tokens = self.tokens // self.tensor  # between layers
         self.stream = self.size * self.own_tokens * model.hidden_size  # hidden states [B, S/tp, H]

@@ -295,8 +295,12 @@ class ObjectiveConfig:
 
     @property
     def passes(self) -> int:
-        """Forward and backward passes that a sample takes."""
+        """How often the tokens of a sample go through the network, forward and backward."""
         return 2 if self.masked_input_weight or self.objective == "block-diffusion" else 1
+
+    def positions(self, seq_length: int) -> int:
+        """Return the positions of one pass: block diffusion reads a sample and its masked form at once."""
+        return seq_length * (2 if self.objective == "block-diffusion" else 1)
 
     def causal_samples(self, block: int) -> int:
         """Return how many of `block` samples predict the next token under the dual objective."""

@@ -15,8 +15,8 @@ class Sight(NamedTuple):
 
     queries: RotaryTable
     keys: RotaryTable
-    causal: bool  # of what `visible` does not say
-    visible: Tensor | None = None  # bool [B or 1, 1, S, S], True where a query may see a key; None is no mask at all
+    causal: bool  # where there is no `bias`
+    bias: Tensor | None = None  # [B or 1, 1, S, S] in the compute dtype: 0 where a query may see a key, else -inf
 
 
 class Attention(nn.Module):
@@ -46,7 +46,7 @@ class Attention(nn.Module):
             rotate(query, sight.queries),
             rotate(key, sight.keys),
             value,
-            attn_mask=sight.visible,
+            attn_mask=sight.bias,
             dropout_p=self.dropout if self.training else 0.0,
             is_causal=sight.causal,
             enable_gqa=self.grouped,

@@ -58,17 +58,17 @@ class Transformer(nn.Module):
 
     def hidden_states(self, batch: Batch, hidden: Tensor | None = None) -> Tensor:
         """Return what the head reads, [B, T, H]."""
-        sight = self._sight(batch)
         branches = [None] * len(self.layers)
         if batch.branches is not None:
             branches = [batch.branches[:, int(index), None, None] for index in self.layers]
         if self.first:
             hidden = F.dropout(self.embed_tokens(batch.tokens), self.config.embedding_dropout, self.training)
+        sight = self._sight(batch, hidden.dtype)
         for block, branch in zip(self.layers.values(), branches, strict=True):
             hidden = block(hidden, sight, branch)
         return self.norm(hidden) if self.last else hidden
 
-    def _sight(self, batch: Batch) -> Sight:
+    def _sight(self, batch: Batch, dtype: torch.dtype) -> Sight:
         """Return where the tokens stand and what each may see.
 
         A model that is told which token it must say next to what it reads has its queries stand at the place of that
@@ -83,7 +83,9 @@ class Transformer(nn.Module):
             queries = rotary_table(batch.target_positions, self.config.head_size, self.config.rotary_base)
         if visible is None:
             return Sight(queries, keys, batch.causal)
-        return Sight(queries, keys, False, visible[:, None])
+        # attention would make this of a mask in every block, and keep it
+        bias = torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, float("-inf"))
+        return Sight(queries, keys, False, bias[:, None])
 
     def logits(self, tokens: Tensor, causal: bool, positions: Tensor | None = None) -> Tensor:
         """Return fp32 logits [B, S, V] over the tokenizer's ids: for scoring, generation and tests."""

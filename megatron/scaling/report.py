@@ -20,7 +20,7 @@ def summarise(run: Run, tuning: str, validation: str) -> dict:
         "name": run.name,
         "objective": {"ar": "AR", "mdm": "MDM"}.get(run.config["objective_name"], run.config["objective_name"]),
         "regularisers": run.regularisers(),
-        "bound": run.is_bound,
+        "bound": run.is_bound(validation),
         "finished": run.finished,
         "best": best,
         "last": last,
@@ -178,7 +178,7 @@ def draw(runs: list[Run], rows: list[dict], output: Path, validation: str) -> di
         figure, axes = pyplot.subplots(figsize=(7, 4.5))
         for run, colour in zip(runs, COLOURS * len(runs)):
             records = curve(run, validation)
-            label_ = run.name + (" (upper bound)" if run.is_bound else "")
+            label_ = run.name + (" (upper bound)" if run.is_bound(validation) else "")
             axes.plot([r[key] for r in records], [r["loss"] for r in records], "o-", ms=3, color=colour, label=label_)
         finish(figure, axes, f"Validation loss against {label}", f"validation_{key}.png", label)
     figure, axes = pyplot.subplots(figsize=(7, 4.5))

@@ -23,6 +23,10 @@ REGULARISERS = {
     "attention_dropout": "attention dropout {}",
     "hidden_dropout": "hidden dropout {}",
     "embedding_dropout": "embedding dropout {}",
+    "random_replacement": "random replacement {}",
+    "masked_input_weight": "masked input {}",
+    "randmask_ratio": "row masking {}",
+    "stochastic_depth": "stochastic depth {}",
     "label_smoothing": "label smoothing {}",
     "z_loss": "z-loss {}",
 }
@@ -42,9 +46,9 @@ class Run:
     def finished(self) -> bool:
         return self.train[-1]["consumed_samples"] >= self.config["train_samples"]
 
-    @property
-    def is_bound(self) -> bool:
-        return self.config["objective_name"] not in ("ar", "dual")  # what the plain names of sets say
+    def is_bound(self, name: str) -> bool:
+        """Return whether the losses on a validation set are upper bounds; a run may be older than that record."""
+        return curve(self, name)[-1].get("bound", self.config["objective_name"] != "ar")
 
     def regularisers(self) -> str:
         settings = self.config["model"] | self.config["objective"]
@@ -54,6 +58,7 @@ class Run:
         decay = optimizer["weight_decay"]
         if optimizer.get("weight_decay_incr_style", "constant") != "constant":
             decay = f"{optimizer['start_weight_decay']} to {optimizer['end_weight_decay']}"
+        said += ["Muon"] if optimizer.get("optimizer") == "muon" else []
         return ", ".join([*said, f"weight decay {decay}"])
 
 
