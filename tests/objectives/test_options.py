@@ -393,3 +393,105 @@ def test_documents_need_text_that_is_read_from_left_to_right(options):
     options |= {"target_positions": True} if "target_offset_max" in options else {}
     with pytest.raises(ConfigurationError, match="--reset-position-ids: .*leave one of them out"):
         document_rules(DataConfig(reset_position_ids=True), ObjectiveConfig(**options), EOD)
+
+
+# what every objective keeps
+
+EVERY = {
+    "dual": {"objective": "dual"},
+    "any-order": {"objective": "any-order"},
+    "blocks": {"objective": "block-diffusion", "diffusion_block_size": 5},
+    "orders": {"num_order_list": 4, "target_positions": True},
+    "backwards": {"right_to_left_ratio": 0.5},
+    "offsets": {"target_offset_max": 4, "target_positions": True},
+    "suffix": {"objective": "mdm", "ar_ratio": 0.5, "low_noise_samples": 4},
+    "noise": {"token_dropout_max": 0.5, "random_replacement": 0.3, "randmask_ratio": 0.5, "stochastic_depth": 0.5},
+    "second pass": {"masked_input_weight": 0.4},
+}
+DOCUMENTS = document_rules(
+    DataConfig(reset_attention_mask=True, reset_position_ids=True, eod_mask_loss=True), ObjectiveConfig(), EOD
+)
+
+
+def made(options: dict, documents=None, time_block: int = 8):
+    return build_objective(ObjectiveConfig(**options), VOCABULARY, time_block, documents)
+
+
+def batches(options: dict, text: np.ndarray, positions: np.ndarray, seed: int = 1) -> list[Batch]:
+    noise = build_input_noise(ObjectiveConfig(**options), VOCABULARY, num_layers=3)
+    return noise(made(options).prepare(text, positions, seed), positions, seed)
+
+
+def same(one: Batch, two: Batch) -> bool:
+    tensors = ({name: value for name, value in vars(each).items() if torch.is_tensor(value)} for each in (one, two))
+    first, second = tensors
+    return first.keys() == second.keys() and all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_noise_is_of_the_run_position_and_the_seed_alone(name):
+    text = ids(8)
+    for start in (96, 100):  # of either kind, under the dual objective
+        whole = batches(EVERY[name], text[:4], np.arange(start, start + 4))
+        for row in (2, 0, 3):
+            alone = batches(EVERY[name], text[[row]], np.array([start + row]))
+            for batch, part in zip(whole, alone, strict=True):
+                expected = batch.map_tensors(lambda tensor: tensor[[row]] if len(tensor) == 4 else tensor)
+                assert same(replace(expected, rows=None), part) and batch.counts[row] == part.counts[0]
+    text = text[:1].repeat(4, 0)
+    again = batches(EVERY[name], text, np.arange(100, 104))
+    assert all(map(same, again, batches(EVERY[name], text, np.arange(100, 104))))
+    assert not all(map(same, again, batches(EVERY[name], text, np.arange(100, 104), seed=2)))
+    assert not all(map(same, again, batches(EVERY[name], text, np.arange(200, 204))))  # the next epoch
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_batch_names_its_scored_rows_and_leaves_its_text_alone(name):
+    text, positions = ids(4), np.arange(100, 104)
+    text.flags.writeable = positions.flags.writeable = False
+    evaluated = [each.evaluation(text, NOISE, positions, "common") for each in made(EVERY[name]).likelihoods]
+    for batch in (*batches(EVERY[name], text, positions), *evaluated):
+        assert torch.equal(batch.rows, batch.weights.flatten().nonzero().flatten())
+        assert batch.tokens.dtype == batch.targets.dtype == torch.int64 and batch.weights.dtype == torch.float32
+        assert batch.tokens.shape == batch.targets.shape == batch.weights.shape and batch.tokens.is_contiguous()
+        assert not np.shares_memory(text, batch.tokens.numpy()) and not np.shares_memory(text, batch.targets.numpy())
+        assert int(batch.tokens.max()) <= VOCABULARY.mask_id and int(batch.targets.max()) < VOCABULARY.size
+
+
+@pytest.mark.parametrize("alignment", ["common", "published"])
+@pytest.mark.parametrize("documents", [None, DOCUMENTS], ids=["stream", "documents"])
+@pytest.mark.parametrize("name", ["dual", "any-order", "blocks", "suffix"])
+def test_a_uniform_model_scores_log_v_whatever_the_draw(name, documents, alignment):
+    if name == "any-order" and documents:
+        return  # is refused
+    text = packed().repeat(6, 0) if documents else ids(6)
+    for likelihood in made(EVERY[name], documents).likelihoods:
+        batch = likelihood.evaluation(text, NOISE, np.arange(6), alignment)
+        scored = likelihood.scored(text, alignment)
+        assert np.array_equal(batch.counts, scored.sum(axis=1))
+        asked = batch.weights > 0
+        rows, places = asked.nonzero()[:, 0].numpy(), likelihood.asked_places(batch)[asked.numpy()]
+        assert scored[rows, places].all()  # nothing is asked that is not scored
+        assert np.array_equal(batch.targets[asked].numpy(), text[rows, places])
+        if not documents:
+            assert torch.allclose(batch.weights.sum(1), torch.from_numpy(batch.counts).float(), rtol=1e-5)
+
+
+TRAINING_ONLY = ["backwards", "suffix", "noise", "second pass"]
+
+
+@pytest.mark.parametrize("name", TRAINING_ONLY)
+def test_what_training_adds_does_not_act_in_evaluation(name):
+    text, plain = ids(6), {"objective": EVERY[name].get("objective", "ar")}
+    found, expected = (
+        made(options).evaluation(text, NOISE, np.arange(6), "common") for options in (EVERY[name], plain)
+    )
+    assert same(found, expected)
+
+
+def test_orders_and_offsets_do_not_act_in_evaluation_but_targets_stay_told():
+    text, told = ids(6), {"target_positions": True}
+    for options in (EVERY["orders"], EVERY["offsets"]):
+        found, expected = (made(each).evaluation(text, NOISE, np.arange(6), "common") for each in (options, told))
+        assert same(found, expected)
+    assert torch.equal(found.target_positions[0], torch.arange(1, SEQ_LENGTH + 1))
