@@ -1,7 +1,7 @@
 """Each option trains 200 steps on real text, the source of Python's standard library, and learns from it.
 
 Bytes, 64 at a time, and a network of 34,000 parameters: a few seconds each, and enough to tell an option that learns
-from one that does not. The thresholds are nats per byte on held-out text.
+from one that does not: all thresholds, nats per byte of held-out text, lie below what the frequencies of bytes give.
 """
 
 import numpy as np
@@ -11,23 +11,27 @@ from megatron.data.indexed import IndexedDataset
 from megatron.training.main import main
 from tests.conftest import records
 
-SETTINGS = "--num-layers 2 --hidden-size 32 --num-attention-heads 2 --init-method-std 0.1 --seq-length 64 --lr 1e-2 "
-SETTINGS += "--fp32 --no-compile --micro-batch-size 8 --global-batch-size 8 --train-iters 200 --log-interval 100 "
+SETTINGS = (
+    "--num-layers 2 --hidden-size 32 --num-attention-heads 2 --init-method-std 0.1 --qk-layernorm --seq-length 64 "
+)
+SETTINGS += (
+    "--lr 1e-2 --fp32 --no-compile --micro-batch-size 8 --global-batch-size 8 --train-iters 200 --log-interval 100 "
+)
 SETTINGS += "--tokenizer-type ByteTokenizer --eval-interval 200 --eval-samples 96 --eval-batch-size 32 --num-mc 2 "
 CASES = {
     "--objective ar": {"validation": 2.5},
-    "--objective mdm": {"validation": 3.1},
-    "--objective dual --micro-batch-size 4": {"validation": 2.6, "validation.mdm": 2.9},
-    "--objective any-order": {"validation": 3.1, "validation.ar": 3.1},
-    "--objective block-diffusion --diffusion-block-size 4": {"validation": 3.0},
-    "--objective mdm --ar-ratio 0.5": {"validation": 3.15},
-    "--objective mdm --low-noise-samples 800": {"validation": 3.1},
+    "--objective mdm": {"validation": 3.0},
+    "--objective dual --micro-batch-size 4": {"validation": 2.6, "validation.mdm": 2.85},
+    "--objective any-order --global-batch-size 16": {"validation": 2.95, "validation.ar": 2.95},
+    "--objective block-diffusion --diffusion-block-size 4": {"validation": 2.97},
+    "--objective mdm --ar-ratio 0.2 --global-batch-size 16": {"validation": 3.02},
+    "--objective mdm --low-noise-samples 800": {"validation": 3.0},
     "--num-order-list 4 --target-positions": {"validation": 3.0},
     "--num-order-list 4 --use-predefined-order": {"validation": 2.9},
     "--right-to-left-ratio 0.5": {"validation": 2.75},
     "--target-offset-max 3 --target-positions": {"validation": 2.9},
     "--token-dropout 0.2": {"validation": 2.6},
-    "--token-dropout-max 0.4": {"validation": 2.6},
+    "--token-dropout-max 0.4": {"validation": 2.7},
     "--random-replacement 0.1": {"validation": 2.55},
     "--masked-input-weight 0.4": {"validation": 2.5},
     "--randmask-ratio 0.3": {"validation": 2.5},
@@ -35,10 +39,10 @@ CASES = {
     "--reset-attention-mask --reset-position-ids --eod-mask-loss": {"validation": 2.5},
     "--attention-dropout 0.1 --hidden-dropout 0.1 --mlp-dropout 0.1 --embedding-dropout 0.1": {"validation": 2.55},
     "--label-smoothing 0.1 --z-loss 1e-3": {"validation": 2.6},
-    "--optimizer muon --weight-decay-parameters hidden": {"validation": 2.5},
+    "--optimizer muon --weight-decay-parameters hidden": {"validation": 2.45},
     "--weight-decay-incr-style linear --start-weight-decay 0 --end-weight-decay 1": {"validation": 2.5},
     "--ema-decay 0.95": {"validation": 2.5, "validation.average": 2.5},
-    "--average-from-samples 800": {"validation": 2.5, "validation.average": 2.6},
+    "--average-from-samples 800": {"validation": 2.5, "validation.average": 2.5},
 }
 
 
