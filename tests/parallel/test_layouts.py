@@ -204,10 +204,16 @@ def all_layouts(processes: Processes, size: int) -> tuple[dict, dict]:
     for index, (layout, name) in enumerate(CHECKS):
         if layout.size == size:
             found[index] = take(places(processes, layout), CASES[name], layout.parallel)
-    for index, (layout, name) in enumerate(CURVES):
-        if layout.size == size:
-            curves[index] = curve(places(processes, layout), CASES[name], layout.parallel)
-    return found, curves
+    return found, curves | (all_curves(processes, size) if size == 2 else {})
+
+
+def all_curves(processes: Processes, size: int) -> dict[int, np.ndarray]:
+    """Return the curves of so many processes, by number."""
+    return {
+        index: curve(places(processes, layout), CASES[name], layout.parallel)
+        for index, (layout, name) in enumerate(CURVES)
+        if layout.size == size
+    }
 
 
 def places(processes: Processes, layout: Layout) -> Processes:
@@ -222,13 +228,20 @@ def _arranged(rank: int, size: int, tensor: int, pipeline: int, replicas: int) -
 
 @pytest.fixture(scope="module")
 def parallel():
-    """The steps of every check, and the losses of every curve, by number; of each one a process."""
+    """The steps of every check, and the losses of the curves of two processes, by number; of each one a process."""
     found, curves = {}, {}
     for size in (2, 4, 6, 8):
         ranks = spawn(all_layouts, size, size)
         found |= {index: [taken[index] for taken, _ in ranks] for index in ranks[0][0]}
         curves |= {index: [losses[index] for _, losses in ranks] for index in ranks[0][1]}
     return found, curves
+
+
+@pytest.fixture(scope="module")
+def long_curves():
+    """The losses of the curves of more processes, which take minutes on two cores."""
+    ranks = [spawn(all_curves, size, size) for size in (4, 8)]
+    return {index: [losses[index] for losses in group] for group in ranks for index in group[0]}
 
 
 @pytest.fixture(scope="module")
@@ -286,10 +299,19 @@ def test_tensor_parallel_processes_drop_other_numbers_of_the_stream(parallel):
     assert np.array_equal(*parallel[0]["dropped", "shared"])
 
 
-@pytest.mark.parametrize("index", range(len(CURVES)), ids=[described(check) for check in CURVES])
-def test_twenty_steps_follow_those_of_one_process(parallel, single, index):
+@pytest.mark.parametrize(
+    "index",
+    [
+        pytest.param(index, id=described(check), marks=[pytest.mark.slow] if check[0].size > 2 else [])
+        for index, check in enumerate(CURVES)
+    ],
+)
+def test_twenty_steps_follow_those_of_one_process(request, single, index):
+    curves = (
+        request.getfixturevalue("long_curves") if CURVES[index][0].size > 2 else request.getfixturevalue("parallel")[1]
+    )
     expected = single[CURVES[index][1]][1]
-    np.testing.assert_allclose(sum(parallel[1][index]), expected, rtol=1e-4)
+    np.testing.assert_allclose(sum(curves[index]), expected, rtol=1e-4)
     assert np.ptp(expected) > 0.1  # there is a curve to follow
 
 
