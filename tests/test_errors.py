@@ -271,7 +271,7 @@ def test_what_is_typed_replaces_its_rivals_in_the_run_that_is_evaluated(whole):
 
 def test_a_run_of_another_kind_is_not_continued(refused, tiny, whole):
     before = {name: data for name, data in contents(whole).items() if name != "lock"}
-    refused("mdm", [*tiny, "--save", whole], f"--save {whole}", "objective ar, not mdm", "entry point")
+    refused("mdm", [*tiny, "--save", whole], f"--save {whole}", "objective ar, not mdm", "give --objective ar")
     branch = f"--load {whole} --save"
     refused("ar", [*tiny, "--save", whole, "--train-samples", 94], "--train-samples 94", "begun with 93", branch)
     decay = [*tiny, "--save", whole, "--lr-decay-samples", 90]
