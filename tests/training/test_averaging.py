@@ -14,7 +14,7 @@ from megatron.training.optimizer import start_state
 from megatron.training.saver import Saver
 from megatron.training.step import train_step
 from tests.distributed import joined
-from tests.steps import GLOBAL_BATCH, Case, build, patched, whole
+from tests.steps import GLOBAL_BATCH, Case, batches_of_step, build, patched, whole
 
 STEPS, BEGIN = 6, 3 * GLOBAL_BATCH  # the third step is the first that a mean takes in
 KINDS = {"ema": {"ema_decay": 0.8}, "mean": {"average_from_samples": BEGIN}}
@@ -37,7 +37,7 @@ class Training:
 
     def run(self, steps: range, *, average_first: bool = False) -> "Training":
         for step in steps:
-            batches = [self.data[step * self.data.per_step + index] for index in range(self.data.per_step)]
+            batches = batches_of_step(self.data, step)
             if average_first:
                 self.average.update((step + 1) * GLOBAL_BATCH)
             train_step(self.engine, self.optimizer, batches, learning_rate=0.05, weight_decay=0.1, clip_grad=1.0)
@@ -103,7 +103,7 @@ def test_swapped_weights_are_the_average_and_come_back_to_the_bit(processes, kin
 
     def nll():
         with torch.no_grad():
-            found = engine.nll(training.data[0]).numpy().copy()
+            found = engine.nll(training.data[0][0]).numpy().copy()
         engine.reshard()
         return found
 
