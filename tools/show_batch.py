@@ -23,12 +23,14 @@ from megatron.errors import ConfigurationError
 from megatron.objectives import build_input_noise, build_objective, document_rules
 from megatron.training.command_line import parse
 
-END, VOCABULARY, BLOCKS, STRATIFIED = "|", Vocabulary(128), 4, 4
-NETWORK = f"--num-layers {BLOCKS} --hidden-size 8 --num-attention-heads 1 --train-data-path none --train-iters 1 --fp32"
+END, VOCABULARY, STRATIFIED = "|", Vocabulary(128), 4
+NETWORK = "--num-layers 4 --hidden-size 8 --num-attention-heads 1 --train-data-path none --train-iters 1 --fp32"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--text", default="yes.|now ", help="what is read, of ASCII characters (default: %(default)r)")
     parser.add_argument("--sample", type=int, default=0, help="which sample of the run this is (default: %(default)s)")
     options, flags = parser.parse_known_args()
@@ -49,7 +51,7 @@ def batches(text: str, sample: int, flags: list[str]) -> list[Batch]:
     rules = document_rules(config.data, config.objective, ord(END))
     objective = build_objective(config.objective, VOCABULARY, STRATIFIED, rules)
     ids, positions = np.array([list(text.encode())], np.int64), np.array([sample])
-    noise = build_input_noise(config.objective, VOCABULARY, BLOCKS)
+    noise = build_input_noise(config.objective, VOCABULARY, config.model.num_layers)
     seed = config.training.seed
     return noise(objective.prepare(ids, positions, seed), positions, seed)
 

@@ -25,7 +25,7 @@ from megatron.parallel.engine import Engine
 from megatron.parallel.mesh import Processes
 from megatron.training import checkpoint
 from megatron.training.command_line import parse
-from megatron.training.evaluate import Evaluation, evaluate_all
+from megatron.training.evaluate import Evaluation, evaluate
 from megatron.training.resume import recorded_config
 from megatron.training.run_folder import read_json
 from megatron.training.sources import Sources, open_sources
@@ -36,7 +36,7 @@ FIGURES = ("loss", "data_se", "mc_se", "bits_per_byte")
 
 
 class Ensemble:
-    """Several engines as one, to `evaluate_all`: their nll, and that of the first one, two, ... of them together."""
+    """Several engines as one, to `evaluate`: their nll, and that of the first one, two, ... of them together."""
 
     def __init__(self, engines: list[Engine]):
         self.engines, self.processes = engines, engines[0].processes
@@ -191,15 +191,15 @@ def evaluate_members(members: list[Member], processes: Processes) -> dict:
     evaluations = [(data, *each) for data in sources.validation for each in objective.evaluations(data.name)]
     ensemble, sets = Ensemble([_engine(member, vocabulary, processes) for member in members]), {}
     for data, name, likelihood in evaluations:
-        found = evaluate_all(
+        found = evaluate(
             ensemble,
-            2 * len(members),
             likelihood,
             data,
             seed=validation.eval_seed,
             replicates=validation.num_mc,
             batch_size=validation.eval_batch_size or first.config.training.micro_batch_size,
             alignment=validation.eval_alignment,
+            models=2 * len(members),
         )
         alone, together = found[: len(members)], found[len(members) :]
         for member, evaluation in zip(members, alone, strict=True):

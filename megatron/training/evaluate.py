@@ -65,26 +65,11 @@ def evaluate(
     replicates: int,
     batch_size: int,
     alignment: str,
-) -> Evaluation:
-    """Return the per-document sums of `data` over `replicates` draws of the noise; every process returns the same."""
-    settings = {"seed": seed, "replicates": replicates, "batch_size": batch_size, "alignment": alignment}
-    (evaluation,) = evaluate_all(engine, 1, likelihood, data, **settings)
-    return evaluation
-
-
-@torch.no_grad()
-def evaluate_all(
-    engine: Engine,
-    models: int,
-    likelihood: Likelihood,
-    data: ValidationSet,
-    *,
-    seed: int,
-    replicates: int,
-    batch_size: int,
-    alignment: str,
+    models: int = 1,
 ) -> list[Evaluation]:
-    """Return what `evaluate` does for each of several models; `engine.nll` gives the nll of all, [models, B, S].
+    """Return the per-document sums of `data` over `replicates` draws of the noise; every process returns the same.
+
+    There is one `Evaluation` for each of several `models`, whose nll `engine.nll` gives together, [models, B, S].
 
     A token's nats go to the document of the token itself, not to that of the position that speaks of it. All
     processes run the same number of forward passes: what is missing at the end is padded without weight.

@@ -1,5 +1,6 @@
 """Where a run begins: anew, at a checkpoint of its own, or at another run's (a branch)."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,6 +84,8 @@ def find_origin(config: Config, plan: Plan, objective: str, sources: Sources, pr
         _check_branch(recorded, meta, config, plan, source)
     elif not only_evaluate:
         _check_surroundings(recorded, sources, precision, config, source)
+    if objective == "dual" and not only_evaluate:
+        _check_kinds(meta, config, source)
     return Origin(
         run, folder, meta, read_records(run, meta["iteration"]), str(folder) if branched else recorded["branched_from"]
     )
@@ -118,6 +121,19 @@ def _check_branch(recorded: dict, meta: dict, config: Config, plan: Plan, source
             f"--load {source}: has seen {meta['consumed_samples']} samples, and the budget of the branch is "
             f"{plan.train_samples} in all; raise it above that"
         )
+
+
+def _check_kinds(meta: dict, config: Config, source: Path) -> None:
+    """Refuse to go on with the dual objective where a micro-batch would be of both kinds: a last batch may be short."""
+    micro, block, seen = config.training.micro_batch_size, meta["time_block"], meta["consumed_samples"]
+    causal = config.objective.causal_samples(block)
+    require(
+        not any(count % micro for count in (seen, block, causal)),
+        "micro_batch_size",
+        micro,
+        f"the run in {source} has seen {seen} samples, of each {block} of which {causal} predict the next token, and a "
+        f"micro-batch is of one kind; give {math.gcd(seen, block, causal)} or a divisor of it",
+    )
 
 
 def _check_surroundings(recorded: dict, sources: Sources, precision: str, config: Config, source: Path) -> None:

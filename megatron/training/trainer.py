@@ -221,7 +221,7 @@ class Trainer:
 
     def _evaluate(self, data: ValidationSet, likelihood: Likelihood, name: str) -> dict:
         validation, iteration = self.config.validation, self.progress.iteration
-        evaluation = evaluate(
+        (evaluation,) = evaluate(
             self.engine,
             likelihood,
             data,

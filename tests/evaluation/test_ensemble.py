@@ -21,7 +21,7 @@ from megatron.model.transformer import Transformer
 from megatron.objectives import build_objective
 from megatron.objectives.noise import EvaluationNoise
 from megatron.parallel.apply import build_engine
-from megatron.training.evaluate import ValidationSet, evaluate, evaluate_all
+from megatron.training.evaluate import ValidationSet, evaluate
 from megatron.training.main import main
 from megatron.training.sources import open_sources
 from tests.conftest import ROOT, environment, records
@@ -67,7 +67,8 @@ def test_an_ensemble_is_the_mean_of_probabilities(processes, data, name):
     windows = np.arange(len(data.windows))
     ids, owners = (np.stack(part) for part in zip(*(data.windows[int(window)] for window in windows)))
     owners = owners[:, objective.target_offset : objective.target_offset + SEQ_LENGTH]
-    together = evaluate_all(Ensemble([engine(processes, 0), engine(processes, 1)]), 4, objective, data, **SETTINGS)
+    pair = Ensemble([engine(processes, 0), engine(processes, 1)])
+    together = evaluate(pair, objective, data, **SETTINGS, models=4)
     for replicate in range(len(together[0].nats)):
         batch = objective.evaluation(ids, EvaluationNoise(1, "text", replicate), windows, "common")
         each = [probabilities(index, batch.tokens, batch.causal) for index in (0, 1)]
@@ -82,8 +83,8 @@ def test_an_ensemble_is_the_mean_of_probabilities(processes, data, name):
 @pytest.mark.parametrize("name", ["ar", "mdm"])
 def test_copies_of_a_model_are_that_model(processes, data, name):
     objective = build_objective(ObjectiveConfig(objective=name), VOCABULARY, time_block=8)
-    alone = evaluate(engine(processes, 0), objective, data, **SETTINGS)
-    for found in evaluate_all(Ensemble([engine(processes, 0)] * 3), 6, objective, data, **SETTINGS):
+    (alone,) = evaluate(engine(processes, 0), objective, data, **SETTINGS)
+    for found in evaluate(Ensemble([engine(processes, 0)] * 3), objective, data, **SETTINGS, models=6):
         np.testing.assert_allclose(found.nats, alone.nats, rtol=1e-5, atol=1e-5)
         assert np.array_equal(found.tokens, alone.tokens)
 
@@ -93,7 +94,7 @@ def test_each_member_runs_once_a_batch(processes, data):
     members, calls = [engine(processes, 0), engine(processes, 1)], []
     for member in members:
         member.roots[0].register_forward_pre_hook(lambda *_: calls.append(1))
-    evaluate_all(Ensemble(members), 4, objective, data, **SETTINGS)
+    evaluate(Ensemble(members), objective, data, **SETTINGS, models=4)
     assert len(calls) == 2 * SETTINGS["replicates"] * -(-len(data.windows) // SETTINGS["batch_size"])
 
 

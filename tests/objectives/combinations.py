@@ -5,6 +5,7 @@
 A pair works if, under one of the objectives, a model takes a step with it and is evaluated.
 """
 
+from importlib.util import find_spec
 from itertools import combinations
 
 import numpy as np
@@ -24,6 +25,7 @@ from tests.distributed import joined
 NETWORK = "--num-layers 2 --hidden-size 16 --num-attention-heads 2 --seq-length 16 --micro-batch-size 4 "
 NETWORK += "--global-batch-size 8 --train-iters 4 --train-data-path none --tokenizer-type ByteTokenizer --fp32"
 VOCABULARY, EOD = Vocabulary(257), 256
+INSTALLED = find_spec("deepspeed") is not None
 OPTIONS = [f"--objective {name}" for name in OBJECTIVES] + [
     "--mask-times iid",
     "--ar-ratio 0.5",
@@ -71,7 +73,7 @@ def refusal(flags: str, processes: Processes | None) -> str | None:
         check_processes(config, 1)
     except ConfigurationError as error:
         return str(error)
-    if processes and not config.parallel.deepspeed:  # which not every machine has; the tests of its own run it
+    if processes and (INSTALLED or not config.parallel.deepspeed):
         _step(config, objective, plan, processes)
     return None
 

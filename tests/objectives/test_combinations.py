@@ -1,9 +1,12 @@
 """The page of all pairs of options is what the code does."""
 
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
+from megatron.config.sections import ObjectiveConfig
+from megatron.objectives import OBJECTIVES
 from tests.distributed import joined
 from tests.objectives.combinations import OPTIONS, markdown, pairs, refusal
 
@@ -20,6 +23,11 @@ def test_the_page_tells_what_is_refused_and_why():
 def test_what_the_page_says_to_work_does():
     with joined() as alone:
         assert PAGE.read_text() == markdown(pairs(alone))
+
+
+def test_the_flag_knows_every_objective():
+    (field,) = [field for field in fields(ObjectiveConfig) if field.name == "objective"]
+    assert list(field.metadata["choices"]) == list(OBJECTIVES)
 
 
 def test_a_refusal_names_the_flag():

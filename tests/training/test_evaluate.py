@@ -68,15 +68,9 @@ def objective(name: str):
 
 
 def run(model, name, data, *, seed=1, replicates=4, batch_size=4, alignment="common") -> Evaluation:
-    return evaluate(
-        model,
-        objective(name),
-        data,
-        seed=seed,
-        replicates=replicates,
-        batch_size=batch_size,
-        alignment=alignment,
-    )
+    settings = {"seed": seed, "replicates": replicates, "batch_size": batch_size, "alignment": alignment}
+    (evaluation,) = evaluate(model, objective(name), data, **settings)
+    return evaluation
 
 
 def check_equal(one: Evaluation, other: Evaluation) -> None:

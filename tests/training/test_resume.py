@@ -23,6 +23,15 @@ VARIANTS = {
     "mdm": ("mdm", []),
     # 40 samples are seen at the stop: the average begins after it
     "mdm-muon-averaged": ("mdm", ["--optimizer", "muon", "--average-from-samples", "60"]),
+    "dual": ("ar", ["--objective", "dual"]),
+    "block-diffusion": ("mdm", ["--objective", "block-diffusion", "--diffusion-block-size", "4"]),
+    "ar-noise": (
+        "ar",
+        [
+            *("--masked-input-weight", "0.4", "--randmask-ratio", "0.5", "--random-replacement", "0.1"),
+            *("--stochastic-depth", "0.5", "--target-offset-max", "3", "--target-positions"),
+        ],
+    ),
     "mdm-dropout": ("mdm", ["--mlp-dropout", "0.2", "--attention-dropout", "0.1", "--embedding-dropout", "0.1"]),
 }
 
@@ -83,6 +92,15 @@ def test_micro_batch_and_workers_change_nothing(uninterrupted, tiny, tmp_path):
     run("mdm", *tiny, "--save", tmp_path, "--micro-batch-size", 2, "--num-workers", 1, "--eval-batch-size", 4)
     for one, two in zip(records(uninterrupted("mdm")), records(tmp_path), strict=True):
         assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
+
+
+def test_a_dual_run_goes_on_only_where_every_micro_batch_is_of_one_kind(uninterrupted, tiny, tmp_path):
+    branch = [*tiny, "--objective", "dual", "--load", uninterrupted("dual"), "--save", tmp_path, "--train-samples", 109]
+    refused = run("ar", *branch, check=False)  # 93 samples are seen, and a step deals out 4 of 8
+    assert refused.returncode == 2 and "--micro-batch-size 4: the run in" in refused.stderr
+    assert "has seen 93 samples" in refused.stderr and "give 1 or" in refused.stderr
+    run("ar", *branch, "--micro-batch-size", 1)
+    assert records(tmp_path, "train")[-1]["consumed_samples"] == 109
 
 
 def test_averages_are_evaluated_beside_the_weights_and_change_nothing_else(uninterrupted):
