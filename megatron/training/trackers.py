@@ -23,7 +23,7 @@ CLOCKS = ("iteration", "consumed_samples", "consumed_tokens", "epoch", "flops", 
 
 def measures(record: dict) -> dict[str, float]:
     """Return the numbers of a record by name, "train/loss" or "valid/<set>/loss", without its clocks."""
-    found = {name: value for name, value in record.items() if name not in CLOCKS and isinstance(value, (int, float))}
+    found = {name: value for name, value in record.items() if name not in CLOCKS and type(value) in (int, float)}
     if record["kind"] == "train":
         return {f"train/{name}": value for name, value in found.items()}
     found["perplexity"] = math.exp(min(20, record["loss"]))  # an upper bound where the loss is one

@@ -25,7 +25,7 @@ AXES = {
     "epochs": lambda record: round(1000 * record["epoch"]),
     "flops": lambda record: round(record["flops"] / 1e9),
 }
-TEXT = ("kind", "set", "alignment")
+TEXT = ("kind", "set", "alignment", "likelihood", "bound")
 VOLATILE = ("seconds", "tokens_per_second", "mfu", "memory_bytes")
 
 
