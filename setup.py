@@ -11,7 +11,7 @@ setup(
     packages=find_packages(include=["megatron", "megatron.*"]),
     install_requires=["torch>=2.11", "numpy", "safetensors", "tokenizers", "sentencepiece", "tqdm", "matplotlib"],
     extras_require={
-        "test": ["deepspeed", "pytest", "tensorboard", "transformers", "wandb>=0.31", "zstandard"],
+        "test": ["deepspeed", "pytest", "pytest-xdist", "tensorboard", "transformers", "wandb>=0.31", "zstandard"],
         "eval": ["lm-eval"],
         "deepspeed": ["deepspeed"],
         "tensorboard": ["tensorboard"],

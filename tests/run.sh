@@ -6,4 +6,5 @@ select=(-m "not slow and not gpu")
 if [[ "${1:-}" == --all ]]; then select=(-m "not gpu"); shift; fi
 bash install.sh --with-test
 export OMP_NUM_THREADS=1
-exec .venv/bin/python -m pytest -q "${select[@]}" "$@"
+# Two workers, each a file at a time, so that what a file sets up is set up once.
+exec .venv/bin/python -m pytest -q -n 2 --dist loadfile "${select[@]}" "$@"
