@@ -7,7 +7,7 @@ other numbers.)
 """
 
 import logging
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -24,11 +24,9 @@ from megatron.parallel.apply import build_engine
 from megatron.parallel.engine import Engine
 from megatron.parallel.mesh import Processes
 from megatron.training import checkpoint
-from megatron.training.command_line import parse
 from megatron.training.evaluate import Evaluation, evaluate
-from megatron.training.resume import recorded_config
-from megatron.training.run_folder import read_json
 from megatron.training.sources import Sources, open_sources
+from megatron.training.trained import Trained, open_trained, trained_config
 
 logger = logging.getLogger(__name__)
 
@@ -60,30 +58,17 @@ class Ensemble:
             engine.reshard()
 
 
-@dataclass(frozen=True)
-class Member:
-    """One trained run, at one of its checkpoints."""
-
-    name: str  # as the user names it
-    config: Config
-    recorded: dict  # config.json of the run
-    checkpoint: Path
-    meta: dict  # of the checkpoint
-
-    @property
-    def shared(self) -> dict:
-        """What all members of an ensemble agree in."""
-        return {
-            "objective": self.recorded["objective_name"],
-            **{
-                spelling(name): getattr(self.config.objective, name)
-                for name in ("target_positions", "diffusion_block_size")
-            },
-            **{spelling(name): getattr(self.config.data, name) for name in DOCUMENT_RULES},
-            "vocabulary size": self.recorded["vocabulary_size"],
-            "--tokenizer-type": self.config.data.tokenizer_type,
-            "--eval-alignment": self.config.validation.eval_alignment,
-        }
+def shared(member: Trained) -> dict:
+    """Return what all members of an ensemble agree in."""
+    config = member.config
+    return {
+        "objective": member.recorded["objective_name"],
+        **{spelling(name): getattr(config.objective, name) for name in ("target_positions", "diffusion_block_size")},
+        **{spelling(name): getattr(config.data, name) for name in DOCUMENT_RULES},
+        "vocabulary size": member.recorded["vocabulary_size"],
+        "--tokenizer-type": config.data.tokenizer_type,
+        "--eval-alignment": config.validation.eval_alignment,
+    }
 
 
 def settings(run: str, flags: list[str]) -> Config:
@@ -91,11 +76,7 @@ def settings(run: str, flags: list[str]) -> Config:
 
     Raises ConfigurationError where there is no run, or a flag is none of data or validation.
     """
-    recorded = recorded_config(Path(run))
-    if recorded is None:
-        raise ConfigurationError(f"{run}: holds no run and is no checkpoint; give a folder that --save wrote")
-    objective, as_recorded = recorded["objective_name"], ["--skip-train", "--load", run]
-    config, plain = (parse(objective, [*as_recorded, *more]) for more in (flags, ()))
+    config, plain = (trained_config(run, more) for more in (flags, ()))
     for section in [section for section in SECTIONS if section not in ("data", "validation")]:
         asked, given = getattr(config, section), getattr(plain, section)
         for name in (field.name for field in fields(asked)):
@@ -107,20 +88,20 @@ def settings(run: str, flags: list[str]) -> Config:
     return config
 
 
-def open_members(runs: list[str], which: str, flags: list[str]) -> list[Member]:
+def open_members(runs: list[str], which: str, flags: list[str]) -> list[Trained]:
     """Return the members: the `which` ("latest" or "best") checkpoint of each run, or the checkpoint that is named.
 
     `flags` are as in `settings`. Raises ConfigurationError where runs cannot stand together; their models may differ.
     """
     members = []
     for name in runs:
-        config, folder = settings(name, flags), _checkpoint(Path(name), which)
-        member = Member(name, config, recorded_config(Path(name)), folder, read_json(folder / "meta.json"))
+        settings(name, flags)
+        member = open_trained(name, which, flags)
         for other in members:
             if member.checkpoint.resolve() == other.checkpoint.resolve():
                 raise ConfigurationError(f"{name}: is the same checkpoint as {other.name}; name each member once")
-        for what, value in member.shared.items() if members else ():
-            expected = members[0].shared[what]
+        for what, value in shared(member).items() if members else ():
+            expected = shared(members[0])[what]
             if value != expected:
                 raise ConfigurationError(
                     f"{name}: has {what} {value}, and {runs[0]} has {expected}; members agree in it, leave one out"
@@ -131,29 +112,7 @@ def open_members(runs: list[str], which: str, flags: list[str]) -> list[Member]:
     return members
 
 
-def _checkpoint(run: Path, which: str) -> Path:
-    """Return the checkpoint that `run` is, or the one of its own that is asked for."""
-    if (run / "meta.json").exists():
-        folder = run
-    elif which == "latest":
-        found = checkpoint.newest(run / "checkpoints", mend=False)
-        if found is None:
-            raise ConfigurationError(f"{run}: holds no checkpoint; train it first")
-        return found[0]
-    else:
-        pointer = run / "checkpoints" / "best.json"
-        if not pointer.exists():
-            raise ConfigurationError(
-                f"--checkpoint best: {run} has no checkpoint that was validated; give --checkpoint latest"
-            )
-        folder = pointer.with_name(read_json(pointer)["folder"])
-    fault = checkpoint.damage(folder)
-    if fault:
-        raise ConfigurationError(f"{folder}: is damaged ({fault}); give another checkpoint of that run")
-    return folder
-
-
-def check_data(members: list[Member], sources: Sources) -> None:
+def check_data(members: list[Trained], sources: Sources) -> None:
     """Refuse data of another vocabulary, and other text than a member was validated on under the same name."""
     size = sources.tokenizer.vocabulary_size
     if not sources.validation:
@@ -173,7 +132,7 @@ def check_data(members: list[Member], sources: Sources) -> None:
                 )
 
 
-def evaluate_members(members: list[Member], processes: Processes) -> dict:
+def evaluate_members(members: list[Trained], processes: Processes) -> dict:
     """Return the record of an evaluation on every validation set of the first member; on every process the same.
 
     Of each set it holds the figures of `Evaluation.summary` for the members, and for the ensembles of the first 1 to
@@ -182,7 +141,7 @@ def evaluate_members(members: list[Member], processes: Processes) -> dict:
     first, validation = members[0], members[0].config.validation
     sources = open_sources(first.config)
     check_data(members, sources)
-    vocabulary = Vocabulary(sources.tokenizer.vocabulary_size)
+    vocabulary = first.vocabulary
     documents = document_rules(first.config.data, first.config.objective, sources.tokenizer.eod)
     objective = build_objective(first.config.objective, vocabulary, first.meta["time_block"], documents)
     exact = all(likelihood.exact for likelihood in objective.likelihoods)
@@ -233,7 +192,7 @@ def evaluate_members(members: list[Member], processes: Processes) -> dict:
     }
 
 
-def _engine(member: Member, vocabulary: Vocabulary, processes: Processes) -> Engine:
+def _engine(member: Trained, vocabulary: Vocabulary, processes: Processes) -> Engine:
     """Return the engine of a member, at its weights; there is no optimizer."""
     config, bf16 = member.config, member.recorded["precision"] == "bf16"
     seed, parallel = config.training.seed, config.parallel
