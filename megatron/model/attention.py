@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from megatron.config.sections import ModelConfig
 from megatron.model.norm import normalisation
+from megatron.model.past import BlockPast
 from megatron.model.rotary import RotaryTable, rotate
 
 
@@ -17,6 +18,7 @@ class Sight(NamedTuple):
     keys: RotaryTable
     causal: bool  # where there is no `bias`
     bias: Tensor | None = None  # [B or 1, 1, S, S] in the compute dtype: 0 where a query may see a key, else -inf
+    past: BlockPast | None = None  # what this block has read before, in generation and scoring
 
 
 class Attention(nn.Module):
@@ -42,9 +44,12 @@ class Attention(nn.Module):
         query = self.q_norm(self.q_proj(hidden).unflatten(-1, (-1, self.head_size))).transpose(1, 2)
         key = self.k_norm(self.k_proj(hidden).unflatten(-1, (-1, self.head_size))).transpose(1, 2)
         value = self.v_proj(hidden).unflatten(-1, (-1, self.head_size)).transpose(1, 2)
+        key = rotate(key, sight.keys)
+        if sight.past is not None:
+            key, value = sight.past.extend(key, value)
         mixed = F.scaled_dot_product_attention(
             rotate(query, sight.queries),
-            rotate(key, sight.keys),
+            key,
             value,
             attn_mask=sight.bias,
             dropout_p=self.dropout if self.training else 0.0,

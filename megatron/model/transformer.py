@@ -13,6 +13,7 @@ from megatron.model.attention import Sight
 from megatron.model.block import Block
 from megatron.model.linear_cross_entropy import PLAIN, WHOLE, Terms, linear_cross_entropy, linear_nll
 from megatron.model.norm import normalisation
+from megatron.model.past import Past
 from megatron.model.rotary import rotary_table
 
 
@@ -83,16 +84,40 @@ class Transformer(nn.Module):
             queries = rotary_table(batch.target_positions, self.config.head_size, self.config.rotary_base)
         if visible is None:
             return Sight(queries, keys, batch.causal)
-        # attention would make this of a mask in every block, and keep it
-        bias = torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, float("-inf"))
-        return Sight(queries, keys, False, bias[:, None])
+        return Sight(queries, keys, False, _bias(visible, dtype))
+
+    def read(self, tokens: Tensor, past: Past, present: Tensor | None = None) -> Tensor:
+        """Read [B, T] tokens behind those in `past`, and add them to it; return what the head reads, [B, T, H].
+
+        Each token sees itself and all before it. `present` [B, T] is false where a row holds no token.
+        """
+        present = torch.ones_like(tokens, dtype=torch.bool) if present is None else present
+        places, visible = past.append(present)
+        table = rotary_table(places, self.config.head_size, self.config.rotary_base)
+        hidden = self.embed_tokens(tokens)
+        bias = None if visible is None else _bias(visible, hidden.dtype)
+        causal = bias is None and tokens.shape[1] > 1  # then nothing was read before
+        for name, block in self.layers.items():
+            hidden = block(hidden, Sight(table, table, causal, bias, past.block(name)))
+        return self.norm(hidden)
 
     def logits(self, tokens: Tensor, causal: bool, positions: Tensor | None = None) -> Tensor:
         """Return fp32 logits [B, S, V] over the tokenizer's ids: for scoring, generation and tests."""
-        hidden = self.hidden_states(Batch.to_read(tokens, causal, positions))
+        return self.head(self.hidden_states(Batch.to_read(tokens, causal, positions)))
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Return fp32 logits [..., V] over the tokenizer's ids of what the head reads, [..., H]."""
         return F.linear(hidden, self.lm_weight()[: self.vocabulary.size]).float()
 
     def lm_weight(self) -> Tensor:
         """Return the head's matrix [padded vocabulary, H], the embedding's own where the two are tied."""
         untied = self.config.untie_embeddings_and_output_weights
         return self.lm_head.weight if untied else self.embed_tokens.weight
+
+
+def _bias(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return what is added to scores of attention, [B, 1, S, P], of what may be seen, bool [B, S, P].
+
+    Attention would make it of a mask in every block, and keep it.
+    """
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, float("-inf"))[:, None]
