@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.forked import run_script
+
 ROOT = Path(__file__).resolve().parents[1]
 MODULES = "abc ast bisect calendar cmd code codecs copy csv dis enum fnmatch glob gzip heapq inspect io keyword".split()
 
@@ -68,10 +70,8 @@ def entry(objective: str) -> str:
 
 def run(objective: str, *flags, processes: int = 1, check: bool = True, timeout: int = 300):
     """Run an entry point in processes of its own and return what it did."""
-    command = [sys.executable, entry(objective), *map(str, flags)]
-    if processes > 1:
-        command[1:1] = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=timeout)
+    command = [entry(objective), *map(str, flags)]
+    done = run_script(command, environment(), timeout, processes)
     if check and done.returncode:
         raise AssertionError(f"exit code {done.returncode}\n{done.stderr[-3000:]}")
     return done

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from megatron.parallel.mesh import Processes, arrange
+from tests.forked import surroundings
 
 
 @contextmanager
@@ -36,7 +37,9 @@ def spawn(function: Callable, size: int, *arguments) -> list:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         try:
-            torch.multiprocessing.spawn(_child, (size, folder, function, arguments), nprocs=size)
+            with surroundings(dict(os.environ)):
+                given = (size, folder, function, arguments)
+                torch.multiprocessing.start_processes(_child, given, nprocs=size, start_method="forkserver")
         except torch.multiprocessing.ProcessRaisedException:
             # the others may fail too, because the first one has left them
             first = min(folder.glob("error of process *"), key=lambda path: path.stat().st_mtime_ns)

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from importlib.util import find_spec
 
+import pytest
+
 from tests.conftest import ROOT, environment
 
 TOY = "--num-layers 2 --hidden-size 64 --num-attention-heads 2 --vocab-size 500 --seq-length 32 --rounds 2".split()
@@ -101,6 +103,7 @@ def test_the_stall_of_a_small_network_is_measured():
     assert refused.returncode == 2 and refused.stderr.startswith("error: --model-size 8M: is not on the ladder")
 
 
+@pytest.mark.slow
 def test_every_layout_of_one_process_trains_the_same():
     command = [sys.executable, "benchmarks/layouts.py", *"--model-size 7M --seq-length 32 --micro-batch-size 1".split()]
     command += "--micro-batches 2 --steps 1 --no-compile".split()

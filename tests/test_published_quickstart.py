@@ -55,7 +55,7 @@ def script(clone, name, *flags, code=0, **variables):
     return done
 
 
-@pytest.mark.parametrize("objective", ["ar", "mdm"])
+@pytest.mark.parametrize("objective", ["ar", pytest.param("mdm", marks=pytest.mark.slow)])
 def test_training_is_stopped_resumed_and_evaluated(objective, with_data):
     toy, run = TOY.split(), with_data / "runs" / f"{objective}_best_on_100m"
     script(with_data, f"train_{objective}.sh", *toy, "--exit-interval", "5")

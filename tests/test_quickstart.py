@@ -65,7 +65,7 @@ echo the report would follow"""
     assert done.returncode == 3 and "report" not in done.stdout
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_signal_makes_all_trainings_save_and_leave(number, tmp_path):
     """Ctrl-C goes to the whole job, a cancelled job's SIGTERM to the script alone."""
     log = open(tmp_path / "log", "w")

@@ -55,21 +55,36 @@ MODELS = [
 
 
 @pytest.fixture(scope="module")
-def measured():
-    """What one step of every case takes at its peak; later steps take as much."""
+def alone():
+    """What one step of the cases of one process takes at its peak; later steps take as much."""
     with joined():
-        found = {case: measure(case, 0, CPU, steps=1) for case in CASES if case.processes == 1}
+        return {case: measure(case, 0, CPU, steps=1) for case in CASES if case.processes == 1}
+
+
+@pytest.fixture(scope="module")
+def measured(alone):
+    """The same of every case; those of several processes take minutes on two cores."""
     several = [case for case in CASES if case.processes > 1]
-    return found | dict(zip(several, measure_on_cpu(several, steps=1), strict=True))
+    return alone | dict(zip(several, measure_on_cpu(several, steps=1), strict=True))
 
 
 def names(case: Case) -> str:
     return f"{case.processes}x{case.micro_batches}{case.flags.partition('--bf16')[2].replace(' ', '')}"
 
 
-@pytest.mark.parametrize("case", CASES, ids=names)
-def test_the_formula_gives_the_measured_peak(measured, case):
-    found, computed = measured[case], case.formula("cpu")
+@pytest.mark.parametrize("case", [case for case in CASES if case.processes == 1], ids=names)
+def test_the_formula_gives_the_measured_peak_of_a_process(alone, case):
+    check(case, alone[case])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [case for case in CASES if case.processes > 1], ids=names)
+def test_the_formula_gives_the_measured_peak_of_each_of_several(measured, case):
+    check(case, measured[case])
+
+
+def check(case: Case, found: dict) -> None:
+    computed = case.formula("cpu")
     assert computed.total == pytest.approx(found["total"], rel=TOLERANCE)
     assert computed.master_weights == pytest.approx(found["master weights"], rel=0.01)
     assert computed.optimizer_states == pytest.approx(found["optimizer states"], rel=0.01)
@@ -87,17 +102,18 @@ FAULTS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, value, case", FAULTS, ids=[name for name, *_ in FAULTS])
 def test_what_is_left_out_is_missed(measured, name, value, case):
     with patched(_Process, name, value), pytest.raises(AssertionError):
-        test_the_formula_gives_the_measured_peak(measured, case)
+        check(case, measured[case])
 
 
-def test_the_benchmark_prints_a_line_a_case(measured, capsys):
-    print_table([(case, case.formula("cpu"), measured[case]) for case in CASES])
+def test_the_benchmark_prints_a_line_a_case(alone, capsys):
+    print_table([(case, case.formula("cpu"), found) for case, found in alone.items()])
     head, _, *lines = capsys.readouterr().out.splitlines()
     assert head.startswith("| processes | micro-batches | flags | measured MB | formula MB | ratio |")
-    assert len(lines) == len(CASES) and lines[0].startswith("| 1 | 2 | small | ")
+    assert len(lines) == len(alone) and lines[0].startswith("| 1 | 2 | small | ")
 
 
 def test_every_case_of_the_benchmark_is_a_layout():

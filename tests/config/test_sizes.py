@@ -156,7 +156,7 @@ def test_dry_run_says_what_a_run_amounts_to(tiny):
     assert amounts["flops"]["6nd"] == 6 * amounts["parameters"] * 93 * 32
 
 
-@pytest.mark.parametrize("width", [128, 768, 1280])
+@pytest.mark.parametrize("width", [128, 768, pytest.param(1280, marks=pytest.mark.slow)])
 def test_five_steps_of_one_layer(width, tiny, tmp_path):
     size = {128: "7M", 768: "140M", 1280: "425M"}[width]
     small = [flag for flag in tiny if flag not in ("--num-layers", "--hidden-size", "--num-attention-heads", "2", "32")]

@@ -228,9 +228,19 @@ def _arranged(rank: int, size: int, tensor: int, pipeline: int, replicas: int) -
 
 @pytest.fixture(scope="module")
 def parallel():
-    """The steps of every check, and the losses of the curves of two processes, by number; of each one a process."""
+    """The steps of the checks, and the losses of the curves of two processes, by number; of each one a process."""
+    return on_processes(2, 4)
+
+
+@pytest.fixture(scope="module")
+def large():
+    """The same of more processes, which take minutes on two cores."""
+    return on_processes(6, 8)
+
+
+def on_processes(*sizes: int) -> tuple[dict, dict]:
     found, curves = {}, {}
-    for size in (2, 4, 6, 8):
+    for size in sizes:
         ranks = spawn(all_layouts, size, size)
         found |= {index: [taken[index] for taken, _ in ranks] for index in ranks[0][0]}
         curves |= {index: [losses[index] for _, losses in ranks] for index in ranks[0][1]}
@@ -255,6 +265,12 @@ def single():
         }
 
 
+def numbered(checks: list[tuple[Layout, str]], slow_above: int) -> list:
+    """Return the numbers of checks as parameters of a test; those of more processes are of the slow tier."""
+    slow = [[pytest.mark.slow] * (layout.size > slow_above) for layout, _ in checks]
+    return [pytest.param(index, id=described(checks[index]), marks=marks) for index, marks in enumerate(slow)]
+
+
 def merged(ranks: list[Step]) -> Step:
     """Return the step of the whole model: a process of a pipeline has the parameters of its own stages."""
     gradients, after = {}, {}
@@ -273,9 +289,10 @@ def check_orthogonal_updates(expected: Step, found: Step) -> None:
     assert len(matrices) == 3 * 7
 
 
-@pytest.mark.parametrize("index", range(len(CHECKS)), ids=[described(check) for check in CHECKS])
-def test_a_step_equals_that_of_one_process(parallel, single, index):
-    ranks, name = parallel[0][index], CHECKS[index][1]
+@pytest.mark.parametrize("index", numbered(CHECKS, slow_above=4))
+def test_a_step_equals_that_of_one_process(request, single, index):
+    layout, name = CHECKS[index]
+    ranks = request.getfixturevalue("large" if layout.size > 4 else "parallel")[0][index]
     check_equal([single[name][0]], [merged(ranks)])
     assert len({step.norm for step in ranks}) == 1
     if CASES[name].optimizer:
@@ -299,13 +316,7 @@ def test_tensor_parallel_processes_drop_other_numbers_of_the_stream(parallel):
     assert np.array_equal(*parallel[0]["dropped", "shared"])
 
 
-@pytest.mark.parametrize(
-    "index",
-    [
-        pytest.param(index, id=described(check), marks=[pytest.mark.slow] if check[0].size > 2 else [])
-        for index, check in enumerate(CURVES)
-    ],
-)
+@pytest.mark.parametrize("index", numbered(CURVES, slow_above=2))
 def test_twenty_steps_follow_those_of_one_process(request, single, index):
     curves = (
         request.getfixturevalue("long_curves") if CURVES[index][0].size > 2 else request.getfixturevalue("parallel")[1]

@@ -28,6 +28,7 @@ def flags(tiny):
     return [*small, "--num-attention-heads", 4, "--save-interval", 1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_a_run_moves_between_layouts(name, flags, tmp_path):
     run(name, *flags, *OBJECTIVES[name], "--save", tmp_path / "still")
@@ -54,6 +55,7 @@ def plain_weights(folder) -> list[torch.Tensor]:
     return list(model.parameters())
 
 
+@pytest.mark.slow
 def test_a_resume_in_the_same_layout_is_exact_where_the_network_drops(flags, tmp_path):
     layout = [*flags, *TENSOR, *PIPELINE, "--mlp-dropout", 0.2, "--hidden-dropout", 0.1, "--attention-dropout", 0.1]
     run("mdm", *layout, "--save", tmp_path / "still", processes=4)

@@ -2,13 +2,13 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 from tests.conftest import environment
+from tests.forked import free_port
 
 LAYOUTS = {
     "dp4": [],
@@ -16,11 +16,6 @@ LAYOUTS = {
     "tp2 x dp2": ["--tensor-model-parallel-size", "2"],
     "pp2 x dp2": ["--pipeline-model-parallel-size", "2"],
 }
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return listener.getsockname()[1]
 
 
 class Job:

@@ -27,7 +27,9 @@ def blended(tiny, corpus, tmp_path):
     return replaced(tiny, *files)
 
 
-@pytest.mark.parametrize("order", ["documents", "windows", "megatron"])
+@pytest.mark.parametrize(
+    "order", ["documents", *(pytest.param(order, marks=pytest.mark.slow) for order in ("windows", "megatron"))]
+)
 def test_a_blend_from_a_path_file_is_interrupted_and_resumed(order, blended, tiny, corpus, tmp_path):
     flags = [*blended, "--epoch-order", order]
     done = run("mdm", *flags, "--save", tmp_path / "whole")
