@@ -1,0 +1,84 @@
+#!/usr/bin/env python3
+"""Turn a trained run into a folder of Hugging Face transformers, and checkpoints of others into a run.
+
+    python tools/convert_checkpoint.py to-hf runs/mine --output exported/mine
+    python tools/convert_checkpoint.py from-hf exported/mine --output runs/again
+
+to-hf: an autoregressive run becomes a LlamaForCausalLM (Qwen3ForCausalLM with --qk-layernorm) that plain transformers
+and `lm_eval --model hf` load; masked diffusion becomes a EuroBertForMaskedLM, which computes the same as a
+bidirectional Llama. Tokenizer, model card and what the way back needs lie beside it. What stock classes would
+read otherwise than it was trained is refused with the reason.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron.convert.export import DTYPES, export
+from megatron.errors import ConfigurationError
+from megatron.log import configure_logging
+from megatron.training.trained import open_trained
+
+
+def main() -> None:
+    configure_logging()
+    options = parser().parse_args()
+    try:
+        for line in options.convert(options):
+            print(line)
+    except ConfigurationError as error:
+        leave(error, 2)
+    except OSError as error:
+        leave(error, 1)
+    except KeyboardInterrupt:
+        leave("interrupted; nothing was written", 130)
+
+
+def parser() -> argparse.ArgumentParser:
+    result = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    ways = result.add_subparsers(required=True, metavar="{to-hf,from-hf}", title="conversions, each with --help")
+    _to_hf(ways)
+    return result
+
+
+def _to_hf(ways) -> None:
+    way = ways.add_parser("to-hf", help="write a run as a folder of transformers", allow_abbrev=False)
+    way.add_argument("run", metavar="RUN", help="a folder that --save wrote, or a checkpoint in it")
+    way.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write; must not exist")
+    way.add_argument(
+        "--checkpoint",
+        choices=("latest", "best"),
+        default="latest",
+        help="the newest one, or that of the lowest loss on the first validation set (default: latest)",
+    )
+    way.add_argument(
+        "--average", action="store_true", help="the average of the weights that the run kept, not the weights"
+    )
+    way.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights (default: float32)")
+    way.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of one file of weights (default: 5GB)")
+    way.add_argument(
+        "--tokenizer-model",
+        metavar="FILE",
+        help="tokenizer.json or tokenizer.model, where it is no longer where the run found it",
+    )
+
+    def convert(options) -> list[str]:
+        flags = ["--tokenizer-model", options.tokenizer_model] if options.tokenizer_model else []
+        trained = open_trained(options.run, options.checkpoint, flags)
+        asked = {"average": options.average, "dtype": options.dtype, "shard": options.max_shard_size}
+        return export(trained, options.output, **asked)
+
+    way.set_defaults(convert=convert)
+
+
+def leave(error: object, code: int) -> None:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()
