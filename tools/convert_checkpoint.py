@@ -12,6 +12,7 @@ read otherwise than it was trained is refused with the reason.
 
 import argparse
 import sys
+import warnings
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -24,6 +25,7 @@ from megatron.training.trained import open_trained
 
 def main() -> None:
     configure_logging()
+    warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # one process reads checkpoints
     options = parser().parse_args()
     try:
         for line in options.convert(options):

@@ -1,13 +1,15 @@
 """A trained run as a folder that transformers loads without our code, and that comes back as the same run.
 
-config.json, *.safetensors, generation_config.json   the model, over the tokenizer's V ids ([MASK] too where it is read)
-tokenizer.json, tokenizer_config.json                the tokenizer
-README.md                                            the model card
-extra_rows.safetensors                               rows of the padded vocabulary that no id of the model reads
-training_run.json, training_tokenizer.*              what the run recorded, for the way back
+config.json, model*.safetensors           the model over the tokenizer's V ids, masked diffusion over [MASK] = V too
+generation_config.json                    of a causal one
+tokenizer.json, tokenizer_config.json     the tokenizer
+README.md                                 the model card
+extra_rows.safetensors                    the other rows of the padded vocabulary
+training_run.json, training_tokenizer.*   what the run recorded, and the file of its tokenizer, for the way back
 """
 
 import logging
+import re
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -66,6 +68,8 @@ def export(
     is full; then nothing is left.
     """
     check_new(output)
+    if not re.fullmatch(r"[1-9]\d*[KMG]B", shard):
+        raise ConfigurationError(f"--max-shard-size {shard}: is no size; give a whole number of KB, MB or GB, as 5GB")
     masked = is_masked(trained)
     family = family_of(trained.config.model, masked)
     family.model_class()  # before the work

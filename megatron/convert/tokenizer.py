@@ -35,8 +35,8 @@ TEXTS = (
 def write_tokenizer(folder: Path, tokenizer: Tokenizer, *, masked: bool, positions: int) -> "PreTrainedTokenizerFast":
     """Write into `folder` what AutoTokenizer loads, which is returned, and the file that the run itself reads.
 
-    With `masked`, the id behind the tokenizer's is the mask token. Raises ConfigurationError where transformers cannot give
-    the same ids.
+    With `masked`, the id behind the tokenizer's is the mask token. Raises ConfigurationError where transformers cannot
+    give the same ids.
     """
     from transformers import AutoTokenizer
 
