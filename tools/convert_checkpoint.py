@@ -8,6 +8,12 @@ to-hf: an autoregressive run becomes a LlamaForCausalLM (Qwen3ForCausalLM with -
 and `lm_eval --model hf` load; masked diffusion becomes a EuroBertForMaskedLM, which computes the same as a
 bidirectional Llama. Tokenizer, model card and what the way back needs lie beside it. What stock classes would
 read otherwise than it was trained is refused with the reason.
+
+from-hf: an export comes back as the run it was, at step 0 with a fresh optimizer. Llama-, Qwen3- and EuroBert-shaped
+folders of others become a run too; what our network cannot express is refused by name. Evaluate it or go on training:
+
+    python pretrain_gpt.py --skip-train --load runs/again
+    python pretrain_gpt.py ... --load runs/again --save runs/longer
 """
 
 import argparse
@@ -18,6 +24,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron.convert.export import DTYPES, export
+from megatron.convert.import_huggingface import import_folder
 from megatron.errors import ConfigurationError
 from megatron.log import configure_logging
 from megatron.training.trained import open_trained
@@ -44,6 +51,7 @@ def parser() -> argparse.ArgumentParser:
     )
     ways = result.add_subparsers(required=True, metavar="{to-hf,from-hf}", title="conversions, each with --help")
     _to_hf(ways)
+    _from_hf(ways)
     return result
 
 
@@ -75,6 +83,19 @@ def _to_hf(ways) -> None:
         return export(trained, options.output, **asked)
 
     way.set_defaults(convert=convert)
+
+
+def _from_hf(ways) -> None:
+    way = ways.add_parser("from-hf", help="make a run of a folder of transformers", allow_abbrev=False)
+    way.add_argument("folder", type=Path, metavar="DIR", help="with config.json and *.safetensors, on this machine")
+    way.add_argument("--output", type=Path, required=True, metavar="RUN", help="run folder to write; must not exist")
+    way.add_argument(
+        "--seq-length",
+        type=int,
+        metavar="N",
+        help="tokens of a sample, where the folder is no export of a run (default: all positions of the model)",
+    )
+    way.set_defaults(convert=lambda options: import_folder(options.folder, options.output, options.seq_length))
 
 
 def leave(error: object, code: int) -> None:

@@ -18,7 +18,7 @@ from megatron.model.transformer import Transformer
 if TYPE_CHECKING:  # seconds to load, and only conversion needs it
     from transformers import PreTrainedConfig, PreTrainedModel
 
-TABLES = ("embed_tokens.weight", "lm_head.weight")  # a row for each id of the vocabulary
+TABLES = ("embed_tokens.weight", "lm_head.weight")  # a row for each id of the padded vocabulary
 
 
 @dataclass(frozen=True)
