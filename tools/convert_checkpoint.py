@@ -14,6 +14,12 @@ folders of others become a run too; what our network cannot express is refused b
 
     python pretrain_gpt.py --skip-train --load runs/again
     python pretrain_gpt.py ... --load runs/again --save runs/longer
+
+from-megatron-deepspeed: the layer files of its pipeline, of any tensor parallelism. They do not tell the sizes, so the
+flags of the network come behind:
+
+    python tools/convert_checkpoint.py from-megatron-deepspeed global_step1000 --output runs/theirs \\
+        --model-size 140M --objective ar --tokenizer-type NullTokenizer --vocab-size 50256
 """
 
 import argparse
@@ -25,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron.convert.export import DTYPES, export
 from megatron.convert.import_huggingface import import_folder
+from megatron.convert.megatron_deepspeed import import_checkpoint
 from megatron.errors import ConfigurationError
 from megatron.log import configure_logging
 from megatron.training.trained import open_trained
@@ -33,9 +40,9 @@ from megatron.training.trained import open_trained
 def main() -> None:
     configure_logging()
     warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # one process reads checkpoints
-    options = parser().parse_args()
+    options, flags = parser().parse_known_args()
     try:
-        for line in options.convert(options):
+        for line in options.convert(options, flags):
             print(line)
     except ConfigurationError as error:
         leave(error, 2)
@@ -49,9 +56,11 @@ def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    ways = result.add_subparsers(required=True, metavar="{to-hf,from-hf}", title="conversions, each with --help")
+    conversions = "{to-hf,from-hf,from-megatron-deepspeed}"
+    ways = result.add_subparsers(required=True, metavar=conversions, title="conversions, each with --help")
     _to_hf(ways)
     _from_hf(ways)
+    _from_megatron_deepspeed(ways)
     return result
 
 
@@ -76,9 +85,10 @@ def _to_hf(ways) -> None:
         help="tokenizer.json or tokenizer.model, where it is no longer where the run found it",
     )
 
-    def convert(options) -> list[str]:
-        flags = ["--tokenizer-model", options.tokenizer_model] if options.tokenizer_model else []
-        trained = open_trained(options.run, options.checkpoint, flags)
+    def convert(options, flags: list[str]) -> list[str]:
+        refuse(flags)
+        tokenizer = ["--tokenizer-model", options.tokenizer_model] if options.tokenizer_model else []
+        trained = open_trained(options.run, options.checkpoint, tokenizer)
         asked = {"average": options.average, "dtype": options.dtype, "shard": options.max_shard_size}
         return export(trained, options.output, **asked)
 
@@ -95,7 +105,34 @@ def _from_hf(ways) -> None:
         metavar="N",
         help="tokens of a sample, where the folder is no export of a run (default: all positions of the model)",
     )
-    way.set_defaults(convert=lambda options: import_folder(options.folder, options.output, options.seq_length))
+
+    def convert(options, flags: list[str]) -> list[str]:
+        refuse(flags)
+        return import_folder(options.folder, options.output, options.seq_length)
+
+    way.set_defaults(convert=convert)
+
+
+def _from_megatron_deepspeed(ways) -> None:
+    way = ways.add_parser(
+        "from-megatron-deepspeed",
+        help="make a run of a checkpoint of Megatron-DeepSpeed",
+        description="Behind --output come flags of pretrain_gpt.py that say what the files do not: the network "
+        "(--model-size, or --num-layers, --hidden-size, ..., --no-swiglu, --add-bias-linear), --objective ar or mdm, "
+        "the tokenizer (--tokenizer-type GPT2BPETokenizer --vocab-file FILE --merge-file FILE, or --tokenizer-type "
+        "NullTokenizer --vocab-size 50256 for ids 0 to 50256, the last of which ends a document), and --seq-length.",
+        allow_abbrev=False,
+    )
+    way.add_argument("folder", type=Path, metavar="DIR", help="global_stepN, or the folder whose file latest names it")
+    way.add_argument("--output", type=Path, required=True, metavar="RUN", help="run folder to write; must not exist")
+    way.set_defaults(convert=lambda options, flags: import_checkpoint(options.folder, options.output, flags))
+
+
+def refuse(flags: list[str]) -> None:
+    if flags:
+        raise ConfigurationError(
+            f"{flags[0]}: belongs to no flag of this conversion; --help behind its name lists them"
+        )
 
 
 def leave(error: object, code: int) -> None:

@@ -121,7 +121,7 @@ def fill_tables(
         table, given = parameter.detach().clone(), weights[name]
         rows = min(len(given), vocabulary.padded_size)
         table[:rows] = given[:rows]
-        if mask_row is not None:
+        if mask_row is not None and mask_row < len(given):
             table[vocabulary.mask_id] = given[mask_row]
         filled[name] = table
     return weights | filled

@@ -124,3 +124,15 @@ def _numbers(tokenizer: NullTokenizer) -> Library:
     library.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     library.add_special_tokens([END])
     return library
+
+
+def keep_tokenizer(tokenizer: Tokenizer, folder: Path, output: Path) -> dict:
+    """Write the file of a run's tokenizer into its `folder`, later `output`; return the flags that name it there."""
+    if tokenizer.source is None:
+        return {}
+    file = training_file(tokenizer).removeprefix("training_")
+    (folder / file).write_bytes(tokenizer.source)
+    # GPT-2's two files are one here, of the same hash
+    kind = "HFTokenizer" if isinstance(tokenizer, HFTokenizer) else type(tokenizer).__name__
+    named = {"tokenizer_type": kind, "tokenizer_model": str(output.resolve() / file)}
+    return named | {"vocab_file": None, "merge_file": None}
