@@ -125,7 +125,17 @@ def _from_megatron_deepspeed(ways) -> None:
     )
     way.add_argument("folder", type=Path, metavar="DIR", help="global_stepN, or the folder whose file latest names it")
     way.add_argument("--output", type=Path, required=True, metavar="RUN", help="run folder to write; must not exist")
-    way.set_defaults(convert=lambda options, flags: import_checkpoint(options.folder, options.output, flags))
+    way.add_argument(
+        "--qkv-by-head",
+        action="store_true",
+        help="query_key_value holds query, key and value of each head together, as Megatron-DeepSpeed wrote it before "
+        "December 2024 (676a482)",
+    )
+
+    def convert(options, flags: list[str]) -> list[str]:
+        return import_checkpoint(options.folder, options.output, flags, options.qkv_by_head)
+
+    way.set_defaults(convert=convert)
 
 
 def refuse(flags: list[str]) -> None:

@@ -33,10 +33,11 @@ EMBEDDING, HEAD, QUERIES = "word_embeddings.weight", "lm_head.weight", "self_att
 Layer = list[dict[str, Tensor]]  # what one layer has, by rank of tensor parallelism
 
 
-def import_checkpoint(path: Path, output: Path, flags: list[str]) -> list[str]:
+def import_checkpoint(path: Path, output: Path, flags: list[str], by_head: bool = False) -> list[str]:
     """Write the run folder `output` of the checkpoint `path`, a folder of layer files or one whose `latest` names it.
 
-    `flags` are those of pretrain_gpt.py: the network, --objective, the tokenizer. Returns lines that say what was made.
+    `flags` are those of pretrain_gpt.py: the network, --objective, the tokenizer; `by_head` is as in
+    `read_checkpoint`. Returns lines that say what was made.
     Raises ConfigurationError where they and the files do not fit, or files are missing or hold more than tensors.
     """
     check_new(output)
@@ -50,7 +51,7 @@ def import_checkpoint(path: Path, output: Path, flags: list[str]) -> list[str]:
     file, vocabulary_file, merges = data.tokenizer_model, data.vocab_file, data.merge_file
     tokenizer = build_tokenizer(data.tokenizer_type, file, data.vocab_size, vocabulary_file, merges)
     vocabulary = Vocabulary(tokenizer.vocabulary_size)
-    weights = read_checkpoint(path, model, vocabulary)
+    weights = read_checkpoint(path, model, vocabulary, by_head)
     mask_row = _mask_row(weights, vocabulary, objective, path)
     weights = fill_tables(weights, model, vocabulary, config.training.seed, mask_row)
     recorded = describe_import(config, vocabulary, str(path), "bf16" if config.training.bf16 else "fp32")
@@ -63,8 +64,12 @@ def import_checkpoint(path: Path, output: Path, flags: list[str]) -> list[str]:
     ]
 
 
-def read_checkpoint(path: Path, model: ModelConfig, vocabulary: Vocabulary) -> dict[str, Tensor]:
-    """Return the weights of a checkpoint in fp32 by our names; embedding and head with the rows they have there."""
+def read_checkpoint(path: Path, model: ModelConfig, vocabulary: Vocabulary, by_head: bool = False) -> dict[str, Tensor]:
+    """Return the weights of a checkpoint in fp32 by our names; embedding and head with the rows they have there.
+
+    With `by_head`, rows of query_key_value stand head by head, query, key and value of each together: so wrote
+    Megatron-DeepSpeed before 676a482 (December 2024), and no shape tells the two apart.
+    """
     folder = _folder(path)
     layers = {number: [_load(file) for file in files] for number, files in _files(folder).items()}
     blocks = [number for number, layer in layers.items() if QUERIES in layer[0]]
@@ -77,7 +82,7 @@ def read_checkpoint(path: Path, model: ModelConfig, vocabulary: Vocabulary) -> d
     for number, layer in layers.items():
         where = f"{folder}/layer_{number:02d}"
         if number in blocks:
-            found = _block(layer, model, where)
+            found = _block(layer, model, where, by_head)
             weights |= {f"layers.{number - blocks[0]}.{name}": tensor for name, tensor in found.items()}
         else:
             weights |= _outside(layer, where)
@@ -130,7 +135,7 @@ def _load(file: Path) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in found.items() if not name.endswith("inv_freq")}
 
 
-def _block(layer: Layer, model: ModelConfig, where: str) -> dict[str, Tensor]:
+def _block(layer: Layer, model: ModelConfig, where: str, by_head: bool) -> dict[str, Tensor]:
     """Return the parameters of a block by our names in it."""
     found = {}
     for name in layer[0]:
@@ -142,6 +147,7 @@ def _block(layer: Layer, model: ModelConfig, where: str) -> dict[str, Tensor]:
             found[f"{SPLIT[part]}.{kind}"] = torch.cat(shares, dim=1) if kind == "weight" else shares[0]
         elif part == "self_attention.query_key_value":
             names = [f"self_attn.{each}_proj.{kind}" for each in "qkv"]
+            shares = [_by_part(share, model.head_size) for share in shares] if by_head else shares
             found |= _stacked(shares, names, f"{where}: {name}")
         elif part == "mlp.dense_h_to_4h":
             names = [f"mlp.{each}_proj.{kind}" for each in (("gate", "up") if model.swiglu else ("up",))]
@@ -176,6 +182,13 @@ def _stacked(shares: list[Tensor], names: list[str], what: str) -> dict[str, Ten
         raise ConfigurationError(f"{what} has {rows} rows, which are not {len(names)} equal parts; give its own flags")
     parts = zip(*(share.chunk(len(names)) for share in shares), strict=True)
     return {name: torch.cat(part) for name, part in zip(names, parts, strict=True)}
+
+
+def _by_part(share: Tensor, head_size: int) -> Tensor:
+    """Return rows that stand head by head, [heads * 3 * head_size, ...], with all queries first, keys, values."""
+    if len(share) % (3 * head_size):
+        return share  # of other sizes, as is told of it
+    return share.unflatten(0, (-1, 3, head_size)).transpose(0, 1).flatten(0, 2)
 
 
 def _mask_row(weights: dict[str, Tensor], vocabulary: Vocabulary, objective: str, path: Path) -> int | None:

@@ -28,7 +28,7 @@ def llama(masked=False, **settings):
     return twin.eval()
 
 
-def write(twin, folder, tp=1, norm_at=5):
+def write(twin, folder, tp=1, norm_at=5, by_head=False):
     """Write what a pipeline of Megatron-DeepSpeed saves of the same network on `tp` ranks."""
     folder.mkdir(parents=True)
     weights, biased = twin.state_dict(), twin.config.attention_bias
@@ -51,7 +51,10 @@ def write(twin, folder, tp=1, norm_at=5):
                 mine, half = slice(rank * heads, (rank + 1) * heads), slice(rank * mlp, (rank + 1) * mlp)
                 stack, matrix = (torch.vstack, True) if kind == "weight" else (torch.hstack, False)
                 queries, keys, values = (of(f"self_attn.{each}_proj")[mine] for each in "qkv")
-                block[f"self_attention.query_key_value.{kind}"] = stack([queries, keys, values])
+                parts = [queries, keys, values]
+                if by_head:
+                    parts = [part[head : head + 8] for head in range(0, heads, 8) for part in parts]
+                block[f"self_attention.query_key_value.{kind}"] = stack(parts)
                 block[f"mlp.dense_h_to_4h.{kind}"] = stack([of("mlp.gate_proj")[half], of("mlp.up_proj")[half]])
                 output, down = of("self_attn.o_proj"), of("mlp.down_proj")
                 block[f"self_attention.dense.{kind}"] = output[:, mine] if matrix else output
@@ -91,10 +94,25 @@ def test_logits_are_those_of_transformers(tp, norm_at, masked, settings, flags, 
     assert (trained.meta["iteration"], trained.meta["consumed_samples"]) == (0, 0)
 
 
+@pytest.mark.parametrize("tp", [1, 2])
+@torch.no_grad()
+def test_queries_keys_and_values_of_each_head_together(tp, tmp_path):
+    twin = llama(attention_bias=True, mlp_bias=True)
+    write(twin, tmp_path / "theirs", tp, by_head=True)
+    tokens, flags = torch.arange(24)[None], [*FLAGS, "--add-bias-linear"]
+    expected = twin(tokens).logits[..., :257]
+    import_checkpoint(tmp_path / "theirs", tmp_path / "right", flags, by_head=True)
+    found = open_trained(str(tmp_path / "right")).model().logits(tokens, causal=True)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    import_checkpoint(tmp_path / "theirs", tmp_path / "wrong", flags)  # fits as well, and is another network
+    found = open_trained(str(tmp_path / "wrong")).model().logits(tokens, causal=True)
+    assert (found - expected).abs().max() > 0.1
+
+
 def test_by_the_command_and_by_the_file_that_names_the_latest(tmp_path):
     write(llama(), tmp_path / "save" / "global_step7", tp=2)
     (tmp_path / "save" / "latest").write_text("global_step7\n")
-    done = convert("from-megatron-deepspeed", tmp_path / "save", "--output", tmp_path / "run", *FLAGS)
+    done = convert("from-megatron-deepspeed", tmp_path / "save", "--output", tmp_path / "run", *FLAGS, "--qkv-by-head")
     assert not done.stderr and "--num-layers 3 --hidden-size 32" in done.stdout
     assert open_trained(str(tmp_path / "run")).vocabulary.size == 257
 
