@@ -1,9 +1,13 @@
 """Trained runs that are converted, and the command that converts them."""
 
+import io
 import json
+import runpy
 import shutil
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
+from warnings import catch_warnings
 
 import pytest
 
@@ -21,11 +25,27 @@ def runs(tiny, tmp_path_factory):
     return root
 
 
-def convert(*arguments, check: bool = True) -> subprocess.CompletedProcess:
-    """Run tools/convert_checkpoint.py in a process of its own."""
-    words = [sys.executable, ROOT / "tools" / "convert_checkpoint.py", *arguments]
-    surroundings = environment() | {"HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(list(map(str, words)), env=surroundings, capture_output=True, text=True, timeout=300)
+TOOL = ROOT / "tools" / "convert_checkpoint.py"
+
+
+def convert(*arguments, process: bool = False, check: bool = True) -> subprocess.CompletedProcess:
+    """Run tools/convert_checkpoint.py, in this process unless it shall have one of its own, which takes seconds."""
+    words = list(map(str, arguments))
+    if process:
+        surroundings = environment() | {"HF_HUB_OFFLINE": "1"}
+        command = [sys.executable, str(TOOL), *words]
+        done = subprocess.run(command, env=surroundings, capture_output=True, text=True, timeout=300)
+    else:
+        done = subprocess.CompletedProcess(words, 0)
+        out, err = io.StringIO(), io.StringIO()
+        with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err), catch_warnings():
+            patch.setattr(sys, "argv", [str(TOOL), *words])
+            patch.setattr(sys, "path", [*sys.path])
+            try:
+                runpy.run_path(str(TOOL), run_name="__main__")
+            except SystemExit as leave:
+                done.returncode = leave.code
+        done.stdout, done.stderr = out.getvalue(), err.getvalue()
     assert not check or done.returncode == 0, done.stderr
     return done
 

@@ -14,6 +14,7 @@ from megatron.convert.export import export
 from megatron.errors import ConfigurationError
 from megatron.objectives import build_objective
 from megatron.objectives.noise import EvaluationNoise
+from megatron.training.main import main
 from megatron.training.sources import open_sources
 from megatron.training.trained import open_trained, trained_config
 from tests.conftest import records, run
@@ -42,7 +43,7 @@ def recorded(folder, name: str) -> float:
 
 
 def test_an_autoregressive_run_gives_its_loss_in_plain_transformers(runs, tmp_path):
-    done = convert("to-hf", runs / "ar", "--output", tmp_path / "ar")
+    done = convert("to-hf", runs / "ar", "--output", tmp_path / "ar", process=True)
     assert "LlamaForCausalLM, a causal language model over 257 ids in float32" in done.stdout and not done.stderr
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "ar")
     assert loss(model, runs / "ar") == pytest.approx(recorded(runs / "ar", "tuning"), rel=1e-5)
@@ -123,7 +124,7 @@ def test_the_card_tells_what_was_trained_and_how_to_read_its_losses(runs, tmp_pa
 
 def test_what_two_processes_saved_is_exported_alike(tiny, tmp_path):
     few = [*tiny, "--train-samples", 24]
-    run("ar", *few, "--save", tmp_path / "one")
+    main("ar", [*map(str, few), "--save", str(tmp_path / "one")])
     run("ar", *few, "--save", tmp_path / "two", "--tensor-model-parallel-size", 2, processes=2)
     assert len([*(tmp_path / "two" / "checkpoints").rglob("shard-*.safetensors")]) == 2
     for name in ("one", "two"):
