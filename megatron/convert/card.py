@@ -97,11 +97,19 @@ def _training(trained: Trained) -> Iterator[str]:
     tokens = samples * config.data.seq_length
     source = recorded["corpus_source"]
     yield f"Objective: {OBJECTIVES[recorded['objective_name']]} (`--objective {recorded['objective_name']}`)"
-    yield f"Data: {source if isinstance(source, str) else ', '.join(source)}, corpus hash `{recorded['corpus_hash']}`"
-    yield (
-        f"Unique tokens: {recorded['unique_tokens']:,}, read {tokens / recorded['unique_tokens']:.2f} times: "
-        f"{tokens:,} tokens in samples of {config.data.seq_length}"
-    )
+    if "imported" in recorded:
+        yield f"Imported from {recorded['imported']['source']}; what follows leaves out what was trained there"
+    elif recorded["branched_from"]:
+        yield f"Begun from {recorded['branched_from']}"
+    if recorded["unique_tokens"]:
+        named = source if isinstance(source, str) else ", ".join(source)
+        yield f"Data: {named}, corpus hash `{recorded['corpus_hash']}`"
+        yield (
+            f"Unique tokens: {recorded['unique_tokens']:,}, read {tokens / recorded['unique_tokens']:.2f} times: "
+            f"{tokens:,} tokens in samples of {config.data.seq_length}"
+        )
+    else:
+        yield "Data: unknown"
     yield f"Compute: {6.0 * recorded['parameters'] * tokens * passes:.3g} FLOPs (6ND, the embedding counted once)"
     on = list(_regularisers(trained)) or ["none"]
     yield f"Regularisers and options that are on: {', '.join(on)}"

@@ -19,6 +19,9 @@ from megatron.training.command_line import parse
 # what two configurations of one network agree in
 NETWORK = ("num_layers", "hidden_size", "num_attention_heads", "head_size", "key_value_heads", "mlp_size")
 NETWORK += ("norm_epsilon", "qk_layernorm", "rotary_base", "add_bias_linear", "untie_embeddings_and_output_weights")
+# what later tools read of a run's config.json, beside what is read here
+NEEDED = ("data", "optimizer", "validation", "precision", "plan", "parameters", "unique_tokens", "corpus_source")
+NEEDED += ("corpus_hash", "fingerprints")
 
 
 def import_folder(path: Path, output: Path, seq_length: int | None = None) -> list[str]:
@@ -40,7 +43,8 @@ def _restore(folder: Folder, output: Path, seq_length: int | None) -> list[str]:
     try:
         recorded, meta = dict(record["config"]), record["meta"]
         vocabulary, time_block = Vocabulary(recorded["vocabulary_size"]), meta["time_block"]
-        model = ModelConfig(**recorded["model"])
+        model, seed = ModelConfig(**recorded["model"]), recorded["training"]["seed"]
+        masked, _ = recorded["objective_name"] == "mdm", [recorded[name] for name in NEEDED]
     except (KeyError, TypeError) as error:
         raise ConfigurationError(
             f"{folder.path}/{RECORD}: is damaged ({error}); remove it to import the weights alone"
@@ -55,13 +59,18 @@ def _restore(folder: Folder, output: Path, seq_length: int | None) -> list[str]:
                 f"{folder.path}: config.json and {RECORD} are of different networks ({name} "
                 f"{getattr(folder.model, name)} and {getattr(model, name)}); remove the latter to import weights alone"
             )
-    rows = vocabulary.size + folder.family.bidirectional
+    if masked != folder.family.bidirectional:
+        raise ConfigurationError(
+            f"{folder.path}: config.json is of a {folder.family.model}, and {RECORD} of --objective "
+            f"{recorded['objective_name']}; remove the latter to import the weights alone"
+        )
+    rows = vocabulary.size + masked
     if folder.config.vocab_size != rows:
         raise ConfigurationError(
             f"{folder.path}/config.json: vocab_size {folder.config.vocab_size} is not the {rows} ids of {RECORD}; "
             "remove the latter to import the weights alone"
         )
-    weights, said = _with_extra_rows(folder, model, vocabulary, recorded["training"]["seed"])
+    weights, said = _with_extra_rows(folder, model, vocabulary, seed)
     recorded["imported"] = {
         "source": str(folder.path),
         **{name: record.get(name) for name in ("run", "checkpoint", "average", "dtype")},

@@ -90,6 +90,9 @@ def test_an_imported_run_goes_on_with_a_fresh_optimizer_and_stands_with_others(r
     assert len(open_members(members, "latest", [])) == 3
     # and it may be exported once more
     export(open_trained(str(tmp_path / "backFalse")), tmp_path / "again")
+    assert f"Imported from {tmp_path}/hfFalse; what" in (tmp_path / "again" / "README.md").read_text()
+    export(open_trained(str(tmp_path / "longer")), tmp_path / "branch")
+    assert "Begun from " in (tmp_path / "branch" / "README.md").read_text()
     first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("hfFalse", "again"))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
@@ -169,6 +172,10 @@ def test_a_folder_made_by_others_computes_the_same(name, tmp_path):
         ours = torch.where(tokens == mask, trained.vocabulary.mask_id, tokens)
     found = trained.model().logits(ours, causal=not mask)
     torch.testing.assert_close(found, twin(tokens).logits[..., :size], rtol=1e-5, atol=1e-5)
+    export(trained, tmp_path / "again")
+    again = type(twin).from_pretrained(tmp_path / "again")
+    torch.testing.assert_close(again(ours).logits[..., :size], found, rtol=1e-5, atol=1e-5)
+    assert "Data: unknown" in (tmp_path / "again" / "README.md").read_text()
     assert (mask == 17) == ("[MASK] is id 300 here: its row is that of their mask token, 17" in said)
 
 
@@ -295,8 +302,14 @@ def test_damaged_and_dangerous_folders(llama, runs, tmp_path):
     assert not (tmp_path / "executed").exists() and not (tmp_path / "run").exists()
     export(open_trained(str(runs / "ar")), tmp_path / "hf")
     record = json.loads((tmp_path / "hf" / "training_run.json").read_text())
+    planless = {name: value for name, value in record["config"].items() if name != "plan"}
     for change, said in (
         ({"config": {}}, "training_run.json: is damaged ('vocabulary_size')"),
+        (
+            {"config": {k: v for k, v in record["config"].items() if k != "plan"}},
+            "training_run.json: is damaged ('plan')",
+        ),
+        ({"config": record["config"] | {"objective_name": "mdm"}}, "of a LlamaForCausalLM, and training_run.json of"),
         ({"config": record["config"] | {"vocabulary_size": 200}}, "vocab_size 257 is not the 200 ids of"),
         (
             {"config": record["config"] | {"model": record["config"]["model"] | {"rotary_base": 5.0}}},
