@@ -305,10 +305,7 @@ def test_damaged_and_dangerous_folders(llama, runs, tmp_path):
     planless = {name: value for name, value in record["config"].items() if name != "plan"}
     for change, said in (
         ({"config": {}}, "training_run.json: is damaged ('vocabulary_size')"),
-        (
-            {"config": {k: v for k, v in record["config"].items() if k != "plan"}},
-            "training_run.json: is damaged ('plan')",
-        ),
+        ({"config": planless}, "training_run.json: is damaged ('plan')"),
         ({"config": record["config"] | {"objective_name": "mdm"}}, "of a LlamaForCausalLM, and training_run.json of"),
         ({"config": record["config"] | {"vocabulary_size": 200}}, "vocab_size 257 is not the 200 ids of"),
         (
