@@ -12,7 +12,7 @@ setup(
     install_requires=["torch>=2.11", "numpy", "safetensors", "tokenizers", "sentencepiece", "tqdm", "matplotlib"],
     extras_require={
         "test": ["deepspeed", "pytest", "pytest-xdist", "tensorboard", "transformers", "wandb>=0.31", "zstandard"],
-        "eval": ["lm-eval"],
+        "eval": ["lm-eval[hf]", "protobuf", "transformers>=5.20"],
         "deepspeed": ["deepspeed"],
         "tensorboard": ["tensorboard"],
         "wandb": ["wandb>=0.31"],

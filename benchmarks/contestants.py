@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from megatron.batch import Batch
 from megatron.config.sections import ModelConfig, OptimizerConfig, ParallelConfig, Vocabulary
+from megatron.convert.huggingface import hugging_face_config, hugging_face_model
 from megatron.model.initialise import initialise
 from megatron.model.transformer import Transformer
 from megatron.parallel.apply import build_engine
@@ -134,26 +135,10 @@ def version(package: str) -> str | None:
 
 
 def _transformers_model(shape: Shape) -> nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = shape.model
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=shape.vocabulary.padded_size,
-            hidden_size=config.hidden_size,
-            intermediate_size=config.mlp_size,
-            num_hidden_layers=config.num_layers,
-            num_attention_heads=config.num_attention_heads,
-            rms_norm_eps=config.norm_epsilon,
-            max_position_embeddings=shape.seq_length,
-            rope_parameters={"rope_type": "default", "rope_theta": config.rotary_base},
-            tie_word_embeddings=True,
-        )
-    )
-    weights = shape.ours().state_dict()
-    head = {"lm_head.weight": weights["embed_tokens.weight"]}
-    model.load_state_dict({f"model.{name}": tensor for name, tensor in weights.items()} | head)
-    return model
+    rows = shape.vocabulary.padded_size
+    return hugging_face_model(
+        shape.ours(), hugging_face_config(shape.model, rows=rows, positions=shape.seq_length)
+    ).train()
 
 
 # litgpt's names of what stands in a block; queries, keys and values are one matrix there

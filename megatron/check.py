@@ -30,7 +30,7 @@ TORCH = (2, 11)  # the oldest that works
 OPTIONAL = {
     "deepspeed": "deepspeed",
     "lm-eval": "eval",
-    "transformers": "test",
+    "transformers": "eval",
     "tensorboard": "tensorboard",
     "wandb": "wandb",
     "zstandard": "zstd",

@@ -143,8 +143,9 @@ def unsafe_reads(source: str) -> list[str]:
             found += [node.module] if (node.module or "").split(".")[0] in UNPICKLERS else []
             found += [alias.name for alias in node.names if f"{node.module}.{alias.name}" in UNPICKLING_CALLS]
         elif isinstance(node, ast.Call):
-            found += [name for name in [ast.unparse(node.func)] if name in UNPICKLING_CALLS]
             given = {word.arg: getattr(word.value, "value", None) for word in node.keywords}
+            tensors_alone = ast.unparse(node.func) == "torch.load" and given.get("weights_only") is True
+            found += [name for name in [ast.unparse(node.func)] if name in UNPICKLING_CALLS and not tensors_alone]
             found += ["weights_only=False"] if given.get("weights_only", True) is not True else []
             found += ["allow_pickle=True"] if given.get("allow_pickle", False) is not False else []
     return found
@@ -162,6 +163,7 @@ def test_no_file_that_is_read_can_execute(path):
         "from pickle import loads",
         "def f(p):\n    return torch.load(p)",
         "from torch import load",
+        "torch.load(p, weights_only=wanted)",
         "f(p, weights_only=False)",
         "np.load(p, allow_pickle=True)",
         "np.load(p, allow_pickle=wanted)",
@@ -170,6 +172,7 @@ def test_no_file_that_is_read_can_execute(path):
 )
 def test_a_planted_unsafe_read_is_found(planted):
     assert unsafe_reads(planted)
+    assert not unsafe_reads("torch.load(p, weights_only=True)")
     assert not unsafe_reads("import json\nnp.load(p)\nnp.load(p, allow_pickle=False)\njson.load(file)")
 
 

@@ -99,7 +99,8 @@ def dry_run(script: Path, *arguments: str, **variables) -> list[list[str]]:
 def help_of(*tool: Path | str) -> str:
     done = subprocess.run([sys.executable, *tool, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    return done.stdout
+    ways = re.match(r"usage: \S+ \[-h\] \{([\w,-]+)\} \.\.\.", done.stdout)  # of a tool that has several
+    return done.stdout + "".join(help_of(*tool, way) for way in (ways[1].split(",") if ways else ()))
 
 
 def flags(words: list[str]) -> list[str]:

@@ -19,8 +19,9 @@ class HFTokenizer:
         from tokenizers import Tokenizer as Library
 
         self.named, self.hash = f"--tokenizer-model {path}", file_hash(path, "tokenizer.json")
+        self.source = Path(path).read_bytes()  # the same tokenizer once more, wherever the file goes
         try:
-            self._library = Library.from_file(str(path))
+            self._library = Library.from_buffer(self.source)
         except Exception as error:  # the library raises bare Exception
             raise ConfigurationError(
                 f"--tokenizer-model {path}: is not a tokenizer.json ({error}); give the one that made the data"
@@ -85,23 +86,27 @@ class GPT2BPETokenizer(HFTokenizer):
         if self._library.token_to_id(END) is not None:
             self._library.add_special_tokens([END])  # it keeps the id it has
         self._find_end()
-        self.hash = hashlib.sha256(self._library.to_str(pretty=True).encode()).hexdigest()
+        self.source = self._library.to_str(pretty=True).encode()
+        self.hash = hashlib.sha256(self.source).hexdigest()
 
     def save(self, path: str | Path) -> None:
         """Write the same tokenizer, of the same hash, as a tokenizer.json."""
-        Path(path).write_text(self._library.to_str(pretty=True), encoding="utf-8")
+        Path(path).write_bytes(self.source)
 
 
 class GPTSentencePieceTokenizer:
     """A tokenizer.model of the `sentencepiece` library; its own end-of-sentence piece ends a document."""
 
+    added: tuple[str, ...] = ()  # how the ids behind the model's are spelled
+
     def __init__(self, path: str | None):
         from sentencepiece import SentencePieceProcessor
 
         self.named, self.hash = f"--tokenizer-model {path}", file_hash(path, "tokenizer.model")
+        self.source = Path(path).read_bytes()
         self._library = SentencePieceProcessor()
         try:
-            self._library.LoadFromSerializedProto(Path(path).read_bytes())
+            self._library.LoadFromSerializedProto(self.source)
         except (RuntimeError, OSError) as error:
             raise ConfigurationError(
                 f"{self.named}: is not a SentencePiece model ({str(error).splitlines()[0]}); "
@@ -142,6 +147,7 @@ class SentencePieceTokenizer(GPTSentencePieceTokenizer):
         named = [library.IdToPiece(index) if index >= 0 else absent for index, absent in own]
         for piece in ("<CLS>", "<SEP>", "<EOD>", "<MASK>", *named):
             pieces.setdefault(piece, len(pieces))
+        self.added = tuple(pieces)[size:]
         return len(pieces), pieces["<EOD>"], "<EOD>"
 
 
@@ -149,7 +155,7 @@ class ByteTokenizer:
     """UTF-8 bytes, and one id for the end of a document."""
 
     vocabulary_size, eod = 257, 256
-    named, hash = "--tokenizer-type ByteTokenizer", None
+    named, hash, source = "--tokenizer-type ByteTokenizer", None, None
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
@@ -169,7 +175,7 @@ class NullTokenizer:
 
     def __init__(self, vocab_size: int):
         self.vocabulary_size, self.eod = vocab_size + 1, vocab_size
-        self.named, self.hash = f"--vocab-size {vocab_size}", None
+        self.named, self.hash, self.source = f"--vocab-size {vocab_size}", None, None
 
     def encode(self, text: str) -> list[int]:
         return [self._id(word) for word in text.split()]

@@ -2,14 +2,13 @@
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from megatron.config.sections import ModelConfig, Vocabulary
+from megatron.convert.huggingface import hugging_face_config, hugging_face_model
 from megatron.model.initialise import initialise
 from megatron.model.transformer import Transformer
 
 VOCABULARY = Vocabulary(97)
-FAMILIES = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM)}
 LAYOUTS = {
     "plain": {},
     "grouped": {"group_query_attention": True, "num_query_groups": 2},
@@ -28,30 +27,10 @@ def ours(config):
 
 
 def theirs(model, family):
-    config = model.config
-    settings, language_model = FAMILIES[family]
-    biases = {"attention_bias": config.add_bias_linear}
-    if family == "llama":
-        biases["mlp_bias"] = config.add_bias_linear
-    twin = language_model(
-        settings(
-            vocab_size=VOCABULARY.padded_size,
-            hidden_size=config.hidden_size,
-            intermediate_size=config.mlp_size,
-            num_hidden_layers=config.num_layers,
-            num_attention_heads=config.num_attention_heads,
-            num_key_value_heads=config.key_value_heads,
-            head_dim=config.head_size,
-            rms_norm_eps=config.norm_epsilon,
-            rope_parameters={"rope_type": "default", "rope_theta": config.rotary_base},
-            tie_word_embeddings=not config.untie_embeddings_and_output_weights,
-            **biases,
-        )
-    )
-    weights = {f"model.{name}": tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
-    weights["lm_head.weight"] = model.lm_weight()
-    twin.load_state_dict(weights)
-    return twin.eval()
+    config = hugging_face_config(model.config, rows=VOCABULARY.padded_size, positions=64)
+    twin = hugging_face_model(model, config)
+    assert type(twin).__name__ == {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}[family]
+    return twin
 
 
 @pytest.mark.parametrize("causal", [True, False])

@@ -1,0 +1,188 @@
+"""Folders of transformers, read: config.json and safetensors of Llama, Qwen3 and EuroBert.
+
+No code of a folder runs and nothing of it is unpickled.
+"""
+
+import copy
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from megatron.config.sections import ModelConfig, Vocabulary
+from megatron.convert.huggingface import FAMILIES, TABLES, Family, our_name
+from megatron.convert.new_run import check_weights
+from megatron.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder of transformers, read and understood."""
+
+    path: Path
+    family: Family
+    config: "PreTrainedConfig"
+    model: ModelConfig
+    weights: dict[str, Tensor]  # fp32, by our names; embedding and head with the folder's number of rows
+    mask_row: int | None  # of a masked language model
+
+
+def read_folder(path: Path) -> Folder:
+    """Return what a folder holds; raise ConfigurationError where our network cannot express it."""
+    raw = read_object(path / "config.json")
+    kind = raw.get("model_type")
+    if kind not in FAMILIES:
+        raise ConfigurationError(
+            f"{path}/config.json: model_type {kind} is none that can be imported; these can: {', '.join(FAMILIES)}"
+        )
+    family = FAMILIES[kind]
+    try:
+        config = family.config_class().from_dict(copy.deepcopy(raw))  # which changes it
+    except Exception as error:  # the library checks types and raises errors of its own
+        reason = " ".join(str(error).split())
+        raise ConfigurationError(f"{path}/config.json: transformers refuses it ({reason}); restore the file") from None
+    model = model_config(config, raw, path)
+    weights = _weights(path, config)
+    masked = family.bidirectional
+    if masked and not 0 <= config.mask_token_id < len(weights["embed_tokens.weight"]):
+        raise ConfigurationError(
+            f"{path}/config.json: mask_token_id {config.mask_token_id} is no row of the embedding; name the right one"
+        )
+    return Folder(path, family, config, model, weights, config.mask_token_id if masked else None)
+
+
+def model_config(config: "PreTrainedConfig", raw: dict, path: Path) -> ModelConfig:
+    """Return our configuration of the network; raise ConfigurationError naming the field that it cannot have."""
+    family = FAMILIES[config.model_type]
+    biases = {name: bool(getattr(config, name)) for name in family.biases}
+    normalised = family.normalised_queries
+    rope = dict(config.rope_parameters or {})
+    kinds = set(raw.get("layer_types") or ()) - {"full_attention"}
+    faults = {
+        "hidden_act": (config.hidden_act != "silu", "SwiGLU with silu is what this network has"),
+        "partial_rotary_factor": (raw.get("partial_rotary_factor", 1.0) != 1.0, "whole heads are rotated here"),
+        "rope_scaling": (raw.get("rope_scaling"), "rotary positions are not scaled here"),
+        "rope_parameters": (
+            rope.get("rope_type", "default") != "default" or rope.get("partial_rotary_factor", 1.0) != 1.0,
+            "rotary positions are not scaled here, and whole heads are rotated",
+        ),
+        "use_sliding_window": (raw.get("use_sliding_window"), "every position sees all before it here"),
+        "sliding_window": (
+            not normalised and raw.get("sliding_window") is not None,
+            "every position sees all before it here",
+        ),
+        "layer_types": (kinds, "all layers attend to all positions here"),
+        "attention_bias": (
+            biases["attention_bias"] and (normalised or not biases["mlp_bias"]),
+            "biases are in all linear layers here, or in none",
+        ),
+        "mlp_bias": (
+            biases.get("mlp_bias") and not biases["attention_bias"],
+            "biases are in all linear layers here, or in none",
+        ),
+        "quantization_config": (raw.get("quantization_config"), "weights are read as they were before quantization"),
+    }
+    for name, (fault, reason) in faults.items():
+        if fault:
+            value = json.dumps(raw.get(name, getattr(config, name, None)))
+            raise ConfigurationError(f"{path}/config.json: {name} {value} cannot be imported: {reason}")
+    grouped = config.num_key_value_heads != config.num_attention_heads
+    return ModelConfig(
+        num_layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        num_attention_heads=config.num_attention_heads,
+        kv_channels=config.head_dim,
+        group_query_attention=grouped,
+        num_query_groups=config.num_key_value_heads if grouped else None,
+        ffn_hidden_size=config.intermediate_size,
+        norm_epsilon=config.rms_norm_eps,
+        qk_layernorm=normalised,
+        rotary_base=float(rope["rope_theta"]),
+        add_bias_linear=biases["attention_bias"],
+        untie_embeddings_and_output_weights=not config.tie_word_embeddings,
+        init_method_std=config.initializer_range or 0.02,
+        attention_dropout=float(config.attention_dropout or 0.0),
+    )
+
+
+def _weights(path: Path, config: "PreTrainedConfig") -> dict[str, Tensor]:
+    """Return the weights of a folder in fp32 by our names, without what says nothing: buffers, a tied head, zeros."""
+    weights = {}
+    for file in _files(path):
+        for name, tensor in read_tensors(file).items():
+            if tensor.dtype not in FLOATS:
+                raise ConfigurationError(f"{file}: {name} is of {tensor.dtype}; give weights that are not quantized")
+            if not name.endswith("rotary_emb.inv_freq"):  # a buffer that older versions kept
+                weights[our_name(name)] = tensor.float()
+    bias = weights.pop("lm_head.bias", None)
+    if bias is not None and bias.any():
+        raise ConfigurationError(f"{path}: lm_head.bias is not zero and cannot be imported: the head has no bias here")
+    head, embedding = weights.get("lm_head.weight"), weights.get("embed_tokens.weight")
+    if config.tie_word_embeddings and head is not None:
+        if embedding is not None and not torch.equal(head, embedding):
+            raise ConfigurationError(
+                f"{path}: lm_head.weight differs from the embedding, and config.json ties them (tie_word_embeddings "
+                "true); set that to false"
+            )
+        del weights["lm_head.weight"]
+    check_weights(weights, model_config(config, {}, path), Vocabulary(config.vocab_size), str(path))
+    for name in [name for name in TABLES if name in weights]:
+        if len(weights[name]) != config.vocab_size:
+            raise ConfigurationError(
+                f"{path}: {name} has {len(weights[name])} rows, and config.json says vocab_size {config.vocab_size}; "
+                "restore one of them"
+            )
+    return weights
+
+
+def _files(path: Path) -> list[Path]:
+    """Return the files of weights of a folder: one, or those that its index names."""
+    index = path / "model.safetensors.index.json"
+    if index.exists():
+        names = sorted(set(read_object(index).get("weight_map", {}).values()))
+        foreign = next((name for name in names if Path(name).name != name), None)
+        if foreign is not None:
+            raise ConfigurationError(f"{index}: names {foreign}, which is no file of this folder; restore the index")
+    else:
+        names = ["model.safetensors"]
+    missing = next((name for name in names if not (path / name).is_file()), None)
+    if missing is None:
+        return [path / name for name in names]
+    pickled = [found.name for found in sorted(path.glob("*.bin"))]
+    if pickled:
+        raise ConfigurationError(
+            f"{path}: has no {missing}, and {pickled[0]} is a pickle, which could execute anything and is not read; "
+            "save it as safetensors where it comes from"
+        )
+    raise ConfigurationError(f"{path}: has no {missing}; give a whole folder of transformers")
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """Return the tensors of a file; raise ConfigurationError where it is missing or damaged."""
+    try:
+        with safe_open(file, "pt") as tensors:
+            return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 (no mapping)
+    except (SafetensorError, OSError) as error:
+        raise ConfigurationError(f"{file}: cannot be read as safetensors ({error}); copy it anew") from None
+
+
+def read_object(path: Path) -> dict:
+    """Return the object of a JSON file; raise ConfigurationError where there is none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigurationError(f"{path}: no such file; give a folder of transformers") from None
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(f"{path}: cannot be read as JSON ({error}); copy it anew") from None
+    if not isinstance(found, dict):
+        raise ConfigurationError(f"{path}: holds no JSON object; copy it anew")
+    return found

@@ -1,0 +1,60 @@
+"""Trained runs that are converted, and the command that converts them."""
+
+import io
+import json
+import runpy
+import shutil
+import subprocess
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from warnings import catch_warnings
+
+import pytest
+
+from megatron.training.main import main
+from tests.conftest import ROOT, environment
+
+
+@pytest.fixture(scope="session")
+def runs(tiny, tmp_path_factory):
+    """Runs of the objectives that have stock classes, trained one after another in this process."""
+    root = tmp_path_factory.mktemp("runs")
+    main("ar", [*tiny, "--ema-decay", "0.8", "--token-dropout", "0.1", "--save", str(root / "ar")])
+    main("mdm", [*tiny, "--untie-embeddings-and-output-weights", "--save", str(root / "mdm")])
+    main("ar", [*tiny, "--objective", "dual", "--save", str(root / "dual")])
+    return root
+
+
+TOOL = ROOT / "tools" / "convert_checkpoint.py"
+
+
+def convert(*arguments, process: bool = False, check: bool = True) -> subprocess.CompletedProcess:
+    """Run tools/convert_checkpoint.py, in this process unless it shall have one of its own, which takes seconds."""
+    words = list(map(str, arguments))
+    if process:
+        surroundings = environment() | {"HF_HUB_OFFLINE": "1"}
+        command = [sys.executable, str(TOOL), *words]
+        done = subprocess.run(command, env=surroundings, capture_output=True, text=True, timeout=300)
+    else:
+        done = subprocess.CompletedProcess(words, 0)
+        out, err = io.StringIO(), io.StringIO()
+        with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err), catch_warnings():
+            patch.setattr(sys, "argv", [str(TOOL), *words])
+            patch.setattr(sys, "path", [*sys.path])
+            try:
+                runpy.run_path(str(TOOL), run_name="__main__")
+            except SystemExit as leave:
+                done.returncode = leave.code
+        done.stdout, done.stderr = out.getvalue(), err.getvalue()
+    assert not check or done.returncode == 0, done.stderr
+    return done
+
+
+def changed(source, target, **sections):
+    """Copy a run, and change what its config.json says."""
+    shutil.copytree(source, target)
+    recorded = json.loads((target / "config.json").read_text())
+    for name, values in sections.items():
+        recorded[name] = recorded[name] | values if isinstance(values, dict) else values
+    (target / "config.json").write_text(json.dumps(recorded))
+    return str(target)

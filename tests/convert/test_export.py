@@ -1,0 +1,197 @@
+"""Real runs as folders of transformers: they load by the stock classes and give the losses that the run recorded."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
+
+from megatron.convert import export as module
+from megatron.convert.export import export
+from megatron.errors import ConfigurationError
+from megatron.objectives import build_objective
+from megatron.objectives.noise import EvaluationNoise
+from megatron.training.main import main
+from megatron.training.sources import open_sources
+from megatron.training.trained import open_trained, trained_config
+from tests.conftest import records, run
+from tests.convert.conftest import changed, convert
+
+
+@torch.no_grad()
+def loss(model, folder, size: int = 257) -> float:
+    """Return the loss of a model of transformers on the first validation set of a run, over its first `size` ids."""
+    config = trained_config(str(folder))
+    data = open_sources(config).validation[0]
+    objective = build_objective(config.objective, open_trained(str(folder)).vocabulary, time_block=8)
+    windows, nats, count = np.arange(len(data.windows)), 0.0, 0
+    ids = np.stack([data.windows[int(window)][0] for window in windows])
+    for replicate in range(1 if objective.likelihoods[0].exact else config.validation.num_mc):
+        noise = EvaluationNoise(config.validation.eval_seed, data.name, replicate)
+        batch = objective.likelihoods[0].evaluation(ids, noise, windows, "common")
+        logits = model(batch.tokens).logits[..., :size].double().log_softmax(-1)
+        nats -= float((logits.gather(-1, batch.targets[..., None])[..., 0] * batch.weights).sum())
+        count += batch.count
+    return nats / count
+
+
+def recorded(folder, name: str) -> float:
+    return [each["loss"] for each in records(folder, "valid") if each["set"] == name][-1]
+
+
+def test_an_autoregressive_run_gives_its_loss_in_plain_transformers(runs, tmp_path):
+    done = convert("to-hf", runs / "ar", "--output", tmp_path / "ar", process=True)
+    assert "LlamaForCausalLM, a causal language model over 257 ids in float32" in done.stdout and not done.stderr
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "ar")
+    assert loss(model, runs / "ar") == pytest.approx(recorded(runs / "ar", "tuning"), rel=1e-5)
+    assert model.config.max_position_embeddings == 32 and model.config.vocab_size == 257
+    assert model.generation_config.eos_token_id == model.generation_config.pad_token_id == 256
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "ar")
+    text = "na\u00efve <|endoftext|> [MASK] \U0001f600\n"
+    assert tokenizer(text)["input_ids"] == list(text.encode()) and tokenizer("")["input_ids"] == []
+    assert (tokenizer.eos_token_id, tokenizer.mask_token, len(tokenizer)) == (256, None, 257)
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    generated = model.generate(**tokenizer("def ", return_tensors="pt"), max_new_tokens=4, do_sample=False)
+    assert generated.shape[1] <= 8
+
+
+def test_a_masked_diffusion_run_is_a_masked_language_model_and_no_causal_one(runs, tmp_path):
+    done = convert("to-hf", runs / "mdm", "--output", tmp_path / "mdm", "--checkpoint", "best")
+    assert "EuroBertForMaskedLM, a masked language model over 258 ids" in done.stdout and not done.stderr
+    model = AutoModelForMaskedLM.from_pretrained(tmp_path / "mdm")
+    best = json.loads((runs / "mdm" / "checkpoints" / "best.json").read_text())
+    assert loss(model, runs / "mdm") == pytest.approx(best["loss"], rel=1e-5)
+    assert abs(loss(model, runs / "mdm", size=258) - best["loss"]) > 1e-5  # as the card says, [MASK] is left out
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "mdm")
+    assert tokenizer.mask_token_id == model.config.mask_token_id == 257 and tokenizer.mask_token == "[MASK]"
+    assert tokenizer("[MASK]")["input_ids"] == list(b"[MASK]")  # text never becomes a mask
+    assert not (tmp_path / "mdm" / "generation_config.json").exists()
+    with pytest.raises(ValueError, match="Unrecognized configuration class .*EuroBertConfig.* AutoModelForCausalLM"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "mdm")
+
+
+def test_the_average_and_the_causal_side_of_a_dual_run(runs, tmp_path):
+    export(open_trained(str(runs / "ar")), tmp_path / "average", average=True)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "average")
+    assert loss(model, runs / "ar") == pytest.approx(recorded(runs / "ar", "tuning.average"), rel=1e-5)
+    assert recorded(runs / "ar", "tuning.average") != recorded(runs / "ar", "tuning")
+    card = (tmp_path / "average" / "README.md").read_text()
+    assert "the average of its weights" in card and f"{recorded(runs / 'ar', 'tuning.average'):.4f}" in card
+    export(open_trained(str(runs / "dual")), tmp_path / "dual")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dual")
+    assert loss(model, runs / "dual") == pytest.approx(recorded(runs / "dual", "tuning"), rel=1e-5)
+    assert "autoregressive side" in (tmp_path / "dual" / "README.md").read_text()
+
+
+def test_shards_and_bf16(runs, tmp_path):
+    export(open_trained(str(runs / "ar")), tmp_path / "bf16", dtype="bfloat16", shard="20KB")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "bf16")
+    assert model.dtype == torch.bfloat16 and len([*(tmp_path / "bf16").glob("model-*.safetensors")]) > 1
+    ours = open_trained(str(runs / "ar")).model()
+    assert torch.equal(model.model.embed_tokens.weight, ours.embed_tokens.weight[:257].bfloat16())
+    rest = load_file(tmp_path / "bf16" / "extra_rows.safetensors")
+    assert torch.equal(rest["embed_tokens.weight"], ours.embed_tokens.weight[257:].bfloat16())
+
+
+def test_the_card_tells_what_was_trained_and_how_to_read_its_losses(runs, tmp_path):
+    for name in ("ar", "mdm"):
+        export(open_trained(str(runs / name)), tmp_path / name)
+    ar, mdm = ((tmp_path / name / "README.md").read_text() for name in ("ar", "mdm"))
+    config = json.loads((runs / "ar" / "config.json").read_text())
+    front = ar.split("---")[1].split("\n")
+    assert front[1:-1] == [
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        "tags: [data-constrained, autoregressive]",
+    ]
+    for part in (
+        config["corpus_hash"],
+        f"{config['unique_tokens']:,}",
+        "2,976 tokens",
+        "`--token-dropout 0.1`",
+        "`--ema-decay 0.8`",
+        f"{6 * config['parameters'] * 2976:.3g} FLOPs",
+        f"| tuning | {recorded(runs / 'ar', 'tuning'):.4f} ± ",
+    ):
+        assert part in ar, part
+    assert "≤" not in ar and "upper bound" not in ar
+    assert f"| tuning | ≤ {recorded(runs / 'mdm', 'tuning'):.4f} ± " in mdm and "an upper bound" in mdm
+    assert "from 4 replicates" in mdm and "logits[..., :257]" in mdm and "from-hf mdm" in mdm
+
+
+def test_what_two_processes_saved_is_exported_alike(tiny, tmp_path):
+    few = [*tiny, "--train-samples", 24]
+    main("ar", [*map(str, few), "--save", str(tmp_path / "one")])
+    run("ar", *few, "--save", tmp_path / "two", "--tensor-model-parallel-size", 2, processes=2)
+    assert len([*(tmp_path / "two" / "checkpoints").rglob("shard-*.safetensors")]) == 2
+    for name in ("one", "two"):
+        export(open_trained(str(tmp_path / name)), tmp_path / f"{name}_hf")
+    first, second = (load_file(tmp_path / f"{name}_hf" / "model.safetensors") for name in ("one", "two"))
+    assert first.keys() == second.keys()
+    for name in first:
+        torch.testing.assert_close(first[name], second[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
+def test_an_interrupted_export_leaves_nothing(runs, tmp_path, monkeypatch, error):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(module, "model_card", fail)  # all weights are written by then
+    with pytest.raises(KeyboardInterrupt if error is KeyboardInterrupt else OSError) as caught:
+        export(open_trained(str(runs / "ar")), tmp_path / "out")
+    assert not [*tmp_path.iterdir()]
+    assert error is KeyboardInterrupt or f"--output {tmp_path}/out: could not be written" in str(caught.value)
+
+
+def test_what_a_killed_export_left_is_no_hindrance(runs, tmp_path):
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "model-00009-of-00009.safetensors").write_text("half")
+    export(open_trained(str(runs / "ar")), tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert not [*(tmp_path / "out").glob("model-0*")]
+
+
+def test_what_cannot_be_exported_is_refused_in_one_line(runs, tmp_path):
+    out = tmp_path / "out"
+    read = {
+        "order": dict(objective={"objective": "any-order"}, objective_name="any-order"),
+        "block": dict(objective={"objective": "block-diffusion"}, objective_name="block-diffusion"),
+        "told": dict(objective={"target_positions": True}),
+        "ahead": dict(objective={"target_positions": True, "target_offset_max": 3}),
+        "backwards": dict(objective={"right_to_left_ratio": 1.0}),
+        "gelu": dict(model={"swiglu": False}),
+    }
+    said = {
+        "order": "--objective any-order predicts in random orders",
+        "block": "--objective block-diffusion reads each text",
+        "told": "--target-positions tells the network",
+        "ahead": "--target-positions tells the network",
+        "backwards": "--right-to-left-ratio 1.0 trained the network",
+        "gelu": "--no-swiglu: and the classes",
+    }
+    for name, sections in read.items():
+        other = changed(runs / "ar", tmp_path / name, **sections)
+        with pytest.raises(ConfigurationError) as caught:
+            export(open_trained(other), out)
+        assert said[name] in str(caught.value) and "\n" not in str(caught.value) and not out.exists()
+    mixed = changed(runs / "ar", tmp_path / "mixed", objective={"right_to_left_ratio": 0.5})
+    export(open_trained(mixed), tmp_path / "mixed_hf")  # it is evaluated from left to right
+    for arguments, message in (
+        (dict(run=runs / "mdm", average=True), f"{runs}/mdm: holds no average"),
+        (dict(run=runs / "ar", shard="5Gib"), "--max-shard-size 5Gib: is no size"),
+        (dict(run=runs / "ar", output=runs / "ar" / "config.json" / "x"), "cannot be written (Not a directory)"),
+    ):
+        trained, where = open_trained(str(arguments.pop("run"))), arguments.pop("output", out)
+        with pytest.raises(ConfigurationError, match=re.escape(message)):
+            export(trained, where, **arguments)
+        assert not out.exists()
+    done = convert("to-hf", runs / "ar", "--output", tmp_path / "mixed_hf", check=False)
+    assert done.returncode == 2 and not done.stdout
+    assert (
+        done.stderr
+        == f"error: --output {tmp_path}/mixed_hf: exists already; name a new folder, or move this one away\n"
+    )
