@@ -79,7 +79,9 @@ def test_a_missing_peer_is_named_after_the_limit_and_leaves_no_process(tmp_path,
     start = time.monotonic()
     found = check.collective("gloo", 2, 20, {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"})
     assert found.failed and 20 < time.monotonic() - start < 40
-    assert "no answer within 20 s (process 0 is waiting for the others to join, process 1 has not started)" in found.said
+    assert (
+        "no answer within 20 s (process 0 is waiting for the others to join, process 1 has not started)" in found.said
+    )
     assert alive(str(peer)) == []
 
 
