@@ -1,6 +1,8 @@
 """Compiled blocks give what eager ones give, in the layouts that change what a block is."""
 
 import pytest
+import torch
+from torch._dynamo.utils import counters
 
 from megatron.config.sections import ParallelConfig
 from megatron.objectives.documents import DocumentRules
@@ -26,8 +28,11 @@ RECOMPUTED = [{}, {"recompute_granularity": "full"}, {"recompute_granularity": "
 def loss_and_norm(
     processes: Processes, parallel: ParallelConfig, compile: bool, case: Case = CASE, bf16: bool = False
 ) -> tuple[float, float]:
+    torch._dynamo.reset()  # a run compiles one kind of network
+    counters.clear()
     engine, _, data = build(processes, case, parallel, compile=compile, bf16=bf16)
     loss = engine.backward(batches_of_step(data, 0), 100.0)
+    assert bool(counters["stats"]["unique_graphs"]) == compile
     return processes.sum(float(loss))[0], float(engine.clip(0.0))
 
 
@@ -42,12 +47,12 @@ def split(processes: Processes) -> list[tuple[float, float]]:
 def test_recomputed_blocks(options):
     with joined() as processes:
         eager, compiled = (loss_and_norm(processes, ParallelConfig(**options), compile) for compile in (False, True))
-    assert compiled == pytest.approx(eager, rel=1e-5) and compiled != eager
+    assert compiled == pytest.approx(eager, rel=1e-5)
 
 
 def test_split_blocks():
     eager, compiled = spawn(split, 2)[0]
-    assert compiled == pytest.approx(eager, rel=1e-5) and compiled != eager
+    assert compiled == pytest.approx(eager, rel=1e-5)
 
 
 @pytest.mark.parametrize("case", KINDS, ids=lambda case: "-".join([case.name, *case.options]))
@@ -56,5 +61,5 @@ def test_what_objectives_change(case):
         plain = ParallelConfig()
         eager, compiled = (loss_and_norm(processes, plain, compile, case) for compile in (False, True))
         rounded = loss_and_norm(processes, plain, True, case, bf16=True)
-    assert compiled == pytest.approx(eager, rel=1e-5) and compiled != eager
+    assert compiled == pytest.approx(eager, rel=1e-5)
     assert rounded == pytest.approx(eager, rel=0.02) and rounded != pytest.approx(eager, rel=1e-5)
