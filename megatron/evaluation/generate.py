@@ -1,0 +1,161 @@
+"""Text from a trained model: the next token, over and over; or an answer of masks, filled in by masked diffusion.
+
+A text depends on the model, the seed and its own prompt: neither batch size nor the other prompts change what is drawn
+for it.
+"""
+
+import logging
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron.config.flags import spelling
+from megatron.config.sections import ObjectiveConfig
+from megatron.errors import ConfigurationError
+from megatron.evaluation.generate_diffusion import fill
+from megatron.evaluation.sampling import Sampling, choose, keys
+from megatron.model.past import Past
+from megatron.model.transformer import Transformer
+from megatron.objectives import DOCUMENT_RULES
+from megatron.randomness import stream
+
+logger = logging.getLogger(__name__)
+
+CAUSAL = ("ar", "dual")
+REFUSED = {
+    "any-order": "is told the place of each token it must say, which reading on from kept keys and values does not do",
+    "block-diffusion": "reads a text twice, with a mask of its blocks, which filling in does not do",
+}
+
+
+def check_objective(objective_name: str, config: ObjectiveConfig | None = None) -> None:
+    """Raise ConfigurationError where no text is generated from models of an objective, trained by `config`."""
+    if objective_name not in (*CAUSAL, "mdm"):
+        raise ConfigurationError(
+            f"--objective {objective_name}: such a model {REFUSED[objective_name]}; take one of ar, dual or mdm"
+        )
+    if config is not None and config.target_positions:
+        raise ConfigurationError(f"--target-positions: such a model {REFUSED['any-order']}; take a run without it")
+
+
+def check_sampling(objective_name: str, sampling: Sampling) -> None:
+    """Raise ConfigurationError for settings of masked diffusion where the next token is predicted."""
+    for name in sampling.masked_only() if objective_name in CAUSAL else ():
+        raise ConfigurationError(
+            f"{spelling(name)} {getattr(sampling, name)}: acts in masked diffusion, and --objective {objective_name} "
+            "generates one token after another; leave it out"
+        )
+    if objective_name == "mdm" and not sampling.remask and (sampling.steps or 0) > sampling.max_new_tokens:
+        raise ConfigurationError(
+            f"--steps {sampling.steps}: is more than --max-new-tokens {sampling.max_new_tokens}, and each step fills "
+            "at least one; give fewer, or --remask"
+        )
+
+
+def begins_documents(config) -> None:
+    """Raise ConfigurationError where a model, trained by `config`, has not learned how text begins behind `eod`."""
+    for name in DOCUMENT_RULES:
+        if getattr(config, name):
+            raise ConfigurationError(
+                f"{spelling(name)}: this model has never read on behind the end of another document, where an empty "
+                "prompt begins; give a prompt"
+            )
+
+
+@torch.no_grad()
+def generate(
+    model: Transformer,
+    objective_name: str,
+    prompts: list[list[int]],
+    sampling: Sampling,
+    eod: int,
+    batch_size: int = 16,
+    seq_length: int | None = None,
+    advance: Callable[[int], None] = lambda tokens: None,
+) -> list[list[int]]:
+    """Return the new tokens of each prompt, up to its first `eod`, which is left out.
+
+    An empty prompt stands for the start of a document: it is read as `eod`. Prompts that with the new tokens would be
+    longer than `seq_length`, the longest that the model was trained on, lose their beginning. `advance` is told of
+    `max_new_tokens` a prompt, as they are decided. Raises ConfigurationError for objectives that cannot be generated
+    from, and settings that do not act in this one.
+    """
+    check_objective(objective_name)
+    check_sampling(objective_name, sampling)
+    prompts = fitting([prompt or [eod] for prompt in prompts], sampling.max_new_tokens, seq_length)
+    if objective_name == "mdm":
+        asked = [prompt + [model.vocabulary.mask_id] * sampling.max_new_tokens for prompt in prompts]
+        filled = fill(model, asked, sampling, batch_size, keys(prompts), eod, advance)
+        answers = [text[len(prompt) :] for text, prompt in zip(filled, prompts, strict=True)]
+        return [_up_to(answer, eod) for answer in answers]
+    answers, keyed = [[] for _ in prompts], keys(prompts)
+    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))  # rows of a batch are about as long
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        length, seed = sampling.max_new_tokens, sampling.seed
+        draws = np.stack([stream(seed, "generation", *keyed[row]).random(length) for row in rows])
+        texts = _continue(model, [prompts[row] for row in rows], torch.from_numpy(draws), sampling, eod, advance)
+        for row, text in zip(rows, texts, strict=True):
+            answers[row] = text
+    return answers
+
+
+def fitting(prompts: list[list[int]], new_tokens: int, seq_length: int | None) -> list[list[int]]:
+    """Return the prompts, cut on the left so that they and the new tokens are at most `seq_length`; say so.
+
+    Raises ConfigurationError where no token of a prompt would be left.
+    """
+    if seq_length is None:
+        return prompts
+    room = seq_length - new_tokens
+    if room < 1:
+        raise ConfigurationError(
+            f"--max-new-tokens {new_tokens}: leaves no room for a prompt in the {seq_length} tokens of --seq-length "
+            f"that this model was trained on; give at most {seq_length - 1}"
+        )
+    long = sum(len(prompt) > room for prompt in prompts)
+    if long:
+        logger.info(
+            "%d of %d prompts lose their beginning: with %d new tokens, %d fit into the %d of --seq-length",
+            *(long, len(prompts), new_tokens, room, seq_length),
+        )
+    return [prompt[-room:] for prompt in prompts]
+
+
+def _continue(
+    model: Transformer,
+    prompts: list[list[int]],
+    draws: Tensor,
+    sampling: Sampling,
+    eod: int,
+    advance: Callable[[int], None],
+) -> list[list[int]]:
+    """Return what follows each of B prompts; `draws` [B, max_new_tokens] decide each token."""
+    device, longest = model.embed_tokens.weight.device, max(map(len, prompts))
+    tokens = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    # filled up on the left, so that all rows end, and go on, at the same place
+    present = torch.arange(longest, device=device) >= longest - lengths[:, None]
+    past, texts = Past(), [[] for _ in prompts]
+    rows, draws = torch.arange(len(prompts), device=device), draws.to(device)
+    hidden = model.read(tokens, past, present)[:, -1]
+    for turn in range(sampling.max_new_tokens):
+        chosen = choose(model.head(hidden), sampling, draws[rows, turn])
+        left = sampling.max_new_tokens - turn
+        for row, token in zip(rows.tolist(), chosen.tolist(), strict=True):
+            if token != eod:
+                texts[row].append(token)
+            advance(left if token == eod else 1)
+        going = chosen != eod
+        if not going.all():  # finished rows are read no more
+            rows, chosen, past = rows[going], chosen[going], past.select(going.nonzero()[:, 0])
+        if left == 1 or not len(rows):
+            break
+        hidden = model.read(chosen[:, None], past)[:, -1]
+    return texts
+
+
+def _up_to(tokens: list[int], eod: int) -> list[int]:
+    return tokens[: tokens.index(eod)] if eod in tokens else tokens
