@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron.config.flags import spelling
 from megatron.config.sections import ObjectiveConfig
 from megatron.errors import ConfigurationError
-from megatron.evaluation.generate_diffusion import fill
+from megatron.evaluation.generate_diffusion import OnStep, fill
 from megatron.evaluation.sampling import Sampling, choose, keys
 from megatron.model.past import Past
 from megatron.model.transformer import Transformer
@@ -38,6 +38,15 @@ def check_objective(objective_name: str, config: ObjectiveConfig | None = None) 
         )
     if config is not None and config.target_positions:
         raise ConfigurationError(f"--target-positions: such a model {REFUSED['any-order']}; take a run without it")
+
+
+def check_gaps(objective_name: str) -> None:
+    """Raise ConfigurationError where a model cannot fill a gap in a text."""
+    if objective_name != "mdm":
+        raise ConfigurationError(
+            f"--objective {objective_name}: such a model knows what comes next, and a gap is filled by what stands on "
+            "both sides of it; take a run of mdm, or --prompt alone"
+        )
 
 
 def check_sampling(objective_name: str, sampling: Sampling) -> None:
@@ -74,20 +83,21 @@ def generate(
     batch_size: int = 16,
     seq_length: int | None = None,
     advance: Callable[[int], None] = lambda tokens: None,
+    on_step: OnStep | None = None,
 ) -> list[list[int]]:
     """Return the new tokens of each prompt, up to its first `eod`, which is left out.
 
     An empty prompt stands for the start of a document: it is read as `eod`. Prompts that with the new tokens would be
     longer than `seq_length`, the longest that the model was trained on, lose their beginning. `advance` is told of
-    `max_new_tokens` a prompt, as they are decided. Raises ConfigurationError for objectives that cannot be generated
-    from, and settings that do not act in this one.
+    `max_new_tokens` a prompt, as they are decided, and `on_step` of each step of masked diffusion. Raises
+    ConfigurationError for objectives that cannot be generated from, and settings that do not act in this one.
     """
     check_objective(objective_name)
     check_sampling(objective_name, sampling)
     prompts = fitting([prompt or [eod] for prompt in prompts], sampling.max_new_tokens, seq_length)
     if objective_name == "mdm":
         asked = [prompt + [model.vocabulary.mask_id] * sampling.max_new_tokens for prompt in prompts]
-        filled = fill(model, asked, sampling, batch_size, keys(prompts), eod, advance)
+        filled = fill(model, asked, sampling, batch_size, keys(prompts), eod, True, advance, on_step)
         answers = [text[len(prompt) :] for text, prompt in zip(filled, prompts, strict=True)]
         return [_up_to(answer, eod) for answer in answers]
     answers, keyed = [[] for _ in prompts], keys(prompts)
@@ -100,6 +110,41 @@ def generate(
         for row, text in zip(rows, texts, strict=True):
             answers[row] = text
     return answers
+
+
+def infill(
+    model: Transformer,
+    objective_name: str,
+    texts: list[list[int]],
+    sampling: Sampling,
+    eod: int,
+    batch_size: int = 16,
+    seq_length: int | None = None,
+    advance: Callable[[int], None] = lambda tokens: None,
+    on_step: OnStep | None = None,
+) -> list[list[int]]:
+    """Return `texts` whose every [MASK] is replaced by a token, never by `eod`; a gap is as long as it was.
+
+    `sampling.max_new_tokens` has no meaning here. `advance` is told of every [MASK], `on_step` of each step. Raises
+    ConfigurationError where a text has no gap, or is longer than `seq_length`, and for other objectives than mdm.
+    """
+    check_objective(objective_name)
+    check_gaps(objective_name)
+    for text in texts:
+        gaps = text.count(model.vocabulary.mask_id)
+        if not gaps:
+            raise ConfigurationError("--infill: a text has no gap; write one as {{8}}, with the number of its tokens")
+        if seq_length is not None and len(text) > seq_length:
+            raise ConfigurationError(
+                f"--infill: a text has {len(text)} tokens, gaps counted, and this model was trained on {seq_length} "
+                "(--seq-length); shorten it"
+            )
+        if not sampling.remask and (sampling.steps or 0) > gaps:
+            raise ConfigurationError(
+                f"--steps {sampling.steps}: is more than the {gaps} tokens of the gaps of a text, and each step "
+                "fills at least one; give fewer, or --remask"
+            )
+    return fill(model, texts, sampling, batch_size, keys(texts), eod, False, advance, on_step)
 
 
 def fitting(prompts: list[list[int]], new_tokens: int, seq_length: int | None) -> list[list[int]]:

@@ -30,14 +30,16 @@ def fill(
     sampling: Sampling,
     batch_size: int,
     keyed: list[tuple[int, int]],
-    eod: int | None,
+    eod: int,
+    open_end: bool,
     advance: Callable[[int], None] = lambda tokens: None,
     on_step: OnStep | None = None,
 ) -> list[list[int]]:
     """Return `texts` with every [MASK] replaced by a token of the tokenizer; what stands there already stays.
 
-    `keyed` is what the draws of each text are keyed by, beside the seed. With `eod`, what stands behind the first one
-    that is filled in does not matter, and may be left as it is. `advance` is told how many places are decided.
+    `keyed` is what the draws of each text are keyed by, beside the seed. With an `open_end` what comes behind the first
+    `eod` that is filled in does not matter, and may be left as it is; else a text goes on behind its gaps, and no `eod`
+    is filled in. `advance` is told how many places are decided.
     """
     mask_id = model.vocabulary.mask_id
     groups, filled = defaultdict(list), [list(text) for text in texts]
@@ -48,7 +50,8 @@ def fill(
         for start in range(0, len(members) if gaps else 0, batch_size):
             rows = members[start : start + batch_size]
             told = on_step and (lambda step, alive, tokens: on_step(step, [rows[row] for row in alive], tokens))
-            batch = _Filling(model, [texts[row] for row in rows], sampling, [keyed[row] for row in rows], eod)
+            chosen = [texts[row] for row in rows], [keyed[row] for row in rows]
+            batch = _Filling(model, *chosen, sampling, eod, open_end)
             for row, text in zip(rows, batch.run(advance, told), strict=True):
                 filled[row] = text
     return filled
@@ -57,8 +60,10 @@ def fill(
 class _Filling:
     """The filling of B texts of T tokens, of which each hides L."""
 
-    def __init__(self, model: Transformer, texts: list[list[int]], sampling: Sampling, keyed: list, eod: int | None):
-        self.model, self.sampling, self.keyed, self.eod = model, sampling, keyed, eod
+    def __init__(
+        self, model: Transformer, texts: list[list[int]], keyed: list, sampling: Sampling, eod: int, open_end: bool
+    ):
+        self.model, self.sampling, self.keyed, self.eod, self.open_end = model, sampling, keyed, eod, open_end
         self.device, self.mask_id = model.embed_tokens.weight.device, model.vocabulary.mask_id
         self.tokens = torch.tensor(texts, device=self.device)  # [B, T]
         gaps = self.tokens == self.mask_id
@@ -95,7 +100,7 @@ class _Filling:
             states = self.model.hidden_states(Batch.to_read(tokens, causal=False))
             states = states.gather(1, places[..., None].expand(-1, -1, states.shape[-1]))  # [R, L, H]
             chosen = self._first(self._scores(states, hidden, counts, draws[1]), counts)
-            answers[chosen] = choose_in_pieces(self.model, states[chosen], self.sampling, draws[0][chosen])
+            answers[chosen] = self._choose(states[chosen], draws[0][chosen])
             answers[again] = self.mask_id
             self.tokens[self.alive] = tokens.scatter(1, places, answers)
 
@@ -128,11 +133,23 @@ class _Filling:
         if self.sampling.order == "random":
             scores[open_blocks] = draws[open_blocks]
         else:
-            rows = states[open_blocks].split(ROWS)
-            scores[open_blocks] = torch.cat([certainty(self.model.head(part), self.sampling.order) for part in rows])
+            pieces = states[open_blocks].split(ROWS)
+            scores[open_blocks] = torch.cat([certainty(self._logits(piece), self.sampling.order) for piece in pieces])
         # an earlier block goes before a later one, however certain
         earlier = open_blocks & (self.blocks < reached[:, None])
         return scores.masked_fill(earlier, float("inf"))
+
+    def _choose(self, states: Tensor, draws: Tensor) -> Tensor:
+        """Return the tokens [N] of what the head reads, [N, H]; `draws` [N] decide them."""
+        pieces = zip(states.split(ROWS), draws.split(ROWS), strict=True)
+        return torch.cat([choose(self._logits(piece), self.sampling, drawn) for piece, drawn in pieces])
+
+    def _logits(self, states: Tensor) -> Tensor:
+        """Return fp32 logits [N, V] of what the head reads, [N, H]."""
+        logits = self.model.head(states)
+        if not self.open_end:
+            logits[:, self.eod] = float("-inf")
+        return logits
 
     def _first(self, scores: Tensor, counts: Tensor) -> Tensor:
         """Return where in each row of `scores` [R, L] its `counts` [R] highest are; of equals the leftmost."""
@@ -141,7 +158,7 @@ class _Filling:
 
     def _leave(self, advance: Callable[[int], None], after: int) -> None:
         """Read texts no more that are decided: nothing is hidden before their first `eod`."""
-        if self.eod is None or self.sampling.remask:
+        if not self.open_end or self.sampling.remask:
             return
         answers = self.tokens[self.alive].gather(1, self.places[self.alive])
         open_before_end = ((answers == self.mask_id) & ((answers == self.eod).cumsum(1) == 0)).any(1)
@@ -162,9 +179,3 @@ def certainty(logits: Tensor, order: str) -> Tensor:
         first, second = logs.topk(2).values.exp().unbind(-1)
         return first - second
     return torch.special.xlogy(logs.exp(), logs.exp()).sum(-1)
-
-
-def choose_in_pieces(model: Transformer, states: Tensor, sampling: Sampling, draws: Tensor) -> Tensor:
-    """Return the tokens [R] of what the head reads, [R, H]; `draws` [R] decide them."""
-    pieces = zip(states.split(ROWS), draws.split(ROWS), strict=True)
-    return torch.cat([choose(model.head(part), sampling, drawn) for part, drawn in pieces])
