@@ -107,14 +107,16 @@ class _Filling:
     def _draws(self, step: int) -> Tensor:
         """Return a uniform number for the token, the turn and the hiding of each place, fp64 [3, R, L]."""
         keyed = [self.keyed[row] for row in self.alive.tolist()]
+        if not self.sampling.draws:
+            return torch.zeros((3, len(keyed), self.length), dtype=torch.float64, device=self.device)
         drawn = [stream(self.sampling.seed, "filling", *key, step).random((3, self.length)) for key in keyed]
         return torch.from_numpy(np.stack(drawn, axis=1)).to(self.device)
 
     def _hidden_again(self, filled: Tensor, draws: Tensor, before: int, after: int) -> Tensor:
         """Return which of the filled places [R, L] lose their token in this step, to be filled anew in a later one.
 
-        Each does with the probability of --remask (ReMDM-cap, 2503.00307), lowered so that on average no more
-        are lost than may be hidden after the step, and never more are.
+        Each does with the probability of --remask, lowered where more could be lost than may be hidden after the step
+        (ReMDM-cap, 2503.00307, with exact numbers of hidden places in place of their means).
         """
         room = self.length - after
         if not self.sampling.remask or not before or not room:
@@ -124,17 +126,18 @@ class _Filling:
         return lost & self._first(torch.where(lost, -draws, float("-inf")), lost.sum(1).clamp(max=room))
 
     def _scores(self, states: Tensor, hidden: Tensor, counts: Tensor, draws: Tensor) -> Tensor:
-        """Return how early each place [R, L] is to be filled, fp64: highest first, -inf where it is not."""
+        """Return how early each place [R, L] is to be filled: highest first, -inf where it is not."""
         # the last block that the next places reach
         ordinal = hidden.cumsum(1)
         reached = torch.where(hidden & (ordinal <= counts[:, None]), self.blocks, -1).amax(1)
         open_blocks = hidden & (self.blocks <= reached[:, None])
-        scores = torch.full(hidden.shape, float("-inf"), dtype=torch.float64, device=self.device)
+        scores = torch.full_like(draws, float("-inf"))
         if self.sampling.order == "random":
             scores[open_blocks] = draws[open_blocks]
         else:
             pieces = states[open_blocks].split(ROWS)
-            scores[open_blocks] = torch.cat([certainty(self._logits(piece), self.sampling.order) for piece in pieces])
+            found = [certainty(self._logits(piece), self.sampling.order) for piece in pieces]
+            scores[open_blocks] = torch.cat(found).double()
         # an earlier block goes before a later one, however certain
         earlier = open_blocks & (self.blocks < reached[:, None])
         return scores.masked_fill(earlier, float("inf"))
@@ -167,15 +170,12 @@ class _Filling:
 
 
 def certainty(logits: Tensor, order: str) -> Tensor:
-    """Return how sure the model is of each row of `logits` [R, V], fp64 [R]; higher is surer.
+    """Return how sure the model is of each row of `logits` [N, V], [N]; higher is surer.
 
     confidence: the largest probability (LLaDA, 2502.09992); margin: how far it is above the second (2502.06768);
     entropy: that of the distribution, negated. By the model's own distribution, at temperature 1.
     """
-    logs = logits.double().log_softmax(-1)
-    if order == "confidence":
-        return logs.amax(-1).exp()
-    if order == "margin":
-        first, second = logs.topk(2).values.exp().unbind(-1)
-        return first - second
-    return torch.special.xlogy(logs.exp(), logs.exp()).sum(-1)
+    if order == "entropy":
+        return -torch.special.entr(logits.softmax(-1)).sum(-1)
+    highest = (logits.topk(2).values - logits.logsumexp(-1, keepdim=True)).exp()
+    return highest[:, 0] if order == "confidence" else highest[:, 0] - highest[:, 1]
