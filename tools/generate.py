@@ -59,7 +59,6 @@ def work(arguments: list[str]) -> None:
     request, sampling = build(Request, namespace), build(Sampling, namespace)
     if namespace.run is None:
         raise ConfigurationError("RUN: required and not given; name a folder that --save wrote")
-    request.place
     trained = open_trained(namespace.run, request.checkpoint)
     asked = read_request(request)
     check(trained, request, asked, sampling, {word.split("=")[0] for word in arguments if word.startswith("--")})

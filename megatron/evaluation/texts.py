@@ -59,72 +59,95 @@ class Request:
         if (self.suffix is None) != (self.gap is None) or (self.gap and self.prompt is None):
             raise ConfigurationError("--prompt, --gap and --suffix: are given together, or --prompt alone")
 
-    @property
-    def place(self) -> torch.device:
-        """The device; raises ConfigurationError where there is none such."""
-        if self.device is None:
-            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        kind, _, number = self.device.partition(":")
+        self._check_device()
+
+    def _check_device(self) -> None:
+        kind, _, number = (self.device or "cpu").partition(":")
         count = torch.cuda.device_count()
-        known = self.device == "cpu" or (kind == "cuda" and (not number or number.isdigit() and int(number) < count))
-        if not known or (kind == "cuda" and not count):
-            raise ConfigurationError(
-                f"--device {self.device}: there are cpu and {count} cuda devices here; give another"
-            )
-        return torch.device(self.device)
+        there = (
+            int(number or 0) < count if kind == "cuda" and (not number or number.isdigit()) else self.device == "cpu"
+        )
+        require(
+            self.device is None or there,
+            *("device", self.device, f"is not here, where there are cpu and {count} cuda devices; give another"),
+        )
+
+    @property
+    def place(self) -> str:
+        """The device."""
+        return self.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @dataclass(frozen=True)
 class Asked:
-    """One text to write, as the user wrote it: a prompt, or a text with gaps."""
+    """One text to write: a prompt, or a text with gaps."""
 
-    text: str
+    text: str  # as the user wrote it
+    pieces: tuple[str | int, ...]  # what stands there, and the tokens of each gap
     gaps: bool
+
+    @classmethod
+    def infill(cls, text: str) -> "Asked":
+        """Return what a text asks for in which {{8}} is a gap of 8 tokens."""
+        pieces = GAP.split(text)  # text, the length of a gap, text, ...
+        return cls(text, tuple(int(piece) if turn % 2 else piece for turn, piece in enumerate(pieces)), True)
+
+    @classmethod
+    def prompt(cls, text: str) -> "Asked":
+        return cls(text, (text,), False)
+
+    @property
+    def lengths(self) -> list[int]:
+        """How many tokens each gap holds."""
+        return [piece for piece in self.pieces if isinstance(piece, int)]
 
     def ids(self, tokenizer: Tokenizer, mask_id: int) -> list[int]:
         """Return its token ids, [MASK] in the gaps."""
-        if not self.gaps:
-            return tokenizer.encode(self.text)
-        pieces = GAP.split(self.text)  # text, the length of a gap, text, ...
-        found = [
-            tokenizer.encode(piece) if turn % 2 == 0 else [mask_id] * int(piece) for turn, piece in enumerate(pieces)
-        ]
+        found = [[mask_id] * piece if isinstance(piece, int) else tokenizer.encode(piece) for piece in self.pieces]
         return [index for piece in found for index in piece]
 
 
 def read_request(request: Request) -> list[Asked]:
     """Return what is asked for, without its samples; raise ConfigurationError for files that are none."""
+    if request.gap is not None:
+        pieces = (request.prompt, request.gap, request.suffix)
+        return [Asked(f"{request.prompt}{{{{{request.gap}}}}}{request.suffix}", pieces, True)]
     if request.prompt is not None:
-        gapped = request.gap is not None
-        return [Asked(f"{request.prompt}{{{{{request.gap}}}}}{request.suffix}" if gapped else request.prompt, gapped)]
+        return [Asked.prompt(request.prompt)]
     if request.infill is not None:
-        return [Asked(request.infill, True)]
-    if request.prompt_file is None:
-        if sys.stdin is None or sys.stdin.isatty():
-            raise ConfigurationError("--prompt: required and not given; give it, --prompt-file or standard input")
-        return [Asked(sys.stdin.read(), False)]
-    return _read_file(Path(request.prompt_file))
+        return [Asked.infill(request.infill)]
+    if request.prompt_file is not None:
+        return _read_file(Path(request.prompt_file))
+    if sys.stdin is None or sys.stdin.isatty():
+        raise ConfigurationError("--prompt: required and not given; give it, --prompt-file or standard input")
+    try:
+        return [Asked.prompt(sys.stdin.buffer.read().decode())]  # line ends stay as they are
+    except UnicodeDecodeError as error:
+        raise ConfigurationError(f"standard input: is not UTF-8 ({error}); give text") from None
 
 
 def _read_file(path: Path) -> list[Asked]:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_bytes().decode()
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"--prompt-file {path}: cannot be read ({error}); give a text file") from None
+        raise ConfigurationError(f"--prompt-file {path}: cannot be read ({error}); give a file of UTF-8") from None
     if path.suffix != ".jsonl":
-        return [Asked(text, False)]
+        return [Asked.prompt(text)]
+    makers = {"prompt": Asked.prompt, "infill": Asked.infill}
     asked = []
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):  # a text may hold other line ends
+        if not line.strip():
+            continue
         try:
             value = json.loads(line)
         except ValueError:
             value = None
-        kinds = [kind for kind in ("prompt", "infill") if isinstance(value, dict) and isinstance(value.get(kind), str)]
+        kinds = [kind for kind in makers if isinstance(value, dict) and isinstance(value.get(kind), str)]
         if len(kinds) != 1:
             raise ConfigurationError(
                 f'--prompt-file {path}: line {number} is neither {{"prompt": "..."}} nor {{"infill": "..."}}; mend it'
             )
-        asked.append(Asked(value[kinds[0]], kinds[0] == "infill"))
+        asked.append(makers[kinds[0]](value[kinds[0]]))
     if not asked:
         raise ConfigurationError(f"--prompt-file {path}: holds no line; give one for each prompt")
     return asked
@@ -163,7 +186,7 @@ def check(trained: Trained, request: Request, asked: list[Asked], sampling: Samp
 
 def tokens_to_come(asked: list[Asked], request: Request, sampling: Sampling) -> int:
     """Return how many tokens are generated at most."""
-    lengths = [sum(map(int, GAP.findall(each.text))) if each.gaps else sampling.max_new_tokens for each in asked]
+    lengths = [sum(each.lengths) if each.gaps else sampling.max_new_tokens for each in asked]
     return request.num_samples * sum(lengths)
 
 
@@ -180,7 +203,7 @@ def write_texts(
     `advance` is told of each token, and `show` given a line a step where --show-steps asks for it.
     """
     tokenizer, mask_id = trained.tokenizer(), trained.vocabulary.mask_id
-    model = trained.model(request.average, getattr(torch, request.dtype), str(request.place))
+    model = trained.model(request.average, getattr(torch, request.dtype), request.place)
     asked = [each for each in asked for _ in range(request.num_samples)]
     ids = [each.ids(tokenizer, mask_id) for each in asked]
     told: OnStep | None = None
@@ -193,6 +216,7 @@ def write_texts(
     settings = {"batch_size": request.batch_size, "seq_length": trained.config.data.seq_length}
     make = infill if asked[0].gaps else generate
     made = make(model, objective, ids, sampling, tokenizer.eod, **settings, advance=advance, on_step=told)
+    idle = [*(() if objective == "mdm" else MASKED), *(["max_new_tokens"] if asked[0].gaps else ())]
     source = {
         "run": trained.name,
         "checkpoint": str(trained.checkpoint),
@@ -200,8 +224,8 @@ def write_texts(
         "objective": objective,
         "average": request.average,
         "dtype": request.dtype,
-        "device": str(request.place),
-        **asdict(sampling),
+        "device": request.place,
+        **{name: value for name, value in asdict(sampling).items() if name not in idle},
     }
     return [
         _record(each, index % request.num_samples, known, new, tokenizer, mask_id) | {"settings": source}
@@ -216,7 +240,7 @@ def _record(asked: Asked, sample: int, known: list[int], new: list[int], tokeniz
         return {"prompt": asked.text, "sample": sample, "text": tokenizer.decode(new), "ids": new, "whole": whole}
     filled = [token for token, before in zip(new, known, strict=True) if before == mask_id]
     gaps = []
-    for length in map(int, GAP.findall(asked.text)):
+    for length in asked.lengths:
         gaps.append(tokenizer.decode(filled[:length]))
         filled = filled[length:]
     whole = tokenizer.decode(new)

@@ -13,7 +13,7 @@ from megatron.data.tokenizer import ByteTokenizer
 from megatron.errors import ConfigurationError
 from megatron.evaluation.generate import generate
 from megatron.evaluation.sampling import Sampling
-from megatron.evaluation.texts import HIDDEN, visible
+from megatron.evaluation.texts import HIDDEN, Asked, Request, read_request, visible
 from megatron.training.main import main
 from megatron.training.trained import open_trained
 from tests.conftest import ROOT, environment
@@ -94,8 +94,10 @@ def test_gaps_are_filled_step_by_step(runs, tmp_path, written):
     assert printed == f"{record['text']}\n" and len(record["ids"]) == len("def f(x):\n    return \n") + 8
     first, second = record["gaps"]
     assert code == 0 and record["text"] == f"def f(x):\n    return {first}\n{second}"
-    code, printed, _ = written(runs / "mdm", "--prompt", "def ", "--gap", "4", "--suffix", "(x):")
-    assert code == 0 and printed.startswith("def ") and printed.endswith("(x):\n")
+    assert record["settings"]["steps"] == 4 and "max_new_tokens" not in record["settings"]
+    # what stands in braces beside a --gap is text
+    code, printed, _ = written(runs / "mdm", "--prompt", "def {{2}}", "--gap", "4", "--suffix", "(x):")
+    assert code == 0 and printed.startswith("def {{2}}") and printed.endswith("(x):\n")
 
 
 def test_masked_diffusion_answers_a_prompt(runs, written):
@@ -109,10 +111,14 @@ def test_masked_diffusion_answers_a_prompt(runs, written):
     assert code == 0 and printed.endswith("\n")
 
 
-def test_a_file_of_text_is_one_prompt(runs, tmp_path, written):
-    (tmp_path / "prompt.txt").write_text("def f():\n    x\n")
+def test_a_file_of_text_is_one_prompt_as_it_stands(runs, tmp_path, written):
+    (tmp_path / "prompt.txt").write_bytes(b"def f():\r\n    x\n")
     flags = ["--prompt-file", tmp_path / "prompt.txt", "--max-new-tokens", "4"]
-    assert written(runs / "ar", *flags)[1].startswith("def f():\n    x\n")
+    assert written(runs / "ar", *flags)[1].startswith("def f():\r\n    x\n")
+    (tmp_path / "lines.jsonl").write_text('{"prompt": "a\u2028b"}\n\n{"infill": "a{{1}}{{0}}b"}\n')
+    first, second = read_request(Request(prompt_file=str(tmp_path / "lines.jsonl")))
+    assert first == Asked("a\u2028b", ("a\u2028b",), False)
+    assert second == Asked("a{{1}}{{0}}b", ("a", 1, "", 0, "b"), True)
 
 
 def test_what_is_not_there_yet_is_shown():
@@ -164,8 +170,10 @@ def test_what_would_not_act_is_refused(runs, tmp_path, monkeypatch, written):
         ([mdm, "--prompt", "a"], "--max-new-tokens 128: leaves no room for a prompt in the 32 tokens of --seq-length"),
         ([mdm, *prompt, "--show-steps", "--num-samples", "2", "--temperature", "1"], "--show-steps: shows one text"),
         ([mdm, *prompt, "--average"], f"{mdm}: holds no average of its weights"),
-        ([ar, *prompt, "--device", "tpu"], "--device tpu: there are cpu and 0 cuda devices here"),
-        ([ar, *prompt, "--device", "cuda"], "--device cuda: there are cpu and 0 cuda devices here"),
+        ([ar, *prompt, "--device", "tpu"], "--device tpu: is not here, where there are cpu and 0 cuda"),
+        ([ar, *prompt, "--device", "cuda"], "--device cuda: is not here"),
+        ([ar, *prompt, "--device", "cuda:0"], "--device cuda:0: is not here"),
+        ([ar, *prompt, "--device", "cuda:x"], "--device cuda:x: is not here"),
         ([ar, *prompt, "--dtype", "int8"], "--dtype int8: is not one of float32, bfloat16"),
         ([ar, *prompt, "--checkpoint", "first"], "--checkpoint first: is not one of latest, best"),
         ([str(runs / "any"), *prompt], "--objective any-order: such a model is told the place"),
@@ -192,6 +200,9 @@ def test_what_would_not_act_is_refused(runs, tmp_path, monkeypatch, written):
     terminal.isatty = lambda: True
     monkeypatch.setattr(sys, "stdin", terminal)
     with pytest.raises(ConfigurationError, match="^--prompt: required and not given"):
+        work([ar])
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff")))
+    with pytest.raises(ConfigurationError, match="^standard input: is not UTF-8"):
         work([ar])
     code, printed, said = written(ar, *prompt, "--steps", "4")
     assert code == 2 and said.startswith("error: --steps: acts in masked") and not printed
