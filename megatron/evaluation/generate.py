@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron.config.flags import spelling
-from megatron.config.sections import ObjectiveConfig
+from megatron.config.sections import DataConfig, ObjectiveConfig
 from megatron.errors import ConfigurationError
 from megatron.evaluation.generate_diffusion import OnStep, fill
 from megatron.evaluation.sampling import Sampling, choose, keys
@@ -43,9 +43,11 @@ def check_objective(objective_name: str, config: ObjectiveConfig | None = None) 
 def check_gaps(objective_name: str) -> None:
     """Raise ConfigurationError where a model cannot fill a gap in a text."""
     if objective_name != "mdm":
+        reason = "knows what comes next, and a gap is filled by what stands on both sides of it"
+        if objective_name == "dual":
+            reason = "says at a position what stands at the next one, which filling gaps does not read"
         raise ConfigurationError(
-            f"--objective {objective_name}: such a model knows what comes next, and a gap is filled by what stands on "
-            "both sides of it; take a run of mdm, or --prompt alone"
+            f"--objective {objective_name}: such a model {reason}; take a run of mdm, or --prompt alone"
         )
 
 
@@ -63,7 +65,7 @@ def check_sampling(objective_name: str, sampling: Sampling) -> None:
         )
 
 
-def begins_documents(config) -> None:
+def check_empty_prompt(config: DataConfig) -> None:
     """Raise ConfigurationError where a model, trained by `config`, has not learned how text begins behind `eod`."""
     for name in DOCUMENT_RULES:
         if getattr(config, name):
@@ -84,13 +86,16 @@ def generate(
     seq_length: int | None = None,
     advance: Callable[[int], None] = lambda tokens: None,
     on_step: OnStep | None = None,
+    finished: Callable[[list[int]], bool] = lambda tokens: False,
 ) -> list[list[int]]:
     """Return the new tokens of each prompt, up to its first `eod`, which is left out.
 
     An empty prompt stands for the start of a document: it is read as `eod`. Prompts that with the new tokens would be
     longer than `seq_length`, the longest that the model was trained on, lose their beginning. `advance` is told of
-    `max_new_tokens` a prompt, as they are decided, and `on_step` of each step of masked diffusion. Raises
-    ConfigurationError for objectives that cannot be generated from, and settings that do not act in this one.
+    `max_new_tokens` a prompt, as they are decided, and `on_step` of each step of masked diffusion. `finished` is asked
+    after each token whether the new tokens of a text so far are enough; masked diffusion, which does not write in
+    order, does not ask. Raises ConfigurationError for objectives that cannot be generated from, and settings that do
+    not act in this one.
     """
     check_objective(objective_name)
     check_sampling(objective_name, sampling)
@@ -100,16 +105,7 @@ def generate(
         filled = fill(model, asked, sampling, batch_size, keys(prompts), eod, True, advance, on_step)
         answers = [text[len(prompt) :] for text, prompt in zip(filled, prompts, strict=True)]
         return [_up_to(answer, eod) for answer in answers]
-    answers, keyed = [[] for _ in prompts], keys(prompts)
-    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))  # rows of a batch are about as long
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
-        length, seed = sampling.max_new_tokens, sampling.seed
-        draws = np.stack([stream(seed, "generation", *keyed[row]).random(length) for row in rows])
-        texts = _continue(model, [prompts[row] for row in rows], torch.from_numpy(draws), sampling, eod, advance)
-        for row, text in zip(rows, texts, strict=True):
-            answers[row] = text
-    return answers
+    return _Continuing(model, sampling, eod, advance, finished).texts(prompts, batch_size)
 
 
 def infill(
@@ -169,37 +165,67 @@ def fitting(prompts: list[list[int]], new_tokens: int, seq_length: int | None) -
     return [prompt[-room:] for prompt in prompts]
 
 
-def _continue(
-    model: Transformer,
-    prompts: list[list[int]],
-    draws: Tensor,
-    sampling: Sampling,
-    eod: int,
-    advance: Callable[[int], None],
-) -> list[list[int]]:
-    """Return what follows each of B prompts; `draws` [B, max_new_tokens] decide each token."""
-    device, longest = model.embed_tokens.weight.device, max(map(len, prompts))
-    tokens = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    # filled up on the left, so that all rows end, and go on, at the same place
-    present = torch.arange(longest, device=device) >= longest - lengths[:, None]
-    past, texts = Past(), [[] for _ in prompts]
-    rows, draws = torch.arange(len(prompts), device=device), draws.to(device)
-    hidden = model.read(tokens, past, present)[:, -1]
-    for turn in range(sampling.max_new_tokens):
-        chosen = choose(model.head(hidden), sampling, draws[rows, turn])
-        left = sampling.max_new_tokens - turn
-        for row, token in zip(rows.tolist(), chosen.tolist(), strict=True):
-            if token != eod:
+class _Continuing:
+    """Next-token prediction: reads prompts, and goes on token by token."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        sampling: Sampling,
+        eod: int,
+        advance: Callable[[int], None],
+        finished: Callable[[list[int]], bool],
+    ):
+        self.model, self.sampling, self.eod, self.advance, self.finished = model, sampling, eod, advance, finished
+        self.device = model.embed_tokens.weight.device
+
+    def texts(self, prompts: list[list[int]], batch_size: int) -> list[list[int]]:
+        """Return what follows each prompt."""
+        length, seed = self.sampling.max_new_tokens, self.sampling.seed
+        keyed, answers = keys(prompts), [[] for _ in prompts]
+        order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))  # rows of a batch are about as long
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            draws = np.stack([stream(seed, "generation", *keyed[row]).random(length) for row in rows])
+            batch = self._batch([prompts[row] for row in rows], torch.from_numpy(draws).to(self.device))
+            for row, text in zip(rows, batch, strict=True):
+                answers[row] = text
+        return answers
+
+    def _batch(self, prompts: list[list[int]], draws: Tensor) -> list[list[int]]:
+        """Return what follows each of B prompts; `draws` [B, max_new_tokens] decide each token."""
+        past, texts = Past(), [[] for _ in prompts]
+        rows = torch.arange(len(prompts), device=self.device)
+        hidden = self._read_prompts(prompts, past)
+        for turn in range(self.sampling.max_new_tokens):
+            chosen = choose(self.model.head(hidden), self.sampling, draws[rows, turn])
+            left = self.sampling.max_new_tokens - turn
+            going = self._write(rows.tolist(), chosen.tolist(), texts, left)
+            if not going.all():  # finished rows are read no more
+                rows, chosen, past = rows[going], chosen[going], past.select(going.nonzero()[:, 0])
+            if left == 1 or not len(rows):
+                break
+            hidden = self.model.read(chosen[:, None], past)[:, -1]
+        return texts
+
+    def _read_prompts(self, prompts: list[list[int]], past: Past) -> Tensor:
+        """Read B prompts; return what the head reads of their ends, [B, H]."""
+        longest = max(map(len, prompts))
+        tokens = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts], device=self.device)
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
+        # filled up on the left, so that all rows end, and go on, at the same place
+        present = torch.arange(longest, device=self.device) >= longest - lengths[:, None]
+        return self.model.read(tokens, past, present)[:, -1]
+
+    def _write(self, rows: list[int], tokens: list[int], texts: list[list[int]], left: int) -> Tensor:
+        """Add a token to each of R texts; return which of them go on, bool [R]. They have `left` tokens to come."""
+        going = []
+        for row, token in zip(rows, tokens, strict=True):
+            if token != self.eod:
                 texts[row].append(token)
-            advance(left if token == eod else 1)
-        going = chosen != eod
-        if not going.all():  # finished rows are read no more
-            rows, chosen, past = rows[going], chosen[going], past.select(going.nonzero()[:, 0])
-        if left == 1 or not len(rows):
-            break
-        hidden = model.read(chosen[:, None], past)[:, -1]
-    return texts
+            going.append(token != self.eod and not self.finished(texts[row]))
+            self.advance(1 if going[-1] else left)
+        return torch.tensor(going, device=self.device)
 
 
 def _up_to(tokens: list[int], eod: int) -> list[int]:

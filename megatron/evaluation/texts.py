@@ -12,7 +12,7 @@ import torch
 from megatron.config.flags import flag, require, spelling, typed
 from megatron.data.tokenizer import Tokenizer
 from megatron.errors import ConfigurationError
-from megatron.evaluation.generate import begins_documents, check_gaps, check_objective, generate, infill
+from megatron.evaluation.generate import check_empty_prompt, check_gaps, check_objective, generate, infill
 from megatron.evaluation.generate_diffusion import OnStep
 from megatron.evaluation.sampling import MASKED, Sampling
 from megatron.training.run_folder import writing
@@ -164,7 +164,7 @@ def check(trained: Trained, request: Request, asked: list[Asked], sampling: Samp
     if True in gaps:
         check_gaps(objective)
     if "" in {each.text for each in asked}:
-        begins_documents(trained.config.data)
+        check_empty_prompt(trained.config.data)
     idle = {spelling(name): objective != "mdm" for name in (*MASKED, "show_steps", "no_show_steps")}
     for name in given:
         if idle.get(name):

@@ -8,7 +8,7 @@ import torch
 
 from megatron.config.sections import DataConfig, ModelConfig, ObjectiveConfig, Vocabulary
 from megatron.errors import ConfigurationError
-from megatron.evaluation.generate import begins_documents, check_objective, generate, infill
+from megatron.evaluation.generate import check_empty_prompt, check_objective, generate, infill
 from megatron.evaluation.sampling import Sampling
 from megatron.model.initialise import initialise
 from megatron.model.transformer import Transformer
@@ -98,6 +98,16 @@ def test_a_text_ends_before_the_end_of_its_document(objective):
     assert len(found[2]) <= 4 and sum(told) == len(PROMPTS) * 12
 
 
+def test_a_text_ends_where_it_is_enough():
+    network, told = model(), []
+    whole = generate(network, "ar", PROMPTS, DRAWN, eod=NEVER)
+    end = whole[2][4]
+    settings = {"eod": NEVER, "advance": told.append, "finished": lambda tokens: tokens[-1] == end}
+    found = generate(network, "ar", PROMPTS, DRAWN, **settings)
+    assert found == [text[: text.index(end) + 1] if end in text else text for text in whole]
+    assert sum(told) == len(PROMPTS) * 12
+
+
 def test_finished_rows_are_read_no_more(monkeypatch):
     network, read = model(), []
     whole = generate(network, "ar", PROMPTS, DRAWN, eod=NEVER)
@@ -178,11 +188,13 @@ def test_what_cannot_generate_is_refused():
         check_objective("ar", ObjectiveConfig(target_positions=True))
     with pytest.raises(ConfigurationError, match="^--objective ar: such a model knows what comes next"):
         infill(network, "ar", [[1, SIZE, 2]], DRAWN, EOD)
+    with pytest.raises(ConfigurationError, match="^--objective dual: such a model says at a position what stands at"):
+        infill(network, "dual", [[1, SIZE, 2]], DRAWN, EOD)
 
 
 @pytest.mark.parametrize("rule", ["reset_attention_mask", "reset_position_ids", "eod_mask_loss"])
 def test_documents_that_never_follow_one_another_cannot_begin_empty(rule):
     data = DataConfig(train_data_path=("text",), **{rule: True})
     with pytest.raises(ConfigurationError, match=f"^--{rule.replace('_', '-')}: this model has never read on"):
-        begins_documents(data)
-    begins_documents(DataConfig(train_data_path=("text",)))
+        check_empty_prompt(data)
+    check_empty_prompt(DataConfig(train_data_path=("text",)))
