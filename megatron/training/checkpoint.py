@@ -6,6 +6,7 @@ checksum. `saver` writes it aside and renames it when complete. Nothing in it ca
 
 import logging
 import shutil
+import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -29,7 +30,11 @@ def folder_name(iteration: int) -> str:
 
 def load(folder: Path, state: dict[str, Tensor]) -> None:
     """Read a checkpoint into the tensors of `state`, whatever layout wrote it."""
-    dcp.load(state, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=not dist.is_initialized())
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", "torch.distributed is disabled"
+        )  # one process loads what others may have saved
+        dcp.load(state, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=not dist.is_initialized())
 
 
 def newest(root: Path, mend: bool) -> tuple[Path, dict] | None:
