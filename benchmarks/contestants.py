@@ -75,7 +75,7 @@ def ours(shape: Shape, compile: bool, processes: Processes) -> Step:
 
 def transformers(shape: Shape, compile: bool) -> Step:
     """Return the step of transformers' Llama as its Trainer takes it: SDPA, autocast, the model's own loss."""
-    model = _transformers_model(shape)
+    model = transformers_model(shape)
     optimizer = build_optimizer(model, OPTIMIZER)
     forward = torch.compile(model) if compile else model
 
@@ -134,7 +134,7 @@ def version(package: str) -> str | None:
         return None
 
 
-def _transformers_model(shape: Shape) -> nn.Module:
+def transformers_model(shape: Shape) -> nn.Module:
     rows = shape.vocabulary.padded_size
     return hugging_face_model(
         shape.ours(), hugging_face_config(shape.model, rows=rows, positions=shape.seq_length)

@@ -5,8 +5,8 @@
     python benchmarks/generation.py --model-size 35M --batch-size 16 --rounds 5 --output generation.json
 
 A network of the ladder with random weights, in fp32, on one thread of the CPU. All go on from the same prompts with the
-same number of tokens, greedily; nothing ends a text. Before anything is timed transformers must give the texts that we
-give; the run ends where it does not. Every round times each once, in an order that rotates; time is CPU time of the
+same number of tokens, greedily; nothing ends a text. Before anything is timed transformers must give our logits and our
+texts; the run ends where it does not. Every round times each once, in an order that rotates; time is CPU time of the
 process, so that other load counts less; a ratio is taken within a round, and the table gives median, least and most.
 """
 
@@ -28,6 +28,7 @@ from statistics import median
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from benchmarks import contestants
@@ -38,6 +39,7 @@ from megatron.config.sizes import GPT2_VOCABULARY, ladder_model
 from megatron.errors import ConfigurationError
 from megatron.evaluation.generate import generate
 from megatron.evaluation.sampling import Sampling
+from megatron.model.transformer import Transformer
 from megatron.training.environment import device_name
 
 OURS, THEIRS = "ours AR", "transformers AR"
@@ -69,7 +71,7 @@ def main() -> None:
         makes = build(options)
     except ConfigurationError as error:
         refuse(error)
-    check(makes)
+    check_texts(makes)
     report = {
         "settings": asdict(options),
         "versions": {name: contestants.version(name) for name in ("torch", "transformers")},
@@ -100,7 +102,9 @@ def build(options: Options) -> dict[str, Make]:
     if missing:
         print(f"transformers: skipped, {missing}")
     else:
-        makes[THEIRS] = transformers(shape, prompts, options.max_new_tokens)
+        theirs = contestants.transformers_model(shape).eval()
+        check_logits(model, theirs, prompts)
+        makes[THEIRS] = transformers(theirs, shape, prompts, options.max_new_tokens)
     steps = options.max_new_tokens
     while steps:
         makes[f"ours MDM, {steps} step{'s' * (steps > 1)}"] = ours("mdm", steps=steps)
@@ -108,9 +112,8 @@ def build(options: Options) -> dict[str, Make]:
     return makes
 
 
-def transformers(shape: contestants.Shape, prompts: torch.Tensor, new_tokens: int) -> Make:
+def transformers(model: nn.Module, shape: contestants.Shape, prompts: torch.Tensor, new_tokens: int) -> Make:
     """Return transformers' greedy generation, with its own cache."""
-    model = contestants._transformers_model(shape).eval()
     never = list(range(shape.vocabulary.size, shape.vocabulary.padded_size))
     with torch.no_grad():  # it has logits for rows that are no tokens: none of them may be the highest
         model.get_output_embeddings().weight[never] = 0
@@ -124,12 +127,21 @@ def transformers(shape: contestants.Shape, prompts: torch.Tensor, new_tokens: in
     return make
 
 
-def check(makes: dict[str, Make]) -> None:
+@torch.no_grad()
+def check_logits(ours: Transformer, theirs: nn.Module, prompts: torch.Tensor) -> None:
+    """End the program where transformers computes something else; texts of random weights may hide it."""
+    expected = ours.logits(prompts, causal=True)
+    found = theirs(prompts).logits[..., : ours.vocabulary.size]
+    if not torch.allclose(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max())):
+        sys.exit("transformers AR computes something else: its logits are not ours")
+
+
+def check_texts(makes: dict[str, Make]) -> None:
     """End the program where transformers writes other texts."""
     if THEIRS in makes and makes[THEIRS]() != makes[OURS]():
         sys.exit("transformers AR computes something else: its greedy texts are not ours")
     if THEIRS in makes:
-        print("check passed: the same greedy texts\n")
+        print("check passed: the same logits and greedy texts\n")
 
 
 def measure(makes: dict[str, Make], rounds: int) -> dict[str, list[float]]:

@@ -17,10 +17,10 @@ TOY += ["--steps", "1", "--no-compile"]
 # transformers with other rotary frequencies, all else equal
 FAULT = """
 from dataclasses import replace
-from benchmarks import contestants, train_step
-build = contestants._transformers_model
-contestants._transformers_model = lambda shape: build(replace(shape, model=replace(shape.model, rotary_base=3.0)))
-train_step.main()
+from benchmarks import contestants, generation, train_step
+build = contestants.transformers_model
+contestants.transformers_model = lambda shape: build(replace(shape, model=replace(shape.model, rotary_base=3.0)))
+{benchmark}.main()
 """
 
 
@@ -48,7 +48,7 @@ def test_the_toy_run_ends_with_a_table(tmp_path):
 
 
 def test_a_peer_that_computes_something_else_is_refused():
-    done = run(*TOY, script=FAULT)
+    done = run(*TOY, script=FAULT.format(benchmark="train_step"))
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("transformers AR eager computes something else: its ")
     assert "| gate |" not in done.stdout
@@ -134,3 +134,24 @@ def test_options_are_timed_beside_what_explains_their_cost(tmp_path):
     assert plain["times_plain"] == plain["explained"] == 1 and masked["explained"] == 2
     assert 0 < blocks["explained"] < 2  # twice the positions, and half of their outputs at most are asked for
     assert done.stdout.count("\n") == 2 + len(report["results"])
+
+
+GENERATION = "--model-size 7M --prompt-length 6 --max-new-tokens 4 --batch-size 2 --rounds 1".split()
+
+
+def test_generation_is_timed_beside_transformers(tmp_path):
+    flags = [*GENERATION, "--output", tmp_path / "generation.json"]
+    done = run(*flags, script="from benchmarks import generation; generation.main()")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "check passed" in done.stdout
+    seconds = json.loads((tmp_path / "generation.json").read_text())["seconds"]
+    assert list(seconds) == [
+        "ours AR", "transformers AR", "ours MDM, 4 steps", "ours MDM, 2 steps", "ours MDM, 1 step"
+    ]  # fmt: skip
+    assert all(f"\n| {name} |" in done.stdout and min(times) > 0 for name, times in seconds.items())
+
+
+def test_generation_of_another_network_is_refused():
+    done = run(*GENERATION, script=FAULT.format(benchmark="generation"))
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == "transformers AR computes something else: its logits are not ours"
