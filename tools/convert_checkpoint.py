@@ -24,7 +24,6 @@ flags of the network come behind:
 
 import argparse
 import sys
-import warnings
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -39,7 +38,6 @@ from megatron.training.trained import open_trained
 
 def main() -> None:
     configure_logging()
-    warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # one process reads checkpoints
     options, flags = parser().parse_known_args()
     try:
         for line in options.convert(options, flags):

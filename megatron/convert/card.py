@@ -40,12 +40,13 @@ MASKED_USE = """\
 Replace what is unknown by `{mask}` (id {mask_id}), any number of tokens at a time; the output at that place speaks of
 the token itself. There is no time to pass. The probabilities it was trained with leave out the last output, that of
 `{mask}`: `logits[..., :{mask_id}].softmax(-1)`. No causal class of transformers loads it, and a score from left to
-right is not what the losses above are. To evaluate, score or sample it as it was trained, make it a run again; the
-tools of the project take that folder:
+right is not what the losses above are. To evaluate, score or sample it as it was trained, make it a run again:
 
 ```bash
 python tools/convert_checkpoint.py from-hf {name} --output runs/{name}
 python pretrain_mdm.py --skip-train --load runs/{name} --num-mc 32
+python tools/generate.py runs/{name} --prompt "..." --steps 64
+python -m megatron.evaluation.harness --pretrained runs/{name} --tasks hellaswag
 ```
 """
 
