@@ -177,7 +177,9 @@ def test_every_flag_that_a_document_names_exists(document):
     tools = [*(ROOT / "tools").glob("*.py"), ROOT / "benchmarks" / "train_step.py"]
     tools += [ROOT / "benchmarks" / "scoring.py"]
     tools += [ROOT / "tests" / "training" / "kill_loop.py"]
-    texts = [help_of(tool) for tool in tools] + [help_of("-m", name) for name in ("megatron.check", "megatron.evaluation.harness")]
+    texts = [help_of(tool) for tool in tools] + [
+        help_of("-m", name) for name in ("megatron.check", "megatron.evaluation.harness")
+    ]
     texts += [path.read_text() for path in scripts()]
     known |= {name for text in texts for name in re.findall(r"--[a-z][\w-]*", text)}
     extras = re.search(r"extras_require=\{(.*?)\}", (ROOT / "setup.py").read_text(), re.DOTALL)[1]

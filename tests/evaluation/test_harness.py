@@ -15,9 +15,11 @@ from lm_eval.tasks import TaskManager
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from megatron.errors import ConfigurationError
+from megatron.evaluation.checkpoints import plot, score_checkpoints
 from megatron.evaluation.harness import main as harness
 from megatron.evaluation.harness import prepare, read
 from megatron.evaluation.language_model import MegatronLM, cut, read_generation
+from megatron.evaluation.requests import Scoring
 from megatron.training.main import main as train
 from megatron.training.trained import open_trained
 from tests.conftest import ROOT, environment
@@ -268,6 +270,27 @@ def test_the_command_writes_what_lm_eval_writes_and_goes_on_from_its_cache(runs,
     assert left.value.code == 2
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith(f"error: --use_cache {tmp_path}/kept/cache: its answers were given with --cfg 0.0, and 0.5")
+
+
+def test_checkpoints_are_scored_along_a_run(runs, tasks, tmp_path):
+    record = score_checkpoints(str(runs / "ar"), ["choices", "rolling"], Scoring(), str(tasks), limit=3)
+    assert [point["iteration"] for point in record["points"]] == [5, 6]
+    unique = open_trained(str(runs / "ar")).recorded["unique_tokens"]
+    for point in record["points"]:
+        assert point["epoch"] == pytest.approx(4 * point["iteration"] * SEQ_LENGTH / unique)
+        assert 0 <= point["results"]["choices"]["acc,none"] <= 1
+    last = evaluated(MegatronLM(pretrained=str(runs / "ar")), tasks, ["choices"], limit=3)["results"]["choices"]
+    assert record["points"][-1]["results"]["choices"]["acc,none"] == last["acc,none"]
+    json.dumps(record)
+    plot(record, tmp_path / "scores.png")
+    assert (tmp_path / "scores.png").read_bytes().startswith(b"\x89PNG") and len(list(tmp_path.iterdir())) == 1
+    for run, names, said in (
+        (tmp_path, ["choices"], f"{tmp_path}: holds no checkpoint"),
+        (runs / "ar", ["x"], "--tasks x: is"),
+    ):
+        with pytest.raises(ConfigurationError) as caught:
+            score_checkpoints(str(run), names, Scoring(), str(tasks), None)
+        assert str(caught.value).startswith(said)
 
 
 def test_unknown_tasks_and_missing_data_are_said_in_one_line(runs, tasks, tmp_path, monkeypatch, capsys):
