@@ -110,10 +110,11 @@ def flags(words: list[str]) -> list[str]:
 def check(words: list[str]) -> None:
     """Check one command as far as that is possible without running it."""
     names = [word for word in words if word.endswith((".py", ".sh"))]
-    if words[:2] == ["python", "-m"] and words[2].startswith("megatron."):
-        told = help_of(*words[1:3])  # fails where there is no such module
-        missing = [name for name in flags(words[3:]) if not re.search(rf"{name}(?![\w-])", told)]
-        assert not missing, f"{words[2]} has no {missing}"
+    place = words.index("-m") + 1 if words[0] in ("python", "torchrun") and "-m" in words else len(words)
+    if place < len(words) and words[place].startswith("megatron."):
+        told = help_of("-m", words[place])  # fails where there is no such module
+        missing = [name for name in flags(words[place + 1 :]) if not re.search(rf"{name}(?![\w-])", told)]
+        assert not missing, f"{words[place]} has no {missing}"
         return
     if not names or words[0] in FOREIGN:
         assert words[0] in FOREIGN, f"{shlex.join(words)}: this test does not know how to check it"
@@ -175,8 +176,11 @@ def test_flags_given_to_an_example_reach_every_training(script):
 def test_every_flag_that_a_document_names_exists(document):
     known = FOREIGN_FLAGS | set(parser("ar")._option_string_actions) | set(TABLE)
     tools = [*(ROOT / "tools").glob("*.py"), ROOT / "benchmarks" / "train_step.py"]
+    tools += [ROOT / "benchmarks" / "scoring.py"]
     tools += [ROOT / "tests" / "training" / "kill_loop.py"]
-    texts = [help_of(tool) for tool in tools] + [help_of("-m", "megatron.check")]
+    texts = [help_of(tool) for tool in tools] + [
+        help_of("-m", name) for name in ("megatron.check", "megatron.evaluation.harness")
+    ]
     texts += [path.read_text() for path in scripts()]
     known |= {name for text in texts for name in re.findall(r"--[a-z][\w-]*", text)}
     extras = re.search(r"extras_require=\{(.*?)\}", (ROOT / "setup.py").read_text(), re.DOTALL)[1]

@@ -282,11 +282,11 @@ TABLE = one_table(
         "is refused: it does nothing in the published system; leave it out",
     ),
     # ---------------------------------------------------------------- scoring
-    later(
+    refused(
         "--task_list --results_path --eval_method --eval_fp32 --only_generate --only_mc_nll --sampling_eps "
         "--max_chunk_size --adaptive_seq_len --num_fewshot --inference --load-tag --no-load-optim "
         "--inference-batch-times-seqlen-threshold --max-tokens-to-oom",
-        "scoring by lm-eval",
+        "is refused: training knows no downstream tasks, python -m megatron.evaluation.harness does; leave it out",
     ),
     # ---------------------------------------------------- what is left out
     refused(

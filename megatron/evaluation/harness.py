@@ -1,0 +1,224 @@
+"""Downstream tasks: lm-eval's own command line, with trained runs as its model `megatron`.
+
+    python -m megatron.evaluation.harness --pretrained runs/mdm --checkpoint best --tasks arc_easy,hellaswag --num-mc 32
+    python -m megatron.evaluation.harness --model megatron --model_args pretrained=runs/ar --tasks lambada_standard
+    torchrun --standalone --nproc-per-node 8 -m megatron.evaluation.harness --pretrained runs/mdm --tasks piqa
+
+All options of `lm_eval run` are taken beside the ones below: --tasks, --limit, --num_fewshot, --log_samples,
+--output_path, --use_cache, --include_path, --gen_kwargs, --batch_size (rows; default auto: --batch-tokens). Spellings
+of the published scorers are understood: --eval_method ar|mc, --only_mc_nll, --only_generate, --load, --task_list,
+--results_path, --eval_fp32; docs/scoring.md tells what they computed otherwise.
+"""
+
+import argparse
+import logging
+import sys
+import time
+from dataclasses import fields
+from pathlib import Path
+
+from megatron.training.main import start
+
+# isort: split
+# libgomp has been told how to wait: before that nothing may load torch
+from megatron.config.flags import HelpFormatter, Parser, add_section, spelling
+from megatron.config.sections import Config
+from megatron.errors import ConfigurationError
+from megatron.evaluation.requests import Scoring
+from megatron.parallel.launch import rank
+from megatron.parallel.mesh import start_processes
+from megatron.training.run_folder import read_json, write_json, writing
+from megatron.training.trained import trained_config
+
+try:
+    from lm_eval._cli import HarnessCLI
+    from lm_eval.api.registry import model_registry
+    from lm_eval.utils import sanitize_model_name, setup_logging
+
+    from megatron.evaluation.language_model import MegatronLM, Source, read_arguments, settings_of
+except ImportError as missing:
+    print(f"error: scoring needs the package lm-eval ({missing}); bash install.sh --with-eval", file=sys.stderr)
+    sys.exit(2)
+
+logger = logging.getLogger(__name__)
+
+NAME = "megatron"
+NO_TASKS = "--tasks: required and not given; name tasks, `ls tasks` lists them"
+SECTIONS = (Source, Scoring)
+PUBLISHED = {  # spellings of the published scorers, and what they are here
+    "--load": "--pretrained",
+    "--run": "--pretrained",
+    "--task_list": "--tasks",
+    "--results_path": "--output_path",
+    "--eval_method ar": "--method chain",
+    "--eval_method mc": "--method bound",
+    "--eval_fp32": "--dtype float32",
+}
+CONSTANT = {  # what they could be told, and is always so
+    "--adaptive_seq_len": "a sequence ends with its answer",
+    "--max_chunk_size": "an answer of any length hides all its later tokens; batches are --batch-tokens",
+}
+
+
+class Formatter(HelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """The description as it is written."""
+
+
+def parser() -> Parser:
+    """Return the parser of the flags that are not lm-eval's."""
+    made = Parser(
+        prog="python -m megatron.evaluation.harness", description=__doc__, formatter_class=Formatter, allow_abbrev=False
+    )
+    for section in SECTIONS:
+        add_section(made, section, {})
+    return made
+
+
+def translate(arguments: list[str]) -> list[str]:
+    """Return a command line in our spellings and lm-eval's; what the published scorers knew is put in other words."""
+    ours = {field.name: spelling(field.name) for section in SECTIONS for field in fields(section)}
+    words = [part for word in arguments for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    found = []
+    while words:
+        word = words.pop(0)
+        pair = f"{word} {words[0]}" if words else word
+        if pair in PUBLISHED:
+            found += PUBLISHED[pair].split()
+            words.pop(0)
+        elif word == "--eval_method":
+            raise ConfigurationError(f"{pair}: is not one of ar, mc; or give --method chain or bound")
+        elif word in CONSTANT:
+            logger.info("%s: %s", word, CONSTANT[word])
+            if word == "--max_chunk_size" and words:
+                words.pop(0)
+        elif word in PUBLISHED:
+            found += PUBLISHED[word].split()
+        else:
+            found.append(ours.get(word.removeprefix("--"), word) if word.startswith("--") else word)
+    return found
+
+
+def read(arguments: list[str]) -> argparse.Namespace:
+    """Return lm-eval's own namespace of a command line; raise ConfigurationError for flags of ours that are wrong."""
+    arguments = translate(arguments)
+    try:
+        ours, rest = parser().parse_known_args(arguments)
+    except argparse.ArgumentError as error:
+        raise ConfigurationError(f"{error.argument_name} {error.message}") from None
+    typed = {
+        field.name: getattr(ours, field.name)
+        for section in SECTIONS
+        for field in fields(section)
+        if getattr(ours, field.name) != field.default
+    }
+    words = rest if rest[:1] in (["run"], ["ls"], ["validate"]) else ["run", *rest]
+    if words == ["run"]:
+        raise ConfigurationError(NO_TASKS)
+    sys.argv = [sys.argv[0], *words]  # which lm-eval reads
+    asked = HarnessCLI().parse_args()
+    if asked.command == "run":
+        asked.model = asked.model or NAME
+        if asked.model == NAME:
+            given = asked.model_args or {}
+            if "run" in given:
+                given["pretrained"] = given.pop("run")
+            asked.model_args = given | typed
+            asked.device = asked.device or "auto"  # its own default is the first GPU, on every process
+            if not hasattr(asked, "batch_size"):
+                asked.batch_size = "auto"  # its own default is one row
+        elif typed:
+            name = next(iter(typed))
+            raise ConfigurationError(f"{spelling(name)}: acts on --model {NAME}, and --model {asked.model} was given")
+    return asked
+
+
+def prepare(asked: argparse.Namespace) -> Config:
+    """Return the configuration of the run that is scored, once nothing speaks against the command.
+
+    Raises ConfigurationError for a run, checkpoint, tokenizer or setting that is wrong, and for a cache of answers that
+    were given otherwise. Folders of results are made.
+    """
+    source, scoring = read_arguments(asked.model_args)
+    trained = source.open()
+    scoring.check(trained.recorded["objective_name"])
+    trained.tokenizer()
+    if not asked.tasks and not asked.config:
+        raise ConfigurationError(NO_TASKS)
+    if asked.output_path and not source.records:
+        folder = Path(asked.output_path)
+        folder = folder.parent if folder.suffix == ".json" else folder / sanitize_model_name(source.pretrained)
+        asked.model_args["records"] = str(folder / f"scores_{time.strftime('%Y-%m-%dT%H-%M-%S')}.jsonl")
+    if asked.use_cache and rank() == 0:
+        _check_cache(Path(f"{asked.use_cache}.settings.json"), settings_of(source, scoring, trained))
+    return trained_config(source.pretrained)
+
+
+def _check_cache(path: Path, settings: dict) -> None:
+    """Note what a cache of answers belongs to, or refuse it: lm-eval's own knows nothing of models and settings."""
+    if path.exists():
+        before = read_json(path)
+        for name in settings:
+            if before.get(name) != settings[name]:
+                raise ConfigurationError(
+                    f"--use_cache {str(path).removesuffix('.settings.json')}: its answers were given with {name} "
+                    f"{before.get(name)}, and {settings[name]} is asked for; name another file"
+                )
+        return
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, settings)
+
+
+def execute(asked: argparse.Namespace) -> None:
+    """Let lm-eval do its work; raise ConfigurationError where its tasks, or what they read, cannot be had."""
+    try:
+        asked.func(asked)
+    except ConfigurationError:
+        raise
+    except Exception as error:
+        if not _of_tasks(error):
+            raise
+        reason = " ".join(str(error).split()) or type(error).__name__
+        tasks = ",".join(map(str, asked.tasks or ["-"]))
+        raise ConfigurationError(
+            f"--tasks {tasks}: {reason}; name tasks that `ls tasks` lists, whose data this machine has or can fetch"
+        ) from error
+
+
+def _of_tasks(error: BaseException) -> bool:
+    """Return whether an error comes from finding tasks or their data, before anything was scored."""
+    names, trace = [], error.__traceback__
+    while trace:
+        names.append(trace.tb_frame.f_globals.get("__name__", ""))
+        trace = trace.tb_next
+    within = [name for name in names if not name.startswith("megatron.evaluation.harness")]
+    rooms = ("lm_eval.tasks", "lm_eval.api.task", "lm_eval.config", "datasets")
+    return not any(name.startswith("megatron.evaluation") for name in within) and any(
+        name.startswith(rooms) for name in within
+    )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run lm-eval. Leaves with 0, 2 (user's mistake, said in one line before anything is scored) or 1."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    setup_logging(logging.INFO if rank() == 0 else logging.WARNING)
+    if NAME not in model_registry:
+        model_registry.register(NAME, target=MegatronLM)
+    try:
+        asked = read(arguments)
+    except ConfigurationError as error:
+        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
+    if asked.command != "run" or asked.model != NAME:
+        asked.func(asked)  # lm-eval alone
+        return
+
+    def work(config: Config, watch) -> None:
+        if watch:
+            start_processes(minutes=config.parallel.distributed_timeout_minutes)
+        execute(asked)
+
+    start(lambda: prepare(asked), work)
+
+
+if __name__ == "__main__":
+    main()

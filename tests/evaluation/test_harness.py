@@ -1,0 +1,400 @@
+"""Trained runs under lm-eval: numbers equal to its own model of transformers, its command line, several processes."""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+
+import lm_eval
+import numpy as np
+import pytest
+from lm_eval.api.instance import Instance
+from lm_eval.tasks import TaskManager
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from megatron.errors import ConfigurationError
+from megatron.evaluation.checkpoints import plot, score_checkpoints
+from megatron.evaluation.harness import main as harness
+from megatron.evaluation.harness import prepare, read
+from megatron.evaluation.language_model import MegatronLM, cut, read_generation
+from megatron.evaluation.requests import Scoring
+from megatron.training.main import main as train
+from megatron.training.trained import open_trained
+from tests.conftest import ROOT, environment
+from tests.distributed import spawn
+
+NINE = "arc_easy boolq copa hellaswag piqa race winogrande sciq lambada_standard".split()
+SEQ_LENGTH = 512
+
+
+@pytest.fixture(scope="module")
+def runs(corpus, tmp_path_factory):
+    """An AR and an MDM run of six steps, whose tokenizer transformers can read too."""
+    root = tmp_path_factory.mktemp("runs")
+    command = [sys.executable, "tools/preprocess_data.py", "--output-dir", root / "data"]
+    command += ["--input", corpus.parent / "text.jsonl", "--train-tokenizer", "300", "--splits", "90", "5", "5"]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, env=environment())
+    flags = (
+        "--num-layers 2 --hidden-size 32 --num-attention-heads 2 --fp32 --no-compile --lr 1e-2 --init-method-std 0.3 "
+    )
+    flags += f"--seq-length {SEQ_LENGTH} --micro-batch-size 2 --global-batch-size 4 --train-iters 6 --eval-samples 4"
+    data = ["--train-data-path", f"{root}/data/train", "--valid-data-path", f"{root}/data/validation"]
+    for objective in ("ar", "mdm"):
+        train(objective, [*flags.split(), *data, "--save", str(root / objective)])
+    return root
+
+
+@pytest.fixture(scope="module")
+def twin(runs, tmp_path_factory):
+    """The AR run as a folder that transformers reads."""
+    pytest.importorskip("accelerate", reason="lm-eval's own model of transformers needs it: the extra test")
+    folder, trained = tmp_path_factory.mktemp("twin"), open_trained(str(runs / "ar"))
+    model, config, size = trained.model(), trained.config.model, trained.vocabulary.size
+    made = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=size,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.mlp_size,
+            num_hidden_layers=config.num_layers,
+            num_attention_heads=config.num_attention_heads,
+            head_dim=config.head_size,
+            max_position_embeddings=SEQ_LENGTH,
+            rms_norm_eps=config.norm_epsilon,
+            rope_parameters={"rope_type": "default", "rope_theta": config.rotary_base},
+            tie_word_embeddings=True,
+        )
+    )
+    weights = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    weights["model.embed_tokens.weight"] = weights["lm_head.weight"] = model.lm_weight()[:size]
+    made.load_state_dict(weights)
+    made.save_pretrained(folder)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(runs / "data" / "tokenizer.json"), eos_token="<|endoftext|>")
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+TEXT = (ROOT / "tests" / "conftest.py").read_text()
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory):
+    """Three small tasks as files: choices, likelihoods of whole texts, generation."""
+    folder = tmp_path_factory.mktemp("tasks")
+    choices = [
+        {
+            "context": TEXT[start : start + 60],
+            "choices": [TEXT[start + 60 : start + 80], " naïve 日本 🙂", " return"],
+            "label": 0,
+        }
+        for start in range(0, 1500, 150)
+    ]
+    choices.append({"context": "def ", "choices": ["same", "same", "other"], "label": 1})  # a tie
+    choices.append({"context": "", "choices": ["import os", "x"], "label": 0})
+    _task(
+        folder,
+        "choices",
+        choices,
+        "multiple_choice",
+        "doc_to_choice: '{{choices}}'\ndoc_to_target: label\n",
+        "acc acc_norm",
+    )
+    texts = [{"context": text} for text in (TEXT[:200], "é", TEXT[:4000])]
+    metrics = "word_perplexity byte_perplexity bits_per_byte"
+    _task(folder, "rolling", texts, "loglikelihood_rolling", "doc_to_target: '{{context}}'\n", metrics, text="''")
+    asked = [{"context": TEXT[:100], "answer": "x"}, {"context": "import", "answer": "x"}]
+    extra = "doc_to_target: '{{answer}}'\ngeneration_kwargs: {until: ['e'], max_gen_toks: 12}\n"
+    _task(folder, "writing", asked, "generate_until", extra, "exact_match")
+    return folder
+
+
+def _task(folder, name, documents, kind, extra, metrics, text="'{{context}}'"):
+    (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, documents)))
+    (folder / f"{name}.yaml").write_text(
+        f"task: {name}\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    validation: {folder / name}.jsonl\n"
+        f"validation_split: validation\noutput_type: {kind}\ndoc_to_text: {text}\ntarget_delimiter: ''\n{extra}"
+        "metric_list:\n" + "".join(f"  - metric: {metric}\n" for metric in metrics.split())
+    )
+
+
+def evaluated(model, tasks, names, **options):
+    manager = TaskManager(include_path=str(tasks), include_defaults=False)
+    return lm_eval.simple_evaluate(model=model, tasks=names, task_manager=manager, bootstrap_iters=0, **options)
+
+
+def asked(*pairs, kind="loglikelihood"):
+    return [Instance(kind, {"pair": pair}, pair, 0, ("task", index, 1)) for index, pair in enumerate(pairs)]
+
+
+# ------------------------------------------------------------------------------------ next-token prediction
+
+
+def test_likelihoods_equal_lm_eval_and_transformers(runs, twin):
+    from lm_eval.models.huggingface import HFLM  # after the fixture, which knows whether it can be imported
+
+    ours, theirs = (
+        MegatronLM(pretrained=str(runs / "ar")),
+        HFLM(pretrained=str(twin), dtype="float32", batch_size=1, device="cpu"),
+    )
+    assert theirs.max_length == ours.max_length == SEQ_LENGTH and theirs.eot_token_id == ours.eot_token_id
+    ids = ours.tok_encode(TEXT * 3)
+    text = [ours._tokenizer.decode(ids[start:end]) for start, end in ((0, 33), (40, 540), (0, 900), (7, 8))]
+    pairs = [
+        ("import", " os"),
+        ("import", " sys"),
+        ("import", " sys"),  # a tie
+        ("", "def"),
+        ("naïve ", "日本語 🙂"),
+        ("trailing spaces  ", "x"),
+        (TEXT[:90], text[3]),
+        (TEXT[:90], text[0]),
+        ("x", text[1]),
+        (text[2], text[0]),  # longer than the model
+        (text[2], "y"),
+    ]
+    assert [len(ours.tok_encode(pairs[index][1])) for index in (6, 7, 8)] == [1, 33, 500]
+    expected = theirs.loglikelihood(asked(*pairs), disable_tqdm=True)
+    found = ours.loglikelihood(asked(*pairs))
+    np.testing.assert_allclose([nats for nats, _ in found], [nats for nats, _ in expected], atol=1e-3, rtol=1e-5)
+    assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
+    assert found[1] == found[2]
+    rolling = asked((TEXT[:300],), (TEXT * 2,), ("é",), kind="loglikelihood_rolling")
+    expected = theirs.loglikelihood_rolling(rolling, disable_tqdm=True)
+    np.testing.assert_allclose(ours.loglikelihood_rolling(rolling), expected, rtol=1e-5)
+
+
+def test_tasks_equal_lm_eval_and_transformers(runs, twin, tasks):
+    names = ["choices", "rolling", "writing"]
+    theirs = evaluated("hf", tasks, names, model_args={"pretrained": str(twin), "dtype": "float32"}, device="cpu")
+    ours = evaluated(MegatronLM(pretrained=str(runs / "ar")), tasks, names)
+    for name in names:
+        for one, other in zip(ours["samples"][name], theirs["samples"][name], strict=True):
+            assert one["doc_id"] == other["doc_id"]
+            if name == "writing":
+                assert one["resps"] == other["resps"] and "e" not in one["resps"][0][0]
+            else:
+                np.testing.assert_allclose(
+                    *(np.array(each["resps"], float).ravel() for each in (one, other)), atol=2e-3
+                )
+        for metric, value in theirs["results"][name].items():
+            if isinstance(value, float):
+                assert ours["results"][name][metric] == pytest.approx(value, rel=1e-4), (name, metric)
+
+
+# ------------------------------------------------------------------------------------ masked diffusion
+
+
+def test_masked_diffusion_is_marked_as_a_bound(runs, tasks, tmp_path):
+    model = MegatronLM(pretrained=str(runs / "mdm"), num_mc=9, records=str(tmp_path / "new" / "scores.jsonl"))
+    found = evaluated(model, tasks, ["choices", "rolling", "writing"])
+    config = found["config"]
+    assert config["upper_bound"] and config["objective"] == "mdm" and config["num_mc"] == 9
+    assert config["standard_error_per_request"] > 0 and 1 < config["samples_per_request"] <= 9 * 9  # in windows
+    lines = [json.loads(line) for line in (tmp_path / "new" / "scores.jsonl").read_text().splitlines()]
+    assert len(lines) == config["requests"] == 11 * 3 + 2 + 3
+    for sample in found["samples"]["choices"]:
+        mine = [line for line in lines if line["task"] == "choices" and line["doc_id"] == sample["doc_id"]]
+        mine.sort(key=lambda line: line["index"])
+        assert [line["log_likelihood"] for line in mine] == [float(answer[0][0]) for answer in sample["resps"]]
+        assert all(line["upper_bound"] == (line["samples"] > 1) for line in mine)
+    rolling = [line for line in lines if line["request"] == "loglikelihood_rolling"]
+    assert len(rolling) == 3 and all(line["is_greedy"] is None for line in rolling)
+    # one token is exact, and a bound has an error
+    assert all((line["standard_error"] > 0) <= line["upper_bound"] for line in lines)
+
+
+def test_a_model_that_only_generates_gives_no_likelihood(runs, tasks):
+    model = MegatronLM(pretrained=str(runs / "mdm"), only_generate=True)
+    ((nats, greedy),) = model.loglikelihood(asked(("import", " os")))
+    assert math.isnan(nats) and greedy in (True, False)
+    with pytest.raises(ConfigurationError, match="--only_generate: a task asks for the likelihood of whole texts"):
+        model.loglikelihood_rolling(asked(("x",), kind="loglikelihood_rolling"))
+    ((nats, greedy),) = MegatronLM(pretrained=str(runs / "mdm"), only_mc_nll=True).loglikelihood(asked(("a", "b")))
+    assert nats < 0 and greedy is False
+
+
+def test_two_processes_give_what_one_gives(runs, tasks):
+    names = ["choices", "rolling"]
+    alone = evaluated(MegatronLM(pretrained=str(runs / "mdm"), num_mc=9), tasks, names)
+    shared, nothing = spawn(_share, 2, str(runs / "mdm"), tasks, names)
+    assert nothing is None
+    for name in names:
+        for metric, value in alone["results"][name].items():
+            close = pytest.approx(value, rel=1e-5) if isinstance(value, float) else value
+            assert shared["results"][name][metric] == close, (name, metric)
+    for key in ("requests", "forward_tokens", "samples_per_request", "standard_error_per_request"):
+        assert shared["config"][key] == pytest.approx(alone["config"][key], rel=1e-4), key
+
+
+def _share(processes, run, tasks, names):
+    os.environ |= {"RANK": str(processes.rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(processes.rank)}
+    found = evaluated(MegatronLM(pretrained=run, num_mc=9), tasks, names)
+    return found and {key: found[key] for key in ("results", "config")}
+
+
+# ------------------------------------------------------------------------------------ the command line
+
+
+def test_the_command_writes_what_lm_eval_writes_and_goes_on_from_its_cache(runs, tasks, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["harness"])
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    command = ["--load", str(runs / "mdm"), "--task_list", "choices", "--include_path", str(tasks), "--num-mc", "9"]
+    command += [
+        "--output_path",
+        str(tmp_path / "found"),
+        "--log_samples",
+        "--use_cache",
+        str(tmp_path / "kept" / "cache"),
+    ]
+    harness(command)
+    first = capsys.readouterr().out
+    assert "acc_norm" in first
+    (folder,) = (tmp_path / "found").iterdir()
+    (results,) = folder.glob("results_*.json")
+    (samples,) = folder.glob("samples_choices_*.jsonl")
+    (scores,) = folder.glob("scores_*.jsonl")
+    found = json.loads(results.read_text())
+    assert (
+        found["config"]["upper_bound"]
+        and found["config"]["model"] == "megatron"
+        and "acc,none" in found["results"]["choices"]
+    )
+    assert len(samples.read_text().splitlines()) == 12 and len(scores.read_text().splitlines()) == 35
+    monkeypatch.setattr(MegatronLM, "_ask", None)  # everything is kept
+    harness(command)
+    table = [line for line in first.splitlines() if "acc" in line]
+    assert [line for line in capsys.readouterr().out.splitlines() if "acc" in line] == table
+    with pytest.raises(SystemExit) as left:
+        harness([*command, "--cfg", "0.5"])
+    assert left.value.code == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith(f"error: --use_cache {tmp_path}/kept/cache: its answers were given with --cfg 0.0, and 0.5")
+
+
+def test_checkpoints_are_scored_along_a_run(runs, tasks, tmp_path):
+    record = score_checkpoints(str(runs / "ar"), ["choices", "rolling"], Scoring(), str(tasks), limit=3)
+    assert [point["iteration"] for point in record["points"]] == [5, 6]
+    unique = open_trained(str(runs / "ar")).recorded["unique_tokens"]
+    for point in record["points"]:
+        assert point["epoch"] == pytest.approx(4 * point["iteration"] * SEQ_LENGTH / unique)
+        assert 0 <= point["results"]["choices"]["acc,none"] <= 1
+    last = evaluated(MegatronLM(pretrained=str(runs / "ar")), tasks, ["choices"], limit=3)["results"]["choices"]
+    assert record["points"][-1]["results"]["choices"]["acc,none"] == last["acc,none"]
+    json.dumps(record)
+    plot(record, tmp_path / "scores.png")
+    assert (tmp_path / "scores.png").read_bytes().startswith(b"\x89PNG") and len(list(tmp_path.iterdir())) == 1
+    for run, names, said in (
+        (tmp_path, ["choices"], f"{tmp_path}: holds no checkpoint"),
+        (runs / "ar", ["x"], "--tasks x: is"),
+    ):
+        with pytest.raises(ConfigurationError) as caught:
+            score_checkpoints(str(run), names, Scoring(), str(tasks), None)
+        assert str(caught.value).startswith(said)
+
+
+def test_unknown_tasks_and_missing_data_are_said_in_one_line(runs, tasks, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["harness"])
+    broken = tmp_path / "tasks"
+    broken.mkdir()
+    for name in ("choices.yaml",):
+        text = (tasks / name).read_text().replace("choices.jsonl", "gone.jsonl")
+        (broken / name).write_text(text)
+    for name in ("choices", "chices"):
+        with pytest.raises(SystemExit) as left:
+            harness(["--pretrained", str(runs / "ar"), "--tasks", name, "--include_path", str(broken)])
+        assert left.value.code == 2
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert said.startswith(f"error: --tasks {name}: ") and (
+            "gone.jsonl" in said or "Tasks not found: chices" in said
+        )
+
+
+def test_the_nine_published_tasks_are_known_without_a_network():
+    manager = TaskManager()
+    assert manager.match_tasks(NINE) == sorted(NINE) or set(manager.match_tasks(NINE)) == set(NINE)
+
+
+@pytest.fixture
+def command(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["harness"])
+    return lambda *words: prepare(read(list(map(str, words))))
+
+
+def test_what_is_wrong_is_said_before_any_work(runs, command, tmp_path):
+    mdm, ar = runs / "mdm", runs / "ar"
+    damaged = tmp_path / "damaged"
+    shutil.copytree(mdm, damaged)
+    damaged = damaged / "checkpoints" / "iter_0000006"
+    next(damaged.glob("*.safetensors")).unlink()
+    stranger = tmp_path / "stranger"
+    shutil.copytree(mdm, stranger)
+    recorded = json.loads((stranger / "config.json").read_text())
+    (stranger / "config.json").write_text(json.dumps(recorded | {"vocabulary_size": 299}))
+    for words, said in (
+        (["--tasks", "x"], "--pretrained: required and not given; name a folder that --save wrote"),
+        (["--pretrained", tmp_path, "--tasks", "x"], f"{tmp_path}: holds no run and is no checkpoint"),
+        (["--pretrained", damaged, "--tasks", "x"], f"{damaged}: is damaged ("),
+        (
+            ["--pretrained", stranger, "--tasks", "x"],
+            f"--tokenizer-model {runs}/data/tokenizer.json: is not the tokenizer",
+        ),
+        (["--pretrained", mdm], "--tasks: required and not given"),
+        (["--pretrained", mdm, "--num-mc", "2", "--tasks", "x"], "--num-mc 2: must be at least 5"),
+        (["--pretrained", ar, "--cfg", "1", "--tasks", "x"], "--cfg 1.0: acts in masked diffusion"),
+        (["--pretrained", mdm, "--eval_method", "x", "--tasks", "x"], "--eval_method x: is not one of ar, mc"),
+        (
+            ["--model_args", f"pretrained={mdm},num_mcc=9", "--tasks", "x"],
+            "--model_args num_mcc=9: unknown name; did you",
+        ),
+        (["--model_args", f"pretrained={mdm},num_mc=many", "--tasks", "x"], "--model_args num_mc=many: is no int"),
+        (["--pretrained", mdm, "--method", "x", "--tasks", "x"], "--method x: is not one of bound, chain"),
+        (["--model", "hf", "--cfg", "1", "--tasks", "x"], "--cfg: acts on --model megatron, and --model hf was given"),
+    ):
+        with pytest.raises(ConfigurationError) as caught:
+            command(*words)
+        assert str(caught.value).startswith(said) and "\n" not in str(caught.value), words
+
+
+def test_spellings_of_the_published_scorers(runs, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["harness"])
+    words = f"--load {runs}/mdm --task_list a,b --results_path out --eval_method=ar --eval_fp32 --adaptive_seq_len"
+    found = read([*words.split(), "--max_chunk_size", "32", "--limit", "3"])
+    assert found.tasks == ["a", "b"] and found.output_path == "out" and found.limit == 3 and found.batch_size == "auto"
+    assert found.model_args == {"pretrained": f"{runs}/mdm", "method": "chain", "dtype": "float32"}
+    found = read(f"--run {runs}/mdm --tasks a --eval_method mc --only_mc_nll --num_mc 64 --batch_size 8".split())
+    assert (
+        found.model_args == {"pretrained": f"{runs}/mdm", "only_mc_nll": True, "num_mc": 64} and found.batch_size == "8"
+    )
+    found = read(["--model_args", f"run={runs}/mdm,checkpoint=best", "--tasks", "a"])
+    assert found.model_args == {"pretrained": f"{runs}/mdm", "checkpoint": "best"} and found.model == "megatron"
+
+
+def test_generation_is_read_as_tasks_write_it():
+    greedy, until = read_generation(
+        {"until": "\n", "max_gen_toks": 5, "do_sample": False, "temperature": 0.7, "top_p": 0.9}, "ar", 32
+    )
+    assert (greedy.max_new_tokens, greedy.temperature, greedy.top_p, until) == (5, 0.0, 1.0, ("\n",))
+    drawn, until = read_generation({"do_sample": True, "top_k": 4, "max_gen_toks": 5, "until": ["a", "b"]}, "mdm", 32)
+    assert (drawn.temperature, drawn.top_k, until) == (1.0, 4, ("a", "b"))
+    assert read_generation({"steps": 2, "max_gen_toks": 5}, "mdm", 32)[0].steps == 2
+    for given, said in (
+        ({"steps": 2, "max_gen_toks": 5}, "--gen_kwargs steps=2: acts in masked diffusion only"),
+        ({"num_beams": 4, "max_gen_toks": 5}, "--gen_kwargs num_beams=4: is nothing that these models know"),
+        ({}, "max_gen_toks 256 of a task: leaves no room for a prompt in the 32 tokens of --seq-length"),
+    ):
+        with pytest.raises(ConfigurationError) as caught:
+            read_generation(given, "ar", 32)
+        assert str(caught.value).startswith(said)
+    assert cut("one two three", ["three", "two", ""]) == "one " and cut("one", ["x"]) == "one"
+
+
+def test_devices_and_rows_that_are_none(runs):
+    for options, said in (
+        ({"device": "cuda:9"}, "--device cuda:9: there is no such device here"),
+        ({"batch_size": "auto:4"}, "--batch_size auto:4: is neither auto nor a number of rows"),
+    ):
+        with pytest.raises(ConfigurationError) as caught:
+            MegatronLM(pretrained=str(runs / "ar"), **options)
+        assert str(caught.value).startswith(said)
+    assert MegatronLM(pretrained=str(runs / "ar"), batch_size="8", max_batch_size=4).scoring.batch_rows == 4
