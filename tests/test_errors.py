@@ -470,6 +470,8 @@ def test_a_damaged_configuration_of_a_run_is_named(refused, tiny, whole, tmp_pat
     folder = copy(whole, tmp_path / "run")
     (folder / "config.json").write_text("{")
     refused("ar", [*tiny, "--save", folder], folder / "config.json", "cannot be read as JSON", "restore it")
+    (folder / "config.json").unlink()
+    refused("ar", [*tiny, "--save", folder], f"--save {folder}", "checkpoints and no config.json", "restore it")
 
 
 def test_a_damaged_pointer_is_written_anew(tiny, whole, tmp_path):

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from megatron.config.sections import DataConfig
-from megatron.evaluation.generate import CAUSAL, begins_documents, check_objective
+from megatron.evaluation.generate import CAUSAL, check_empty_prompt, check_objective
 from megatron.evaluation.requests import Request, Score, Scoring
 from megatron.evaluation.rows import Limits
 from megatron.evaluation.score_causal import Pair, score_causal
@@ -57,7 +57,7 @@ def score(
     check_objective(objective_name)
     scoring.check(objective_name)
     if data is not None and any(not request.context for request in requests):
-        begins_documents(data)
+        check_empty_prompt(data)
     causal = objective_name in CAUSAL
     jobs = _jobs(requests, eod, seq_length if causal else seq_length - 1)  # a causal model reads all but the last
     cut = sum(len(job.windows) > 1 for job in jobs)

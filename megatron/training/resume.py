@@ -74,6 +74,11 @@ def find_origin(config: Config, plan: Plan, objective: str, sources: Sources, pr
         return None
     run, folder, meta = found
     recorded = recorded_config(source)
+    if recorded is None:
+        raise ConfigurationError(
+            f"--save {source}: holds checkpoints and no config.json; restore it from meta.json of the newest, whose "
+            '"config" it is, or choose another folder'
+        )
     # what is only evaluated may be evaluated in other ways than it was trained with
     check_resume(recorded, config, plan, objective, branched or only_evaluate)
     if only_evaluate:
