@@ -204,6 +204,7 @@ def race(options: Options, run: Trained) -> dict:
     from lm_eval.models.huggingface import HFLM
     from transformers import PreTrainedTokenizerFast
 
+    from megatron.convert.huggingface import hugging_face_config, hugging_face_model
     from megatron.evaluation.language_model import MegatronLM
 
     tokenizer = run.tokenizer()
@@ -211,7 +212,9 @@ def race(options: Options, run: Trained) -> dict:
     library = PreTrainedTokenizerFast(tokenizer_file=file, eos_token="<|endoftext|>")
     rows = 16
     ours = MegatronLM(pretrained=run.name, batch_size=rows, device="cpu")
-    theirs = HFLM(pretrained=hugging_face(run), tokenizer=library, batch_size=rows, device="cpu", backend="causal")
+    as_theirs = hugging_face_config(run.config.model, rows=run.vocabulary.size, positions=run.config.data.seq_length)
+    twin = hugging_face_model(run.model(), as_theirs)
+    theirs = HFLM(pretrained=twin, tokenizer=library, batch_size=rows, device="cpu", backend="causal")
     asked = []
     for index, text in enumerate(passages(run, [options.context + 4 * options.answer] * 4 * options.questions, 4)):
         parts = [text[options.context + options.answer * place :][: options.answer] for place in range(4)]
@@ -236,33 +239,6 @@ def race(options: Options, run: Trained) -> dict:
         "times": {"median": median(ratios), "lowest": min(ratios), "highest": max(ratios)},
         "largest_difference": max(gaps),
     }
-
-
-def hugging_face(run: Trained):
-    """Return transformers' Llama of the same weights, over the tokenizer's ids."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    model, config, size = run.model(), run.config.model, run.vocabulary.size
-    twin = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=size,
-            hidden_size=config.hidden_size,
-            intermediate_size=config.mlp_size,
-            num_hidden_layers=config.num_layers,
-            num_attention_heads=config.num_attention_heads,
-            num_key_value_heads=config.key_value_heads,
-            head_dim=config.head_size,
-            max_position_embeddings=run.config.data.seq_length,
-            rms_norm_eps=config.norm_epsilon,
-            rope_parameters={"rope_type": "default", "rope_theta": config.rotary_base},
-            tie_word_embeddings=not config.untie_embeddings_and_output_weights,
-        )
-    )
-    weights = {f"model.{name}": tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
-    weights["model.embed_tokens.weight"] = weights["model.embed_tokens.weight"][:size]
-    weights["lm_head.weight"] = model.lm_weight()[:size]
-    twin.load_state_dict(weights)
-    return twin.eval()
 
 
 def table(report: dict) -> str:

@@ -127,4 +127,4 @@ def test_packages_are_those_of_setup():
     needed = re.search(r"install_requires=\[(.*?)\]", setup)[1]
     assert {re.match(r"[\w-]+", name)[0] for name in re.findall(r'"(.*?)"', needed)} == set(check.CORE)
     for name, extra in check.OPTIONAL.items():
-        assert f'"{name}' in re.search(rf'"{extra}": \[(.*?)\]', setup)[1]
+        assert f'"{name}' in re.search(rf'"{extra}": \[(.*)\],\n', setup)[1]

@@ -121,6 +121,7 @@ def test_every_case_of_the_benchmark_is_a_layout():
     assert all(0 < case.formula("cuda").total < 80e9 for case in CUDA_CASES)
 
 
+@pytest.mark.slow
 def test_the_head_as_on_cuda():
     """Chunks that are larger than the batch, in one piece. (LayerNorm: RMSNorm is one operator on CUDA only.)"""
     case = Case(f"{SMALL} {GELU}", 1, 1, 20000)

@@ -41,6 +41,7 @@ def same_weights(first, second) -> bool:
 
 
 def evaluated(objective, run, capsys, *flags) -> list[dict]:
+    capsys.readouterr()  # what packages said when they were loaded, such as DeepSpeed beside accelerate
     main(objective, ["--skip-train", "--load", str(run), *flags])
     return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 

@@ -55,7 +55,11 @@ def test_split_blocks():
     assert compiled == pytest.approx(eager, rel=1e-5)
 
 
-@pytest.mark.parametrize("case", KINDS, ids=lambda case: "-".join([case.name, *case.options]))
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=[pytest.mark.slow] * (case is not KINDS[0])) for case in KINDS],
+    ids=["-".join([case.name, *case.options]) for case in KINDS],
+)
 def test_what_objectives_change(case):
     with joined() as processes:
         plain = ParallelConfig()
