@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -83,3 +84,13 @@ def records(folder, kind=None) -> list[dict]:
     volatile = ("seconds", "tokens_per_second", "mfu", "memory_bytes")
     found = [{key: value for key, value in record.items() if key not in volatile} for record in found]
     return [record for record in found if kind is None or record["kind"] == kind]
+
+
+def changed(source, target, **sections):
+    """Copy a run, and change what its config.json says."""
+    shutil.copytree(source, target)
+    recorded = json.loads((target / "config.json").read_text())
+    for name, values in sections.items():
+        recorded[name] = recorded[name] | values if isinstance(values, dict) else values
+    (target / "config.json").write_text(json.dumps(recorded))
+    return str(target)

@@ -19,9 +19,14 @@ from megatron.training.main import configure_logging
 # libgomp has been told how to wait: before that nothing may load torch
 from megatron.config.flags import HelpFormatter, Parser, add_section, build
 from megatron.errors import ConfigurationError
-from megatron.evaluation.checkpoints import first_metric, plot, score_checkpoints
 from megatron.evaluation.requests import Scoring
+from megatron.evaluation.tasks import leave_without_lm_eval
 from megatron.training.run_folder import write_json, writing
+
+try:
+    from megatron.evaluation.checkpoints import first_metric, plot, score_checkpoints
+except ImportError as missing:
+    leave_without_lm_eval(missing)
 
 
 class Formatter(HelpFormatter, argparse.RawDescriptionHelpFormatter):

@@ -4,8 +4,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 from megatron.errors import ConfigurationError
+from megatron.evaluation.figures import pyplot, save_png
 from megatron.evaluation.language_model import MegatronLM, Source
 from megatron.evaluation.requests import Scoring
+from megatron.evaluation.tasks import faults_of_tasks
 from megatron.training.run_folder import read_json
 
 
@@ -33,9 +35,9 @@ def score_checkpoints(
         raise ConfigurationError(f"--tasks {unknown[0]}: is unknown to lm-eval; `lm-eval ls tasks` lists them")
     for folder in checkpoints(run):
         model = MegatronLM(**asdict(Source(pretrained=str(folder))), **asdict(scoring))
-        found = simple_evaluate(
-            model=model, tasks=tasks, task_manager=manager, limit=limit, bootstrap_iters=bootstrap, log_samples=False
-        )
+        settings = {"limit": limit, "bootstrap_iters": bootstrap, "log_samples": False}
+        with faults_of_tasks(tasks):
+            found = simple_evaluate(model=model, tasks=tasks, task_manager=manager, **settings)
         recorded, meta = model.trained.recorded, read_json(folder / "meta.json")
         tokens = meta["consumed_samples"] * model.seq_length
         points.append(
@@ -52,12 +54,7 @@ def score_checkpoints(
 
 def plot(record: dict, path: Path) -> None:
     """Draw the first metric of each task against epochs, with its error over documents, as a PNG file."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(6, 4.2))
+    figure, axes = pyplot().subplots(figsize=(6, 4.2))
     epochs = [point["epoch"] for point in record["points"]]
     for task in record["points"][0]["results"]:
         metric = first_metric(record["points"][0]["results"][task])
@@ -69,10 +66,7 @@ def plot(record: dict, path: Path) -> None:
     axes.set(xlabel="epochs", ylabel="score (± over documents)", title=record["run"])
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
-    aside = path.with_name(path.name + ".partial")
-    figure.savefig(aside, format="png", dpi=120, bbox_inches="tight")
-    pyplot.close(figure)
-    aside.replace(path)
+    save_png(figure, path)
 
 
 def first_metric(results: dict) -> str:

@@ -19,6 +19,7 @@ from megatron.config.flags import spelling, typed
 from megatron.config.resolve import idle_flags
 from megatron.config.sections import SECTIONS, Config, Vocabulary
 from megatron.errors import ConfigurationError
+from megatron.evaluation.figures import pyplot, save_png
 from megatron.objectives import DOCUMENT_RULES, build_objective, document_rules
 from megatron.parallel.apply import build_engine
 from megatron.parallel.engine import Engine
@@ -244,13 +245,8 @@ def _cells(found: dict, figures: dict) -> list[str]:
 
 def plot(record: dict, path: Path) -> None:
     """Draw loss against the number of members, a panel a set, as a PNG file that is there whole or not at all."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     sets = record["sets"]
-    figure, panels = pyplot.subplots(1, len(sets), figsize=(5.5 * len(sets), 4.2), squeeze=False)
+    figure, panels = pyplot().subplots(1, len(sets), figsize=(5.5 * len(sets), 4.2), squeeze=False)
     for axes, (name, found) in zip(panels[0], sets.items(), strict=True):
         sizes = [figures["size"] for figures in found["ensembles"]]
         losses, errors = zip(*((figures["loss"], figures["data_se"] or 0) for figures in found["ensembles"]))
@@ -262,7 +258,4 @@ def plot(record: dict, path: Path) -> None:
         axes.set_xticks(sizes)
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
-    aside = path.with_name(path.name + ".partial")
-    figure.savefig(aside, format="png", dpi=120, bbox_inches="tight")
-    pyplot.close(figure)
-    aside.replace(path)
+    save_png(figure, path)

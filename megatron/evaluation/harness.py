@@ -25,6 +25,7 @@ from megatron.config.flags import HelpFormatter, Parser, add_section, spelling
 from megatron.config.sections import Config
 from megatron.errors import ConfigurationError
 from megatron.evaluation.requests import Scoring
+from megatron.evaluation.tasks import faults_of_tasks, leave_without_lm_eval
 from megatron.parallel.launch import rank
 from megatron.parallel.mesh import start_processes
 from megatron.training.run_folder import read_json, write_json, writing
@@ -37,8 +38,7 @@ try:
 
     from megatron.evaluation.language_model import MegatronLM, Source, read_arguments, settings_of
 except ImportError as missing:
-    print(f"error: scoring needs the package lm-eval ({missing}); bash install.sh --with-eval", file=sys.stderr)
-    sys.exit(2)
+    leave_without_lm_eval(missing)
 
 logger = logging.getLogger(__name__)
 
@@ -169,35 +169,6 @@ def _check_cache(path: Path, settings: dict) -> None:
     write_json(path, settings)
 
 
-def execute(asked: argparse.Namespace) -> None:
-    """Let lm-eval do its work; raise ConfigurationError where its tasks, or what they read, cannot be had."""
-    try:
-        asked.func(asked)
-    except ConfigurationError:
-        raise
-    except Exception as error:
-        if not _of_tasks(error):
-            raise
-        reason = " ".join(str(error).split()) or type(error).__name__
-        tasks = ",".join(map(str, asked.tasks or ["-"]))
-        raise ConfigurationError(
-            f"--tasks {tasks}: {reason}; name tasks that `ls tasks` lists, whose data this machine has or can fetch"
-        ) from error
-
-
-def _of_tasks(error: BaseException) -> bool:
-    """Return whether an error comes from finding tasks or their data, before anything was scored."""
-    names, trace = [], error.__traceback__
-    while trace:
-        names.append(trace.tb_frame.f_globals.get("__name__", ""))
-        trace = trace.tb_next
-    within = [name for name in names if not name.startswith("megatron.evaluation.harness")]
-    rooms = ("lm_eval.tasks", "lm_eval.api.task", "lm_eval.config", "datasets")
-    return not any(name.startswith("megatron.evaluation") for name in within) and any(
-        name.startswith(rooms) for name in within
-    )
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Run lm-eval. Leaves with 0, 2 (user's mistake, said in one line before anything is scored) or 1."""
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -215,7 +186,8 @@ def main(arguments: list[str] | None = None) -> None:
     def work(config: Config, watch) -> None:
         if watch:
             start_processes(minutes=config.parallel.distributed_timeout_minutes)
-        execute(asked)
+        with faults_of_tasks(asked.tasks or []):
+            asked.func(asked)
 
     start(lambda: prepare(asked), work)
 

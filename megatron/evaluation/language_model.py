@@ -16,7 +16,7 @@ from lm_eval.api.model import TemplateLM
 
 from megatron.config.flags import flag, require, spelling
 from megatron.errors import ConfigurationError
-from megatron.evaluation.generate import CAUSAL, check_objective, generate
+from megatron.evaluation.generate import CAUSAL, check_empty_prompt, check_objective, generate
 from megatron.evaluation.requests import Request, Score, Scoring
 from megatron.evaluation.sampling import MASKED, Sampling
 from megatron.evaluation.score import score
@@ -166,20 +166,29 @@ class MegatronLM(TemplateLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Return what each context is followed by, up to the first of the texts in `until`."""
-        groups: dict[Sampling, list[int]] = {}
-        stops, found = [], [""] * len(requests)
+        if not all(instance.args[0] for instance in requests):
+            check_empty_prompt(self.trained.config.data)
+        groups: dict[tuple[Sampling, tuple[str, ...]], list[int]] = {}
+        found = [""] * len(requests)
         for index, instance in enumerate(requests):
-            sampling, until = read_generation(instance.args[1], self.objective, self.seq_length)
-            groups.setdefault(sampling, []).append(index)
-            stops.append(until)
-        for sampling, indices in groups.items():
-            prompts = [self.tok_encode(requests[index].args[0]) for index in indices]
-            rows = self.scoring.batch_rows or ANSWERS
-            texts = generate(self.model, self.objective, prompts, sampling, self.eot_token_id, rows, self.seq_length)
-            for index, text in zip(indices, texts, strict=True):
-                found[index] = cut(self._tokenizer.decode(text), stops[index])
-                self.cache_hook.add_partial("generate_until", requests[index].args, found[index])
+            groups.setdefault(read_generation(instance.args[1], self.objective, self.seq_length), []).append(index)
+        for (sampling, until), indices in groups.items():
+            for index, text in zip(indices, self._texts(sampling, until, [requests[i].args[0] for i in indices])):
+                found[index] = text
+                self.cache_hook.add_partial("generate_until", requests[index].args, text)
         return found
+
+    def _texts(self, sampling: Sampling, until: tuple[str, ...], contexts: list[str]) -> list[str]:
+        """Return what each context is followed by, written no further than the first of `until`."""
+        prompts, rows = [self.tok_encode(context) for context in contexts], self.scoring.batch_rows or ANSWERS
+
+        def finished(tokens: list[int]) -> bool:
+            text = self._tokenizer.decode(tokens)
+            return cut(text, until) != text
+
+        settings = {"batch_size": rows, "seq_length": self.seq_length, "finished": finished}
+        made = generate(self.model, self.objective, prompts, sampling, self.eot_token_id, **settings)
+        return [cut(self._tokenizer.decode(tokens), until) for tokens in made]
 
     # ------------------------------------------------------------------------------------ several processes
 

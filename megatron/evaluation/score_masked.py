@@ -102,7 +102,8 @@ class MaskedScorer:
         totals = [1 + 2 * REPLICATES]
         while 2 * totals[-1] < self.scoring.num_mc:
             totals.append(2 * totals[-1])
-        return [total for total in totals if total < self.scoring.num_mc] + [self.scoring.num_mc]
+        # a round has a row for each replicate
+        return [total for total in totals if total + REPLICATES <= self.scoring.num_mc] + [self.scoring.num_mc]
 
     def _hide_all(self, answers: list[Answer]) -> None:
         for answer, said in zip(answers, self._read(answers, [everything(each.size) for each in answers]), strict=True):

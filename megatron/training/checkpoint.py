@@ -31,9 +31,7 @@ def folder_name(iteration: int) -> str:
 def load(folder: Path, state: dict[str, Tensor]) -> None:
     """Read a checkpoint into the tensors of `state`, whatever layout wrote it."""
     with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", "torch.distributed is disabled"
-        )  # one process loads what others may have saved
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process loads what several saved
         dcp.load(state, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=not dist.is_initialized())
 
 

@@ -109,11 +109,7 @@ def _training(wanted: DataSet, members: list[IndexedDataset], config: Config) ->
 
 def _tokenizer(data: DataConfig, made: dict[str, dict]) -> Tokenizer:
     """Return the tokenizer, after a check that it made all the data."""
-    model = data.tokenizer_model
-    first, recorded = next(iter(made.items()))
-    if model is None and recorded.get("tokenizer_model"):
-        model = str(Path(first).parent / recorded["tokenizer_model"])
-    tokenizer = build_tokenizer(data.tokenizer_type, model, data.vocab_size, data.vocab_file, data.merge_file)
+    tokenizer = tokenizer_beside(data, *next(iter(made.items())))
     for prefix, recorded in made.items():
         size = recorded.get("vocabulary_size", tokenizer.vocabulary_size)
         if size != tokenizer.vocabulary_size:
@@ -127,6 +123,14 @@ def _tokenizer(data: DataConfig, made: dict[str, dict]) -> Tokenizer:
             "(--tokenizer-type, --tokenizer-model, --vocab-file, --merge-file, --vocab-size)"
         )
     return tokenizer
+
+
+def tokenizer_beside(data: DataConfig, prefix: str, recorded: dict) -> Tokenizer:
+    """Return the tokenizer that flags name, else the file beside the data set `prefix`, as its metadata `recorded`."""
+    model = data.tokenizer_model
+    if model is None and recorded.get("tokenizer_model"):
+        model = str(Path(prefix).parent / recorded["tokenizer_model"])
+    return build_tokenizer(data.tokenizer_type, model, data.vocab_size, data.vocab_file, data.merge_file)
 
 
 def _validation_set(

@@ -6,16 +6,17 @@ from pathlib import Path
 
 import torch
 
-from megatron.config.sections import Config, Vocabulary
+from megatron.config.sections import SENTENCE_PIECE, Config, Vocabulary
 from megatron.data.indexed import read_metadata
 from megatron.data.paths import requested_sets
-from megatron.data.tokenizer import Tokenizer, build_tokenizer
+from megatron.data.tokenizer import Tokenizer
 from megatron.errors import ConfigurationError
 from megatron.model.transformer import Transformer
 from megatron.training import checkpoint
 from megatron.training.command_line import parse
 from megatron.training.resume import recorded_config
 from megatron.training.run_folder import read_json
+from megatron.training.sources import tokenizer_beside
 
 
 @dataclass(frozen=True)
@@ -54,15 +55,14 @@ class Trained:
 
         Raises ConfigurationError where it is gone, or is another one.
         """
-        data = self.config.data
-        file, expected = data.tokenizer_model, None
-        if file is None and data.tokenizer_type not in ("ByteTokenizer", "NullTokenizer", "GPT2BPETokenizer"):
+        data, prefix, made = self.config.data, "", {}
+        # the data themselves may be gone, and some tokenizers need nothing that lies beside them
+        if data.tokenizer_model is None and data.tokenizer_type in ("HFTokenizer", *SENTENCE_PIECE):
             prefix = requested_sets(data, with_test=False)[0].prefixes[0]
             made = read_metadata(prefix)
-            expected = made.get("tokenizer_hash")
-            file = made.get("tokenizer_model") and str(Path(prefix).parent / made["tokenizer_model"])
-        tokenizer = build_tokenizer(data.tokenizer_type, file, data.vocab_size, data.vocab_file, data.merge_file)
-        if tokenizer.vocabulary_size != self.vocabulary.size or expected not in (None, tokenizer.hash):
+        tokenizer = tokenizer_beside(data, prefix, made)
+        expected = made.get("tokenizer_hash", tokenizer.hash)
+        if (tokenizer.vocabulary_size, tokenizer.hash) != (self.vocabulary.size, expected):
             raise ConfigurationError(
                 f"{tokenizer.named}: is not the tokenizer of {self.name}, which knows {self.vocabulary.size} ids; give "
                 "the one that made its training data"

@@ -1,9 +1,7 @@
 """Trained runs that are converted, and the command that converts them."""
 
 import io
-import json
 import runpy
-import shutil
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
@@ -48,13 +46,3 @@ def convert(*arguments, process: bool = False, check: bool = True) -> subprocess
         done.stdout, done.stderr = out.getvalue(), err.getvalue()
     assert not check or done.returncode == 0, done.stderr
     return done
-
-
-def changed(source, target, **sections):
-    """Copy a run, and change what its config.json says."""
-    shutil.copytree(source, target)
-    recorded = json.loads((target / "config.json").read_text())
-    for name, values in sections.items():
-        recorded[name] = recorded[name] | values if isinstance(values, dict) else values
-    (target / "config.json").write_text(json.dumps(recorded))
-    return str(target)

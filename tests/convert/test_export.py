@@ -17,8 +17,8 @@ from megatron.objectives.noise import EvaluationNoise
 from megatron.training.main import main
 from megatron.training.sources import open_sources
 from megatron.training.trained import open_trained, trained_config
-from tests.conftest import records, run
-from tests.convert.conftest import changed, convert
+from tests.conftest import changed, records, run
+from tests.convert.conftest import convert
 
 
 @torch.no_grad()

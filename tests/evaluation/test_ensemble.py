@@ -24,7 +24,7 @@ from megatron.parallel.apply import build_engine
 from megatron.training.evaluate import ValidationSet, evaluate
 from megatron.training.main import main
 from megatron.training.sources import open_sources
-from tests.conftest import ROOT, environment, records
+from tests.conftest import ROOT, changed, environment, records
 from tests.distributed import joined
 
 VOCABULARY, SEQ_LENGTH = Vocabulary(257), 16
@@ -157,16 +157,6 @@ def test_checkpoints_and_flags_of_an_evaluation(runs, processes):
     assert "≤" not in table(record) and "mc" not in table(record)
     best = open_members([str(runs / "two"), str(older)], "best", [])[0]
     assert best.checkpoint.name == json.loads((runs / "two" / "checkpoints" / "best.json").read_text())["folder"]
-
-
-def changed(source, target, **sections):
-    """Copy a run, and change what its config.json says."""
-    shutil.copytree(source, target)
-    recorded = json.loads((target / "config.json").read_text())
-    for name, values in sections.items():
-        recorded[name] = recorded[name] | values if isinstance(values, dict) else values
-    (target / "config.json").write_text(json.dumps(recorded))
-    return str(target)
 
 
 def test_what_cannot_stand_together_is_refused(runs, tmp_path):

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
+from megatron.convert.huggingface import hugging_face_config, hugging_face_model
 from megatron.errors import ConfigurationError
 from megatron.evaluation.checkpoints import plot, score_checkpoints
 from megatron.evaluation.harness import main as harness
@@ -51,25 +52,8 @@ def twin(runs, tmp_path_factory):
     """The AR run as a folder that transformers reads."""
     pytest.importorskip("accelerate", reason="lm-eval's own model of transformers needs it: the extra test")
     folder, trained = tmp_path_factory.mktemp("twin"), open_trained(str(runs / "ar"))
-    model, config, size = trained.model(), trained.config.model, trained.vocabulary.size
-    made = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=size,
-            hidden_size=config.hidden_size,
-            intermediate_size=config.mlp_size,
-            num_hidden_layers=config.num_layers,
-            num_attention_heads=config.num_attention_heads,
-            head_dim=config.head_size,
-            max_position_embeddings=SEQ_LENGTH,
-            rms_norm_eps=config.norm_epsilon,
-            rope_parameters={"rope_type": "default", "rope_theta": config.rotary_base},
-            tie_word_embeddings=True,
-        )
-    )
-    weights = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    weights["model.embed_tokens.weight"] = weights["lm_head.weight"] = model.lm_weight()[:size]
-    made.load_state_dict(weights)
-    made.save_pretrained(folder)
+    rows = {"rows": trained.vocabulary.size, "positions": SEQ_LENGTH}
+    hugging_face_model(trained.model(), hugging_face_config(trained.config.model, **rows)).save_pretrained(folder)
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(runs / "data" / "tokenizer.json"), eos_token="<|endoftext|>")
     tokenizer.save_pretrained(folder)
     return folder
@@ -291,6 +275,25 @@ def test_checkpoints_are_scored_along_a_run(runs, tasks, tmp_path):
         with pytest.raises(ConfigurationError) as caught:
             score_checkpoints(str(run), names, Scoring(), str(tasks), None)
         assert str(caught.value).startswith(said)
+    missing = tmp_path / "tasks"
+    missing.mkdir()
+    (missing / "choices.yaml").write_text((tasks / "choices.yaml").read_text().replace("choices.jsonl", "gone.jsonl"))
+    with pytest.raises(ConfigurationError, match="--tasks choices: .*gone.jsonl"):
+        score_checkpoints(str(runs / "ar"), ["choices"], Scoring(), str(missing), None)
+
+
+PROGRAMS = ["-m megatron.evaluation.harness", "tools/score_checkpoints.py"]
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_without_lm_eval_one_line_says_what_installs_it(program, tmp_path):
+    (tmp_path / "lm_eval.py").write_text("raise ImportError('not here')")
+    command = [sys.executable, *program.split(), "--tasks", "x"]
+    surroundings = environment() | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    done = subprocess.run(command, cwd=ROOT, env=surroundings, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    (said,) = done.stderr.splitlines()
+    assert said == "error: scoring needs the package lm-eval (not here); bash install.sh --with-eval"
 
 
 def test_unknown_tasks_and_missing_data_are_said_in_one_line(runs, tasks, tmp_path, monkeypatch, capsys):
@@ -312,7 +315,7 @@ def test_unknown_tasks_and_missing_data_are_said_in_one_line(runs, tasks, tmp_pa
 
 def test_the_nine_published_tasks_are_known_without_a_network():
     manager = TaskManager()
-    assert manager.match_tasks(NINE) == sorted(NINE) or set(manager.match_tasks(NINE)) == set(NINE)
+    assert set(manager.match_tasks(NINE)) == set(NINE)
 
 
 @pytest.fixture

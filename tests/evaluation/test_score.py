@@ -277,6 +277,17 @@ def greedy_masked(model, context, size) -> list[int]:
     return tokens[len(context) :]
 
 
+@pytest.mark.parametrize("most", [5, 6, 9, 10, 12, 13, 17, 20, 21, 40])
+def test_any_number_of_samples_is_a_limit(model, most):
+    """The rounds of rivals end at it, also where little of it is left for the last."""
+    context = text(71, 6)
+    asked = [Request(context, text(72 + size, size), "rivals") for size in (4, 7, 9, 12)]
+    for settings in ({}, {"decide_at": 0.0}, {"decide_at": 1e9}):
+        found = scored(model, asked, num_mc=most, only_mc_nll=True, **settings)
+        assert all(1 < one.samples <= most and np.isfinite(one.log_likelihood) for one in found)
+        assert settings == {} or all(one.samples > most - 4 or not one.standard_error for one in found)
+
+
 @pytest.mark.parametrize("settings", [{}, {"only_generate": True}])
 def test_greedy_is_what_the_model_says_itself(model, settings):
     for seed, size in ((71, 1), (72, 2), (73, 6), (74, 12)):
