@@ -39,7 +39,7 @@ class Attention(nn.Module):
         self.k_norm = normalisation(config, config.head_size) if config.qk_layernorm else nn.Identity()
 
     def forward(self, hidden: Tensor, sight: Sight) -> Tensor:
-        """[B, S, H] -> [B, S, H]."""
+        """[B, S, H] -> [B, S, heads * D]: what `o_proj` reads, which the block calls where it is needed."""
         # the head count is left to `unflatten`, so that a layer holding a share of the heads works unchanged
         query = self.q_norm(self.q_proj(hidden).unflatten(-1, (-1, self.head_size))).transpose(1, 2)
         key = self.k_norm(self.k_proj(hidden).unflatten(-1, (-1, self.head_size))).transpose(1, 2)
@@ -56,4 +56,4 @@ class Attention(nn.Module):
             is_causal=sight.causal,
             enable_gqa=self.grouped,
         )
-        return self.o_proj(mixed.transpose(1, 2).flatten(2))
+        return mixed.transpose(1, 2).flatten(2)

@@ -1,5 +1,6 @@
 """One transformer block: the unit that is compiled, sharded and recomputed."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -7,6 +8,7 @@ from megatron.config.sections import ModelConfig
 from megatron.model.attention import Attention, Sight
 from megatron.model.mlp import MLP
 from megatron.model.norm import normalisation
+from megatron.model.selection import Selection
 
 
 class Block(nn.Module):
@@ -20,12 +22,29 @@ class Block(nn.Module):
         self.post_attention_layernorm = normalisation(config, config.hidden_size)
         self.mlp = MLP(config)
 
-    def forward(self, hidden: Tensor, sight: Sight, branch: Tensor | None = None) -> Tensor:
+    def forward(
+        self, hidden: Tensor, sight: Sight, branch: Tensor | None = None, selection: Selection | None = None
+    ) -> Tensor:
         """[B, S, H] -> [B, S, H]; `branch` [B, 1, 1] scales what is added, for stochastic depth.
 
-        Plain tensors and flags, so that the block compiles as one graph.
+        Plain tensors and flags, so that the block compiles as one graph. With a `selection` return its rows only,
+        [rows of all parts, H]; then `mix` and `finish` are what compiles.
         """
-        hidden = hidden + self._added(self.self_attn(self.input_layernorm(hidden), sight), branch)
+        mixed = self.mix(hidden, sight)
+        if selection is None:
+            return self.finish(mixed, hidden, branch)
+        parts = [selection.take(mixed), selection.take(hidden)]
+        if branch is not None:
+            parts.append(selection.take(branch.expand(*hidden.shape[:2], 1)))
+        return torch.cat([self.finish(*part) for part in zip(*parts, strict=True)])
+
+    def mix(self, hidden: Tensor, sight: Sight) -> Tensor:
+        """Return what the heads of attention read, [B, S, heads * D]."""
+        return self.self_attn(self.input_layernorm(hidden), sight)
+
+    def finish(self, mixed: Tensor, hidden: Tensor, branch: Tensor | None = None) -> Tensor:
+        """Add attention's and the MLP's share to `hidden`; each position is on its own from here."""
+        hidden = hidden + self._added(self.self_attn.o_proj(mixed), branch)
         return hidden + self._added(self.mlp(self.post_attention_layernorm(hidden)), branch)
 
     def _added(self, output: Tensor, branch: Tensor | None) -> Tensor:

@@ -15,6 +15,7 @@ from megatron.model.linear_cross_entropy import PLAIN, WHOLE, Terms, linear_cros
 from megatron.model.norm import normalisation
 from megatron.model.past import Past
 from megatron.model.rotary import rotary_table
+from megatron.model.selection import Selection
 
 
 class Transformer(nn.Module):
@@ -38,6 +39,7 @@ class Transformer(nn.Module):
         # what parallelism changes from outside: which stage of a pipeline this is, which rows of the head are here
         self.first = self.last = True
         self.head_part = WHOLE
+        self.selects_early = True  # whether the last block may finish the scored positions only
 
     def forward(self, batch: Batch, hidden: Tensor | None = None, per_position: bool = False) -> Tensor:
         """Return the sum of weights * nll over the scored positions, fp32 [1]; in training with the terms of the loss.
@@ -46,27 +48,34 @@ class Transformer(nn.Module):
         leaves no graph. A pipeline stage reads `hidden`, which the stage before it returned, unless it is the first,
         and returns its hidden states unless it is the last.
         """
-        hidden = self.hidden_states(batch, hidden)
+        rows, targets, weights = batch.rows, batch.targets.flatten(), batch.weights.flatten()
+        selection = Selection.of(rows, len(targets)) if self.last and self.selects_early else None
+        hidden = self.hidden_states(batch, hidden, selection)
         if not self.last:
             return hidden
-        hidden, targets = hidden.flatten(0, 1), batch.targets.flatten()
-        head, part = self.head_part.local(self.lm_weight()), self.head_part
+        if selection is not None:
+            targets, weights = targets[rows], weights[rows]
+            rows = torch.arange(len(rows), device=rows.device)
+        hidden, head, part = hidden.flatten(0, -2), self.head_part.local(self.lm_weight()), self.head_part
         if per_position:
-            return linear_nll(hidden, head, targets, batch.rows, self.softmax_size, part).view_as(batch.weights)
+            nll = linear_nll(hidden, head, targets, rows, self.softmax_size, part)
+            if selection is not None:
+                nll = nll.new_zeros(batch.weights.numel()).index_copy_(0, batch.rows, nll[: len(rows)])
+            return nll.view_as(batch.weights)
         terms = Terms(self.config.label_smoothing, self.config.z_loss) if self.training else PLAIN
-        weights = batch.weights.flatten()
-        return linear_cross_entropy(hidden, head, targets, weights, batch.rows, self.softmax_size, part, terms)
+        return linear_cross_entropy(hidden, head, targets, weights, rows, self.softmax_size, part, terms)
 
-    def hidden_states(self, batch: Batch, hidden: Tensor | None = None) -> Tensor:
-        """Return what the head reads, [B, T, H]."""
+    def hidden_states(self, batch: Batch, hidden: Tensor | None = None, selection: Selection | None = None) -> Tensor:
+        """Return what the head reads, [B, T, H], or of a `selection` alone, [rows of all parts, H]."""
         branches = [None] * len(self.layers)
         if batch.branches is not None:
             branches = [batch.branches[:, int(index), None, None] for index in self.layers]
         if self.first:
             hidden = F.dropout(self.embed_tokens(batch.tokens), self.config.embedding_dropout, self.training)
         sight = self._sight(batch, hidden.dtype)
-        for block, branch in zip(self.layers.values(), branches, strict=True):
-            hidden = block(hidden, sight, branch)
+        last = len(branches) - 1
+        for index, (block, branch) in enumerate(zip(self.layers.values(), branches, strict=True)):
+            hidden = block(hidden, sight, branch, selection if index == last else None)
         return self.norm(hidden) if self.last else hidden
 
     def _sight(self, batch: Batch, dtype: torch.dtype) -> Sight:

@@ -6,6 +6,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from megatron.config.sections import ModelConfig, ParallelConfig, Vocabulary
 from megatron.model.initialise import initialise
 from megatron.model.transformer import Transformer
+from megatron.parallel.compiled import compile_blocks
 from megatron.parallel.engine import Engine
 from megatron.parallel.mesh import Processes
 from megatron.parallel.pipeline import Pipeline, Stage, keep_stage
@@ -42,9 +43,10 @@ def build_engine(
         if not parallel.cpu_offload:
             piece.to(processes.device)
         recompute(piece, parallel)
+        # rows of sequences that are split differ between processes; a block that is recomputed is one function
+        piece.selects_early = processes.along("tp")[1] == 1 and parallel.recompute_granularity is None
         if compile:
-            for block in piece.layers.values():
-                block.compile(fullgraph=True, dynamic=False)
+            compile_blocks(piece)
     roots = models if length == 1 else [Stage(piece) for piece in models]
     for root, piece in zip(roots, models, strict=True):
         _shard(root, piece, processes, parallel, compute)

@@ -19,6 +19,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from megatron.batch import Batch
 from megatron.errors import ConfigurationError
 from megatron.model.transformer import Transformer
+from megatron.parallel.compiled import compile_blocks
 from megatron.parallel.engine import MOMENTS, Engine
 from megatron.parallel.mesh import Processes
 
@@ -73,8 +74,7 @@ class DeepSpeedEngine(Engine):
         if compile and self.zero_stage == 3:
             logger.info("ZeRO stage 3 of DeepSpeed runs eager: its hooks gather parameters inside every block")
         elif compile:
-            for block in model.layers.values():
-                block.compile(fullgraph=True, dynamic=False)
+            compile_blocks(model)
         if self.zero_stage == 0:  # it would clip a second time
             settings = settings | {"gradient_clipping": 0.0}
         # named before ZeRO-3 leaves nothing of a parameter but its shard
