@@ -25,6 +25,7 @@ setup(
         "eval": ["lm-eval[hf]>=0.4.13", "protobuf", "transformers>=5.20"],
         "deepspeed": ["deepspeed"],
         "tensorboard": ["tensorboard"],
+        "triton": ["triton"],  # of no fixed version: PyTorch for CUDA brings the one it needs
         "wandb": ["wandb>=0.31"],
         "zstd": ["zstandard"],
     },

@@ -2,9 +2,12 @@
 # Set up and run the tests: the fast tier, or with --all the slow one too. Other arguments go to pytest.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-select=(-m "not slow and not gpu")
-if [[ "${1:-}" == --all ]]; then select=(-m "not gpu"); shift; fi
-bash install.sh --with-test
+select=(-m "not slow and not gpu") extras=(--with-test)
+if [[ "${1:-}" == --all ]]; then
+    select=(-m "not gpu") extras+=(--with-triton)  # its interpreter runs the kernels of CUDA
+    shift
+fi
+bash install.sh "${extras[@]}"
 export OMP_NUM_THREADS=1
 # Two workers, each a file at a time, so that what a file sets up is set up once.
 exec .venv/bin/python -m pytest -q -n 2 --dist loadfile "${select[@]}" "$@"

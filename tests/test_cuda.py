@@ -9,6 +9,8 @@ from importlib.util import find_spec
 import pytest
 import torch
 
+from megatron.model import linear_cross_entropy
+from megatron.model.linear_cross_entropy import PLAIN, WHOLE, Terms
 from megatron.parallel.mesh import start_processes, stop_processes
 from megatron.training.optimizer import MOMENTS, ShardedApexAdam, apex_adam, build_optimizer, start_state
 from tests.conftest import entry, environment, records
@@ -78,6 +80,25 @@ def test_a_layout_of_one_device_changes_nothing_and_resumes(layout, tiny, tmp_pa
 
 
 @pytest.mark.skipif(apex_adam() is None, reason="needs NVIDIA apex")
+@pytest.mark.parametrize("terms", [PLAIN, Terms(label_smoothing=0.1, z_loss=1e-3)], ids=["nll", "terms"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_kernels_of_the_head_equal_the_plain_twin(dtype, terms, monkeypatch):
+    generator = torch.Generator("cuda").manual_seed(0)
+    logits = torch.randn(300, 50_304, device="cuda", generator=generator).mul_(4).to(dtype)
+    targets = torch.randint(50_258, (300,), device="cuda", generator=generator)
+    weights = torch.rand(300, device="cuda", generator=generator)
+    found = []
+    for kernels in (linear_cross_entropy._kernels, lambda device: None):
+        monkeypatch.setattr(linear_cross_entropy, "_kernels", kernels)
+        gradient = logits.clone()
+        loss = linear_cross_entropy._to_gradient_(gradient, targets, weights, 50_258, WHOLE, terms)
+        found.append((loss, gradient.float()))
+    (loss, gradient), (plain_loss, plain_gradient) = found
+    torch.testing.assert_close(loss, plain_loss, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(gradient, plain_gradient, rtol=1e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-7)
+    assert not gradient[:, 50_258:].any()
+
+
 def test_apex_equals_torch():
     processes = start_processes()
     (expected, _), (found, two) = build(processes, steps=3), build(processes, steps=3)

@@ -24,6 +24,7 @@ BATCH_BYTES = 28  # of a token of a micro-batch: ids, targets and rows int64, we
 # megatron/model/linear_cross_entropy.py: rows of one chunk of logits, and how many numbers of it are fp32 at a time
 HEAD_ROWS = {"cpu": 256, "cuda": 8192}
 HEAD_NUMBERS = {"cpu": 800_000}
+HEAD_IN_PLACE = {"cuda"}  # where kernels need no fp32 copy of logits
 ACTIVE_CHUNKS = 3  # whole stages that torch's interleaved 1F1B lets a process hold
 
 
@@ -377,7 +378,8 @@ class _Process:
         rows, width = HEAD_ROWS[self.device], self.model.hidden_size
         logits, matrix = rows * self.vocabulary_part, self.table
         at_a_time = HEAD_NUMBERS.get(self.device, logits + matrix) if self.tensor == 1 else logits + matrix
-        wide = FP32 * min(logits, at_a_time) if self.size != FP32 else 0
+        copied = self.size != FP32 and self.device not in HEAD_IN_PLACE
+        wide = FP32 * min(logits, at_a_time) * copied
         forward = wide + self.size * (logits + matrix + 2 * rows * width) + FP32 * matrix + 2 * self.gathered
         scaled = FP32 * max(min(matrix, at_a_time), self.tokens * width)
         backward = scaled + (FP32 + self.size) * matrix + self.gathered

@@ -10,7 +10,11 @@ width is then a multiple of 128, but their logits are set to minus infinity: the
 their gradient is exactly zero.
 """
 
+import functools
 from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -156,44 +160,68 @@ def _to_gradient_(logits: Tensor, targets: Tensor, weights: Tensor, size: int, p
             log_z = (softmax.highest + softmax.total.log()).squeeze(1)
             loss, scale = loss + z_loss * log_z.square(), weight * (1 + 2 * z_loss * log_z)
         # weight * ((1 + 2 z log Z) softmax - (1 - e) onehot(target) - e / size)
-        gradient = softmax.powers.mul_(scale[:, None] / softmax.total)
-        gradient.scatter_add_(1, softmax.index, (smoothing - 1) * weight[:, None] * softmax.here)
-        if smoothing:
-            gradient[:, : _ids(size, part)].sub_(weight[:, None] * (smoothing / size))
-        piece.copy_(gradient)
+        at_target = (smoothing - 1) * weight[:, None] * softmax.here
+        softmax.write_(piece, scale[:, None] / softmax.total, at_target, -weight[:, None] * (smoothing / size))
         found.append(loss)
     return torch.cat(found)
 
 
-class _Softmax(NamedTuple):
+@dataclass(frozen=True)
+class _Softmax:
     nll: Tensor  # [C]
-    powers: Tensor  # [C, rows of the head]: exp(logit - highest)
+    powers: Tensor | None  # [C, rows of the head]: exp(logit - highest), 0 where a row is no id; kernels keep none
     highest: Tensor  # [C, 1]: the highest logit
     total: Tensor  # [C, 1]: sum of powers over the vocabulary
     scored: Tensor  # [C, 1]: the target's logit - highest
     average: Tensor | None  # [C, 1]: mean of logit - highest over the vocabulary, where it is asked for
     index: Tensor  # [C, 1]: the target's row of this part, or 0
     here: Tensor  # [C, 1]: 1.0 where the target is one of this part, else 0.0
+    ids: int  # rows of the head that are ids of the tokenizer
+
+    def write_(self, logits: Tensor, scale: Tensor, at_target: Tensor, everywhere: Tensor) -> None:
+        """Overwrite logits by scale * powers + everywhere, and + at_target at the targets; 0 where a row is no id."""
+        if self.powers is None:
+            write_ = _kernels(logits.device.type).write_gradient_
+            write_(logits, self.index, self.highest, scale, at_target, everywhere, self.ids)
+            return
+        gradient = self.powers.mul_(scale)
+        gradient.scatter_add_(1, self.index, at_target)
+        if self.average is not None:
+            gradient[:, : self.ids].add_(everywhere)
+        logits.copy_(gradient)
 
 
 def _softmax_(logits: Tensor, targets: Tensor, size: int, part: WholeHead, averaged: bool = False) -> _Softmax:
     """Return the softmax of logits [C, rows of the head] in fp32; they may be overwritten."""
-    wide, ids = logits.float(), _ids(size, part)
-    wide[:, ids:] = float("-inf")  # rows of the head that are no ids of the tokenizer
+    ids = min(logits.shape[1], max(0, size - part.start))
     index = (targets - part.start)[:, None]
-    here = (index >= 0) & (index < wide.shape[1])
+    here = (index >= 0) & (index < logits.shape[1])
     index = index.where(here, 0)
-    highest = part.highest(wide.amax(-1, keepdim=True))
-    wide.sub_(highest)
-    sums = [wide.gather(1, index).where(here, 0.0)]
-    if averaged:
-        sums.append(wide[:, :ids].sum(-1, keepdim=True) / size)
-    powers = wide.exp_()
-    sums = part.total(torch.cat([powers.sum(-1, keepdim=True), *sums], dim=1)).split(1, dim=1)
-    total, scored, average = (*sums, None)[:3]
-    return _Softmax((total.log() - scored).squeeze(1), powers, highest, total, scored, average, index, here.float())
+    kernels = _kernels(logits.device.type)
+    if kernels:
+        powers = None
+        top, total, scored, added = kernels.statistics(logits, index, ids)
+        highest = part.highest(top.clone())
+        total, scored, average = total * (top - highest).exp(), scored - highest, (added - ids * highest) / size
+    else:
+        powers = logits.float()
+        powers[:, ids:] = float("-inf")
+        highest = part.highest(powers.amax(-1, keepdim=True))
+        scored = powers.sub_(highest).gather(1, index)
+        average = powers[:, :ids].sum(-1, keepdim=True) / size if averaged else None
+        total = powers.exp_().sum(-1, keepdim=True)
+    sums = [total, scored.where(here, 0.0)] + [average] * averaged
+    total, scored, average = (*part.total(torch.cat(sums, dim=1)).split(1, dim=1), None)[:3]
+    nll = (total.log() - scored).squeeze(1)
+    return _Softmax(nll, powers, highest, total, scored, average, index, here.float(), ids)
 
 
-def _ids(size: int, part: WholeHead) -> int:
-    """Return how many rows, the first of this part, are ids of the tokenizer."""
-    return max(0, size - part.start)
+@functools.cache
+def _kernels(device: str) -> ModuleType | None:
+    """Return the kernels for a kind of device; None on a CPU, and where Triton is not installed."""
+    if device != "cuda":
+        return None
+    try:
+        return import_module("megatron.model.softmax_kernels")
+    except ImportError:
+        return None

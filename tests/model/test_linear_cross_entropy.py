@@ -1,6 +1,7 @@
 """The fused head against a plain twin that makes all logits."""
 
 import math
+import os
 
 import pytest
 import torch
@@ -12,10 +13,24 @@ from megatron.model.linear_cross_entropy import PLAIN, Terms, linear_cross_entro
 POSITIONS, WIDTH, SIZE, PADDED = 60, 24, 101, 128
 
 
-@pytest.fixture(autouse=True, params=[fused.CACHED_NUMBERS, 500, 1], ids=["at once", "3 rows", "a row"])
-def cached(request, monkeypatch):
-    """Work on all rows at once, on three (20 of the head) at a time, and on one."""
-    monkeypatch.setattr(fused, "CACHED_NUMBERS", request.param)
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@pytest.fixture(autouse=True, params=["at once", "3 rows", "a row", "kernels"])
+def way(request, monkeypatch):
+    """Work on all rows at once, on three (20 of the head) at a time, and on one; and as on CUDA."""
+    if request.param == "kernels":
+        if not INTERPRETED:
+            pytest.skip("the kernels run in a process of their own, see test_softmax_kernels.py")
+        from megatron.model import softmax_kernels
+
+        monkeypatch.setitem(fused.CHUNK_ROWS, "cpu", 64)  # every row is interpreted
+        monkeypatch.setattr(fused, "_kernels", lambda device: softmax_kernels)
+        monkeypatch.setattr(softmax_kernels, "COLUMNS", 64)  # so that a row is several pieces
+    else:
+        pieces = {"at once": fused.CACHED_NUMBERS, "3 rows": 500, "a row": 1}
+        monkeypatch.setattr(fused, "CACHED_NUMBERS", pieces[request.param])
+    return request.param
 
 
 TERMS = [PLAIN, Terms(label_smoothing=0.1), Terms(z_loss=0.01), Terms(label_smoothing=0.3, z_loss=0.1)]
@@ -86,8 +101,10 @@ def test_bfloat16_gradients_point_the_same_way(terms):
 
 
 @torch.no_grad()
-def test_terms_that_are_off_change_no_bit():
+def test_terms_that_are_off_change_no_bit(way):
     """Loss and gradients are those of the plain formula, step by step as the fused head takes them."""
+    if way == "kernels":
+        pytest.skip("they add up in another order")
     hidden, head, targets, weights, rows = problem(POSITIONS)
     fill = (0, fused.CHUNK_ROWS["cpu"] - len(rows))
     inputs, target, weight = hidden[F.pad(rows, fill)], F.pad(targets[rows], fill), F.pad(weights[rows], fill)[:, None]
@@ -128,3 +145,37 @@ def test_an_unscored_target_need_not_be_an_id_of_the_tokenizer():
     weights[0], targets[0] = 0.0, SIZE
     loss = linear_cross_entropy(hidden, head, targets, weights, weights.nonzero().flatten(), SIZE)
     assert math.isfinite(loss.item())
+
+
+class OnePartOfTwo(fused.WholeHead):
+    """A part of a head as tensor parallelism sees it, where what the other part would say is known."""
+
+    whole = False
+
+    def __init__(self, start, logits, index, here):
+        self.start, self.logits, self.index, self.here = start, logits, index[:, None], here[:, None]
+
+    def highest(self, values):
+        self.top = torch.maximum(values, self.logits.amax(1, keepdim=True))
+        return self.top
+
+    def total(self, values):
+        other = self.logits - self.top
+        scored = other.gather(1, self.index).where(self.here, 0.0)
+        said = [other.exp().sum(1, keepdim=True), scored, other.sum(1, keepdim=True) / SIZE]
+        return values + torch.cat(said, 1)[:, : values.shape[1]]
+
+
+@pytest.mark.parametrize("terms", TERMS)
+def test_parts_of_a_head_write_their_parts_of_the_gradient(terms):
+    generator, cut = torch.Generator().manual_seed(3), 64
+    logits = torch.randn(7, PADDED, generator=generator) * 3
+    targets, weights = torch.tensor([0, 5, 63, 64, 65, 99, 100]), torch.rand(7, generator=generator)
+    whole, low = logits.clone(), targets < cut
+    loss = fused._to_gradient_(whole, targets, weights, SIZE, fused.WHOLE, terms)
+    left, right = logits[:, :cut].clone(), logits[:, cut:].clone()
+    left_part = OnePartOfTwo(0, logits[:, cut:SIZE], (targets - cut).where(~low, 0), ~low)
+    right_part = OnePartOfTwo(cut, logits[:, :cut], targets.where(low, 0), low)
+    for piece, part in ((left, left_part), (right, right_part)):
+        torch.testing.assert_close(fused._to_gradient_(piece, targets, weights, SIZE, part, terms), loss)
+    torch.testing.assert_close(torch.cat((left, right), 1), whole, rtol=1e-5, atol=1e-6)
