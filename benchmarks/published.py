@@ -5,10 +5,14 @@ one clock, one allocator and one process group serve all contestants. Its steps 
 its own would need a protocol, and a clock that the others do not have.
 
 Flags are those of its training scripts, and batches are prepared before, as for all others: its own step would draw
-times and masks and move them as well. What differs from a run of its scripts, each for the better of its time:
+times and masks and move them as well. What differs from a run of its scripts:
 
 * `--no-masked-softmax-fusion` and `--no-gradient-accumulation-fusion`: those kernels are for CUDA only. Its own other
-  branch takes their place: one in-place fill and one softmax in bf16; the second kernel is commented out in its code.
+  branches take their place: one in-place fill and one softmax in bf16, which is a pass more than the kernel makes; what
+  the second flag turns off is commented out in its code anyway.
+
+All else can only make it faster:
+
 * RMSNorm is one operator of PyTorch, as NVIDIA apex's is on CUDA, in place of its Python for other devices.
 * The pipe's layers run in sequence, without DeepSpeed's engine, which adds flat buffers, timers and checks. As its
   optimizer for bf16 does, parameters and gradients are bf16 beside fp32 masters; the optimizer of the masters is that
