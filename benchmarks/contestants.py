@@ -1,4 +1,4 @@
-"""The training steps that are compared: ours, transformers' and litgpt's, each as its own users run it.
+"""The training steps that are compared: ours, transformers', litgpt's and dLLM's, each as its own users run it.
 
 All have one architecture, start from the same weights and take the same `Batch`es in bf16 over fp32 weights with the
 same AdamW, so that a check of loss and gradient norm can tell whether they compute the same.
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from importlib import import_module, metadata
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron.batch import Batch
@@ -37,10 +38,12 @@ class Contestant:
     objective: str
     compiled: bool
     step: Step
+    dropout: float = 0.0
 
     @property
     def name(self) -> str:
-        return f"{self.system} {self.objective.upper()} {'compiled' if self.compiled else 'eager'}"
+        dropout = " dropout" if self.dropout else ""
+        return f"{self.system} {self.objective.upper()}{dropout} {'compiled' if self.compiled else 'eager'}"
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,7 @@ def transformers(shape: Shape, compile: bool) -> Step:
             loss = forward(input_ids=batch.tokens, labels=targets, shift_labels=targets, use_cache=False).loss
         loss.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), OPTIMIZER.clip_grad)
-        _update(optimizer, learning_rate)
+        update(optimizer, learning_rate)
         return loss.detach(), norm
 
     return step
@@ -106,14 +109,42 @@ def litgpt(shape: Shape, compile: bool) -> Step:
         loss = chunked_cross_entropy(model(batch.tokens), _asked(batch))
         fabric.backward(loss)
         norm = fabric.clip_gradients(model, optimizer, max_norm=OPTIMIZER.clip_grad)
-        _update(optimizer, learning_rate)
+        update(optimizer, learning_rate)
         return loss.detach(), norm
 
     return step
 
 
-PEERS = {"transformers": transformers, "litgpt": litgpt}
-MODULES = {"transformers": ("transformers",), "litgpt": ("litgpt.utils", "litgpt.model", "lightning")}
+def dllm(shape: Shape, compile: bool) -> Step:
+    """Return the step that dLLM's MDLM trainer takes with a Llama that sees both ways.
+
+    Logits of all positions in fp32, as the Trainer's autocast hands them out, with ids along the second axis; then
+    weights, which are 0 where nothing is hidden.
+    """
+    model = transformers_model(shape)
+    model.config.is_causal = False  # makes no mask
+    for block in model.model.layers:
+        block.self_attn.is_causal = False  # what attention goes by where there is no mask
+    optimizer = build_optimizer(model, OPTIMIZER)
+    forward = torch.compile(model) if compile else model
+
+    def step(batch: Batch, learning_rate: float) -> tuple[Tensor, Tensor]:
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = forward(input_ids=batch.tokens, use_cache=False).logits
+        nll = F.cross_entropy(logits.float().transpose(1, 2), batch.targets, reduction="none")
+        loss = (nll * batch.weights).sum() / batch.count
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), OPTIMIZER.clip_grad)
+        update(optimizer, learning_rate)
+        return loss.detach(), norm
+
+    return step
+
+
+# by name: the objective that a peer trains, and its step
+PEERS = {"transformers": ("ar", transformers), "litgpt": ("ar", litgpt), "dllm": ("mdm", dllm)}
+MODULES = {name: ("transformers",) for name in ("transformers", "dllm")}
+MODULES |= {"litgpt": ("litgpt.utils", "litgpt.model", "lightning")}
 
 
 def missing(peer: str) -> str | None:
@@ -191,7 +222,7 @@ def _asked(batch: Batch) -> Tensor:
     return batch.targets.masked_fill(batch.weights == 0, IGNORED)
 
 
-def _update(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+def update(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
     optimizer.step()

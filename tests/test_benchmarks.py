@@ -4,6 +4,7 @@ No time is asserted. A benchmark sets the environment when it is imported, so it
 """
 
 import json
+import os
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -34,10 +35,11 @@ def test_the_toy_run_ends_with_a_table(tmp_path):
     done = run(*TOY, "--output", tmp_path / "step.json")
     assert done.returncode == 0, done.stderr
     assert "check passed: same loss and gradient norm" in done.stdout
-    absent = [peer for peer in ("transformers", "litgpt") if find_spec(peer) is None]
+    packages = {"transformers": "transformers", "litgpt": "litgpt", "dllm": "transformers"}
+    absent = [peer for peer, package in packages.items() if find_spec(package) is None]
     report = json.loads((tmp_path / "step.json").read_text())
-    names = {"ours AR eager", "ours MDM eager", "transformers AR eager", "litgpt AR eager"}
-    names -= {f"{peer} AR eager" for peer in absent}
+    names = {"ours AR eager", "ours MDM eager", "transformers AR eager", "litgpt AR eager", "dllm MDM eager"}
+    names = {name for name in names if name.split()[0] not in absent}
     assert report["seconds_per_step"].keys() == names
     assert all(len(times) == 2 and min(times) > 0 for times in report["seconds_per_step"].values())
     for name in names:
@@ -54,10 +56,21 @@ def test_a_peer_that_computes_something_else_is_refused():
     assert "| gate |" not in done.stdout
 
 
+@pytest.mark.skipif("PUBLISHED_CLONE" not in os.environ, reason="PUBLISHED_CLONE names no clone of the published code")
+def test_the_published_step_computes_what_ours_does_and_is_timed(tmp_path):
+    done = run(*TOY, "--published", os.environ["PUBLISHED_CLONE"], "--output", tmp_path / "step.json")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "check passed: same loss and gradient norm" in done.stdout
+    steps = ("ours AR dropout", "ours MDM dropout", "published AR", "published AR dropout", "published MDM")
+    times = json.loads((tmp_path / "step.json").read_text())["seconds_per_step"]
+    assert {f"{step} eager" for step in (*steps, "published MDM dropout")} <= times.keys()
+
+
 MISTAKES = {
     "--num-layers 0": "--num-layers 0: must be at least 1",
     "--hidden-size 64 --num-attention-heads 3": "--hidden-size 64: is not a multiple of --num-attention-heads 3",
     "--seq-length 2": "--seq-length 2: gives less than 8 tokens a step",
+    "--published none": "--published none: is no clone of wmn-231314/diffusion-data-constraint",
     "--output none/step.json": "--output none/step.json: none is no folder",
     "--round 3": "unknown flag --round; did you mean --rounds?",
 }
