@@ -46,7 +46,7 @@ def build_engine(
         # rows of sequences that are split differ between processes; a block that is recomputed is one function
         piece.selects_early = processes.along("tp")[1] == 1 and parallel.recompute_granularity is None
         if compile:
-            compile_blocks(piece)
+            compile_blocks(piece, processes.device)
     roots = models if length == 1 else [Stage(piece) for piece in models]
     for root, piece in zip(roots, models, strict=True):
         _shard(root, piece, processes, parallel, compute)

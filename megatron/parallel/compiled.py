@@ -4,13 +4,16 @@ import torch
 
 from megatron.model.transformer import Transformer
 
+# of inductor: on a CPU it would draw dropout's random numbers one by one, and lose more than it gains by compiling
+OPTIONS = {"cpu": {"fallback_random": True}}
 
-def compile_blocks(model: Transformer) -> None:
+
+def compile_blocks(model: Transformer, device: torch.device) -> None:
     """Compile every block in place; the last one in two parts, between which the scored positions are selected."""
+    settings = {"fullgraph": True, "dynamic": False, "options": OPTIONS.get(device.type)}
     whole = list(model.layers.values())
     if model.last and model.selects_early:
         last = whole.pop()
-        last.mix = torch.compile(last.mix, fullgraph=True, dynamic=False)
-        last.finish = torch.compile(last.finish, fullgraph=True, dynamic=False)
+        last.mix, last.finish = (torch.compile(part, **settings) for part in (last.mix, last.finish))
     for block in whole:
-        block.compile(fullgraph=True, dynamic=False)
+        block.compile(**settings)

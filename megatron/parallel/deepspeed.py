@@ -74,7 +74,7 @@ class DeepSpeedEngine(Engine):
         if compile and self.zero_stage == 3:
             logger.info("ZeRO stage 3 of DeepSpeed runs eager: its hooks gather parameters inside every block")
         elif compile:
-            compile_blocks(model)
+            compile_blocks(model, processes.device)
         if self.zero_stage == 0:  # it would clip a second time
             settings = settings | {"gradient_clipping": 0.0}
         # named before ZeRO-3 leaves nothing of a parameter but its shard
