@@ -12,36 +12,25 @@ tokens and the same masks. Offload needs a GPU. Times are of single steps, the f
 import json
 import platform
 import sys
-import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import date
 from importlib.util import find_spec
 from pathlib import Path
-from statistics import median
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import numpy as np
-import torch
 
 from benchmarks.contestants import version
 from benchmarks.options import read_options, refuse
 from megatron.config.flags import flag, require
-from megatron.config.resolve import check_layout, check_processes
 from megatron.config.sections import Config, Vocabulary
 from megatron.config.sizes import GPT2_VOCABULARY, parameter_count
 from megatron.errors import ConfigurationError
-from megatron.objectives import build_input_noise, build_objective
-from megatron.parallel.launch import world_size
 from megatron.parallel.mesh import Processes, start_processes, stop_processes
 from megatron.training.command_line import parse
-from megatron.training.engines import start_engine
-from megatron.training.environment import check_device, choose_precision, device_name
-from megatron.training.feed import MicroBatches
-from megatron.training.metrics import peak_flops, peak_memory
-from megatron.training.step import train_step
+from megatron.training.environment import choose_precision, device_name
+from megatron.training.metrics import peak_flops
+from megatron.training.trial import WARM_UP, attempt
 
-WARM_UP = 3  # steps that are not timed
 AGREEMENT = {"bf16": 2e-2, "fp32": 1e-4}  # relative, of the losses of the last step
 
 
@@ -61,17 +50,6 @@ class Options:
     def __post_init__(self):
         for name in ("micro_batch_size", "micro_batches", "steps"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
-
-
-@dataclass(frozen=True)
-class RandomText:
-    """Samples by run position, as training reads them."""
-
-    size: int
-    seq_length: int
-
-    def __getitem__(self, position: int) -> np.ndarray:
-        return np.random.default_rng(position).integers(0, self.size, self.seq_length + 1)
 
 
 def layouts(processes: int, cuda: bool) -> list[str]:
@@ -112,7 +90,7 @@ def measure(options: Options) -> dict | None:
     results = {}
     tried = layouts(first.size, first.device.type == "cuda")
     for flags in [flags for flags in tried if options.compile or "--no-compile" in flags]:
-        results[flags] = attempt(options, flags, first)
+        results[flags] = measured(options, flags, first)
         if first.rank == 0:
             print(f"{flags}: {json.dumps(results[flags])}", file=sys.stderr)
     if first.rank:
@@ -136,66 +114,16 @@ def configuration(options: Options, flags: str, processes: int) -> Config:
     return parse(options.objective, (base + flags).split())
 
 
-def attempt(options: Options, flags: str, first: Processes) -> dict:
+def measured(options: Options, flags: str, first: Processes) -> dict:
     """Return speed, memory and loss of a layout, or why it could not be trained."""
     config = configuration(options, flags, first.size)
-    try:
-        check_layout(config, world_size())
-        check_processes(config, world_size())
-        check_device(config, first.device)
-    except ConfigurationError as error:
-        return {"refused": str(error)}
-    try:
-        return train(options, config, first)
-    except torch.OutOfMemoryError as error:
-        return {"out_of_memory": str(error).splitlines()[0]}
-
-
-def train(options: Options, config: Config, first: Processes) -> dict:
-    parallel, vocabulary = config.parallel, Vocabulary(GPT2_VOCABULARY)
-    processes = start_processes(
-        tensor=parallel.tensor_model_parallel_size,
-        pipeline=parallel.pipeline_model_parallel_size,
-        replicas=parallel.replicas(parallel.data_size(first.size)),
-    )
-    if processes.device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    bf16 = choose_precision(config, processes.device) == "bf16"
-    compile = bool(config.training.compile)
-    engine, optimizer = start_engine(config, vocabulary, processes, bf16=bf16, compile=compile, steps=0)
-    batch = config.training.global_batch_size
-    data = MicroBatches(
-        RandomText(vocabulary.size, options.seq_length),
-        build_objective(config.objective, vocabulary, batch),
-        build_input_noise(config.objective, vocabulary, config.model.num_layers),
-        seed=1,
-        first_sample=0,
-        train_samples=(WARM_UP + options.steps) * batch,
-        micro_batch_size=options.micro_batch_size,
-        global_batch_size=batch,
-        rank=processes.data_rank,
-        size=processes.data_size,
-    )
-    seconds = []
-    for step in range(data.steps):
-        batches = [batch for index in range(data.per_step) for batch in data[step * data.per_step + index]]
-        begin = time.perf_counter()
-        result = train_step(engine, optimizer, batches, learning_rate=1e-4, weight_decay=0.1, clip_grad=1.0)
-        (loss,) = processes.sum(float(result.loss))  # waits for the device
-        seconds.append(time.perf_counter() - begin)
-    step = median(seconds[WARM_UP:])
-    speed = batch * options.seq_length / step
-    peak = peak_flops(processes.device) * processes.size
-    return {
-        "seconds_per_step": step,
-        "tokens_per_second": speed,
-        "mfu": 6 * parameter_count(config.model, vocabulary) * speed / peak if peak else None,
-        "first_step_seconds": seconds[0],
-        "memory_bytes": peak_memory(processes.device),
-        "loss": loss,
-        "grad_norm": float(result.grad_norm),
-    }
+    vocabulary = Vocabulary(GPT2_VOCABULARY)
+    found = attempt(config, vocabulary, options.steps)
+    if isinstance(found, str):
+        return {"failed": found}
+    peak = peak_flops(first.device) * first.size
+    mfu = 6 * parameter_count(config.model, vocabulary) * found.tokens_per_second / peak if peak else None
+    return asdict(found) | {"mfu": mfu}
 
 
 def check(report: dict) -> None:

@@ -5,9 +5,10 @@ import sys
 
 import pytest
 
+from megatron.training.command_line import parse_with
 from tests.conftest import ROOT
 from tools import estimate_memory
-from tools.estimate_memory import BESIDE, flags, layouts, main, parse
+from tools.estimate_memory import BESIDE, TOLD, Options, flags, layouts, main
 
 
 @pytest.fixture
@@ -46,7 +47,8 @@ def test_a_layout_that_does_not_fit_says_so(say):
 
 
 def test_what_is_listed_fits_and_is_in_order(say):
-    options, config = parse("--model-size 9293M --processes 16 --global-batch-size 64".split())
+    words = "--model-size 9293M --processes 16 --global-batch-size 64".split()
+    options, config = parse_with(Options, "", words, TOLD)
     found = list(layouts(options, config))
     keys = [
         (

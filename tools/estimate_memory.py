@@ -15,7 +15,6 @@ before pipeline), lowest ZeRO stage from 1 on, no recomputation before selective
 up to --micro-batch-size. The host's memory is used (--cpu-offload) where nothing else fits.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Iterator
@@ -25,14 +24,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron.config.compatibility import translate
-from megatron.config.flags import HelpFormatter, Parser, add_section, build, flag, require, typed
+from megatron.config.flags import flag, require, typed
 from megatron.config.memory import Memory, memory_per_process
 from megatron.config.resolve import check_layout, check_processes
-from megatron.config.sections import SECTIONS, Config, Vocabulary
+from megatron.config.sections import Config, Vocabulary
 from megatron.config.sizes import GPT2_VOCABULARY
 from megatron.errors import ConfigurationError
-from megatron.training.command_line import implied
+from megatron.training.command_line import parse_with
 
 GIB = 2**30
 BESIDE = 2 * GIB  # CUDA's context, NCCL's buffers, gaps of the allocator: a guess
@@ -64,27 +62,6 @@ class Options:
 
     def fits(self, memory: Memory) -> bool:
         return memory.total + BESIDE <= self.device_memory * 1e9
-
-
-class Formatter(HelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """The description as it is written."""
-
-
-def parser(defaults: dict) -> Parser:
-    result = Parser(description=__doc__, formatter_class=Formatter, allow_abbrev=False)
-    add_section(result, Options, {})
-    for name, section in SECTIONS.items():
-        add_section(result, section, defaults)
-        if name not in TOLD:
-            for action in result._action_groups[-1]._group_actions:
-                action.help = action.help if action.dest == "seq_length" else argparse.SUPPRESS
-    return result
-
-
-def parse(arguments: list[str]) -> tuple[Options, Config]:
-    arguments = translate(arguments, 1)
-    namespace = parser(implied("ar", arguments)).parse_known(arguments)
-    return build(Options, namespace), Config(**{name: build(kind, namespace) for name, kind in SECTIONS.items()})
 
 
 def estimate(options: Options, config: Config) -> Memory:
@@ -181,7 +158,7 @@ def table(options: Options, arguments: list[str]) -> str:
     """Return the first layout that fits each size on each number of GPUs, as a table in Markdown."""
     lines = ["| size | GPUs | flags | GiB a GPU |", "|---|---|---|---|"]
     for size, processes in product(TABLE_SIZES, TABLE_PROCESSES):
-        _, config = parse([*arguments, "--model-size", size])
+        _, config = parse_with(Options, __doc__, [*arguments, "--model-size", size], TOLD)
         found = next(layouts(replace(options, processes=processes), config), None)
         text = f"`{flags(found[0])}` | {(found[1].total + BESIDE) / GIB:.1f}" if found else "none fits | "
         if found and found[1].host:
@@ -195,7 +172,7 @@ def main() -> None:
     try:
         if "--table" in arguments:
             arguments = ["--model-size", TABLE_SIZES[0], *arguments]
-        options, config = parse(arguments)
+        options, config = parse_with(Options, __doc__, arguments, TOLD)
         if options.table:
             print(table(options, arguments))
         elif options.search:

@@ -91,6 +91,10 @@ class HelpFormatter(argparse.HelpFormatter):
         return textwrap.wrap(text, width, break_on_hyphens=False)  # no flag is torn apart
 
 
+class DescribedFormatter(HelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Help of a command whose description stays as it is written, with its examples."""
+
+
 def add_section(parser: argparse.ArgumentParser, section: type, defaults: dict) -> None:
     """Add the flags of one dataclass as a group; `defaults` (a recipe's) win over the fields' own."""
     title, _, description = (section.__doc__ or section.__name__).strip().partition("\n")

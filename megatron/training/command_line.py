@@ -5,7 +5,7 @@ import dataclasses
 from pathlib import Path
 
 from megatron.config.compatibility import translate
-from megatron.config.flags import HelpFormatter, Parser, add_section, build, spelling
+from megatron.config.flags import DescribedFormatter, HelpFormatter, Parser, add_section, build, spelling
 from megatron.config.recipes import RECIPES
 from megatron.config.resolve import BUDGETS
 from megatron.config.sections import SECTIONS, Config
@@ -39,6 +39,25 @@ def parse(objective: str, arguments: list[str]) -> Config:
     arguments = translate(arguments, _batch(objective, arguments))
     namespace = parser(objective, implied(objective, arguments)).parse_known(arguments)
     return Config(**{name: build(section, namespace) for name, section in SECTIONS.items()})
+
+
+def parse_with(options: type, description: str, arguments: list[str], shown: tuple[str, ...]) -> tuple:
+    """Return the `options` of a tool and the configuration of the training that it is asked about.
+
+    The help has the tool's own flags and those of the `shown` sections; the flags of the others are taken too.
+    """
+    objective = _glance(arguments, "--objective").get("objective") or "ar"
+    arguments = translate(arguments, _batch(objective, arguments))
+    result = Parser(description=description, formatter_class=DescribedFormatter, allow_abbrev=False)
+    add_section(result, options, {})
+    defaults = {"objective": objective} | implied(objective, arguments)
+    for name, section in SECTIONS.items():
+        add_section(result, section, defaults)
+        if name not in shown:
+            for action in result._action_groups[-1]._group_actions:
+                action.help = action.help if action.dest in ("seq_length", "objective") else argparse.SUPPRESS
+    namespace = result.parse_known(arguments)
+    return build(options, namespace), Config(**{name: build(kind, namespace) for name, kind in SECTIONS.items()})
 
 
 def implied(objective: str, arguments: list[str]) -> dict:

@@ -1,5 +1,6 @@
 """What the machine gives: peak arithmetic and memory."""
 
+import os
 import resource
 
 import torch
@@ -21,3 +22,10 @@ def peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def device_memory(device: torch.device) -> int:
+    """Return the bytes there are: of the device, or of the machine for a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

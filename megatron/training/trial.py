@@ -1,0 +1,95 @@
+"""A few training steps on random text: how fast a configuration is on this machine, and what it needs."""
+
+import time
+from dataclasses import dataclass
+from statistics import median
+
+import numpy as np
+import torch
+
+from megatron.config.resolve import check_layout, check_processes
+from megatron.config.sections import Config, Vocabulary
+from megatron.errors import ConfigurationError
+from megatron.objectives import build_input_noise, build_objective
+from megatron.parallel.launch import world_size
+from megatron.parallel.mesh import start_processes
+from megatron.training.engines import start_engine
+from megatron.training.environment import check_device, choose_precision
+from megatron.training.feed import MicroBatches
+from megatron.training.metrics import peak_memory
+from megatron.training.step import train_step
+
+WARM_UP = 3  # steps that are not timed: the first compiles, the next ones fill caches
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What some steps of a configuration showed; times in seconds, on the clock of the wall."""
+
+    seconds_per_step: float
+    tokens_per_second: float  # of all processes
+    first_step_seconds: float
+    memory_bytes: int  # at its peak, of this process: on the device, or resident on the CPU
+    loss: float  # of the last step
+    grad_norm: float
+
+
+@dataclass(frozen=True)
+class RandomText:
+    """Samples by run position, as training reads them."""
+
+    size: int
+    seq_length: int
+
+    def __getitem__(self, position: int) -> np.ndarray:
+        return np.random.default_rng(position).integers(0, self.size, self.seq_length + 1)
+
+
+def attempt(config: Config, vocabulary: Vocabulary, steps: int) -> Trial | str:
+    """Take `steps` timed steps after `WARM_UP` others; return what they showed, or in a line why they cannot be.
+
+    All processes take part. A process group is started, and left as it is.
+    """
+    parallel, training, seq_length = config.parallel, config.training, config.data.seq_length
+    try:
+        check_layout(config, world_size())
+        check_processes(config, world_size())
+        processes = start_processes(
+            tensor=parallel.tensor_model_parallel_size,
+            pipeline=parallel.pipeline_model_parallel_size,
+            replicas=parallel.replicas(parallel.data_size(world_size())),
+        )
+        check_device(config, processes.device)
+    except ConfigurationError as error:
+        return f"refused: {error}"
+    if processes.device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    torch._dynamo.reset()  # what was compiled for others would count against the limit of recompilations
+    bf16, compile = choose_precision(config, processes.device) == "bf16", bool(training.compile)
+    try:
+        engine, optimizer = start_engine(config, vocabulary, processes, bf16=bf16, compile=compile, steps=0)
+        data = MicroBatches(
+            RandomText(vocabulary.size, seq_length),
+            build_objective(config.objective, vocabulary, training.global_batch_size),
+            build_input_noise(config.objective, vocabulary, config.model.num_layers),
+            seed=training.seed,
+            first_sample=0,
+            train_samples=(WARM_UP + steps) * training.global_batch_size,
+            micro_batch_size=training.micro_batch_size,
+            global_batch_size=training.global_batch_size,
+            rank=processes.data_rank,
+            size=processes.data_size,
+        )
+        seconds = []
+        for step in range(data.steps):
+            batches = [batch for index in range(data.per_step) for batch in data[step * data.per_step + index]]
+            begin = time.perf_counter()
+            result = train_step(engine, optimizer, batches, learning_rate=1e-4, weight_decay=0.1, clip_grad=1.0)
+            (loss,) = processes.sum(float(result.loss))  # waits for the device
+            seconds.append(time.perf_counter() - begin)
+    except torch.OutOfMemoryError as error:
+        return f"out of memory: {str(error).splitlines()[0]}"
+    step = processes.from_first(lambda: median(seconds[WARM_UP:]))  # so that all decide alike
+    speed = training.global_batch_size * seq_length / step
+    return Trial(step, speed, seconds[0], peak_memory(processes.device), loss, float(result.grad_norm))

@@ -1,0 +1,217 @@
+#!/usr/bin/env python3
+"""Find the fastest --micro-batch-size, --compile and --recompute-granularity for a training on this machine.
+
+    python tools/tune.py --objective mdm --model-size 140M --seq-length 2048
+    python tools/tune.py --model-size 7M --seq-length 512 --global-batch-size 16 --trial-steps 3      # a CPU
+    torchrun --standalone --nproc-per-node 8 tools/tune.py --model-size 2283M --zero-stage 3
+
+It takes the flags of a training (pretrain_gpt.py, pretrain_mdm.py) but no data: steps are taken on random text, which
+costs the same. First blocks run eager with nothing recomputed, and the micro-batch is doubled for as long as that gains
+and fits the memory. Then, around the best, compiled blocks are tried, and recomputation: what it costs, and what a
+micro-batch gains that fits only with it. All trials are printed with what they took, the fastest flags last; none
+changes the result of a training but by rounding, and dropout's draws.
+
+A step of a trial has the samples of the largest micro-batch, in as many pieces as it takes. Memory is measured on a
+GPU; on a CPU it is what the process has held at most so far. Times are of the wall: leave the machine alone meanwhile.
+About ten trials, each of eight steps, and of up to a minute of compiling.
+"""
+
+import sys
+from dataclasses import asdict, dataclass, replace
+from datetime import date
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from megatron.config.flags import flag, require, typed
+from megatron.config.memory import memory_per_process
+from megatron.config.sections import Config, Vocabulary
+from megatron.config.sizes import GPT2_VOCABULARY
+from megatron.errors import ConfigurationError
+from megatron.parallel.mesh import start_processes, stop_processes
+from megatron.training.command_line import parse_with
+from megatron.training.environment import choose_precision, cpp_compiler, device_name
+from megatron.training.metrics import device_memory
+from megatron.training.run_folder import write_json
+from megatron.training.trial import WARM_UP, Trial, attempt
+
+GAIN = 1.02  # a larger micro-batch is tried for as long as the last one gained that much
+MOST = {"cuda": 64, "cpu": 8}  # samples of the largest micro-batch that is tried
+RECOMPUTE = ("selective", "full")
+GIB = 2**30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Trials: how many steps, up to which micro-batch."""
+
+    trial_steps: int = flag(5, f"timed steps of a trial, after {WARM_UP} that are not")
+    micro_batch_max: int | None = flag(
+        None, f"the largest micro-batch to try; default {MOST['cuda']} on a GPU, {MOST['cpu']} on a CPU"
+    )
+    vocabulary_size: int = flag(GPT2_VOCABULARY, "ids of the tokenizer; the default is GPT-2's")
+    output: str | None = flag(None, "write all trials as JSON too", metavar="FILE")
+
+    def __post_init__(self):
+        for name in ("trial_steps", "micro_batch_max", "vocabulary_size"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, name, value, "must be at least 1")
+        folder = Path(self.output or ".").parent
+        require(folder.is_dir(), "output", self.output, f"{folder} is no folder; make it first")
+
+
+class Choice(NamedTuple):
+    """What is tuned."""
+
+    micro_batch: int
+    recompute: str | None
+    compile: bool
+
+    def __str__(self) -> str:
+        words = [typed("micro_batch_size", self.micro_batch), "--compile" if self.compile else "--no-compile"]
+        return " ".join([*words, typed("recompute_granularity", self.recompute)] if self.recompute else words)
+
+
+class Tuner:
+    """The trials of one training, each made once; all processes of a group make the same ones."""
+
+    def __init__(self, options: Options, config: Config):
+        self.config, self.steps = config, options.trial_steps
+        self.vocabulary = Vocabulary(options.vocabulary_size)
+        self.processes = processes = start_processes()
+        self.memory = device_memory(processes.device)
+        self.data_size = config.parallel.data_size(processes.size)
+        samples = config.training.global_batch_size // self.data_size
+        most = options.micro_batch_max or MOST[processes.device.type]
+        self.samples = max(size for size in range(1, most + 1) if samples % size == 0)
+        self.trials: dict[Choice, Trial | str] = {}
+
+    def search(self) -> None:
+        """Try what may be the fastest, as the description of this file says."""
+        training, parallel = self.config.training, self.config.parallel
+        as_typed = Choice(training.micro_batch_size, parallel.recompute_granularity, bool(training.compile))
+        if self.samples % as_typed.micro_batch == 0:
+            self.trial(as_typed)
+        speed = 0.0
+        for size in self.sizes():
+            found = self.trial(Choice(size, None, False))
+            if isinstance(found, str) or found.tokens_per_second < GAIN * speed:
+                break
+            speed = found.tokens_per_second
+        if not speed:  # a single sample needs recomputation
+            for kind in RECOMPUTE:
+                self.trial(Choice(1, kind, False))
+        if self.best and cpp_compiler():
+            sizes, best = self.sizes(), self.best
+            place = sizes.index(best.micro_batch) if best.micro_batch in sizes else 0
+            for size in {best.micro_batch, *sizes[max(0, place - 1) : place + 2]}:
+                self.trial(best._replace(micro_batch=size, compile=True))
+        if self.best:
+            best = self.best
+            larger = [size for size in self.sizes() if size > best.micro_batch][:1]
+            alone = [isinstance(self.trials.get(best._replace(micro_batch=size)), Trial) for size in larger]
+            for kind in RECOMPUTE:
+                for size in [best.micro_batch, *larger[: alone != [True]]]:
+                    self.trial(best._replace(micro_batch=size, recompute=kind))
+
+    def sizes(self) -> list[int]:
+        """Return the micro-batches to try: of those that a step can be cut into, each at least twice the last."""
+        found = [1]
+        for size in range(2, self.samples + 1):
+            if self.samples % size == 0 and size >= 2 * found[-1]:
+                found.append(size)
+        return found
+
+    @property
+    def best(self) -> Choice | None:
+        done = {choice: trial for choice, trial in self.trials.items() if isinstance(trial, Trial)}
+        return max(done, key=lambda choice: done[choice].tokens_per_second, default=None)
+
+    def trial(self, choice: Choice) -> Trial | str:
+        if choice not in self.trials:
+            self.trials[choice] = found = self._attempt(choice)
+            if self.processes.rank == 0:
+                print(row(choice, found), flush=True)
+        return self.trials[choice]
+
+    def _attempt(self, choice: Choice) -> Trial | str:
+        changed = {"micro_batch_size": choice.micro_batch, "compile": choice.compile}
+        changed["global_batch_size"] = self.samples * self.data_size
+        config = replace(
+            self.config,
+            training=replace(self.config.training, **changed),
+            parallel=replace(self.config.parallel, recompute_granularity=choice.recompute),
+        )
+        if not config.parallel.deepspeed:
+            precision, kind = choose_precision(config, self.processes.device), self.processes.device.type
+            needed = memory_per_process(config, self.vocabulary, self.processes.size, precision, kind).total
+            if needed > self.memory:
+                return f"does not fit: {needed / GIB:.1f} GiB of {self.memory / GIB:.1f}"
+        return attempt(config, self.vocabulary, self.steps)
+
+
+def row(choice: Choice, found: Trial | str) -> str:
+    blocks = "compiled" if choice.compile else "eager"
+    start = f"{choice.micro_batch:>11}  {choice.recompute or '-':9}  {blocks:8}  "
+    if isinstance(found, str):
+        return start + found
+    numbers = f"{found.tokens_per_second:>10,.0f}  {found.memory_bytes / GIB:>6.1f}"
+    return f"{start}{numbers}  {found.first_step_seconds:>10.1f}"
+
+
+def verdict(tuner: Tuner) -> str:
+    """Return what to type, and what it gains."""
+    best, config = tuner.best, tuner.config
+    if best is None:
+        return "nothing fits; see tools/estimate_memory.py --search for layouts of more processes"
+    trial, lines = tuner.trials[best], []
+    # the first trial is of the flags as they were typed
+    first, before = next(iter(tuner.trials.items()))
+    gain = f"{trial.tokens_per_second / before.tokens_per_second:.2f} times {first}" if first != best else "as typed"
+    lines.append(f"fastest: {best}  ({gain if isinstance(before, Trial) else f'{first} {before}'})")
+    eager = tuner.trials.get(best._replace(compile=False))
+    if best.compile and isinstance(eager, Trial):
+        share = config.training.global_batch_size / (tuner.samples * tuner.data_size)
+        saved = (eager.seconds_per_step - trial.seconds_per_step) * share
+        spent = trial.first_step_seconds - eager.first_step_seconds
+        if saved > 0:
+            lines.append(
+                f"compiling takes {spent:.0f} s and saves {saved:.2f} s of a step of "
+                f"{config.training.global_batch_size} samples: it pays after {spent / saved:.0f} steps"
+            )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    try:
+        options, config = parse_with(Options, __doc__, sys.argv[1:], shown=("model", "training", "parallel"))
+        tuner = Tuner(options, config)
+        if tuner.processes.rank == 0:
+            print(f"{device_name(tuner.processes.device)} x{tuner.processes.size}, {tuner.samples} samples a step each")
+            print("micro-batch  recompute  blocks      tokens/s     GiB  first step")
+        tuner.search()
+        if tuner.processes.rank == 0:
+            print(verdict(tuner))
+            if options.output:
+                write(Path(options.output), tuner)
+    except ConfigurationError as error:
+        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
+    finally:
+        stop_processes()
+
+
+def write(path: Path, tuner: Tuner) -> None:
+    trials = [
+        choice._asdict() | (asdict(found) if isinstance(found, Trial) else {"failed": found})
+        for choice, found in tuner.trials.items()
+    ]
+    report = {"date": str(date.today()), "device": device_name(tuner.processes.device), "torch": torch.__version__}
+    report |= {"processes": tuner.processes.size, "samples": tuner.samples, "best": tuner.best and tuner.best._asdict()}
+    write_json(path, report | {"config": asdict(tuner.config), "trials": trials})
+
+
+if __name__ == "__main__":
+    main()
