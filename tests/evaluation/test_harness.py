@@ -249,11 +249,85 @@ def test_the_command_writes_what_lm_eval_writes_and_goes_on_from_its_cache(runs,
     harness(command)
     table = [line for line in first.splitlines() if "acc" in line]
     assert [line for line in capsys.readouterr().out.splitlines() if "acc" in line] == table
-    with pytest.raises(SystemExit) as left:
-        harness([*command, "--cfg", "0.5"])
-    assert left.value.code == 2
-    line = capsys.readouterr().err.splitlines()[-1]
-    assert line.startswith(f"error: --use_cache {tmp_path}/kept/cache: its answers were given with --cfg 0.0, and 0.5")
+    repeated = max(folder.glob("results_*.json"), key=lambda path: path.stat().st_mtime_ns)
+    figures = ("upper_bound", "requests", "forward_tokens", "samples_per_request", "standard_error_per_request")
+    again = json.loads(repeated.read_text())["config"]
+    assert repeated != results
+    assert [again[name] for name in figures] == pytest.approx([found["config"][name] for name in figures])
+
+
+@pytest.mark.parametrize("objective", ["ar", "mdm"])
+def test_what_a_kill_left_in_a_cache_is_gone_on_from(runs, tasks, tmp_path, monkeypatch, objective):
+    names, cache, noted = ["choices", "rolling", "writing"], tmp_path / "kept" / "cache", []
+    settings = {"pretrained": str(runs / objective), "use_cache": str(cache)}
+    whole = evaluated(MegatronLM(pretrained=settings["pretrained"]), tasks, names)
+    plain = MegatronLM._note
+
+    def stopped(self, *arguments):
+        plain(self, *arguments)
+        noted.append(arguments)
+        if len(noted) == 20:  # in the middle of a document's answers
+            raise InterruptedError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MegatronLM, "_note", stopped)
+        with pytest.raises(InterruptedError):
+            evaluated(MegatronLM(**settings), tasks, names)
+    (file,) = cache.parent.iterdir()
+    assert file.name == "cache_rank0.jsonl" and len(file.read_text().splitlines()) > 4
+    file.write_text(file.read_text()[:-20])  # a line that was being written
+    file.rename(file.with_name("cache_rank1.jsonl"))  # by another process
+    found = evaluated(MegatronLM(**settings), tasks, names)
+    for name in names:
+        for one, other in zip(found["samples"][name], whole["samples"][name], strict=True):
+            if name == "writing":
+                assert one["resps"] == other["resps"]
+            else:
+                np.testing.assert_allclose(*(np.array(each["resps"], float) for each in (one, other)), atol=1e-4)
+    assert found["config"]["upper_bound"] == (objective == "mdm")
+    assert found["config"]["requests"] == whole["config"]["requests"] == 38
+    for name in ("samples_per_request", "standard_error_per_request") if objective == "mdm" else ():
+        assert found["config"][name] == pytest.approx(whole["config"][name], rel=1e-4)
+    for name in ("_ask", "_texts"):
+        monkeypatch.setattr(MegatronLM, name, None)  # everything is kept
+    assert evaluated(MegatronLM(**settings), tasks, names)["samples"].keys() == found["samples"].keys()
+
+
+def test_a_cache_answers_for_its_own_model_and_settings_only(runs, tasks, tmp_path, monkeypatch):
+    cache = {"use_cache": str(tmp_path / "cache")}
+    evaluated(MegatronLM(pretrained=str(runs / "mdm"), **cache), tasks, ["choices"])
+    anew = tmp_path / "anew"  # the same steps and name, other weights
+    shutil.copytree(runs / "mdm", anew)
+    meta = anew / "checkpoints" / "iter_0000006" / "meta.json"
+    changed = json.loads(meta.read_text())
+    changed["files"] = {name: [size, checksum ^ 1] for name, (size, checksum) in changed["files"].items()}
+    meta.write_text(json.dumps(changed))
+    monkeypatch.setattr("megatron.training.checkpoint.damage", lambda folder: None)
+    moved = tmp_path / "moved"
+    shutil.copytree(runs / "mdm", moved)
+    asked = []
+    monkeypatch.setattr(MegatronLM, "_ask", lambda self, requests, *_: asked.extend(requests))
+    for changes in (
+        {"num_mc": 31},
+        {"eval_seed": 1},
+        {"decide_at": 0.0},
+        {"dtype": "bfloat16"},
+        {"pretrained": str(anew)},
+        {"pretrained": str(runs / "mdm" / "checkpoints" / "iter_0000005")},
+    ):
+        asked.clear()
+        with pytest.raises(KeyError):  # nothing is kept, and nothing was answered
+            evaluated(MegatronLM(**{"pretrained": str(runs / "mdm"), **cache, **changes}), tasks, ["choices"])
+        assert len(asked) == 35, changes
+    asked.clear()
+    evaluated(MegatronLM(pretrained=str(moved), batch_size=3, **cache), tasks, ["choices"])
+    assert not asked
+
+
+def test_the_cache_of_lm_eval_is_refused(runs, tasks, tmp_path):
+    model = MegatronLM(pretrained=str(runs / "mdm"))
+    with pytest.raises(ConfigurationError, match="use_cache: lm-eval's own knows neither checkpoints nor settings"):
+        evaluated(model, tasks, ["choices"], use_cache=str(tmp_path / "cache"))
 
 
 def test_checkpoints_are_scored_along_a_run(runs, tasks, tmp_path):
@@ -352,6 +426,15 @@ def test_what_is_wrong_is_said_before_any_work(runs, command, tmp_path):
         ),
         (["--model_args", f"pretrained={mdm},num_mc=many", "--tasks", "x"], "--model_args num_mc=many: is no int"),
         (["--pretrained", mdm, "--method", "x", "--tasks", "x"], "--method x: is not one of bound, chain"),
+        (
+            ["--pretrained", mdm, "--tasks", "x", "--include_path", tmp_path / "x"],
+            f"--include_path {tmp_path}/x: is",
+        ),
+        (
+            ["--pretrained", ar, "--tasks", "x", "--gen_kwargs", "max_gen_toks=600"],
+            "max_gen_toks 600 of a task",
+        ),
+        (["--pretrained", ar, "--tasks", "x", "--gen_kwargs", "steps=2"], "--gen_kwargs steps=2: acts in masked"),
         (["--model", "hf", "--cfg", "1", "--tasks", "x"], "--cfg: acts on --model megatron, and --model hf was given"),
     ):
         with pytest.raises(ConfigurationError) as caught:
