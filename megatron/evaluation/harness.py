@@ -17,7 +17,7 @@ import time
 from dataclasses import fields
 from pathlib import Path
 
-from megatron.training.main import start
+from megatron.training.main import say, start
 
 # isort: split
 # libgomp has been told how to wait: before that nothing may load torch
@@ -164,7 +164,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         asked = read(arguments)
     except ConfigurationError as error:
-        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
+        sys.exit(say(error, 2))
     if asked.command != "run" or asked.model != NAME:
         asked.func(asked)  # lm-eval alone
         return

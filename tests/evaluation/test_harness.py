@@ -343,7 +343,7 @@ def test_checkpoints_are_scored_along_a_run(runs, tasks, tmp_path):
     plot(record, tmp_path / "scores.png")
     assert (tmp_path / "scores.png").read_bytes().startswith(b"\x89PNG") and len(list(tmp_path.iterdir())) == 1
     for run, names, said in (
-        (tmp_path, ["choices"], f"{tmp_path}: holds no checkpoint"),
+        (tmp_path, ["choices"], f"{tmp_path}: holds no sound checkpoint"),
         (runs / "ar", ["x"], "--tasks x: is"),
     ):
         with pytest.raises(ConfigurationError) as caught:
@@ -354,6 +354,28 @@ def test_checkpoints_are_scored_along_a_run(runs, tasks, tmp_path):
     (missing / "choices.yaml").write_text((tasks / "choices.yaml").read_text().replace("choices.jsonl", "gone.jsonl"))
     with pytest.raises(ConfigurationError, match="--tasks choices: .*gone.jsonl"):
         score_checkpoints(str(runs / "ar"), ["choices"], Scoring(), str(missing), None)
+
+
+def test_a_damaged_checkpoint_is_named_and_the_others_are_scored(runs, tasks, tmp_path, caplog):
+    shutil.copytree(runs / "ar", tmp_path / "run")
+    folder = tmp_path / "run" / "checkpoints" / "iter_0000005"
+    file = next(folder.glob("*.safetensors"))
+    whole, cache = file.read_bytes(), tmp_path / "answers"
+    for damage in (lambda: file.write_bytes(whole[:1000]), lambda: _flip(file, whole), file.unlink):
+        damage()
+        caplog.clear()
+        record = score_checkpoints(str(tmp_path / "run"), ["choices"], Scoring(), str(tasks), 3, cache)
+        assert [point["iteration"] for point in record["points"]] == [6]
+        (said,) = [line for line in caplog.messages if "is damaged (" in line]
+        assert said.startswith(f"checkpoint {folder} is damaged ({file.name} ") and said.endswith(") and left out")
+    file.write_bytes(whole)
+    record = score_checkpoints(str(tmp_path / "run"), ["choices"], Scoring(), str(tasks), 3, cache)
+    assert [point["iteration"] for point in record["points"]] == [5, 6]
+    assert len((tmp_path / "answers_rank0.jsonl").read_text().split()) > 2  # of both checkpoints
+
+
+def _flip(file, whole: bytes):
+    file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
 
 
 PROGRAMS = ["-m megatron.evaluation.harness", "tools/score_checkpoints.py"]
