@@ -135,6 +135,21 @@ def test_what_two_processes_saved_is_exported_alike(tiny, tmp_path):
         torch.testing.assert_close(first[name], second[name], rtol=1e-4, atol=1e-5)
 
 
+def test_a_run_whose_data_are_gone_is_exported_by_the_file_of_its_tokenizer(runs, tmp_path):
+    gone = changed(
+        runs / "ar",
+        tmp_path / "run",
+        data={"tokenizer_type": "HFTokenizer", "train_data_path": [f"{tmp_path}/gone/train"]},
+    )
+    done = convert("to-hf", gone, "--output", tmp_path / "hf", check=False)
+    assert done.returncode == 2 and not (tmp_path / "hf").exists()
+    assert done.stderr.startswith(
+        f"error: {tmp_path}/gone/train.json: is gone, or names no tokenizer, and that of {gone}"
+    )
+    done = convert("to-hf", gone, "--output", tmp_path / "hf", "--tokenizer-model", tmp_path / "x", check=False)
+    assert done.stderr.startswith(f"error: --tokenizer-model {tmp_path}/x: no such file")
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
 def test_an_interrupted_export_leaves_nothing(runs, tmp_path, monkeypatch, error):
     def fail(*_):

@@ -10,6 +10,7 @@ import sys
 import lm_eval
 import numpy as np
 import pytest
+import torch
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 from transformers import PreTrainedTokenizerFast
@@ -114,6 +115,15 @@ def asked(*pairs, kind="loglikelihood"):
 # ------------------------------------------------------------------------------------ next-token prediction
 
 
+@torch.no_grad()
+def reference(model: MegatronLM, context: str, continuation: str) -> float:
+    """Return the log-likelihood that the logits of one plain pass give, normalised and added up in float64."""
+    ids = ([], model.tok_encode(continuation)) if context == "" else model._encode_pair(context, continuation)
+    text = [*(ids[0] or [model.eot_token_id]), *ids[1]][-SEQ_LENGTH - 1 :]
+    logits = model.model.logits(torch.tensor([text[:-1]]), True)[0, -len(ids[1]) :]
+    return float(logits.double().log_softmax(-1).gather(1, torch.tensor(ids[1])[:, None]).sum())
+
+
 def test_likelihoods_equal_lm_eval_and_transformers(runs, twin):
     from lm_eval.models.huggingface import HFLM  # after the fixture, which knows whether it can be imported
 
@@ -126,6 +136,8 @@ def test_likelihoods_equal_lm_eval_and_transformers(runs, twin):
     text = [ours._tokenizer.decode(ids[start:end]) for start, end in ((0, 33), (40, 540), (0, 900), (7, 8))]
     pairs = [
         ("import", " os"),
+        ("", text[1]),
+        ("x", "\ufeff\u200b𝔘\n\n\t"),
         ("import", " sys"),
         ("import", " sys"),  # a tie
         ("", "def"),
@@ -137,12 +149,15 @@ def test_likelihoods_equal_lm_eval_and_transformers(runs, twin):
         (text[2], text[0]),  # longer than the model
         (text[2], "y"),
     ]
-    assert [len(ours.tok_encode(pairs[index][1])) for index in (6, 7, 8)] == [1, 33, 500]
+    assert [len(ours.tok_encode(pairs[index][1])) for index in (8, 9, 10)] == [1, 33, 500]
     expected = theirs.loglikelihood(asked(*pairs), disable_tqdm=True)
     found = ours.loglikelihood(asked(*pairs))
-    np.testing.assert_allclose([nats for nats, _ in found], [nats for nats, _ in expected], atol=1e-3, rtol=1e-5)
+    for pair, (nats, _), (other, _) in zip(pairs, found, expected, strict=True):
+        assert nats == pytest.approx(reference(ours, *pair), rel=0, abs=1e-4)
+        # lm-eval's model adds up in fp32, whose steps are 2.4e-4 wide where 500 tokens amount to
+        assert nats == pytest.approx(other, rel=0, abs=max(1e-4, 2 * float(np.spacing(np.float32(abs(nats))))))
     assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
-    assert found[1] == found[2]
+    assert found[3] == found[4]
     rolling = asked((TEXT[:300],), (TEXT * 2,), ("é",), kind="loglikelihood_rolling")
     expected = theirs.loglikelihood_rolling(rolling, disable_tqdm=True)
     np.testing.assert_allclose(ours.loglikelihood_rolling(rolling), expected, rtol=1e-5)
