@@ -60,6 +60,8 @@ def test_an_autoregressive_run_gives_its_loss_in_plain_transformers(runs, tmp_pa
 
 def test_a_masked_diffusion_run_is_a_masked_language_model_and_no_causal_one(runs, tmp_path):
     done = convert("to-hf", runs / "mdm", "--output", tmp_path / "mdm", "--checkpoint", "best")
+    readable = (tmp_path / "mdm").stat().st_mode & 0o666  # by those who may read the folder
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "mdm").iterdir()} == {readable}
     assert "EuroBertForMaskedLM, a masked language model over 258 ids" in done.stdout and not done.stderr
     model = AutoModelForMaskedLM.from_pretrained(tmp_path / "mdm")
     best = json.loads((runs / "mdm" / "checkpoints" / "best.json").read_text())
