@@ -28,11 +28,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megatron.training.main import configure_logging, say
+
+# isort: split
+# libgomp has been told how to wait: before that nothing may load torch
 from megatron.convert.export import DTYPES, export
 from megatron.convert.import_huggingface import import_folder
 from megatron.convert.megatron_deepspeed import import_checkpoint
 from megatron.errors import ConfigurationError
-from megatron.log import configure_logging
+from megatron.parallel.launch import check_alone
 from megatron.training.trained import open_trained
 
 
@@ -40,14 +44,13 @@ def main() -> None:
     configure_logging()
     options, flags = parser().parse_known_args()
     try:
+        check_alone()
         for line in options.convert(options, flags):
             print(line)
-    except ConfigurationError as error:
-        leave(error, 2)
-    except OSError as error:
-        leave(error, 1)
+    except (ConfigurationError, OSError) as error:
+        sys.exit(say(error, 2 if isinstance(error, ConfigurationError) else 1))
     except KeyboardInterrupt:
-        leave("interrupted; nothing was written", 130)
+        sys.exit(print("error: interrupted; nothing was written", file=sys.stderr) or 130)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -141,11 +144,6 @@ def refuse(flags: list[str]) -> None:
         raise ConfigurationError(
             f"{flags[0]}: belongs to no flag of this conversion; --help behind its name lists them"
         )
-
-
-def leave(error: object, code: int) -> None:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron.training.main import configure_logging
+from megatron.training.main import configure_logging, say
 
 # isort: split
 # libgomp has been told how to wait: before that nothing may load torch
@@ -32,6 +32,7 @@ from megatron.config.flags import HelpFormatter, Parser, add_section, build
 from megatron.errors import ConfigurationError
 from megatron.evaluation.sampling import Sampling
 from megatron.evaluation.texts import Request, check, read_request, tokens_to_come, write_records, write_texts
+from megatron.parallel.launch import check_alone
 from megatron.training.run_folder import writing
 from megatron.training.trained import open_trained
 
@@ -45,9 +46,10 @@ class Formatter(HelpFormatter, argparse.RawDescriptionHelpFormatter):
 def main() -> None:
     configure_logging()
     try:
+        check_alone()
         work(sys.argv[1:])
     except (ConfigurationError, OSError) as error:
-        sys.exit(print(f"error: {error}", file=sys.stderr) or (2 if isinstance(error, ConfigurationError) else 1))
+        sys.exit(say(error, 2 if isinstance(error, ConfigurationError) else 1))
 
 
 def work(arguments: list[str]) -> None:

@@ -33,6 +33,8 @@ def new_folder(output: Path) -> Iterator[Path]:
     try:
         yield aside
         for path in [*aside.rglob("*"), aside]:
+            if path.is_file():  # safetensors makes files that their owner alone may read
+                path.chmod(aside.stat().st_mode & 0o666)
             _to_disk(path)
         check_new(output)
         aside.rename(output)

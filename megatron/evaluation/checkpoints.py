@@ -1,5 +1,6 @@
 """Downstream scores along a run: its checkpoints under lm-eval, one after another, and a plot against epochs."""
 
+import logging
 from dataclasses import asdict
 from pathlib import Path
 
@@ -7,37 +8,60 @@ from megatron.errors import ConfigurationError
 from megatron.evaluation.figures import pyplot, save_png
 from megatron.evaluation.language_model import MegatronLM, Source
 from megatron.evaluation.requests import Scoring
-from megatron.evaluation.tasks import faults_of_tasks
+from megatron.evaluation.tasks import check_include_path, faults_of_tasks
+from megatron.training.checkpoint import complete, damage
 from megatron.training.run_folder import read_json
+
+logger = logging.getLogger(__name__)
 
 
 def checkpoints(run: str) -> list[Path]:
-    """Return the folders of all checkpoints of a run, oldest first; raise ConfigurationError where there is none."""
-    found = sorted(path for path in (Path(run) / "checkpoints").glob("iter_*") if (path / "meta.json").exists())
-    if not found:
-        raise ConfigurationError(f"{run}: holds no checkpoint; name a folder that --save wrote")
-    return found
+    """Return the folders of the sound checkpoints of a run, oldest first, and name those that are damaged.
+
+    Raises ConfigurationError where there is none.
+    """
+    sound = []
+    for folder in complete(Path(run) / "checkpoints"):
+        fault = damage(folder)
+        if fault is None:
+            sound.append(folder)
+        else:
+            logger.warning("checkpoint %s is damaged (%s) and left out", folder, fault)
+    if not sound:
+        raise ConfigurationError(f"{run}: holds no sound checkpoint; name a folder that --save wrote")
+    return sound
 
 
 def score_checkpoints(
-    run: str, tasks: list[str], scoring: Scoring, include_path: str | None, limit: float | None, bootstrap: int = 1000
+    run: str,
+    tasks: list[str],
+    scoring: Scoring,
+    include_path: str | None,
+    limit: float | None,
+    cache: Path | None = None,
+    bootstrap: int = 1000,
 ) -> dict:
     """Return what lm-eval finds for every checkpoint of a run: {"run", "points": [{"epoch", ..., "results"}]}.
 
-    Raises ConfigurationError for tasks that are unknown, or whose data cannot be had.
+    Answers are kept in `cache`. Of several processes, which share the work, the first has the points. Raises
+    ConfigurationError for tasks that are unknown, or whose data cannot be had.
     """
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
+    check_include_path(include_path)
     manager, points = TaskManager(include_path=include_path), []
     unknown = [name for name in tasks if not manager.match_tasks([name])]
     if unknown:
         raise ConfigurationError(f"--tasks {unknown[0]}: is unknown to lm-eval; `lm-eval ls tasks` lists them")
     for folder in checkpoints(run):
-        model = MegatronLM(**asdict(Source(pretrained=str(folder))), **asdict(scoring))
+        source = asdict(Source(pretrained=str(folder)))
+        model = MegatronLM(**source, **asdict(scoring), use_cache=cache)
         settings = {"limit": limit, "bootstrap_iters": bootstrap, "log_samples": False}
         with faults_of_tasks(tasks):
             found = simple_evaluate(model=model, tasks=tasks, task_manager=manager, **settings)
+        if found is None:
+            continue
         recorded, meta = model.trained.recorded, read_json(folder / "meta.json")
         tokens = meta["consumed_samples"] * model.seq_length
         points.append(

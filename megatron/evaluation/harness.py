@@ -17,7 +17,7 @@ import time
 from dataclasses import fields
 from pathlib import Path
 
-from megatron.training.main import start
+from megatron.training.main import say, start
 
 # isort: split
 # libgomp has been told how to wait: before that nothing may load torch
@@ -25,10 +25,9 @@ from megatron.config.flags import HelpFormatter, Parser, add_section, spelling
 from megatron.config.sections import Config
 from megatron.errors import ConfigurationError
 from megatron.evaluation.requests import Scoring
-from megatron.evaluation.tasks import faults_of_tasks, leave_without_lm_eval
+from megatron.evaluation.tasks import check_include_path, faults_of_tasks, leave_without_lm_eval
 from megatron.parallel.launch import rank
 from megatron.parallel.mesh import start_processes
-from megatron.training.run_folder import read_json, write_json, writing
 from megatron.training.trained import trained_config
 
 try:
@@ -36,7 +35,7 @@ try:
     from lm_eval.api.registry import model_registry
     from lm_eval.utils import sanitize_model_name, setup_logging
 
-    from megatron.evaluation.language_model import MegatronLM, Source, read_arguments, settings_of
+    from megatron.evaluation.language_model import MegatronLM, Source, read_arguments, read_generation
 except ImportError as missing:
     leave_without_lm_eval(missing)
 
@@ -135,12 +134,12 @@ def read(arguments: list[str]) -> argparse.Namespace:
 def prepare(asked: argparse.Namespace) -> Config:
     """Return the configuration of the run that is scored, once nothing speaks against the command.
 
-    Raises ConfigurationError for a run, checkpoint, tokenizer or setting that is wrong, and for a cache of answers that
-    were given otherwise. Folders of results are made.
+    Raises ConfigurationError for a run, checkpoint, tokenizer or setting that is wrong.
     """
     source, scoring = read_arguments(asked.model_args)
     trained = source.open()
-    scoring.check(trained.recorded["objective_name"])
+    objective = trained.recorded["objective_name"]
+    scoring.check(objective)
     trained.tokenizer()
     if not asked.tasks and not asked.config:
         raise ConfigurationError(NO_TASKS)
@@ -148,25 +147,12 @@ def prepare(asked: argparse.Namespace) -> Config:
         folder = Path(asked.output_path)
         folder = folder.parent if folder.suffix == ".json" else folder / sanitize_model_name(source.pretrained)
         asked.model_args["records"] = str(folder / f"scores_{time.strftime('%Y-%m-%dT%H-%M-%S')}.jsonl")
-    if asked.use_cache and rank() == 0:
-        _check_cache(Path(f"{asked.use_cache}.settings.json"), settings_of(source, scoring, trained))
+    check_include_path(asked.include_path)
+    # a length that tasks say themselves is known when they are loaded
+    read_generation({"max_gen_toks": 1} | (asked.gen_kwargs or {}), objective, trained.config.data.seq_length)
+    if asked.use_cache:  # ours, not lm-eval's own
+        asked.model_args["use_cache"], asked.use_cache = asked.use_cache, None
     return trained_config(source.pretrained)
-
-
-def _check_cache(path: Path, settings: dict) -> None:
-    """Note what a cache of answers belongs to, or refuse it: lm-eval's own knows nothing of models and settings."""
-    if path.exists():
-        before = read_json(path)
-        for name in settings:
-            if before.get(name) != settings[name]:
-                raise ConfigurationError(
-                    f"--use_cache {str(path).removesuffix('.settings.json')}: its answers were given with {name} "
-                    f"{before.get(name)}, and {settings[name]} is asked for; name another file"
-                )
-        return
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, settings)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -178,7 +164,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         asked = read(arguments)
     except ConfigurationError as error:
-        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
+        sys.exit(say(error, 2))
     if asked.command != "run" or asked.model != NAME:
         asked.func(asked)  # lm-eval alone
         return

@@ -6,7 +6,7 @@ import json
 import logging
 import typing
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -14,9 +14,10 @@ import torch.distributed as dist
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 
-from megatron.config.flags import flag, require, spelling
+from megatron.config.flags import flag, require
 from megatron.errors import ConfigurationError
 from megatron.evaluation.generate import CAUSAL, check_empty_prompt, check_objective, generate
+from megatron.evaluation.kept import Kept
 from megatron.evaluation.requests import Request, Score, Scoring
 from megatron.evaluation.sampling import MASKED, Sampling
 from megatron.evaluation.score import score
@@ -93,9 +94,12 @@ def _typed(name: str, value, hint):
 
 
 class MegatronLM(TemplateLM):
-    """A trained run, as lm-eval calls it. Every process holds the whole model and scores its own share of a task."""
+    """A trained run, as lm-eval calls it. Every process holds the whole model and scores its own share of a task.
 
-    def __init__(self, batch_size=None, max_batch_size=None, device=None, **arguments):
+    With `use_cache`, a path, answers are kept there and not asked for again.
+    """
+
+    def __init__(self, batch_size=None, max_batch_size=None, device=None, use_cache=None, **arguments):
         super().__init__()
         self.source, scoring = read_arguments(arguments)
         if batch_size not in (None, "auto"):
@@ -118,6 +122,7 @@ class MegatronLM(TemplateLM):
         self._figures = [0.0] * 5  # requests, samples, forward tokens, bounds, their squared errors
         self._totals = list(self._figures)
         self._records = _records(self.source.records, self.rank, self.world_size)
+        self._kept = Kept(use_cache, self.rank, self._settings())
 
     # ------------------------------------------------------------------------------------ what lm-eval asks for
 
@@ -132,6 +137,13 @@ class MegatronLM(TemplateLM):
     @property
     def tokenizer_name(self) -> str:
         return self._tokenizer.named
+
+    def set_cache_hook(self, cache_hook) -> None:
+        """Refuse lm-eval's own cache: it mixes up checkpoints, settings, and documents that ask for the same text."""
+        raise ConfigurationError(
+            "use_cache: lm-eval's own knows neither checkpoints nor settings; give --use_cache on the command line, or "
+            "MegatronLM(use_cache=...)"
+        )
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
         """Return the ids of a text: special tokens never come out of it, and none is added."""
@@ -168,15 +180,38 @@ class MegatronLM(TemplateLM):
         """Return what each context is followed by, up to the first of the texts in `until`."""
         if not all(instance.args[0] for instance in requests):
             check_empty_prompt(self.trained.config.data)
-        groups: dict[tuple[Sampling, tuple[str, ...]], list[int]] = {}
-        found = [""] * len(requests)
+        equal: dict[str, list[int]] = {}  # draws tell equal requests apart by their number: they stay together
         for index, instance in enumerate(requests):
-            groups.setdefault(read_generation(instance.args[1], self.objective, self.seq_length), []).append(index)
-        for (sampling, until), indices in groups.items():
-            for index, text in zip(indices, self._texts(sampling, until, [requests[i].args[0] for i in indices])):
-                found[index] = text
-                self.cache_hook.add_partial("generate_until", requests[index].args, text)
+            equal.setdefault(self._kept.key("generate_until", instance.args), []).append(index)
+        groups: dict[tuple[Sampling, tuple[str, ...]], list[tuple[str, list[int]]]] = {}
+        for content, indices in equal.items():
+            settings = read_generation(requests[indices[0]].args[1], self.objective, self.seq_length)
+            groups.setdefault(settings, []).append((self._kept.key(content, len(indices)), indices))
+        found = [""] * len(requests)
+        for (sampling, until), asked in groups.items():
+            for key, indices, texts in self._written(sampling, until, asked, requests):
+                self._kept.add(key, texts)
+                for index, text in zip(indices, texts, strict=True):
+                    found[index] = text
         return found
+
+    def _written(self, sampling: Sampling, until: tuple[str, ...], asked: list[tuple[str, list[int]]], requests):
+        """Yield (key, indices, texts) of equal requests: those that are kept, then as many at a time as are read."""
+        fresh = []
+        for key, indices in asked:
+            texts = self._kept.get(key)
+            if texts is None:
+                fresh.append((key, indices))
+            else:
+                yield key, indices, texts
+        fresh.sort(key=lambda each: -len(requests[each[1][0]].args[0]))  # rows of a batch are about as long
+        size = self.scoring.batch_rows or ANSWERS
+        for start in range(0, len(fresh), size):
+            part = fresh[start : start + size]
+            contexts = [requests[index].args[0] for _, indices in part for index in indices]
+            texts = iter(self._texts(sampling, until, contexts))
+            for key, indices in part:
+                yield key, indices, [next(texts) for _ in indices]
 
     def _texts(self, sampling: Sampling, until: tuple[str, ...], contexts: list[str]) -> list[str]:
         """Return what each context is followed by, written no further than the first of `until`."""
@@ -247,18 +282,48 @@ class MegatronLM(TemplateLM):
             info["standard_error_per_request"] = (squares / bounds) ** 0.5 if bounds else None
         return info
 
+    def _settings(self) -> dict:
+        """Return all that decides an answer beside the request."""
+        scoring = {name: value for name, value in asdict(self.scoring).items() if not name.startswith("batch_")}
+        return {"checkpoint": self.trained.meta, "average": self.source.average, "dtype": self.dtype, **scoring}
+
     def _score(self, kind: str, instances: Sequence[Instance], asked: list[Request], scoring: Scoring):
+        """Return the answers, kept ones and new ones. Those of a document are kept together: rivals decide on samples,
+        and the rest of them alone would be told otherwise."""
+        documents: dict[str, dict[tuple, None]] = {}  # what is asked of each
+        places = [(request.question, instance.args) for request, instance in zip(asked, instances, strict=True)]
+        for question, arguments in places:
+            documents.setdefault(question, {})[arguments] = None
+        keys = {question: self._kept.key(kind, question, list(each)) for question, each in documents.items()}
+        found: dict[tuple, Score] = {}
+        for question, every in documents.items():
+            for arguments, kept in zip(every, self._kept.get(keys[question]) or ()):
+                found[question, arguments] = Score(**kept)
         noted = set()
 
-        def finished(index: int, one: Score) -> None:
-            answer = _answer(one)
+        def note(index: int) -> None:
             instance = instances[index]
-            self.cache_hook.add_partial(kind, instance.args, answer if kind == "loglikelihood" else answer[0])
             if id(instance) not in noted:  # lm-eval repeats some, so that all processes have as many
                 noted.add(id(instance))
-                self._note(kind, instance, one)
+                self._note(kind, instance, found[places[index]])
 
-        return [_answer(one) for one in self._ask(asked, scoring, finished)]
+        fresh = [index for index, place in enumerate(places) if place not in found]
+        for index, place in enumerate(places):
+            if place in found:
+                note(index)
+
+        def finished(number: int, one: Score) -> None:
+            index = fresh[number]
+            question, _ = places[index]
+            found[places[index]] = one
+            answers = [found.get((question, arguments)) for arguments in documents[question]]
+            if None not in answers:
+                self._kept.add(keys[question], [asdict(answer) for answer in answers])
+            note(index)
+
+        if fresh:
+            self._ask([asked[index] for index in fresh], scoring, finished)
+        return [_answer(found[place]) for place in places]
 
     def _ask(self, asked: list[Request], scoring: Scoring, finished=lambda *_: None) -> list[Score]:
         data = self.trained.config.data
@@ -346,15 +411,3 @@ def _records(path: str | None, rank: int, size: int) -> Path | None:
     with writing(file):
         file.parent.mkdir(parents=True, exist_ok=True)
     return file
-
-
-def settings_of(source: Source, scoring: Scoring, trained: Trained) -> dict:
-    """Return all that decides a score beside the request: answers that are kept belong to it."""
-    batch = ("batch_tokens", "batch_rows")
-    return {
-        "checkpoint": str(trained.checkpoint.resolve()),
-        "iteration": trained.meta["iteration"],
-        "average": source.average,
-        "dtype": source.dtype,
-        **{spelling(field.name): getattr(scoring, field.name) for field in fields(scoring) if field.name not in batch},
-    }

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NoReturn
 
 from megatron.errors import ConfigurationError
@@ -16,6 +17,12 @@ def leave_without_lm_eval(missing: ImportError) -> NoReturn:
         print(f"error: scoring needs the package lm-eval ({missing}); bash install.sh --with-eval", file=sys.stderr)
         or 2
     )
+
+
+def check_include_path(folder: str | None) -> None:
+    """Raise ConfigurationError where the folder of further tasks is none: lm-eval would know its tasks by no name."""
+    if folder is not None and not Path(folder).is_dir():
+        raise ConfigurationError(f"--include_path {folder}: is no folder; name one that holds tasks as YAML files")
 
 
 @contextmanager

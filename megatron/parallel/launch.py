@@ -20,6 +20,16 @@ def adopt_slurm() -> None:
             os.environ.setdefault(name, os.environ[f"SLURM_{given}"])
 
 
+def check_alone() -> None:
+    """Refuse several processes, each of which would do all of the work of a command that is not shared."""
+    adopt_slurm()
+    if world_size() > 1:
+        raise ConfigurationError(
+            f"WORLD_SIZE={world_size()}: this command runs in one process; start it with python, not with torchrun or "
+            "srun"
+        )
+
+
 def world_size() -> int:
     """Return the number of processes that the launcher started."""
     return _whole("WORLD_SIZE", 1)

@@ -66,9 +66,9 @@ def start(read: Callable[[], Config], work: Callable[[Config, Watch | None], Non
             watch.leave(minutes)
             stop_processes()
     except (ConfigurationError, DivergedError, PeerError) as error:
-        code = _say(error, 2 if isinstance(error, ConfigurationError) else 1, watch)
+        code = say(error, 2 if isinstance(error, ConfigurationError) else 1, watch)
     except OSError as error:
-        code = _say(error, 1, watch, PATIENCE)
+        code = say(error, 1, watch, PATIENCE)
     except BaseException as error:
         if watch is None:
             raise
@@ -97,7 +97,7 @@ def _what_failed(error: BaseException, rank: int, minutes: float) -> str:
     return f"rank {rank} failed with {type(error).__name__}: {first_line}"
 
 
-def _say(error: BaseException, code: int, watch: Watch | None, patience: float = 0.0) -> int:
+def say(error: BaseException, code: int, watch: Watch | None = None, patience: float = 0.0) -> int:
     """Say what went wrong, once a node; return the exit code, or leave with all the others where there are any."""
     if watch:
         time.sleep(patience)

@@ -60,6 +60,11 @@ class Trained:
         if data.tokenizer_model is None and data.tokenizer_type in ("HFTokenizer", *SENTENCE_PIECE):
             prefix = requested_sets(data, with_test=False)[0].prefixes[0]
             made = read_metadata(prefix)
+            if not made.get("tokenizer_model"):
+                raise ConfigurationError(
+                    f"{prefix}.json: is gone, or names no tokenizer, and that of {self.name} lies beside its training "
+                    "data; put their folder back, or give --tokenizer-model where a command takes it"
+                )
         tokenizer = tokenizer_beside(data, prefix, made)
         expected = made.get("tokenizer_hash", tokenizer.hash)
         if (tokenizer.vocabulary_size, tokenizer.hash) != (self.vocabulary.size, expected):

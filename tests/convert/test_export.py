@@ -60,6 +60,8 @@ def test_an_autoregressive_run_gives_its_loss_in_plain_transformers(runs, tmp_pa
 
 def test_a_masked_diffusion_run_is_a_masked_language_model_and_no_causal_one(runs, tmp_path):
     done = convert("to-hf", runs / "mdm", "--output", tmp_path / "mdm", "--checkpoint", "best")
+    readable = (tmp_path / "mdm").stat().st_mode & 0o666  # by those who may read the folder
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "mdm").iterdir()} == {readable}
     assert "EuroBertForMaskedLM, a masked language model over 258 ids" in done.stdout and not done.stderr
     model = AutoModelForMaskedLM.from_pretrained(tmp_path / "mdm")
     best = json.loads((runs / "mdm" / "checkpoints" / "best.json").read_text())
@@ -133,6 +135,21 @@ def test_what_two_processes_saved_is_exported_alike(tiny, tmp_path):
     assert first.keys() == second.keys()
     for name in first:
         torch.testing.assert_close(first[name], second[name], rtol=1e-4, atol=1e-5)
+
+
+def test_a_run_whose_data_are_gone_is_exported_by_the_file_of_its_tokenizer(runs, tmp_path):
+    gone = changed(
+        runs / "ar",
+        tmp_path / "run",
+        data={"tokenizer_type": "HFTokenizer", "train_data_path": [f"{tmp_path}/gone/train"]},
+    )
+    done = convert("to-hf", gone, "--output", tmp_path / "hf", check=False)
+    assert done.returncode == 2 and not (tmp_path / "hf").exists()
+    assert done.stderr.startswith(
+        f"error: {tmp_path}/gone/train.json: is gone, or names no tokenizer, and that of {gone}"
+    )
+    done = convert("to-hf", gone, "--output", tmp_path / "hf", "--tokenizer-model", tmp_path / "x", check=False)
+    assert done.stderr.startswith(f"error: --tokenizer-model {tmp_path}/x: no such file")
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])

@@ -10,6 +10,7 @@ import sys
 import lm_eval
 import numpy as np
 import pytest
+import torch
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 from transformers import PreTrainedTokenizerFast
@@ -114,6 +115,15 @@ def asked(*pairs, kind="loglikelihood"):
 # ------------------------------------------------------------------------------------ next-token prediction
 
 
+@torch.no_grad()
+def reference(model: MegatronLM, context: str, continuation: str) -> float:
+    """Return the log-likelihood that the logits of one plain pass give, normalised and added up in float64."""
+    ids = ([], model.tok_encode(continuation)) if context == "" else model._encode_pair(context, continuation)
+    text = [*(ids[0] or [model.eot_token_id]), *ids[1]][-SEQ_LENGTH - 1 :]
+    logits = model.model.logits(torch.tensor([text[:-1]]), True)[0, -len(ids[1]) :]
+    return float(logits.double().log_softmax(-1).gather(1, torch.tensor(ids[1])[:, None]).sum())
+
+
 def test_likelihoods_equal_lm_eval_and_transformers(runs, twin):
     from lm_eval.models.huggingface import HFLM  # after the fixture, which knows whether it can be imported
 
@@ -126,6 +136,8 @@ def test_likelihoods_equal_lm_eval_and_transformers(runs, twin):
     text = [ours._tokenizer.decode(ids[start:end]) for start, end in ((0, 33), (40, 540), (0, 900), (7, 8))]
     pairs = [
         ("import", " os"),
+        ("", text[1]),
+        ("x", "\ufeff\u200b𝔘\n\n\t"),
         ("import", " sys"),
         ("import", " sys"),  # a tie
         ("", "def"),
@@ -137,12 +149,15 @@ def test_likelihoods_equal_lm_eval_and_transformers(runs, twin):
         (text[2], text[0]),  # longer than the model
         (text[2], "y"),
     ]
-    assert [len(ours.tok_encode(pairs[index][1])) for index in (6, 7, 8)] == [1, 33, 500]
+    assert [len(ours.tok_encode(pairs[index][1])) for index in (8, 9, 10)] == [1, 33, 500]
     expected = theirs.loglikelihood(asked(*pairs), disable_tqdm=True)
     found = ours.loglikelihood(asked(*pairs))
-    np.testing.assert_allclose([nats for nats, _ in found], [nats for nats, _ in expected], atol=1e-3, rtol=1e-5)
+    for pair, (nats, _), (other, _) in zip(pairs, found, expected, strict=True):
+        assert nats == pytest.approx(reference(ours, *pair), rel=0, abs=1e-4)
+        # lm-eval's model adds up in fp32, whose steps are 2.4e-4 wide where 500 tokens amount to
+        assert nats == pytest.approx(other, rel=0, abs=max(1e-4, 2 * float(np.spacing(np.float32(abs(nats))))))
     assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
-    assert found[1] == found[2]
+    assert found[3] == found[4]
     rolling = asked((TEXT[:300],), (TEXT * 2,), ("é",), kind="loglikelihood_rolling")
     expected = theirs.loglikelihood_rolling(rolling, disable_tqdm=True)
     np.testing.assert_allclose(ours.loglikelihood_rolling(rolling), expected, rtol=1e-5)
@@ -249,11 +264,85 @@ def test_the_command_writes_what_lm_eval_writes_and_goes_on_from_its_cache(runs,
     harness(command)
     table = [line for line in first.splitlines() if "acc" in line]
     assert [line for line in capsys.readouterr().out.splitlines() if "acc" in line] == table
-    with pytest.raises(SystemExit) as left:
-        harness([*command, "--cfg", "0.5"])
-    assert left.value.code == 2
-    line = capsys.readouterr().err.splitlines()[-1]
-    assert line.startswith(f"error: --use_cache {tmp_path}/kept/cache: its answers were given with --cfg 0.0, and 0.5")
+    repeated = max(folder.glob("results_*.json"), key=lambda path: path.stat().st_mtime_ns)
+    figures = ("upper_bound", "requests", "forward_tokens", "samples_per_request", "standard_error_per_request")
+    again = json.loads(repeated.read_text())["config"]
+    assert repeated != results
+    assert [again[name] for name in figures] == pytest.approx([found["config"][name] for name in figures])
+
+
+@pytest.mark.parametrize("objective", ["ar", "mdm"])
+def test_what_a_kill_left_in_a_cache_is_gone_on_from(runs, tasks, tmp_path, monkeypatch, objective):
+    names, cache, noted = ["choices", "rolling", "writing"], tmp_path / "kept" / "cache", []
+    settings = {"pretrained": str(runs / objective), "use_cache": str(cache)}
+    whole = evaluated(MegatronLM(pretrained=settings["pretrained"]), tasks, names)
+    plain = MegatronLM._note
+
+    def stopped(self, *arguments):
+        plain(self, *arguments)
+        noted.append(arguments)
+        if len(noted) == 20:  # in the middle of a document's answers
+            raise InterruptedError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MegatronLM, "_note", stopped)
+        with pytest.raises(InterruptedError):
+            evaluated(MegatronLM(**settings), tasks, names)
+    (file,) = cache.parent.iterdir()
+    assert file.name == "cache_rank0.jsonl" and len(file.read_text().splitlines()) > 4
+    file.write_text(file.read_text()[:-20])  # a line that was being written
+    file.rename(file.with_name("cache_rank1.jsonl"))  # by another process
+    found = evaluated(MegatronLM(**settings), tasks, names)
+    for name in names:
+        for one, other in zip(found["samples"][name], whole["samples"][name], strict=True):
+            if name == "writing":
+                assert one["resps"] == other["resps"]
+            else:
+                np.testing.assert_allclose(*(np.array(each["resps"], float) for each in (one, other)), atol=1e-4)
+    assert found["config"]["upper_bound"] == (objective == "mdm")
+    assert found["config"]["requests"] == whole["config"]["requests"] == 38
+    for name in ("samples_per_request", "standard_error_per_request") if objective == "mdm" else ():
+        assert found["config"][name] == pytest.approx(whole["config"][name], rel=1e-4)
+    for name in ("_ask", "_texts"):
+        monkeypatch.setattr(MegatronLM, name, None)  # everything is kept
+    assert evaluated(MegatronLM(**settings), tasks, names)["samples"].keys() == found["samples"].keys()
+
+
+def test_a_cache_answers_for_its_own_model_and_settings_only(runs, tasks, tmp_path, monkeypatch):
+    cache = {"use_cache": str(tmp_path / "cache")}
+    evaluated(MegatronLM(pretrained=str(runs / "mdm"), **cache), tasks, ["choices"])
+    anew = tmp_path / "anew"  # the same steps and name, other weights
+    shutil.copytree(runs / "mdm", anew)
+    meta = anew / "checkpoints" / "iter_0000006" / "meta.json"
+    changed = json.loads(meta.read_text())
+    changed["files"] = {name: [size, checksum ^ 1] for name, (size, checksum) in changed["files"].items()}
+    meta.write_text(json.dumps(changed))
+    monkeypatch.setattr("megatron.training.checkpoint.damage", lambda folder: None)
+    moved = tmp_path / "moved"
+    shutil.copytree(runs / "mdm", moved)
+    asked = []
+    monkeypatch.setattr(MegatronLM, "_ask", lambda self, requests, *_: asked.extend(requests))
+    for changes in (
+        {"num_mc": 31},
+        {"eval_seed": 1},
+        {"decide_at": 0.0},
+        {"dtype": "bfloat16"},
+        {"pretrained": str(anew)},
+        {"pretrained": str(runs / "mdm" / "checkpoints" / "iter_0000005")},
+    ):
+        asked.clear()
+        with pytest.raises(KeyError):  # nothing is kept, and nothing was answered
+            evaluated(MegatronLM(**{"pretrained": str(runs / "mdm"), **cache, **changes}), tasks, ["choices"])
+        assert len(asked) == 35, changes
+    asked.clear()
+    evaluated(MegatronLM(pretrained=str(moved), batch_size=3, **cache), tasks, ["choices"])
+    assert not asked
+
+
+def test_the_cache_of_lm_eval_is_refused(runs, tasks, tmp_path):
+    model = MegatronLM(pretrained=str(runs / "mdm"))
+    with pytest.raises(ConfigurationError, match="use_cache: lm-eval's own knows neither checkpoints nor settings"):
+        evaluated(model, tasks, ["choices"], use_cache=str(tmp_path / "cache"))
 
 
 def test_checkpoints_are_scored_along_a_run(runs, tasks, tmp_path):
@@ -269,7 +358,7 @@ def test_checkpoints_are_scored_along_a_run(runs, tasks, tmp_path):
     plot(record, tmp_path / "scores.png")
     assert (tmp_path / "scores.png").read_bytes().startswith(b"\x89PNG") and len(list(tmp_path.iterdir())) == 1
     for run, names, said in (
-        (tmp_path, ["choices"], f"{tmp_path}: holds no checkpoint"),
+        (tmp_path, ["choices"], f"{tmp_path}: holds no sound checkpoint"),
         (runs / "ar", ["x"], "--tasks x: is"),
     ):
         with pytest.raises(ConfigurationError) as caught:
@@ -280,6 +369,28 @@ def test_checkpoints_are_scored_along_a_run(runs, tasks, tmp_path):
     (missing / "choices.yaml").write_text((tasks / "choices.yaml").read_text().replace("choices.jsonl", "gone.jsonl"))
     with pytest.raises(ConfigurationError, match="--tasks choices: .*gone.jsonl"):
         score_checkpoints(str(runs / "ar"), ["choices"], Scoring(), str(missing), None)
+
+
+def test_a_damaged_checkpoint_is_named_and_the_others_are_scored(runs, tasks, tmp_path, caplog):
+    shutil.copytree(runs / "ar", tmp_path / "run")
+    folder = tmp_path / "run" / "checkpoints" / "iter_0000005"
+    file = next(folder.glob("*.safetensors"))
+    whole, cache = file.read_bytes(), tmp_path / "answers"
+    for damage in (lambda: file.write_bytes(whole[:1000]), lambda: _flip(file, whole), file.unlink):
+        damage()
+        caplog.clear()
+        record = score_checkpoints(str(tmp_path / "run"), ["choices"], Scoring(), str(tasks), 3, cache)
+        assert [point["iteration"] for point in record["points"]] == [6]
+        (said,) = [line for line in caplog.messages if "is damaged (" in line]
+        assert said.startswith(f"checkpoint {folder} is damaged ({file.name} ") and said.endswith(") and left out")
+    file.write_bytes(whole)
+    record = score_checkpoints(str(tmp_path / "run"), ["choices"], Scoring(), str(tasks), 3, cache)
+    assert [point["iteration"] for point in record["points"]] == [5, 6]
+    assert len((tmp_path / "answers_rank0.jsonl").read_text().split()) > 2  # of both checkpoints
+
+
+def _flip(file, whole: bytes):
+    file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
 
 
 PROGRAMS = ["-m megatron.evaluation.harness", "tools/score_checkpoints.py"]
@@ -352,6 +463,15 @@ def test_what_is_wrong_is_said_before_any_work(runs, command, tmp_path):
         ),
         (["--model_args", f"pretrained={mdm},num_mc=many", "--tasks", "x"], "--model_args num_mc=many: is no int"),
         (["--pretrained", mdm, "--method", "x", "--tasks", "x"], "--method x: is not one of bound, chain"),
+        (
+            ["--pretrained", mdm, "--tasks", "x", "--include_path", tmp_path / "x"],
+            f"--include_path {tmp_path}/x: is",
+        ),
+        (
+            ["--pretrained", ar, "--tasks", "x", "--gen_kwargs", "max_gen_toks=600"],
+            "max_gen_toks 600 of a task",
+        ),
+        (["--pretrained", ar, "--tasks", "x", "--gen_kwargs", "steps=2"], "--gen_kwargs steps=2: acts in masked"),
         (["--model", "hf", "--cfg", "1", "--tasks", "x"], "--cfg: acts on --model megatron, and --model hf was given"),
     ):
         with pytest.raises(ConfigurationError) as caught:

@@ -266,6 +266,20 @@ def test_samples_are_spent_where_the_best_is_not_known(model):
     assert np.argmax([one.log_likelihood for one in found[:3]]) == best == 0
 
 
+def test_stopping_favours_the_leader_by_less_than_its_error(model):
+    """What docs/scoring.md says of --decide-at, where all hidden sets of 8 tokens can be listed."""
+    context, answers = text(64, 6), [text(seed, 8) for seed in (65, 66, 68)]
+    exact = [-one.log_likelihood for one in scored(model, [Request(context, each) for each in answers], num_mc=255)]
+    leader, repeats = int(np.argmin(exact)), 150
+    for settings, most in (({}, 0.6), ({"decide_at": 0.0}, 0.3)):
+        asked = [Request(context, each, f"draw {number}") for number in range(repeats) for each in answers]
+        found = scored(model, asked, num_mc=64, only_mc_nll=True, **settings)
+        nats = -np.array([one.log_likelihood for one in found]).reshape(repeats, -1)[:, leader]
+        reported = np.sqrt(np.mean([one.standard_error**2 for one in found[leader :: len(answers)]]))
+        assert abs(nats.mean() - exact[leader]) < most * reported
+        assert reported == pytest.approx(nats.std(ddof=1), rel=0.3)
+
+
 def greedy_masked(model, context, size) -> list[int]:
     """Return what a model says, the surest token first, by plain passes."""
     tokens, hidden = [*context, *[VOCABULARY.mask_id] * size], set(range(size))

@@ -17,6 +17,7 @@ from megatron.evaluation.texts import HIDDEN, Asked, Request, read_request, visi
 from megatron.training.main import main
 from megatron.training.trained import open_trained
 from tests.conftest import ROOT, environment
+from tools.convert_checkpoint import main as convert
 from tools.generate import main as write
 from tools.generate import work
 
@@ -213,3 +214,18 @@ def test_a_folder_that_cannot_be_written_to_is_told_before_the_work(runs, tmp_pa
     flags = ["--prompt", "a", "--max-new-tokens", "8", "--output", tmp_path / "file" / "texts.jsonl"]
     code, printed, said = written(runs / "ar", *flags)
     assert code == 1 and said.startswith("error: ") and "could not be written" in said and not printed
+
+
+@pytest.mark.parametrize("program", [write, convert])
+def test_several_processes_are_refused(program, runs, tmp_path, monkeypatch, capsys):
+    """Each of them would print every text, and all would write the same folder."""
+    before, after = (["x"], ["--prompt", "x"]) if program is write else (["x", "to-hf"], [])
+    output = tmp_path / "written.jsonl"
+    monkeypatch.setattr(sys, "argv", [*before, str(runs / "ar"), *after, "--output", str(output)])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit) as left:
+        program()
+    printed, said = capsys.readouterr()
+    assert left.value.code == 2 and not printed and not output.exists()
+    assert said.startswith("error: WORLD_SIZE=2: this command runs in one process; start it with python, ")
+    assert said.count("\n") == 1
