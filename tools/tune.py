@@ -107,7 +107,7 @@ class Tuner:
         if self.best and cpp_compiler():
             sizes, best = self.sizes(), self.best
             place = sizes.index(best.micro_batch) if best.micro_batch in sizes else 0
-            for size in {best.micro_batch, *sizes[max(0, place - 1) : place + 2]}:
+            for size in [best.micro_batch, *sizes[place + 1 : place + 2], *sizes[max(0, place - 1) : place]]:
                 self.trial(best._replace(micro_batch=size, compile=True))
         if self.best:
             best = self.best

@@ -1,6 +1,7 @@
 """Activation recomputation: what the backward pass needs is computed again instead of kept."""
 
 import functools
+import logging
 from collections.abc import Callable
 
 import torch
@@ -31,6 +32,8 @@ def recompute(model: Transformer, parallel: ParallelConfig) -> None:
     contexts = {}
     if parallel.recompute_granularity == "selective":
         policy = functools.partial(_policy, PRODUCTS if model.config.attention_dropout else PRODUCTS | ATTENTION)
+        # compiled, it warns of operators in place, and a block has none
+        logging.getLogger("torch._dynamo.variables.higher_order_ops").setLevel(logging.ERROR)
         contexts["context_fn"] = functools.partial(create_selective_checkpoint_contexts, policy)
     blocks = list(model.layers.values())
     for block in blocks[: parallel.recompute_num_layers]:
