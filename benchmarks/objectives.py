@@ -24,7 +24,6 @@ import numpy as np
 from tqdm import tqdm
 
 from benchmarks.contestants import version
-from benchmarks.layouts import RandomText
 from benchmarks.options import read_options
 from megatron.batch import Batch
 from megatron.config.flags import flag, require
@@ -38,6 +37,7 @@ from megatron.training.engines import start_engine
 from megatron.training.environment import choose_precision, device_name
 from megatron.training.feed import MicroBatches
 from megatron.training.step import reseed, train_step
+from megatron.training.trial import RandomText
 
 WARM_UP = 2  # rounds that are not timed
 VOCABULARY, EOD = Vocabulary(GPT2_VOCABULARY), GPT2_VOCABULARY - 1

@@ -1,19 +1,14 @@
 """The command line of a benchmark: flags from a dataclass, help as its module writes it, mistakes in one line."""
 
-import argparse
 import sys
 
-from megatron.config.flags import HelpFormatter, Parser, add_section, build
+from megatron.config.flags import DescribedFormatter, Parser, add_section, build
 from megatron.errors import ConfigurationError
-
-
-class Formatter(HelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """The description as it is written."""
 
 
 def read_options(section: type, description: str):
     """Return the `section` that the command line describes; leave with 2 where it cannot."""
-    parser = Parser(description=description, formatter_class=Formatter, allow_abbrev=False)
+    parser = Parser(description=description, formatter_class=DescribedFormatter, allow_abbrev=False)
     add_section(parser, section, {})
     try:
         return build(section, parser.parse_known(sys.argv[1:]))

@@ -168,3 +168,19 @@ def test_generation_of_another_network_is_refused():
     done = run(*GENERATION, script=FAULT.format(benchmark="generation"))
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == "transformers AR computes something else: its logits are not ours"
+
+
+@pytest.mark.slow
+def test_preprocessing_starting_and_reading_are_measured(tmp_path):
+    flags = "--copies 1 --documents 50 --epochs 1 3 --rounds 1 --output".split()
+    command = [sys.executable, "benchmarks/data.py", *flags, str(tmp_path / "data.json")]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "data.json").read_text())
+    (text,) = report["preprocessing"]
+    assert text["megabytes"] > 5 and 0 < text["tokenizers_seconds"] < 1.1 * text["seconds"]
+    assert {(row["order"], row["epochs"]) for row in report["starting"]} == {
+        (order, epochs) for order in ("documents", "windows", "megatron") for epochs in (1, 3)
+    }
+    assert all(row["seconds_per_sample"] > 0 for row in report["starting"])
+    assert report["program"]["pretrain_gpt.py"]["cpu"] > report["program"]["import torch"]["cpu"] > 0

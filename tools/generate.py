@@ -15,7 +15,6 @@ Texts are printed, prompts included; --output keeps them for a machine. Nothing 
 What is given is taken as it stands, its line ends too; in bash a line end is typed $'like\\nthis'.
 """
 
-import argparse
 import logging
 import sys
 from pathlib import Path
@@ -28,7 +27,7 @@ from megatron.training.main import configure_logging, say
 # libgomp has been told how to wait: before that nothing may load torch
 from tqdm import tqdm
 
-from megatron.config.flags import HelpFormatter, Parser, add_section, build
+from megatron.config.flags import DescribedFormatter, Parser, add_section, build
 from megatron.errors import ConfigurationError
 from megatron.evaluation.sampling import Sampling
 from megatron.evaluation.texts import Request, check, read_request, tokens_to_come, write_records, write_texts
@@ -37,10 +36,6 @@ from megatron.training.run_folder import writing
 from megatron.training.trained import open_trained
 
 logger = logging.getLogger(__name__)
-
-
-class Formatter(HelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """The description as it is written."""
 
 
 def main() -> None:
@@ -53,7 +48,7 @@ def main() -> None:
 
 
 def work(arguments: list[str]) -> None:
-    parser = Parser(description=__doc__, formatter_class=Formatter, allow_abbrev=False)
+    parser = Parser(description=__doc__, formatter_class=DescribedFormatter, allow_abbrev=False)
     parser.add_argument("run", nargs="?", metavar="RUN", help="a folder that --save wrote, or a checkpoint in it")
     for section in (Request, Sampling):
         add_section(parser, section, {})

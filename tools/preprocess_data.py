@@ -12,27 +12,22 @@ Then: pretrain_gpt.py --train-data-path data/mine/train --valid-data-path data/m
 Called again with the same text and flags it writes nothing.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron.config.flags import HelpFormatter, Parser, add_section, build
+from megatron.config.flags import DescribedFormatter, Parser, add_section, build
 from megatron.data.preparation import Preparation
 from megatron.data.prepare import prepare
 from megatron.errors import ConfigurationError
 from megatron.log import configure_logging
 
 
-class Formatter(HelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Defaults of the flags, and the description as it is written."""
-
-
 def main() -> None:
     configure_logging()
     try:
-        parser = Parser(description=__doc__, formatter_class=Formatter, allow_abbrev=False)
+        parser = Parser(description=__doc__, formatter_class=DescribedFormatter, allow_abbrev=False)
         add_section(parser, Preparation, defaults={})
         asked = build(Preparation, parser.parse_known(sys.argv[1:]))
         report(asked.output_dir, prepare(asked))

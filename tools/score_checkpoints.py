@@ -20,7 +20,7 @@ from megatron.training.main import start
 
 # isort: split
 # libgomp has been told how to wait: before that nothing may load torch
-from megatron.config.flags import HelpFormatter, Parser, add_section, build
+from megatron.config.flags import DescribedFormatter, Parser, add_section, build
 from megatron.config.sections import Config
 from megatron.evaluation.requests import Scoring
 from megatron.evaluation.tasks import leave_without_lm_eval
@@ -34,12 +34,8 @@ except ImportError as missing:
     leave_without_lm_eval(missing)
 
 
-class Formatter(HelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """The description as it is written."""
-
-
 def main() -> None:
-    parser = Parser(description=__doc__, formatter_class=Formatter, allow_abbrev=False)
+    parser = Parser(description=__doc__, formatter_class=DescribedFormatter, allow_abbrev=False)
     parser.add_argument("run", metavar="RUN", help="a folder that --save wrote")
     parser.add_argument("--tasks", required=True, metavar="NAME,NAME", help="tasks of lm-eval")
     parser.add_argument("--include_path", metavar="DIR", help="folder of further tasks")

@@ -7,13 +7,12 @@
 With --train-flops: the tokens and the epochs of --unique-tokens that this compute buys at each size.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron.config.flags import HelpFormatter, Parser
+from megatron.config.flags import DescribedFormatter, Parser
 from megatron.config.sections import Vocabulary
 from megatron.config.sizes import (
     BEST_ON_100M,
@@ -31,12 +30,8 @@ from megatron.config.sizes import (
 from megatron.errors import ConfigurationError
 
 
-class Formatter(HelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """The description as it is written."""
-
-
 def main() -> None:
-    parser = Parser(description=__doc__, formatter_class=Formatter, allow_abbrev=False)
+    parser = Parser(description=__doc__, formatter_class=DescribedFormatter, allow_abbrev=False)
     parser.add_argument("--train-flops", type=float, metavar="C", help="training compute, 6ND")
     parser.add_argument("--unique-tokens", default="100M", metavar="SET", help="published subset (default: 100M)")
     try:

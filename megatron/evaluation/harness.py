@@ -21,7 +21,7 @@ from megatron.training.main import say, start
 
 # isort: split
 # libgomp has been told how to wait: before that nothing may load torch
-from megatron.config.flags import HelpFormatter, Parser, add_section, spelling
+from megatron.config.flags import DescribedFormatter, Parser, add_section, spelling
 from megatron.config.sections import Config
 from megatron.errors import ConfigurationError
 from megatron.evaluation.requests import Scoring
@@ -59,14 +59,13 @@ CONSTANT = {  # what they could be told, and is always so
 }
 
 
-class Formatter(HelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """The description as it is written."""
-
-
 def parser() -> Parser:
     """Return the parser of the flags that are not lm-eval's."""
     made = Parser(
-        prog="python -m megatron.evaluation.harness", description=__doc__, formatter_class=Formatter, allow_abbrev=False
+        prog="python -m megatron.evaluation.harness",
+        description=__doc__,
+        formatter_class=DescribedFormatter,
+        allow_abbrev=False,
     )
     for section in SECTIONS:
         add_section(made, section, {})

@@ -33,7 +33,7 @@ def recompute(model: Transformer, parallel: ParallelConfig) -> None:
     if parallel.recompute_granularity == "selective":
         policy = functools.partial(_policy, PRODUCTS if model.config.attention_dropout else PRODUCTS | ATTENTION)
         # compiled, it warns of operators in place, and a block has none
-        logging.getLogger("torch._dynamo.variables.higher_order_ops").setLevel(logging.ERROR)
+        logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
         contexts["context_fn"] = functools.partial(create_selective_checkpoint_contexts, policy)
     blocks = list(model.layers.values())
     for block in blocks[: parallel.recompute_num_layers]:
