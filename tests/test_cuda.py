@@ -6,13 +6,20 @@ import subprocess
 import sys
 from importlib.util import find_spec
 
+import numpy as np
 import pytest
 import torch
 
+from megatron.config.sections import Vocabulary
 from megatron.model import linear_cross_entropy
 from megatron.model.linear_cross_entropy import PLAIN, WHOLE, Terms
+from megatron.objectives import build_objective
 from megatron.parallel.mesh import start_processes, stop_processes
+from megatron.training.command_line import parse
+from megatron.training.engines import start_engine
 from megatron.training.optimizer import MOMENTS, ShardedApexAdam, apex_adam, build_optimizer, start_state
+from megatron.training.step import train_step
+from megatron.training.trial import RandomText
 from tests.conftest import entry, environment, records
 from tests.training.test_optimizer import CONFIG, build, train
 
@@ -65,6 +72,34 @@ def test_a_resumed_run_follows_an_uninterrupted_one(objective, extra, unspoken, 
     assert losses(tmp_path / "parts") == pytest.approx(losses(tmp_path / "whole"), rel=2e-3)
 
 
+@pytest.mark.parametrize("objective", ["ar", "mdm"])
+@pytest.mark.parametrize("compile", ["--compile", "--no-compile"])
+def test_a_deterministic_run_resumes_to_the_last_bit(objective, compile, unspoken, tmp_path):
+    flags = [*unspoken, "--deterministic", compile, "--mlp-dropout", "0.1"]
+    run(objective, *flags, "--save", tmp_path / "whole")
+    run(objective, *flags, "--save", tmp_path / "parts", "--exit-interval", 5)
+    run(objective, *flags, "--save", tmp_path / "parts")
+    assert records(tmp_path / "parts") == records(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("objective", ["ar", "mdm"])
+def test_the_host_waits_for_nothing_inside_a_step(objective):
+    flags = "--num-layers 2 --hidden-size 64 --num-attention-heads 2 --seq-length 64 --compile".split()
+    config, vocabulary = parse(objective, flags), Vocabulary(500)
+    processes = start_processes()
+    engine, optimizer = start_engine(config, vocabulary, processes, bf16=True, compile=True, steps=0)
+    made, text = build_objective(config.objective, vocabulary, 8), RandomText(vocabulary.size, 64)
+    for step in range(4):
+        ids = np.stack([text[position] for position in range(8 * step, 8 * step + 8)])
+        batch = made.prepare(ids, range(8 * step, 8 * step + 8), 1).pin_memory()
+        torch.cuda.set_sync_debug_mode("error" if step == 3 else "default")
+        try:
+            train_step(engine, optimizer, [batch], learning_rate=1e-3, weight_decay=0.1, clip_grad=1.0)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    stop_processes()
+
+
 LAYOUTS = [f"--zero-stage {stage}" for stage in (0, 2, 3)]
 LAYOUTS += [f"--recompute-granularity {kind}" for kind in ("full", "selective")]
 LAYOUTS += ["--recompute-granularity full --compile", "--cpu-offload", "--cpu-offload --zero-stage 3"]
@@ -79,7 +114,6 @@ def test_a_layout_of_one_device_changes_nothing_and_resumes(layout, tiny, tmp_pa
     assert losses(tmp_path / "other") == pytest.approx(losses(tmp_path / "plain"), rel=1e-4)
 
 
-@pytest.mark.skipif(apex_adam() is None, reason="needs NVIDIA apex")
 @pytest.mark.parametrize("terms", [PLAIN, Terms(label_smoothing=0.1, z_loss=1e-3)], ids=["nll", "terms"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_kernels_of_the_head_equal_the_plain_twin(dtype, terms, monkeypatch):
@@ -99,6 +133,7 @@ def test_kernels_of_the_head_equal_the_plain_twin(dtype, terms, monkeypatch):
     assert not gradient[:, 50_258:].any()
 
 
+@pytest.mark.skipif(apex_adam() is None, reason="needs NVIDIA apex")
 def test_apex_equals_torch():
     processes = start_processes()
     (expected, _), (found, two) = build(processes, steps=3), build(processes, steps=3)

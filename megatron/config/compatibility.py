@@ -70,6 +70,7 @@ SPLIT = "is not supported: between layers activations are always split over the 
 TABLE = one_table(
     {
         "--data-path": Same("--train-data-path"),
+        "--deterministic-mode": Same("--deterministic"),
         "--disable-bias-linear": Same("--no-add-bias-linear"),
         "--encoder-num-layers": Same("--num-layers"),
         "--encoder-seq-length": Same("--seq-length"),

@@ -425,6 +425,9 @@ class TrainingConfig:
     bf16: bool | None = flag(None, "compute in bfloat16 over fp32 master weights; default where the device has it")
     fp32: bool | None = flag(None, "compute in fp32; default where the device has no bfloat16")
     compile: bool | None = flag(None, "compile the blocks; default where the length of the run pays for it")
+    deterministic: bool = flag(
+        False, "on CUDA too, equal results to the last bit at every start, by slower kernels; a CPU always gives them"
+    )
     log_interval: int = flag(10, "steps between two training records in metrics.jsonl")
     exit_interval: int | None = flag(None, "save and leave after a step divisible by N", metavar="N")
     exit_duration_in_mins: float | None = flag(None, "save and leave after so many minutes")

@@ -1,6 +1,7 @@
 """What the machine decides, and what config.json says of it: precision, compilation, versions."""
 
 import logging
+import os
 import platform
 import shutil
 import subprocess
@@ -40,6 +41,17 @@ def native_bf16(device: torch.device) -> bool:
 def cpp_compiler() -> str | None:
     """Return the C++ compiler that torch.compile would call, or None."""
     return next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+
+
+def be_deterministic(device: torch.device) -> None:
+    """Have every kernel add up in a fixed order, so that equal inputs give equal bits; a CPU does so anyway.
+
+    PyTorch raises RuntimeError, which names the operator, where there is no such kernel.
+    """
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its first product
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # nothing reads what was not written
 
 
 def check_device(config: Config, device: torch.device) -> None:

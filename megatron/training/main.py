@@ -28,7 +28,7 @@ from megatron.training import checkpoint
 from megatron.training.averaging import start_average
 from megatron.training.command_line import parse
 from megatron.training.engines import start_engine
-from megatron.training.environment import check_device, choose_compile, choose_precision, describe
+from megatron.training.environment import be_deterministic, check_device, choose_compile, choose_precision, describe
 from megatron.training.feed import MicroBatches
 from megatron.training.optimizer import parameter_table
 from megatron.training.resume import open_run
@@ -135,6 +135,8 @@ def run(config: Config, command: str, watch: Watch | None) -> None:
         minutes=parallel.distributed_timeout_minutes,
     )
     check_device(config, processes.device)
+    if config.training.deterministic:
+        be_deterministic(processes.device)
     if not config.validation.skip_train:
         sources.train.request(plan.train_samples)
     # nodes may differ in what they have natively

@@ -46,7 +46,13 @@ def test_a_flag_of_two_rules_is_a_programming_error():
 
 
 DEFAULTS = ("--disable-bias-linear",)  # it asks for what is so without it
-SWITCHES = (*DEFAULTS, "--use-distributed-optimizer", "--recompute-activations", "--checkpoint-activations")
+SWITCHES = (
+    *DEFAULTS,
+    "--deterministic-mode",
+    "--use-distributed-optimizer",
+    "--recompute-activations",
+    "--checkpoint-activations",
+)
 VALUES = {
     "--data-path": "d",
     "--layernorm-epsilon": "0.5",
