@@ -58,13 +58,8 @@ class Ceilings:
 def measure(shape: Shape, micro_batch_size: int, device: torch.device) -> Ceilings:
     """Measure all that `Ceilings` holds, at the shape of one micro-batch."""
     torch.manual_seed(1)
-    side, positions = SQUARE[device.type], micro_batch_size * shape.seq_length
-    left, right = _random(device, side, side), _random(device, side, side)
-    matmul = 2 * side**3 / fastest(lambda: left @ right, device, SUSTAINED)
-    source = torch.ones(COPIED[device.type], dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    copy = 2 * len(source) / fastest(lambda: target.copy_(source), device)
-    del left, right, source, target
+    matmul, copy = _square_rate(device), _copy_rate(device)
+    positions = micro_batch_size * shape.seq_length
     sizes = dict.fromkeys((inputs, outputs) for _, inputs, outputs in linears(shape, 1, 1))
     layers = {_layer(*pair): _layer_rates(positions, *pair, device) for pair in tqdm(sizes, "ceilings", leave=False)}
     attention = {"default": dict(_attention_rates(shape, micro_batch_size, None, device))}
@@ -87,6 +82,18 @@ def fastest(run: Callable[[], object], device: torch.device, seconds: dict[str, 
             run()
         windows.append((clock(device) - start) / count)
     return min(windows)
+
+
+def _square_rate(device: torch.device) -> float:
+    side = SQUARE[device.type]
+    left, right = _random(device, side, side), _random(device, side, side)
+    return 2 * side**3 / fastest(lambda: left @ right, device, SUSTAINED)
+
+
+def _copy_rate(device: torch.device) -> float:
+    source = torch.ones(COPIED[device.type], dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * len(source) / fastest(lambda: target.copy_(source), device)
 
 
 def _layer(inputs: int, outputs: int) -> str:
