@@ -4,7 +4,7 @@ A gate compares the median over rounds with a bound. It is reported, not enforce
 """
 
 import platform
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import date
 from statistics import median
 from typing import NamedTuple
@@ -67,24 +67,26 @@ GPU = {
 MDM_TO_AR = 0.93  # at every size
 
 
-def describe(
-    options,
-    shape: Shape,
-    device: torch.device,
-    contestants: list[Contestant],
-    ceilings: Ceilings,
-    exactness: dict[str, float],
-    parity: dict[str, dict[str, float]],
-    rows: dict[str, float],
-    times: dict[str, list[float]],
-    memory: dict[str, dict[str, int]],
-) -> dict:
-    """Return everything that the tables and the JSON say; `rows` are the scored positions of a mean micro-batch."""
+@dataclass(frozen=True)
+class Found:
+    """What a run measured; by the names of contestants, but for `rows`."""
+
+    ceilings: Ceilings
+    exactness: dict[str, float]  # scored positions only and all, in fp32: relative loss, gradient cosine
+    parity: dict[str, dict[str, float]]  # largest relative differences of loss and gradient norm
+    rows: dict[str, float]  # scored positions of a mean micro-batch, by kind of batches
+    times: dict[str, list[float]]  # seconds of a step, one a round
+    memory: dict[str, dict[str, int]]  # bytes; empty on a CPU
+
+
+def describe(options, shape: Shape, device: torch.device, contestants: list[Contestant], found: Found) -> dict:
+    """Return everything that the tables and the JSON say."""
+    ceilings, times = found.ceilings, found.times
     positions, each = options.micro_batch_size * options.seq_length, options.micro_batches
     figures = {}
     for contestant in contestants:
         step, causal = median(times[contestant.name]), contestant.objective == "ar"
-        work = positions, rows[contestant.batches], causal
+        work = positions, found.rows[contestant.batches], causal
         speed, peak = positions * each / step, peak_flops(device)
         floor = None
         if contestant.system == "ours" and not contestant.dropout:
@@ -96,8 +98,8 @@ def describe(
             "util_exec": each * asked_flops(shape, *work) / step / ceilings.matmul,
             "floor_seconds": floor,
             "step_over_floor": floor and step / floor,
-            "memory_bytes": memory.get(contestant.name),
-            "parity": parity.get(contestant.name),
+            "memory_bytes": found.memory.get(contestant.name),
+            "parity": found.parity.get(contestant.name),
         }
     return {
         "settings": asdict(options),
@@ -107,7 +109,7 @@ def describe(
         "device": device.type,
         "date": date.today().isoformat(),
         "ceilings": asdict(ceilings),
-        "exactness": exactness,
+        "exactness": found.exactness,
         "seconds_per_step": times,
         "figures": figures,
         "gates": list(gates(options, device, times, figures)),

@@ -112,7 +112,7 @@ def main() -> None:
         refuse(error)
     except torch.OutOfMemoryError as error:
         remedy = "give fewer contestants with --only, or a smaller --micro-batch-size with more --micro-batches"
-        sys.exit(f"error: {str(error).splitlines()[0]}; {remedy}")
+        sys.exit(f"error: {str(error).splitlines()[0].rstrip('.')}; {remedy}")
     finally:
         stop_processes()
     report.show(found)
@@ -159,9 +159,10 @@ def measure(options: Options, shape: Shape, contestants: list[Contestant], devic
     measured = ceilings.measure(shape, options.micro_batch_size, device)
     parity = check(contestants, probes(options, shape))
     made = batches(options, shape, options.rounds * options.steps)
+    rows = {name: float(np.mean([len(batch.rows) for step in made[name] for batch in step])) for name in made}
     times, memory = compete(contestants, made, options, device)
-    rows = {name: float(np.mean([len(batch.rows) for step in steps for batch in step])) for name, steps in made.items()}
-    return report.describe(options, shape, device, contestants, measured, exact, parity, rows, times, memory)
+    found = report.Found(measured, exact, parity, rows, times, memory)
+    return report.describe(options, shape, device, contestants, found)
 
 
 def batches(options: Options, shape: Shape, steps: int, seed: int = 1) -> dict[str, list[list[Batch]]]:

@@ -124,6 +124,49 @@ def test_the_floor_is_the_sum_of_its_parts():
     assert abs(floor - (2 * seconds + moved / 1e3)) < 1e-9 * floor
 
 
+GPU_GATES = """
+import json
+import torch
+from benchmarks import report, train_step
+options = train_step.Options(model_size="140M", seq_length=2048)
+seconds = {"ours AR": 1.0, "ours MDM": 1.0, "ours MDM full head": 1.08, "nanogpt AR": 1.05, "litgpt AR": 1.2}
+times = {f"{name} compiled": [value] * 3 for name, value in seconds.items()} | {"published MDM eager": [2.6] * 3}
+figures = {name: {"util_ceiling": 0.53, "floor_seconds": 0.95} for name in times}
+for gate in report.gates(options, torch.device("cuda"), times, figures):
+    print(json.dumps([gate["what"], round(gate["median"], 3), gate["at_least"] or gate["at_most"], gate["passed"]]))
+"""
+
+
+def test_the_gates_of_a_gpu_are_those_of_its_size():
+    done = run(script=GPU_GATES)
+    assert done.returncode == 0, done.stderr
+    assert list(map(json.loads, done.stdout.splitlines())) == [
+        ["ours MDM compiled : ours AR compiled", 1.0, 0.93, True],
+        ["ours MDM compiled : ours MDM full head compiled", 1.08, 1.07, True],
+        ["ours AR compiled : nanogpt AR compiled", 1.05, 1.08, False],  # the fastest of the peers
+        ["ours MDM compiled : published MDM eager", 2.6, 2.5, True],
+        ["ours AR compiled, util_ceiling", 0.53, 0.52, True],
+        ["ours AR compiled, step / floor", 1.053, 1.12, True],
+        ["ours MDM compiled, step / floor", 1.053, 1.12, True],
+    ]
+
+
+MEMORY = """
+import torch
+from benchmarks import ceilings, train_step
+def measure(*arguments):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+ceilings.measure = measure
+train_step.main()
+"""
+
+
+def test_want_of_memory_ends_in_one_line():
+    done = run(*TOY, "--only", "ours AR eager", script=MEMORY)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("error: CUDA out of memory. Tried to allocate 2.00 GiB; give fewer")
+
+
 def test_only_the_contestants_that_are_asked_for_run(tmp_path):
     done = run(*TOY, "--only", "nanogpt*", "ours MDM *eager", "--output", tmp_path / "step.json")
     assert done.returncode == 0, done.stderr
