@@ -1,17 +1,20 @@
-"""The training steps that are compared: ours, transformers', litgpt's and dLLM's, each as its own users run it.
+"""The training steps that are compared: ours, a plain loop's, transformers', litgpt's and dLLM's, as users run them.
 
 All have one architecture, start from the same weights and take the same `Batch`es in bf16 over fp32 weights with the
-same AdamW, so that a check of loss and gradient norm can tell whether they compute the same.
+same AdamW, so that a check of loss and gradient norm can tell whether they compute the same. Every step moves its own
+batches to the device.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, cached_property, partial
 from importlib import import_module, metadata
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.plain import GPT as PlainGPT
 from megatron.batch import Batch
 from megatron.config.sections import ModelConfig, OptimizerConfig, ParallelConfig, Vocabulary
 from megatron.convert.huggingface import hugging_face_config, hugging_face_model
@@ -22,28 +25,38 @@ from megatron.parallel.mesh import Processes
 from megatron.training.optimizer import build_optimizer
 from megatron.training.step import train_step
 
-IGNORED = -100  # what both peers take for a target that is not asked
+IGNORED = -100  # what the peers take for a target that is not asked
 OPTIMIZER = OptimizerConfig()
 SEED = 1  # of the weights that all start from
 
-# one optimizer step: (batch, learning rate) -> (loss, gradient norm before clipping)
-Step = Callable[[Batch, float], tuple[Tensor, Tensor]]
+# one optimizer step: (micro-batches, learning rate) -> (mean loss, gradient norm before clipping)
+Step = Callable[[list[Batch], float], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """One way to take a training step."""
+    """One way to take a training step. Its model is built when the step is first asked for."""
 
     system: str
     objective: str
     compiled: bool
-    step: Step
+    build: Callable[[], Step]
     dropout: float = 0.0
+    full_head: bool = False  # its batches ask for logits of every position, whatever the weights
+
+    @property
+    def batches(self) -> str:
+        """Which batches it takes."""
+        return f"{self.objective} full head" if self.full_head else self.objective
 
     @property
     def name(self) -> str:
-        dropout = " dropout" if self.dropout else ""
-        return f"{self.system} {self.objective.upper()}{dropout} {'compiled' if self.compiled else 'eager'}"
+        variant = " full head" * self.full_head + " dropout" * bool(self.dropout)
+        return f"{self.system} {self.objective.upper()}{variant} {'compiled' if self.compiled else 'eager'}"
+
+    @cached_property
+    def step(self) -> Step:
+        return self.build()
 
 
 @dataclass(frozen=True)
@@ -61,89 +74,134 @@ class Shape:
         return model
 
 
+def contestants(shape: Shape, compile: bool, processes: Processes) -> list[Contestant]:
+    """Return ours and the peers', eager or compiled."""
+    # one model serves all batches, so that memory is there for the peers'
+    build = cache(partial(ours, shape, compile, processes))
+    found = [Contestant("ours", objective, compile, build) for objective in ("ar", "mdm")]
+    found.append(Contestant("ours", "mdm", compile, build, full_head=True))
+    for peer, (objective, build) in PEERS.items():
+        found.append(Contestant(peer, objective, compile, partial(build, shape, compile, processes.device)))
+    return found
+
+
 def ours(shape: Shape, compile: bool, processes: Processes) -> Step:
     """Return the step of our trainer, in a group of one process."""
     settings = {"bf16": True, "compile": compile}
     engine = build_engine(shape.model, shape.vocabulary, SEED, processes, ParallelConfig(), **settings)
     optimizer = build_optimizer(engine, OPTIMIZER)
 
-    def step(batch: Batch, learning_rate: float) -> tuple[Tensor, Tensor]:
+    def step(batches: list[Batch], learning_rate: float) -> tuple[Tensor, Tensor]:
         clip = OPTIMIZER.clip_grad
         rates = {"learning_rate": learning_rate, "weight_decay": OPTIMIZER.weight_decay}
-        result = train_step(engine, optimizer, [batch], **rates, clip_grad=clip)
+        result = train_step(engine, optimizer, batches, **rates, clip_grad=clip)
         return result.loss, result.grad_norm
 
     return step
 
 
-def transformers(shape: Shape, compile: bool) -> Step:
-    """Return the step of transformers' Llama as its Trainer takes it: SDPA, autocast, the model's own loss."""
-    model = transformers_model(shape)
-    optimizer = build_optimizer(model, OPTIMIZER)
+def nanogpt(shape: Shape, compile: bool, device: torch.device) -> Step:
+    """Return the step of a short loop in plain PyTorch: whole logits in fp32 under autocast."""
+    model = PlainGPT(shape.model, shape.vocabulary.padded_size, shape.seq_length)
+    model.load_state_dict(packed_weights(shape, PLAIN_BLOCK, "blocks.{layer}.{name}.weight", PLAIN_ENDS))
     forward = torch.compile(model) if compile else model
 
-    def step(batch: Batch, learning_rate: float) -> tuple[Tensor, Tensor]:
+    def loss(batch: Batch) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16):
+            logits = forward(batch.tokens)
+        return F.cross_entropy(logits.float().flatten(0, 1), _asked(batch).flatten(), ignore_index=IGNORED)
+
+    return _step(model.to(device), loss, device)
+
+
+def transformers(shape: Shape, compile: bool, device: torch.device) -> Step:
+    """Return the step of transformers' Llama as its Trainer takes it: SDPA, autocast, the model's own loss."""
+    model = transformers_model(shape).to(device)
+    forward = torch.compile(model) if compile else model
+
+    def loss(batch: Batch) -> Tensor:
         targets = _asked(batch)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16):
             # labels alone would be shifted once more, and the last target of the sequence lost
-            loss = forward(input_ids=batch.tokens, labels=targets, shift_labels=targets, use_cache=False).loss
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), OPTIMIZER.clip_grad)
-        update(optimizer, learning_rate)
-        return loss.detach(), norm
+            return forward(input_ids=batch.tokens, labels=targets, shift_labels=targets, use_cache=False).loss
 
-    return step
+    return _step(model, loss, device)
 
 
-def litgpt(shape: Shape, compile: bool) -> Step:
-    """Return the step of litgpt's pretrain.py: Fabric in bf16-mixed, its CPU default, and its chunked loss."""
+def litgpt(shape: Shape, compile: bool, device: torch.device) -> Step:
+    """Return the step of litgpt's pretrain.py: Fabric in bf16-mixed, its default, and its chunked loss."""
     from lightning import Fabric
     from litgpt.utils import chunked_cross_entropy
 
-    fabric = Fabric(accelerator="cpu", devices=1, precision="bf16-mixed")
-    plain = _litgpt_model(shape)
+    fabric = Fabric(accelerator=device.type, devices=1, precision="bf16-mixed")
+    plain = _litgpt_model(shape).to(device)
     model = fabric.setup(torch.compile(plain) if compile else plain)
     optimizer = fabric.setup_optimizers(build_optimizer(plain, OPTIMIZER))
 
-    def step(batch: Batch, learning_rate: float) -> tuple[Tensor, Tensor]:
-        loss = chunked_cross_entropy(model(batch.tokens), _asked(batch))
-        fabric.backward(loss)
+    def loss(batch: Batch) -> Tensor:
+        return chunked_cross_entropy(model(batch.tokens), _asked(batch))
+
+    def step(batches: list[Batch], learning_rate: float) -> tuple[Tensor, Tensor]:
+        mean = accumulate(batches, device, loss, fabric.backward)
         norm = fabric.clip_gradients(model, optimizer, max_norm=OPTIMIZER.clip_grad)
         update(optimizer, learning_rate)
-        return loss.detach(), norm
+        return mean, norm
 
     return step
 
 
-def dllm(shape: Shape, compile: bool) -> Step:
+def dllm(shape: Shape, compile: bool, device: torch.device) -> Step:
     """Return the step that dLLM's MDLM trainer takes with a Llama that sees both ways.
 
     Logits of all positions in fp32, as the Trainer's autocast hands them out, with ids along the second axis; then
     weights, which are 0 where nothing is hidden.
     """
-    model = transformers_model(shape)
+    model = transformers_model(shape).to(device)
     model.config.is_causal = False  # makes no mask
     for block in model.model.layers:
         block.self_attn.is_causal = False  # what attention goes by where there is no mask
-    optimizer = build_optimizer(model, OPTIMIZER)
     forward = torch.compile(model) if compile else model
 
-    def step(batch: Batch, learning_rate: float) -> tuple[Tensor, Tensor]:
-        with torch.autocast("cpu", torch.bfloat16):
+    def loss(batch: Batch) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16):
             logits = forward(input_ids=batch.tokens, use_cache=False).logits
         nll = F.cross_entropy(logits.float().transpose(1, 2), batch.targets, reduction="none")
-        loss = (nll * batch.weights).sum() / batch.count
-        loss.backward()
+        return (nll * batch.weights).sum() / batch.count
+
+    return _step(model, loss, device)
+
+
+def _step(model: nn.Module, loss: Callable[[Batch], Tensor], device: torch.device) -> Step:
+    """Return the step of a model that is on its device and of a loss of one micro-batch."""
+    optimizer = build_optimizer(model, OPTIMIZER)
+
+    def step(batches: list[Batch], learning_rate: float) -> tuple[Tensor, Tensor]:
+        mean = accumulate(batches, device, loss)
         norm = nn.utils.clip_grad_norm_(model.parameters(), OPTIMIZER.clip_grad)
         update(optimizer, learning_rate)
-        return loss.detach(), norm
+        return mean, norm
 
     return step
 
 
+def accumulate(batches: list[Batch], device: torch.device, loss, backward=Tensor.backward) -> Tensor:
+    """Add the gradients of the mean loss of the micro-batches, which count equally much; return that mean."""
+    total = torch.zeros((), device=device)
+    for batch in batches:
+        share = loss(batch.to(device)) / len(batches)
+        backward(share)
+        total += share.detach()
+    return total
+
+
 # by name: the objective that a peer trains, and its step
-PEERS = {"transformers": ("ar", transformers), "litgpt": ("ar", litgpt), "dllm": ("mdm", dllm)}
-MODULES = {name: ("transformers",) for name in ("transformers", "dllm")}
+PEERS = {
+    "nanogpt": ("ar", nanogpt),
+    "transformers": ("ar", transformers),
+    "litgpt": ("ar", litgpt),
+    "dllm": ("mdm", dllm),
+}
+MODULES = {"nanogpt": (), "transformers": ("transformers",), "dllm": ("transformers",)}
 MODULES |= {"litgpt": ("litgpt.utils", "litgpt.model", "lightning")}
 
 
@@ -172,7 +230,7 @@ def transformers_model(shape: Shape) -> nn.Module:
     ).train()
 
 
-# litgpt's names of what stands in a block; queries, keys and values are one matrix there
+# names elsewhere of what stands in a block; queries, keys and values are one matrix there
 LITGPT_BLOCK = {
     "norm_1": ("input_layernorm",),
     "attn.qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -182,6 +240,29 @@ LITGPT_BLOCK = {
     "mlp.fc_2": ("mlp.up_proj",),
     "mlp.proj": ("mlp.down_proj",),
 }
+PLAIN_BLOCK = {
+    "attention_norm": ("input_layernorm",),
+    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "mix": ("self_attn.o_proj",),
+    "mlp_norm": ("post_attention_layernorm",),
+    "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
+    "down": ("mlp.down_proj",),
+}
+# and of what stands outside the blocks
+LITGPT_ENDS = {"transformer.ln_f.weight": "norm.weight"}
+LITGPT_ENDS |= dict.fromkeys(("lm_head.weight", "transformer.wte.weight"), "embed_tokens.weight")
+PLAIN_ENDS = {"embedding.weight": "embed_tokens.weight", "norm.weight": "norm.weight"}
+
+
+def packed_weights(shape: Shape, block: dict, pattern: str, ends: dict[str, str]) -> dict[str, Tensor]:
+    """Return our weights by the names of another model: `block` and `pattern` name those of a block."""
+    weights = shape.ours().state_dict()
+    found = {name: weights[own] for name, own in ends.items()}
+    for layer in range(shape.model.num_layers):
+        for name, parts in block.items():
+            rows = [weights[f"layers.{layer}.{part}.weight"] for part in parts]
+            found[pattern.format(layer=layer, name=name)] = torch.cat(rows)
+    return found
 
 
 def _litgpt_model(shape: Shape) -> nn.Module:
@@ -195,6 +276,7 @@ def _litgpt_model(shape: Shape) -> nn.Module:
             n_layer=config.num_layers,
             n_embd=config.hidden_size,
             n_head=config.num_attention_heads,
+            head_size=config.head_size,
             padded_vocab_size=shape.vocabulary.padded_size,
             norm_class_name="RMSNorm",
             norm_eps=config.norm_epsilon,
@@ -207,14 +289,7 @@ def _litgpt_model(shape: Shape) -> nn.Module:
         )
     )
     model.transformer.wte.weight = model.lm_head.weight  # as its --train.tie_embeddings does
-    weights, packed = shape.ours().state_dict(), {}
-    for layer in range(config.num_layers):
-        for name, parts in LITGPT_BLOCK.items():
-            rows = [weights[f"layers.{layer}.{part}.weight"] for part in parts]
-            packed[f"transformer.h.{layer}.{name}.weight"] = torch.cat(rows)
-    packed |= {"transformer.ln_f.weight": weights["norm.weight"]}
-    packed |= dict.fromkeys(("lm_head.weight", "transformer.wte.weight"), weights["embed_tokens.weight"])
-    model.load_state_dict(packed)
+    model.load_state_dict(packed_weights(shape, LITGPT_BLOCK, "transformer.h.{layer}.{name}.weight", LITGPT_ENDS))
     return model
 
 

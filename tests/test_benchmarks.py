@@ -10,11 +10,12 @@ import sys
 from importlib.util import find_spec
 
 import pytest
+import torch
 
 from tests.conftest import ROOT, environment
 
 TOY = "--num-layers 2 --hidden-size 64 --num-attention-heads 2 --vocab-size 500 --seq-length 32 --rounds 2".split()
-TOY += ["--steps", "1", "--no-compile"]
+TOY += "--steps 1 --micro-batches 2 --no-compile --device cpu".split()
 # transformers with other rotary frequencies, all else equal
 FAULT = """
 from dataclasses import replace
@@ -31,22 +32,155 @@ def run(*arguments, script: str | None = None) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
 
 
-def test_the_toy_run_ends_with_a_table(tmp_path):
+COLUMNS = "ms a step, min - max, tokens/s, mfu_palm, util_ceiling, util_exec, step / floor, peak GB, step GB"
+COLUMNS += ", loss off, norm off"
+
+
+def test_the_toy_run_ends_with_tables(tmp_path):
     done = run(*TOY, "--output", tmp_path / "step.json")
     assert done.returncode == 0, done.stderr
     assert "check passed: same loss and gradient norm" in done.stdout
     packages = {"transformers": "transformers", "litgpt": "litgpt", "dllm": "transformers"}
     absent = [peer for peer, package in packages.items() if find_spec(package) is None]
     report = json.loads((tmp_path / "step.json").read_text())
-    names = {"ours AR eager", "ours MDM eager", "transformers AR eager", "litgpt AR eager", "dllm MDM eager"}
+    names = {"ours AR eager", "ours MDM eager", "ours MDM full head eager", "nanogpt AR eager"}
+    names |= {"transformers AR eager", "litgpt AR eager", "dllm MDM eager"}
     names = {name for name in names if name.split()[0] not in absent}
-    assert report["seconds_per_step"].keys() == names
+    assert report["seconds_per_step"].keys() == names == report["figures"].keys()
     assert all(len(times) == 2 and min(times) > 0 for times in report["seconds_per_step"].values())
-    for name in names:
-        assert f"\n| {name} |" in done.stdout
     for peer in absent:
         assert f"{peer}: skipped, No module named" in done.stdout
+    lines = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")]
+    tables = {line[0]: dict(zip(COLUMNS.split(", "), line[1:], strict=True)) for line in lines if len(line) == 12}
+    assert list(tables.pop("contestant")) == COLUMNS.split(", ")
+    assert tables.keys() == names
+    for name, cells in tables.items():
+        figures = report["figures"][name]
+        assert cells["mfu_palm"] == cells["peak GB"] == cells["step GB"] == "-"  # known of GPUs only
+        assert (cells["step / floor"] == "-") == (not name.startswith("ours"))
+        assert 0 < figures["util_exec"] <= figures["util_ceiling"]
+        assert figures["parity"]["loss"] < 1e-2
+    assert tables["ours AR eager"]["loss off"] == "0.0e+00"
+    assert report["exactness"]["loss"] < 1e-5 and report["exactness"]["cosine"] > 0.9999
+    assert {"64 x 64", "64 x 128", "128 x 64", "64 x 512"} == report["ceilings"]["layers"].keys()
+    assert report["ceilings"]["matmul"] > 0 and report["ceilings"]["copy"] > 0
+    assert {"causal", "full"} == report["ceilings"]["attention"]["default"].keys()
+    assert "ours MDM eager : ours AR eager" in [gate["what"] for gate in report["gates"]]
     assert "\n| ours MDM eager : ours AR eager |" in done.stdout
+
+
+FLOPS = """
+import json
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from benchmarks import train_step, work
+from benchmarks.contestants import Shape
+from megatron.config.sections import ModelConfig, Vocabulary
+shape = Shape(ModelConfig(num_layers=3, hidden_size=64, num_attention_heads=2), Vocabulary(500), 256)
+for name, ((batch,),) in train_step.batches(train_step.Options(seq_length=256, micro_batch_size=4), shape, 1).items():
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        shape.ours()(batch).sum().backward()
+    asked = work.asked_flops(shape, 1024, len(batch.rows), batch.causal)
+    print(json.dumps([name, counter.get_total_flops(), asked, work.attention_flops(shape, 1024, True)]))
+"""
+
+
+def test_what_a_step_asks_for_is_what_pytorch_counts():
+    done = run(script=FLOPS)
+    assert done.returncode == 0, done.stderr
+    found = {name: counts for name, *counts in map(json.loads, done.stdout.splitlines())}
+    counted, asked, half = found["ar"]
+    assert counted == asked + half  # plain attention computes the half that nothing reads too
+    counted, asked, _ = found["mdm full head"]
+    assert counted == asked
+    counted, asked, _ = found["mdm"]
+    assert asked < counted < 1.05 * asked  # scored rows are filled up, to an eighth of all and to whole chunks
+
+
+ROOFS = """
+from benchmarks.ceilings import Ceilings
+from benchmarks.contestants import Shape
+from benchmarks.work import bytes_moved, palm_flops
+from megatron.config.sections import ModelConfig, Vocabulary
+shape = Shape(ModelConfig(num_layers=1, hidden_size=64, num_attention_heads=1), Vocabulary(100), 8)
+names = ("64 x 64", "64 x 128", "128 x 64")
+rates = {name: dict(zip(("forward", "input gradient", "weight gradient"), (1e6, 2e6, 2e6))) for name in names}
+ceilings = Ceilings(1e9, 1e3, rates, {"slow": {"causal": 1e3}, "fast": {"causal": 1e4}})
+print(palm_flops(shape), bytes_moved(shape, 16, 8, 2), ceilings.floor(shape, 16, 8, True, 2))
+"""
+
+
+def test_the_floor_is_the_sum_of_its_parts():
+    done = run(script=ROOFS)
+    assert done.returncode == 0, done.stderr
+    palm, moved, floor = map(float, done.stdout.split())
+    parameters = 4 * 64 * 64 + 3 * 64 * 128 + 3 * 64 + 128 * 64
+    assert palm == 6 * parameters + 12 * 64 * 8
+    # by micro-batch: a norm and both rotations at all positions; a norm, SwiGLU, the last norm and the head at 8
+    numbers = 16 * (8 * 64 + 4 * 128) + 8 * (8 * 64 + 8 * 128) + 8 * 8 * 64 + 2 * 8 * 128
+    assert moved == 2 * 2 * numbers + (2 * 6 + 38) * parameters
+    products = 2 * 16 * 3 * 64 * 64 + 2 * 8 * (64 * 64 + 3 * 64 * 128 + 64 * 128)
+    seconds = products * (1 / 1e6 + 2 / 2e6) + 6 * 64 * 8 * 16 / 1e4
+    assert abs(floor - (2 * seconds + moved / 1e3)) < 1e-9 * floor
+
+
+GPU_GATES = """
+import json
+import torch
+from benchmarks import report, train_step
+options = train_step.Options(model_size="140M", seq_length=2048)
+seconds = {"ours AR": 1.0, "ours MDM": 1.0, "ours MDM full head": 1.08, "nanogpt AR": 1.05, "litgpt AR": 1.2}
+times = {f"{name} compiled": [value] * 3 for name, value in seconds.items()} | {"published MDM eager": [2.6] * 3}
+figures = {name: {"util_ceiling": 0.53, "floor_seconds": 0.95} for name in times}
+for gate in report.gates(options, torch.device("cuda"), times, figures):
+    print(json.dumps([gate["what"], round(gate["median"], 3), gate["at_least"] or gate["at_most"], gate["passed"]]))
+"""
+
+
+def test_the_gates_of_a_gpu_are_those_of_its_size():
+    done = run(script=GPU_GATES)
+    assert done.returncode == 0, done.stderr
+    assert list(map(json.loads, done.stdout.splitlines())) == [
+        ["ours MDM compiled : ours AR compiled", 1.0, 0.93, True],
+        ["ours MDM compiled : ours MDM full head compiled", 1.08, 1.07, True],
+        ["ours AR compiled : nanogpt AR compiled", 1.05, 1.08, False],  # the fastest of the peers
+        ["ours MDM compiled : published MDM eager", 2.6, 2.5, True],
+        ["ours AR compiled, util_ceiling", 0.53, 0.52, True],
+        ["ours AR compiled, step / floor", 1.053, 1.12, True],
+        ["ours MDM compiled, step / floor", 1.053, 1.12, True],
+    ]
+
+
+MEMORY = """
+import torch
+from benchmarks import ceilings, train_step
+def measure(*arguments):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+ceilings.measure = measure
+train_step.main()
+"""
+
+
+def test_want_of_memory_ends_in_one_line():
+    done = run(*TOY, "--only", "ours AR eager", script=MEMORY)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("error: CUDA out of memory. Tried to allocate 2.00 GiB; give fewer")
+
+
+def test_only_the_contestants_that_are_asked_for_run(tmp_path):
+    done = run(*TOY, "--only", "nanogpt*", "ours MDM *eager", "--output", tmp_path / "step.json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "step.json").read_text())
+    assert list(report["figures"]) == ["ours MDM eager", "ours MDM full head eager", "nanogpt AR eager"]
+
+
+@pytest.mark.slow
+def test_compiled_contestants_compute_the_same():
+    flags = [flag for flag in TOY if flag != "--no-compile"]
+    done = run(*flags, "--only", "ours * eager", "ours * compiled", "nanogpt AR compiled")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "\n| ours MDM compiled : ours MDM full head compiled |" in done.stdout
+    assert "\n| ours AR compiled : nanogpt AR compiled |" in done.stdout
 
 
 def test_a_peer_that_computes_something_else_is_refused():
@@ -69,13 +203,20 @@ def test_the_published_step_computes_what_ours_does_and_is_timed(tmp_path):
 MISTAKES = {
     "--num-layers 0": "--num-layers 0: must be at least 1",
     "--hidden-size 64 --num-attention-heads 3": "--hidden-size 64: is not a multiple of --num-attention-heads 3",
-    "--seq-length 2": "--seq-length 2: gives less than 8 tokens a step",
-    "--published none": "--published none: is no clone of wmn-231314/diffusion-data-constraint",
+    "--seq-length 2": "--seq-length 2: gives less than 8 tokens a micro-batch",
+    "--micro-batches 0": "--micro-batches 0: must be at least 1",
+    "--model-size 141M": "--model-size 141M: is not on the ladder; the nearest is 140M",
+    "--model-size 140M --num-layers 3": "--model-size 140M: says layers, width and heads itself; leave out",
+    "--device gpu": "--device gpu: is not one of cuda, cpu",
+    "--device cpu --only ours* theirs*": "--only theirs*: names no contestant; there are ours AR eager, ",
+    "--device cpu --published none": "--published none: is no clone of wmn-231314/diffusion-data-constraint",
     "--output none/step.json": "--output none/step.json: none is no folder",
     "--round 3": "unknown flag --round; did you mean --rounds?",
 }
+if not torch.cuda.is_available():
+    MISTAKES["--device cuda"] = "--device cuda: there is no GPU that PyTorch can use; leave the flag out"
 if find_spec("litgpt") is None:
-    MISTAKES["--require-peers"] = "--require-peers: litgpt cannot run, No module named 'litgpt'"
+    MISTAKES["--device cpu --require-peers"] = "--require-peers: litgpt cannot run, No module named 'litgpt'"
 
 
 # importing torch dominates, so one process makes all mistakes
