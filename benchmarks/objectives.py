@@ -23,12 +23,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks.contestants import version
+from benchmarks.contestants import Shape, version
 from benchmarks.options import read_options
+from benchmarks.work import linears
 from megatron.batch import Batch
 from megatron.config.flags import flag, require
 from megatron.config.sections import Config, Vocabulary
-from megatron.config.sizes import GPT2_VOCABULARY, non_embedding_count, parameter_count
+from megatron.config.sizes import GPT2_VOCABULARY, parameter_count
 from megatron.objectives import build_input_noise, build_objective, document_rules
 from megatron.parallel.mesh import Processes, start_processes, stop_processes
 from megatron.training.averaging import start_average
@@ -132,8 +133,9 @@ def products(config: Config, batch: Batch) -> float:
     model, positions = config.model, batch.tokens.numel()
     seen = batch.tokens.shape[1] / (2 if batch.causal and batch.blocked is None and batch.documents is None else 1)
     attention = 2 * model.num_layers * model.num_attention_heads * model.head_size * seen
-    head = len(batch.rows) * VOCABULARY.padded_size * model.hidden_size
-    return positions * (non_embedding_count(model, VOCABULARY) + attention) + head
+    shape = Shape(model, VOCABULARY, config.data.seq_length)
+    layers = sum(count * inputs * outputs for count, inputs, outputs in linears(shape, positions, len(batch.rows)))
+    return positions * attention + layers
 
 
 def main() -> None:

@@ -325,3 +325,18 @@ def test_preprocessing_starting_and_reading_are_measured(tmp_path):
     }
     assert all(row["seconds_per_sample"] > 0 for row in report["starting"])
     assert report["program"]["pretrain_gpt.py"]["cpu"] > report["program"]["import torch"]["cpu"] > 0
+
+
+@pytest.mark.slow
+def test_growth_is_measured_beside_what_flops_explain(tmp_path):
+    flags = "--model-sizes 7M 20M --seq-lengths 32 64 --tokens 64 --steps 1 --output".split()
+    command = [sys.executable, "benchmarks/growth.py", *flags, str(tmp_path / "growth.json")]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "growth.json").read_text())["rows"]
+    assert [(row["size"], row["seq_length"], row["samples"]) for row in rows] == [
+        ("7M", 32, 2),
+        ("20M", 32, 2),
+        ("7M", 64, 1),
+    ]
+    assert rows[1]["flops_per_token"] > 2 * rows[0]["flops_per_token"] and rows[1]["tokens_per_second"] > 0
