@@ -229,6 +229,10 @@ def one(tmp_path_factory):
     with joined() as processes:
         runs = {name: train(Fsdp2(processes, case, None), case, range(case.steps)) for name, case in CASES.items()}
         whole = replace(CASES["bf16-curve"], bf16=False)
+        # stage 3 of DeepSpeed finishes all positions of the last block, and bf16 rounds elsewhere then
+        late = Fsdp2(processes, CASES["bf16"], None)
+        late.engine.models[0].selects_early = False
+        runs["bf16", 3] = train(late, CASES["bf16"], range(CASES["bf16"].steps))
         runs["fp32-curve"] = train(Fsdp2(processes, whole, None), whole, range(whole.steps))
         runs["moved"] = train(Fsdp2(processes, MOVED, None), MOVED, range(MOVED.steps))
         engine = Fsdp2(processes, MOVED, None)
@@ -262,7 +266,7 @@ def check_equal(found: Trace, expected: Trace, rel: float) -> None:
 @pytest.mark.parametrize("name", [name for name in CASES if "curve" not in name])
 def test_three_steps_are_those_of_fsdp2(one, two, name, stage):
     assert max(one[name].norms) > 2 * 0.05  # clipping is at work where it is on
-    check_equal(two[name, stage], one[name], 1e-5)
+    check_equal(two[name, stage], one.get((name, stage), one[name]), 1e-5)
 
 
 @installed
