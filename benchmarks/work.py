@@ -50,7 +50,7 @@ def bytes_moved(shape: Shape, positions: int, rows: float, micro_batches: int) -
     In bf16 numbers, by position and block: a norm together with the residual addition before it reads two vectors and
     writes two, and its gradient reads three and writes one; rotation reads and writes queries and keys, in both
     passes; SwiGLU reads two vectors and writes one, and its gradient reads three and writes two. The last norm is one
-    more. The head's softmax reads logits once and overwrites them once. By parameter and micro-batch, a bf16 gradient
+    more. The head's softmax reads logits twice and overwrites them once. By parameter and micro-batch, a bf16 gradient
     is added to an fp32 one (6 bytes); by parameter and step, the norm of all gradients reads them (4), AdamW reads
     four numbers and writes three (28), and weights are copied to bf16 (6).
     """
@@ -60,6 +60,6 @@ def bytes_moved(shape: Shape, positions: int, rows: float, micro_batches: int) -
     block = positions * (norm + rotation)
     finish = norm + swiglu
     activations = model.num_layers * block + ((model.num_layers - 1) * positions + rows) * finish + rows * norm
-    head = 2 * rows * shape.vocabulary.padded_size
+    head = 3 * rows * shape.vocabulary.padded_size
     per_parameter = 6 * micro_batches + 4 + 28 + 6
     return 2 * micro_batches * (activations + head) + per_parameter * parameter_count(model, shape.vocabulary)

@@ -104,7 +104,7 @@ class Tuner:
         if not speed:  # a single sample needs recomputation
             for kind in RECOMPUTE:
                 self.trial(Choice(1, kind, False))
-        if self.best and cpp_compiler():
+        if self.best and self.processes.sum(cpp_compiler() is None) == [0]:  # on every node
             sizes, best = self.sizes(), self.best
             place = sizes.index(best.micro_batch) if best.micro_batch in sizes else 0
             for size in [best.micro_batch, *sizes[place + 1 : place + 2], *sizes[max(0, place - 1) : place]]:
@@ -199,6 +199,9 @@ def main() -> None:
                 write(Path(options.output), tuner)
     except ConfigurationError as error:
         sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
+    except torch.OutOfMemoryError as error:
+        reason = str(error).splitlines()[0]
+        sys.exit(f"error: out of memory in one of several processes, give --micro-batch-max: {reason}")
     finally:
         stop_processes()
 

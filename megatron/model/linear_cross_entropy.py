@@ -1,9 +1,9 @@
 """The output head fused with its loss, at the scored positions only.
 
-Rows go through the head in chunks of one fixed size, the last one filled up with rows of zero weight. No
-[B, S, V] tensor is made, and because every matrix product has the same shape whatever the number of rows,
-equal inputs give equal bits in every process. The forward pass already computes the gradients, so no logits
-are kept for the backward pass.
+Rows go through the head in chunks of one fixed size, the last one filled up with rows of zero weight; on CUDA, where
+chunks are large, to a multiple of a smaller size. No [B, S, V] tensor is made, and because the shapes of matrix
+products follow from the number of rows alone, and on a CPU not even from that, equal inputs give equal bits in every
+process. The forward pass already computes the gradients, so no logits are kept for the backward pass.
 
 Only the first `size` rows of the head are ids of the tokenizer. The others take part in the product, whose
 width is then a multiple of 128, but their logits are set to minus infinity: they have no probability and
@@ -11,6 +11,7 @@ their gradient is exactly zero.
 """
 
 import functools
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
@@ -21,7 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+logger = logging.getLogger(__name__)
+
 CHUNK_ROWS = {"cpu": 256, "cuda": 8192}
+FILLED_TO = {"cuda": 1024}  # of this the last chunk has a multiple of rows; elsewhere it is as large as the others
 CACHED_NUMBERS = 800_000  # that a CPU works on at a time: fp32 copies of more leave its cache, and fresh memory is slow
 
 
@@ -106,10 +110,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for chunk, padded, target in _chunks(targets, rows):
             inputs = hidden[padded]  # [C, H]
             weight = _pad(weights[chunk], len(padded))
-            torch.mm(inputs, head.T, out=logits)  # [C, padded vocabulary]
-            loss += (_to_gradient_(logits, target, weight, size, part, terms) * weight).sum()
-            grad_hidden[chunk] = (logits @ head)[: len(chunk)]
-            torch.mm(logits.T, inputs, out=chunk_grad_head)
+            chunk_logits = torch.mm(inputs, head.T, out=logits[: len(padded)])  # [C, padded vocabulary]
+            loss += (_to_gradient_(chunk_logits, target, weight, size, part, terms) * weight).sum()
+            grad_hidden[chunk] = (chunk_logits @ head)[: len(chunk)]
+            torch.mm(chunk_logits.T, inputs, out=chunk_grad_head)
             for total, piece in _pieces(grad_head, chunk_grad_head):
                 total += piece
         ctx.save_for_backward(grad_hidden, grad_head)
@@ -122,16 +126,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_hidden, grad_head = ctx.saved_tensors
         scaled_head = torch.empty_like(grad_head, dtype=ctx.dtype)
         for scaled, piece in _pieces(scaled_head, grad_head):
-            scaled.copy_(piece * grad_output)
+            torch.mul(piece, grad_output, out=scaled)
         return (grad_hidden * grad_output).to(ctx.dtype), scaled_head, None, None, None, None, None, None
 
 
 def _chunks(targets: Tensor, rows: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Yield the rows of each chunk [<= C], the same filled up with row 0 to [C], and their targets [C]."""
-    for chunk in rows.split(CHUNK_ROWS[rows.device.type]):
+    kind = rows.device.type
+    most = CHUNK_ROWS[kind]
+    unit = FILLED_TO.get(kind, most)
+    for chunk in rows.split(most):
         if len(chunk):
             # a filling row gets target 0: the target of row 0 itself need not be an id of the tokenizer
-            size = CHUNK_ROWS[rows.device.type]
+            size = -(-len(chunk) // unit) * unit
             yield chunk, _pad(chunk, size), _pad(targets[chunk], size)
 
 
@@ -218,10 +225,16 @@ def _softmax_(logits: Tensor, targets: Tensor, size: int, part: WholeHead, avera
 
 @functools.cache
 def _kernels(device: str) -> ModuleType | None:
-    """Return the kernels for a kind of device; None on a CPU, and where Triton is not installed."""
+    """Return the kernels for a kind of device; None on a CPU, and where Triton or what it compiles with is missing."""
     if device != "cuda":
         return None
     try:
-        return import_module("megatron.model.softmax_kernels")
-    except ImportError:
+        module = import_module("megatron.model.softmax_kernels")
+        module.statistics(torch.zeros(1, 16, device=device), torch.zeros(1, 1, dtype=torch.int64, device=device), 16)
+    except Exception as error:  # a compiler that is missing may raise anything
+        reason = str(error).partition("\n")[0]
+        logger.warning(
+            "the head's loss runs without its kernels, which need Triton, a C compiler and Python's headers: %s", reason
+        )
         return None
+    return module

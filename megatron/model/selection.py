@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-PARTS = 8  # of the positions of a batch
+PARTS = 8  # of the positions of a batch, at most
+ALIGNED = 16  # rows that matrix products of bf16 like a multiple of
 
 
 class Selection(NamedTuple):
@@ -21,7 +22,7 @@ class Selection(NamedTuple):
     @classmethod
     def of(cls, rows: Tensor, positions: int) -> "Selection | None":
         """Return the selection of `rows` out of `positions`; None where it would save nothing."""
-        size = -(-positions // PARTS)
+        size = -(-positions // (PARTS * ALIGNED)) * ALIGNED
         return cls(rows, size) if len(rows) <= positions - size else None
 
     def take(self, states: Tensor) -> tuple[Tensor, ...]:

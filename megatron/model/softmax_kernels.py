@@ -46,7 +46,9 @@ def _statistics(logits, index, highest, total, at_index, added, ids, columns, CO
     plain = tl.full((), 0.0, tl.float32)
     for start in range(0, ids, COLUMNS):
         here = start + lane < ids
-        values = tl.load(logits + start + lane, mask=here, other=float("-inf")).to(tl.float32)
+        # masked by a multiple of 128, so that loads are wide
+        values = tl.load(logits + start + lane, mask=start + lane < columns, other=0.0).to(tl.float32)
+        values = tl.where(here, values, float("-inf"))
         new_top = tl.maximum(top, tl.max(values, 0))
         powers = powers * tl.exp(top - new_top) + tl.sum(tl.exp(values - new_top), 0)
         plain += tl.sum(tl.where(here, values, 0.0), 0)
@@ -62,7 +64,7 @@ def _write_gradient(logits, index, highest, scale, at_index, everywhere, ids, co
     row = tl.program_id(0).to(tl.int64)
     logits += row * columns
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    values = tl.load(logits + column, mask=column < ids, other=float("-inf")).to(tl.float32)
+    values = tl.load(logits + column, mask=column < columns, other=0.0).to(tl.float32)
     gradient = tl.exp(values - tl.load(highest + row)) * tl.load(scale + row) + tl.load(everywhere + row)
     gradient += tl.where(column == tl.load(index + row), tl.load(at_index + row), 0.0)
     gradient = tl.where(column < ids, gradient, 0.0)

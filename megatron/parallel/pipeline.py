@@ -1,6 +1,7 @@
 """Pipeline parallelism: which layers a stage keeps, and torch's schedules over the stages of this process."""
 
 import copy
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
@@ -34,15 +35,18 @@ def keep_stage(model: Transformer, stage: int, stages: int) -> Transformer:
 
 
 class Stage(nn.Module):
-    """A stage as the schedule calls it. A schedule passes tensors only, so it passes the number of the micro-batch."""
+    """A stage as the schedule calls it: once for each micro-batch, in their order.
+
+    A schedule passes tensors only, and a number as a tensor would go to the device and back.
+    """
 
     def __init__(self, model: Transformer):
         super().__init__()
         self.model = model
-        self.batches: list[Batch] = []
+        self.batches: Iterator[Batch] = iter(())
 
-    def forward(self, hidden: Tensor | None = None, *, micro: Tensor, per_position: bool = False) -> Tensor:
-        return self.model(self.batches[int(micro)], hidden, per_position)
+    def forward(self, hidden: Tensor | None = None, *, per_position: bool = False) -> Tensor:
+        return self.model(next(self.batches), hidden, per_position)
 
 
 class Pipeline(Engine):
@@ -66,13 +70,12 @@ class Pipeline(Engine):
         self.scale = self.processes.data_size / count
         batches = [batch.to(self.processes.device) for batch in batches]
         for root in self.roots:
-            root.batches = batches
+            root.batches = iter(batches)
         # the schedule keeps the shapes of its first step
         shape = (len(batches), *batches[0].tokens.shape)
         if shape != self.shape:
             self.schedule, self.shape = self._schedule(*shape), shape
-        numbers = torch.arange(len(batches))
-        self.schedule.step(micro=numbers, target=numbers, losses=losses, return_outputs=False)
+        self.schedule.step(target=torch.arange(len(batches)), losses=losses, return_outputs=False)
         self._reduce_tied()
         loss = torch.zeros((), device=self.processes.device)
         if self.processes.speaks:
@@ -83,11 +86,11 @@ class Pipeline(Engine):
         batch = batch.to(self.processes.device)
         size, length = batch.tokens.shape
         for index, root in enumerate(self.roots):
-            root.batches, hidden = [batch], None
+            root.batches, hidden = iter([batch]), None
             if not root.model.first:
                 hidden = torch.empty(self._hidden_shape(size, length), dtype=self.dtype, device=self.processes.device)
                 dist.recv(hidden, group=self.group, group_src=(self.place - 1) % self.length)
-            hidden = root(hidden, micro=torch.zeros(1, dtype=torch.int64), per_position=True)
+            hidden = root(hidden, per_position=True)
             if not root.model.last:
                 dist.send(hidden, group=self.group, group_dst=(self.place + 1) % self.length)
         return hidden if self.roots[-1].model.last else torch.zeros_like(batch.weights)

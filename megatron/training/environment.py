@@ -6,7 +6,7 @@ import platform
 import shutil
 import subprocess
 from dataclasses import asdict
-from importlib import metadata
+from importlib import import_module, metadata
 from pathlib import Path
 
 import torch
@@ -52,6 +52,8 @@ def be_deterministic(device: torch.device) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its first product
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # nothing reads what was not written
+        if hasattr(inductor := import_module("torch._inductor.config"), "deterministic"):
+            inductor.deterministic = True  # it chooses no kernel by the clock then
 
 
 def check_device(config: Config, device: torch.device) -> None:

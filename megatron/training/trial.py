@@ -1,5 +1,6 @@
 """A few training steps on random text: how fast a configuration is on this machine, and what it needs."""
 
+import gc
 import time
 from dataclasses import dataclass
 from statistics import median
@@ -48,7 +49,8 @@ class RandomText:
 def attempt(config: Config, vocabulary: Vocabulary, steps: int) -> Trial | str:
     """Take `steps` timed steps after `WARM_UP` others; return what they showed, or in a line why they cannot be.
 
-    All processes take part. A process group is started, and left as it is.
+    All processes take part. A process group is started, and left as it is. Raises torch.OutOfMemoryError in one of
+    several processes.
     """
     parallel, training, seq_length = config.parallel, config.training, config.data.seq_length
     try:
@@ -62,10 +64,11 @@ def attempt(config: Config, vocabulary: Vocabulary, steps: int) -> Trial | str:
         check_device(config, processes.device)
     except ConfigurationError as error:
         return f"refused: {error}"
+    torch._dynamo.reset()  # what was compiled for others would count against the limit of recompilations
+    gc.collect()  # sharded modules refer to one another in circles
     if processes.device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    torch._dynamo.reset()  # what was compiled for others would count against the limit of recompilations
     bf16, compile = choose_precision(config, processes.device) == "bf16", bool(training.compile)
     try:
         engine, optimizer = start_engine(config, vocabulary, processes, bf16=bf16, compile=compile, steps=0)
@@ -84,11 +87,15 @@ def attempt(config: Config, vocabulary: Vocabulary, steps: int) -> Trial | str:
         seconds = []
         for step in range(data.steps):
             batches = [batch for index in range(data.per_step) for batch in data[step * data.per_step + index]]
+            if processes.device.type == "cuda":
+                batches = [batch.pin_memory() for batch in batches]  # as the loader of a training does
             begin = time.perf_counter()
             result = train_step(engine, optimizer, batches, learning_rate=1e-4, weight_decay=0.1, clip_grad=1.0)
             (loss,) = processes.sum(float(result.loss))  # waits for the device
             seconds.append(time.perf_counter() - begin)
     except torch.OutOfMemoryError as error:
+        if processes.size > 1:
+            raise  # the others wait for this one, and the launcher ends them
         return f"out of memory: {str(error).splitlines()[0]}"
     step = processes.from_first(lambda: median(seconds[WARM_UP:]))  # so that all decide alike
     speed = training.global_batch_size * seq_length / step

@@ -72,6 +72,20 @@ def test_loss_and_gradients_equal_the_plain_twin(monkeypatch, chunk, scored, ter
         torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=2e-6)
 
 
+def test_the_last_chunk_may_be_filled_up_to_less(monkeypatch):
+    shapes, product = [], torch.mm
+    monkeypatch.setitem(fused.CHUNK_ROWS, "cpu", 32)
+    monkeypatch.setitem(fused.FILLED_TO, "cpu", 8)
+    monkeypatch.setattr(torch, "mm", lambda *two, out: shapes.append(out.shape) or product(*two, out=out))
+    hidden, head, targets, weights, rows = problem(45)
+    loss = linear_cross_entropy(hidden, head, targets, weights, rows, SIZE)
+    expected = reference_linear_cross_entropy(hidden, head, targets, weights, SIZE)
+    assert [shape[0] for shape in shapes if shape[1] == PADDED] == [32, 16]
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-6)
+    for mine, theirs in zip(gradients(loss, hidden, head), gradients(expected, hidden, head), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=2e-6)
+
+
 @pytest.mark.parametrize("terms", TERMS)
 def test_rows_outside_the_tokenizer_get_exactly_no_gradient(terms):
     hidden, head, targets, weights, rows = problem(30)
