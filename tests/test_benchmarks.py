@@ -117,7 +117,7 @@ def test_the_floor_is_the_sum_of_its_parts():
     parameters = 4 * 64 * 64 + 3 * 64 * 128 + 3 * 64 + 128 * 64
     assert palm == 6 * parameters + 12 * 64 * 8
     # by micro-batch: a norm and both rotations at all positions; a norm, SwiGLU, the last norm and the head at 8
-    numbers = 16 * (8 * 64 + 4 * 128) + 8 * (8 * 64 + 8 * 128) + 8 * 8 * 64 + 2 * 8 * 128
+    numbers = 16 * (8 * 64 + 4 * 128) + 8 * (8 * 64 + 8 * 128) + 8 * 8 * 64 + 3 * 8 * 128
     assert moved == 2 * 2 * numbers + (2 * 6 + 38) * parameters
     products = 2 * 16 * 3 * 64 * 64 + 2 * 8 * (64 * 64 + 3 * 64 * 128 + 64 * 128)
     seconds = products * (1 / 1e6 + 2 / 2e6) + 6 * 64 * 8 * 16 / 1e4
