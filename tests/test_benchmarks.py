@@ -311,13 +311,18 @@ def test_generation_of_another_network_is_refused():
     assert done.stderr.splitlines()[-1] == "transformers AR computes something else: its logits are not ours"
 
 
-@pytest.mark.slow
-def test_preprocessing_starting_and_reading_are_measured(tmp_path):
-    flags = "--copies 1 --documents 50 --epochs 1 3 --rounds 1 --output".split()
-    command = [sys.executable, "benchmarks/data.py", *flags, str(tmp_path / "data.json")]
+def written(benchmark: str, folder) -> dict:
+    """Run a benchmark and return what it writes to --output."""
+    script, *flags = benchmark.split()
+    command = [sys.executable, f"benchmarks/{script}", *flags, "--output", str(folder / "report.json")]
     done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    report = json.loads((tmp_path / "data.json").read_text())
+    return json.loads((folder / "report.json").read_text())
+
+
+@pytest.mark.slow
+def test_preprocessing_starting_and_reading_are_measured(tmp_path):
+    report = written("data.py --copies 1 --documents 50 --epochs 1 3 --rounds 1", tmp_path)
     (text,) = report["preprocessing"]
     assert text["megabytes"] > 5 and 0 < text["tokenizers_seconds"] < 1.1 * text["seconds"]
     assert {(row["order"], row["epochs"]) for row in report["starting"]} == {
@@ -329,11 +334,7 @@ def test_preprocessing_starting_and_reading_are_measured(tmp_path):
 
 @pytest.mark.slow
 def test_growth_is_measured_beside_what_flops_explain(tmp_path):
-    flags = "--model-sizes 7M 20M --seq-lengths 32 64 --tokens 64 --steps 1 --output".split()
-    command = [sys.executable, "benchmarks/growth.py", *flags, str(tmp_path / "growth.json")]
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    rows = json.loads((tmp_path / "growth.json").read_text())["rows"]
+    rows = written("growth.py --model-sizes 7M 20M --seq-lengths 32 64 --tokens 64 --steps 1", tmp_path)["rows"]
     assert [(row["size"], row["seq_length"], row["samples"]) for row in rows] == [
         ("7M", 32, 2),
         ("20M", 32, 2),
