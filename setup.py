@@ -24,6 +24,7 @@ setup(
         ],
         "eval": ["lm-eval[hf]>=0.4.13", "protobuf", "transformers>=5.20"],
         "deepspeed": ["deepspeed"],
+        "fp8": ["torchao"],
         "tensorboard": ["tensorboard"],
         "triton": ["triton"],  # of no fixed version: PyTorch for CUDA brings the one it needs
         "wandb": ["wandb>=0.31"],

@@ -4,7 +4,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 select=(-m "not slow and not gpu") extras=(--with-test)
 if [[ "${1:-}" == --all ]]; then
-    select=(-m "not gpu") extras+=(--with-triton)  # its interpreter runs the kernels of CUDA
+    select=(-m "not gpu") extras+=(--with-triton --with-fp8)  # Triton's interpreter runs the kernels of CUDA
     shift
 fi
 bash install.sh "${extras[@]}"

@@ -85,10 +85,11 @@ def build(
     steps: int = 1,
     bf16: bool = False,
     compile: bool = False,
+    fp8_recipe: str | None = None,
 ):
     """Return the engine at its initial weights, its optimizer and its data for so many steps."""
     config = ModelConfig(**MODEL | case.model)
-    engine = build_engine(config, VOCABULARY, 5, processes, parallel, bf16=bf16, compile=compile)
+    engine = build_engine(config, VOCABULARY, 5, processes, parallel, bf16=bf16, compile=compile, fp8_recipe=fp8_recipe)
     optimizer = build_optimizer(engine, OptimizerConfig(lr=1.0, weight_decay=WEIGHT_DECAY, **case.optimizer))
     start_state(optimizer, 0)
     eps = 1e-9 if case.nothing_masked else 1e-3

@@ -100,6 +100,25 @@ def test_the_host_waits_for_nothing_inside_a_step(objective):
     stop_processes()
 
 
+@pytest.mark.parametrize("recipe", ["tensorwise", "rowwise"])
+@pytest.mark.parametrize("compile", ["--compile", "--no-compile"])
+@pytest.mark.skipif(find_spec("torchao") is None, reason="needs torchao")
+def test_8_bit_products_follow_bf16(recipe, compile, unspoken, tmp_path):
+    for name, flags in (("bf16", []), ("fp8", ["--fp8-recipe", recipe])):
+        run("mdm", *unspoken, compile, *flags, "--save", tmp_path / name)
+    assert losses(tmp_path / "fp8") == pytest.approx(losses(tmp_path / "bf16"), rel=0.03)
+    assert losses(tmp_path / "fp8") != losses(tmp_path / "bf16")
+
+
+@pytest.mark.parametrize("version, package", [("FA3", "flash_attn_interface"), ("FA4", "flash_attn.cute")])
+@pytest.mark.parametrize("objective", ["ar", "mdm"])
+def test_other_flash_attention_follows_pytorchs_own(objective, version, package, unspoken, tmp_path):
+    pytest.importorskip(package)
+    for name, flags in (("own", []), ("other", ["--flash-attention", version])):
+        run(objective, *unspoken, *flags, "--save", tmp_path / name)
+    assert losses(tmp_path / "other") == pytest.approx(losses(tmp_path / "own"), rel=0.02)
+
+
 LAYOUTS = [f"--zero-stage {stage}" for stage in (0, 2, 3)]
 LAYOUTS += [f"--recompute-granularity {kind}" for kind in ("full", "selective")]
 LAYOUTS += ["--recompute-granularity full --compile", "--cpu-offload", "--cpu-offload --zero-stage 3"]

@@ -129,7 +129,7 @@ TABLE = one_table(
     refused(
         "--fp8-e4m3 --fp8-hybrid --fp8-format --no-fp8-wgrad --fp8-margin --fp8-interval --fp8-amax-history-len "
         "--fp8-amax-compute-algo",
-        "is not supported: computes in bf16 or fp32; leave it out",
+        "is not supported: 8-bit products are torchao's; give --fp8-recipe tensorwise or rowwise",
     ),
     # ---------------------------------------------------------------- kernels
     idle(

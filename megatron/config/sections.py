@@ -424,6 +424,18 @@ class TrainingConfig:
     seed: int = flag(1234, "seed of weights, order and training noise")
     bf16: bool | None = flag(None, "compute in bfloat16 over fp32 master weights; default where the device has it")
     fp32: bool | None = flag(None, "compute in fp32; default where the device has no bfloat16")
+    fp8_recipe: str | None = flag(
+        None,
+        "compute the matrix products of the blocks in 8-bit floats (torchao), scaled by tensor or by row, over bf16; "
+        "pays from about 2B parameters; needs compute capability 8.9, and is emulated, slowly, on a CPU",
+        choices=("tensorwise", "rowwise"),
+    )
+    flash_attention: str | None = flag(
+        None,
+        "compute attention without a mask by the FlashAttention 3 or 4 that is installed (CUDA, bf16, no dropout in "
+        "attention); default the kernel PyTorch chooses",
+        choices=("FA3", "FA4"),
+    )
     compile: bool | None = flag(None, "compile the blocks; default where the length of the run pays for it")
     deterministic: bool = flag(
         False, "on CUDA too, equal results to the last bit at every start, by slower kernels; a CPU always gives them"
@@ -443,6 +455,10 @@ class TrainingConfig:
             require(value is None or value > 0, name, value, "must be positive")
         clash = None not in (self.bf16, self.fp32) and self.bf16 == self.fp32
         require(not clash, "bf16", self.bf16, f"excludes {typed('fp32', self.fp32)}; give one of them")
+        against = typed("fp32", True) if self.fp32 else typed("bf16", False) if self.bf16 is False else None
+        for name in ("fp8_recipe", "flash_attention"):
+            rule = f"needs bf16; leave it out, or {against}"
+            require(getattr(self, name) is None or against is None, name, getattr(self, name), rule)
 
 
 @dataclass(frozen=True, kw_only=True)

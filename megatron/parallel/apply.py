@@ -8,6 +8,7 @@ from megatron.model.initialise import initialise
 from megatron.model.transformer import Transformer
 from megatron.parallel.compiled import compile_blocks
 from megatron.parallel.engine import Engine
+from megatron.parallel.float8 import round_products
 from megatron.parallel.mesh import Processes
 from megatron.parallel.pipeline import Pipeline, Stage, keep_stage
 from megatron.parallel.recompute import recompute
@@ -23,8 +24,10 @@ def build_engine(
     *,
     bf16: bool,
     compile: bool,
+    fp8_recipe: str | None = None,
 ) -> Engine:
-    """Keep the stages of this process -> initialise -> split layers -> recompute -> compile blocks -> shard.
+    """Keep the stages of this process -> initialise -> split layers -> 8-bit products -> recompute -> compile blocks
+    -> shard.
 
     Master weights are fp32, computation runs in bf16 or fp32, gradients are reduced in fp32. One process takes the
     same path, so parameters are DTensors everywhere and checkpoints look alike.
@@ -42,6 +45,8 @@ def build_engine(
             split_layers(piece, processes.mesh["tp"])
         if not parallel.cpu_offload:
             piece.to(processes.device)
+        if fp8_recipe:
+            round_products(piece, fp8_recipe, processes.device)
         recompute(piece, parallel)
         # rows of sequences that are split differ between processes; a block that is recomputed is one function
         piece.selects_early = processes.along("tp")[1] == 1 and parallel.recompute_granularity is None

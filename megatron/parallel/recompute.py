@@ -12,7 +12,7 @@ from megatron.model.transformer import Transformer
 
 ATEN = torch.ops.aten
 # what is dear to compute
-PRODUCTS = {ATEN.mm.default, ATEN.addmm.default, ATEN.bmm.default}
+PRODUCTS = {ATEN.mm.default, ATEN.addmm.default, ATEN.bmm.default, ATEN._scaled_mm.default}
 ATTENTION = {
     ATEN._scaled_dot_product_flash_attention.default,
     ATEN._scaled_dot_product_efficient_attention.default,

@@ -23,9 +23,10 @@ def start_engine(
 
     Raises ConfigurationError where DeepSpeed is not installed or its file contradicts the flags.
     """
-    parallel, seed = config.parallel, config.training.seed
+    parallel, seed, fp8_recipe = config.parallel, config.training.seed, config.training.fp8_recipe
     if not parallel.deepspeed:
-        engine = build_engine(config.model, vocabulary, seed, processes, parallel, bf16=bf16, compile=compile)
+        precision = {"bf16": bf16, "fp8_recipe": fp8_recipe}
+        engine = build_engine(config.model, vocabulary, seed, processes, parallel, **precision, compile=compile)
         optimizer = build_optimizer(engine, config.optimizer)
         start_state(optimizer, steps)
         return engine, optimizer

@@ -12,9 +12,11 @@ from pathlib import Path
 import torch
 
 import megatron
-from megatron.config.flags import require
+from megatron.config.flags import require, typed
 from megatron.config.resolve import Plan
 from megatron.config.sections import Config
+from megatron.errors import ConfigurationError
+from megatron.parallel.float8 import check_float8
 from megatron.parallel.mesh import Processes
 
 logger = logging.getLogger(__name__)
@@ -23,7 +25,9 @@ logger = logging.getLogger(__name__)
 def choose_precision(config: Config, device: torch.device) -> str:
     """Return "bf16" or "fp32", what is computed in: as asked, else bf16 where the device has it natively."""
     training = config.training
-    if training.bf16 is not None or training.fp32 is not None:
+    if training.fp8_recipe:
+        wanted = True  # what 8-bit products give
+    elif training.bf16 is not None or training.fp32 is not None:
         wanted = not training.fp32 if training.bf16 is None else training.bf16
     else:
         wanted = native_bf16(device)
@@ -43,7 +47,18 @@ def cpp_compiler() -> str | None:
     return next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
 
 
-def be_deterministic(device: torch.device) -> None:
+def prepare_device(config: Config, device: torch.device) -> None:
+    """Have PyTorch use the kernels that `config` asks for; raise ConfigurationError where this device has none."""
+    rule = "moves states between a GPU and the host, and there is no GPU; leave it out"
+    require(not config.parallel.cpu_offload or device.type == "cuda", "cpu_offload", True, rule)
+    check_float8(config, device)
+    if config.training.deterministic:
+        _be_deterministic(device)
+    if config.training.flash_attention:
+        _take_flash_attention(config, device)
+
+
+def _be_deterministic(device: torch.device) -> None:
     """Have every kernel add up in a fixed order, so that equal inputs give equal bits; a CPU does so anyway.
 
     PyTorch raises RuntimeError, which names the operator, where there is no such kernel.
@@ -56,10 +71,22 @@ def be_deterministic(device: torch.device) -> None:
             inductor.deterministic = True  # it chooses no kernel by the clock then
 
 
-def check_device(config: Config, device: torch.device) -> None:
-    """Raise ConfigurationError for what this device cannot do."""
-    rule = "moves states between a GPU and the host, and there is no GPU; leave it out"
-    require(not config.parallel.cpu_offload or device.type == "cuda", "cpu_offload", True, rule)
+def _take_flash_attention(config: Config, device: torch.device) -> None:
+    """Put FlashAttention 3 or 4 in the place of PyTorch's own version, and before cuDNN's attention."""
+    name, version = "flash_attention", config.training.flash_attention
+    rule = "needs an NVIDIA GPU, and this is a CPU; leave it out"
+    require(device.type == "cuda", name, version, rule)
+    rule = f"needs --bf16, and this GPU's default is fp32; give --bf16, or leave {typed(name, version)} out"
+    require(choose_precision(config, device) == "bf16", name, version, rule)
+    rule = f"has no dropout, and {typed('attention_dropout', config.model.attention_dropout)} is asked for; drop one"
+    require(config.model.attention_dropout == 0, name, version, rule)
+    try:
+        torch.nn.attention.activate_flash_attention_impl(version)
+    except (ImportError, RuntimeError, ValueError) as error:
+        fault = str(error).strip().partition("\n")[0]
+        rule = f"cannot be loaded ({fault}); install its package for this GPU, or leave the flag out"
+        raise ConfigurationError(f"{typed(name, version)}: {rule}") from None
+    torch.backends.cuda.enable_cudnn_sdp(False)  # PyTorch would prefer it
 
 
 # On two CPU cores compiling cost 9 to 15 s and then took an eighth off a step (0.46M parameters, bf16, torch 2.13),
@@ -83,6 +110,7 @@ def choose_compile(config: Config, plan: Plan, processes: Processes) -> bool:
 def describe(objective, config, plan, sources, vocabulary, processes, precision, compiled, command) -> dict:
     """Return what config.json says: everything that is needed to repeat the run."""
     packages = ("torch", "numpy", "tokenizers", "safetensors", *["deepspeed"] * config.parallel.deepspeed)
+    packages += ("torchao",) * (config.training.fp8_recipe is not None)
     return {
         "objective_name": objective,
         "recipe": config.training.recipe,

@@ -28,7 +28,7 @@ from megatron.training import checkpoint
 from megatron.training.averaging import start_average
 from megatron.training.command_line import parse
 from megatron.training.engines import start_engine
-from megatron.training.environment import be_deterministic, check_device, choose_compile, choose_precision, describe
+from megatron.training.environment import choose_compile, choose_precision, describe, prepare_device
 from megatron.training.feed import MicroBatches
 from megatron.training.optimizer import parameter_table
 from megatron.training.resume import open_run
@@ -134,9 +134,7 @@ def run(config: Config, command: str, watch: Watch | None) -> None:
         replicas=parallel.replicas(parallel.data_size(world_size())),
         minutes=parallel.distributed_timeout_minutes,
     )
-    check_device(config, processes.device)
-    if config.training.deterministic:
-        be_deterministic(processes.device)
+    prepare_device(config, processes.device)
     if not config.validation.skip_train:
         sources.train.request(plan.train_samples)
     # nodes may differ in what they have natively
@@ -239,7 +237,7 @@ def _selects(record: dict, sources: Sources) -> bool:
 
 def _announce(config, plan, vocabulary, trainer, precision, compiled, origin) -> None:
     objective, engine = trainer.objective, trainer.engine
-    processes = engine.processes
+    processes, fp8_recipe = engine.processes, config.training.fp8_recipe
     for line in idle_flags(config, exact=all(likelihood.exact for likelihood in objective.likelihoods)):
         logger.info(line)
     if not config.checkpoint.save and not config.validation.skip_train:
@@ -258,7 +256,8 @@ def _announce(config, plan, vocabulary, trainer, precision, compiled, origin) ->
         "%s: %.2fM parameters, %s unique tokens, %d samples of %d tokens in %d steps (%.1f epochs), %s%s on %s x%d%s",
         objective.name, plan.parameters / 1e6, f"{plan.unique_tokens:,}", plan.train_samples, config.data.seq_length,
         plan.steps, plan.train_samples * config.data.seq_length / plan.unique_tokens,
-        precision, ", compiled" if compiled else "", processes.device.type, processes.size,
+        f"{precision} and {fp8_recipe} fp8" if fp8_recipe else precision, ", compiled" if compiled else "",
+        processes.device.type, processes.size,
         f" ({', '.join([*layout, sharing])})" if processes.size > 1 else "",
     )  # fmt: skip
     for line in () if config.validation.skip_train else parameter_table(config, vocabulary):

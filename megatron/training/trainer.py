@@ -181,7 +181,8 @@ class Trainer:
         samples, seconds = progress.consumed_samples - self._recorded[0], progress.seconds - self._recorded[1]
         self._recorded = (progress.consumed_samples, progress.seconds)
         speed = samples * seq_length / seconds
-        peak = peak_flops(self.processes.device) * self.processes.size
+        # a share of the peak of bf16 would flatter 8-bit products
+        peak = 0 if self.config.training.fp8_recipe else peak_flops(self.processes.device) * self.processes.size
         record = {
             "kind": "train",
             "loss": loss,

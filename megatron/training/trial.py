@@ -15,7 +15,7 @@ from megatron.objectives import build_input_noise, build_objective
 from megatron.parallel.launch import world_size
 from megatron.parallel.mesh import start_processes
 from megatron.training.engines import start_engine
-from megatron.training.environment import be_deterministic, check_device, choose_precision
+from megatron.training.environment import choose_precision, prepare_device
 from megatron.training.feed import MicroBatches
 from megatron.training.metrics import peak_memory
 from megatron.training.step import train_step
@@ -61,9 +61,7 @@ def attempt(config: Config, vocabulary: Vocabulary, steps: int) -> Trial | str:
             pipeline=parallel.pipeline_model_parallel_size,
             replicas=parallel.replicas(parallel.data_size(world_size())),
         )
-        check_device(config, processes.device)
-        if training.deterministic:
-            be_deterministic(processes.device)
+        prepare_device(config, processes.device)
     except ConfigurationError as error:
         return f"refused: {error}"
     torch._dynamo.reset()  # what was compiled for others would count against the limit of recompilations

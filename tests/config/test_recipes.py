@@ -36,7 +36,7 @@ ASSUMED = {
 # Ours alone, or how a run is started and kept: nothing the published system has a value of.
 OURS = {
     "model_size", "recipe", "vocab_size", "tokenizer_model", "train_data_path", "valid_data_path", "fp32", "compile",
-    "deterministic",
+    "deterministic", "fp8_recipe", "flash_attention",
     "train_epochs", "train_samples", "train_iters", "train_flops", "lr_warmup_samples", "lr_decay_samples",
     "lr_wsd_decay_samples", "exit_interval", "exit_duration_in_mins", "kill_switch_file", "dry_run", "eval_batch_size",
     "eval_seed", "save", "load", "keep_every_epochs", "objective", "causal_ratio", "diffusion_block_size",

@@ -138,6 +138,16 @@ REFUSED = [
     (TrainingConfig, {"train_samples": -5}, "--train-samples -5: must be positive"),
     (TrainingConfig, {"train_iters": 0}, "--train-iters 0: must be positive"),
     (TrainingConfig, {"train_flops": 0.0}, "--train-flops 0.0: must be positive"),
+    (
+        TrainingConfig,
+        {"fp32": True, "fp8_recipe": "rowwise"},
+        "--fp8-recipe rowwise: needs bf16; leave it out, or --fp32",
+    ),
+    (
+        TrainingConfig,
+        {"bf16": False, "flash_attention": "FA4"},
+        "--flash-attention FA4: needs bf16; leave it out, or --no-bf16",
+    ),
     (TrainingConfig, {"exit_interval": 0}, "--exit-interval 0: must be positive"),
     (TrainingConfig, {"exit_duration_in_mins": 0.0}, "--exit-duration-in-mins 0.0: must be positive"),
     (TrainingConfig, {"bf16": True, "fp32": True}, "--bf16: excludes --fp32; give one of them"),

@@ -1,0 +1,153 @@
+"""8-bit products: near those of bf16, of the same parameters, however blocks are compiled and recomputed."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from megatron.config.sections import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    TrackingConfig,
+    TrainingConfig,
+    ValidationConfig,
+)
+from megatron.errors import ConfigurationError
+from megatron.model.initialise import initialise
+from megatron.model.transformer import Transformer
+from megatron.parallel import float8
+from megatron.training.environment import prepare_device
+from tests.conftest import records, run
+from tests.distributed import joined
+from tests.steps import MODEL, VOCABULARY, Case, batches_of_step, build, patched, whole
+
+WIDE = {"hidden_size": 64, "num_attention_heads": 4}
+RECIPES = ("tensorwise", "rowwise")
+BF16 = ["--bf16", "--no-compile"]
+
+
+def gradients(objective: str, recipe: str | None, compile: bool = False, **parallel) -> tuple[float, dict]:
+    """Return loss and gradients of a step, by a network whose matrices are not all alike."""
+    torch._dynamo.reset()
+    with joined() as processes:
+        given = Case(objective, model=WIDE), ParallelConfig(**parallel)
+        engine, _, data = build(processes, *given, bf16=True, compile=compile, fp8_recipe=recipe)
+        loss = float(engine.backward(batches_of_step(data, 0), 100.0))
+        return loss, whole((name, p.grad) for name, p in engine.named_parameters())
+
+
+def cosine(a: np.ndarray, b: np.ndarray) -> float:
+    return float((a * b).sum() / np.sqrt((a * a).sum() * (b * b).sum()))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _installed():
+    pytest.importorskip("torchao", reason="torchao is not installed")
+
+
+def rounded(matrix: torch.Tensor, kind: torch.dtype, dim: int | None) -> torch.Tensor:
+    """Return [rows, columns] as `kind` holds it when its largest value, of all or along `dim`, becomes the largest."""
+    largest = matrix.abs().amax() if dim is None else matrix.abs().amax(dim, keepdim=True)
+    scale = torch.finfo(kind).max / largest.double()
+    if dim is not None:
+        scale = torch.exp2(torch.floor(torch.log2(scale)))  # torchao's scales of rows are powers of two
+    return (matrix.float() * scale.float()).to(kind).double() / scale
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_product_is_that_of_rounded_factors(recipe):
+    model = Transformer(ModelConfig(**MODEL | WIDE), VOCABULARY).bfloat16()
+    initialise(model, model.config, 5)
+    layer = model.layers["0"].mlp.down_proj
+    float8.round_products(model, recipe, torch.device("cpu"))
+    layer, weight = model.layers["0"].mlp.down_proj, layer.weight.detach()
+    generator = torch.Generator().manual_seed(3)
+    inputs, upstream = (torch.randn(32, size, generator=generator).bfloat16() for size in weight.shape[::-1])
+    outputs = layer(inputs.requires_grad_())
+    outputs.backward(upstream)
+    rows = recipe == "rowwise"
+    by_row, by_column = (1, 0) if rows else (None, None)
+    steep = torch.float8_e4m3fn if rows else torch.float8_e5m2
+    e4m3 = torch.float8_e4m3fn
+    expected = rounded(inputs.detach(), e4m3, by_row) @ rounded(weight, e4m3, by_row).T
+    of_inputs = rounded(upstream, steep, by_row) @ rounded(weight, e4m3, by_column)
+    of_weights = rounded(upstream, steep, by_column).T @ rounded(inputs.detach(), e4m3, by_column)
+    for value, theirs in (
+        (outputs.detach() - layer.bias.detach(), expected),
+        (inputs.grad, of_inputs),
+        (layer.weight.grad, of_weights),
+    ):
+        assert float((value.double() - theirs).norm() / theirs.norm()) < 4e-3  # bf16 rounds the result
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("objective", ["ar", "mdm"])
+def test_a_step_is_near_that_of_bf16(objective, recipe):
+    (plain, before), (loss, after) = gradients(objective, None), gradients(objective, recipe)
+    assert loss == pytest.approx(plain, rel=2e-2) and loss != plain
+    assert after.keys() == before.keys()
+    for name in before:
+        assert cosine(before[name], after[name]) > 0.9, name
+
+
+@pytest.mark.parametrize("granularity", ["full", "selective"])
+def test_recomputed_blocks_give_the_same(granularity):
+    (plain, before), (loss, after) = (
+        gradients("ar", "rowwise"),
+        gradients("ar", "rowwise", recompute_granularity=granularity),
+    )
+    assert loss == plain
+    for name in before:
+        np.testing.assert_array_equal(before[name], after[name])
+
+
+def test_compiled_blocks_give_nearly_the_same():
+    (plain, before), (loss, after) = gradients("mdm", "rowwise"), gradients("mdm", "rowwise", compile=True)
+    assert loss == pytest.approx(plain, rel=1e-2)  # a last bit of bf16 decides how 8 bits round
+    assert min(cosine(before[name], after[name]) for name in before) > 0.9
+
+
+def test_a_run_resumes_exactly_and_evaluates_as_itself(tiny, tmp_path):
+    flags = [*(flag for flag in tiny if flag != "--fp32"), *BF16, "--fp8-recipe", "tensorwise"]
+    run("mdm", *flags, "--save", tmp_path / "whole")
+    run("mdm", *flags, "--save", tmp_path / "parts", "--exit-interval", 5)
+    run("mdm", *flags, "--save", tmp_path / "parts")
+    assert records(tmp_path / "parts") == records(tmp_path / "whole")
+    done = run("mdm", *flags[:-2], "--save", tmp_path / "parts", check=False)
+    assert done.returncode == 2 and "--fp8-recipe" in done.stderr and "tensorwise" in done.stderr
+
+
+TINY = Config(
+    model=ModelConfig(**MODEL | WIDE), data=DataConfig(seq_length=32), objective=ObjectiveConfig(),
+    optimizer=OptimizerConfig(), training=TrainingConfig(fp8_recipe="rowwise"), parallel=ParallelConfig(),
+    validation=ValidationConfig(), checkpoint=CheckpointConfig(), tracking=TrackingConfig(),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"parallel": ParallelConfig(tensor_model_parallel_size=2)}, ["--tensor-model-parallel-size", "leave one"]),
+        ({"parallel": ParallelConfig(deepspeed=True)}, ["--deepspeed", "leave one"]),
+        ({"model": replace(TINY.model, ffn_hidden_size=100)}, ["16", "--ffn-hidden-size is 100"]),
+        ({"data": DataConfig(seq_length=40)}, ["16", "--seq-length is 40"]),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_what_has_no_such_products_is_refused(change, words):
+    prepare_device(TINY, torch.device("cpu"))
+    with pytest.raises(ConfigurationError) as caught:
+        prepare_device(replace(TINY, **change), torch.device("cpu"))
+    for word in ("--fp8-recipe rowwise", *words):
+        assert word in str(caught.value)
+
+
+def test_without_the_package_its_extra_is_named():
+    with patched(float8, "find_spec", lambda _: None), pytest.raises(ConfigurationError, match="--with-fp8"):
+        prepare_device(TINY, torch.device("cpu"))
