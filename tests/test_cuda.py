@@ -110,6 +110,16 @@ def test_8_bit_products_follow_bf16(recipe, compile, unspoken, tmp_path):
     assert losses(tmp_path / "fp8") != losses(tmp_path / "bf16")
 
 
+MASKED = ["--objective block-diffusion --diffusion-block-size 8", "--reset-attention-mask --reset-position-ids"]
+
+
+@pytest.mark.parametrize("masked", MASKED)
+def test_masks_by_squares_follow_dense_ones(masked, unspoken, tmp_path):
+    for compile in ("--compile", "--no-compile"):  # the first by FlexAttention
+        run("ar", *unspoken, *masked.split(), compile, "--save", tmp_path / compile)
+    assert losses(tmp_path / "--compile") == pytest.approx(losses(tmp_path / "--no-compile"), rel=0.02)
+
+
 @pytest.mark.parametrize("version, package", [("FA3", "flash_attn_interface"), ("FA4", "flash_attn.cute")])
 @pytest.mark.parametrize("objective", ["ar", "mdm"])
 def test_other_flash_attention_follows_pytorchs_own(objective, version, package, unspoken, tmp_path):

@@ -2,13 +2,18 @@
 
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from megatron.config.sections import ModelConfig
 from megatron.model.norm import normalisation
 from megatron.model.past import BlockPast
 from megatron.model.rotary import RotaryTable, rotate
+
+# [B or 1, 1, S, S] in the compute dtype, 0 where a query may see a key, else -inf; or the same by squares of 128
+Mask = Tensor | BlockMask
 
 
 class Sight(NamedTuple):
@@ -16,8 +21,8 @@ class Sight(NamedTuple):
 
     queries: RotaryTable
     keys: RotaryTable
-    causal: bool  # where there is no `bias`
-    bias: Tensor | None = None  # [B or 1, 1, S, S] in the compute dtype: 0 where a query may see a key, else -inf
+    causal: bool  # where there is no `mask`
+    mask: Mask | None = None
     past: BlockPast | None = None  # what this block has read before, in generation and scoring
 
 
@@ -47,13 +52,42 @@ class Attention(nn.Module):
         key = rotate(key, sight.keys)
         if sight.past is not None:
             key, value = sight.past.extend(key, value)
-        mixed = F.scaled_dot_product_attention(
-            rotate(query, sight.queries),
-            key,
-            value,
-            attn_mask=sight.bias,
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=sight.causal,
-            enable_gqa=self.grouped,
-        )
+        query = rotate(query, sight.queries)
+        if isinstance(sight.mask, BlockMask):
+            mixed = flex_attention(query, key, value, block_mask=sight.mask, enable_gqa=self.grouped)
+        else:
+            mixed = F.scaled_dot_product_attention(
+                query,
+                key,
+                value,
+                attn_mask=sight.mask,
+                dropout_p=self.dropout if self.training else 0.0,
+                is_causal=sight.causal,
+                enable_gqa=self.grouped,
+            )
         return mixed.transpose(1, 2).flatten(2)
+
+
+def dense_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return what is added to scores of attention, [B, 1, S, P], of what may be seen, bool [B, S, P].
+
+    Attention would make it of a mask in every block, and keep it.
+    """
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, float("-inf"))[:, None]
+
+
+def block_mask(visible: Tensor) -> BlockMask:
+    """Return the mask of FlexAttention, whose compiled kernels skip squares that nothing in them may see.
+
+    `visible` is bool [B or 1, S, S].
+    """
+    batch, length, _ = visible.shape
+
+    def of_each(sequence, head, query, key):
+        return visible[sequence, query, key]
+
+    def of_all(sequence, head, query, key):
+        return visible[0, query, key]
+
+    seen = of_all if batch == 1 else of_each
+    return create_block_mask(seen, batch, None, length, length, device=visible.device)

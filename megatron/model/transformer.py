@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from megatron.batch import Batch
 from megatron.config.sections import ModelConfig, Vocabulary
-from megatron.model.attention import Sight
+from megatron.model.attention import Sight, block_mask, dense_mask
 from megatron.model.block import Block
 from megatron.model.linear_cross_entropy import PLAIN, WHOLE, Terms, linear_cross_entropy, linear_nll
 from megatron.model.norm import normalisation
@@ -40,6 +40,7 @@ class Transformer(nn.Module):
         self.first = self.last = True
         self.head_part = WHOLE
         self.selects_early = True  # whether the last block may finish the scored positions only
+        self.masks_by_squares = False  # whether attention under a mask is FlexAttention, which must be compiled
 
     def forward(self, batch: Batch, hidden: Tensor | None = None, per_position: bool = False) -> Tensor:
         """Return the sum of weights * nll over the scored positions, fp32 [1]; in training with the terms of the loss.
@@ -93,7 +94,8 @@ class Transformer(nn.Module):
             queries = rotary_table(batch.target_positions, self.config.head_size, self.config.rotary_base)
         if visible is None:
             return Sight(queries, keys, batch.causal)
-        return Sight(queries, keys, False, _bias(visible, dtype))
+        mask = block_mask(visible) if self.masks_by_squares else dense_mask(visible, dtype)
+        return Sight(queries, keys, False, mask)
 
     def read(self, tokens: Tensor, past: Past, present: Tensor | None = None) -> Tensor:
         """Read [B, T] tokens behind those in `past`, and add them to it; return what the head reads, [B, T, H].
@@ -104,10 +106,10 @@ class Transformer(nn.Module):
         places, visible = past.append(present)
         table = rotary_table(places, self.config.head_size, self.config.rotary_base)
         hidden = self.embed_tokens(tokens)
-        bias = None if visible is None else _bias(visible, hidden.dtype)
-        causal = bias is None and tokens.shape[1] > 1  # then nothing was read before
+        mask = None if visible is None else dense_mask(visible, hidden.dtype)
+        causal = mask is None and tokens.shape[1] > 1  # then nothing was read before
         for name, block in self.layers.items():
-            hidden = block(hidden, Sight(table, table, causal, bias, past.block(name)))
+            hidden = block(hidden, Sight(table, table, causal, mask, past.block(name)))
         return self.norm(hidden)
 
     def logits(self, tokens: Tensor, causal: bool, positions: Tensor | None = None) -> Tensor:
@@ -122,11 +124,3 @@ class Transformer(nn.Module):
         """Return the head's matrix [padded vocabulary, H], the embedding's own where the two are tied."""
         untied = self.config.untie_embeddings_and_output_weights
         return self.lm_head.weight if untied else self.embed_tokens.weight
-
-
-def _bias(visible: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return what is added to scores of attention, [B, 1, S, P], of what may be seen, bool [B, S, P].
-
-    Attention would make it of a mask in every block, and keep it.
-    """
-    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, float("-inf"))[:, None]

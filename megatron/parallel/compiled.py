@@ -9,7 +9,13 @@ OPTIONS = {"cpu": {"fallback_random": True}}
 
 
 def compile_blocks(model: Transformer, device: torch.device) -> None:
-    """Compile every block in place; the last one in two parts, between which the scored positions are selected."""
+    """Compile every block in place; the last one in two parts, between which the scored positions are selected.
+
+    What a mask hides is skipped by squares then.
+    """
+    config = model.config
+    # FlexAttention has no dropout, no smaller heads, and on a CPU no gradient
+    model.masks_by_squares = device.type == "cuda" and config.attention_dropout == 0 and config.head_size >= 16
     settings = {"fullgraph": True, "dynamic": False, "options": OPTIONS.get(device.type)}
     whole = list(model.layers.values())
     if model.last and model.selects_early:

@@ -1,5 +1,8 @@
 """Compiled blocks give what eager ones give, in the layouts that change what a block is."""
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 from torch._dynamo.utils import counters
@@ -8,7 +11,7 @@ from megatron.config.sections import ParallelConfig
 from megatron.objectives.documents import DocumentRules
 from megatron.parallel.mesh import Processes, arrange
 from tests.distributed import joined, spawn
-from tests.steps import Case, batches_of_step, build
+from tests.steps import Case, batches_of_step, build, whole
 
 CASE = Case("mdm", micro_batch=2)
 # what objectives and regularisers change in a block: masks, told places, branches, and graphs of two kinds
@@ -67,3 +70,45 @@ def test_what_objectives_change(case):
         rounded = loss_and_norm(processes, plain, True, case, bf16=True)
     assert compiled == pytest.approx(eager, rel=1e-5)
     assert rounded == pytest.approx(eager, rel=0.02) and rounded != pytest.approx(eager, rel=1e-5)
+
+
+MASKED = [KINDS[0], KINDS[3]]  # by sequence and for all sequences alike
+
+
+def nats_and_gradients(processes: Processes, case: Case, squares: bool) -> tuple[list[torch.Tensor], dict]:
+    """Return the nll of three steps' batches and the gradients of the first, with the masks of attention by squares."""
+    engine, _, data = build(processes, case, ParallelConfig())
+    engine.models[0].masks_by_squares = squares
+    engine.backward(batches_of_step(data, 0), 100.0)
+    gradients = whole((name, parameter.grad) for name, parameter in engine.named_parameters())
+    return [engine.nll(batch) for batch in batches_of_step(data, 0)], gradients
+
+
+@pytest.mark.parametrize("case", MASKED, ids=lambda case: case.name)
+def test_masks_by_squares_hide_the_same(case, monkeypatch):
+    # on a CPU it has no fast gradient, and refuses the plain one, which is this test's
+    monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *_: None)
+    with joined() as processes:
+        dense, squares = (nats_and_gradients(processes, case, squares) for squares in (False, True))
+    for expected, found in zip(dense[0], squares[0], strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    for name, gradient in dense[1].items():
+        np.testing.assert_allclose(squares[1][name], gradient, rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", MASKED, ids=lambda case: case.name)
+def test_compiled_masks_by_squares_hide_the_same_and_compile_once(case):
+    case = replace(case, model={"num_attention_heads": 1})  # heads of 16
+    torch._dynamo.reset()
+    found = []
+    with joined() as processes, torch.no_grad():
+        for compile in (False, True):
+            counters.clear()
+            engine, _, data = build(processes, case, ParallelConfig(), 3, compile=compile)
+            engine.models[0].masks_by_squares = compile
+            engine.eval()
+            found.append([engine.nll(batch) for step in range(3) for batch in batches_of_step(data, step)])
+    assert counters["stats"]["unique_graphs"] == 3  # a block, and the two parts of the last
+    for expected, nll in zip(*found, strict=True):
+        torch.testing.assert_close(nll, expected, rtol=1e-5, atol=1e-5)
