@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
+from megatron.parallel.gloo import gather_under_a_short_name
 from megatron.parallel.launch import device, join, rank, world_size
 
 PATIENCE = timedelta(days=1)  # of processes that wait for a disk; a peer that dies meanwhile, the watch notices
@@ -109,6 +110,7 @@ def arrange(
     minutes: float = 10.0,
 ) -> Processes:
     """Give the processes of the group their places; all of them call this."""
+    gather_under_a_short_name()
     shape, timeout = (pipeline, replicas, size // (pipeline * replicas * tensor), tensor), timedelta(minutes=minutes)
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=AXES)
     for axis in AXES:

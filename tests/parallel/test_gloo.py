@@ -1,0 +1,58 @@
+"""Gathering over gloo: right, and not by the operation whose long name two threads of a group free twice."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from megatron.parallel.mesh import Processes
+from tests.distributed import spawn
+
+GATHER = torch.ops._c10d_functional
+
+
+def gathered(processes: Processes) -> tuple[list, list, float, set[str]]:
+    """Return matrices gathered by DTensor (of 5 rows) and plainly, a number, and which operators took part."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    mesh = processes.mesh["shard"]
+    whole = torch.arange(15.0).view(5, 3)
+    part = torch.full((3, 2), float(processes.rank))
+    with torch.profiler.profile(activities=activities) as profile:
+        uneven = distribute_tensor(whole, mesh, [Shard(0)]).full_tensor()
+        group = mesh.get_group().group_name
+        plain, number = (
+            GATHER.wait_tensor(GATHER.all_gather_into_tensor(each, 2, group)) for each in (part, part[0, 0])
+        )
+    return uneven.tolist(), plain.tolist(), number.tolist(), {event.name for event in profile.events()}
+
+
+def test_gathers_are_right_and_have_a_short_name():
+    for uneven, plain, number, operators in spawn(gathered, 2):
+        assert uneven == torch.arange(15.0).view(5, 3).tolist()
+        assert plain == [[0.0, 0.0]] * 3 + [[1.0, 1.0]] * 3 and number == [0.0, 1.0]
+        assert "c10d::_allgather_base_" in operators
+        assert not any("coalesced" in operator for operator in operators)
+
+
+# One process in two died of this within seconds before the way around was found (torch 2.13, two cores).
+BURSTS = """
+import torch, torch.distributed as dist
+from tests.distributed import joined
+gather, wait = torch.ops._c10d_functional.all_gather_into_tensor, torch.ops._c10d_functional.wait_tensor
+with joined():
+    for _ in range(3000):
+        for work in [gather(torch.ones(8), 1, "0") for _ in range(100)]:
+            wait(work)
+import os; os._exit(0)
+"""
+
+
+@pytest.mark.slow
+def test_many_gathers_at_once_do_not_abort():
+    surroundings = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_PERTURB_": "123"}
+    for _ in range(3):
+        done = subprocess.run([sys.executable, "-c", BURSTS], env=surroundings, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-500:]
