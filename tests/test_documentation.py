@@ -163,6 +163,20 @@ def test_every_example_prints_commands_that_parse(script, processes):
     assert trainings and all(("torch.distributed.run" in words) == (processes == "2") for words in trainings)
 
 
+def test_the_benchmark_of_a_gpu_prints_commands_that_parse(tmp_path):
+    printed = dry_run(ROOT / "benchmarks" / "gpu.sh", PYTHON="python", PUBLISHED=str(tmp_path))
+    assert {words[words.index("--model-size") + 1] for words in printed if "--model-size" in words} == {
+        "140M",
+        "425M",
+        "1018M",
+        "2283M",
+    }
+    for words in printed:
+        if "pytest" not in words:
+            check(words)
+    assert dry_run(ROOT / "benchmarks" / "gpu.sh", "140M", PYTHON="python", PUBLISHED=str(tmp_path)) == printed[1:2]
+
+
 @pytest.mark.parametrize("script", EXAMPLES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_flags_given_to_an_example_reach_every_training(script):
     for words in dry_run(script, "--seed", "77"):
