@@ -24,7 +24,7 @@ setup(
         ],
         "eval": ["lm-eval[hf]>=0.4.13", "protobuf", "transformers>=5.20"],
         "deepspeed": ["deepspeed"],
-        "fp8": ["torchao"],
+        "fp8": ["torchao>=0.18"],
         "tensorboard": ["tensorboard"],
         "triton": ["triton"],  # of no fixed version: PyTorch for CUDA brings the one it needs
         "wandb": ["wandb>=0.31"],

@@ -164,17 +164,19 @@ def test_every_example_prints_commands_that_parse(script, processes):
 
 
 def test_the_benchmark_of_a_gpu_prints_commands_that_parse(tmp_path):
-    printed = dry_run(ROOT / "benchmarks" / "gpu.sh", PYTHON="python", PUBLISHED=str(tmp_path))
+    script, places = ROOT / "benchmarks" / "gpu.sh", {"PYTHON": "python", "PUBLISHED": str(tmp_path)}
+    printed = dry_run(script, **places)
     assert {words[words.index("--model-size") + 1] for words in printed if "--model-size" in words} == {
-        "140M",
-        "425M",
-        "1018M",
-        "2283M",
-    }
+        "140M", "425M", "1018M", "2283M"
+    }  # fmt: skip
     for words in printed:
         if "pytest" not in words:
             check(words)
-    assert dry_run(ROOT / "benchmarks" / "gpu.sh", "140M", PYTHON="python", PUBLISHED=str(tmp_path)) == printed[1:2]
+    assert dry_run(script, "140M", **places) == printed[1:2]
+    alone = dry_run(script, **places | {"PUBLISHED": str(tmp_path / "none")})
+    assert len(alone) < len(printed) and not any("published" in word for words in alone for word in words)
+    done = subprocess.run(["bash", script, "140M", "14M"], capture_output=True, text=True, env=os.environ | places)
+    assert done.returncode == 2 and "gpu.sh 14M" in done.stderr and not done.stdout
 
 
 @pytest.mark.parametrize("script", EXAMPLES, ids=lambda path: str(path.relative_to(ROOT)))

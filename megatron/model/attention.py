@@ -82,12 +82,13 @@ def block_mask(visible: Tensor) -> BlockMask:
     `visible` is bool [B or 1, S, S].
     """
     batch, length, _ = visible.shape
+    shared = visible[0]  # an index 0 inside would be copied to the device, and waited for
 
     def of_each(sequence, head, query, key):
         return visible[sequence, query, key]
 
     def of_all(sequence, head, query, key):
-        return visible[0, query, key]
+        return shared[query, key]
 
     seen = of_all if batch == 1 else of_each
     return create_block_mask(seen, batch, None, length, length, device=visible.device)

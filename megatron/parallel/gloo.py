@@ -1,4 +1,4 @@
-"""A way around a fault in the gloo groups of torch, seen in 2.13.
+"""A way around a fault in the gloo groups of torch 2.11 to 2.13.
 
 A group has two threads, and each notes the name of the operation it did last in one string, without a lock
 (ProcessGroupGloo::runLoop). A name of more than 15 letters lives on the heap: where both threads write at once it is

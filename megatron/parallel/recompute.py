@@ -12,12 +12,13 @@ from megatron.model.transformer import Transformer
 
 ATEN = torch.ops.aten
 # what is dear to compute
-PRODUCTS = {ATEN.mm.default, ATEN.addmm.default, ATEN.bmm.default, ATEN._scaled_mm.default}
+PRODUCTS = {ATEN.mm.default, ATEN.addmm.default, ATEN.bmm.default}
 ATTENTION = {
     ATEN._scaled_dot_product_flash_attention.default,
     ATEN._scaled_dot_product_efficient_attention.default,
     ATEN._scaled_dot_product_cudnn_attention.default,
     ATEN._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.higher_order.flex_attention,
 }
 
 

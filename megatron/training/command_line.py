@@ -92,6 +92,7 @@ def recorded_settings(source: str | None) -> dict:
     settings = {name: value for section in sections for name, value in section.items()}
     # what it was, whatever the device prefers
     settings |= {"bf16": None, "fp32": None, recorded["precision"]: True}
+    settings |= {"fp8_recipe": None, "flash_attention": None}  # this device need not have them
     return settings | {"objective": recorded["objective_name"]}  # a run may be older than the flag
 
 

@@ -71,18 +71,39 @@ def _be_deterministic(device: torch.device) -> None:
             inductor.deterministic = True  # it chooses no kernel by the clock then
 
 
+# generations of GPUs that PyTorch calls each version on
+FLASH_ATTENTION = {"FA3": (9,), "FA4": (9, 10)}
+
+
 def _take_flash_attention(config: Config, device: torch.device) -> None:
     """Put FlashAttention 3 or 4 in the place of PyTorch's own version, and before cuDNN's attention."""
     name, version = "flash_attention", config.training.flash_attention
     rule = "needs an NVIDIA GPU, and this is a CPU; leave it out"
     require(device.type == "cuda", name, version, rule)
+    generation = torch.cuda.get_device_capability(device)[0]
+    rule = f"has no kernels for compute capability {generation}.x; leave it out"
+    require(generation in FLASH_ATTENTION[version], name, version, rule)
     rule = f"needs --bf16, and this GPU's default is fp32; give --bf16, or leave {typed(name, version)} out"
     require(choose_precision(config, device) == "bf16", name, version, rule)
-    rule = f"has no dropout, and {typed('attention_dropout', config.model.attention_dropout)} is asked for; drop one"
-    require(config.model.attention_dropout == 0, name, version, rule)
+    size = config.model.head_size
+    require(
+        size % 8 == 0 and size <= 256, name, version, f"needs heads of 8 to 256, in eights, not {size}; leave it out"
+    )
+    reasons = [
+        typed(flag, value)
+        for flag, value, unserved in (
+            ("attention_dropout", config.model.attention_dropout, config.model.attention_dropout > 0),
+            ("reset_attention_mask", True, config.data.reset_attention_mask),
+            ("randmask_ratio", config.objective.randmask_ratio, config.objective.randmask_ratio > 0),
+            ("objective", config.objective.objective, config.objective.objective == "block-diffusion"),
+        )
+        if unserved
+    ]
+    rule = f"has no dropout and no masks, which {' and '.join(reasons)} needs; leave it out"
+    require(not reasons, name, version, rule)
     try:
         torch.nn.attention.activate_flash_attention_impl(version)
-    except (ImportError, RuntimeError, ValueError) as error:
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
         fault = str(error).strip().partition("\n")[0]
         rule = f"cannot be loaded ({fault}); install its package for this GPU, or leave the flag out"
         raise ConfigurationError(f"{typed(name, version)}: {rule}") from None

@@ -5,9 +5,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch._dynamo.utils import counters
+from torch.nn.attention.flex_attention import flex_attention
 
 from megatron.config.sections import ParallelConfig
+from megatron.model.attention import block_mask
 from megatron.objectives.documents import DocumentRules
 from megatron.parallel.mesh import Processes, arrange
 from tests.distributed import joined, spawn
@@ -94,6 +97,23 @@ def test_masks_by_squares_hide_the_same(case, monkeypatch):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     for name, gradient in dense[1].items():
         np.testing.assert_allclose(squares[1][name], gradient, rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("length", [300, 384])
+@pytest.mark.parametrize("sequences", [1, 2])
+def test_squares_that_are_hidden_whole_or_not_at_all(length, sequences):
+    """Documents of which some end inside squares of 128 x 128, and some fill several."""
+    places = torch.arange(length)
+    documents = torch.stack([places // 140, places // 290])[:sequences]
+    visible = documents[:, :, None] == documents[:, None, :]
+    mask = block_mask(visible)
+    full, partly = int(mask.full_kv_num_blocks.sum()), int(mask.kv_num_blocks.sum())
+    assert full and partly and full + partly < sequences * 3 * 3
+    query, key, value = torch.randn(3, 2, 4, length, 16, generator=torch.Generator().manual_seed(1))
+    key, value = key[:, :2], value[:, :2]
+    expected = F.scaled_dot_product_attention(query, key, value, attn_mask=visible[:, None], enable_gqa=True)
+    found = flex_attention(query, key, value, block_mask=mask, enable_gqa=True)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.slow

@@ -1,6 +1,8 @@
 """8-bit products: near those of bf16, of the same parameters, however blocks are compiled and recomputed."""
 
+import json
 from dataclasses import replace
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -32,6 +34,9 @@ RECIPES = ("tensorwise", "rowwise")
 BF16 = ["--bf16", "--no-compile"]
 
 
+needs_torchao = pytest.mark.skipif(find_spec("torchao") is None, reason="torchao is not installed")
+
+
 def gradients(objective: str, recipe: str | None, compile: bool = False, **parallel) -> tuple[float, dict]:
     """Return loss and gradients of a step, by a network whose matrices are not all alike."""
     torch._dynamo.reset()
@@ -46,11 +51,6 @@ def cosine(a: np.ndarray, b: np.ndarray) -> float:
     return float((a * b).sum() / np.sqrt((a * a).sum() * (b * b).sum()))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _installed():
-    pytest.importorskip("torchao", reason="torchao is not installed")
-
-
 def rounded(matrix: torch.Tensor, kind: torch.dtype, dim: int | None) -> torch.Tensor:
     """Return [rows, columns] as `kind` holds it when its largest value, of all or along `dim`, becomes the largest."""
     largest = matrix.abs().amax() if dim is None else matrix.abs().amax(dim, keepdim=True)
@@ -60,6 +60,7 @@ def rounded(matrix: torch.Tensor, kind: torch.dtype, dim: int | None) -> torch.T
     return (matrix.float() * scale.float()).to(kind).double() / scale
 
 
+@needs_torchao
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_product_is_that_of_rounded_factors(recipe):
     model = Transformer(ModelConfig(**MODEL | WIDE), VOCABULARY).bfloat16()
@@ -86,6 +87,7 @@ def test_a_product_is_that_of_rounded_factors(recipe):
         assert float((value.double() - theirs).norm() / theirs.norm()) < 4e-3  # bf16 rounds the result
 
 
+@needs_torchao
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("objective", ["ar", "mdm"])
 def test_a_step_is_near_that_of_bf16(objective, recipe):
@@ -96,6 +98,7 @@ def test_a_step_is_near_that_of_bf16(objective, recipe):
         assert cosine(before[name], after[name]) > 0.9, name
 
 
+@needs_torchao
 @pytest.mark.parametrize("granularity", ["full", "selective"])
 def test_recomputed_blocks_give_the_same(granularity):
     (plain, before), (loss, after) = (
@@ -107,13 +110,15 @@ def test_recomputed_blocks_give_the_same(granularity):
         np.testing.assert_array_equal(before[name], after[name])
 
 
+@needs_torchao
 def test_compiled_blocks_give_nearly_the_same():
     (plain, before), (loss, after) = gradients("mdm", "rowwise"), gradients("mdm", "rowwise", compile=True)
     assert loss == pytest.approx(plain, rel=1e-2)  # a last bit of bf16 decides how 8 bits round
     assert min(cosine(before[name], after[name]) for name in before) > 0.9
 
 
-def test_a_run_resumes_exactly_and_evaluates_as_itself(tiny, tmp_path):
+@needs_torchao
+def test_a_run_resumes_exactly_and_evaluates_in_bf16_too(tiny, tmp_path):
     flags = [*(flag for flag in tiny if flag != "--fp32"), *BF16, "--fp8-recipe", "tensorwise"]
     run("mdm", *flags, "--save", tmp_path / "whole")
     run("mdm", *flags, "--save", tmp_path / "parts", "--exit-interval", 5)
@@ -121,6 +126,11 @@ def test_a_run_resumes_exactly_and_evaluates_as_itself(tiny, tmp_path):
     assert records(tmp_path / "parts") == records(tmp_path / "whole")
     done = run("mdm", *flags[:-2], "--save", tmp_path / "parts", check=False)
     assert done.returncode == 2 and "--fp8-recipe" in done.stderr and "tensorwise" in done.stderr
+    valid = flags[flags.index("--valid-data-path") :][:3]
+    evaluated = run("mdm", "--skip-train", "--load", tmp_path / "whole", *valid).stdout  # in bf16
+    trained = {record["set"]: record["loss"] for record in records(tmp_path / "whole", "valid")}
+    plain = {record["set"]: record["loss"] for record in map(json.loads, evaluated.splitlines())}
+    assert plain == pytest.approx(trained, rel=0.02) and plain["tuning"] != trained["tuning"]
 
 
 TINY = Config(
@@ -130,6 +140,7 @@ TINY = Config(
 )  # fmt: skip
 
 
+@needs_torchao
 @pytest.mark.parametrize(
     "change, words",
     [

@@ -5,27 +5,52 @@ import torch
 
 from megatron.errors import ConfigurationError
 from megatron.training.command_line import parse
-from megatron.training.environment import _take_flash_attention, prepare_device
+from megatron.training.environment import prepare_device
 
-NETWORK = ["--num-layers", "2", "--hidden-size", "32", "--num-attention-heads", "2", "--flash-attention", "FA3"]
+NETWORK = ["--num-layers", "2", "--hidden-size", "32", "--num-attention-heads", "2", "--bf16"]
 
 
-def refusal(prepare, device: str, *flags: str) -> str:
+def refusal(version: str, *flags: str) -> str:
     with pytest.raises(ConfigurationError) as caught:
-        prepare(parse("ar", [*NETWORK, *flags]), torch.device(device))
-    assert str(caught.value).startswith("--flash-attention FA3: ")
+        prepare_device(parse("ar", [*NETWORK, "--flash-attention", version, *flags]), torch.device("cuda"))
+    assert str(caught.value).startswith(f"--flash-attention {version}: ") and "\n" not in str(caught.value)
     return str(caught.value)
 
 
-def test_flash_attention_needs_what_it_runs_on():
-    assert "needs an NVIDIA GPU" in refusal(prepare_device, "cpu")
-    dropout = refusal(_take_flash_attention, "cuda", "--bf16", "--attention-dropout", "0.1")
-    assert "has no dropout" in dropout and "--attention-dropout 0.1" in dropout
+@pytest.fixture
+def hopper(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
 
 
-def test_flash_attention_that_is_not_installed_is_named():
+def test_flash_attention_is_refused_on_a_cpu():
+    config = parse("ar", [*NETWORK, "--flash-attention", "FA3"])
+    with pytest.raises(ConfigurationError, match="needs an NVIDIA GPU"):
+        prepare_device(config, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("version, capability", [("FA3", (8, 0)), ("FA3", (10, 0)), ("FA4", (12, 0))])
+def test_flash_attention_is_refused_on_gpus_it_has_no_kernels_for(version, capability, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    assert f"compute capability {capability[0]}.x" in refusal(version)
+
+
+@pytest.mark.parametrize(
+    "flags, word",
+    [
+        ("--attention-dropout 0.1", "--attention-dropout 0.1"),
+        ("--reset-attention-mask", "--reset-attention-mask"),
+        ("--randmask-ratio 0.5", "--randmask-ratio 0.5"),
+        ("--objective block-diffusion", "--objective block-diffusion"),
+        ("--kv-channels 12", "not 12"),
+    ],
+)
+def test_flash_attention_is_refused_beside_what_it_does_not_have(flags, word, hopper):
+    assert word in refusal("FA4", *flags.split())
+
+
+def test_flash_attention_that_is_not_installed_is_named(hopper):
     before = torch.backends.cuda.cudnn_sdp_enabled()
-    assert "flash_attn_interface" in refusal(_take_flash_attention, "cuda", "--bf16")
+    assert "flash_attn_interface" in refusal("FA3")
     assert (
         torch.backends.cuda.cudnn_sdp_enabled() == before and torch.nn.attention.current_flash_attention_impl() is None
     )
