@@ -7,6 +7,7 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -54,6 +55,13 @@ def tiny(corpus):
             f"validation={corpus}/validation",
         ],
     ]
+
+
+@pytest.fixture(autouse=True)
+def _environment_of_its_own():
+    """What a test, or a library in it, writes into the environment ends with the test."""
+    with mock.patch.dict(os.environ):
+        yield
 
 
 PLACE = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}

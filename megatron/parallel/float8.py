@@ -4,7 +4,6 @@ Inputs, weights and the gradients of outputs are each rounded to e4m3 (gradients
 before a product, by one scale a tensor or one a row (2209.05433); results are bf16. Head and norms stay as they are.
 """
 
-import logging
 from dataclasses import replace
 from importlib.util import find_spec
 
@@ -47,11 +46,7 @@ def round_products(model: Transformer, recipe: str, device: torch.device) -> Non
 
     A CPU has no such products, and computes them in bf16 from the rounded factors.
     """
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)  # torchao tells what else it could do
-    try:
-        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
-    finally:
-        logging.disable(level)
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
     config = replace(Float8LinearConfig.from_recipe_name(recipe), emulate=device.type != "cuda")
     convert_to_float8_training(model.layers, config=config)
