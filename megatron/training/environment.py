@@ -86,19 +86,16 @@ def _take_flash_attention(config: Config, device: torch.device) -> None:
     rule = f"needs --bf16, and this GPU's default is fp32; give --bf16, or leave {typed(name, version)} out"
     require(choose_precision(config, device) == "bf16", name, version, rule)
     size = config.model.head_size
-    require(
-        size % 8 == 0 and size <= 256, name, version, f"needs heads of 8 to 256, in eights, not {size}; leave it out"
-    )
-    reasons = [
-        typed(flag, value)
-        for flag, value, unserved in (
-            ("attention_dropout", config.model.attention_dropout, config.model.attention_dropout > 0),
-            ("reset_attention_mask", True, config.data.reset_attention_mask),
-            ("randmask_ratio", config.objective.randmask_ratio, config.objective.randmask_ratio > 0),
-            ("objective", config.objective.objective, config.objective.objective == "block-diffusion"),
-        )
-        if unserved
-    ]
+    rule = f"needs heads of 8 to 256, in eights, not {size}; leave it out"
+    require(size % 8 == 0 and size <= 256, name, version, rule)
+    objective = config.objective
+    asked = {
+        "attention_dropout": config.model.attention_dropout,
+        "reset_attention_mask": config.data.reset_attention_mask,
+        "randmask_ratio": objective.randmask_ratio,
+        "objective": objective.objective == "block-diffusion" and objective.objective,
+    }
+    reasons = [typed(flag, value) for flag, value in asked.items() if value]
     rule = f"has no dropout and no masks, which {' and '.join(reasons)} needs; leave it out"
     require(not reasons, name, version, rule)
     try:
