@@ -103,6 +103,12 @@ def help_of(*tool: Path | str) -> str:
     return done.stdout + "".join(help_of(*tool, way) for way in (ways[1].split(",") if ways else ()))
 
 
+def extras() -> list[str]:
+    """Return the flags of install.sh that name an extra of setup.py."""
+    told = re.search(r"extras_require=\{(.*?)\}", (ROOT / "setup.py").read_text(), re.DOTALL)[1]
+    return [f"--with-{extra}" for extra in re.findall(r'"([\w-]+)":', told)]
+
+
 def flags(words: list[str]) -> list[str]:
     return [word.split("=")[0] for word in words if re.match(r"--?[a-z]", word)]
 
@@ -132,7 +138,8 @@ def check(words: list[str]) -> None:
         for printed in dry_run(path, *arguments):
             check(printed)
     else:
-        missing = [name for name in flags(arguments) if name not in path.read_text()]
+        known = path.read_text() + " ".join(extras() if path.name == "install.sh" else ())
+        missing = [name for name in flags(arguments) if name not in known]
         assert not missing, f"{names[0]} has no {missing}"
 
 
@@ -199,8 +206,7 @@ def test_every_flag_that_a_document_names_exists(document):
     ]
     texts += [path.read_text() for path in scripts()]
     known |= {name for text in texts for name in re.findall(r"--[a-z][\w-]*", text)}
-    extras = re.search(r"extras_require=\{(.*?)\}", (ROOT / "setup.py").read_text(), re.DOTALL)[1]
-    known |= {f"--with-{extra}" for extra in re.findall(r'"([\w-]+)":', extras)}  # of install.sh
+    known |= set(extras())
     named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", document.read_text()))
     assert named <= known, f"unknown: {sorted(named - known)}"
 
