@@ -101,6 +101,7 @@ def test_a_small_network_is_tuned(tmp_path):
     [
         ("--trial-steps 0", "--trial-steps 0: must be at least 1"),
         ("--output none/tune.json", "--output none/tune.json: none is no folder"),
+        ("--cpu-offload", "--cpu-offload: moves states between a GPU and the host, and there is no GPU"),
         ("--trial-step 3", "unknown flag --trial-step; did you mean --trial-steps?"),
     ],
 )

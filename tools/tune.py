@@ -31,9 +31,10 @@ from megatron.config.memory import memory_per_process
 from megatron.config.sections import Config, Vocabulary
 from megatron.config.sizes import GPT2_VOCABULARY
 from megatron.errors import ConfigurationError
+from megatron.log import configure_logging
 from megatron.parallel.mesh import start_processes, stop_processes
 from megatron.training.command_line import parse_with
-from megatron.training.environment import choose_precision, cpp_compiler, device_name
+from megatron.training.environment import choose_precision, cpp_compiler, device_name, prepare_device
 from megatron.training.metrics import device_memory
 from megatron.training.run_folder import write_json
 from megatron.training.trial import WARM_UP, Trial, attempt
@@ -82,6 +83,7 @@ class Tuner:
         self.config, self.steps = config, options.trial_steps
         self.vocabulary = Vocabulary(options.vocabulary_size)
         self.processes = processes = start_processes()
+        prepare_device(config, processes.device)  # refuses what no trial could do
         self.memory = device_memory(processes.device)
         self.data_size = config.parallel.data_size(processes.size)
         samples = config.training.global_batch_size // self.data_size
@@ -186,6 +188,7 @@ def verdict(tuner: Tuner) -> str:
 
 
 def main() -> None:
+    configure_logging()
     try:
         options, config = parse_with(Options, __doc__, sys.argv[1:], shown=("model", "training", "parallel"))
         tuner = Tuner(options, config)
