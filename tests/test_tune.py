@@ -5,8 +5,9 @@ import sys
 
 import pytest
 
+from megatron.config.sections import Vocabulary
 from megatron.training.command_line import parse_with
-from megatron.training.trial import Trial
+from megatron.training.trial import Trial, attempt
 from tests.conftest import ROOT, environment
 from tests.distributed import joined
 from tests.forked import run_script
@@ -94,6 +95,15 @@ def test_a_small_network_is_tuned(tmp_path):
     assert losses == pytest.approx([losses[0]] * len(losses), rel=1e-5)
     assert report["config"]["objective"]["objective"] == "mdm"
     assert done.stdout.splitlines()[-1].startswith("fastest: --micro-batch-size ")
+
+
+def test_a_trial_sees_documents_where_that_is_asked_for():
+    losses = []
+    with joined():
+        for flags in ("", "--reset-attention-mask"):
+            options, config = parse_with(Options, "", f"{TRAINING} --vocabulary-size 9 {flags}".split(), ())
+            losses.append(attempt(config, Vocabulary(options.vocabulary_size), 1).loss)
+    assert losses[0] != losses[1]
 
 
 @pytest.mark.parametrize(

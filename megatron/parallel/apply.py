@@ -26,8 +26,7 @@ def build_engine(
     compile: bool,
     fp8_recipe: str | None = None,
 ) -> Engine:
-    """Keep the stages of this process -> initialise -> split layers -> 8-bit products -> recompute -> compile blocks
-    -> shard.
+    """Keep this process's stages -> initialise -> split layers -> 8-bit products -> recompute -> compile -> shard.
 
     Master weights are fp32, computation runs in bf16 or fp32, gradients are reduced in fp32. One process takes the
     same path, so parameters are DTensors everywhere and checkpoints look alike.

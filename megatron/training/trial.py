@@ -11,7 +11,7 @@ import torch
 from megatron.config.resolve import check_layout, check_processes
 from megatron.config.sections import Config, Vocabulary
 from megatron.errors import ConfigurationError
-from megatron.objectives import build_input_noise, build_objective
+from megatron.objectives import build_input_noise, build_objective, document_rules
 from megatron.parallel.launch import world_size
 from megatron.parallel.mesh import start_processes
 from megatron.training.engines import start_engine
@@ -54,6 +54,8 @@ def attempt(config: Config, vocabulary: Vocabulary, steps: int) -> Trial | str:
     """
     parallel, training, seq_length = config.parallel, config.training, config.data.seq_length
     try:
+        # documents end where the random text happens to have id 0
+        documents = document_rules(config.data, config.objective, eod=0)
         check_layout(config, world_size())
         check_processes(config, world_size())
         processes = start_processes(
@@ -74,7 +76,7 @@ def attempt(config: Config, vocabulary: Vocabulary, steps: int) -> Trial | str:
         engine, optimizer = start_engine(config, vocabulary, processes, bf16=bf16, compile=compile, steps=0)
         data = MicroBatches(
             RandomText(vocabulary.size, seq_length),
-            build_objective(config.objective, vocabulary, training.global_batch_size),
+            build_objective(config.objective, vocabulary, training.global_batch_size, documents),
             build_input_noise(config.objective, vocabulary, config.model.num_layers),
             seed=training.seed,
             first_sample=0,

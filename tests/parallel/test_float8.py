@@ -1,32 +1,22 @@
 """8-bit products: near those of bf16, of the same parameters, however blocks are compiled and recomputed."""
 
 import json
-from dataclasses import replace
 from importlib.util import find_spec
 
 import numpy as np
 import pytest
 import torch
 
-from megatron.config.sections import (
-    CheckpointConfig,
-    Config,
-    DataConfig,
-    ModelConfig,
-    ObjectiveConfig,
-    OptimizerConfig,
-    ParallelConfig,
-    TrackingConfig,
-    TrainingConfig,
-    ValidationConfig,
-)
+from megatron.config.sections import ModelConfig, ParallelConfig
 from megatron.errors import ConfigurationError
 from megatron.model.initialise import initialise
 from megatron.model.transformer import Transformer
 from megatron.parallel import float8
+from megatron.parallel.mesh import Processes
+from megatron.training.command_line import parse
 from megatron.training.environment import prepare_device
 from tests.conftest import records, run
-from tests.distributed import joined
+from tests.distributed import joined, spawn
 from tests.steps import MODEL, VOCABULARY, Case, batches_of_step, build, patched, whole
 
 WIDE = {"hidden_size": 64, "num_attention_heads": 4}
@@ -133,32 +123,68 @@ def test_a_run_resumes_exactly_and_evaluates_in_bf16_too(tiny, tmp_path):
     assert plain == pytest.approx(trained, rel=0.02) and plain["tuning"] != trained["tuning"]
 
 
-TINY = Config(
-    model=ModelConfig(**MODEL | WIDE), data=DataConfig(seq_length=32), objective=ObjectiveConfig(),
-    optimizer=OptimizerConfig(), training=TrainingConfig(fp8_recipe="rowwise"), parallel=ParallelConfig(),
-    validation=ValidationConfig(), checkpoint=CheckpointConfig(), tracking=TrackingConfig(),
-)  # fmt: skip
+def each_layout(processes: Processes, cases: dict) -> dict:
+    """Return loss, norm and gradients of a step of each case, as these processes share it."""
+    shared = ParallelConfig(zero_stage=3)
+    steps = {}
+    for name, case in cases.items():
+        engine, _, data = build(processes, case, shared, bf16=True, fp8_recipe="rowwise")
+        loss = float(engine.backward(batches_of_step(data, 0), 100.0))
+        gradients = whole((name, parameter.grad) for name, parameter in engine.named_parameters())
+        steps[name] = processes.sum(loss)[0], gradients
+    return steps
+
+
+@needs_torchao
+def test_two_processes_take_the_step_of_one():
+    """With nothing masked too, and with a short batch: a micro-batch of padding alone has no scale of its own."""
+    cases = {
+        "mdm": Case("mdm", model=WIDE),
+        "short": Case("mdm", model=WIDE, samples=5),
+        "padding": Case("mdm", model=WIDE, samples=3),
+        "nothing": Case("mdm", model=WIDE, nothing_masked=True),
+    }
+    with joined() as processes:
+        one = each_layout(processes, cases)
+    for two in spawn(each_layout, 2, cases):
+        for name, (loss, gradients) in one.items():
+            assert two[name][0] == pytest.approx(loss, rel=1e-6)
+            size = max(np.abs(gradient).max() for gradient in gradients.values())
+            for parameter, gradient in gradients.items():
+                assert np.isfinite(gradient).all()
+                np.testing.assert_allclose(two[name][1][parameter], gradient, rtol=1e-4, atol=1e-5 * size)
+
+
+@needs_torchao
+def test_a_pipeline_takes_the_steps_of_one_process(tiny, tmp_path):
+    flags = [*(flag for flag in tiny if flag != "--fp32"), *BF16, "--fp8-recipe", "rowwise"]
+    run("mdm", *flags, "--save", tmp_path / "one")
+    run("mdm", *flags, "--save", tmp_path / "two", "--pipeline-model-parallel-size", 2, processes=2)
+    one, two = ([record["loss"] for record in records(tmp_path / name, "train")] for name in ("one", "two"))
+    assert two == pytest.approx(one, rel=5e-3)
+
+
+NETWORK = "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 32 --fp8-recipe rowwise".split()
 
 
 @needs_torchao
 @pytest.mark.parametrize(
-    "change, words",
+    "flags, words",
     [
-        ({"parallel": ParallelConfig(tensor_model_parallel_size=2)}, ["--tensor-model-parallel-size", "leave one"]),
-        ({"parallel": ParallelConfig(deepspeed=True)}, ["--deepspeed", "leave one"]),
-        ({"model": replace(TINY.model, ffn_hidden_size=100)}, ["16", "--ffn-hidden-size is 100"]),
-        ({"data": DataConfig(seq_length=40)}, ["16", "--seq-length is 40"]),
+        ("--tensor-model-parallel-size 2", ["--tensor-model-parallel-size", "leave one"]),
+        ("--deepspeed", ["--deepspeed", "leave one"]),
+        ("--ffn-hidden-size 100", ["16", "--ffn-hidden-size is 100"]),
+        ("--seq-length 40", ["16", "--seq-length is 40"]),
     ],
-    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
-def test_what_has_no_such_products_is_refused(change, words):
-    prepare_device(TINY, torch.device("cpu"))
+def test_what_has_no_such_products_is_refused(flags, words):
+    prepare_device(parse("ar", NETWORK), torch.device("cpu"))
     with pytest.raises(ConfigurationError) as caught:
-        prepare_device(replace(TINY, **change), torch.device("cpu"))
+        prepare_device(parse("ar", [*NETWORK, *flags.split()]), torch.device("cpu"))
     for word in ("--fp8-recipe rowwise", *words):
         assert word in str(caught.value)
 
 
 def test_without_the_package_its_extra_is_named():
     with patched(float8, "find_spec", lambda _: None), pytest.raises(ConfigurationError, match="--with-fp8"):
-        prepare_device(TINY, torch.device("cpu"))
+        prepare_device(parse("ar", NETWORK), torch.device("cpu"))
