@@ -17,7 +17,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron.config.flags import DescribedFormatter, Parser, add_section, build
+from megatron.config.flags import DescribedFormatter, Parser, add_section, build, typed_flags
+from megatron.config.sections import implied_tokenizer
 from megatron.data.preparation import Preparation
 from megatron.data.prepare import prepare
 from megatron.errors import ConfigurationError
@@ -28,7 +29,7 @@ def main() -> None:
     configure_logging()
     try:
         parser = Parser(description=__doc__, formatter_class=DescribedFormatter, allow_abbrev=False)
-        add_section(parser, Preparation, defaults={})
+        add_section(parser, Preparation, defaults=implied_tokenizer(typed_flags(sys.argv[1:])))
         asked = build(Preparation, parser.parse_known(sys.argv[1:]))
         report(asked.output_dir, prepare(asked))
     except ConfigurationError as error:

@@ -38,6 +38,11 @@ def typed(name: str, value) -> str:
     return f"{spelling(name)} {' '.join(map(str, value)) if isinstance(value, (tuple, list)) else value}"
 
 
+def typed_flags(arguments: list[str]) -> set[str]:
+    """Return the flags among the words of a command line, `--no-x` as `--x`."""
+    return {argument.split("=")[0].replace("--no-", "--") for argument in arguments if argument.startswith("--")}
+
+
 def one_namespace(sections: dict[str, type]) -> dict[str, type]:
     """Return `sections`; raise TypeError where two of their fields claim one flag."""
     owners = {}

@@ -165,8 +165,10 @@ class DataConfig:
         metavar="FILE",
     )
     vocab_size: int | None = flag(None, "number of ids of a NullTokenizer, which adds one for end-of-document")
-    vocab_file: str | None = flag(None, "vocab.json of a GPT2BPETokenizer", metavar="FILE")
-    merge_file: str | None = flag(None, "merges.txt of a GPT2BPETokenizer", metavar="FILE")
+    vocab_file: str | None = flag(
+        None, "vocab.json of a GPT2BPETokenizer, which it implies where no --tokenizer-type is given", metavar="FILE"
+    )
+    merge_file: str | None = flag(None, "merges.txt of a GPT2BPETokenizer, likewise", metavar="FILE")
     num_workers: int = flag(0, "data loader processes; 0 reads in the training process")
 
     def __post_init__(self):
@@ -208,14 +210,26 @@ def check_tokenizer(section) -> None:
         "vocab_file": ("GPT2BPETokenizer",),
         "merge_file": ("GPT2BPETokenizer",),
     }
-    for name in needed.get(kind, ()):
-        require(getattr(section, name) is not None, "tokenizer_type", kind, f"needs {spelling(name)}; give it")
+    required = needed.get(kind, ())
+    absent = [name for name in required if getattr(section, name) is None]
+    for name in required:  # the type may be implied by one of its two files: name what was given
+        value = getattr(section, name)
+        require(value is None or not absent, name, value, f"needs {' and '.join(map(spelling, absent))}; give both")
+    rule = f"needs {' and '.join(map(spelling, required))}; give {'both' if len(required) > 1 else 'it'}"
+    require(not absent, "tokenizer_type", kind, rule)
     for name, kinds in owners.items():
         value = getattr(section, name)
-        rule = f"belongs to {', '.join(kinds)}, and --tokenizer-type is {kind}; change one"
-        require(value is None or kind in kinds, name, value, rule)
+        rule = f"belongs to {', '.join(kinds)}, and --tokenizer-type is {kind}; leave it out, or give "
+        require(value is None or kind in kinds, name, value, f"{rule}--tokenizer-type {kinds[0]}")
     size = section.vocab_size
     require(size is None or size >= 1, "vocab_size", size, "must be at least 1")
+
+
+def implied_tokenizer(given: set[str]) -> dict:
+    """Return the settings that --vocab-file and --merge-file imply among the flags `given`: GPT-2's tokenizer."""
+    if "--tokenizer-type" in given or not given & {"--vocab-file", "--merge-file"}:
+        return {}
+    return {"tokenizer_type": "GPT2BPETokenizer", "tokenizer_model": None, "vocab_size": None}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -43,8 +43,10 @@ class Preparation:
         None, f"ids of the byte-level BPE trained on the train split; default {TRAINED}", metavar="V"
     )
     vocab_size: int | None = flag(None, "number of ids of a NullTokenizer, which adds one for end-of-document")
-    vocab_file: str | None = flag(None, "vocab.json of a GPT2BPETokenizer", metavar="FILE")
-    merge_file: str | None = flag(None, "merges.txt of a GPT2BPETokenizer", metavar="FILE")
+    vocab_file: str | None = flag(
+        None, "vocab.json of a GPT2BPETokenizer, which it implies where no --tokenizer-type is given", metavar="FILE"
+    )
+    merge_file: str | None = flag(None, "merges.txt of a GPT2BPETokenizer, likewise", metavar="FILE")
 
     def __post_init__(self):
         check_tokenizer(self)
@@ -56,7 +58,7 @@ class Preparation:
         require(not both, "train_tokenizer", train, f"--tokenizer-model {model} is given; drop one")
         needs_model = kind in SENTENCE_PIECE and model is None
         require(not needs_model, "tokenizer_type", kind, "needs --tokenizer-model; give its tokenizer.model")
-        rule = f"belongs to HFTokenizer, and --tokenizer-type is {kind}; change one"
+        rule = f"belongs to HFTokenizer, and --tokenizer-type is {kind}; leave it out"
         require(train is None or kind == "HFTokenizer", "train_tokenizer", train, rule)
         for name in ("vocab_file", "merge_file"):
             path = getattr(self, name)

@@ -5,10 +5,10 @@ import dataclasses
 from pathlib import Path
 
 from megatron.config.compatibility import translate
-from megatron.config.flags import DescribedFormatter, HelpFormatter, Parser, add_section, build, spelling
+from megatron.config.flags import DescribedFormatter, HelpFormatter, Parser, add_section, build, spelling, typed_flags
 from megatron.config.recipes import RECIPES
 from megatron.config.resolve import BUDGETS
-from megatron.config.sections import SECTIONS, Config
+from megatron.config.sections import SECTIONS, Config, implied_tokenizer
 from megatron.config.sizes import ladder_settings
 from megatron.objectives import OBJECTIVES, foreign
 from megatron.training.resume import recorded_config
@@ -61,7 +61,7 @@ def parse_with(options: type, description: str, arguments: list[str], shown: tup
 
 
 def implied(objective: str, arguments: list[str]) -> dict:
-    """Return what --recipe, --model-size and --skip-train stand for, as defaults that flags beside them win over."""
+    """Return what --recipe, --model-size, --skip-train and tokenizer files imply: defaults that flags override."""
     asked = _glance(arguments, "--objective", "--recipe", "--save", "--load", "--model-size", skip_train=True)
     # a name that is none, the parser of all flags refuses
     recipe, asked_objective = RECIPES.get(asked.get("recipe"), {}), asked.get("objective") or objective
@@ -71,11 +71,11 @@ def implied(objective: str, arguments: list[str]) -> dict:
         settings |= recorded_settings(asked.get("load") or asked.get("save"))
     if asked.get("model_size"):
         settings |= ladder_settings(asked["model_size"])
-    typed = {argument.split("=")[0].replace("--no-", "--") for argument in arguments}
+    typed = typed_flags(arguments)
     for rivals in RIVALS:
         if typed & set(map(spelling, rivals)):
             settings |= {name: _own_default(name) for name in rivals}
-    return settings
+    return settings | implied_tokenizer(typed)
 
 
 def recorded_settings(source: str | None) -> dict:

@@ -55,6 +55,21 @@ REFUSED = [
     (DataConfig, {"num_workers": -1}, "--num-workers -1: must not be negative"),
     (DataConfig, {"train_unique_tokens": 0}, "--train-unique-tokens 0: must be positive"),
     (DataConfig, {"tokenizer_type": "NullTokenizer"}, "--tokenizer-type NullTokenizer: needs --vocab-size; give it"),
+    (
+        DataConfig,
+        {"tokenizer_type": "GPT2BPETokenizer", "vocab_file": "v"},
+        "--vocab-file v: needs --merge-file; give both",
+    ),
+    (
+        DataConfig,
+        {"tokenizer_type": "GPT2BPETokenizer", "merge_file": "m"},
+        "--merge-file m: needs --vocab-file; give both",
+    ),
+    (
+        DataConfig,
+        {"tokenizer_type": "GPT2BPETokenizer"},
+        "--tokenizer-type GPT2BPETokenizer: needs --vocab-file and --merge-file; give both",
+    ),
     (DataConfig, {"vocab_size": 5}, "--vocab-size 5: belongs to NullTokenizer, and --tokenizer-type is HFTokenizer"),
     (DataConfig, {"tokenizer_type": "NullTokenizer", "vocab_size": 0}, "--vocab-size 0: must be at least 1"),
     (

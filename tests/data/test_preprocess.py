@@ -317,7 +317,7 @@ def test_text_that_changes_while_it_is_read_is_refused(text, tmp_path, monkeypat
             {"tokenizer_type": "HFTokenizer", "train_tokenizer": 300, "tokenizer_model": "x"},
             ["--train-tokenizer 300", "--tokenizer-model x is given", "drop one"],
         ),
-        ({"train_tokenizer": 300}, ["--train-tokenizer 300", "--tokenizer-type is ByteTokenizer", "change one"]),
+        ({"train_tokenizer": 300}, ["--train-tokenizer 300", "--tokenizer-type is ByteTokenizer", "leave it out"]),
         ({"tokenizer_model": "x"}, ["--tokenizer-model x", "--tokenizer-type is ByteTokenizer"]),
         ({"vocab_size": 9}, ["--vocab-size 9", "belongs to NullTokenizer"]),
         ({"tokenizer_type": "NullTokenizer"}, ["--tokenizer-type NullTokenizer", "needs --vocab-size"]),
@@ -395,9 +395,12 @@ def test_gpt2_data_trains_with_the_tokenizer_that_is_written_beside_it(text, tmp
         "--merge-file",
         files["merge_file"],
     ]
-    for more in ([], by_files):
+    for more in ([], by_files, by_files[2:]):  # the files imply their type
         sources = open_sources(parse("ar", [*flags, *model_flags, *more]))
         assert sources.tokenizer.vocabulary_size == 280
+    assert call("--input", text, "--output-dir", tmp_path / "three", *by_files[2:]).returncode == 0
+    two, three = (json.loads((tmp_path / name / "train.json").read_text()) for name in ("two", "three"))
+    assert two["tokenizer_type"] == three["tokenizer_type"] and two["tokenizer_hash"] == three["tokenizer_hash"]
     (tmp_path / "vocab.json").unlink()
     with pytest.raises(ConfigurationError, match="--vocab-file .*: no such file"):
         asked(text, tmp_path / "two", tokenizer_type="GPT2BPETokenizer", **files)
