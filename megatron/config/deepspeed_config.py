@@ -10,13 +10,14 @@ import logging
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron.config.flags import spelling, typed
+from megatron.config.flags import typed
 from megatron.config.sections import OptimizerConfig, TrainingConfig
 from megatron.errors import ConfigurationError
 
 logger = logging.getLogger(__name__)
 
 ZERO = "zero_optimization."
+OFFLOAD_OPTIMIZER, OFFLOAD_PARAM = ZERO + "offload_optimizer.device", ZERO + "offload_param."
 # What a file may hold and nothing here reads: what is said and measured, and what DeepSpeed must be told anyway.
 IDLE = {
     "steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state", "log_level", "dataloader_drop_last",
@@ -44,8 +45,8 @@ REFUSED = {
     ZERO + "zero_hpz_partition_size": "it is not tested here",
     ZERO + "elastic_checkpoint": "checkpoints are not DeepSpeed's, and are read by any number of processes",
     ZERO + "legacy_stage1": "DeepSpeed has removed it",
-    ZERO + "cpu_offload": 'give offload_optimizer {"device": "cpu"}',
-    ZERO + "cpu_offload_param": 'give offload_param {"device": "cpu"}',
+    ZERO + "cpu_offload": 'DeepSpeed has replaced it by offload_optimizer {"device": "cpu"}',
+    ZERO + "cpu_offload_param": 'DeepSpeed has replaced it by offload_param {"device": "cpu"}',
     ZERO + "offload_optimizer.ratio": "all of the optimizer is offloaded or nothing",
     ZERO + "offload_optimizer.super_offload": "it changes the optimizer",
 }
@@ -65,10 +66,13 @@ def deepspeed_config(
     processes: int,
     bf16: bool,
     zero_stage: int | None,
+    cpu_offload: bool = False,
 ) -> dict:
     """Return what DeepSpeed is given: the file at `path`, which may be None, reconciled with the flags.
 
-    `zero_stage` is --zero-stage, None where it was not given. Raises ConfigurationError for a contradiction.
+    `zero_stage` is --zero-stage, None where it was not given, and `cpu_offload` is --cpu-offload.
+
+    Raises: ConfigurationError for a contradiction.
     """
     given = dict(_flat(_read(path))) if path else {}
 
@@ -95,6 +99,8 @@ def deepspeed_config(
     }
     settings |= _precision(agree, bf16)
     _check_optimizer(agree, path, given, optimizer)
+    if cpu_offload:
+        given[OFFLOAD_OPTIMIZER] = agree(OFFLOAD_OPTIMIZER, "cpu", "--cpu-offload")
     zero = _zero(path, given, zero_stage)
     for key, value in given.items():
         _judge(path, key, value)
@@ -158,6 +164,10 @@ def _zero(path: str | None, given: dict, asked: int | None) -> dict:
         if key in REFUSED:
             _judge(path, key, value)
             continue
+        if key.startswith(OFFLOAD_PARAM) and stage < 3:
+            if key == OFFLOAD_PARAM + "device" and value != "none":
+                logger.info("--deepspeed-config %s: %s has no effect at ZeRO stage %d, only at 3", path, key, stage)
+            continue
         _check_offload(path, key, value, stage)
         *parents, name = key.removeprefix(ZERO).split(".")
         inner = section
@@ -168,17 +178,16 @@ def _zero(path: str | None, given: dict, asked: int | None) -> dict:
 
 
 def _check_offload(path: str | None, key: str, value, stage: int) -> None:
-    needed = {"offload_optimizer.device": 1, "offload_param.device": 3}.get(key.removeprefix(ZERO))
-    if needed is None or value in (None, "none"):
+    if key not in (OFFLOAD_OPTIMIZER, OFFLOAD_PARAM + "device") or value in (None, "none"):
         return
     if value != "cpu":
         raise ConfigurationError(
             f'--deepspeed-config {path}: {key} {json.dumps(value)} is not supported; give "cpu" or "none"'
         )
-    if stage < needed:
+    if stage == 0:
         raise ConfigurationError(
-            f'--deepspeed-config {path}: {key} "cpu" needs ZeRO stage {needed} at least, and the stage is {stage}; '
-            f"give {spelling('zero_stage')} {needed}, or leave it out"
+            f'--deepspeed-config {path}: {key} "cpu" needs ZeRO stage 1 at least, and the stage is 0; set '
+            "zero_optimization.stage and --zero-stage to 1, or leave out offload_optimizer and --cpu-offload"
         )
 
 

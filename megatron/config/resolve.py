@@ -5,7 +5,7 @@ from fractions import Fraction
 
 from megatron.config.flags import require, spelling, typed
 from megatron.config.recipes import RECIPES
-from megatron.config.sections import SECTIONS, Config, Vocabulary
+from megatron.config.sections import SECTIONS, WITHOUT_DEEPSPEED, Config, Vocabulary
 from megatron.config.sizes import parameter_count
 from megatron.errors import ConfigurationError
 
@@ -92,10 +92,10 @@ def resolve(config: Config, vocabulary: Vocabulary, unique_tokens: int) -> Plan:
 def _check_deepspeed(config: Config) -> None:
     """Refuse with DeepSpeed what needs parameters as FSDP2 keeps them."""
     optimizer, free = config.optimizer, not config.parallel.deepspeed
-    rule = "orthogonalises whole matrices, and DeepSpeed's ZeRO updates flat pieces of them; leave out --deepspeed"
+    rule = f"orthogonalises whole matrices, and DeepSpeed's ZeRO updates flat pieces of them; {WITHOUT_DEEPSPEED}"
     require(free or optimizer.optimizer != "muon", "optimizer", optimizer.optimizer, rule)
     for name in ("ema_decay", "average_from_samples"):
-        rule = "averages the fp32 weights, which DeepSpeed keeps in flat pieces of its own; leave out --deepspeed"
+        rule = f"averages the fp32 weights, which DeepSpeed keeps in flat pieces of its own; {WITHOUT_DEEPSPEED}"
         require(free or getattr(optimizer, name) is None, name, getattr(optimizer, name), rule)
 
 

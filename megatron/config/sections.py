@@ -476,6 +476,9 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+WITHOUT_DEEPSPEED = "leave it out, or --deepspeed and --deepspeed-config"
+
+
 class ParallelConfig:
     """Parallel layout: how the processes share one model. It changes speed and memory, not the run."""
 
@@ -498,7 +501,11 @@ class ParallelConfig:
         "replicas of what --zero-stage shares, such as one a node; each is shared by data-parallel size / N",
         metavar="N",
     )
-    cpu_offload: bool = flag(False, "keep master weights, gradients and optimizer states in the host's memory (CUDA)")
+    cpu_offload: bool = flag(
+        False,
+        "keep master weights, gradients and optimizer states in the host's memory (CUDA); with --deepspeed its "
+        "offload_optimizer, which --deepspeed-config can configure further",
+    )
     deepspeed: bool = flag(False, "share the model by DeepSpeed in place of FSDP2; bash install.sh --with-deepspeed")
     deepspeed_config: str | None = flag(
         None, "DeepSpeed's JSON file; what it says beside flags here must agree with them", metavar="FILE"
@@ -541,13 +548,14 @@ class ParallelConfig:
         require(blocks is None or self.recompute_granularity is not None, "recompute_num_layers", blocks, rule)
 
         file = self.deepspeed_config
-        require(file is None or self.deepspeed, "deepspeed_config", file, "does nothing without --deepspeed; give both")
+        rule = "does nothing without --deepspeed; give both or neither"
+        require(file is None or self.deepspeed, "deepspeed_config", file, rule)
         single = {"tensor_model_parallel_size", "pipeline_model_parallel_size", "num_distributed_optimizer_instances"}
         for name in sorted(single if self.deepspeed else ()):
-            rule = "is not served by DeepSpeed, which shares whole layers over all processes; leave out --deepspeed"
+            rule = f"is not supported with --deepspeed, whose ZeRO is data-parallel only; {WITHOUT_DEEPSPEED}"
             require(getattr(self, name) == 1, name, getattr(self, name), rule)
-        rule = "is FSDP2's; give offload_optimizer and offload_param in the file of --deepspeed-config"
-        require(not (self.deepspeed and self.cpu_offload), "cpu_offload", self.cpu_offload, rule)
+        rule = "needs --zero-stage 1 or more with --deepspeed; leave one of them out"
+        require(not (self.deepspeed and self.cpu_offload and stage == 0), "cpu_offload", True, rule)
 
     @property
     def fsdp_stage(self) -> int:

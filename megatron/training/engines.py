@@ -37,6 +37,7 @@ def start_engine(
         processes=processes.size,
         bf16=bf16,
         zero_stage=parallel.zero_stage,
+        cpu_offload=parallel.cpu_offload,
     )
     model = Transformer(config.model, vocabulary)
     initialise(model, config.model, seed)

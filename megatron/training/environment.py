@@ -50,7 +50,8 @@ def cpp_compiler() -> str | None:
 def prepare_device(config: Config, device: torch.device) -> None:
     """Have PyTorch use the kernels that `config` asks for; raise ConfigurationError where this device has none."""
     rule = "moves states between a GPU and the host, and there is no GPU; leave it out"
-    require(not config.parallel.cpu_offload or device.type == "cuda", "cpu_offload", True, rule)
+    offloads = config.parallel.cpu_offload and not config.parallel.deepspeed  # which does without a GPU
+    require(not offloads or device.type == "cuda", "cpu_offload", True, rule)
     check_float8(config, device)
     if config.training.deterministic:
         _be_deterministic(device)

@@ -21,12 +21,12 @@ PUBLISHED = {
 }
 
 
-def reconcile(folder, file, *, bf16=True, zero_stage=None, **optimizer) -> dict:
+def reconcile(folder, file, *, bf16=True, zero_stage=None, cpu_offload=False, **optimizer) -> dict:
     path = None
     if file is not None:
         path = folder / "ds.json"
         path.write_text(file if isinstance(file, str) else json.dumps(file))
-    options = {"processes": 2, "bf16": bf16, "zero_stage": zero_stage}
+    options = {"processes": 2, "bf16": bf16, "zero_stage": zero_stage, "cpu_offload": cpu_offload}
     return deepspeed_config(path and str(path), TRAINING, OptimizerConfig(**optimizer), **options)
 
 
@@ -72,7 +72,30 @@ def test_what_only_deepspeed_knows_is_passed_on(tmp_path):
     found = reconcile(tmp_path, {"zero_optimization": section | {"reduce_bucket_size": 5e6}}, zero_stage=2)
     assert found["zero_optimization"] == section | {"reduce_bucket_size": 5e6, "stage": 2}
     none = {"zero_optimization": {"offload_param": {"device": "none"}}}
-    assert reconcile(tmp_path, none)["zero_optimization"]["offload_param"] == {"device": "none"}
+    assert reconcile(tmp_path, none, zero_stage=3)["zero_optimization"]["offload_param"] == {"device": "none"}
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("device", ["cpu", "nvme", "none"])
+def test_parameters_are_offloaded_at_stage_3_only_as_deepspeed_does(stage, device, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    section = {"stage": stage, "offload_param": {"device": device, "pin_memory": True, "buffer_count": 5}}
+    assert reconcile(tmp_path, {"zero_optimization": section})["zero_optimization"] == {"stage": stage}
+    line = f"zero_optimization.offload_param.device has no effect at ZeRO stage {stage}, only at 3"
+    assert [record.message.partition(": ")[2] for record in caplog.records] == ([line] if device != "none" else [])
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_cpu_offload_is_offload_optimizer_and_agrees_with_the_file(stage, tmp_path):
+    pinned = {"zero_optimization": {"stage": stage, "offload_optimizer": {"device": "cpu", "pin_memory": True}}}
+    found = reconcile(tmp_path, pinned, cpu_offload=True)["zero_optimization"]
+    assert found == pinned["zero_optimization"]
+    for file in (None, {"zero_optimization": {"stage": stage}}):
+        found = reconcile(tmp_path, file, zero_stage=stage, cpu_offload=True)["zero_optimization"]
+        assert found == {"stage": stage, "offload_optimizer": {"device": "cpu"}}
+    none = {"zero_optimization": {"stage": stage, "offload_optimizer": {"device": "none"}}}
+    with pytest.raises(ConfigurationError, match='offload_optimizer.device "none" contradicts --cpu-offload; let them'):
+        reconcile(tmp_path, none, cpu_offload=True)
 
 
 @pytest.mark.parametrize(
@@ -114,21 +137,25 @@ def test_what_only_deepspeed_knows_is_passed_on(tmp_path):
         ({"scheduler": {"type": "WarmupLR"}}, {}, 'scheduler.type "WarmupLR" is not supported: the learning rate'),
         ({"tensorboard": {"enabled": True}}, {}, "give --tensorboard-dir or --wandb-project; leave it out"),
         ({"zero_optimization": {"zero_quantized_weights": True}}, {}, "it changes what is computed"),
-        ({"zero_optimization": {"cpu_offload": True}}, {}, 'give offload_optimizer {"device": "cpu"}'),
+        (
+            {"zero_optimization": {"cpu_offload": True}},
+            {},
+            'DeepSpeed has replaced it by offload_optimizer {"device": "cpu"}; leave it out',
+        ),
         (
             {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme"}}},
             {},
             'zero_optimization.offload_optimizer.device "nvme" is not supported; give "cpu" or "none"',
         ),
         (
-            {"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}},
+            {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}},
             {},
-            'offload_param.device "cpu" needs ZeRO stage 3 at least, and the stage is 2; give --zero-stage 3',
+            'zero_optimization.offload_param.device "nvme" is not supported; give "cpu" or "none"',
         ),
         (
             {"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}},
             {},
-            "needs ZeRO stage 1 at least, and the stage is 0",
+            "needs ZeRO stage 1 at least, and the stage is 0; set zero_optimization.stage and --zero-stage to 1",
         ),
         (
             {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}},
@@ -148,6 +175,37 @@ def test_a_contradiction_is_refused_in_one_line_that_names_both(file, options, s
         reconcile(tmp_path, file, **options)
     line = str(error.value)
     assert said in line and line.startswith(f"--deepspeed-config {tmp_path}/ds.json: ") and "\n" not in line
+
+
+CONTRADICTIONS = [
+    ({"train_batch_size": 64, "gradient_clipping": 1.0}, {}),
+    ({"gradient_accumulation_steps": 8}, {}),
+    ({"zero_optimization": {"stage": 1}}, {"zero_stage": 2}),
+    ({"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}}, {}),
+    ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}}, {}),
+    ({"zero_optimization": {"offload_optimizer": {"device": "none"}}}, {"cpu_offload": True}),
+    ({"zero_optimization": {"cpu_offload": True, "overlap_comm": True}}, {}),
+    ({"bf16": {"enabled": False}, "fp16": {"enabled": "auto"}}, {}),
+    ({"data_types": {"grad_accum_dtype": "bf16"}, "communication_data_type": "fp32"}, {}),
+    ({"optimizer": {"type": "Lamb", "params": {"lr": "auto"}}}, {}),
+    ({"optimizer": {"type": "AdamW", "params": {"betas": [0.9, 0.999]}}}, {}),
+    ({"tensorboard": {"enabled": True}}, {}),
+    ({"curriculum_learning": {"enabled": True}}, {}),
+]
+
+
+@pytest.mark.parametrize("file, options", CONTRADICTIONS)
+def test_a_file_that_leaves_out_what_is_refused_is_accepted(file, options, tmp_path):
+    with pytest.raises(ConfigurationError) as error:
+        reconcile(tmp_path, file, **options)
+    line = str(error.value)
+    assert "leave it out" in line or "leave one out" in line or "leave out" in line
+    *parents, name = line.partition("ds.json: ")[2].split()[0].split(".")
+    section = file
+    for parent in parents:
+        section = section[parent]
+    del section[name]
+    reconcile(tmp_path, file, **options)
 
 
 def test_a_file_that_is_missing_is_named(tmp_path):

@@ -196,14 +196,18 @@ REFUSED = [
     (
         ParallelConfig,
         {"deepspeed": True, "tensor_model_parallel_size": 2},
-        "--tensor-model-parallel-size 2: is not served by DeepSpeed",
+        "--tensor-model-parallel-size 2: is not supported with --deepspeed",
     ),
     (
         ParallelConfig,
         {"deepspeed": True, "num_distributed_optimizer_instances": 2},
-        "--num-distributed-optimizer-instances 2: is not served by DeepSpeed",
+        "--num-distributed-optimizer-instances 2: is not supported with --deepspeed",
     ),
-    (ParallelConfig, {"deepspeed": True, "cpu_offload": True}, "--cpu-offload: is FSDP2's; give offload_optimizer"),
+    (
+        ParallelConfig,
+        {"deepspeed": True, "cpu_offload": True, "zero_stage": 0},
+        "--cpu-offload: needs --zero-stage 1 or more with --deepspeed; leave one of them out",
+    ),
     (ValidationConfig, {"num_mc": 0}, "--num-mc 0: must be at least 1"),
     (ValidationConfig, {"eval_interval": 0}, "--eval-interval 0: must be positive"),
     (ValidationConfig, {"eval_samples": -1}, "--eval-samples -1: must be positive"),
