@@ -22,12 +22,16 @@ class Same:
 
 @dataclass(frozen=True)
 class Idle:
-    """Accepted without effect; with `only`, just these values are, and any other is refused for `otherwise`."""
+    """Accepted without effect; with `only`, just these values are, and any other is refused for `otherwise`.
+
+    A value is required where `takes_value`, and may be given where `may_take_value`.
+    """
 
     reason: str
     takes_value: bool = False
     only: tuple[str, ...] = ()
     otherwise: str = ""
+    may_take_value: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,11 @@ def one_table(*groups: dict) -> dict:
 
 
 KERNELS = "kernels are chosen by PyTorch, for the same result"
-SPLIT = "is not supported: between layers activations are always split over the tensor-parallel processes; leave it out"
+SPLIT = "is not supported: between layers activations are always split over the tensor-parallel ranks; leave it out"
+PLAIN = "without --deepspeed and --deepspeed-config"
+EXPERTS = "there are no mixtures of experts"
+ENGINE = "data parallelism is FSDP2, or DeepSpeed's with --deepspeed"
+MASK_ROW = "[MASK] is the id after the tokenizer's, and there are no others"
 TABLE = one_table(
     {
         "--data-path": Same("--train-data-path"),
@@ -86,6 +94,7 @@ TABLE = one_table(
         "--deepspeed_config": Same("--deepspeed-config"),
         "--recompute-activations": Same("--recompute-granularity selective"),
         "--checkpoint-activations": Same("--recompute-granularity full"),
+        "--cpu-optimizer": Same("--cpu-offload"),
     },
     # ---------------------------------------------------------------- network
     idle("--use-rotary-position-embeddings", "positions are always rotary"),
@@ -105,18 +114,27 @@ TABLE = one_table(
     ),
     idle("--attention-softmax-in-fp32", "the softmax is always computed in fp32"),
     idle("--use-cpu-initialization", "weights are always drawn on the CPU, keyed by seed and name"),
-    refused("--openai-gelu --squared-relu", "is not supported: the MLP is SwiGLU or, with --no-swiglu, exact GELU"),
-    refused("--onnx-safe", "is not supported: there is no ONNX export"),
+    refused(
+        "--openai-gelu --squared-relu",
+        "is not supported: the MLP is SwiGLU or, with --no-swiglu, exact GELU; leave it out",
+    ),
+    refused("--onnx-safe", "is not supported: there is no ONNX export; leave it out"),
     refused(
         "--apply-layernorm-1p --apply-residual-connection-post-layernorm",
-        "is not supported: norms stand before attention and MLP, in their plain form",
+        "is not supported: norms come before attention and MLP, in their plain form; leave it out",
     ),
-    refused("--init-method-xavier-uniform", "is not supported: weights are drawn from N(0, --init-method-std)"),
-    refused("--no-initialization", "is not supported: a run begins from keyed initial weights"),
-    refused("--decoder-num-layers --decoder-seq-length", "is refused: there is no encoder beside the decoder"),
+    refused(
+        "--init-method-xavier-uniform",
+        "is not supported: weights are drawn from N(0, --init-method-std); leave it out",
+    ),
+    refused("--no-initialization", "is not supported: a run starts from weights drawn by --seed; leave it out"),
+    refused(
+        "--decoder-num-layers --decoder-seq-length",
+        "is refused: the model is a decoder without an encoder; give --num-layers and --seq-length",
+    ),
     # -------------------------------------------------------------- precision
     idle("--accumulate-allreduce-grads-in-fp32", "gradients are always summed in fp32"),
-    refused("--fp16", "is refused: computes in bf16 or fp32 over fp32 master weights; give --bf16 or --fp32"),
+    refused("--fp16", "is not supported: training computes in bf16 or fp32; give --bf16 or --fp32"),
     refused(
         "--loss-scale --initial-loss-scale --min-loss-scale --loss-scale-window --hysteresis",
         "is refused: only fp16 needs a loss scale; leave it out",
@@ -124,12 +142,13 @@ TABLE = one_table(
     refused("--fp16-lm-cross-entropy", "is refused: the loss is always computed in fp32; leave it out"),
     refused(
         "--fp32-residual-connection --embedding-weights-in-fp32",
-        "is not supported: blocks compute in the run's precision, norms and softmax in fp32; give --fp32 for all in it",
+        "is not supported: blocks compute in the run's precision, norms and softmax in fp32; leave it out, or give "
+        "--fp32 in place of --bf16",
     ),
     refused(
         "--fp8-e4m3 --fp8-hybrid --fp8-format --no-fp8-wgrad --fp8-margin --fp8-interval --fp8-amax-history-len "
         "--fp8-amax-compute-algo",
-        "is not supported: 8-bit products are torchao's; give --fp8-recipe tensorwise or rowwise",
+        "is not supported: 8-bit matrix products are torchao's; give --fp8-recipe tensorwise or rowwise",
     ),
     # ---------------------------------------------------------------- kernels
     idle(
@@ -142,26 +161,32 @@ TABLE = one_table(
     idle_value("--transformer-impl --attention-backend", KERNELS),
     # --------------------------------------------------------- parallel layout
     idle_value(
-        "--context-parallel-size --ds-sequence-parallel-size --expert-model-parallel-size --moe-expert-parallel-size",
+        "--context-parallel-size --ds-sequence-parallel-size",
         "it is 1 without the flag",
         "1",
-        "only 1 is available; give --tensor-model-parallel-size, which splits the sequence too",
+        f"only 1 is available; give --tensor-model-parallel-size, which splits the sequence too, {PLAIN}",
     ),
-    refused("--model-parallel-size", "is refused: give --tensor-model-parallel-size"),
+    idle_value(
+        "--expert-model-parallel-size --moe-expert-parallel-size",
+        "it is 1 without the flag",
+        "1",
+        f"only 1 is available: {EXPERTS}; leave it out",
+    ),
+    refused("--model-parallel-size", f"is refused: give --tensor-model-parallel-size, {PLAIN}"),
     idle("--sequence-parallel", "the sequence is always split where --tensor-model-parallel-size is above 1"),
     refused(
         "--no-sequence-parallel",
-        "is refused: processes that share a layer share the sequence too, so that dropout differs between them",
+        "is not supported: tensor-parallel ranks always split the sequence too; leave it out",
     ),
     idle("--no-pipeline-parallel", "there are as many stages as --pipeline-model-parallel-size says"),
-    idle("--use-torch-fsdp2", "data parallelism is always FSDP2"),
+    idle("--use-torch-fsdp2", ENGINE),
     idle(
         "--no-async-tensor-model-parallel-allreduce --no-contiguous-buffers-in-local-ddp --overlap-grad-reduce "
         "--no-scatter-gather-tensors-in-pipeline --overlap-p2p-communication --overlap-param-gather "
         "--use-ring-exchange-p2p",
-        "FSDP2 arranges its own communication",
+        "the engine, FSDP2 or DeepSpeed, arranges its own communication",
     ),
-    idle_value("--DDP-impl", "data parallelism is always FSDP2"),
+    idle_value("--DDP-impl", ENGINE),
     idle_value("--distributed-backend", "it is nccl between GPUs and gloo between CPUs"),
     idle_value("--local-rank --local_rank", "torchrun tells it through the environment"),
     idle_value("--lazy-mpu-init --empty-unused-memory-level", "PyTorch manages devices and their memory"),
@@ -175,39 +200,49 @@ TABLE = one_table(
         "block",
         "is refused: each block recomputes for itself; leave it out and give --recompute-granularity full",
     ),
-    refused("--checkpoint-num-layers", "is refused: give --recompute-num-layers; without it all blocks recompute"),
+    refused(
+        "--checkpoint-num-layers",
+        "is refused: leave it out, or give --recompute-granularity full with --recompute-num-layers",
+    ),
     refused("--distribute-saved-activations --distribute-checkpointed-activations", SPLIT),
     refused(
         "--enable-zbh1-pipeline --enable-zbh1-exact-semantics",
         "is refused: zero-bubble schedules give wrong gradients with sharded parameters; leave it out",
     ),
-    refused("--data-parallel-random-init", "is refused: every process starts from the same weights; leave it out"),
+    refused("--data-parallel-random-init", "is refused: every rank starts from the same weights; leave it out"),
     # -------------------------------------------------------------- DeepSpeed
-    refused("--deepspeed_mpi", "is refused: start the processes with torchrun, deepspeed or srun"),
+    refused("--deepspeed_mpi", "is not supported: torchrun, deepspeed or srun start a run; leave it out"),
     refused("--deepscale --deepscale_config", "is refused: give --deepspeed and --deepspeed-config"),
     refused(
         "--zero-reduce-scatter --zero-contigious-gradients --zero-reduce-bucket-size --zero-allgather-bucket-size",
-        "is refused: say it under zero_optimization in the file of --deepspeed-config",
+        "is refused: leave it out and set it under zero_optimization in the file of --deepspeed-config",
+    ),
+    idle_value(
+        "--remote-device",
+        "it is none without the flag",
+        "none",
+        "is refused: leave it out and set zero_optimization.offload_param in the file of --deepspeed-config",
     ),
     refused(
-        "--cpu-optimizer --remote-device --use-pin-memory",
-        "is refused: give --cpu-offload, or offload_optimizer and offload_param in the file of --deepspeed-config",
+        "--use-pin-memory",
+        "is refused: leave it out and set pin_memory under zero_optimization.offload_optimizer in the file of "
+        "--deepspeed-config",
     ),
     idle("--cpu_torch_adam --ds_fused_adam", "the optimizer is PyTorch's AdamW, on whatever device its states are"),
     refused(
         "--scattered-embeddings --split-transformers --memory-centric-tiled-linear --tile-factor "
         "--synchronize-each-layer --profile-backward --ds-inference --ds-sequence-parallel-fpdt "
         "--ds-sequence-parallel-fpdt-chunk-size --ds-sequence-parallel-fpdt-offloading",
-        "is not supported: DeepSpeed shares the plain model by ZeRO; leave it out",
+        "is not supported: DeepSpeed shards the plain model by ZeRO; leave it out",
     ),
     refused(
         "--deepspeed-activation-checkpointing --partition-activations --contigious-checkpointing --checkpoint-in-cpu",
-        "is refused: recomputation is not DeepSpeed's here; give --recompute-granularity",
+        "is refused: recomputation is PyTorch's, with DeepSpeed too; give --recompute-granularity",
     ),
     # ------------------------------------------------------- batch and budget
     refused("--batch-size", "is refused: give --micro-batch-size"),
     refused("--train-tokens", "is refused: give --train-samples, tokens / --seq-length"),
-    refused("--train-data-exact-num-epochs", "is refused: give --train-epochs"),
+    refused("--train-data-exact-num-epochs", "is refused: leave it out, or give --train-epochs as the budget"),
     later("--rampup-batch-size", "a growing batch"),
     # --------------------------------------------------- optimizer, schedule
     refused("--sgd-momentum", "is refused: the optimizer is AdamW or, with --optimizer muon, Muon; leave it out"),
@@ -223,10 +258,10 @@ TABLE = one_table(
         "--lr-decay-tokens --lr-warmup-tokens",
         "is refused: the clock is samples; give --lr-decay-samples and --lr-warmup-samples",
     ),
-    refused("--lr-warmup-fraction --warmup", "is refused: give --lr-warmup-samples; the default is 1% of the budget"),
+    refused("--lr-warmup-fraction --warmup", "is refused: give --lr-warmup-samples, by default 1% of the budget"),
     refused(
         "--override-opt_param-scheduler --use-checkpoint-opt_param-scheduler --no-load-lr-state",
-        "is refused: a run keeps its schedule, and a branch changes it: --load A --save B",
+        "is refused: a run keeps its schedule, and a branch (--load A --save B) takes that of its flags; leave it out",
     ),
     # ------------------------------------------------------------------- data
     idle_value("--data-impl", "token files are always memory-mapped", "mmap infer", "is always mmap; leave it out"),
@@ -234,13 +269,16 @@ TABLE = one_table(
     idle_value("--data-cache-path", "orders are computed from the seed; nothing is cached"),
     idle("--mmap-warmup", "pages are read when they are needed"),
     idle("--repeated-dataloader", "the order of samples has no end"),
-    idle("--no-create-attention-mask-in-dataloader", "attention masks are never made"),
+    idle("--no-create-attention-mask-in-dataloader", "the model makes its attention masks where it needs any"),
     refused(
         "--test-data-path --test-data-path-file",
-        "is refused: evaluate it afterwards, --skip-train --load RUN --valid-data-path test=PREFIX",
+        "is refused: leave it out and evaluate the finished run: --skip-train --load RUN --valid-data-path test=PREFIX",
     ),
-    refused("--vocab-extra-ids", "is refused: [MASK] stands behind the tokenizer's ids, and there are no others"),
-    refused("--trust-remote-code", "is refused: no code from a hub is ever run; give --tokenizer-model FILE"),
+    idle_value("--vocab-extra-ids", MASK_ROW, "0", f"is not supported: {MASK_ROW}; leave it out"),
+    refused(
+        "--trust-remote-code",
+        "is refused: no code from a hub is ever run; leave it out and give --tokenizer-model FILE",
+    ),
     refused(
         "--use-dataset-only --return-data-index --train-idx-path --train-desc-path --train-doc-idx-path "
         "--train-sample-idx-path --train-shuffle-idx-path --aml-data-download-path --sample-rate "
@@ -255,8 +293,15 @@ TABLE = one_table(
     idle_value("--ckpt-format --dist-ckpt-format", "checkpoints are safetensors"),
     refused("--no-save-optim", "is refused: a run could not be resumed; leave it out"),
     later("--finetune --reset-iteration --exit-on-missing-checkpoint", "weights without their run"),
-    idle("--async-save", "checkpoints are always written beside training"),
-    later("--universal-checkpoint", "checkpoints for any layout"),
+    refused(
+        "--no-load-optim",
+        "is refused: a run resumes with its optimizer's state, and --skip-train reads none; leave it out",
+    ),
+    refused(
+        "--load-tag", "is refused: --load takes the folder of a checkpoint too; give --load RUN/checkpoints/iter_N"
+    ),
+    idle("--async-save", "checkpoints are always written in the background"),
+    idle("--universal-checkpoint", "every checkpoint can be read in any layout"),
     refused("--adlr-autoresume --adlr-autoresume-interval", "is refused: give --exit-duration-in-mins"),
     # ---------------------------------------------------------------- records
     idle("--log-validation-ppl-to-tensorboard", "validation perplexity is always written"),
@@ -275,8 +320,12 @@ TABLE = one_table(
         "these records",
     ),
     # ------------------------------------------------- the fork's objectives
-    idle("--use-order-list", "--num-order-list above 1 switches orders on"),
-    refused("--low-noise-start", "is refused: --low-noise-iter switches it on, 1000 in the published system; give it"),
+    # of type bool, so that a value follows it, which in the published system always means True
+    {"--use-order-list": Idle("--num-order-list above 1 switches orders on", may_take_value=True)},
+    refused(
+        "--low-noise-start",
+        "is refused: --low-noise-iter alone switches it on; leave it out and give that (1000 in the published system)",
+    ),
     idle("--untie-with-additional-mask", "[MASK] always has a row of its own"),
     refused(
         "--target-random-ratio --use-target-position-embeddings --block-size --order-list",
@@ -285,9 +334,9 @@ TABLE = one_table(
     # ---------------------------------------------------------------- scoring
     refused(
         "--task_list --results_path --eval_method --eval_fp32 --only_generate --only_mc_nll --sampling_eps "
-        "--max_chunk_size --adaptive_seq_len --num_fewshot --inference --load-tag --no-load-optim "
-        "--inference-batch-times-seqlen-threshold --max-tokens-to-oom",
-        "is refused: training knows no downstream tasks, python -m megatron.evaluation.harness does; leave it out",
+        "--max_chunk_size --adaptive_seq_len --num_fewshot --inference --inference-batch-times-seqlen-threshold "
+        "--max-tokens-to-oom",
+        "is refused: downstream tasks are run by python -m megatron.evaluation.harness, not by training; leave it out",
     ),
     # ---------------------------------------------------- what is left out
     refused(
@@ -295,12 +344,12 @@ TABLE = one_table(
         "--moe-train-capacity-factor --moe-eval-capacity-factor --moe-min-capacity --moe-loss-coeff "
         "--create-moe-param-group --disable-moe-top2-2nd-expert-sampling --use-tutel "
         "--enable-expert-tensor-parallelism",
-        "is not supported: there are no mixtures of experts",
+        f"is not supported: {EXPERTS}; leave it out",
     ),
     refused(
         "--num-layers-teacher --num-experts-teacher --hidden-size-teacher --num-attention-heads-teacher --mos --kd "
         "--kd-alpha-ce --kd-beta-ce --kd-temp --load-teacher",
-        "is not supported: there is no distillation",
+        "is not supported: there is no distillation; leave it out",
     ),
     refused(
         "--retro-workdir --retro-add-retriever --retro-cyclic-train-iters --retro-encoder-layers "
@@ -310,11 +359,11 @@ TABLE = one_table(
         "--ict-head-size --ict-load --biencoder-projection-dim --biencoder-shared-query-context-model "
         "--titles-data-path --evidence-data-path --block-data-path --embedding-path --query-in-block-prob "
         "--use-one-sent-docs",
-        "is not supported: there is no retrieval",
+        "is not supported: there is no retrieval; leave it out",
     ),
     refused(
         "--bert-no-binary-head --bert-load --output-bert-embeddings --bert-embedder-type --mask-prob --short-seq-prob",
-        "is not supported: there are no encoders; masked diffusion is pretrain_mdm.py",
+        "is not supported: there is no BERT; leave it out, and train masked diffusion with pretrain_mdm.py",
     ),
     refused(
         "--num-classes --img-h --img-w --num-channels --patch-dim --classes-fraction --data-per-class-fraction "
@@ -322,7 +371,7 @@ TABLE = one_table(
         "--swin-backbone-type --mask-type --mask-factor --iter-per-epoch --dino-local-img-size "
         "--dino-local-crops-number --dino-head-hidden-size --dino-bottleneck-size --dino-freeze-last-layer "
         "--dino-norm-last-layer --dino-warmup-teacher-temp --dino-teacher-temp --dino-warmup-teacher-temp-epochs",
-        "is not supported: there are no images",
+        "is not supported: there are no vision models; leave it out",
     ),
 )
 
@@ -349,7 +398,8 @@ def translate(arguments: list[str], batch: int) -> list[str]:
         elif isinstance(rule, Refused):
             raise ConfigurationError(f"{name}: {rule.reason}")
         elif isinstance(rule, Idle):
-            _accept(name, rule, _value(name, rest, joined, value) if rule.takes_value else None, joined)
+            follows = rule.may_take_value and (joined or (rest and not rest[0].startswith("--")))
+            _accept(name, rule, _value(name, rest, joined, value) if rule.takes_value or follows else None, joined)
         else:
             if rule.batches:
                 value, joined = _in_samples(name, _value(name, rest, joined, value), batch), "="
@@ -358,6 +408,11 @@ def translate(arguments: list[str], batch: int) -> list[str]:
                 _agree(name, *words, last, arguments)
             translated += [*words, last + joined + value]
     return translated
+
+
+def is_foreign(arguments: list[str]) -> bool:
+    """Return whether a command line uses spellings of Megatron, DeepSpeed or the published system."""
+    return any(word.partition("=")[0] in TABLE for word in arguments)
 
 
 def _agree(name: str, flag: str, value: str, arguments: list[str]) -> None:
@@ -370,7 +425,7 @@ def _agree(name: str, flag: str, value: str, arguments: list[str]) -> None:
 
 
 def _accept(name: str, rule: Idle, value: str | None, joined: str) -> None:
-    if joined and not rule.takes_value:
+    if joined and value is None:
         raise ConfigurationError(f"{name}: takes no value; write the flag alone")
     typed = name if value is None else f"{name} {value}"
     if rule.only and value not in rule.only:

@@ -2,6 +2,7 @@
 
 from dataclasses import asdict, dataclass, fields
 from fractions import Fraction
+from math import gcd
 
 from megatron.config.flags import require, spelling, typed
 from megatron.config.recipes import RECIPES
@@ -151,19 +152,16 @@ def check_layout(config: Config, size: int) -> None:
     )
     rule = "layers that --tensor-model-parallel-size splits and that recompute cannot be compiled; leave one out"
     require(parallel.compiles or not config.training.compile, "compile", True, rule)
-    for name, value in (
-        ("--num-attention-heads", model.num_attention_heads),
-        ("--num-query-groups", model.key_value_heads),
-        ("--ffn-hidden-size", model.mlp_size),
-        ("--seq-length", config.data.seq_length),
-    ):
-        fits = [part for part in range(1, tensor) if value % part == 0]
-        require(
-            value % tensor == 0,
-            "tensor_model_parallel_size",
-            tensor,
-            f"does not divide {name} {value}; change one, such as to {max(fits, default=1)}",
-        )
+    dimensions = {
+        "--num-attention-heads": model.num_attention_heads,
+        "--num-query-groups": model.key_value_heads,
+        "--ffn-hidden-size": model.mlp_size,
+        "--seq-length": config.data.seq_length,
+    }
+    fits = [part for part in range(1, tensor) if size % (part * stages) == 0 == gcd(*dimensions.values()) % part]
+    for name, value in dimensions.items():
+        rule = f"does not divide {name} {value}; give {max(fits, default=1)}, or change {name}"
+        require(value % tensor == 0, "tensor_model_parallel_size", tensor, rule)
     virtual = parallel.num_layers_per_virtual_pipeline_stage
     require(
         virtual is None or model.num_layers % (stages * virtual) == 0,

@@ -395,7 +395,8 @@ class OptimizerConfig:
             idle = getattr(self, name) is not None and self.lr_decay_style == "constant"
             require(not idle, name, getattr(self, name), "does nothing with --lr-decay-style constant; drop one")
         wsd = self.lr_wsd_decay_samples
-        require(wsd is None or self.lr_decay_style == "WSD", "lr_wsd_decay_samples", wsd, "needs --lr-decay-style WSD")
+        rule = "needs --lr-decay-style WSD; give both or neither"
+        require(wsd is None or self.lr_decay_style == "WSD", "lr_wsd_decay_samples", wsd, rule)
 
     def _check_changing_weight_decay(self) -> None:
         style, decay = self.weight_decay_incr_style, self.weight_decay
@@ -475,10 +476,10 @@ class TrainingConfig:
             require(getattr(self, name) is None or against is None, name, getattr(self, name), rule)
 
 
-@dataclass(frozen=True, kw_only=True)
 WITHOUT_DEEPSPEED = "leave it out, or --deepspeed and --deepspeed-config"
 
 
+@dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
     """Parallel layout: how the processes share one model. It changes speed and memory, not the run."""
 

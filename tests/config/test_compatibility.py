@@ -52,6 +52,7 @@ SWITCHES = (
     "--use-distributed-optimizer",
     "--recompute-activations",
     "--checkpoint-activations",
+    "--cpu-optimizer",
 )
 VALUES = {
     "--data-path": "d",
@@ -94,7 +95,7 @@ def test_the_alias_of_a_switch_undoes_it():
 @pytest.mark.parametrize("name", of_kind(Idle))
 def test_what_has_no_effect_says_so_with_its_reason(name, caplog):
     rule = TABLE[name]
-    values = rule.only or ("anything",) if rule.takes_value else (None,)
+    values = rule.only or ("anything",) if rule.takes_value else (None, "anything") if rule.may_take_value else (None,)
     for value in values:
         for spelled in ([name] if value is None else [name, value], [name] if value is None else [f"{name}={value}"]):
             caplog.clear()
@@ -112,7 +113,7 @@ def test_what_has_no_effect_says_so_with_its_reason(name, caplog):
             parse("ar", [*NETWORK, name])
         with pytest.raises(ConfigurationError, match=f"{name}: is not followed by a value"):
             parse("ar", [*NETWORK, name, "--lr", "0.5"])
-    else:
+    elif not rule.may_take_value:
         with pytest.raises(ConfigurationError, match=f"{name}: takes no value"):
             parse("ar", [*NETWORK, f"{name}=1"])
 

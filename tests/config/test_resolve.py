@@ -146,7 +146,7 @@ def test_a_layout_that_fits_passes(size, line):
      "start a multiple of 4"),
     (1, "--pipeline-model-parallel-size 2", "--pipeline-model-parallel-size 2: makes groups of 2"),
     (4, "--tensor-model-parallel-size 4",
-     "--tensor-model-parallel-size 4: does not divide --num-attention-heads 2; change one, such as to 2"),
+     "--tensor-model-parallel-size 4: does not divide --num-attention-heads 2; give 2, or change --num-"),
     (4, "--num-attention-heads 4 --group-query-attention --num-query-groups 2 --tensor-model-parallel-size 4",
      "--tensor-model-parallel-size 4: does not divide --num-query-groups 2"),
     (2, "--ffn-hidden-size 65 --tensor-model-parallel-size 2",
