@@ -139,6 +139,25 @@ def idle_flags(config: Config, exact: bool) -> list[str]:
     ]
 
 
+def unpublished_defaults(config: Config, given: set[str], unused: list[str]) -> str | None:
+    """Return a line that lists the defaults in which a run differs from --recipe published, None where there are none.
+
+    `given` are the flags of the command line, `unused` the fields that its objective does not read. An evaluation
+    differs only in what it evaluates.
+    """
+    values = {name: value for section in asdict(config).values() for name, value in section.items()}
+    evaluated = (*EVALUATION, "softmax_over_padding")
+    differing = [
+        f"{typed(name, values[name])} (published: {'on' if value is True else value})"
+        for name, value in RECIPES["published"].items()
+        if values[name] != value and spelling(name) not in given and name not in unused
+        if name in evaluated or not config.validation.skip_train
+    ]
+    if config.training.recipe == "published" or not differing:
+        return None
+    return f"without --recipe published, defaults differ from the published system's: {', '.join(differing)}"
+
+
 def check_layout(config: Config, size: int) -> None:
     """Check that `size` processes can take the places of the layout, and that the model divides into its parts."""
     parallel, model = config.parallel, config.model

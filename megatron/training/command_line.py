@@ -2,16 +2,19 @@
 
 import argparse
 import dataclasses
+import logging
 from pathlib import Path
 
-from megatron.config.compatibility import translate
+from megatron.config.compatibility import is_foreign, translate
 from megatron.config.flags import DescribedFormatter, HelpFormatter, Parser, add_section, build, spelling, typed_flags
 from megatron.config.recipes import RECIPES
-from megatron.config.resolve import BUDGETS
+from megatron.config.resolve import BUDGETS, unpublished_defaults
 from megatron.config.sections import SECTIONS, Config, implied_tokenizer
 from megatron.config.sizes import ladder_settings
 from megatron.objectives import OBJECTIVES, foreign
 from megatron.training.resume import recorded_config
+
+logger = logging.getLogger(__name__)
 
 # of each group one is given; one that is typed replaces whichever a recipe or a recorded run gives
 RIVALS = (BUDGETS, ("bf16", "fp32"))
@@ -36,7 +39,24 @@ def parser(objective: str, defaults: dict | None = None) -> Parser:
 
 def parse(objective: str, arguments: list[str]) -> Config:
     """Return the typed configuration of a command line; raise ConfigurationError for anything wrong in it."""
-    arguments = translate(arguments, _batch(objective, arguments))
+    return _configuration(objective, translate(arguments, _batch(objective, arguments)))
+
+
+def parse_run(objective: str, arguments: list[str]) -> Config:
+    """Return what `parse` does, and log where the defaults of a command line in Megatron's spellings are not published.
+
+    Raises: ConfigurationError for anything wrong in the command line.
+    """
+    translated = translate(arguments, _batch(objective, arguments))
+    config = _configuration(objective, translated)
+    unused = foreign(config.objective.objective)
+    line = unpublished_defaults(config, typed_flags(translated), unused) if is_foreign(arguments) else None
+    if line:
+        logger.info(line)
+    return config
+
+
+def _configuration(objective: str, arguments: list[str]) -> Config:
     namespace = parser(objective, implied(objective, arguments)).parse_known(arguments)
     return Config(**{name: build(section, namespace) for name, section in SECTIONS.items()})
 

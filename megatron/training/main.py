@@ -26,7 +26,7 @@ from megatron.parallel.mesh import start_processes, stop_processes
 from megatron.parallel.watch import PATIENCE, PeerError, Watch
 from megatron.training import checkpoint
 from megatron.training.averaging import start_average
-from megatron.training.command_line import parse
+from megatron.training.command_line import parse_run
 from megatron.training.engines import start_engine
 from megatron.training.environment import choose_compile, choose_precision, describe, prepare_device
 from megatron.training.feed import MicroBatches
@@ -48,7 +48,7 @@ def main(objective: str, arguments: list[str] | None = None) -> None:
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     command = shlex.join([sys.argv[0], *arguments])
-    start(lambda: parse(objective, arguments), lambda config, watch: run(config, command, watch))
+    start(lambda: parse_run(objective, arguments), lambda config, watch: run(config, command, watch))
 
 
 def start(read: Callable[[], Config], work: Callable[[Config, Watch | None], None]) -> None:
