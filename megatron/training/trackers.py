@@ -18,6 +18,7 @@ from megatron.training.run_folder import RunFolder, read_json, write_json
 
 logger = logging.getLogger(__name__)
 
+WRITE_INTERVAL = 1.0  # seconds between two writes of the file of Weights & Biases, which are 15 by default
 CLOCKS = ("iteration", "consumed_samples", "consumed_tokens", "epoch", "flops", "seconds")
 
 
@@ -90,9 +91,9 @@ class TensorBoard:
 class WeightsAndBiases:
     """A run of Weights & Biases, the same one after every restart; offline where nobody is logged in.
 
-    Its history can only grow: steps that are repeated after a crash are in it twice. It is written every 15 seconds, so
-    that a kill may cost it the last ones. Its own step counts calls and goes on by itself; curves are drawn against
-    `iteration`, and can be drawn against every other clock.
+    Its history can only grow: steps that are repeated after a crash are in it twice. Its file is written every
+    WRITE_INTERVAL seconds, so that a kill of the whole node loses what was recorded since. Its own step counts calls
+    and is never set; curves are drawn against `iteration`, and can be drawn against every other clock.
     """
 
     def __init__(self, settings: TrackingConfig, folder: RunFolder | None, description: dict, before: list[dict]):
@@ -100,7 +101,9 @@ class WeightsAndBiases:
         import wandb
 
         # it prints nothing, captures nothing that we print, and waits at the end for a bad network only so long
-        quiet = wandb.Settings(silent=True, console="off", finish_timeout=300)
+        quiet = wandb.Settings(
+            silent=True, console="off", finish_timeout=300, x_transaction_log_flush_interval=WRITE_INTERVAL
+        )
         mode = wandb.setup(quiet).settings.mode
         if mode == "online" and not wandb.login(prompt=False, verify=False):
             mode = "offline"

@@ -2,12 +2,14 @@
 
 import json
 import math
+import os
 import shutil
 import signal
 import struct
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -26,6 +28,8 @@ AXES = {
     "flops": lambda record: round(record["flops"] / 1e9),
 }
 TEXT = ("kind", "set", "alignment", "likelihood", "bound")
+RECORD = {"kind": "train", "iteration": 1, "consumed_samples": 8, "consumed_tokens": 256, "epoch": 0.1, "flops": 1e9}
+RECORD |= {"seconds": 1.0, "loss": 2.0}
 VOLATILE = ("seconds", "tokens_per_second", "mfu", "memory_bytes")
 
 
@@ -173,6 +177,29 @@ def test_after_a_kill_the_board_equals_that_of_an_uninterrupted_run(whole, tiny,
     assert history(resumed)[0]["iteration"] == 5  # the records until then were sent before
 
 
+def test_a_kill_loses_no_record_that_is_older_than_a_second(tmp_path):
+    """Neither the run nor the process of wandb that writes the file comes to an orderly end."""
+    code = f"""
+import time
+from megatron.config.sections import TrackingConfig
+from megatron.training.trackers import WeightsAndBiases
+tracker = WeightsAndBiases(TrackingConfig(wandb_project="tests", wandb_save_dir={str(tmp_path)!r}), None, {{}}, [])
+for iteration in range(300):
+    tracker.record({RECORD!r} | {{"iteration": iteration}})
+print("recorded", flush=True)
+time.sleep(60)
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], env=environment(), stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "recorded\n"
+    time.sleep(2)
+    (writer,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    for pid in (int(writer), process.pid):
+        os.kill(pid, signal.SIGKILL)
+    process.wait()
+    (found,) = offline_runs(tmp_path)
+    assert [row["iteration"] for row in history(found)] == list(range(300))
+
+
 def test_a_branch_begins_with_the_records_of_its_origin(whole, tiny, tmp_path):
     longer = [flag if flag != "93" else "120" for flag in tiny]
     run("mdm", *longer, "--load", whole, *boards(tmp_path))
@@ -239,10 +266,6 @@ def test_trackers_that_cannot_start_are_switched_off_with_a_line_each(tiny, tmp_
     assert len(warnings) == 2 and "Traceback" not in done.stderr
     assert f"--tensorboard-dir {tmp_path / 'file'}:" in warnings[0] and "--wandb-project tests:" in warnings[1]
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "finished"
-
-
-RECORD = {"kind": "train", "iteration": 1, "consumed_samples": 8, "consumed_tokens": 256, "epoch": 0.1, "flops": 1e9}
-RECORD |= {"seconds": 1.0, "loss": 2.0}
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
