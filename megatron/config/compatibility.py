@@ -376,6 +376,13 @@ TABLE = one_table(
 )
 
 
+# flags that Megatron spells alike, and that differ from its own
+DIFFERENCES = {
+    "--lr-warmup-samples, --lr-decay-samples, --lr-decay-style, --weight-decay-incr-style": (
+        "learning rate and weight decay of a step follow from the samples consumed at its end, and Megatron's "
+        "from those before it: our step k has the values of Megatron's step k + 1, whose first step has a rate of 0."
+    ),
+}
 # values of our own flags that Megatron calls otherwise
 VALUES = {"--optimizer": {"adam": "adamw"}}
 
@@ -453,7 +460,7 @@ def markdown() -> str:
     lines = [
         "# Flags of Megatron and DeepSpeed",
         "",
-        "Flags that are spelled as in Megatron-LM stand in `--help`. These are spelled otherwise, have no effect, or",
+        "Flags that are spelled as in Megatron-LM are in `--help`. These are spelled otherwise, have no effect, or",
         "are refused; a flag in neither place is unknown and refused.",
         "Written by `python -m megatron.config.compatibility`.",
         "",
@@ -463,7 +470,11 @@ def markdown() -> str:
     rows = {name: _described(rule) for name, rule in TABLE.items()}
     for name, values in VALUES.items():
         rows |= {f"{name} {theirs}": f"the same as `{name} {ours}`" for theirs, ours in values.items()}
-    return "\n".join(lines + [f"| `{name}` | {rows[name]} |" for name in sorted(rows)]) + "\n"
+    lines += [f"| `{name}` | {rows[name]} |" for name in sorted(rows)]
+    lines += ["", "## Spelled alike, with a difference", ""]
+    for names, difference in DIFFERENCES.items():
+        lines.append(f"* {', '.join(f'`{name}`' for name in names.split(', '))}: {difference}")
+    return "\n".join(lines) + "\n"
 
 
 def _described(rule: Same | Idle | Refused) -> str:

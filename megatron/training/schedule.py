@@ -9,6 +9,8 @@ from megatron.config.sections import OptimizerConfig
 def learning_rate(config: OptimizerConfig, plan: Plan, samples: int) -> float:
     """Return the rate of the step that ends at `samples` consumed samples.
 
+    Megatron takes the samples before the step: its step k + 1 has the rate of our step k, and its first step 0.
+
     Linear from 0 over the warm-up, then the chosen shape down to the final rate at `lr_decay_samples`,
     and the final rate after that. WSD (2404.06395) stays at the peak and decays linearly at the end;
     "constant" never leaves the peak.

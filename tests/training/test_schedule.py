@@ -19,6 +19,19 @@ def rate(samples, style="cosine", *, warmup=WARMUP, end=END, wsd=WSD, low=LOW) -
     return learning_rate(config, plan, samples)
 
 
+@pytest.mark.parametrize("style", ["cosine", "linear", "constant"])
+def test_a_step_has_the_rate_of_megatrons_next_step(style):
+    """Megatron sets the rate of a step from the samples before it, and counts these up afterwards."""
+    batch, before, theirs = 20, 0, []
+    for _ in range(60):
+        done = min(1.0, max(0.0, (before - WARMUP) / (END - WARMUP)))
+        left = {"cosine": (1 + cos(pi * done)) / 2, "linear": 1 - done, "constant": 1.0}[style]
+        theirs.append(PEAK * before / WARMUP if before <= WARMUP else LOW + (PEAK - LOW) * left)
+        before += batch
+    ours = [rate((step + 1) * batch, style) for step in range(60)]
+    assert theirs[0] == 0.0 and ours[:-1] == pytest.approx(theirs[1:], abs=1e-15)
+
+
 CORNERS = {  # style: (samples, rate)
     "cosine": [(100, 0.5), (325, 0.3 + 0.2 * 0.5**0.5), (550, 0.3), (1000, 0.1), (1001, 0.1), (10**12, 0.1)],
     "linear": [(100, 0.5), (325, 0.4), (550, 0.3), (1000, 0.1), (1001, 0.1), (10**12, 0.1)],
