@@ -6,7 +6,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # this megatron, whatever else bears the name
 
-from megatron.training.main import main
+from megatron import stop_signals
 
 if __name__ == "__main__":
+    stop_signals.install()  # before the imports, which take seconds
+    from megatron.training.main import main
+
     main("mdm")

@@ -40,11 +40,9 @@ def run_script(command: list[str], env: dict[str, str], timeout: float, size: in
     if size > 1:
         master = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         places = [master | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size)]
-    with tempfile.TemporaryDirectory() as folder, surroundings(env):
+    with tempfile.TemporaryDirectory() as folder:
         outputs = [Path(folder) / name for name in ("stdout", "stderr")]
-        started = [_context.Process(target=_work, args=(command, env | place, outputs)) for place in places]
-        for process in started:
-            process.start()
+        started = start_script(command, env, outputs, places)
         until = time.monotonic() + timeout
         for process in started:
             process.join(max(0, until - time.monotonic()))
@@ -56,6 +54,18 @@ def run_script(command: list[str], env: dict[str, str], timeout: float, size: in
         text = [path.read_text(errors="replace") if path.exists() else "" for path in outputs]
     codes = [process.exitcode for process in started]
     return subprocess.CompletedProcess(command, next(filter(None, codes), 0), *text)
+
+
+def start_script(command: list[str], env: dict[str, str], outputs: list[Path], places: list[dict] = [{}]) -> list:
+    """Start `command` in one process per item of `places`, which holds more of its environment; return the processes.
+
+    `outputs` are the files of standard output and standard error.
+    """
+    with surroundings(env):
+        started = [_context.Process(target=_work, args=(command, env | place, outputs)) for place in places]
+        for process in started:
+            process.start()
+    return started
 
 
 def _work(command: list[str], env: dict[str, str], outputs: list[Path]) -> None:

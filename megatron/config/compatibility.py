@@ -286,7 +286,7 @@ TABLE = one_table(
         "is not supported: data are token files, read in full; leave it out",
     ),
     # ------------------------------------------------------------ checkpoints
-    idle("--exit-signal-handler", "SIGTERM, SIGUSR1 and SIGINT always save and leave"),
+    idle("--exit-signal-handler", "SIGTERM, SIGUSR1, SIGUSR2 and SIGINT always stop a run, and save"),
     idle("--no-load-rng --no-save-rng", "no generator is kept: noise follows from the seed and the place in the run"),
     idle("--use-checkpoint-args", "a run's settings are checked on resume, and taken with --skip-train"),
     idle("--use-dist-ckpt --auto-detect-ckpt-format", "checkpoints are safetensors"),

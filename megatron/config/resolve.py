@@ -16,7 +16,8 @@ BUDGETS = ("train_epochs", "train_samples", "train_iters", "train_flops")
 FREE_ON_RESUME = {
     "model_size", "objective",
     "num_workers", "micro_batch_size", "compile", "deterministic", "flash_attention", "log_interval", "exit_interval",
-    "exit_duration_in_mins", "kill_switch_file", "eval_interval", "eval_batch_size", "skip_train", "dry_run",
+    "exit_duration_in_mins", "kill_switch_file", "exit_code_when_stopped", "eval_interval", "eval_batch_size",
+    "skip_train", "dry_run",
     "train_data_path", "train_data_path_file", "valid_data_path", "valid_data_path_file", "tokenizer_model",
     "vocab_file", "merge_file", "bf16", "fp32", *BUDGETS,
 }  # fmt: skip

@@ -459,6 +459,13 @@ class TrainingConfig:
     exit_interval: int | None = flag(None, "save and leave after a step divisible by N", metavar="N")
     exit_duration_in_mins: float | None = flag(None, "save and leave after so many minutes")
     kill_switch_file: str | None = flag(None, "save and leave when this file appears", metavar="FILE")
+    exit_code_when_stopped: int = flag(
+        0,
+        "exit code of a run that a signal or one of the three flags above stopped before its end, such as 85, by which "
+        "a batch script knows that it has to start the run again; leave it at 0 under torchrun, which restarts a rank "
+        "that exits with another code (--max-restarts) and then exits with 1 itself",
+        metavar="N",
+    )
     dry_run: bool = flag(False, "print the resolved run as JSON and leave")
 
     def __post_init__(self):
@@ -468,6 +475,8 @@ class TrainingConfig:
         for name in (*positive, "exit_interval", "exit_duration_in_mins"):
             value = getattr(self, name)
             require(value is None or value > 0, name, value, "must be positive")
+        code = self.exit_code_when_stopped
+        require(0 <= code <= 255, "exit_code_when_stopped", code, "is not an exit code from 0 to 255")
         clash = None not in (self.bf16, self.fp32) and self.bf16 == self.fp32
         require(not clash, "bf16", self.bf16, f"excludes {typed('fp32', self.fp32)}; give one of them")
         against = typed("fp32", True) if self.fp32 else typed("bf16", False) if self.bf16 is False else None

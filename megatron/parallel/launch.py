@@ -102,7 +102,9 @@ def _watch(store: dist.Store, size: int, minutes: float) -> tuple[Watch, str]:
         hub.start()
         store.set("watch", f"{_own_address()} {hub.port} {hub.token}")
 
-    def find() -> tuple[str, int, str]:
+    def find() -> tuple[str, int, str] | None:
+        if not store.check(["watch"]):  # a wait in the store's own code would not let a signal's handler run
+            return None
         address, port, token = store.get("watch").decode().split()
         return address, int(port), token
 

@@ -17,6 +17,9 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
+
+from megatron import stop_signals
 
 PAUSE = 2.0  # seconds before leaving: a launcher names the process that it finds dead first as the cause
 PATIENCE = 3.0  # seconds in which a peer's death is known here after it made a collective fail
@@ -30,12 +33,16 @@ class PeerError(RuntimeError):
 
 @dataclass(frozen=True)
 class Fault:
-    """What ends all processes: the rank where it happened, one line, the exit code, and whether the rank is dead."""
+    """What ends all processes: the rank where it happened, one line, the exit code, and whether the rank is dead.
+
+    A request to stop (`stop`) is no error.
+    """
 
     rank: int
     text: str
     code: int
     gone: bool = False
+    stop: bool = False
 
 
 def gone(rank: int, where: str = "") -> Fault:
@@ -162,18 +169,19 @@ class Watch(threading.Thread):
         self.last_words: Callable[[str], None] | None = None
         self._all_here = threading.Event()
 
-    def meet(self, find: Callable[[], tuple[str, int, str]], minutes: float) -> str:
+    def meet(self, find: Callable[[], tuple[str, int, str] | None], minutes: float) -> str:
         """Wait until all processes have said hello to the hub; return its token, which no other start has.
 
-        `find` returns the hub's address, port and token. Raises PeerError where there is no hub within `minutes`; where
-        others do not come, the hub ends every process that did.
+        `find` returns the hub's address, port and token, or None while they are unknown. Raises PeerError where there
+        is no hub within `minutes`; where others do not come, the hub ends every process that did.
         """
         until = time.monotonic() + 60 * minutes
-        while not self._hello(*(found := find())):
+        while not ((found := find()) and self._hello(*found)):
             if time.monotonic() > until:
                 raise PeerError(missing([0], minutes))
             time.sleep(RETRY)
         self.start()
+        stop_signals.end_ranks_by(partial(self.report, stop=True))
         self._all_here.wait()
         return found[2]
 
@@ -209,16 +217,16 @@ class Watch(threading.Thread):
         speaker = self.first_on_node + (fault.gone and fault.rank == self.first_on_node)
         try:
             if self.rank == speaker:
-                print(f"error: {fault.text}", file=sys.stderr, flush=True)
+                print(f"{'' if fault.stop else 'error: '}{fault.text}", file=sys.stderr, flush=True)
             if self.last_words:
                 self.last_words(fault.text)
         finally:
             time.sleep(PAUSE)
             os._exit(fault.code)
 
-    def report(self, text: str, code: int) -> None:
+    def report(self, text: str, code: int, stop: bool = False) -> None:
         """End all processes, for `text`, or for a fault that came first; does not return."""
-        _send(self._connection, fault=asdict(Fault(self.rank, text, code)))
+        _send(self._connection, fault=asdict(Fault(self.rank, text, code, stop=stop)))
         self.join(60)
         os._exit(code)
 

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from megatron import stop_signals
 from megatron.batch import Batch
 from megatron.data.samples import TrainSamples
 from megatron.objectives import InputNoise
@@ -83,5 +84,5 @@ def loader(dataset: MicroBatches, num_workers: int, device: torch.device) -> Dat
 
 def _ignore_signals(worker: int) -> None:
     """A signal to the whole job asks the training process to save and leave; its workers must live until then."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    for number in stop_signals.SIGNALS:
         signal.signal(number, signal.SIG_IGN)

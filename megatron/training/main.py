@@ -15,15 +15,17 @@ from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 
+from megatron import stop_signals
 from megatron.config.resolve import Plan, check_layout, check_processes, idle_flags, resolve
 from megatron.config.sections import Config, Vocabulary
 from megatron.config.sizes import flops_per_token
 from megatron.errors import ConfigurationError
 from megatron.log import configure_logging
 from megatron.objectives import build_input_noise, build_objective, document_rules
-from megatron.parallel.launch import adopt_slurm, join, local_rank, world_size
+from megatron.parallel.launch import adopt_slurm, join, local_rank, rank, world_size
 from megatron.parallel.mesh import start_processes, stop_processes
 from megatron.parallel.watch import PATIENCE, PeerError, Watch
+from megatron.stop_signals import StopRequested
 from megatron.training import checkpoint
 from megatron.training.averaging import start_average
 from megatron.training.command_line import parse_run
@@ -33,6 +35,7 @@ from megatron.training.feed import MicroBatches
 from megatron.training.optimizer import parameter_table
 from megatron.training.resume import open_run
 from megatron.training.sources import Sources, open_sources
+from megatron.training.stopping import on_any_rank, signal_reason
 from megatron.training.trackers import Trackers, check_packages, start_trackers
 from megatron.training.trainer import DivergedError, Progress, Trainer
 
@@ -44,15 +47,22 @@ SILENCE = 5.0  # seconds that a process with nothing new to say stays
 def main(objective: str, arguments: list[str] | None = None) -> None:
     """Run one training from the command line, of `objective` unless it names another one.
 
-    Leaves with 0 (done or left as asked), 2 (user's mistake) or 1.
+    Exit code: 0 finished, --exit-code-when-stopped stopped by a request, 2 a user's mistake, 1 anything
+    else.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     command = shlex.join([sys.argv[0], *arguments])
-    start(lambda: parse_run(objective, arguments), lambda config, watch: run(config, command, watch))
+    try:
+        start(lambda: parse_run(objective, arguments), lambda config, watch: run(config, command, watch))
+    finally:
+        stop_signals.ignore()
 
 
-def start(read: Callable[[], Config], work: Callable[[Config, Watch | None], None]) -> None:
-    """Join the processes of a job, whose configuration `read` returns, do its `work`, and leave as `main` says."""
+def start(read: Callable[[], Config], work: Callable[[Config, Watch | None], int | None]) -> None:
+    """Join the processes of a job, whose configuration `read` returns, do its `work`, and leave as `main` says.
+
+    `work` returns the exit code; None is 0.
+    """
     watch, code = None, 0
     try:
         adopt_slurm()
@@ -61,7 +71,7 @@ def start(read: Callable[[], Config], work: Callable[[Config, Watch | None], Non
         minutes = config.parallel.distributed_timeout_minutes
         if not config.training.dry_run:
             watch = join(minutes)
-        work(config, watch)
+        code = work(config, watch) or 0
         if watch:
             watch.leave(minutes)
             stop_processes()
@@ -108,8 +118,22 @@ def say(error: BaseException, code: int, watch: Watch | None = None, patience: f
     return code
 
 
-def run(config: Config, command: str, watch: Watch | None) -> None:
-    """Put one run together and train it."""
+def run(config: Config, command: str, watch: Watch | None) -> int:
+    """Put one run together and train it; return the exit code."""
+    try:
+        finished = train(config, command, watch)
+    except StopRequested as request:  # on every rank
+        finished = False
+        if rank() == 0:
+            logger.info("stopped by %s before the first step: nothing was trained", request)
+    return 0 if finished else config.training.exit_code_when_stopped
+
+
+def train(config: Config, command: str, watch: Watch | None) -> bool:
+    """Put one run together and train it, or evaluate it; return whether it is finished.
+
+    Raises StopRequested where a signal came before the first step.
+    """
     objective = config.objective.objective
     check_packages(config)
     sources = open_sources(config)
@@ -123,7 +147,7 @@ def run(config: Config, command: str, watch: Watch | None) -> None:
     if config.training.dry_run:
         resolved = {"objective_name": objective, "plan": amounts(config, plan, vocabulary, sources), **asdict(config)}
         print(json.dumps(resolved, indent=1))
-        return
+        return True
     check_layout(config, world_size())
     if not config.validation.skip_train:
         check_processes(config, world_size())
@@ -140,6 +164,9 @@ def run(config: Config, command: str, watch: Watch | None) -> None:
     # nodes may differ in what they have natively
     precision = processes.from_first(lambda: choose_precision(config, processes.device))
     compiled = choose_compile(config, plan, processes)
+    if not config.validation.skip_train:
+        stop_signals.defer()  # from here on all ranks stop together: the first one is about to hold the folder
+        processes.sum(0)  # a barrier: no rank ends by itself any more
     folder, origin = open_run(config, plan, objective, sources, precision, processes)
 
     steps = origin.meta["iteration"] if origin else 0
@@ -156,9 +183,6 @@ def run(config: Config, command: str, watch: Watch | None) -> None:
     before = origin.records if origin else []
     description = describe(objective, config, plan, sources, vocabulary, processes, precision, compiled, command)
     description["branched_from"] = origin.branched_from if origin else None
-    if folder:
-        folder.start(description, before, origin.run if origin else folder.path)
-
     data = MicroBatches(
         sources.train,
         made(progress.time_block),
@@ -171,6 +195,13 @@ def run(config: Config, command: str, watch: Watch | None) -> None:
         processes.data_rank,
         processes.data_size,
     )
+    reason = on_any_rank(signal_reason(), processes)
+    if reason and data.steps:
+        if folder:
+            folder.status("stopped", reason, progress.iteration, progress.consumed_samples)
+        raise StopRequested(reason)
+    if folder:
+        folder.start(description, before, origin.run if origin else folder.path)
     validated = {record["iteration"]: record["loss"] for record in before if _selects(record, sources)}
     trackers = start_trackers(config, folder, description, before) if processes.rank == 0 else Trackers({})
     trainer = Trainer(
@@ -191,10 +222,11 @@ def run(config: Config, command: str, watch: Watch | None) -> None:
     if processes.rank == 0:
         _announce(config, plan, vocabulary, trainer, precision, compiled, origin)
     if config.validation.skip_train:
-        for record in trainer.evaluate():
-            if processes.rank == 0:
-                print(json.dumps(record))
-        return
+        results = trainer.evaluate()
+        stop_signals.defer()  # there is nothing left to stop
+        for record in results if processes.rank == 0 else ():
+            print(json.dumps(record))
+        return True
 
     def failed(reason: str) -> None:
         if folder:
@@ -213,6 +245,7 @@ def run(config: Config, command: str, watch: Watch | None) -> None:
         watch.last_words = None
     if processes.rank == 0:
         logger.info("%s at step %d of %d", reason, progress.iteration, trainer.steps)
+    return reason == "finished"
 
 
 def amounts(config: Config, plan: Plan, vocabulary: Vocabulary, sources: Sources) -> dict:
