@@ -627,6 +627,12 @@ class CheckpointConfig:
         metavar="DIR",
     )
     save_interval: int | None = flag(None, "steps between two checkpoints; default --eval-interval")
+    wait_for_lock: float = flag(
+        0.0,
+        "wait so many minutes while another process, such as an earlier start of the same job, writes the run of "
+        "--save; exit code 75 where it still does after that",
+        metavar="MINUTES",
+    )
     keep_every_epochs: float | None = flag(
         None, "keep the first checkpoint of every N-th epoch too, beside the newest two and the best", metavar="N"
     )
@@ -635,6 +641,9 @@ class CheckpointConfig:
         for name in ("save_interval", "keep_every_epochs"):
             value = getattr(self, name)
             require(value is None or value > 0, name, value, "must be positive")
+        minutes = self.wait_for_lock
+        require(0 <= minutes <= 720, "wait_for_lock", minutes, "is not a number of minutes from 0 to 720 (12 hours)")
+        require(minutes == 0 or self.save, "wait_for_lock", minutes, "does nothing without --save; give both")
 
 
 @dataclass(frozen=True, kw_only=True)

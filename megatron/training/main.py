@@ -12,6 +12,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 
@@ -34,6 +35,7 @@ from megatron.training.environment import choose_compile, choose_precision, desc
 from megatron.training.feed import MicroBatches
 from megatron.training.optimizer import parameter_table
 from megatron.training.resume import open_run
+from megatron.training.run_folder import LockError
 from megatron.training.sources import Sources, open_sources
 from megatron.training.stopping import on_any_rank, signal_reason
 from megatron.training.trackers import Trackers, check_packages, start_trackers
@@ -47,8 +49,8 @@ SILENCE = 5.0  # seconds that a process with nothing new to say stays
 def main(objective: str, arguments: list[str] | None = None) -> None:
     """Run one training from the command line, of `objective` unless it names another one.
 
-    Exit code: 0 finished, --exit-code-when-stopped stopped by a request, 2 a user's mistake, 1 anything
-    else.
+    Exit code: 0 finished, --exit-code-when-stopped stopped by a request, 2 a user's mistake, 75 another process writes
+    the run, 1 anything else.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     command = shlex.join([sys.argv[0], *arguments])
@@ -77,6 +79,8 @@ def start(read: Callable[[], Config], work: Callable[[Config, Watch | None], int
             stop_processes()
     except (ConfigurationError, DivergedError, PeerError) as error:
         code = say(error, 2 if isinstance(error, ConfigurationError) else 1, watch)
+    except LockError as error:
+        code = say(error, os.EX_TEMPFAIL, watch)
     except OSError as error:
         code = say(error, 1, watch, PATIENCE)
     except BaseException as error:
@@ -229,16 +233,16 @@ def train(config: Config, command: str, watch: Watch | None) -> bool:
         return True
 
     def failed(reason: str) -> None:
-        if folder:
+        with suppress(LockError):  # status.json is another process's by now
             folder.status("failed", reason, progress.iteration, progress.consumed_samples)
 
-    if watch:
+    if watch and folder:
         watch.last_words = failed
     with trackers:
         try:
             reason = trainer.train()
         except BaseException as error:
-            if watch is None:
+            if watch is None and folder:
                 failed(str(error) or type(error).__name__)
             raise
     if watch:

@@ -30,13 +30,14 @@ def open_run(
 ) -> tuple[RunFolder | None, Origin | None]:
     """Return the folder to write to, on the first process, and the origin, on all of them.
 
-    Without --save, or to evaluate only, there is nothing to write to.
+    Without --save, or to evaluate only, there is nothing to write to. Raises LockError where another process writes
+    there, and StopRequested where a signal ends the wait for it.
     """
     opened = []
 
     def find() -> Origin | None:
         if config.checkpoint.save and not config.validation.skip_train:
-            opened.append(RunFolder(config.checkpoint.save))
+            opened.append(RunFolder(config.checkpoint.save, config.checkpoint.wait_for_lock))
         return find_origin(config, plan, objective, sources, precision)
 
     origin = processes.from_first(find)

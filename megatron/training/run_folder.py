@@ -5,18 +5,30 @@ DIR/config.json, metrics.jsonl, status.json, validation/<set>/<iteration>.npz, c
 
 import fcntl
 import json
+import logging
 import math
 import os
 import shutil
 import socket
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 
+from megatron import stop_signals
 from megatron.errors import ConfigurationError
+from megatron.stop_signals import StopRequested
 from megatron.training.evaluate import Evaluation
+
+logger = logging.getLogger(__name__)
+
+LOCK_RETRY = 1.0  # seconds
+
+
+class LockError(OSError):
+    """Another process writes this run: at the start, or since it took over the lock of this one."""
 
 
 @contextmanager
@@ -50,35 +62,79 @@ def read_json(path: Path) -> dict:
 
 
 class RunFolder:
-    """The folder of one run, held by one job at a time. Only the first process opens it."""
+    """The folder of one run, held by one job at a time. Only the first process opens it.
 
-    def __init__(self, path: str):
-        self.path = Path(path)
+    Every method that writes raises LockError where another process has taken over the lock.
+    """
+
+    def __init__(self, path: str, wait_minutes: float = 0.0):
+        """Make or open the folder; raise LockError where another process still holds it after `wait_minutes`.
+
+        Raises StopRequested where a signal ends the wait, and ConfigurationError where nothing can be written.
+        """
+        self.path, self._owner = Path(path), _who()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = self._acquire()
+            self._lock = self._wait_for_lock(wait_minutes)
+            self._lock.truncate(0)
+            self._lock.write(self._owner)
+            self._lock.flush()
+            os.fsync(self._lock.fileno())  # so that other nodes read it too
+        except LockError:
+            raise
         except OSError as error:
             raise ConfigurationError(
                 f"--save {self.path}: cannot be written to ({error.strerror}); choose another folder"
             ) from error
         self._records = None
 
-    def _acquire(self):
+    def _wait_for_lock(self, minutes: float) -> TextIO:
+        """Return the lock file, open and locked; waits for another holder up to `minutes`."""
+        until, lock = time.monotonic() + 60 * minutes, self._try_lock()
+        if isinstance(lock, str) and minutes:
+            logger.info("--save %s: %s is writing this run; waiting up to %g minutes for it", self.path, lock, minutes)
+        while isinstance(lock, str):
+            if stop_signals.requested():
+                raise StopRequested(f"signal {stop_signals.requested()}")
+            if time.monotonic() >= until:
+                waited = f", also after --wait-for-lock {minutes:g}" if minutes else ""
+                raise LockError(
+                    f"--save {self.path}: {lock} is writing this run{waited}; wait for it (--wait-for-lock MINUTES), "
+                    "stop it or choose another folder"
+                )
+            time.sleep(min(LOCK_RETRY, max(0.0, until - time.monotonic())))
+            lock = self._try_lock()
+        return lock
+
+    def _try_lock(self) -> TextIO | str:
+        """Return the lock file, open and locked, or the name of the process that holds the lock."""
         # the kernel lets go of the lock when the process dies, however it dies
         lock = open(self.path / "lock", "a+")
         try:
             # this kind of lock is not inherited by the loader's workers, which may outlive a killed run for seconds
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return lock
         except BlockingIOError:
-            lock.seek(0)
-            holder = lock.read().strip() or "another process"
-            raise ConfigurationError(
-                f"--save {self.path}: {holder} is writing this run; wait for it, stop it or choose another folder"
-            ) from None
-        lock.truncate(0)
-        lock.write(_who())
-        lock.flush()
-        return lock
+            with lock:
+                lock.seek(0)
+                return lock.read().strip() or "another process"
+
+    def check_lock(self) -> None:
+        """Raise LockError unless this process still holds the lock.
+
+        A network file system gives the lock of a node that was cut off to the next process that wants it, which writes
+        its own name. The descriptor that holds the lock is read: closing any other one of the file would release it.
+        """
+        holder = "another process"
+        with suppress(OSError):  # the file is gone, or the file system knows that the lock was lost
+            holder = os.pread(self._lock.fileno(), 4096, 0).decode(errors="replace")
+            if os.path.samestat(os.fstat(self._lock.fileno()), os.stat(self.path / "lock")) and holder == self._owner:
+                return
+            holder = (self.path / "lock").read_text(errors="replace")
+        raise LockError(
+            f"--save {self.path}: the lock of this run is lost to {holder}; this process ({self._owner}) stops and "
+            "writes nothing more"
+        )
 
     @property
     def checkpoints(self) -> Path:
@@ -86,6 +142,7 @@ class RunFolder:
 
     def start(self, config: dict, records: list[dict], source: Path) -> None:
         """Write the configuration, and the records that the loaded checkpoint of the run `source` had already made."""
+        self.check_lock()
         if source.resolve() != self.path.resolve():
             self._inherit_evaluations(records, source)
         write_json(self.path / "config.json", config)
@@ -105,12 +162,14 @@ class RunFolder:
 
     def record(self, record: dict) -> None:
         """Append one record; it is on its way to the disk when this returns."""
+        self.check_lock()
         with writing(self.path / "metrics.jsonl"):
             self._records.write(json.dumps(record) + "\n")
             self._records.flush()
 
     def save_evaluation(self, set_name: str, iteration: int, evaluation: Evaluation) -> None:
         """Keep the sums by document, for paired comparisons."""
+        self.check_lock()
         folder = self.path / "validation" / set_name
         count = len(evaluation.tokens)
         text = np.zeros(count) if evaluation.bytes is None else evaluation.bytes
@@ -122,7 +181,8 @@ class RunFolder:
 
     def status(self, state: str, reason: str, iteration: int, consumed_samples: int) -> None:
         """Say how the run stands: running, finished, stopped or failed, and why."""
-        host, process, job = _who().split()
+        self.check_lock()
+        host, process, job = self._owner.split()
         value = {"state": state, "reason": reason, "iteration": iteration, "consumed_samples": consumed_samples}
         value |= {"host": host, "process": process, "job": job, "updated": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
         write_json(self.path / "status.json", value)
@@ -144,4 +204,8 @@ def read_records(folder: Path, up_to_iteration: float = math.inf) -> list[dict]:
 
 
 def _who() -> str:
-    return f"{socket.gethostname()} process-{os.getpid()} job-{os.environ.get('SLURM_JOB_ID', 'none')}"
+    """Return host, process and job, as squeue names it: a task of a job array is 40_0."""
+    job = os.environ.get("SLURM_JOB_ID", "none")
+    if "SLURM_ARRAY_JOB_ID" in os.environ and "SLURM_ARRAY_TASK_ID" in os.environ:
+        job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    return f"{socket.gethostname()} process-{os.getpid()} job-{job}"

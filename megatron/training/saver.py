@@ -28,7 +28,7 @@ from torch.distributed.tensor import DTensor
 
 from megatron.parallel.mesh import PATIENCE, Processes
 from megatron.training.checkpoint import BLOCK, folder_name
-from megatron.training.run_folder import write_json
+from megatron.training.run_folder import LockError, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -41,8 +41,9 @@ class Saver:
     Used as a context: leaving it waits for what is still being written.
     """
 
-    def __init__(self, root: Path, processes: Processes):
-        self.root, self.processes = root, processes
+    def __init__(self, root: Path, processes: Processes, check_lock: Callable[[], None] | None = None):
+        """Prepare to write below `root`; rank 0 calls `check_lock` before it makes or publishes a checkpoint."""
+        self.root, self.processes, self.check_lock = root, processes, check_lock
         # the thread's collectives must not fall between those of the training
         self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
         on_cuda = processes.device.type == "cuda"
@@ -60,7 +61,8 @@ class Saver:
         except (OSError, RuntimeError) as failure:
             if error is None:
                 raise
-            logger.error(failure)  # what ends the run already is what it is told to have ended by
+            if str(failure) != str(error):
+                logger.error(failure)  # what ends the run already is what it is told to have ended by
         finally:
             self._thread.shutdown()
 
@@ -87,13 +89,14 @@ class Saver:
         if self.processes.device.type == "cuda":
             torch.cuda.current_stream().synchronize()
         folder = self.root / folder_name(meta["iteration"])
-        self._pending = self._thread.submit(_write, folder, self._copies, meta, then, self._group)
+        writer = _Writer(folder, meta, then, self.check_lock or (lambda: None))
+        self._pending = self._thread.submit(_write, writer, self._copies, self._group)
 
     def wait(self) -> None:
         """Return when nothing is being written any more.
 
         Raises OSError (a full disk), on every process, with the half-written files removed and every older checkpoint
-        untouched, and RuntimeError where a peer is gone.
+        untouched, LockError where another process has taken over the run, and RuntimeError where a peer is gone.
         """
         pending, self._pending = self._pending, None
         if pending:
@@ -116,19 +119,16 @@ def _host_copy(tensor: Tensor) -> Tensor:
     return DTensor.__tensor_unflatten__(parts, layout, tensor.size(), tensor.stride())
 
 
-def _write(
-    folder: Path, state: dict[str, Tensor], meta: dict, then: Callable[[], None], group: dist.ProcessGroup
-) -> None:
+def _write(writer: "_Writer", state: dict[str, Tensor], group: dist.ProcessGroup) -> None:
     """Write one checkpoint; all processes take part. Raises as `Saver.wait` does."""
-    writer = _Writer(folder, meta, then)
     try:
         dcp.save(state, storage_writer=writer, process_group=group)
     except (Exception, CheckpointException) as error:  # the latter is no Exception
-        if isinstance(_cause(error), RuntimeError):
-            raise _cause(error)  # a collective failed: a peer is gone, and the disk is not to blame
+        if isinstance(_cause(error), (RuntimeError, LockError)):
+            raise _cause(error)  # the disk is not to blame: a peer is gone, or the files are another process's by now
         shutil.rmtree(writer.aside, ignore_errors=True)
         raise OSError(
-            f"{folder}: could not be written ({_cause(error)}); older checkpoints are untouched, "
+            f"{writer.folder}: could not be written ({_cause(error)}); older checkpoints are untouched, "
             "free space and start the same command again"
         ) from error
 
@@ -148,12 +148,13 @@ class _Writer(HuggingFaceStorageWriter):
     The first process prepares and finishes; an exception in any of these ends `dcp.save` on every process.
     """
 
-    def __init__(self, folder: Path, meta: dict, then: Callable[[], None]):
+    def __init__(self, folder: Path, meta: dict, then: Callable[[], None], check_lock: Callable[[], None]):
         self.folder, self.aside = folder, folder.with_name(folder.name + ".partial")
-        self.meta, self.then = meta, then
+        self.meta, self.then, self.check_lock = meta, then, check_lock
         super().__init__(str(self.aside), save_distributed=True)
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        self.check_lock()
         shutil.rmtree(self.aside, ignore_errors=True)  # of an earlier start; no process writes before it has a plan
         self.aside.mkdir(parents=True)
         return super().prepare_global_plan(plans)
@@ -171,6 +172,7 @@ class _Writer(HuggingFaceStorageWriter):
         return done
 
     def finish(self, metadata: Metadata, results: list[list[tuple[str, int, int]]]) -> None:
+        self.check_lock()
         files = {name: (size, checksum) for result in results for name, size, checksum in result}
         write_json(self.aside / "meta.json", self.meta | {"files": files})
         shutil.rmtree(self.folder, ignore_errors=True)

@@ -245,7 +245,8 @@ class Trainer:
         return self._record(record | summary)
 
     def _start_saver(self) -> Saver:
-        saver = Saver(Path(self.config.checkpoint.save or "") / "checkpoints", self.processes)
+        root = Path(self.config.checkpoint.save or "") / "checkpoints"
+        saver = Saver(root, self.processes, self.folder.check_lock if self.folder else None)
         if self.config.checkpoint.save:
             saver.reserve(self._tensors())
         return saver
@@ -280,6 +281,7 @@ class Trainer:
         """Point latest.json at the newest checkpoint and best.json at the best one that is kept, and prune the rest."""
         if self.folder is None:
             return
+        self.folder.check_lock()
         root = self.folder.checkpoints
         kept = {int(path.name[5:]): path for path in checkpoint.complete(root)}
         chosen = {"latest": max(kept, default=None)}
