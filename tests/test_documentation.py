@@ -32,6 +32,14 @@ FOREIGN = {
     "kill",
     "pip",
     "sbatch",
+    "scontrol",
+    "sleep",
+    "touch",
+    "grep",
+    "if",
+    "then",
+    "fi",
+    "exit",
     "xdg-open",
 }
 # flags of torchrun, srun, sbatch and pip
@@ -50,6 +58,17 @@ FOREIGN_FLAGS = {
     "--ntasks-per-node",
     "--gpus-per-node",
     "--kill-on-bad-exit",
+    "--job-name",
+    "--output",
+    "--open-mode",
+    "--cpus-per-task",
+    "--mem",
+    "--time",
+    "--signal",
+    "--requeue",
+    "--signals-to-handle",
+    "--shutdown-timeout",
+    "--rdzv",
 }
 DOCUMENTS = [
     ROOT / "README.md",
@@ -70,7 +89,8 @@ def commands(block: str) -> list[list[str]]:
     parts = [part for line in lines for part in re.split(r" && | \| |; ", line)]
     split = [shlex.split(part, comments=True) for part in parts]
     split = [
-        words[next((i for i, word in enumerate(words) if not re.match(r"[A-Z_]+=", word)), 0) :] for words in split
+        words[next((i for i, word in enumerate(words) if not re.match(r"[A-Za-z_]+=", word)), len(words)) :]
+        for words in split
     ]
     return [words for words in split if words]
 
