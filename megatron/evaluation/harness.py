@@ -26,7 +26,7 @@ from megatron.config.sections import Config
 from megatron.errors import ConfigurationError
 from megatron.evaluation.requests import Scoring
 from megatron.evaluation.tasks import check_include_path, faults_of_tasks, leave_without_lm_eval
-from megatron.parallel.launch import rank
+from megatron.parallel.launch import adopt_launcher, rank
 from megatron.parallel.mesh import start_processes
 from megatron.training.trained import trained_config
 
@@ -157,10 +157,11 @@ def prepare(asked: argparse.Namespace) -> Config:
 def main(arguments: list[str] | None = None) -> None:
     """Run lm-eval. Leaves with 0, 2 (user's mistake, said in one line before anything is scored) or 1."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    setup_logging(logging.INFO if rank() == 0 else logging.WARNING)
     if NAME not in model_registry:
         model_registry.register(NAME, target=MegatronLM)
     try:
+        adopt_launcher()
+        setup_logging(logging.INFO if rank() == 0 else logging.WARNING)
         asked = read(arguments)
     except ConfigurationError as error:
         sys.exit(say(error, 2))

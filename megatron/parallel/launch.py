@@ -12,17 +12,51 @@ import torch.distributed as dist
 from megatron.errors import ConfigurationError
 from megatron.parallel.watch import RETRY, Hub, PeerError, Watch, listen, missing
 
+# what plain srun sets for each task, by the variable of torchrun that it stands for
+SLURM = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_STEP_NUM_TASKS", "LOCAL_RANK": "SLURM_LOCALID"}
+LAUNCH = "start ranks with torchrun or srun, or give each RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT"
 
-def adopt_slurm() -> None:
-    """Take the place of this process from SLURM where plain `srun` started it; `torchrun` sets RANK itself."""
-    if "RANK" not in os.environ and "SLURM_STEP_NUM_TASKS" in os.environ:
-        for name, given in (("RANK", "PROCID"), ("WORLD_SIZE", "STEP_NUM_TASKS"), ("LOCAL_RANK", "LOCALID")):
-            os.environ.setdefault(name, os.environ[f"SLURM_{given}"])
+
+def adopt_launcher() -> None:
+    """Take rank and world size from SLURM where plain `srun` started this process; `torchrun` sets RANK itself.
+
+    Raises ConfigurationError where the variables of a launcher are half set or contradict each other.
+    """
+    names = SLURM if "RANK" not in os.environ and _in_slurm_step() else {name: name for name in SLURM}
+    for name, source in names.items():
+        if source in os.environ:
+            _whole(source, 0)
+            os.environ.setdefault(name, os.environ[source])
+    if world_size() < 1:
+        raise ConfigurationError(f"{names['WORLD_SIZE']}={world_size()}: must be at least 1; {LAUNCH}")
+    unset = {"WORLD_SIZE": "1, as WORLD_SIZE is not set", "RANK": "0, as RANK is not set"}
+    limits = {name: f"{names[name]}={os.environ[name]}" if name in os.environ else unset[name] for name in unset}
+    if rank() >= world_size():
+        raise ConfigurationError(
+            f"{names['RANK']}={rank()}: is not below {limits['WORLD_SIZE']}; unset it, or {LAUNCH}"
+        )
+    own = _whole("LOCAL_RANK", 0)
+    if own > rank():
+        raise ConfigurationError(f"{names['LOCAL_RANK']}={own}: is above {limits['RANK']}; unset it, or {LAUNCH}")
+
+
+def _in_slurm_step() -> bool:
+    """Return whether plain `srun` started this process; a batch script is task 0 and belongs to no step."""
+    given = {name: os.environ[name] for name in SLURM.values() if name in os.environ}
+    if SLURM["WORLD_SIZE"] not in given and set(given.values()) <= {"0"}:
+        return False
+    if missing_names := [name for name in SLURM.values() if name not in given]:
+        name, value = next(iter(given.items()))
+        raise ConfigurationError(
+            f"{name}={value}: is set, and {' and '.join(missing_names)} not; srun sets all three: pass all of them on "
+            "to this process, or unset them"
+        )
+    return True
 
 
 def check_alone() -> None:
     """Refuse several processes, each of which would do all of the work of a command that is not shared."""
-    adopt_slurm()
+    adopt_launcher()
     if world_size() > 1:
         raise ConfigurationError(
             f"WORLD_SIZE={world_size()}: this command runs in one process; start it with python, not with torchrun or "
@@ -74,17 +108,15 @@ def join(minutes: float = 10.0, watched: bool = True) -> Watch | None:
     Neither this nor any collective of the group takes longer than `minutes`. Raises ConfigurationError where the
     launcher's words make no sense or its port is taken, and PeerError where the first process does not come.
     """
+    adopt_launcher()
     size, timeout = world_size(), timedelta(minutes=minutes)
     backend = "cpu:gloo,cuda:nccl" if device().type == "cuda" else "gloo"
     if size == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         return None
-    rule = "start processes with torchrun or srun, or give each RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT"
     for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
         if name not in os.environ:
-            raise ConfigurationError(f"WORLD_SIZE={size}: needs {name}, which is not set; {rule}")
-    if rank() >= size:
-        raise ConfigurationError(f"RANK={rank()}: is not below WORLD_SIZE={size}; {rule}")
+            raise ConfigurationError(f"WORLD_SIZE={size}: needs {name}, which is not set; {LAUNCH}")
     store, watch = _store(minutes), None
     if watched:
         watch, token = _watch(store, size, minutes)

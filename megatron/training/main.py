@@ -23,7 +23,7 @@ from megatron.config.sizes import flops_per_token
 from megatron.errors import ConfigurationError
 from megatron.log import configure_logging
 from megatron.objectives import build_input_noise, build_objective, document_rules
-from megatron.parallel.launch import adopt_slurm, join, local_rank, rank, world_size
+from megatron.parallel.launch import adopt_launcher, join, local_rank, rank, world_size
 from megatron.parallel.mesh import start_processes, stop_processes
 from megatron.parallel.watch import PATIENCE, PeerError, Watch
 from megatron.stop_signals import StopRequested
@@ -67,7 +67,7 @@ def start(read: Callable[[], Config], work: Callable[[Config, Watch | None], int
     """
     watch, code = None, 0
     try:
-        adopt_slurm()
+        adopt_launcher()
         configure_logging()
         config = read()
         minutes = config.parallel.distributed_timeout_minutes
@@ -116,8 +116,9 @@ def say(error: BaseException, code: int, watch: Watch | None = None, patience: f
     if watch:
         time.sleep(patience)
         watch.report(str(error), code)
-    if isinstance(error, ConfigurationError) and local_rank() > 0:
-        time.sleep(SILENCE)  # if the first process of this node says the same, its launcher ends this one meanwhile
+    with suppress(ConfigurationError):  # a launcher's variables may be the mistake
+        if isinstance(error, ConfigurationError) and local_rank() > 0:
+            time.sleep(SILENCE)  # if the first process of this node says the same, its launcher ends this one meanwhile
     print(f"error: {error}", file=sys.stderr)
     return code
 

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from megatron.errors import ConfigurationError
-from megatron.parallel.launch import adopt_slurm, device, join, local_rank
+from megatron.parallel.launch import adopt_launcher, device, join, local_rank
 from megatron.parallel.watch import Hub, PeerError, Watch
 from tests.conftest import ROOT
 
@@ -176,7 +176,7 @@ def place():
 @pytest.mark.parametrize("name", ["RANK", "MASTER_ADDR", "MASTER_PORT"])
 def test_a_launcher_that_says_half_is_refused(name, place):
     place(**{key: value for key, value in PLACE.items() if key != name})
-    with pytest.raises(ConfigurationError, match=f"WORLD_SIZE=2: needs {name}, which is not set; start processes with"):
+    with pytest.raises(ConfigurationError, match=f"WORLD_SIZE=2: needs {name}, which is not set; start ranks with"):
         join()
 
 
@@ -238,11 +238,11 @@ def gpus(monkeypatch):
 def test_plain_srun_gives_every_process_its_place(place):
     slurm = {"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "1", "SLURM_NTASKS": "8"}
     place(**slurm)
-    adopt_slurm()
+    adopt_launcher()
     assert [os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")] == ["3", "4", "1"]
     place(**slurm, RANK="0", WORLD_SIZE="2")  # torchrun, itself started by srun
-    adopt_slurm()
+    adopt_launcher()
     assert os.environ["WORLD_SIZE"] == "2" and "LOCAL_RANK" not in os.environ
     place(SLURM_PROCID="0", SLURM_NTASKS="8")  # a batch script that runs one process
-    adopt_slurm()
+    adopt_launcher()
     assert "RANK" not in os.environ and not dist.is_initialized()

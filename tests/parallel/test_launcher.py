@@ -1,0 +1,104 @@
+"""What a launcher sets for a rank: taken over from SLURM, and refused where it makes no sense."""
+
+import os
+from unittest import mock
+
+import pytest
+
+from megatron.errors import ConfigurationError
+from megatron.evaluation import harness
+from megatron.parallel.launch import adopt_launcher, check_alone, join
+from megatron.training.main import main
+from tests.conftest import PLACE, ROOT, environment
+from tests.forked import run_script
+
+
+@pytest.fixture
+def launch_variables():
+    """Set the variables of a launcher, and no others; what is set meanwhile does not outlive the test."""
+
+    def put(text):
+        for name in [name for name in os.environ if name.startswith("SLURM_")] + [*PLACE]:
+            os.environ.pop(name, None)
+        os.environ.update(word.split("=") for word in text.split())
+
+    with mock.patch.dict(os.environ):
+        yield put
+
+
+SENSELESS = {
+    "RANK=1": "RANK=1: is not below 1, as WORLD_SIZE is not set; unset it",
+    "RANK=1 WORLD_SIZE=1": "RANK=1: is not below WORLD_SIZE=1; unset it",
+    "RANK=4 WORLD_SIZE=4": "RANK=4: is not below WORLD_SIZE=4",
+    "RANK=-1": "RANK=-1: is not a whole number",
+    "RANK=": "RANK=: is not a whole number",
+    "WORLD_SIZE=0": "WORLD_SIZE=0: must be at least 1",
+    "WORLD_SIZE=two": "WORLD_SIZE=two: is not a whole number",
+    "LOCAL_RANK=1": "LOCAL_RANK=1: is above 0, as RANK is not set; unset it",
+    "LOCAL_RANK=x": "LOCAL_RANK=x: is not a whole number",
+    "RANK=1 WORLD_SIZE=4 LOCAL_RANK=2": "LOCAL_RANK=2: is above RANK=1",
+    "SLURM_STEP_NUM_TASKS=4": "SLURM_STEP_NUM_TASKS=4: is set, and SLURM_PROCID and SLURM_LOCALID not",
+    "SLURM_STEP_NUM_TASKS=4 SLURM_PROCID=1": "SLURM_PROCID=1: is set, and SLURM_LOCALID not",
+    "SLURM_STEP_NUM_TASKS=4 SLURM_LOCALID=0": "SLURM_STEP_NUM_TASKS=4: is set, and SLURM_PROCID not",
+    "SLURM_PROCID=2": "SLURM_PROCID=2: is set, and SLURM_STEP_NUM_TASKS and SLURM_LOCALID not",
+    "SLURM_PROCID=0 SLURM_LOCALID=1": "SLURM_PROCID=0: is set, and SLURM_STEP_NUM_TASKS not",
+    "SLURM_STEP_NUM_TASKS=four SLURM_PROCID=0 SLURM_LOCALID=0": "SLURM_STEP_NUM_TASKS=four: is not a whole number",
+    "SLURM_STEP_NUM_TASKS=4 SLURM_PROCID=4 SLURM_LOCALID=0": "SLURM_PROCID=4: is not below SLURM_STEP_NUM_TASKS=4",
+    "SLURM_STEP_NUM_TASKS=4 SLURM_PROCID=1 SLURM_LOCALID=3": "SLURM_LOCALID=3: is above SLURM_PROCID=1",
+}
+
+
+@pytest.mark.parametrize("check", [adopt_launcher, check_alone, join])
+@pytest.mark.parametrize("variables", SENSELESS)
+def test_variables_that_make_no_sense_are_refused_by_all_who_read_them(variables, check, launch_variables):
+    launch_variables(variables)
+    with pytest.raises(ConfigurationError) as caught:
+        check()
+    assert str(caught.value).startswith(SENSELESS[variables]) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        "",
+        "RANK=0",
+        "WORLD_SIZE=1",
+        "RANK=3 WORLD_SIZE=4 LOCAL_RANK=1",
+        "SLURM_PROCID=0 SLURM_LOCALID=0 SLURM_NTASKS=8",  # a batch script
+        "SLURM_PROCID=2 SLURM_NTASKS=8 RANK=0 WORLD_SIZE=2",  # torchrun, itself started by srun
+    ],
+)
+def test_variables_that_make_sense_are_taken_as_they_are(variables, launch_variables):
+    launch_variables(variables)
+    before = dict(os.environ)
+    adopt_launcher()
+    assert before == os.environ
+
+
+@pytest.mark.parametrize("variables", ["RANK=1", "LOCAL_RANK=x", "SLURM_STEP_NUM_TASKS=4"])
+@pytest.mark.parametrize("flags", [[], ["--dry-run"], ["--skip-train"]], ids=" ".join)
+def test_training_writes_nothing_then(variables, flags, tiny, tmp_path, launch_variables, capsys):
+    launch_variables(variables)
+    with pytest.raises(SystemExit) as left:
+        main("ar", [*tiny, *flags, "--save", str(tmp_path / "run")])
+    assert left.value.code == 2 and not (tmp_path / "run").exists()
+    output = capsys.readouterr()
+    assert output.out == "" and output.err == f"error: {output.err[7:].strip()}\n"
+
+
+def test_scoring_is_refused_too(launch_variables, capsys):
+    launch_variables("RANK=one")
+    with pytest.raises(SystemExit) as left:
+        harness.main(["run", "--model", "megatron", "--tasks", "x"])
+    assert left.value.code == 2 and capsys.readouterr().err.startswith("error: RANK=one: is not a whole number")
+
+
+@pytest.mark.parametrize("tool", ["ensemble", "convert_checkpoint", "tune"])
+def test_tools_are_refused_too(tool, tmp_path):
+    flags = {
+        "convert_checkpoint": ["to-hf", "run", "--output", str(tmp_path / "exported")],
+        "tune": "--vocabulary-size 100 --num-layers 1 --hidden-size 16 --num-attention-heads 2 --seq-length 8".split(),
+    }.get(tool, ["run"])
+    done = run_script([f"{ROOT}/tools/{tool}.py", *flags], environment() | {"RANK": "1"}, timeout=60)
+    assert done.returncode == 2 and done.stderr.startswith("error: RANK=1: is not below 1"), done.stderr
+    assert done.stderr.count("\n") == 1 and not any(tmp_path.iterdir())
