@@ -199,10 +199,12 @@ def test_no_data_and_two_sets_of_one_name(refused, tiny, corpus):
     refused("ar", twice, f"--valid-data-path a={corpus}/tuning a={corpus}/validation", "share a name")
 
 
-def test_ids_beyond_the_vocabulary_are_named_where_they_are_read(refused, tiny, corpus, tmp_path):
+@pytest.mark.parametrize("workers", [0, 2])
+def test_ids_beyond_the_vocabulary_are_named_where_they_are_read(workers, refused, tiny, corpus, tmp_path):
     data = copy(corpus, tmp_path)
     (data / "train.json").unlink()
     flags = [*tiny, "--train-data-path", data / "train", "--tokenizer-type", "NullTokenizer", "--vocab-size", 50]
+    flags += ["--num-workers", workers]
     index = flags.index("--valid-data-path")
     refused("ar", flags[:index] + flags[index + 3 :], f"{data}/train.bin", "holds the token id", "ids 0 to 50")
 
@@ -337,7 +339,7 @@ def limited(flags, size: int, processes: int = 1) -> subprocess.CompletedProcess
 def test_a_full_disk_while_saving_loses_nothing(tiny, whole, tmp_path):
     run("ar", *tiny, "--save", tmp_path, "--exit-interval", 5)
     before = contents(tmp_path / "checkpoints")
-    done = limited([*tiny, "--save", tmp_path], 100_000)
+    done = limited([*tiny, "--save", tmp_path, "--num-workers", 2], 100_000)  # whose workers must not be waited for
     assert done.returncode == 1
     told(done.stderr, tmp_path / "checkpoints" / "iter_0000008", "File too large", "older checkpoints", "free space")
     assert contents(tmp_path / "checkpoints") == before
@@ -358,7 +360,7 @@ def test_a_full_disk_while_recording_names_the_folder(tiny, whole, tmp_path):
 
 
 def test_a_full_disk_ends_both_processes(tiny, tmp_path):
-    done = limited([*tiny, "--save", tmp_path], 100_000, processes=2)
+    done = limited([*tiny, "--save", tmp_path, "--num-workers", 1], 100_000, processes=2)
     assert done.returncode != 0
     errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert errors and all("iter_0000004" in line and "File too large" in line for line in errors), done.stderr[-3000:]

@@ -23,6 +23,7 @@ from megatron import stop_signals
 
 PAUSE = 2.0  # seconds before leaving: a launcher names the process that it finds dead first as the cause
 PATIENCE = 3.0  # seconds in which a peer's death is known here after it made a collective fail
+POLL = 1.0  # seconds between two looks at the parent process
 RETRY = 0.1  # seconds between two attempts to reach the hub
 LONGEST = 1 << 16  # bytes of a message
 
@@ -64,6 +65,17 @@ def listen(port: int, backlog: int = 1024) -> socket.socket:
     if socket.has_dualstack_ipv6():
         return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=backlog)
     return socket.create_server(("", port), backlog=backlog)
+
+
+def when_orphaned(act: Callable[[], None], parent: int) -> None:
+    """Call `act`, in a thread, within a second of the end of the process `parent`, which started this one."""
+
+    def wait() -> None:
+        while os.getppid() == parent:
+            time.sleep(POLL)
+        act()
+
+    threading.Thread(target=wait, name="parent watch", daemon=True).start()
 
 
 def _send(connection: socket.socket, **message) -> None:

@@ -20,7 +20,7 @@ from megatron.parallel.mesh import Processes
 from megatron.training import checkpoint
 from megatron.training.averaging import Average
 from megatron.training.evaluate import ValidationSet, evaluate
-from megatron.training.feed import MicroBatches, loader
+from megatron.training.feed import Loader, MicroBatches
 from megatron.training.metrics import peak_flops, peak_memory
 from megatron.training.run_folder import RunFolder, read_json, write_json
 from megatron.training.saver import Saver
@@ -84,12 +84,16 @@ class Trainer:
         """Run until the budget is spent or a reason to leave appears; return that reason, or "finished"."""
         stopping, reason = Stopping(self.config.training), None
         progress = self.progress
-        batches = iter(loader(self.data, self.config.data.num_workers, self.processes.device))
         self._status("running", "")
         if self.saved_at:
             self._point(self.validated)  # a kill may have come between a checkpoint and the files that point at it
         # leaving the last of these waits for what is still being written, whatever ends the run
-        with logging_redirect_tqdm(), self._progress_bar() as self._bar, self._start_saver() as self._saver:
+        with (
+            Loader(self.data, self.config.data.num_workers, self.processes.device) as batches,  # forks before threads
+            logging_redirect_tqdm(),
+            self._progress_bar() as self._bar,
+            self._start_saver() as self._saver,
+        ):
             clock = time.monotonic()
             while progress.iteration < self.steps and not reason:
                 result = self._step([batch for _ in range(self.data.per_step) for batch in next(batches)])

@@ -4,7 +4,14 @@ import bisect
 import fnmatch
 import heapq
 import inspect
+import os
+import resource
+import signal
+import time
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
+from multiprocessing import active_children
 
 import numpy as np
 import pytest
@@ -14,10 +21,11 @@ from torch import Tensor
 from megatron.config.sections import ObjectiveConfig, Vocabulary
 from megatron.data.indexed import IndexedDataset, IndexedDatasetWriter
 from megatron.data.samples import TrainSamples
+from megatron.errors import ConfigurationError
 from megatron.objectives import build_input_noise, build_objective
 from megatron.objectives.masked_diffusion import MaskedDiffusion
 from megatron.objectives.token_dropout import TokenDropout
-from megatron.training.feed import MicroBatches, loader
+from megatron.training.feed import Loader, MicroBatches
 
 VOCABULARY, SEQ_LENGTH, SEED = Vocabulary(257), 32, 1234
 GLOBAL_BATCH, BUDGET = 8, 29  # four steps, the last one of 5 samples
@@ -82,12 +90,13 @@ def feed(
     for rank in range(size):
         data = MicroBatches(samples, objective, noise, SEED, first, budget, micro_batch, global_batch, rank, size)
         counts = counts or [0] * data.steps
-        for index, (batch,) in enumerate(loader(data, workers, torch.device("cpu"))):
-            counts[index // data.per_step] += batch.count
-            assert torch.equal(batch.rows, batch.weights.flatten().nonzero().flatten())
-            for position, *row in zip(data.positions(index), batch.tokens, batch.targets, batch.weights):
-                assert position not in rows, f"run position {position} came twice"
-                rows[int(position)] = row
+        with Loader(data, workers, torch.device("cpu")) as batches:
+            for index, (batch,) in enumerate(batches):
+                counts[index // data.per_step] += batch.count
+                assert torch.equal(batch.rows, batch.weights.flatten().nonzero().flatten())
+                for position, *row in zip(data.positions(index), batch.tokens, batch.targets, batch.weights):
+                    assert position not in rows, f"run position {position} came twice"
+                    rows[int(position)] = row
     assert sorted(rows) == list(range(first, first + len(counts) * global_batch)), "run positions were lost"
     return Stretch(first, *(torch.stack(part) for part in zip(*(rows[i] for i in sorted(rows)))), counts)
 
@@ -203,3 +212,119 @@ def test_padding_with_weight_is_found(samples, monkeypatch):
     monkeypatch.setattr("megatron.training.feed.without_padding", lambda batch, real: batch)
     with pytest.raises(AssertionError, match="padding"):
         check_same(feed(samples), feed(samples))
+
+
+# ------------------------------------------------------------------------------------ workers that fail
+
+
+class Failing:
+    """Samples of which some cannot be read; `fault` is raised, or called, at the positions from 40 on."""
+
+    def __init__(self, fault=None):
+        self.fault = fault
+
+    def __getitem__(self, position: int) -> np.ndarray:
+        if position >= 40 and callable(self.fault):
+            self.fault()
+        elif position >= 40 and self.fault:
+            raise self.fault
+        return np.arange(SEQ_LENGTH + 1)
+
+
+def open_loader(samples, workers: int) -> Loader:
+    config = ObjectiveConfig()
+    objective = build_objective(config, VOCABULARY, time_block=8)
+    noise = build_input_noise(config, VOCABULARY, num_layers=2)
+    return Loader(MicroBatches(samples, objective, noise, SEED, 0, 10**6, 4, 8, 0, 1), workers, torch.device("cpu"))
+
+
+@contextmanager
+def limit(name: int, value: int):
+    before = resource.getrlimit(name)
+    resource.setrlimit(name, (value, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(name, before)
+
+
+def read_to_the_fault(samples, workers: int) -> tuple[Exception, float]:
+    """Return what ends the reading, and after how many seconds; no worker may be left."""
+    others, began = set(active_children()), time.monotonic()
+    with pytest.raises(Exception) as caught, open_loader(samples, workers) as batches:
+        for _ in batches:
+            pass
+    assert set(active_children()) == others
+    return caught.value, time.monotonic() - began
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGBUS, signal.SIGSEGV])
+def test_a_worker_that_is_killed_ends_the_reading_with_its_signal(number):
+    error, seconds = read_to_the_fault(Failing(lambda: os.kill(os.getpid(), number)), 2)
+    assert isinstance(error, ChildProcessError) and seconds < 10
+    assert f" was killed by {number.name}: " in str(error) and "lower --num-workers 2 and start" in str(error)
+    assert "\n" not in str(error) and ("/dev/shm" in str(error)) == (number == signal.SIGBUS)
+
+
+def test_a_worker_that_ends_by_itself_is_named_with_its_code():
+    error, _ = read_to_the_fault(Failing(lambda: os._exit(3)), 1)
+    assert isinstance(error, ChildProcessError) and " ended with code 3: lower --num-workers 1 " in str(error)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("fault", [ConfigurationError("a.bin: holds the token id 7"), OSError(5, "Input/output error")])
+def test_errors_are_the_same_with_and_without_workers(fault, workers):
+    error, _ = read_to_the_fault(Failing(fault), workers)
+    assert type(error) is type(fault) and str(error) == str(fault)
+
+
+def test_too_little_shared_memory_is_named():
+    class Long:
+        def __getitem__(self, position):
+            return np.zeros(20_000, dtype=np.int64)
+
+    with limit(resource.RLIMIT_FSIZE, 100_000):  # of files in /dev/shm too
+        error, seconds = read_to_the_fault(Long(), 2)
+    assert isinstance(error, OSError) and seconds < 10 and "\n" not in str(error)
+    assert "--num-workers 2: a batch could not be put into shared memory" in str(error) and "/dev/shm" in str(error)
+
+
+def test_too_few_open_files_are_named():
+    opened = len(os.listdir("/proc/self/fd"))
+    with limit(resource.RLIMIT_NOFILE, opened + 60), pytest.raises(OSError, match="raise ulimit -n, or lower it"):
+        with open_loader(Failing(), 2) as batches:
+            list(islice(batches, 100))  # batches that are held keep their files
+
+
+def test_workers_that_cannot_start_leave_none_behind(monkeypatch):
+    started, fork, others = [], os.fork, set(active_children())
+
+    def few():
+        if len(started) == 2:
+            raise BlockingIOError(11, "Resource temporarily unavailable")
+        started.append(fork())
+        return started[-1]
+
+    monkeypatch.setattr(os, "fork", few)
+    with pytest.raises(ChildProcessError, match="--num-workers 4: a data loader worker cannot start .Resource temp"):
+        open_loader(Failing(), 4)
+    assert set(active_children()) == others
+
+
+@pytest.mark.parametrize("raised", [None, OSError("the disk is full")])
+def test_no_worker_outlives_the_loop_though_it_ignores_signals(raised):
+    others = set(active_children())
+    try:
+        with open_loader(Failing(), 2) as batches:
+            list(islice(batches, 4))  # of both
+            workers = set(active_children()) - others
+            for worker in workers:
+                for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+                    os.kill(worker.pid, number)
+            list(islice(batches, 20))
+            assert len(workers) == 2 and all(worker.is_alive() for worker in workers)
+            if raised:
+                raise raised
+    except OSError as error:
+        assert error is raised
+    assert set(active_children()) == others

@@ -1,8 +1,12 @@
 """Jobs of several processes on a machine that fails them: who is named, how soon all have left, what is lost."""
 
 import json
+import os
 import re
 import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -111,3 +115,41 @@ def test_a_loss_that_is_not_a_number_is_said_once(flags, tmp_path):
     assert "not finite" in line and "Traceback" not in job.text().partition("torch/distributed/elastic")[0]
     assert json.loads((folder / "status.json").read_text())["reason"] in line
     assert records(folder)
+
+
+def child(pid: int) -> int:
+    """Return the process id of the last child of a process: a data loader worker."""
+    return int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[-1])
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGBUS])
+def test_a_killed_data_loader_worker_ends_the_run_with_one_line(number, long, tmp_path):
+    folder = tmp_path / "run"
+    with ThreadPoolExecutor(1) as pool:
+        flags = [*long[1:], "--num-workers", 2, "--save", folder]
+        ended = pool.submit(run, "mdm", *flags, check=False, timeout=60)
+        while lines(folder) < 4 and not ended.done():
+            time.sleep(0.01)
+        status = json.loads((folder / "status.json").read_text())
+        os.kill(child(int(status["process"].removeprefix("process-"))), number)
+        began = time.monotonic()
+        done = ended.result()
+    assert done.returncode == 1 and time.monotonic() - began < 30 and "Traceback" not in done.stderr
+    written = done.stderr.replace("\0", "")  # which torch ends its own line with
+    (line,) = [line for line in written.splitlines() if line.startswith("error:")]
+    assert f"was killed by {number.name}" in line and "lower --num-workers 2" in line
+    status = json.loads((folder / "status.json").read_text())
+    assert status["state"] == "failed" and line == f"error: {status['reason']}"
+
+
+@pytest.mark.slow
+def test_a_killed_data_loader_worker_of_one_rank_ends_all(long, tmp_path):
+    folder = tmp_path / "run"
+    job = Job([*long, "--num-workers", "1", "--save", folder], tmp_path / "log", size=2, by_hand=True)
+    assert job.wait_until(lambda: lines(folder) > 5)
+    os.kill(child(job.pid(1)), signal.SIGKILL)
+    seconds, codes = job.wait(30)
+    assert codes == [1, 1], job.text()[-3000:]
+    (line,) = job.errors()
+    assert "data loader worker" in line and "killed by SIGKILL" in line and "Traceback" not in job.text()
+    assert json.loads((folder / "status.json").read_text())["reason"] in line
