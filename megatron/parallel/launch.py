@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from megatron.errors import ConfigurationError
-from megatron.parallel.watch import RETRY, Hub, PeerError, Watch, listen, missing
+from megatron.parallel.watch import RETRY, Hub, PeerError, Watch, launcher, listen, missing
 
 # what plain srun sets for each task, by the variable of torchrun that it stands for
 SLURM = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_STEP_NUM_TASKS", "LOCAL_RANK": "SLURM_LOCALID"}
@@ -103,34 +103,36 @@ def _whole(name: str, default: int) -> int:
 
 
 def join(minutes: float = 10.0, watched: bool = True) -> Watch | None:
-    """Join the group that the launcher describes, or make a group of one; return the watch over several processes.
+    """Join the group that the launcher describes, or make a group of one; return the watch over its ranks.
 
-    Neither this nor any collective of the group takes longer than `minutes`. Raises ConfigurationError where the
-    launcher's words make no sense or its port is taken, and PeerError where the first process does not come.
+    It is None over a single rank that no launcher started. A rank ends with its launcher, `watched` or not. Neither
+    this nor any collective of the group takes longer than `minutes`. Raises ConfigurationError where the launcher's
+    variables make no sense or its port is taken, and PeerError where the first process does not come.
     """
     adopt_launcher()
     size, timeout = world_size(), timedelta(minutes=minutes)
     backend = "cpu:gloo,cuda:nccl" if device().type == "cuda" else "gloo"
+    watch, started_by = Watch(rank(), max(0, rank() - local_rank())), launcher()
+    if started_by:
+        watch.end_with(started_by)
     if size == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-        return None
+        return watch if started_by else None
     for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
         if name not in os.environ:
             raise ConfigurationError(f"WORLD_SIZE={size}: needs {name}, which is not set; {LAUNCH}")
-    store, watch = _store(minutes), None
+    store = _store(minutes)
     if watched:
-        watch, token = _watch(store, size, minutes)
         # torchrun's store outlives the processes that it starts anew: what earlier ones wrote must not be read
-        store = dist.PrefixStore(token, store)
+        store = dist.PrefixStore(_meet(watch, store, size, minutes), store)
     dist.init_process_group(backend, store=store, rank=rank(), world_size=size, timeout=timeout)
-    return watch
+    return watch if watched else None
 
 
-def _watch(store: dist.Store, size: int, minutes: float) -> tuple[Watch, str]:
-    """Return the watch that all processes have come to, and the token of this start."""
-    hub = None
+def _meet(watch: Watch, store: dist.Store, size: int, minutes: float) -> str:
+    """Return when all ranks have come to the watch, with the token of this start."""
     if rank() == 0:
-        hub = Hub(size, minutes)
+        watch.hub = hub = Hub(size, minutes)
         hub.start()
         store.set("watch", f"{_own_address()} {hub.port} {hub.token}")
 
@@ -140,9 +142,8 @@ def _watch(store: dist.Store, size: int, minutes: float) -> tuple[Watch, str]:
         address, port, token = store.get("watch").decode().split()
         return address, int(port), token
 
-    watch = Watch(rank(), max(0, rank() - local_rank()), hub)
     try:
-        return watch, watch.meet(find, minutes)
+        return watch.meet(find, minutes)
     except dist.DistError:  # the store's own clock, or its end
         raise PeerError(missing([0], minutes)) from None
 

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 
 from megatron import stop_signals
 
@@ -76,6 +77,18 @@ def when_orphaned(act: Callable[[], None], parent: int) -> None:
         act()
 
     threading.Thread(target=wait, name="parent watch", daemon=True).start()
+
+
+def launcher() -> str | None:
+    """Return the launcher that started this rank ("torchrun"), or None where a shell or another program did.
+
+    A shell may end before what it started; a launcher ends last, unless it is killed.
+    """
+    with suppress(OSError):  # not every system has /proc
+        if Path(f"/proc/{os.getppid()}/comm").read_text() == "slurmstepd\n":
+            return "srun"
+    variables = {"TORCHELASTIC_RUN_ID": "torchrun", "CROSS_RANK": "deepspeed"}
+    return next((name for variable, name in variables.items() if variable in os.environ), None)
 
 
 def _send(connection: socket.socket, **message) -> None:
@@ -172,14 +185,25 @@ class Hub(threading.Thread):
 class Watch(threading.Thread):
     """This process's end. From `meet` to `leave` the first fault of any process ends this one too.
 
-    One line says it where this process speaks for its node, and `last_words` is called with the line.
+    One line says it where this process speaks for its node, and `last_words` is called with the line. A single rank,
+    which meets nobody, still ends with its launcher.
     """
 
-    def __init__(self, rank: int, first_on_node: int, hub: Hub | None = None):
+    def __init__(self, rank: int, first_on_node: int):
         super().__init__(name="watch", daemon=True)
-        self.rank, self.first_on_node, self.hub = rank, first_on_node, hub
+        self.rank, self.first_on_node = rank, first_on_node
+        self.hub: Hub | None = None
         self.last_words: Callable[[str], None] | None = None
         self._all_here = threading.Event()
+
+    def end_with(self, launcher: str) -> None:
+        """Have all ranks end where the parent process of this one, a launcher, is killed."""
+        parent = os.getppid()
+        text = (
+            f"{launcher} (process {parent} on {socket.gethostname()}), which started rank {self.rank}, is gone: it was "
+            "killed; every rank leaves, and the same command resumes from the newest checkpoint"
+        )
+        when_orphaned(lambda: self.report(text, 1), parent)
 
     def meet(self, find: Callable[[], tuple[str, int, str] | None], minutes: float) -> str:
         """Wait until all processes have said hello to the hub; return its token, which no other start has.
@@ -238,12 +262,17 @@ class Watch(threading.Thread):
 
     def report(self, text: str, code: int, stop: bool = False) -> None:
         """End all processes, for `text`, or for a fault that came first; does not return."""
-        _send(self._connection, fault=asdict(Fault(self.rank, text, code, stop=stop)))
+        fault = Fault(self.rank, text, code, stop=stop)
+        if not self.is_alive():  # it has met nobody
+            self._end(fault)
+        _send(self._connection, fault=asdict(fault))
         self.join(60)
         os._exit(code)
 
     def leave(self, minutes: float) -> None:
         """Wait until no process has anything left to do, up to `minutes`; a peer that needs this one finds it here."""
+        if not self.is_alive():  # it has met nobody
+            return
         _send(self._connection, bye=True)
         self.join(60 * minutes)
         if self.hub:

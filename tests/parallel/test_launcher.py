@@ -1,6 +1,11 @@
-"""What a launcher sets for a rank: taken over from SLURM, and refused where it makes no sense."""
+"""What a launcher sets for a rank: taken over from SLURM, and refused where it makes no sense; and its own end."""
 
 import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -8,9 +13,11 @@ import pytest
 from megatron.errors import ConfigurationError
 from megatron.evaluation import harness
 from megatron.parallel.launch import adopt_launcher, check_alone, join
+from megatron.parallel.watch import launcher
 from megatron.training.main import main
 from tests.conftest import PLACE, ROOT, environment
 from tests.forked import run_script
+from tests.training.jobs import alive
 
 
 @pytest.fixture
@@ -102,3 +109,91 @@ def test_tools_are_refused_too(tool, tmp_path):
     done = run_script([f"{ROOT}/tools/{tool}.py", *flags], environment() | {"RANK": "1"}, timeout=60)
     assert done.returncode == 2 and done.stderr.startswith("error: RANK=1: is not below 1"), done.stderr
     assert done.stderr.count("\n") == 1 and not any(tmp_path.iterdir())
+
+
+# ------------------------------------------------------------------------- a launcher that is killed
+
+# argv: a name for this process, how many ranks to start, their command line. It prints their process ids.
+LAUNCHER = """
+import subprocess, sys, time
+from pathlib import Path
+Path("/proc/self/comm").write_text(sys.argv[1])
+ranks = [subprocess.Popen([*sys.argv[3:], str(rank)]) for rank in range(int(sys.argv[2]))]
+print(*[rank.pid for rank in ranks], flush=True)
+time.sleep(60)
+"""
+# argv: a folder, the rank. Two ranks meet in a watch, which is how a training run ends.
+RANK = """
+import sys, time
+from pathlib import Path
+from megatron.parallel.watch import Hub, Watch, launcher
+folder, rank = Path(sys.argv[1]), int(sys.argv[2])
+sys.stderr = open(folder / f"errors {rank}", "w", buffering=1)
+watch = Watch(rank, 0)
+watch.last_words = (folder / f"last words {rank}").write_text
+if launcher():
+    watch.end_with(launcher())
+if rank == 0:
+    watch.hub = Hub(2, 1.0)
+    watch.hub.start()
+    (folder / "hub.partial").write_text(f"{watch.hub.port} {watch.hub.token}")
+    (folder / "hub.partial").rename(folder / "hub")
+while not (folder / "hub").exists():
+    time.sleep(0.01)
+port, token = (folder / "hub").read_text().split()
+watch.meet(lambda: ("127.0.0.1", int(port), token), 1.0)
+(folder / f"ready {rank}").touch()
+time.sleep(60)
+"""
+
+
+def kill_a_launcher(folder: Path, ranks: int, variables: dict, name: str = "python") -> list[int]:
+    """Start ranks below a process, kill it when they are ready, and return those that still run 8 seconds later."""
+    command = [sys.executable, "-c", LAUNCHER, name, str(ranks), sys.executable, "-c", RANK, str(folder)]
+    process = subprocess.Popen(command, env=environment() | variables, stdout=subprocess.PIPE, text=True)
+    pids = list(map(int, process.stdout.readline().split()))
+    try:
+        until = time.monotonic() + 30
+        while not all((folder / f"ready {rank}").exists() for rank in range(ranks)):
+            assert time.monotonic() < until
+            time.sleep(0.02)
+        process.kill()
+        process.wait()
+        until = time.monotonic() + 8
+        while any(map(alive, pids)) and time.monotonic() < until:
+            time.sleep(0.05)
+        return [pid for pid in pids if alive(pid)]
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+        for pid in filter(alive, pids):
+            os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    "variables, name, says",
+    [
+        ({"TORCHELASTIC_RUN_ID": "none"}, "python", "torchrun (process "),
+        ({"CROSS_RANK": "0"}, "python", "deepspeed (process "),
+        ({}, "slurmstepd", "srun (process "),
+    ],
+)
+def test_ranks_end_with_their_launcher(variables, name, says, tmp_path):
+    assert kill_a_launcher(tmp_path, 2, variables, name) == []
+    errors = "".join((tmp_path / f"errors {rank}").read_text() for rank in (0, 1))
+    assert errors.startswith(f"error: {says}") and errors.count("\n") == 1 and "is gone" in errors
+    assert "which started rank" in errors and "the same command resumes" in errors
+    for rank in (0, 1):
+        assert f"error: {(tmp_path / f'last words {rank}').read_text()}\n" == errors
+
+
+def test_ranks_outlive_a_shell(tmp_path):
+    assert len(kill_a_launcher(tmp_path, 2, {}, "bash")) == 2
+    assert not (tmp_path / "last words 0").exists()
+
+
+def test_a_shell_is_no_launcher(monkeypatch):
+    for name in ("TORCHELASTIC_RUN_ID", "CROSS_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    assert launcher() is None

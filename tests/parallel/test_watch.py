@@ -28,7 +28,8 @@ if rank == 0:
     hub.start()
     print(hub.port, hub.token, flush=True)
     port, token = hub.port, hub.token
-watch = Watch(rank, rank // 2 * 2, hub)  # two processes on a node
+watch = Watch(rank, rank // 2 * 2)  # two processes on a node
+watch.hub = hub
 watch.last_words = lambda text: print("last words:", text, flush=True)
 watch.meet(lambda: ("127.0.0.1", int(port), token), minutes)
 print("met", flush=True)
@@ -139,7 +140,7 @@ def test_a_hub_of_an_earlier_start_is_asked_again_until_the_right_one_answers():
     hub = Hub(2, 1.0)
     hub.start()
     found = iter([("127.0.0.1", 1, "dead"), ("127.0.0.1", hub.port, "before"), ("127.0.0.1", hub.port, hub.token)])
-    first, second = Watch(0, 0, hub), Watch(1, 0)
+    first, second = Watch(0, 0), Watch(1, 0)
     assert first._hello("127.0.0.1", hub.port, hub.token)
     first.start()
     assert second.meet(lambda: next(found), 1.0) == hub.token

@@ -122,3 +122,11 @@ def newest(folder: Path) -> int:
     """Return the step of a run's newest complete checkpoint, 0 where it has none."""
     found = [path.name[5:] for path in folder.glob("checkpoints/iter_*")]
     return max((int(name) for name in found if name.isdigit()), default=0)
+
+
+def alive(pid: int) -> bool:
+    """Return whether a process runs; nobody may have waited for one that has ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False

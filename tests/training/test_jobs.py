@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import entry, records, run
-from tests.training.jobs import LAYOUTS, Job, lines, newest
+from tests.training.jobs import LAYOUTS, Job, alive, lines, newest
 from tests.training.kill_processes import difference
 
 
@@ -115,6 +115,29 @@ def test_a_loss_that_is_not_a_number_is_said_once(flags, tmp_path):
     assert "not finite" in line and "Traceback" not in job.text().partition("torch/distributed/elastic")[0]
     assert json.loads((folder / "status.json").read_text())["reason"] in line
     assert records(folder)
+
+
+@pytest.mark.parametrize("size", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_ranks_end_with_a_killed_torchrun(size, long, tmp_path):
+    folder = tmp_path / "run"
+    job = Job([*long, "--num-workers", "1", "--save", folder], tmp_path / "log", size=size)
+    assert job.wait_until(lambda: lines(folder) > 5)
+    ranks = [job.pid(rank) for rank in range(size)]
+    workers = [child(pid) for pid in ranks]
+    job.started[0].kill()
+    job.started[0].wait()
+    until = time.monotonic() + 15
+    try:
+        while any(map(alive, ranks + workers)):
+            assert time.monotonic() < until
+            time.sleep(0.05)
+    finally:
+        for pid in filter(alive, ranks):
+            os.kill(pid, signal.SIGKILL)
+    (line,) = job.errors()
+    assert line.startswith(f"error: torchrun (process {job.started[0].pid} on ") and "is gone" in line
+    status = json.loads((folder / "status.json").read_text())
+    assert status["state"] == "failed" and line == f"error: {status['reason']}"
 
 
 def child(pid: int) -> int:
