@@ -256,11 +256,27 @@ def test_a_run_folder_that_cannot_be(refused, tiny, tmp_path):
 def test_nothing_to_load_or_to_evaluate(refused, tiny, whole, tmp_path):
     nothing = [*tiny, "--load", tmp_path, "--save", tmp_path / "branch"]
     refused("ar", nothing, f"--load {tmp_path}", "holds no run", "--save")
+    assert not (tmp_path / "branch").exists()
     refused("ar", [*tiny, "--skip-train"], "--skip-train", "no checkpoint", "--load DIR")
     refused("ar", [*tiny, "--skip-train", "--save", tmp_path / "new"], f"{tmp_path}/new", "no checkpoint", "train it")
     index = tiny.index("--valid-data-path")
     blind = [*tiny[:index], *tiny[index + 3 :], "--skip-train"]
     refused("ar", blind, "--skip-train", "nothing to evaluate", "--valid-data-path")
+
+
+def test_a_checkpoint_that_must_be_there(refused, tiny, whole, tmp_path):
+    new, started, flag = tmp_path / "new", tmp_path / "started", "--exit-on-missing-checkpoint"
+    remedy = f"holds no checkpoint; train it first, or leave out {flag}"
+    refused("ar", [*tiny, "--save", new, "--load", f"{new}/", flag], f"--load {new}: {remedy}")
+    refused("ar", [*tiny, "--save", new, flag], f"--save {new}: {remedy}")
+    refused("ar", [*tiny, "--save", new, "--load", tmp_path / "other", flag], "holds no run")
+    refused("ar", [*tiny, flag], f"{flag}: there is no checkpoint to start from", "--load DIR")
+    started.mkdir()
+    shutil.copy(whole / "config.json", started)  # as of a run that was killed before its first checkpoint
+    refused("ar", [*tiny, "--save", started, "--load", started, flag], f"--load {started}: {remedy}")
+    refused("ar", [*tiny, "--save", new, "--load", started], f"--load {started}: holds no checkpoint; train it first")
+    refused("ar", [*tiny, "--save", new, "--load", new, "--skip-train"], f"--load {new}: holds no checkpoint; train it")
+    assert not new.exists() and [path.name for path in started.iterdir()] == ["config.json"]
 
 
 def test_what_is_typed_replaces_its_rivals_in_the_run_that_is_evaluated(whole):

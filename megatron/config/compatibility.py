@@ -292,7 +292,7 @@ TABLE = one_table(
     idle("--use-dist-ckpt --auto-detect-ckpt-format", "checkpoints are safetensors"),
     idle_value("--ckpt-format --dist-ckpt-format", "checkpoints are safetensors"),
     refused("--no-save-optim", "is refused: a run could not be resumed; leave it out"),
-    later("--finetune --reset-iteration --exit-on-missing-checkpoint", "weights without their run"),
+    later("--finetune --reset-iteration", "weights without their run"),
     refused(
         "--no-load-optim",
         "is refused: a run resumes with its optimizer's state, and --skip-train reads none; leave it out",

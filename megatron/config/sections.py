@@ -623,9 +623,11 @@ class CheckpointConfig:
     save: str | None = flag(None, "run folder, made or resumed: configuration, records, checkpoints", metavar="DIR")
     load: str | None = flag(
         None,
-        "run folder whose newest checkpoint to branch from, into --save, or to evaluate with --skip-train",
+        "run folder whose newest checkpoint to branch from, into --save, or to evaluate with --skip-train; the folder of "
+        "--save, which may still be empty: resume there",
         metavar="DIR",
     )
+    exit_on_missing_checkpoint: bool = flag(False, "refuse to start where --load, else --save, holds no checkpoint")
     save_interval: int | None = flag(None, "steps between two checkpoints; default --eval-interval")
     wait_for_lock: float = flag(
         0.0,

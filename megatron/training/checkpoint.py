@@ -50,7 +50,7 @@ def newest(root: Path, mend: bool) -> tuple[Path, dict] | None:
         if mend:
             shutil.rmtree(folder.with_suffix(".damaged"), ignore_errors=True)
             folder.rename(folder.with_suffix(".damaged"))
-    if found or any(root.glob("iter_*.damaged")):  # an earlier start may have found them
+    if begun(root):
         raise ConfigurationError(f"{root}: every checkpoint is damaged; restore one or start anew with another --save")
     return None
 
@@ -76,6 +76,11 @@ def damage(folder: Path) -> str | None:
             if other != checksum:
                 return f"{name} does not match its checksum"
     return None
+
+
+def begun(root: Path) -> bool:
+    """Return whether any checkpoint was written to its end below `root`; an earlier start may have found it damaged."""
+    return bool(complete(root)) or any(root.glob("iter_*.damaged"))
 
 
 def complete(root: Path) -> list[Path]:

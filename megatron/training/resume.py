@@ -36,6 +36,7 @@ def open_run(
     opened = []
 
     def find() -> Origin | None:
+        _source(config)  # refuses before a folder is made
         if config.checkpoint.save and not config.validation.skip_train:
             opened.append(RunFolder(config.checkpoint.save, config.checkpoint.wait_for_lock))
         return find_origin(config, plan, objective, sources, precision)
@@ -54,24 +55,9 @@ def recorded_config(path: Path) -> dict | None:
 def find_origin(config: Config, plan: Plan, objective: str, sources: Sources, precision: str) -> Origin | None:
     """Return the checkpoint to continue from, or None to begin; raise ConfigurationError where it does not fit."""
     settings, only_evaluate = config.checkpoint, config.validation.skip_train
-    if not (settings.load or settings.save):
-        if only_evaluate:
-            raise ConfigurationError("--skip-train: there is no checkpoint to evaluate; name its run with --load DIR")
-        return None
-    source, branched = Path(settings.load or settings.save), False
-    if settings.load:
-        if recorded_config(source) is None:
-            raise ConfigurationError(
-                f"--load {source}: holds no run (no config.json) and is no checkpoint; give a folder that --save wrote"
-            )
-        branched = not settings.save or source.resolve() != Path(settings.save).resolve()
-    if branched and settings.save and checkpoint.newest(Path(settings.save) / "checkpoints", mend=not only_evaluate):
-        source, branched = Path(settings.save), False  # the branch was begun already: resume it
-    found = _checkpoint(source, mend=not (branched or only_evaluate))
-    if found is None:
-        if branched or only_evaluate:
-            flag = "--load" if settings.load else "--save"
-            raise ConfigurationError(f"{flag} {source}: holds no checkpoint; train it first")
+    source, branched = _source(config)
+    found = source and _checkpoint(source, mend=not (branched or only_evaluate))
+    if not found:
         return None
     run, folder, meta = found
     recorded = recorded_config(source)
@@ -95,6 +81,35 @@ def find_origin(config: Config, plan: Plan, objective: str, sources: Sources, pr
     return Origin(
         run, folder, meta, read_records(run, meta["iteration"]), str(folder) if branched else recorded["branched_from"]
     )
+
+
+def _source(config: Config) -> tuple[Path | None, bool]:
+    """Return the folder to start from, and whether it is another run's (a branch).
+
+    None without --load and --save. The same folder for both, or --save alone, may hold nothing yet, unless
+    --exit-on-missing-checkpoint is given.
+    """
+    settings, only_evaluate = config.checkpoint, config.validation.skip_train
+    if not (settings.load or settings.save):
+        flag = "--skip-train" if only_evaluate else "--exit-on-missing-checkpoint"
+        if only_evaluate or settings.exit_on_missing_checkpoint:
+            purpose = "evaluate" if only_evaluate else "start from"
+            raise ConfigurationError(f"{flag}: there is no checkpoint to {purpose}; name its run with --load DIR")
+        return None, False
+    source, save = Path(settings.load or settings.save), Path(settings.save or "")
+    branched = bool(settings.load) and not (settings.save and source.resolve() == save.resolve())
+    if branched and recorded_config(source) is None:
+        raise ConfigurationError(
+            f"--load {source}: holds no run (no config.json) and is no checkpoint; give a folder that --save wrote"
+        )
+    if branched and settings.save and checkpoint.begun(save / "checkpoints"):
+        return save, False  # the branch has checkpoints of its own: resume it
+    required = branched or only_evaluate or settings.exit_on_missing_checkpoint
+    if required and not ((source / "meta.json").exists() or checkpoint.begun(source / "checkpoints")):
+        remedy = "" if branched or only_evaluate else ", or leave out --exit-on-missing-checkpoint"
+        flag = "--load" if settings.load else "--save"
+        raise ConfigurationError(f"{flag} {source}: holds no checkpoint; train it first{remedy}")
+    return source, branched
 
 
 def _checkpoint(source: Path, mend: bool) -> tuple[Path, Path, dict] | None:

@@ -60,6 +60,14 @@ def test_stopped_and_resumed_equals_uninterrupted(variant, uninterrupted, tiny, 
     assert json.loads((tmp_path / "status.json").read_text())["state"] == "finished"
 
 
+def test_one_command_that_saves_and_loads_begins_and_resumes(uninterrupted, tiny, tmp_path):
+    command = [*tiny, "--save", tmp_path / "run", "--load", f"{tmp_path}/./run/"]  # as Megatron's scripts do
+    run("ar", *command, "--exit-interval", 5)
+    run("ar", *command, "--exit-on-missing-checkpoint")
+    assert records(tmp_path / "run") == records(uninterrupted("ar"))
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["branched_from"] is None
+
+
 @pytest.mark.parametrize("variant", ["ar-averaged", "mdm-dropout"])
 def test_killed_and_resumed_equals_uninterrupted(variant, uninterrupted, tiny, tmp_path):
     objective, flags = VARIANTS[variant]
