@@ -5,7 +5,7 @@ import hashlib
 import json
 import logging
 import typing
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from lm_eval.api.model import TemplateLM
 
 from megatron.config.flags import flag, require
 from megatron.errors import ConfigurationError
+from megatron.evaluation.encoding import EncodingCounts, encode_pair
 from megatron.evaluation.generate import CAUSAL, check_empty_prompt, check_objective, generate
 from megatron.evaluation.kept import Kept
 from megatron.evaluation.requests import Request, Score, Scoring
@@ -121,6 +122,8 @@ class MegatronLM(TemplateLM):
         self.seq_length = self.trained.config.data.seq_length
         self._figures = [0.0] * 5  # requests, samples, forward tokens, bounds, their squared errors
         self._totals = list(self._figures)
+        self._encodings = EncodingCounts()  # of this rank, since the last report
+        self._reported_encodings = EncodingCounts()  # of all ranks
         self._records = _records(self.source.records, self.rank, self.world_size)
         self._kept = Kept(use_cache, self.rank, self._settings())
 
@@ -149,17 +152,26 @@ class MegatronLM(TemplateLM):
         """Return the ids of a text: special tokens never come out of it, and none is added."""
         return self._tokenizer.encode(string)
 
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Return the ids of a context and its continuation, as `loglikelihood` scores them."""
+        pair = encode_pair(self._tokenizer, context, continuation)
+        return pair.context, pair.continuation
+
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Return of each continuation the log-likelihood, or the negative of its upper bound, and whether it is greedy.
 
         The answers of one document are rivals, even where their contexts differ.
         """
-        asked = []
+        asked, encoded_alone = [], set()
         for instance in requests:
             context, continuation = instance.args
-            ids = ([], self.tok_encode(continuation)) if context == "" else self._encode_pair(context, continuation)
-            asked.append(Request(*ids, question_of(instance), float(len(continuation.lstrip()))))
-        return self._score("loglikelihood", requests, asked, self.scoring)
+            pair = encode_pair(self._tokenizer, context, continuation)
+            self._check_tokens(instance, continuation, pair.continuation)
+            if pair.encoded_alone:
+                encoded_alone.add(id(instance))
+            length = float(len(continuation.lstrip()))
+            asked.append(Request(pair.context, pair.continuation, question_of(instance), length))
+        return self._score("loglikelihood", requests, asked, self.scoring, encoded_alone)
 
     def _loglikelihood_tokens(self, requests, **_) -> list[tuple[float, bool]]:
         """Return the same of (strings, context ids, continuation ids): documents, and so rivals, are not known here."""
@@ -173,12 +185,15 @@ class MegatronLM(TemplateLM):
                 "--only_generate: a task asks for the likelihood of whole texts, which that leaves out; drop one"
             )
         asked = [Request([], self.tok_encode(instance.args[0]), question_of(instance)) for instance in requests]
+        for instance, request in zip(requests, asked, strict=True):
+            self._check_tokens(instance, instance.args[0], request.continuation)
         scoring = replace(self.scoring, only_mc_nll=True)
         return [nats for nats, _ in self._score("loglikelihood_rolling", requests, asked, scoring)]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Return what each context is followed by, up to the first of the texts in `until`."""
-        if not all(instance.args[0] for instance in requests):
+        prompts = [self.tok_encode(instance.args[0]) for instance in requests]
+        if not all(prompts):
             check_empty_prompt(self.trained.config.data)
         equal: dict[str, list[int]] = {}  # draws tell equal requests apart by their number: they stay together
         for index, instance in enumerate(requests):
@@ -187,15 +202,24 @@ class MegatronLM(TemplateLM):
         for content, indices in equal.items():
             settings = read_generation(requests[indices[0]].args[1], self.objective, self.seq_length)
             groups.setdefault(settings, []).append((self._kept.key(content, len(indices)), indices))
-        found = [""] * len(requests)
+        found, noted = [""] * len(requests), set()
         for (sampling, until), asked in groups.items():
-            for key, indices, texts in self._written(sampling, until, asked, requests):
+            room = self.seq_length - sampling.max_new_tokens
+            for key, indices, texts in self._written(sampling, until, asked, [prompt[-room:] for prompt in prompts]):
                 self._kept.add(key, texts)
                 for index, text in zip(indices, texts, strict=True):
                     found[index] = text
+                    if id(requests[index]) not in noted:  # lm-eval repeats some, so that all ranks have as many
+                        noted.add(id(requests[index]))
+                        truncated_tokens = max(0, len(prompts[index]) - room)
+                        self._encodings += EncodingCounts.of_request(truncated_tokens)
+                        self._record("generate_until", requests[index], {"truncated_tokens": truncated_tokens})
+        self._report_encodings()
         return found
 
-    def _written(self, sampling: Sampling, until: tuple[str, ...], asked: list[tuple[str, list[int]]], requests):
+    def _written(
+        self, sampling: Sampling, until: tuple[str, ...], asked: list[tuple[str, list[int]]], prompts: list[list[int]]
+    ):
         """Yield (key, indices, texts) of equal requests: those that are kept, then as many at a time as are read."""
         fresh = []
         for key, indices in asked:
@@ -204,18 +228,17 @@ class MegatronLM(TemplateLM):
                 fresh.append((key, indices))
             else:
                 yield key, indices, texts
-        fresh.sort(key=lambda each: -len(requests[each[1][0]].args[0]))  # rows of a batch are about as long
+        fresh.sort(key=lambda each: -len(prompts[each[1][0]]))  # rows of a batch are about as long
         size = self.scoring.batch_rows or ANSWERS
         for start in range(0, len(fresh), size):
             part = fresh[start : start + size]
-            contexts = [requests[index].args[0] for _, indices in part for index in indices]
-            texts = iter(self._texts(sampling, until, contexts))
+            texts = iter(self._texts(sampling, until, [prompts[index] for _, indices in part for index in indices]))
             for key, indices in part:
                 yield key, indices, [next(texts) for _ in indices]
 
-    def _texts(self, sampling: Sampling, until: tuple[str, ...], contexts: list[str]) -> list[str]:
-        """Return what each context is followed by, written no further than the first of `until`."""
-        prompts, rows = [self.tok_encode(context) for context in contexts], self.scoring.batch_rows or ANSWERS
+    def _texts(self, sampling: Sampling, until: tuple[str, ...], prompts: list[list[int]]) -> list[str]:
+        """Return what each prompt is followed by, written no further than the first of `until`."""
+        rows = self.scoring.batch_rows or ANSWERS
 
         def finished(tokens: list[int]) -> bool:
             text = self._tokenizer.decode(tokens)
@@ -240,6 +263,7 @@ class MegatronLM(TemplateLM):
     def barrier(self) -> None:
         """Wait for all processes, which takes as long as the slowest has requests, and add up their figures."""
         self._totals = [sum(column) for column in zip(*self._gather(self._figures))]
+        self._report_encodings(all_ranks=True)
 
     def _gather(self, value) -> list:
         if self._processes is None:
@@ -247,6 +271,25 @@ class MegatronLM(TemplateLM):
         gathered = [None] * self.world_size
         dist.all_gather_object(gathered, value, group=self._processes.patient)
         return gathered
+
+    def _report_encodings(self, all_ranks: bool = False) -> None:
+        """Log how many requests were truncated or encoded alone; of several ranks, once all have scored theirs."""
+        if self._processes is not None and not all_ranks:
+            return
+        counts = sum(self._gather(self._encodings), EncodingCounts())
+        self._encodings = EncodingCounts()
+        self._reported_encodings += counts
+        for line in counts.lines(self.seq_length) if self.rank == 0 else ():
+            logger.warning(line)
+
+    def _check_tokens(self, instance: Instance, text: str, ids: list[int]) -> None:
+        """Raise ConfigurationError where the tokenizer drops a whole text: it would count as certain."""
+        if text and not ids:
+            raise ConfigurationError(
+                f"--tasks {instance.task_name}: the tokenizer ({self._tokenizer.named}) drops all of {text[:40]!r} in "
+                f"document {instance.doc_id}, so that it has no likelihood; leave the task out, or score a run whose "
+                "tokenizer encodes such text"
+            )
 
     # ------------------------------------------------------------------------------------ scores and their record
 
@@ -264,6 +307,10 @@ class MegatronLM(TemplateLM):
             "requests": int(requests),
             "forward_tokens": int(tokens),
             "upper_bound": bounds > 0,
+            "truncated_contexts": self._reported_encodings.truncated,
+            "truncated_tokens": self._reported_encodings.truncated_tokens,
+            "max_truncated_tokens": self._reported_encodings.max_truncated_tokens,
+            "answers_encoded_alone": self._reported_encodings.encoded_alone,
         }
         if self.objective == "mdm":
             settings = (
@@ -287,14 +334,22 @@ class MegatronLM(TemplateLM):
         scoring = {name: value for name, value in asdict(self.scoring).items() if not name.startswith("batch_")}
         return {"checkpoint": self.trained.meta, "average": self.source.average, "dtype": self.dtype, **scoring}
 
-    def _score(self, kind: str, instances: Sequence[Instance], asked: list[Request], scoring: Scoring):
+    def _score(
+        self,
+        kind: str,
+        instances: Sequence[Instance],
+        asked: list[Request],
+        scoring: Scoring,
+        encoded_alone: Set[int] = frozenset(),
+    ):
         """Return the answers, kept ones and new ones. Those of a document are kept together: rivals decide on samples,
-        and the rest of them alone would be told otherwise."""
-        documents: dict[str, dict[tuple, None]] = {}  # what is asked of each
+        and the rest of them alone would be told otherwise. `encoded_alone` are the `id`s of instances."""
+        documents: dict[str, dict[tuple, tuple]] = {}  # what is asked of each, and its token ids
         places = [(request.question, instance.args) for request, instance in zip(asked, instances, strict=True)]
-        for question, arguments in places:
-            documents.setdefault(question, {})[arguments] = None
-        keys = {question: self._kept.key(kind, question, list(each)) for question, each in documents.items()}
+        for (question, arguments), request in zip(places, asked, strict=True):
+            documents.setdefault(question, {})[arguments] = (request.context, request.continuation)
+        # with the ids, so that what another tokenisation gave is no answer
+        keys = {question: self._kept.key(kind, question, list(each.items())) for question, each in documents.items()}
         found: dict[tuple, Score] = {}
         for question, every in documents.items():
             for arguments, kept in zip(every, self._kept.get(keys[question]) or ()):
@@ -305,7 +360,9 @@ class MegatronLM(TemplateLM):
             instance = instances[index]
             if id(instance) not in noted:  # lm-eval repeats some, so that all processes have as many
                 noted.add(id(instance))
-                self._note(kind, instance, found[places[index]])
+                score = found[places[index]]
+                self._encodings += EncodingCounts.of_request(score.truncated_tokens, id(instance) in encoded_alone)
+                self._note(kind, instance, score)
 
         fresh = [index for index, place in enumerate(places) if place not in found]
         for index, place in enumerate(places):
@@ -323,6 +380,7 @@ class MegatronLM(TemplateLM):
 
         if fresh:
             self._ask([asked[index] for index in fresh], scoring, finished)
+        self._report_encodings()
         return [_answer(found[place]) for place in places]
 
     def _ask(self, asked: list[Request], scoring: Scoring, finished=lambda *_: None) -> list[Score]:
@@ -333,11 +391,13 @@ class MegatronLM(TemplateLM):
         bound = int(one.upper_bound)
         added = (1, one.samples, one.forward_tokens, bound, bound * one.standard_error**2)
         self._figures = [before + more for before, more in zip(self._figures, added, strict=True)]
+        self._record(kind, instance, {name: None if value != value else value for name, value in vars(one).items()})
+
+    def _record(self, kind: str, instance: Instance, values: dict) -> None:
         if self._records:
             place = {"task": instance.task_name, "doc_id": instance.doc_id, "index": instance.idx, "request": kind}
-            found = {name: None if value != value else value for name, value in vars(one).items()}
             with writing(self._records), open(self._records, "a", encoding="utf-8") as file:
-                file.write(json.dumps(place | found) + "\n")
+                file.write(json.dumps(place | values) + "\n")
 
 
 def question_of(instance: Instance) -> str:

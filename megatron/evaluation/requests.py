@@ -36,6 +36,7 @@ class Score:
     samples: int = 0  # rows that the likelihood took
     forward_tokens: int = 0  # read for all of it
     upper_bound: bool = False
+    truncated_tokens: int = 0  # at the beginning of the context, which did not fit
 
 
 @dataclass(frozen=True, kw_only=True)

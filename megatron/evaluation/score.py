@@ -8,7 +8,7 @@ lm-eval cuts it: contexts on the left, continuations into windows that see what 
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -34,6 +34,7 @@ class Job:
     request: Request
     indices: list[int]
     windows: list[Pair]
+    truncated_tokens: int
     scores: list[Score] = field(default_factory=list)
 
 
@@ -68,8 +69,9 @@ def score(
     def told(job: Job, one: Score) -> None:
         job.scores.append(one)
         if len(job.scores) >= len(job.windows):
+            total = replace(together(job.scores), truncated_tokens=job.truncated_tokens)
             for index in job.indices:
-                found[index] = together(job.scores)
+                found[index] = total
                 finished(index, found[index])
 
     limits = Limits(scoring.batch_tokens, scoring.batch_rows)
@@ -91,7 +93,8 @@ def _jobs(requests: Sequence[Request], eod: int, longest: int) -> list[Job]:
         context, continuation = tuple(request.context) or (eod,), tuple(request.continuation)
         content = (context, continuation, request.question)
         if content not in jobs:
-            jobs[content] = Job(request, [], list(windows(context, continuation, longest)))
+            pairs = list(windows(context, continuation, longest))
+            jobs[content] = Job(request, [], pairs, truncated_tokens(context, continuation, longest))
         jobs[content].indices.append(index)
     return list(jobs.values())
 
@@ -112,6 +115,15 @@ def windows(context: tuple[int, ...], continuation: tuple[int, ...], longest: in
         begin = end - longest - 1
         yield Pair(text[begin:said], text[said:end])
         said = end
+
+
+def truncated_tokens(context: Sequence[int], continuation: Sequence[int], longest: int) -> int:
+    """Return how many tokens at the beginning of the context no window has."""
+    size = len(continuation)
+    if size == 0:
+        return 0
+    room = longest + 1 - size if size <= longest else 1
+    return max(0, len(context) - room)
 
 
 def together(scores: list[Score]) -> Score:

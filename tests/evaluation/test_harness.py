@@ -1,6 +1,7 @@
 """Trained runs under lm-eval: numbers equal to its own model of transformers, its command line, several processes."""
 
 import json
+import logging
 import math
 import os
 import shutil
@@ -13,14 +14,18 @@ import pytest
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
+from tokenizers import Tokenizer as Library
+from tokenizers import models
 from transformers import PreTrainedTokenizerFast
 
 from megatron.convert.huggingface import hugging_face_config, hugging_face_model
+from megatron.data.tokenizer import END, HFTokenizer
 from megatron.errors import ConfigurationError
 from megatron.evaluation.checkpoints import plot, score_checkpoints
+from megatron.evaluation.encoding import encode_pair
 from megatron.evaluation.harness import main as harness
 from megatron.evaluation.harness import prepare, read
-from megatron.evaluation.language_model import MegatronLM, cut, read_generation
+from megatron.evaluation.language_model import MegatronLM, cut, question_of, read_generation
 from megatron.evaluation.requests import Scoring
 from megatron.training.main import main as train
 from megatron.training.trained import open_trained
@@ -166,19 +171,146 @@ def test_likelihoods_equal_lm_eval_and_transformers(runs, twin):
 def test_tasks_equal_lm_eval_and_transformers(runs, twin, tasks):
     names = ["choices", "rolling", "writing"]
     theirs = evaluated("hf", tasks, names, model_args={"pretrained": str(twin), "dtype": "float32"}, device="cpu")
-    ours = evaluated(MegatronLM(pretrained=str(runs / "ar")), tasks, names)
+    model, spanning = MegatronLM(pretrained=str(runs / "ar")), []
+    ours = evaluated(model, tasks, names)
     for name in names:
         for one, other in zip(ours["samples"][name], theirs["samples"][name], strict=True):
             assert one["doc_id"] == other["doc_id"]
             if name == "writing":
                 assert one["resps"] == other["resps"] and "e" not in one["resps"][0][0]
-            else:
-                np.testing.assert_allclose(
-                    *(np.array(each["resps"], float).ravel() for each in (one, other)), atol=2e-3
-                )
+                continue
+            for arguments, response, expected in zip(one["arguments"], one["resps"], other["resps"], strict=True):
+                if name == "choices" and encode_pair(model._tokenizer, *arguments).encoded_alone:
+                    spanning.append(arguments)  # lm-eval leaves out the token that spans context and answer
+                    response, expected = response[0][0], reference(model, *arguments)
+                np.testing.assert_allclose(np.array(response, float), np.array(expected, float), atol=2e-3)
         for metric, value in theirs["results"][name].items():
             if isinstance(value, float):
                 assert ours["results"][name][metric] == pytest.approx(value, rel=1e-4), (name, metric)
+    assert len(spanning) == ours["config"]["answers_encoded_alone"] == 2
+
+
+# ------------------------------------------------------------------------------------ tokens across the join
+
+
+def spanning_pair(model: MegatronLM) -> tuple[str, str]:
+    """Return a context and an answer that together have no more tokens than the context."""
+    tokens = sorted(token for token in model._tokenizer._library.get_vocab() if token.isascii() and token.isalpha())
+    pairs = [(f"x {token[:cut]}", token[cut:]) for token in tokens for cut in range(1, len(token))]
+    encode = model.tok_encode
+    return next(pair for pair in pairs if len(encode("".join(pair))) <= len(encode(pair[0])))
+
+
+def rivals(context: str, *answers: str, doc_id: int = 0) -> list[Instance]:
+    document = {"context": context, "answers": answers}
+    return [
+        Instance("loglikelihood", document, (context, answer), index, ("task", doc_id, 1))
+        for index, answer in enumerate(answers)
+    ]
+
+
+@pytest.mark.parametrize("objective", ["ar", "mdm"])
+def test_an_answer_that_merges_with_its_context_is_scored_by_its_own_tokens(runs, objective, caplog):
+    model = MegatronLM(pretrained=str(runs / objective))
+    context, answer = spanning_pair(model)
+    instances = rivals(context, answer, "zz")
+    found = model.loglikelihood([*instances, instances[0]])  # lm-eval repeats some
+    (alone,) = model._loglikelihood_tokens([((), model.tok_encode(context), model.tok_encode(answer))])
+    assert found[0] == found[2] and found[0] != (0.0, True) and found[0][0] < -0.01
+    if len(model.tok_encode(answer)) == 1:  # exact in masked diffusion too
+        assert found[0] == pytest.approx(alone)
+    assert model.get_model_info()["answers_encoded_alone"] == 1
+    (line,) = [line for line in caplog.messages if "encoded alone" in line]
+    assert line == "1 of 2 requests have a token that spans context and answer: their answers are encoded alone"
+    (nats,) = model.loglikelihood_rolling(asked((answer[:1],), kind="loglikelihood_rolling"))
+    assert nats < 0
+
+
+@pytest.mark.parametrize("objective", ["ar", "mdm"])
+def test_a_text_that_the_tokenizer_drops_is_refused(runs, objective, tmp_path):
+    model = MegatronLM(pretrained=str(runs / objective))
+    library = Library(models.BPE({"x": 0, "o": 1, " ": 2, END: 3}, []))
+    library.add_special_tokens([END])
+    library.save(str(tmp_path / "tokenizer.json"))
+    model._tokenizer = HFTokenizer(str(tmp_path / "tokenizer.json"))
+    for context in ("x", "x ", ""):
+        with pytest.raises(ConfigurationError) as caught:
+            model.loglikelihood(rivals(context, "o", "日本", doc_id=7))
+        line = str(caught.value)
+        assert line.startswith("--tasks task: the tokenizer (--tokenizer-model ") and "\n" not in line
+        assert "drops all of '日本' in document 7, so that it has no likelihood; leave the task out, or" in line
+    with pytest.raises(ConfigurationError, match="drops all of '日本' in document 0"):
+        model.loglikelihood_rolling(asked(("日本",), kind="loglikelihood_rolling"))
+    assert model.loglikelihood_rolling(asked(("",), kind="loglikelihood_rolling")) == [0.0]
+
+
+def test_what_an_older_tokenisation_left_in_a_cache_is_not_reused(runs, tmp_path):
+    settings = {"pretrained": str(runs / "ar"), "use_cache": str(tmp_path / "cache")}
+    model = MegatronLM(**settings)
+    instances = rivals(*spanning_pair(model))
+    old_key = model._kept.key("loglikelihood", question_of(instances[0]), [instances[0].args])
+    model._kept.add(old_key, [{"log_likelihood": 0.0, "is_greedy": True}])
+    (found,) = MegatronLM(**settings).loglikelihood(instances)
+    assert found[0] < 0
+    again = MegatronLM(**settings)
+    again._ask = None  # what the new one left is
+    assert again.loglikelihood(instances) == [found]
+
+
+# ------------------------------------------------------------------------------------ contexts that do not fit
+
+
+@pytest.mark.parametrize("objective", ["ar", "mdm"])
+def test_contexts_that_lose_their_beginning_are_counted(runs, objective, tmp_path, caplog):
+    settings = {"pretrained": str(runs / objective), "use_cache": str(tmp_path / "cache")}
+    for name in ("first.jsonl", "cached.jsonl"):
+        caplog.clear()
+        model = MegatronLM(**settings, records=str(tmp_path / name), only_mc_nll=True)
+        long, room = model.tok_encode(TEXT)[: SEQ_LENGTH + 90], SEQ_LENGTH + (objective == "ar")
+        context, whole = (
+            model._tokenizer.decode(long),
+            model._tokenizer.decode(model.tok_encode(TEXT)[: SEQ_LENGTH + 9]),
+        )
+        short, answers = "import", (" os", " sys", f" {whole}")
+        instances = [request for text in (context, short) for request in rivals(text, *answers, doc_id=len(text))]
+        model.loglikelihood([*instances, instances[0]])  # lm-eval repeats some
+        expected = []
+        for request in instances:
+            before, after = model._encode_pair(*request.args)
+            expected.append(max(0, len(before) - (room - len(after) if len(after) < room else 1)))
+        assert expected[0] > 80 and expected[2] == len(model.tok_encode(context)) - 1 and expected[3:5] == [0, 0]
+        truncated = [tokens for tokens in expected if tokens]
+        lines = [line for line in caplog.messages if "lose the beginning" in line]
+        assert lines == [
+            f"{len(truncated)} of 6 requests lose the beginning of their context, which does not fit into --seq-length "
+            f"512: {sum(truncated)} tokens in total, at most {max(truncated)} in one request"
+        ]
+        records = [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
+        records.sort(key=lambda record: (-record["doc_id"], record["index"]))
+        assert [record["truncated_tokens"] for record in records] == expected
+        info = model.get_model_info()
+        assert (info["truncated_contexts"], info["truncated_tokens"]) == (len(truncated), sum(truncated))
+        assert info["max_truncated_tokens"] == max(truncated)
+
+
+@pytest.mark.parametrize("objective", ["ar", "mdm"])
+def test_prompts_that_lose_their_beginning_are_counted_and_whole_texts_are_not(runs, objective, tmp_path, caplog):
+    settings = {"pretrained": str(runs / objective), "use_cache": str(tmp_path / "cache")}
+    for name in ("first.jsonl", "cached.jsonl"):
+        caplog.clear()
+        model = MegatronLM(**settings, records=str(tmp_path / name))
+        pairs = [(text, {"max_gen_toks": 2, "until": ["e"]}) for text in (TEXT, "import", TEXT[:3000])]
+        model.generate_until(asked(*pairs, kind="generate_until"))
+        expected = [max(0, len(model.tok_encode(text)) - (SEQ_LENGTH - 2)) for text, _ in pairs]
+        (line,) = [line for line in caplog.messages if "beginning" in line]
+        assert line.startswith("2 of 3 requests lose the beginning of their context") and expected[1] == 0
+        assert f"{sum(expected)} tokens in total, at most {max(expected)} in one request" in line
+        records = [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
+        assert sorted(record["truncated_tokens"] for record in records) == sorted(expected)
+        caplog.clear()
+        model.loglikelihood_rolling(asked((TEXT[:3000],), kind="loglikelihood_rolling"))
+        assert not any("beginning" in line for line in caplog.messages)
+        assert model.get_model_info()["truncated_contexts"] == 2
 
 
 # ------------------------------------------------------------------------------------ masked diffusion
@@ -191,7 +323,9 @@ def test_masked_diffusion_is_marked_as_a_bound(runs, tasks, tmp_path):
     assert config["upper_bound"] and config["objective"] == "mdm" and config["num_mc"] == 9
     assert config["standard_error_per_request"] > 0 and 1 < config["samples_per_request"] <= 9 * 9  # in windows
     lines = [json.loads(line) for line in (tmp_path / "new" / "scores.jsonl").read_text().splitlines()]
-    assert len(lines) == config["requests"] == 11 * 3 + 2 + 3
+    written = [line for line in lines if line["request"] == "generate_until"]
+    assert len(lines) - len(written) == config["requests"] == 11 * 3 + 2 + 3 and len(written) == 2
+    assert all(line["truncated_tokens"] == 0 for line in lines)
     for sample in found["samples"]["choices"]:
         mine = [line for line in lines if line["task"] == "choices" and line["doc_id"] == sample["doc_id"]]
         mine.sort(key=lambda line: line["index"])
@@ -200,7 +334,7 @@ def test_masked_diffusion_is_marked_as_a_bound(runs, tasks, tmp_path):
     rolling = [line for line in lines if line["request"] == "loglikelihood_rolling"]
     assert len(rolling) == 3 and all(line["is_greedy"] is None for line in rolling)
     # one token is exact, and a bound has an error
-    assert all((line["standard_error"] > 0) <= line["upper_bound"] for line in lines)
+    assert all((line["standard_error"] > 0) <= line["upper_bound"] for line in lines if line not in written)
 
 
 def test_a_model_that_only_generates_gives_no_likelihood(runs, tasks):
@@ -215,7 +349,7 @@ def test_a_model_that_only_generates_gives_no_likelihood(runs, tasks):
 
 def test_two_processes_give_what_one_gives(runs, tasks):
     names = ["choices", "rolling"]
-    alone = evaluated(MegatronLM(pretrained=str(runs / "mdm"), num_mc=9), tasks, names)
+    alone = evaluated(MegatronLM(pretrained=str(runs / "mdm"), num_mc=9, only_mc_nll=True), tasks, names)
     shared, nothing = spawn(_share, 2, str(runs / "mdm"), tasks, names)
     assert nothing is None
     for name in names:
@@ -224,12 +358,30 @@ def test_two_processes_give_what_one_gives(runs, tasks):
             assert shared["results"][name][metric] == close, (name, metric)
     for key in ("requests", "forward_tokens", "samples_per_request", "standard_error_per_request"):
         assert shared["config"][key] == pytest.approx(alone["config"][key], rel=1e-4), key
+    assert shared["config"]["answers_encoded_alone"] == alone["config"]["answers_encoded_alone"] == 2
+    assert shared["truncated"] == (3, sum(shared["tokens"]), max(shared["tokens"]))  # 1 of rank 0, 2 of rank 1
+    (line,) = [line for line in shared["lines"] if "lose the beginning" in line]
+    assert line.startswith("3 of 5 requests lose")
 
 
 def _share(processes, run, tasks, names):
     os.environ |= {"RANK": str(processes.rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(processes.rank)}
-    found = evaluated(MegatronLM(pretrained=run, num_mc=9), tasks, names)
-    return found and {key: found[key] for key in ("results", "config")}
+    model, lines = MegatronLM(pretrained=run, num_mc=9, only_mc_nll=True), []
+    found = evaluated(model, tasks, names)
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logging.getLogger("megatron").addHandler(handler)
+    texts = [TEXT, "a"] if processes.rank == 0 else [TEXT * 2, "b", TEXT * 3]
+    model.loglikelihood([request for text in texts for request in rivals(text, " x")])
+    model.barrier()
+    info = model.get_model_info()
+    truncated = tuple(
+        info[f"{name}truncated_{unit}"] for name, unit in (("", "contexts"), ("", "tokens"), ("max_", "tokens"))
+    )
+    pairs = [model._encode_pair(TEXT * times, " x") for times in (1, 2, 3)]
+    lengths = [len(context) + len(continuation) - SEQ_LENGTH for context, continuation in pairs]
+    shown = {"truncated": truncated, "tokens": lengths, "lines": lines}
+    return found and {key: found[key] for key in ("results", "config")} | shown
 
 
 # ------------------------------------------------------------------------------------ the command line

@@ -136,6 +136,7 @@ def test_windows_are_those_of_lm_eval():
 def test_a_long_text_is_the_sum_of_its_windows(model, objective):
     tokens, longest = text(4, 30), 8 - (objective == "mdm")
     found = scored(model, [Request([], tokens)], objective, seq_length=8)[0]
+    assert found.truncated_tokens == 0
     parts = [
         scored(model, [Request(pair.context, pair.continuation, "x" if number == 0 else f"x/{number}")], objective, 8)[
             0
@@ -389,7 +390,8 @@ def test_nothing_stands_behind_an_answer_and_one_token_costs_one_row(model, rows
 
 def test_a_long_context_is_cut_on_the_left(model, rows):
     context, continuation = text(5, 60), text(6, 4)
-    scored(model, [Request(context, continuation)], num_mc=9)
+    (found,) = scored(model, [Request(context, continuation)], num_mc=9)
+    assert found.truncated_tokens == 60 - 20
     assert {len(row.tokens) for row in rows} == {SEQ_LENGTH}
     assert all(row.tokens[:20].tolist() == context[-20:] for row in rows)
 

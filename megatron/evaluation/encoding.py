@@ -1,0 +1,93 @@
+"""Token ids of requests: how a context and its continuation are encoded, and how often the usual way was left."""
+
+from dataclasses import dataclass
+
+from megatron.data.tokenizer import NullTokenizer, Tokenizer
+
+MARK = "\u241f"  # a character that tokenizers merge with no other
+
+
+@dataclass(frozen=True)
+class EncodedPair:
+    """Token ids of a context and of the continuation after it."""
+
+    context: list[int]
+    continuation: list[int]
+    encoded_alone: bool = False  # whether a token of the joined text spans the join
+
+
+def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> EncodedPair:
+    """Return the ids of a context and of the continuation after it.
+
+    1. Whitespace at the end of the context moves to the continuation, as in lm-eval.
+    2. The joined text is encoded; what it adds to the ids of the context is the continuation, as in lm-eval.
+    3. Where the joined ids do not begin with those of the context, or add none, a token spans the join: the
+       continuation is encoded alone.
+
+    The ids of a continuation are empty only where the continuation is, or where the tokenizer drops all of it.
+    """
+    stripped = context.rstrip()
+    moved = context[len(stripped) :]
+    context_ids, joined_ids = tokenizer.encode(stripped), tokenizer.encode(context + continuation)
+    ids = joined_ids[len(context_ids) :]
+    if not continuation:
+        return EncodedPair(context_ids, ids)
+    if (moved or not ids) and not tokenizer.encode(continuation):
+        return EncodedPair(context_ids, [])  # moved whitespace is no token of the continuation's own
+    if ids and joined_ids[: len(context_ids)] == context_ids:
+        return EncodedPair(context_ids, ids)
+    return EncodedPair(context_ids, _encode_alone(tokenizer, context_ids, moved + continuation, joined_ids), True)
+
+
+def _encode_alone(tokenizer: Tokenizer, context_ids: list[int], text: str, joined_ids: list[int]) -> list[int]:
+    """Return the ids of a text alone, without the space that some tokenizers put before every text."""
+    ids = tokenizer.encode(text)
+    if isinstance(tokenizer, NullTokenizer):
+        return ids  # numbers: a mark is none
+    joined_text = tokenizer.decode(joined_ids)
+    if tokenizer.decode([*context_ids, *ids]) != joined_text:
+        mark_ids, marked_ids = tokenizer.encode(MARK), tokenizer.encode(MARK + text)
+        after_mark = marked_ids[len(mark_ids) :]
+        if after_mark and tokenizer.decode([*context_ids, *after_mark]) == joined_text:
+            return after_mark
+    return ids
+
+
+@dataclass(frozen=True)
+class EncodingCounts:
+    """How many requests there were, and of how many the context was truncated or the continuation encoded alone."""
+
+    requests: int = 0
+    truncated: int = 0
+    truncated_tokens: int = 0
+    max_truncated_tokens: int = 0
+    encoded_alone: int = 0
+
+    @classmethod
+    def of_request(cls, truncated_tokens: int, encoded_alone: bool = False) -> "EncodingCounts":
+        return cls(1, int(truncated_tokens > 0), truncated_tokens, truncated_tokens, int(encoded_alone))
+
+    def __add__(self, other: "EncodingCounts") -> "EncodingCounts":
+        return EncodingCounts(
+            self.requests + other.requests,
+            self.truncated + other.truncated,
+            self.truncated_tokens + other.truncated_tokens,
+            max(self.max_truncated_tokens, other.max_truncated_tokens),
+            self.encoded_alone + other.encoded_alone,
+        )
+
+    def lines(self, seq_length: int) -> list[str]:
+        """Return a line for each count that is not 0."""
+        lines = []
+        if self.truncated:
+            lines.append(
+                f"{self.truncated} of {self.requests} requests lose the beginning of their context, which does not fit "
+                f"into --seq-length {seq_length}: {self.truncated_tokens} tokens in total, at most "
+                f"{self.max_truncated_tokens} in one request"
+            )
+        if self.encoded_alone:
+            lines.append(
+                f"{self.encoded_alone} of {self.requests} requests have a token that spans context and answer: their "
+                "answers are encoded alone"
+            )
+        return lines
