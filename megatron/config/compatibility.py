@@ -14,10 +14,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Same:
-    """The same as `words`, which take its place; with `batches` its value counts batches and ours counts samples."""
+    """The same as `words`, which take its place; its value follows them unless they end in one, or it is a `switch`.
+
+    With `batches` its value counts batches and ours counts samples.
+    """
 
     words: str
     batches: bool = False
+    switch: bool = False
 
 
 @dataclass(frozen=True)
@@ -78,8 +82,8 @@ MASK_ROW = "[MASK] is the id after the tokenizer's, and there are no others"
 TABLE = one_table(
     {
         "--data-path": Same("--train-data-path"),
-        "--deterministic-mode": Same("--deterministic"),
-        "--disable-bias-linear": Same("--no-add-bias-linear"),
+        "--deterministic-mode": Same("--deterministic", switch=True),
+        "--disable-bias-linear": Same("--no-add-bias-linear", switch=True),
         "--encoder-num-layers": Same("--num-layers"),
         "--encoder-seq-length": Same("--seq-length"),
         "--eval-iters": Same("--eval-samples", batches=True),
@@ -387,8 +391,8 @@ DIFFERENCES = {
 VALUES = {"--optimizer": {"adam": "adamw"}}
 
 
-def translate(arguments: list[str], batch: int) -> list[str]:
-    """Return a command line in our own spellings; `batch` is --global-batch-size.
+def translate(arguments: list[str], batch: int, table: dict[str, Same | Idle | Refused] = TABLE) -> list[str]:
+    """Return a command line in our own spellings, with the rules of `table`; `batch` is --global-batch-size.
 
     What is accepted without effect is logged and dropped. Raises ConfigurationError for what is refused.
     """
@@ -396,7 +400,7 @@ def translate(arguments: list[str], batch: int) -> list[str]:
     while rest:
         word = rest.pop(0)
         name, joined, value = word.partition("=")
-        rule = TABLE.get(name)
+        rule = table.get(name)
         if name in VALUES:
             given = _value(name, rest, joined, value)
             translated += [name, VALUES[name].get(given, given)]
@@ -408,11 +412,13 @@ def translate(arguments: list[str], batch: int) -> list[str]:
             follows = rule.may_take_value and (joined or (rest and not rest[0].startswith("--")))
             _accept(name, rule, _value(name, rest, joined, value) if rule.takes_value or follows else None, joined)
         else:
-            if rule.batches:
-                value, joined = _in_samples(name, _value(name, rest, joined, value), batch), "="
             *words, last = rule.words.split()
             if not last.startswith("--"):
                 _agree(name, *words, last, arguments)
+            elif rule.batches:
+                value, joined = _in_samples(name, _value(name, rest, joined, value), batch), "="
+            elif not rule.switch:
+                _value(name, list(rest), joined, value)  # refuses a missing one; there may be several
             translated += [*words, last + joined + value]
     return translated
 

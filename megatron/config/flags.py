@@ -64,16 +64,20 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known(self, arguments):
         """Return the namespace of a command line in which every flag is known and has a value that fits."""
-        try:
-            namespace, unknown = self.parse_known_args(arguments)
-        except argparse.ArgumentError as error:
-            raise ConfigurationError(_in_our_words(error)) from None
+        namespace, unknown = self.parse_some(arguments)
         if unknown:
             raise ConfigurationError(self._suggestion(unknown[0].split("=")[0]))
         missing = [spelling(name) for name, value in vars(namespace).items() if value is REQUIRED]
         if missing:
             raise ConfigurationError(f"{_enumerate(missing)}: required and not given; --help describes them")
         return namespace
+
+    def parse_some(self, arguments):
+        """Return the namespace of the known flags, and all other words; raise ConfigurationError for a wrong value."""
+        try:
+            return self.parse_known_args(arguments)
+        except argparse.ArgumentError as error:
+            raise ConfigurationError(_in_our_words(error)) from None
 
     def _suggestion(self, asked: str) -> str:
         if not asked.startswith("-"):

@@ -7,7 +7,8 @@
 All options of `lm_eval run` are taken beside the ones below: --tasks, --limit, --num_fewshot, --log_samples,
 --output_path, --use_cache, --include_path, --gen_kwargs, --batch_size (rows; default auto: --batch-tokens). Spellings
 of the published scorers are understood: --eval_method ar|mc, --only_mc_nll, --only_generate, --load, --task_list,
---results_path, --eval_fp32; docs/scoring.md tells what they computed otherwise.
+--results_path, --eval_fp32; docs/scoring.md describes what they computed otherwise. Flags of the model and its training
+have no effect, as a run records them; one that contradicts the run is refused.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from megatron.training.main import say, start
 from megatron.config.flags import DescribedFormatter, Parser, add_section, spelling
 from megatron.config.sections import Config
 from megatron.errors import ConfigurationError
+from megatron.evaluation.published_flags import check_training_flags, split_training_flags, translate_published
 from megatron.evaluation.requests import Scoring
 from megatron.evaluation.tasks import check_include_path, faults_of_tasks, leave_without_lm_eval
 from megatron.parallel.launch import adopt_launcher, rank
@@ -44,19 +46,6 @@ logger = logging.getLogger(__name__)
 NAME = "megatron"
 NO_TASKS = "--tasks: required and not given; name tasks, `ls tasks` lists them"
 SECTIONS = (Source, Scoring)
-PUBLISHED = {  # spellings of the published scorers, and what they are here
-    "--load": "--pretrained",
-    "--run": "--pretrained",
-    "--task_list": "--tasks",
-    "--results_path": "--output_path",
-    "--eval_method ar": "--method chain",
-    "--eval_method mc": "--method bound",
-    "--eval_fp32": "--dtype float32",
-}
-CONSTANT = {  # what they could be told, and is always so
-    "--adaptive_seq_len": "a sequence ends with its answer",
-    "--max_chunk_size": "an answer of any length hides all its later tokens; batches are --batch-tokens",
-}
 
 
 def parser() -> Parser:
@@ -73,47 +62,34 @@ def parser() -> Parser:
 
 
 def translate(arguments: list[str]) -> list[str]:
-    """Return a command line in our spellings and lm-eval's; what the published scorers knew is put in other words."""
+    """Return a command line in our spellings and lm-eval's, of which other spellings are understood."""
     ours = {field.name: spelling(field.name) for section in SECTIONS for field in fields(section)}
     words = [part for word in arguments for part in (word.split("=", 1) if word.startswith("--") else [word])]
-    found = []
-    while words:
-        word = words.pop(0)
-        pair = f"{word} {words[0]}" if words else word
-        if pair in PUBLISHED:
-            found += PUBLISHED[pair].split()
-            words.pop(0)
-        elif word == "--eval_method":
-            raise ConfigurationError(f"{pair}: is not one of ar, mc; or give --method chain or bound")
-        elif word in CONSTANT:
-            logger.info("%s: %s", word, CONSTANT[word])
-            if word == "--max_chunk_size" and words:
-                words.pop(0)
-        elif word in PUBLISHED:
-            found += PUBLISHED[word].split()
-        else:
-            found.append(ours.get(word.removeprefix("--"), word) if word.startswith("--") else word)
-    return found
+    words = translate_published(words)
+    return [ours.get(word.removeprefix("--"), word) if word.startswith("--") else word for word in words]
 
 
 def read(arguments: list[str]) -> argparse.Namespace:
     """Return lm-eval's own namespace of a command line; raise ConfigurationError for flags of ours that are wrong."""
     arguments = translate(arguments)
-    try:
-        ours, rest = parser().parse_known_args(arguments)
-    except argparse.ArgumentError as error:
-        raise ConfigurationError(f"{error.argument_name} {error.message}") from None
+    scoring_parser, lm_eval_cli = parser(), HarnessCLI()
+    ours, rest = scoring_parser.parse_some(arguments)
     typed = {
         field.name: getattr(ours, field.name)
         for section in SECTIONS
         for field in fields(section)
         if getattr(ours, field.name) != field.default
     }
-    words = rest if rest[:1] in (["run"], ["ls"], ["validate"]) else ["run", *rest]
-    if words == ["run"]:
-        raise ConfigurationError(NO_TASKS)
-    sys.argv = [sys.argv[0], *words]  # which lm-eval reads
-    asked = HarnessCLI().parse_args()
+    command, *words = rest if rest[:1] in (["run"], ["ls"], ["validate"]) else ["run", *rest]
+    training_words = []
+    if command == "run":
+        lm_eval_flags = set(lm_eval_cli._subparsers.choices["run"]._option_string_actions)
+        scoring_flags = set(scoring_parser._option_string_actions)
+        words, training_words = split_training_flags(words, lm_eval_flags, scoring_flags)
+        if not words:
+            raise ConfigurationError(NO_TASKS)
+    sys.argv = [sys.argv[0], command, *words]  # which lm-eval reads
+    asked = lm_eval_cli.parse_args()
     if asked.command == "run":
         asked.model = asked.model or NAME
         if asked.model == NAME:
@@ -124,9 +100,11 @@ def read(arguments: list[str]) -> argparse.Namespace:
             asked.device = asked.device or "auto"  # its own default is the first GPU, on every process
             if not hasattr(asked, "batch_size"):
                 asked.batch_size = "auto"  # its own default is one row
-        elif typed:
-            name = next(iter(typed))
-            raise ConfigurationError(f"{spelling(name)}: acts on --model {NAME}, and --model {asked.model} was given")
+            if training_words and asked.model_args.get("pretrained"):
+                check_training_flags(asked.model_args["pretrained"], training_words)
+        elif typed or training_words:
+            name = spelling(next(iter(typed))) if typed else training_words[0]
+            raise ConfigurationError(f"{name}: acts on --model {NAME}, and --model {asked.model} was given")
     return asked
 
 
