@@ -28,6 +28,7 @@ from megatron.errors import ConfigurationError
 from megatron.evaluation.published_flags import check_training_flags, split_training_flags, translate_published
 from megatron.evaluation.requests import Scoring
 from megatron.evaluation.tasks import check_include_path, faults_of_tasks, leave_without_lm_eval
+from megatron.log import configure_logging
 from megatron.parallel.launch import adopt_launcher, rank
 from megatron.parallel.mesh import start_processes
 from megatron.training.trained import trained_config
@@ -139,6 +140,7 @@ def main(arguments: list[str] | None = None) -> None:
         model_registry.register(NAME, target=MegatronLM)
     try:
         adopt_launcher()
+        configure_logging()  # before flags are read: some are named as without effect
         setup_logging(logging.INFO if rank() == 0 else logging.WARNING)
         asked = read(arguments)
     except ConfigurationError as error:

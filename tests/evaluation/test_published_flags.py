@@ -8,7 +8,7 @@ from dataclasses import asdict
 import pytest
 
 from megatron.errors import ConfigurationError
-from megatron.evaluation.harness import read
+from megatron.evaluation.harness import main, read
 from megatron.training.command_line import parse
 
 NETWORK = "--num-layers 2 --hidden-size 32 --num-attention-heads 2 --kv-channels 16 --seq-length 64"
@@ -73,6 +73,16 @@ def test_the_published_lists_are_understood_and_what_has_no_effect_is_named(run,
             and word not in "--load --eval_fp32 --task_list --results_path".split() + added.split()
         ):
             assert word in shown
+
+
+def test_the_command_shows_what_has_no_effect_while_it_reads_flags(monkeypatch, caplog, capsys):
+    monkeypatch.setattr(logging.getLogger("megatron"), "level", logging.NOTSET)  # as at the start of the program
+    logging.getLogger("megatron").manager._clear_cache()
+    with pytest.raises(SystemExit) as caught:
+        main(["--inference", "--tasks", "a", "--load"])
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == "error: --load: is not followed by a value; give one\n"
+    assert caplog.messages == ["--inference: has no effect, scoring never trains"]
 
 
 @pytest.mark.parametrize("flag", "--load --run --task_list --results_path --eval_method --max_chunk_size".split())
