@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from megatron.config.flags import typed
 from megatron.convert.card import model_card, validation_records
-from megatron.convert.folders import check_new, new_folder
+from megatron.convert.folders import check_new, new_folder, set_fields
 from megatron.convert.huggingface import extra_rows, family_of, hugging_face_config, hugging_face_model
 from megatron.convert.tokenizer import write_tokenizer
 from megatron.errors import ConfigurationError
@@ -89,6 +89,7 @@ def export(
         if not masked:
             twin.generation_config.pad_token_id = tokenizer.eod  # what fills up a batch is never looked at
         twin.save_pretrained(folder, max_shard_size=shard)
+        set_fields(folder / "config.json", torch_dtype=dtype)  # the name of dtype before transformers 4.56
         save_file(extra_rows(model, rows), folder / EXTRA_ROWS)
         written = write_tokenizer(folder, tokenizer, masked=masked, positions=positions)
         write_json(folder / RECORD, record(trained, average, dtype))

@@ -1,5 +1,6 @@
 """Folders that are there whole or not at all."""
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -42,6 +43,12 @@ def new_folder(output: Path) -> Iterator[Path]:
         raise OSError(f"--output {output}: could not be written ({error}); free space and start again") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def set_fields(file: Path, **fields) -> None:
+    """Set fields of the object in a JSON file."""
+    written = json.loads(file.read_text(encoding="utf-8")) | fields
+    file.write_text(json.dumps(written, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _to_disk(path: Path) -> None:

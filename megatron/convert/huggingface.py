@@ -97,7 +97,7 @@ def hugging_face_config(
     ConfigurationError as `family_of` does.
     """
     family = family_of(config, bidirectional)
-    return family.config_class()(
+    result = family.config_class()(
         vocab_size=rows,
         hidden_size=config.hidden_size,
         intermediate_size=config.mlp_size,
@@ -114,6 +114,8 @@ def hugging_face_config(
         **dict.fromkeys(family.biases, config.add_bias_linear),
         **{"bos_token_id": None, "eos_token_id": None, "pad_token_id": None, **tokens},
     )
+    result.rope_theta = config.rotary_base  # readers before transformers 5 know this field alone, and default to 10000
+    return result
 
 
 def hugging_face_model(model: Transformer, config: "PreTrainedConfig") -> "PreTrainedModel":

@@ -8,6 +8,7 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Library
 
 from megatron.convert import sentence_piece
+from megatron.convert.folders import set_fields
 from megatron.data.tokenizer import (
     END,
     ByteTokenizer,
@@ -41,6 +42,8 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, *, masked: bool, positio
     from transformers import AutoTokenizer
 
     hugging_face_tokenizer(tokenizer, masked=masked, positions=positions).save_pretrained(folder)
+    # transformers 5 writes a name that no reader before it knows, and reads this one as the same class
+    set_fields(folder / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
     loaded = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     for text in ("", "0", f"0 {tokenizer.eod - 1}\n00") if isinstance(tokenizer, NullTokenizer) else TEXTS:
         if loaded(text, verbose=False)["input_ids"] != tokenizer.encode(text):

@@ -75,6 +75,8 @@ def test_ids_equal_ours(name, masked, folder, tmp_path):
         assert ours.eod not in theirs.encode(text)
         if "spm" not in name and "megatron" not in name:
             assert theirs.decode(ours.encode(text)) == text
+    written = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert written["tokenizer_class"] == "PreTrainedTokenizerFast"  # which every version of transformers has
     assert theirs.eos_token_id == ours.eod and len(theirs) == ours.vocabulary_size + masked
     assert theirs.mask_token_id == (ours.vocabulary_size if masked else None)
     assert sorted(theirs("a")) == ["attention_mask", "input_ids"]

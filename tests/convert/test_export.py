@@ -94,6 +94,8 @@ def test_shards_and_bf16(runs, tmp_path):
     assert model.dtype == torch.bfloat16 and len([*(tmp_path / "bf16").glob("model-*.safetensors")]) > 1
     ours = open_trained(str(runs / "ar")).model()
     assert torch.equal(model.model.embed_tokens.weight, ours.embed_tokens.weight[:257].bfloat16())
+    written = json.loads((tmp_path / "bf16" / "config.json").read_text())
+    assert written["dtype"] == written["torch_dtype"] == "bfloat16"  # the second is the name before transformers 4.56
     rest = load_file(tmp_path / "bf16" / "extra_rows.safetensors")
     assert torch.equal(rest["embed_tokens.weight"], ours.embed_tokens.weight[257:].bfloat16())
 

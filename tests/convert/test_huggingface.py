@@ -1,5 +1,7 @@
 """What is exported computes what our model computes, in plain transformers; what cannot is refused with the reason."""
 
+import json
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
@@ -48,6 +50,8 @@ def test_logits_survive_the_disk(name, masked, size, tmp_path):
     config = hugging_face_config(model.config, rows=rows, positions=24, bidirectional=masked)
     hugging_face_model(model, config).save_pretrained(tmp_path, max_shard_size="20KB")
     assert len([*tmp_path.glob("*.safetensors")]) > 1
+    # readers before transformers 5 look at rope_theta alone, and take 10000 where it is missing
+    assert json.loads((tmp_path / "config.json").read_text())["rope_theta"] == model.config.rotary_base == 5000.0
     theirs = (AutoModelForMaskedLM if masked else AutoModelForCausalLM).from_pretrained(tmp_path)
     assert type(theirs).__name__ == ("Qwen3ForCausalLM" if model.config.qk_layernorm else CLASSES[masked])
     tokens = torch.randint(rows, (2, 24), generator=torch.Generator().manual_seed(1))
