@@ -18,6 +18,27 @@ def convert(source: bytes, named: str) -> Tokenizer:
 
     Raises ConfigurationError where the model is of another type than Unigram and BPE, or a package is missing.
     """
+    proto = _read(source, named)
+    result = Tokenizer(_model(proto, named))
+    result.normalizer = normalizers.Sequence(_normalizers(proto.normalizer_spec))
+    if not any(SPACE in piece.piece[1:] for piece in proto.pieces):  # a cut before spaces is fast, and changes nothing
+        result.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, "never", split=True)
+    steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    prefix = [decoders.Strip(" ", 1, 0)] if proto.normalizer_spec.add_dummy_prefix else []
+    result.decoder = decoders.Sequence([*steps, *prefix])
+    result.add_special_tokens([piece.piece for piece in proto.pieces if piece.type == CONTROL])
+    if proto.trainer_spec.model_type == BPE:  # which merges nothing with them; in Unigram they are pieces with a score
+        symbols = [piece.piece for piece in proto.pieces if piece.type == USER_DEFINED]
+        result.add_tokens([AddedToken(symbol, normalized=False) for symbol in symbols])
+    return result
+
+
+def symbols(source: bytes, named: str) -> list[str]:
+    """Return how a model spells its control and user-defined symbols."""
+    return [piece.piece for piece in _read(source, named).pieces if piece.type in (CONTROL, USER_DEFINED)]
+
+
+def _read(source: bytes, named: str):
     try:
         from sentencepiece import sentencepiece_model_pb2
     except ImportError as error:
@@ -25,35 +46,34 @@ def convert(source: bytes, named: str) -> Tokenizer:
             f"{named}: to export it needs the package protobuf, which cannot be imported ({error}); install it: "
             "bash install.sh --with-eval"
         ) from None
-    proto = sentencepiece_model_pb2.ModelProto.FromString(source)
-    made = Tokenizer(_model(proto, named))
-    normal = proto.normalizer_spec
-    steps = [normalizers.Precompiled(normal.precompiled_charsmap)] if normal.precompiled_charsmap else []
-    if normal.remove_extra_whitespaces:
-        steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
-    made.normalizer = normalizers.Sequence(steps)
-    prefix = "always" if normal.add_dummy_prefix else "never"
-    split = proto.trainer_spec.split_by_whitespace
-    made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prefix, split=split)
-    spaces = [decoders.Strip(" ", 1, 0)] if normal.add_dummy_prefix else []
-    made.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *spaces])
-    made.add_tokens(
-        [
-            AddedToken(piece.piece, normalized=False, special=piece.type == CONTROL)
-            for piece in proto.pieces
-            if piece.type in (CONTROL, USER_DEFINED)
-        ]
-    )
-    return made
+    return sentencepiece_model_pb2.ModelProto.FromString(source)
+
+
+def _normalizers(spec) -> list[normalizers.Normalizer]:
+    """Return what a SentencePiece model does to a text, step by step."""
+    prefix = [normalizers.Prepend(SPACE)] if spec.add_dummy_prefix else []
+    steps, spaces = _character_map(spec.precompiled_charsmap), normalizers.Replace(" ", SPACE)
+    if not spec.remove_extra_whitespaces:
+        return [*prefix, *steps, spaces]
+    # in Onig, ^ and $ match at every line
+    steps += [normalizers.Replace(Regex(r"\A +"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
+    return [*steps, normalizers.Replace(Regex(f"[ {SPACE}]+\\z"), ""), spaces, *prefix]
+
+
+def _character_map(source: bytes) -> list[normalizers.Normalizer]:
+    """Return the character map of a model; the library maps \\r\\n as the single character \\r, SentencePiece both."""
+    if not source:
+        return []
+    mapped = normalizers.Precompiled(source)
+    return_and_feed_equal = mapped.normalize_str("\r") == mapped.normalize_str("\n")
+    return [normalizers.Replace("\r\n", "\n\n"), mapped] if return_and_feed_equal else [mapped]
 
 
 def _model(proto, named: str) -> models.Model:
     """Return the model of a SentencePiece model, in which no text spells a control piece or a byte."""
     spec, pieces = proto.trainer_spec, proto.pieces
-    spelled = [piece.type in (NORMAL, USER_DEFINED) for piece in pieces]
     if spec.model_type == UNIGRAM:
-        scored = [(piece.piece, piece.score if said else NEVER) for piece, said in zip(pieces, spelled, strict=True)]
-        return models.Unigram(scored, unk_id=spec.unk_id, byte_fallback=spec.byte_fallback)
+        return models.Unigram(_scored(pieces), unk_id=spec.unk_id, byte_fallback=spec.byte_fallback)
     if spec.model_type != BPE:
         kind = sentence_piece_type(spec.model_type)
         raise ConfigurationError(
@@ -61,7 +81,7 @@ def _model(proto, named: str) -> models.Model:
             "be exported with its tokenizer"
         )
     vocabulary = {piece.piece: index for index, piece in enumerate(pieces)}
-    known = {piece.piece for piece, said in zip(pieces, spelled, strict=True) if said}
+    known = {piece.piece for piece in pieces if piece.type == NORMAL}
     ordered = sorted((piece for piece in pieces if piece.piece in known), key=lambda piece: -piece.score)
     merges = [
         (text[:cut], text[cut:])
@@ -71,6 +91,17 @@ def _model(proto, named: str) -> models.Model:
     ]
     options = {"unk_token": spec.unk_piece, "fuse_unk": True, "byte_fallback": spec.byte_fallback}
     return models.BPE(vocab=vocabulary, merges=merges, **options)
+
+
+def _scored(pieces) -> list[tuple[str, float]]:
+    """Return the pieces of a Unigram model with their scores; SentencePiece scores user-defined ones by their bytes."""
+    best = max((piece.score for piece in pieces if piece.type == NORMAL), default=0.0)
+    return [
+        (piece.piece, len(piece.piece.encode()) * best - 0.1)
+        if piece.type == USER_DEFINED
+        else (piece.piece, piece.score if piece.type == NORMAL else NEVER)
+        for piece in pieces
+    ]
 
 
 def sentence_piece_type(number: int) -> str:

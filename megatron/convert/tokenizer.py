@@ -1,6 +1,7 @@
 """Our tokenizers as transformers loads them: the same ids for every text, literal special text included."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,6 +31,9 @@ TEXTS = (
     "na\u00efve \ufb01 \u6f22\u5b57 \u0627\u0644 \U0001f600\u200d\U0001f680 e\u0301 \u0000\ufffd\u2581",
     "<|endoftext|> [MASK] <|mask|> <s></s> <unk> <pad> <EOD> <MASK> [CLS] [SEP] <0x0A>",
     "def f(x): return {'1': 1.5e-3}[x]  # 0123456789",
+    "  ",
+    "\u2581 x \u2581",
+    "\r\n\tx \n",
 )
 
 
@@ -45,7 +49,7 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, *, masked: bool, positio
     # transformers 5 writes a name that no reader before it knows, and reads this one as the same class
     set_fields(folder / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
     loaded = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    for text in ("", "0", f"0 {tokenizer.eod - 1}\n00") if isinstance(tokenizer, NullTokenizer) else TEXTS:
+    for text in _probes(tokenizer):
         if loaded(text, verbose=False)["input_ids"] != tokenizer.encode(text):
             raise ConfigurationError(
                 f"{tokenizer.named}: transformers gives other ids for the text {text!r}, so that scores would differ; "
@@ -54,6 +58,22 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, *, masked: bool, positio
     if tokenizer.source is not None:
         (folder / training_file(tokenizer)).write_bytes(tokenizer.source)
     return loaded
+
+
+def _probes(tokenizer: Tokenizer) -> Iterator[str]:
+    """Yield the texts whose ids an export compares: those above, and all symbols that the tokenizer has of its own."""
+    if isinstance(tokenizer, NullTokenizer):
+        yield from ("", "0", f"0 {tokenizer.eod - 1}\n00")
+        return
+    yield from TEXTS
+    symbols = []
+    if isinstance(tokenizer, HFTokenizer):
+        symbols = [token["content"] for token in json.loads(tokenizer.source)["added_tokens"]]
+    elif isinstance(tokenizer, GPTSentencePieceTokenizer):
+        symbols = [*sentence_piece.symbols(tokenizer.source, tokenizer.named), *tokenizer.added]
+    for symbol in symbols:
+        yield symbol
+        yield f"a{symbol}b  {symbol} {symbol}{symbol}\n"
 
 
 def training_file(tokenizer: Tokenizer) -> str:
