@@ -70,10 +70,14 @@ def model_config(config: "PreTrainedConfig", raw: dict, path: Path) -> ModelConf
     faults = {
         "hidden_act": (config.hidden_act != "silu", "SwiGLU with silu is what this network has"),
         "partial_rotary_factor": (raw.get("partial_rotary_factor", 1.0) != 1.0, "whole heads are rotated here"),
-        "rope_scaling": (raw.get("rope_scaling"), "rotary positions are not scaled here"),
+        "rope_scaling": (_scales(raw.get("rope_scaling")), "rotary positions are not scaled here"),
         "rope_parameters": (
-            rope.get("rope_type", "default") != "default" or rope.get("partial_rotary_factor", 1.0) != 1.0,
+            _scales(rope) or rope.get("partial_rotary_factor", 1.0) != 1.0,
             "rotary positions are not scaled here, and whole heads are rotated",
+        ),
+        "rope_theta": (
+            (raw.get("rope_theta") or rope["rope_theta"]) != rope["rope_theta"],
+            f"rope_parameters or rope_scaling says {rope['rope_theta']}",
         ),
         "use_sliding_window": (raw.get("use_sliding_window"), "every position sees all before it here"),
         "sliding_window": (
@@ -112,6 +116,20 @@ def model_config(config: "PreTrainedConfig", raw: dict, path: Path) -> ModelConf
         init_method_std=config.initializer_range or 0.02,
         attention_dropout=float(config.attention_dropout or 0.0),
     )
+
+
+def _scales(rope: dict | None) -> bool:
+    """Return whether rope_scaling or rope_parameters may change rotary positions, or say it layer by layer.
+
+    The kind default and linear by 1 change nothing, whatever else they hold; older versions call the kind `type`.
+    """
+    rope = rope or {}
+    kind = rope.get("rope_type") or rope.get("type")
+    if any(isinstance(value, dict) for value in rope.values()):
+        return True
+    if kind == "linear":
+        return rope.get("factor") != 1
+    return kind not in (None, "default") or (kind is None and rope.get("factor", 1) != 1)
 
 
 def _weights(path: Path, config: "PreTrainedConfig") -> dict[str, Tensor]:

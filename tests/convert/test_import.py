@@ -219,6 +219,20 @@ REFUSED = {
             **{"high_freq_factor": 4.0, "original_max_position_embeddings": 8192},
         }
     ),
+    'rope_scaling {"type": "dynamic", "factor": 2.0}': dict(
+        rope_parameters=None, rope_scaling={"type": "dynamic", "factor": 2.0}
+    ),
+    'rope_scaling {"rope_type": null, "type": "linear", "factor": 2.0}': dict(
+        rope_parameters=None, rope_scaling={"rope_type": None, "type": "linear", "factor": 2.0}
+    ),
+    'rope_scaling {"factor": 4.0}': dict(rope_parameters=None, rope_scaling={"factor": 4.0}),
+    'rope_parameters {"rope_type": "yarn"': dict(
+        rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 1.0},
+    ),
+    'rope_parameters {"full_attention": {"rope_type": "default"': dict(
+        rope_parameters={"full_attention": {"rope_type": "default", "rope_theta": 5.0}}
+    ),
+    "rope_theta 500.0 cannot be imported: rope_parameters or rope_scaling says 10000.0": dict(rope_theta=500.0),
     "partial_rotary_factor 0.5": dict(partial_rotary_factor=0.5),
     "sliding_window 8": dict(sliding_window=8),
     "attention_bias true": dict(attention_bias=True),
@@ -249,6 +263,34 @@ def test_what_our_network_cannot_be_is_refused_by_name_and_value(said, llama, tm
         import_folder(tmp_path / "hf", tmp_path / "run")
     assert said in str(caught.value) and "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists() and not (tmp_path / "run.partial").exists()
+
+
+UNSCALED = {
+    "type": dict(rope_scaling={"type": "default"}),
+    "rope_type": dict(rope_scaling={"rope_type": "default"}),
+    "both": dict(rope_scaling={"type": "default", "rope_type": "default", "factor": 1.0}),
+    "null": dict(rope_scaling=None),
+    "empty": dict(rope_scaling={}),
+    "linear": dict(rope_scaling={"type": "linear", "factor": 1.0}),
+    "new name": dict(rope_parameters={"type": "default", "rope_theta": 500.0}),
+    "new name, linear": dict(rope_parameters={"rope_type": "linear", "factor": 1, "rope_theta": 500.0}),
+    "both names": dict(rope_parameters={"rope_type": "default", "rope_theta": 500.0}, rope_scaling={"type": "default"}),
+}
+
+
+@pytest.mark.parametrize("name", UNSCALED)
+@torch.no_grad()
+def test_rotary_positions_that_nothing_scales_are_imported_in_every_spelling(name, llama, tmp_path):
+    shutil.copytree(llama, tmp_path / "hf")
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    del config["rope_parameters"]
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config | {"rope_theta": 500.0} | UNSCALED[name]))
+    import_folder(tmp_path / "hf", tmp_path / "run")
+    model = open_trained(str(tmp_path / "run")).model()
+    assert model.config.rotary_base == 500.0
+    tokens = torch.randint(300, (1, 40), generator=torch.Generator().manual_seed(1))
+    expected = LlamaForCausalLM.from_pretrained(tmp_path / "hf")(tokens).logits
+    torch.testing.assert_close(model.logits(tokens, causal=True), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_qwen3_and_eurobert_with_what_we_lack_are_refused(tmp_path):
