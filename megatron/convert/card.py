@@ -37,10 +37,28 @@ CAUSAL_USE = """\
 also stands in front of a text that has no context.
 """
 MASKED_USE = """\
-Replace what is unknown by `{mask}` (id {mask_id}), any number of tokens at a time; the output at that place speaks of
-the token itself. There is no time to pass. The probabilities it was trained with leave out the last output, that of
-`{mask}`: `logits[..., :{mask_id}].softmax(-1)`. No causal class of transformers loads it, and a score from left to
-right is not what the losses above are. To evaluate, score or sample it as it was trained, make it a run again:
+Replace what is unknown by `{mask}` (id {mask_id}), any number of tokens at a time; the output at that position predicts
+the token itself. There is no time to pass. In a text, `{mask}` and all other special tokens are read as text unless the
+tokenizer gets `split_special_tokens=False`. The probabilities it was trained with leave out the last output, that of
+`{mask}`:
+
+```python
+ids = tokenizer("Replace what is{mask}", split_special_tokens=False, return_tensors="pt")
+probabilities = model(**ids).logits[..., :{mask_id}].softmax(-1)
+```
+
+The pipeline `fill-mask` does the same, but with the output of `{mask}` in its softmax: its scores are lower, and
+`{mask}` may be among its answers:
+
+```python
+from transformers import pipeline
+
+fill = pipeline("fill-mask", "{name}", tokenizer_kwargs={{"split_special_tokens": False}})
+answers = fill("Replace what is{mask}")
+```
+
+No causal class of transformers loads it, and a score from left to right is not what the losses above are. To evaluate,
+score or sample it as it was trained, make it a run again:
 
 ```bash
 python tools/convert_checkpoint.py from-hf {name} --output runs/{name}

@@ -81,13 +81,12 @@ def export(
         positions=positions,
         bidirectional=masked,
         eos_token_id=tokenizer.eod,
+        pad_token_id=tokenizer.eod,  # what pads a batch is never looked at
         **({"mask_token_id": trained.vocabulary.mask_id} if masked else {}),
     )
     model = trained.model(average, DTYPES[dtype])
     with new_folder(output) as folder, _quiet():
         twin = hugging_face_model(model, config)
-        if not masked:
-            twin.generation_config.pad_token_id = tokenizer.eod  # what fills up a batch is never looked at
         twin.save_pretrained(folder, max_shard_size=shard)
         set_fields(folder / "config.json", torch_dtype=dtype)  # the name of dtype before transformers 4.56
         save_file(extra_rows(model, rows), folder / EXTRA_ROWS)

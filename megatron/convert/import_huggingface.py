@@ -1,6 +1,5 @@
 """A folder of transformers as a run: an export comes back as what it was, others as far as they are known."""
 
-import json
 from pathlib import Path
 
 import torch
@@ -10,9 +9,10 @@ from megatron.config.sections import ModelConfig, Vocabulary
 from megatron.convert.export import EXTRA_ROWS, RECORD
 from megatron.convert.folders import check_new, new_folder
 from megatron.convert.huggingface import TABLES
+from megatron.convert.import_tokenizer import adopt_tokenizer
 from megatron.convert.new_run import describe_import, fill_tables, network_flags, write_run
 from megatron.convert.read_huggingface import Folder, read_folder, read_object, read_tensors
-from megatron.data.tokenizer import HFTokenizer
+from megatron.convert.tokenizer import keep_tokenizer
 from megatron.errors import ConfigurationError
 from megatron.training.command_line import parse
 
@@ -120,15 +120,19 @@ def _adopt(folder: Folder, output: Path, seq_length: int | None) -> list[str]:
     """Write a run of which only network, weights and, where it is of our kind, tokenizer are known."""
     objective, rows = "mdm" if folder.family.bidirectional else "ar", folder.config.vocab_size
     with new_folder(output) as aside:
-        size, said = _tokenizer(folder, aside), []
-        flags = ["--tokenizer-type", "HFTokenizer", "--tokenizer-model", str(output.resolve() / "tokenizer.json")]
-        if size is None:
+        tokenizer, line = adopt_tokenizer(folder, aside)
+        if tokenizer is None:
             size = rows - (folder.mask_row == rows - 1)
             flags = ["--tokenizer-type", "NullTokenizer", "--vocab-size", str(size - 1)]
-            said.append(
-                f"no tokenizer.json with <|endoftext|>: its {size} ids are taken as they are, the last as the end of a "
-                "document (--tokenizer-type NullTokenizer)"
+            line += (
+                f"; its {size} ids are taken as they are, the last as the end of a document (--tokenizer-type "
+                "NullTokenizer)"
             )
+            if folder.config.eos_token_id not in (None, size - 1):
+                line += f", not eos_token_id {folder.config.eos_token_id}"
+        else:
+            size, data = tokenizer.vocabulary_size, keep_tokenizer(tokenizer, aside, output)
+            flags = ["--tokenizer-type", data["tokenizer_type"], "--tokenizer-model", data["tokenizer_model"]]
         if size > rows:
             raise ConfigurationError(
                 f"{folder.path}: its tokenizer has {size} ids and its embedding {rows} rows; give the tokenizer of the "
@@ -142,7 +146,7 @@ def _adopt(folder: Folder, output: Path, seq_length: int | None) -> list[str]:
         write_run(aside, recorded, weights, config.training.global_batch_size)
     return [
         f"{output}: a run of --objective {objective} over {size:,} ids, at step 0; nothing is known of its training",
-        *said,
+        line,
         *_rows_said(folder, vocabulary),
         f"train it on as a branch, with the flags of its network: --load {output} {network_flags(folder.model)}",
     ]
@@ -159,24 +163,3 @@ def _rows_said(folder: Folder, vocabulary: Vocabulary) -> list[str]:
         first = max(rows, mask + 1) if folder.mask_row is not None else rows
         said.append(f"rows {first} to {vocabulary.padded_size - 1} are new ones")
     return said
-
-
-def _tokenizer(folder: Folder, aside: Path) -> int | None:
-    """Write the folder's tokenizer.json, without its mask token, into `aside`; return the number of its ids.
-
-    None, and nothing is written, where there is none of our kind: with <|endoftext|>, which no text becomes.
-    """
-    path, target = folder.path / "tokenizer.json", aside / "tokenizer.json"
-    if not path.exists():
-        return None
-    state = read_object(path)
-    added = state.get("added_tokens") or []
-    last = max((token["id"] for token in added), default=None)
-    if folder.mask_row is not None and last == folder.mask_row == folder.config.vocab_size - 1:
-        state["added_tokens"] = [token for token in added if token["id"] != last]
-    target.write_text(json.dumps(state), encoding="utf-8")
-    try:
-        return HFTokenizer(str(target)).vocabulary_size
-    except ConfigurationError:
-        target.unlink()
-        return None

@@ -100,6 +100,7 @@ def hugging_face_tokenizer(tokenizer: Tokenizer, *, masked: bool, positions: int
     return PreTrainedTokenizerFast(
         tokenizer_object=library,
         eos_token=library.id_to_token(tokenizer.eod),
+        pad_token=library.id_to_token(tokenizer.eod),
         **special,
         split_special_tokens=True,  # literal special text stays text
         clean_up_tokenization_spaces=False,

@@ -1,6 +1,7 @@
 """Tokenizers under Megatron's names. Special ids never come out of text."""
 
 import hashlib
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -13,7 +14,7 @@ SMALLEST_TRAINED = 257  # a byte each, and END
 
 
 class HFTokenizer:
-    """A tokenizer.json of the `tokenizers` library."""
+    """A tokenizer.json of the `tokenizers` library; what it puts after a text, or <|endoftext|>, ends a document."""
 
     def __init__(self, path: str | None):
         from tokenizers import Tokenizer as Library
@@ -29,14 +30,15 @@ class HFTokenizer:
         # a file may ask for either, and a document is neither cut nor filled up
         self._library.no_truncation()
         self._library.no_padding()
-        self._find_end()
+        self._find_end(appended_token(json.loads(self.source)) or END)
 
-    def _find_end(self) -> None:
+    def _find_end(self, end: str = END) -> None:
+        """Set the id of the token that ends a document, and the number of ids."""
         self._library.encode_special_tokens = True  # literal special text stays text
         self.vocabulary_size = max(self._library.get_vocab().values(), default=-1) + 1  # ids may have gaps
-        self.eod = self._library.token_to_id(END)
-        if self.eod is None or self.eod in self.encode(END):
-            fault = f"has no {END} token" if self.eod is None else f"reads the text {END} as the end of a document"
+        self.eod = self._library.token_to_id(end)
+        if self.eod is None or self.eod in self.encode(end):
+            fault = f"has no {end} token" if self.eod is None else f"reads the text {end} as the end of a document"
             raise ConfigurationError(f'{self.named}: {fault}; give it one, as an added token with "special": true')
 
     def encode(self, text: str) -> list[int]:
@@ -218,6 +220,14 @@ def build_tokenizer(
         "NullTokenizer": lambda: NullTokenizer(vocab_size),
     }
     return makers[tokenizer_type]()
+
+
+def appended_token(state: dict) -> str | None:
+    """Return the special token that a tokenizer.json puts after a text, None where it puts no token or several."""
+    match (state.get("post_processor") or {}).get("single"):
+        case [{"Sequence": _}, {"SpecialToken": {"id": token}}]:
+            return token
+    return None
 
 
 def file_hash(path: str | Path | None, kind: str = "tokenizer.json") -> str:

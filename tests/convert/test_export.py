@@ -48,10 +48,12 @@ def test_an_autoregressive_run_gives_its_loss_in_plain_transformers(runs, tmp_pa
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "ar")
     assert loss(model, runs / "ar") == pytest.approx(recorded(runs / "ar", "tuning"), rel=1e-5)
     assert model.config.max_position_embeddings == 32 and model.config.vocab_size == 257
-    assert model.generation_config.eos_token_id == model.generation_config.pad_token_id == 256
+    for config in (model.config, model.generation_config):
+        assert config.eos_token_id == config.pad_token_id == 256
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "ar")
     text = "na\u00efve <|endoftext|> [MASK] \U0001f600\n"
     assert tokenizer(text)["input_ids"] == list(text.encode()) and tokenizer("")["input_ids"] == []
+    assert tokenizer(["a", "bc"], padding=True)["input_ids"] == [[97, tokenizer.pad_token_id], [98, 99]]
     assert (tokenizer.eos_token_id, tokenizer.mask_token, len(tokenizer)) == (256, None, 257)
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
     generated = model.generate(**tokenizer("def ", return_tensors="pt"), max_new_tokens=4, do_sample=False)
@@ -69,7 +71,9 @@ def test_a_masked_diffusion_run_is_a_masked_language_model_and_no_causal_one(run
     assert abs(loss(model, runs / "mdm", size=258) - best["loss"]) > 1e-5  # as the card says, [MASK] is left out
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "mdm")
     assert tokenizer.mask_token_id == model.config.mask_token_id == 257 and tokenizer.mask_token == "[MASK]"
-    assert tokenizer("[MASK]")["input_ids"] == list(b"[MASK]")  # text never becomes a mask
+    assert tokenizer("[MASK]")["input_ids"] == list(b"[MASK]")  # text becomes a mask only where that is wanted
+    assert tokenizer("a[MASK]", split_special_tokens=False)["input_ids"] == [97, 257]
+    assert tokenizer.pad_token_id == model.config.pad_token_id == model.config.eos_token_id == 256
     assert not (tmp_path / "mdm" / "generation_config.json").exists()
     with pytest.raises(ValueError, match="Unrecognized configuration class .*EuroBertConfig.* AutoModelForCausalLM"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "mdm")
@@ -124,6 +128,21 @@ def test_the_card_tells_what_was_trained_and_how_to_read_its_losses(runs, tmp_pa
     assert "≤" not in ar and "upper bound" not in ar
     assert f"| tuning | ≤ {recorded(runs / 'mdm', 'tuning'):.4f} ± " in mdm and "an upper bound" in mdm
     assert "from 4 replicates" in mdm and "logits[..., :257]" in mdm and "from-hf mdm" in mdm
+
+
+def test_the_code_in_the_card_of_a_masked_model_runs(runs, tmp_path, monkeypatch):
+    export(open_trained(str(runs / "mdm")), tmp_path / "mdm")
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    for block in re.findall(r"```python\n(.*?)```", (tmp_path / "mdm" / "README.md").read_text(), re.DOTALL):
+        exec(block, names)
+    text = b"Replace what is"
+    tokens = torch.tensor([[*text, 257]])
+    with torch.no_grad():
+        logits = open_trained(str(runs / "mdm")).model().logits(tokens, causal=False)[0, -1]
+    torch.testing.assert_close(names["probabilities"][0, -1], logits.softmax(-1))
+    answers = [answer["token"] for answer in names["answers"] if answer["token"] != 257]
+    assert answers == logits.topk(len(answers)).indices.tolist()
 
 
 def test_what_two_processes_saved_is_exported_alike(tiny, tmp_path):

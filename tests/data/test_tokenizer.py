@@ -94,6 +94,29 @@ def test_documents_are_neither_cut_nor_filled_up_whatever_the_file_asks(path, tm
     assert len(limited.encode("short")) <= 5
 
 
+def test_the_token_that_the_file_puts_after_a_text_ends_a_document(path, tmp_path, refused):
+    text, end = {"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "</s>", "type_id": 0}}
+
+    def tokenizer(*single, special=True):
+        def change(description):
+            added = description["added_tokens"]
+            added.append(added[0] | {"id": 280, "content": "</s>", "special": special})
+            description["post_processor"] = {
+                "type": "TemplateProcessing",
+                "single": single,
+                "pair": single,
+                "special_tokens": {"</s>": {"id": "</s>", "ids": [280], "tokens": ["</s>"]}},
+            }
+
+        return HFTokenizer(changed(path, tmp_path, change))
+
+    assert tokenizer(text, end).eod == 280 and 280 not in tokenizer(text, end).encode("a</s>")
+    for single in ((end, text), (end, text, end), (text,)):
+        assert tokenizer(*single).decode([tokenizer(*single).eod]) == END
+    with refused("--tokenizer-model", "changed.json", "reads the text </s> as the end", '"special": true'):
+        tokenizer(text, end, special=False)
+
+
 def test_an_end_that_text_can_spell_is_refused(path, tmp_path, refused):
     def plain(description):
         description["added_tokens"][0]["special"] = False
