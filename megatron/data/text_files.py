@@ -1,13 +1,13 @@
-"""The user's own text, read one document at a time: .txt and .jsonl, each also as .gz or .zst."""
+"""The user's own text: .txt and .jsonl, each also as .gz or .zst, in UTF-8 with or without a byte order mark."""
 
-import gzip
-import io
+import codecs
 import json
-import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from megatron.data.compressed import SUFFIXES, open_decompressed
 from megatron.data.corpus import Document
 from megatron.errors import ConfigurationError
 
@@ -21,82 +21,85 @@ def read_documents(paths: Iterable[str], key: str = "text", separator: str | Non
     `separator` ("" is an empty line).
     """
     for path in map(Path, paths):
-        kind = _kind(path)
-        try:
-            with _open(path) as file:
-                for name, text in _lines(path, file, key) if kind == ".jsonl" else _parts(path, file, separator):
-                    if text.strip():
-                        yield Document(name, "", text)
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        if not path.is_file():
+            raise ConfigurationError(f"--input {path}: no such file; give the path of a text file")
+        kind = text_kind(path)
+        if kind not in (".txt", ".jsonl"):
             raise ConfigurationError(
-                f"--input {path}: is damaged or cut ({error}); fetch or compress it anew"
-            ) from None
-        except OSError as error:
+                f"--input {path}: is neither .txt nor .jsonl, nor one of them with .gz or .zst; rename it"
+            )
+        with open_text(path, f"--input {path}") as file:
+            for name, text in _lines(path, file, key) if kind == ".jsonl" else _parts(path, file, separator):
+                if text.strip():
+                    yield Document(name, "", text)
+
+
+def text_kind(path: Path) -> str:
+    """Return the ending that says what a file holds, in lower case: ".jsonl" of "A.JSONL.gz"."""
+    return Path(path.stem if path.suffix.lower() in SUFFIXES else path.name).suffix.lower()
+
+
+def read_text(path: Path, named: str) -> str:
+    """Return all text of a file, its line ends as they are.
+
+    Raises: ConfigurationError.
+    """
+    with open_text(path, named) as file:
+        return decode_text(file.read(), named)
+
+
+@contextmanager
+def open_text(path: Path, named: str) -> Iterator[BinaryIO]:
+    """Yield the decompressed bytes of a text file.
+
+    Raises: ConfigurationError.
+    """
+    with open_decompressed(path, named) as file:
+        start = file.peek(2)[:2]
+        if start in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) or b"\0" in start:
             raise ConfigurationError(
-                f"--input {path}: cannot be read ({error.strerror}); check its permissions and disk"
-            ) from None
+                f"{named}: is not UTF-8 (it begins with the bytes {start.hex(' ')}, as UTF-16 does); "
+                "convert it with iconv -f UTF-16 -t UTF-8"
+            )
+        yield file
 
 
-def _kind(path: Path) -> str:
-    suffix = path.suffix.lower()
-    kind = path.with_suffix("").suffix.lower() if suffix in (".gz", ".zst") else suffix
-    if not path.is_file():
-        raise ConfigurationError(f"--input {path}: no such file; give the path of a text file")
-    if kind not in (".txt", ".jsonl"):
-        raise ConfigurationError(
-            f"--input {path}: is neither .txt nor .jsonl, nor one of them with .gz or .zst; rename it"
-        )
-    return kind
+def decode_text(data: bytes, named: str) -> str:
+    """Return the text of UTF-8, without the byte order mark that may precede it.
+
+    Raises: ConfigurationError.
+    """
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigurationError(f"{named}: is not UTF-8 ({error}); convert it with iconv -t UTF-8") from None
 
 
-def _open(path: Path) -> BinaryIO:
-    suffix = path.suffix.lower()
-    if suffix == ".gz":
-        return gzip.open(path)
-    if suffix == ".zst":
+def json_lines(file: BinaryIO, named: str) -> Iterator[tuple[int, object]]:
+    """Yield the number and the value of each line that is not empty.
+
+    Raises: ConfigurationError.
+    """
+    for number, line in enumerate(file, 1):
+        if not line.removeprefix(codecs.BOM_UTF8).strip():
+            continue
         try:
-            import zstandard
-        except ImportError:
-            raise ConfigurationError(f"--input {path}: needs the package zstandard; pip install zstandard") from None
-        return io.BufferedReader(_Zstandard(open(path, "rb"), zstandard))
-    return open(path, "rb")
+            value = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ConfigurationError(f"{named}: line {number} is not JSON ({error}); fix or remove it") from None
+        yield number, value
 
 
-class _Zstandard(io.RawIOBase):
-    """All frames of a .zst file. The library's own reader ends in silence where the file was cut."""
+def check_encodable(text: str, where: str) -> str:
+    """Return `text`; it may hold half a character, which has no UTF-8, in JSON's escapes or a command line's bytes.
 
-    def __init__(self, file: BinaryIO, library):
-        self._file, self._library = file, library
-        self._frame, self._unread, self._ready = None, b"", b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer) -> int:
-        while not self._ready:
-            self._unread = self._unread or self._file.read(1 << 17)
-            if not self._unread and self._frame is None:
-                return 0
-            if not self._unread:
-                raise EOFError("a frame has no end")
-            self._decompress()
-        count = min(len(buffer), len(self._ready))
-        buffer[:count], self._ready = self._ready[:count], self._ready[count:]
-        return count
-
-    def _decompress(self) -> None:
-        self._frame = self._frame or self._library.ZstdDecompressor().decompressobj()
-        try:
-            self._ready = self._frame.decompress(self._unread)
-        except self._library.ZstdError as error:
-            raise EOFError(error) from None
-        self._unread = b""
-        if self._frame.eof:
-            self._unread, self._frame = self._frame.unused_data, None
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
+    Raises: ConfigurationError.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigurationError(f"{where} is not text ({error}); fix or remove it") from None
+    return text
 
 
 def _parts(path: Path, file: BinaryIO, separator: str | None) -> Iterator[tuple[str, str]]:
@@ -123,24 +126,16 @@ def _decoded(name: str, data: bytes) -> str:
             f"--input {name}: is one document of more than {LONGEST_DOCUMENT} bytes; "
             "name the line that ends a document with --txt-separator, '' for an empty one"
         )
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ConfigurationError(f"--input {name}: is not UTF-8 ({error}); convert it with iconv -t UTF-8") from None
+    return decode_text(data, f"--input {name}")
 
 
 def _lines(path: Path, file: BinaryIO, key: str) -> Iterator[tuple[str, str]]:
     """Yield name and text of each line of a .jsonl file."""
-    for number, line in enumerate(file, 1):
-        if line.strip():
-            yield f"{path}:{number}", _field(f"--input {path}: line {number}", line, key)
+    for number, record in json_lines(file, f"--input {path}"):
+        yield f"{path}:{number}", _field(f"--input {path}: line {number}", record, key)
 
 
-def _field(where: str, line: bytes, key: str) -> str:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ConfigurationError(f"{where} is not JSON ({error}); mend or remove it") from None
+def _field(where: str, record: object, key: str) -> str:
     if not isinstance(record, dict) or key not in record:
         raise ConfigurationError(f'{where} has no field "{key}"; name the field that holds the text with --json-key')
     text = record[key]
@@ -148,8 +143,4 @@ def _field(where: str, line: bytes, key: str) -> str:
         raise ConfigurationError(
             f'{where} holds in "{key}" a {type(text).__name__}, no text; name another field with --json-key'
         )
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ConfigurationError(f"{where} is not text ({error}); mend or remove it") from None
-    return text
+    return check_encodable(text, where)

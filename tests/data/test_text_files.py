@@ -3,6 +3,8 @@
 import gzip
 import json
 import os
+import resource
+import struct
 
 import pytest
 import zstandard
@@ -66,6 +68,15 @@ def test_empty_documents_and_lines_are_left_out(file):
 def test_another_field_and_a_byte_order_mark(file):
     assert found(file("a.jsonl", '\ufeff{"content": "x", "text": 1}\r\n{"content": "y"}'), key="content") == ["x", "y"]
     assert found(file("b.txt", "\ufeffx")) == ["x"]
+    assert found(file("c.jsonl", "\ufeff\r\n")) == []
+    assert found(file("D.JSONL.ZST", zstandard.compress('\ufeff{"text": "x"}'.encode()), pack=False)) == ["x"]
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.jsonl.gz", "a.TXT.zst"])
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-16-le", "utf-32"])
+def test_utf16_is_refused(file, refused, name, encoding):
+    with refused(f"{name}: is not UTF-8 (it begins with the bytes", "as UTF-16 does", "iconv -f UTF-16"):
+        found(file(name, '{"text": "x"}\n'.encode(encoding)))
 
 
 def test_a_text_file_is_cut_at_its_separator(file):
@@ -82,7 +93,7 @@ def test_a_text_file_is_cut_at_its_separator(file):
 @pytest.mark.parametrize("left", [0.3, 0.9, 0.999])
 def test_a_cut_file_is_refused(file, refused, name, left):
     whole = compressed(name, LINES.encode())
-    with refused(f"--input {file(name, whole[: int(len(whole) * left)], pack=False)}", "is damaged or cut", "anew"):
+    with refused(f"--input {file(name, whole[: int(len(whole) * left)], pack=False)}", "is damaged or cut", "again"):
         found(str(file(name, whole[: int(len(whole) * left)], pack=False)))
 
 
@@ -90,15 +101,82 @@ def test_a_cut_file_is_refused(file, refused, name, left):
 def test_a_damaged_or_foreign_file_is_refused(file, refused, name):
     whole = bytearray(compressed(name, LINES.encode()))
     whole[len(whole) // 2 : len(whole) // 2 + 40] = bytes(40)
-    for data in (bytes(whole), b"plain text", compressed(name, b"x") + b"more"):
+    for data in (bytes(whole), compressed(name, b"x") + b"more"):
         with refused("--input", name, "is damaged or cut"):
             found(file(name, data, pack=False))
+    with refused("--input", f"{name}: is not in ", "rename it if it is decompressed already"):
+        found(file(name, b"plain text", pack=False))
+
+
+def streamed(window_log: int, data: bytes) -> bytes:
+    """Compress as `zstd --long=N` does from a pipe: the frame does not say how long the text is."""
+    parameters = zstandard.ZstdCompressionParameters.from_level(3, window_log=window_log, write_checksum=True)
+    frame = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    return frame.compress(data) + frame.flush()
+
+
+def skippable(size: int) -> bytes:
+    """A frame that readers pass over: pzstd and seekable files have them."""
+    return struct.pack("<II", 0x184D2A50, size) + bytes(size)
+
+
+@pytest.mark.parametrize("window_log", [27, 28, 30, 31])
+def test_a_long_window_is_read_and_its_damage_named(file, refused, window_log):
+    whole = streamed(window_log, LINES.encode())
+    assert zstandard.get_frame_parameters(whole).window_size == 1 << window_log
+    assert len(found(file("a.jsonl.zst", whole, pack=False))) == 2000
+    with refused("is damaged or cut (the file ends inside a frame)"):
+        found(file("a.jsonl.zst", whole[:-1], pack=False))
+    with refused("is damaged or cut", "doesn't match checksum"):
+        found(file("a.jsonl.zst", whole[:-1] + bytes([whole[-1] ^ 1]), pack=False))
+
+
+def test_skippable_frames_are_left_out(file, refused):
+    one, two = streamed(28, b"one "), streamed(31, b"two")
+    for data in (skippable(9) + one + skippable(0) + two, one + skippable(300_000) + two + skippable(1)):
+        assert found(file("a.txt.zst", data, pack=False)) == ["one two"]
+    assert found(file("a.txt.zst", skippable(9), pack=False)) == []
+    with refused("is damaged or cut (the file ends inside a frame)"):
+        found(file("a.txt.zst", one + skippable(9)[:-1], pack=False))
+
+
+def test_a_sound_file_is_refused_for_what_it_is(file, refused):
+    wide = bytearray(streamed(31, LINES.encode()))
+    wide[5] = 22 << 3  # the exponent of the window's size: 2**(10 + 22)
+    newer = bytearray(streamed(20, LINES.encode()))
+    newer[4] |= 8  # a bit that is reserved
+    dictionary = zstandard.train_dictionary(500, [b"text %d of many" % number * 3 for number in range(500)])
+    foreign = zstandard.ZstdCompressor(dict_data=dictionary).compress(LINES.encode())
+    for data, parts in (
+        (wide, ("a window of more than 2 GiB", "zstd --long=31 at most")),
+        (newer, ("a frame of a newer zstd", "update the package zstandard")),
+        (foreign, ("was compressed with a dictionary", "zstd -d -D")),
+    ):
+        with refused(f"--input {file('a.jsonl.zst', bytes(data), pack=False)}: ", *parts):
+            found(file("a.jsonl.zst", bytes(data), pack=False))
+
+
+def test_a_window_that_memory_has_no_room_for_is_named(file, refused):
+    path = file("a.jsonl.zst", streamed(31, LINES.encode()), pack=False)
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    taken = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (taken + (1 << 30), hard))
+    try:
+        with refused(f"--input {path}: needs a larger window than memory has room for", "without zstd's --long"):
+            found(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def test_zeros_after_a_gzip_file_are_padding(file):
+    padded = gzip.compress(b"one ") + gzip.compress(b"two") + bytes(512)
+    assert found(file("a.txt.gz", padded, pack=False)) == ["one two"]
 
 
 @pytest.mark.parametrize(
     "line, parts",
     [
-        (b'{"text": "x"', ["is not JSON", "mend or remove it"]),
+        (b'{"text": "x"', ["is not JSON", "fix or remove it"]),
         (b"plain text", ["is not JSON"]),
         (b'{"text": "\xff\xfe"}', ["is not JSON", "0xff"]),
         (b"[" * 100_000, ["is not JSON"]),
@@ -109,7 +187,7 @@ def test_a_damaged_or_foreign_file_is_refused(file, refused, name):
         (b'{"text": 5}', ['holds in "text" a int, no text', "--json-key"]),
         (b'{"text": null}', ["NoneType"]),
         (b'{"text": ["x"]}', ["list"]),
-        (b'{"text": "\\ud800"}', ["is not text", "surrogates", "mend or remove it"]),
+        (b'{"text": "\\ud800"}', ["is not text", "surrogates", "fix or remove it"]),
     ],
 )
 def test_a_bad_line_is_named(file, refused, line, parts):
@@ -149,5 +227,5 @@ def test_a_document_too_large_for_the_memory_is_refused(file, refused, monkeypat
 
 def test_a_missing_package_is_named(file, refused, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "zstandard", None)
-    with refused("a.txt.zst: needs the package zstandard", "pip install zstandard"):
+    with refused("a.txt.zst: needs the package zstandard, the extra zstd", "pip install zstandard"):
         found(file("a.txt.zst", b"", pack=False))

@@ -1,0 +1,114 @@
+"""The bytes of a file, decompressed where its name ends in .gz or .zst. Only a damaged file is called damaged."""
+
+import gzip
+import io
+import zlib
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import BinaryIO
+
+from megatron.errors import ConfigurationError
+
+SUFFIXES = (".gz", ".zst")
+GZIP_MAGIC = b"\x1f\x8b"
+LARGEST_WINDOW = 1 << 31  # bytes, of zstd --long=31, the largest that zstd writes and its library reads
+# what zstd's library says of a sound file -> what it means
+ZSTD_LIMITS = {
+    "requires too much memory": "needs a window of more than 2 GiB; compress it again with zstd --long=31 at most",
+    "not enough memory": "needs a larger window than memory has room for; compress it again without zstd's --long",
+    "Dictionary mismatch": "was compressed with a dictionary; decompress it with zstd -d -D and give the result",
+    "Unsupported frame parameter": "has a frame of a newer zstd; update the package zstandard, or decompress it",
+}
+
+
+@contextmanager
+def open_decompressed(path: Path, named: str) -> Iterator[BinaryIO]:
+    """Yield the file, which is read in order and need not fit into memory.
+
+    `named` begins each message, as "--input FILE".
+
+    Raises: ConfigurationError.
+    """
+    suffix = path.suffix.lower()
+    try:
+        with ExitStack() as stack:
+            file = stack.enter_context(open(path, "rb"))
+            if suffix == ".gz":
+                if not GZIP_MAGIC.startswith(file.peek(2)[:2]):
+                    raise _not_as_named(named, "gzip")
+                file = stack.enter_context(gzip.GzipFile(fileobj=file))
+            elif suffix == ".zst":
+                file = stack.enter_context(io.BufferedReader(_ZstdFrames(file, named)))
+            yield file
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ConfigurationError(f"{named}: is damaged or cut ({error}); fetch or compress it again") from None
+    except OSError as error:
+        raise ConfigurationError(
+            f"{named}: cannot be read ({error.strerror}); check the path, its permissions and the disk"
+        ) from None
+
+
+def _not_as_named(named: str, form: str) -> ConfigurationError:
+    return ConfigurationError(
+        f"{named}: is not in {form}'s format; rename it if it is decompressed already, else fetch it again"
+    )
+
+
+def _zstandard(named: str) -> ModuleType:
+    try:
+        import zstandard
+    except ImportError:
+        raise ConfigurationError(
+            f"{named}: needs the package zstandard, the extra zstd; pip install zstandard"
+        ) from None
+    return zstandard
+
+
+class _ZstdFrames(io.RawIOBase):
+    """All frames of a .zst file, skippable ones left out. The library's own reader ignores a missing end."""
+
+    def __init__(self, file: BinaryIO, named: str):
+        self._file, self._named, self._library = file, named, _zstandard(named)
+        self._frame = None  # the decompressor of a frame that has not ended
+        self._frames_read = 0
+        self._input, self._output = b"", b""  # not yet decompressed; not yet read by the caller
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        while not self._output:
+            self._input = self._input or self._file.read(1 << 17)
+            if not self._input and self._frame is None:
+                return 0
+            if not self._input:
+                raise EOFError("the file ends inside a frame")
+            self._decompress()
+        count = min(len(buffer), len(self._output))
+        buffer[:count], self._output = self._output[:count], self._output[count:]
+        return count
+
+    def _decompress(self) -> None:
+        if self._frame is None:
+            self._frame = self._library.ZstdDecompressor(max_window_size=LARGEST_WINDOW).decompressobj()
+        try:
+            self._output = self._frame.decompress(self._input)
+        except self._library.ZstdError as error:
+            raise self._fault(str(error)) from None
+        self._input = b""
+        if self._frame.eof:
+            self._input, self._frame = self._frame.unused_data, None
+            self._frames_read += 1
+
+    def _fault(self, message: str) -> Exception:
+        """Return what is wrong with the file: EOFError where it is damaged."""
+        for text, meaning in ZSTD_LIMITS.items():
+            if text in message:
+                return ConfigurationError(f"{self._named}: {meaning}")
+        if "Unknown frame descriptor" not in message:
+            return EOFError(message)
+        if self._frames_read:
+            return EOFError("bytes that begin no frame follow its last one")
+        return _not_as_named(self._named, "zstd")
