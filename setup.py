@@ -9,7 +9,15 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["megatron", "megatron.*"]),
-    install_requires=["torch>=2.11", "numpy", "safetensors", "tokenizers", "sentencepiece", "tqdm", "matplotlib"],
+    install_requires=[
+        "torch>=2.11",
+        "numpy",
+        "safetensors",
+        "tokenizers>=0.21.2",
+        "sentencepiece",
+        "tqdm",
+        "matplotlib",
+    ],
     extras_require={
         "test": [
             "deepspeed",

@@ -11,6 +11,8 @@ from megatron.errors import ConfigurationError
 
 END = "<|endoftext|>"
 SMALLEST_TRAINED = 257  # a byte each, and END
+# bytes; a longer word (a rule of dashes, DNA, text without spaces) is cut to train on, as time grows with its square
+LONGEST_WORD = 1000
 
 
 class HFTokenizer:
@@ -242,8 +244,9 @@ def train_tokenizer(texts: Iterable[str], vocabulary_size: int, path: str) -> No
     from tokenizers import Tokenizer as Library
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False)
     library = Library(models.BPE())
-    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.FixedLength(LONGEST_WORD)])
     library.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary_size,
@@ -252,6 +255,7 @@ def train_tokenizer(texts: Iterable[str], vocabulary_size: int, path: str) -> No
         show_progress=False,
     )
     library.train_from_iterator(texts, trainer)
+    library.pre_tokenizer = words  # to encode takes linear time, whatever the length of a word
     if library.get_vocab_size() != vocabulary_size:
         raise ConfigurationError(
             f"--train-tokenizer {vocabulary_size}: this text gives {library.get_vocab_size()} ids; "

@@ -1,8 +1,11 @@
 """Text to ids and back, and ids that text can never become."""
 
 import json
+import random
+import time
 
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from megatron.data.tokenizer import (
     END,
@@ -13,6 +16,8 @@ from megatron.data.tokenizer import (
     build_tokenizer,
     train_tokenizer,
 )
+from megatron.errors import ConfigurationError
+from tests.conftest import ROOT
 
 TEXTS = [
     "def f(x):\n\treturn x  # two  spaces\r\n\n\n",
@@ -22,7 +27,6 @@ TEXTS = [
     "",
 ]
 CORPUS = ["the quick brown fox jumps over the lazy dog and the bear\n" * 3, "def f(x):\n    return x\n"]
-from megatron.errors import ConfigurationError
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +76,48 @@ def test_sizes(path):
 def test_the_same_text_trains_the_same_tokenizer(path, tmp_path):
     train_tokenizer(iter(CORPUS), 280, tmp_path / "again.json")
     assert (tmp_path / "again.json").read_text() == path.read_text()
+
+
+def uncut(texts, vocabulary_size) -> str:
+    """Return the tokenizer.json of byte-level BPE as the library trains it, words of every length whole."""
+    library = Tokenizer(models.BPE())
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary_size, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
+    )
+    library.train_from_iterator(texts, trainer)
+    return library.to_str(pretty=True)
+
+
+def test_words_of_usual_length_train_the_librarys_own_tokenizer(tmp_path, monkeypatch):
+    texts = [*CORPUS, *TEXTS, (ROOT / "README.md").read_text(), f"{'-' * 1000} {'é' * 499}\n{' ' * 1000}x"]
+    train_tokenizer(texts, 600, tmp_path / "tokenizer.json")
+    assert (tmp_path / "tokenizer.json").read_text() == uncut(texts, 600)
+    monkeypatch.setattr("megatron.data.tokenizer.LONGEST_WORD", 8)
+    train_tokenizer(texts, 600, tmp_path / "cut.json")
+    assert (tmp_path / "cut.json").read_text() != uncut(texts, 600)
+
+
+LONG_RUNS = {
+    "dashes": lambda length: "-" * length,
+    "white space": lambda length: " " * length,
+    "letters": lambda length: "".join(random.Random(1).choices("abcdefghij", k=length)),
+    "DNA": lambda length: "".join(random.Random(2).choices("acgt", k=length)),
+    "Chinese": lambda length: "".join(random.Random(3).choices("漢字仮名交文", k=length // 3)),
+}
+
+
+@pytest.mark.parametrize("kind", LONG_RUNS)
+def test_a_very_long_word_is_cut_to_train_on_and_encoded_whole(kind, tmp_path):
+    text = LONG_RUNS[kind](100_000)
+    start = time.process_time()
+    train_tokenizer([f"a table\n{text}\nand more"], 272, tmp_path / "tokenizer.json")
+    assert time.process_time() - start < 3  # 4 to 30 s where the word is not cut
+    tokenizer = HFTokenizer(str(tmp_path / "tokenizer.json"))
+    assert max(map(len, json.loads(tokenizer.source)["model"]["vocab"])) <= 1000
+    assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
 def test_a_tokenizer_that_asks_for_more_than_the_text_gives_is_refused(tmp_path, refused):
