@@ -21,6 +21,7 @@ from megatron.config.flags import DescribedFormatter, Parser, add_section, build
 from megatron.config.sections import implied_tokenizer
 from megatron.data.preparation import Preparation
 from megatron.data.prepare import prepare
+from megatron.data.round_trip import describe_changes
 from megatron.errors import ConfigurationError
 from megatron.log import configure_logging
 
@@ -47,6 +48,12 @@ def report(folder: Path, summary: dict | None) -> None:
         return
     for name, size in summary["splits"].items():
         print(f"{name}: {size['documents']:,} documents, {size['bytes']:,} bytes, {size['tokens']:,} tokens")
+    for name, changes in summary["round_trip"].items():
+        if changes["changed_documents"]:
+            print(f"{name}: {describe_changes(summary['splits'][name]['documents'], changes)}", end="; ")
+            example = changes["example"]
+            print(f"{example['document']}, character {example['character']:,}: {example['text']!r}", end=" ")
+            print(f"comes back as {example['decoded']!r}")
     for name, shared in summary["shared_13grams"].items():
         share = f" (measured on {shared['sampled']:.1%} of its documents)" if shared["sampled"] < 1 else ""
         print(f"{shared['ngrams']:.2%} of the 13-word runs of {name} are in train too{share}")

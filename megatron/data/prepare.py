@@ -22,6 +22,7 @@ from megatron.data.corpus import SPLITS, Document, Fingerprint, split_of
 from megatron.data.duplicates import HeldOut, run_hashes
 from megatron.data.indexed import IndexedDataset, IndexedDatasetWriter, read_metadata
 from megatron.data.preparation import Preparation
+from megatron.data.round_trip import RoundTrip
 from megatron.data.tokenizer import Tokenizer, build_tokenizer, file_hash, train_tokenizer
 from megatron.errors import ConfigurationError
 
@@ -43,8 +44,8 @@ def prepare(asked: Preparation) -> dict | None:
             shutil.rmtree(stage, ignore_errors=True)  # of a writer that was killed
             stage.mkdir()
             tokenizer = _make_tokenizer(asked, stage, text.sizes["train"]["bytes"])
-            tokens = _tokenise(asked, stage, tokenizer, text, held_out)
-            summary = _describe(asked, stage, tokenizer, settings, text, tokens, held_out)
+            tokens, round_trips = _tokenise(asked, stage, tokenizer, text, held_out)
+            summary = _describe(asked, stage, tokenizer, settings, text, tokens, held_out, round_trips)
             _publish(stage, folder, asked.source)
         except OSError as error:
             raise OSError(
@@ -79,14 +80,12 @@ def survey(asked: Preparation) -> tuple[Fingerprint, dict[str, HeldOut]]:
 def _make_tokenizer(asked: Preparation, stage: Path, train_bytes: int) -> Tokenizer:
     """Return the tokenizer, its file copied or trained into `stage`."""
     path = stage / asked.tokenizer_file
-    if asked.tokenizer_model:
-        build_tokenizer(asked.tokenizer_type, asked.tokenizer_model)  # a fault is told with the name the user gave
-        shutil.copyfile(asked.tokenizer_model, path)
-    elif asked.trained_ids:
+    if asked.trained_ids:
         train_tokenizer(_training_texts(asked, train_bytes), asked.trained_ids, path)
-    tokenizer = build_tokenizer(asked.tokenizer_type, path, asked.vocab_size, asked.vocab_file, asked.merge_file)
-    if asked.tokenizer_type == "GPT2BPETokenizer":
-        tokenizer.save(path)  # so that training finds it beside the data, without a flag
+    model = asked.tokenizer_model or path
+    tokenizer = build_tokenizer(asked.tokenizer_type, model, asked.vocab_size, asked.vocab_file, asked.merge_file)
+    if tokenizer.source is not None:
+        path.write_bytes(tokenizer.source)  # so that training finds it next to the data, without a flag
     return tokenizer
 
 
@@ -103,9 +102,13 @@ def _training_texts(asked: Preparation, train_bytes: int) -> Iterator[str]:
 
 def _tokenise(
     asked: Preparation, stage: Path, tokenizer: Tokenizer, text: Fingerprint, held_out: dict[str, HeldOut]
-) -> dict[str, int]:
-    """Write all splits at once, each document ended by `eod`; return the tokens of each."""
+) -> tuple[dict[str, int], dict[str, RoundTrip]]:
+    """Write all splits at once, each document ended by `eod`; return the tokens of each and what they do not give back.
+
+    Raises: ConfigurationError.
+    """
     again, tokens = Fingerprint(), dict.fromkeys(asked.written, 0)
+    round_trips = {name: RoundTrip(tokenizer.named) for name in asked.written}
     with ExitStack() as stack:
         bar = stack.enter_context(_bar("tokenising", sum(size["bytes"] for size in text.sizes.values())))
         writers = {
@@ -113,9 +116,12 @@ def _tokenise(
             for name in asked.written
         }
         for batch in _batches(asked.documents()):
-            runs = []
-            for document, ids in zip(batch, tokenizer.encode_batch([document.text for document in batch])):
+            runs, texts = [], [document.text for document in batch]
+            encoded = tokenizer.encode_batch(texts)
+            decoded = texts if tokenizer.lossless else tokenizer.decode_batch(encoded)
+            for document, ids, decoded_text in zip(batch, encoded, decoded, strict=True):
                 name = split_of(document, asked.splits)
+                round_trips[name].compare(document, decoded_text)
                 writers[name].add_document([*ids, tokenizer.eod])
                 tokens[name] += len(ids) + 1
                 bar.update(again.add(name, document.text))
@@ -125,7 +131,7 @@ def _tokenise(
                 held.compare(runs)
         if again.hash != text.hash:
             raise ConfigurationError(f"{asked.named}: changed while it was read; start again when it is still")
-    return tokens
+    return tokens, round_trips
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
@@ -148,6 +154,7 @@ def _describe(
     text: Fingerprint,
     tokens: dict[str, int],
     held_out: dict[str, HeldOut],
+    round_trips: dict[str, RoundTrip],
 ) -> dict:
     """Write SPLIT.json beside each split and corpus.json; return the latter."""
     path = stage / asked.tokenizer_file
@@ -166,10 +173,12 @@ def _describe(
     }
     sizes = {name: {**text.sizes[name], "tokens": tokens[name]} for name in asked.written}
     shared = {name: held.shared() for name, held in held_out.items()}
+    changes = {name: round_trip.summary() for name, round_trip in round_trips.items()}
     for name, size in sizes.items():
-        metadata = made | origin | size | ({"shared_13grams": shared[name]} if name in shared else {})
+        metadata = made | origin | size | {"round_trip": changes[name]}
+        metadata |= {"shared_13grams": shared[name]} if name in shared else {}
         (stage / f"{name}.json").write_text(json.dumps(metadata, indent=1))
-    summary = {"settings": settings, **origin, "splits": sizes, "shared_13grams": shared}
+    summary = {"settings": settings, **origin, "splits": sizes, "round_trip": changes, "shared_13grams": shared}
     (stage / "corpus.json").write_text(json.dumps(summary, indent=1))
     return summary
 

@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,8 @@ LONGEST_WORD = 1000
 
 class HFTokenizer:
     """A tokenizer.json of the `tokenizers` library; what it puts after a text, or <|endoftext|>, ends a document."""
+
+    lossless = False  # a normalizer may change text, and a model drop what it has no token for
 
     def __init__(self, path: str | None):
         from tokenizers import Tokenizer as Library
@@ -44,14 +47,29 @@ class HFTokenizer:
             raise ConfigurationError(f'{self.named}: {fault}; give it one, as an added token with "special": true')
 
     def encode(self, text: str) -> list[int]:
-        return self._library.encode(text, add_special_tokens=False).ids
+        with self._encoding():
+            return self._library.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of each text, worked out on all cores."""
-        return [found.ids for found in self._library.encode_batch_fast(texts, add_special_tokens=False)]
+        with self._encoding():
+            return [found.ids for found in self._library.encode_batch_fast(texts, add_special_tokens=False)]
+
+    @contextmanager
+    def _encoding(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # the library raises bare Exception
+            raise ConfigurationError(
+                f"{self.named}: cannot encode the text ({error}); give it an unknown token, or one for every character"
+            ) from None
 
     def decode(self, ids) -> str:
         return self._library.decode(list(ids), skip_special_tokens=False)
+
+    def decode_batch(self, documents: Sequence[list[int]]) -> list[str]:
+        """Return the text of each document's ids, decoded on all cores."""
+        return self._library.decode_batch(documents, skip_special_tokens=False)
 
     def token_bytes(self) -> np.ndarray | None:
         """Return the bytes of text each id stands for, int64 [V]; None where the ids do not spell bytes.
@@ -93,14 +111,11 @@ class GPT2BPETokenizer(HFTokenizer):
         self.source = self._library.to_str(pretty=True).encode()
         self.hash = hashlib.sha256(self.source).hexdigest()
 
-    def save(self, path: str | Path) -> None:
-        """Write the same tokenizer, of the same hash, as a tokenizer.json."""
-        Path(path).write_bytes(self.source)
-
 
 class GPTSentencePieceTokenizer:
     """A tokenizer.model of the `sentencepiece` library; its own end-of-sentence piece ends a document."""
 
+    lossless = False  # most models normalise white space at least
     added: tuple[str, ...] = ()  # how the ids behind the model's are spelled
 
     def __init__(self, path: str | None):
@@ -136,6 +151,10 @@ class GPTSentencePieceTokenizer:
     def decode(self, ids) -> str:
         return self._library.DecodeIds([int(index) for index in ids if index < self._library.GetPieceSize()])
 
+    def decode_batch(self, documents: Sequence[list[int]]) -> list[str]:
+        """Return the text of each document's ids, which are all the model's own, decoded on all cores."""
+        return self._library.Decode(documents)
+
     def token_bytes(self) -> None:
         """Text is normalised before it becomes ids, so they do not tell how many bytes it had."""
         return None
@@ -158,6 +177,7 @@ class SentencePieceTokenizer(GPTSentencePieceTokenizer):
 class ByteTokenizer:
     """UTF-8 bytes, and one id for the end of a document."""
 
+    lossless = True
     vocabulary_size, eod = 257, 256
     named, hash, source = "--tokenizer-type ByteTokenizer", None, None
 
@@ -176,6 +196,8 @@ class ByteTokenizer:
 
 class NullTokenizer:
     """Ids that are text already: numbers with spaces between. One more id ends a document, as in Megatron."""
+
+    lossless = True  # but for how ids are spelled and the white space between them
 
     def __init__(self, vocab_size: int):
         self.vocabulary_size, self.eod = vocab_size + 1, vocab_size

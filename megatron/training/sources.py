@@ -10,6 +10,7 @@ from megatron.config.sections import Config, DataConfig
 from megatron.data.blend import TrainBlend, ValidationBlend, combined_hash
 from megatron.data.indexed import IndexedDataset, read_metadata
 from megatron.data.paths import DataSet, requested_sets, split_edges
+from megatron.data.round_trip import describe_changes
 from megatron.data.samples import TrainSamples, ValidationWindows
 from megatron.data.tokenizer import Tokenizer, build_tokenizer
 from megatron.errors import ConfigurationError
@@ -39,6 +40,7 @@ def open_sources(config: Config) -> Sources:
     train, held_out = requested_sets(data, with_test=config.validation.skip_train)
     made = {prefix: read_metadata(prefix) for wanted in (train, *held_out) for prefix in wanted.prefixes}
     tokenizer = _tokenizer(data, made)
+    _log_changed_text(made, tokenizer)
     opened = {prefix: IndexedDataset(prefix, tokenizer.vocabulary_size) for prefix in made}
     held_out = [wanted for wanted in held_out if _suffices(wanted, opened, data)]
     train_members = _members(train, opened, data)
@@ -123,6 +125,15 @@ def _tokenizer(data: DataConfig, made: dict[str, dict]) -> Tokenizer:
             "(--tokenizer-type, --tokenizer-model, --vocab-file, --merge-file, --vocab-size)"
         )
     return tokenizer
+
+
+def _log_changed_text(made: dict[str, dict], tokenizer: Tokenizer) -> None:
+    """Name the data sets whose documents do not come back from their tokens, as preprocessing counted."""
+    for prefix, recorded in made.items():
+        changes = recorded.get("round_trip")
+        if changes and changes["changed_documents"]:
+            effect = "" if tokenizer.token_bytes() is None else "; bits per byte count the bytes that are left"
+            logger.info("%s: %s%s", prefix, describe_changes(recorded["documents"], changes), effect)
 
 
 def tokenizer_beside(data: DataConfig, prefix: str, recorded: dict) -> Tokenizer:
