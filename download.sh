@@ -35,7 +35,8 @@ table() {
     local gpt2=${GPT2_URL:-https://huggingface.co/openai-community/gpt2/resolve/main}
     local c4=${C4_URL:-https://huggingface.co/datasets/ZahlenReal/diffusion_data_constraint_quickstart/resolve/main}
     local train=gpt2tok_c4_100_text_document valid=gpt2tok_c4_val_text_document
-    cat "${MANIFEST:--}" <<END
+    # a MANIFEST from Windows may have a byte order mark and carriage returns
+    cat "${MANIFEST:--}" <<END | LC_ALL=C sed $'1s/^\xef\xbb\xbf//; s/\r$//'
 gpt2-vocab.json $gpt2/vocab.json 1042301 196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783
 gpt2-merges.txt $gpt2/merges.txt 456318 1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5
 $train.idx $c4/$train.idx $((34 + 12 * 208931 + 8 * 208932)) -

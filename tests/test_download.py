@@ -1,5 +1,6 @@
 """download.sh against a server on this machine that serves small stand-ins, and misbehaves when asked to."""
 
+import codecs
 import hashlib
 import json
 import os
@@ -318,6 +319,14 @@ def test_a_mistake_is_told_in_one_line(clone, server, flags, more, said):
     done = download(clone, *flags, **more)
     assert (done.returncode, len(errors(done)), len(done.stderr.splitlines())) == (2, 1, 1) and said in done.stderr
     assert not server.requests and not (clone / "data").exists()
+
+
+def test_a_manifest_from_windows_is_the_same_one(clone):
+    before = download(clone, DRY_RUN="1").stdout
+    table = (clone / "manifest").read_bytes().removeprefix(b"# stand-ins\n\n")
+    (clone / "manifest").write_bytes(codecs.BOM_UTF8 + table.replace(b"\n", b"\r\n"))
+    assert download(clone, DRY_RUN="1").stdout == before != ""
+    assert download(clone).returncode == 0 and {*LISTS.values()} <= {path.name for path in (clone / "data").iterdir()}
 
 
 @pytest.mark.parametrize("missing", ["curl", "python3", "sha256sum"])

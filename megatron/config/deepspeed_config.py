@@ -208,7 +208,7 @@ def _judge(path: str | None, key: str, value) -> None:
 
 def _read(path: str) -> dict:
     try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        found = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ConfigurationError(f"--deepspeed-config {path}: {error.strerror}; name a JSON file") from None
     except ValueError as error:

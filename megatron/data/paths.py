@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron.config.sections import DataConfig
+from megatron.data.text_files import read_text
 from megatron.errors import ConfigurationError
 
 PAIRS = "write PREFIX, or WEIGHT PREFIX WEIGHT PREFIX ..."
@@ -64,11 +65,7 @@ def read_path_file(path: str, named: str) -> list[str]:
     a weight and a prefix, or name=prefix, and a prefix may have spaces; several pairs may share a line as they would
     follow the flag. Empty lines and those that begin with # are left out.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not text"
-        raise ConfigurationError(f"{named}: cannot be read ({reason}); give a list of data sets") from None
+    text = read_text(Path(path), named)
     lines = [line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
     words = []
     for line in lines:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from megatron.config.flags import flag, require, spelling, typed
+from megatron.data.text_files import check_encodable, decode_text, json_lines, open_text, read_text, text_kind
 from megatron.data.tokenizer import Tokenizer
 from megatron.errors import ConfigurationError
 from megatron.evaluation.generate import check_empty_prompt, check_gaps, check_objective, generate, infill
@@ -30,7 +31,8 @@ class Request:
     prompt: str | None = flag(None, 'the text to go on from; "" stands for the start of a document', metavar="TEXT")
     prompt_file: str | None = flag(
         None,
-        'a .txt file, which is one prompt as it stands, or a .jsonl file of {"prompt": ...} or {"infill": ...} lines',
+        'a text file, which is one prompt as it is, or a .jsonl file of {"prompt": ...} or {"infill": ...} lines; '
+        "each also .gz or .zst",
         metavar="FILE",
     )
     infill: str | None = flag(
@@ -109,6 +111,8 @@ class Asked:
 
 def read_request(request: Request) -> list[Asked]:
     """Return what is asked for, without its samples; raise ConfigurationError for files that are none."""
+    for name in ("prompt", "infill", "suffix"):
+        check_encodable(getattr(request, name) or "", spelling(name))
     if request.gap is not None:
         pieces = (request.prompt, request.gap, request.suffix)
         return [Asked(f"{request.prompt}{{{{{request.gap}}}}}{request.suffix}", pieces, True)]
@@ -120,37 +124,27 @@ def read_request(request: Request) -> list[Asked]:
         return _read_file(Path(request.prompt_file))
     if sys.stdin is None or sys.stdin.isatty():
         raise ConfigurationError("--prompt: required and not given; give it, --prompt-file or standard input")
-    try:
-        return [Asked.prompt(sys.stdin.buffer.read().decode())]  # line ends stay as they are
-    except UnicodeDecodeError as error:
-        raise ConfigurationError(f"standard input: is not UTF-8 ({error}); give text") from None
+    return [Asked.prompt(decode_text(sys.stdin.buffer.read(), "standard input"))]  # line ends stay as they are
 
 
 def _read_file(path: Path) -> list[Asked]:
-    try:
-        text = path.read_bytes().decode()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"--prompt-file {path}: cannot be read ({error}); give a file of UTF-8") from None
-    if path.suffix != ".jsonl":
-        return [Asked.prompt(text)]
+    named = f"--prompt-file {path}"
+    if text_kind(path) != ".jsonl":
+        return [Asked.prompt(read_text(path, named))]
     makers = {"prompt": Asked.prompt, "infill": Asked.infill}
-    asked = []
-    for number, line in enumerate(text.split("\n"), start=1):  # a text may hold other line ends
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except ValueError:
-            value = None
-        kinds = [kind for kind in makers if isinstance(value, dict) and isinstance(value.get(kind), str)]
-        if len(kinds) != 1:
-            raise ConfigurationError(
-                f'--prompt-file {path}: line {number} is neither {{"prompt": "..."}} nor {{"infill": "..."}}; mend it'
-            )
-        asked.append(makers[kinds[0]](value[kinds[0]]))
-    if not asked:
-        raise ConfigurationError(f"--prompt-file {path}: holds no line; give one for each prompt")
-    return asked
+    prompts = []
+    with open_text(path, named) as file:
+        for number, value in json_lines(file, named):
+            kinds = [kind for kind in makers if isinstance(value, dict) and isinstance(value.get(kind), str)]
+            if len(kinds) != 1:
+                raise ConfigurationError(
+                    f'{named}: line {number} is neither {{"prompt": "..."}} nor {{"infill": "..."}}; fix it'
+                )
+            text = check_encodable(value[kinds[0]], f"{named}: line {number}")
+            prompts.append(makers[kinds[0]](text))
+    if not prompts:
+        raise ConfigurationError(f"{named}: holds no line; give one for each prompt")
+    return prompts
 
 
 def check(trained: Trained, request: Request, asked: list[Asked], sampling: Sampling, given: set[str]) -> None:

@@ -1,5 +1,6 @@
 """A DeepSpeed file beside the flags: they agree, or one line names both."""
 
+import codecs
 import json
 import logging
 from types import SimpleNamespace
@@ -206,6 +207,14 @@ def test_a_file_that_leaves_out_what_is_refused_is_accepted(file, options, tmp_p
         section = section[parent]
     del section[name]
     reconcile(tmp_path, file, **options)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_file(tmp_path):
+    (tmp_path / "ds.json").write_bytes(codecs.BOM_UTF8 + b'{"zero_optimization": {"stage": 2}}')
+    settings = deepspeed_config(
+        str(tmp_path / "ds.json"), TRAINING, OptimizerConfig(), processes=1, bf16=False, zero_stage=None
+    )
+    assert settings["zero_optimization"]["stage"] == 2
 
 
 def test_a_file_that_is_missing_is_named(tmp_path):

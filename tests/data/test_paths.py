@@ -1,5 +1,8 @@
 """Which data sets the path flags, their files and --split name."""
 
+import codecs
+import gzip
+
 import pytest
 
 from megatron.config.sections import DataConfig
@@ -71,11 +74,18 @@ def test_a_malformed_path_file_is_named(text, refused, tmp_path):
         requested(train_data_path=("a",), valid_data_path_file=path)
 
 
+@pytest.mark.parametrize("name", ["paths.txt", "paths.txt.gz"])
+def test_a_path_file_is_read_as_other_text(name, tmp_path):
+    data = codecs.BOM_UTF8 + "0.3 daten/ä\r\n0.7 b\r\n".encode()
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    assert read_path_file(tmp_path / name, "--flag") == ["0.3", "daten/ä", "0.7", "b"]
+
+
 def test_a_path_file_that_cannot_be_read(refused, tmp_path):
     with refused(f"--train-data-path-file {tmp_path}/none", "No such file"):
         requested(train_data_path_file=f"{tmp_path}/none")
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
-    with refused(f"--train-data-path-file {tmp_path}/binary", "it is not text"):
+    with refused(f"--train-data-path-file {tmp_path}/binary", "is not UTF-8"):
         requested(train_data_path_file=f"{tmp_path}/binary")
 
 

@@ -1,5 +1,7 @@
 """The command that writes texts, on trained runs: what it prints and writes, and what it refuses in one line."""
 
+import codecs
+import gzip
 import io
 import json
 import re
@@ -8,6 +10,7 @@ import subprocess
 import sys
 
 import pytest
+import zstandard
 
 from megatron.data.tokenizer import ByteTokenizer
 from megatron.errors import ConfigurationError
@@ -122,6 +125,22 @@ def test_a_file_of_text_is_one_prompt_as_it_stands(runs, tmp_path, written):
     assert second == Asked("a{{1}}{{0}}b", ("a", 1, "", 0, "b"), True)
 
 
+@pytest.mark.parametrize("ending", ["", ".gz", ".GZ", ".zst"])
+@pytest.mark.parametrize("mark", [b"", codecs.BOM_UTF8])
+def test_prompt_files_are_read_as_preprocessing_reads_text(tmp_path, mark, ending):
+    compress = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}[ending.lower()]
+    lines = b'{"prompt": "bo k\xc3\xa4ti"}\r\n\r\n{"prompt": "x"}'
+    for name, data in (("a.txt", "bo käti\r\n".encode()), ("B.JSONL", lines), ("c", b"{}")):
+        (tmp_path / f"{name}{ending}").write_bytes(compress(mark + data))
+    prompts = [read_request(Request(prompt_file=f"{tmp_path}/{name}{ending}")) for name in ("a.txt", "B.JSONL", "c")]
+    assert [[prompt.text for prompt in file] for file in prompts] == [["bo käti\r\n"], ["bo käti", "x"], ["{}"]]
+
+
+def test_standard_input_may_begin_with_a_byte_order_mark(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(codecs.BOM_UTF8 + b"bo kati\r\n")))
+    assert [prompt.text for prompt in read_request(Request())] == ["bo kati\r\n"]
+
+
 def test_what_is_not_there_yet_is_shown():
     assert visible([97, 257, 257, 98, 10, 99, 257], ByteTokenizer(), 257) == f"a{HIDDEN}{HIDDEN}b\\nc{HIDDEN}"
     assert visible([257], ByteTokenizer(), 257) == HIDDEN
@@ -135,6 +154,9 @@ def test_what_would_not_act_is_refused(runs, tmp_path, monkeypatch, written):
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe")
+    (tmp_path / "late.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "half.jsonl").write_text('{"prompt": "\\ud800"}')
+    (tmp_path / "cut.txt.gz").write_bytes(gzip.compress(b"a prompt")[:-1])
     ruled = tmp_path / "ruled"
     shutil.copytree(runs / "ar", ruled)
     recorded = json.loads((ruled / "config.json").read_text())
@@ -181,12 +203,18 @@ def test_what_would_not_act_is_refused(runs, tmp_path, monkeypatch, written):
         ([str(runs / "told"), *prompt], "--target-positions: such a model is told the place"),
         ([str(ruled), "--prompt", "", "--max-new-tokens", "8"], "--eod-mask-loss: this model has never read on"),
         ([ar, "--prompt-file", f"{tmp_path}/no.txt"], f"--prompt-file {tmp_path}/no.txt: cannot be read"),
-        ([ar, "--prompt-file", f"{tmp_path}/bytes.txt"], f"--prompt-file {tmp_path}/bytes.txt: cannot be read"),
+        ([ar, "--prompt-file", f"{tmp_path}/bytes.txt"], f"--prompt-file {tmp_path}/bytes.txt: is not UTF-8"),
+        ([ar, "--prompt-file", f"{tmp_path}/late.txt"], f"--prompt-file {tmp_path}/late.txt: is not UTF-8"),
+        ([ar, "--prompt-file", f"{tmp_path}/half.jsonl"], f"--prompt-file {tmp_path}/half.jsonl: line 1 is not text"),
+        ([ar, "--prompt-file", f"{tmp_path}/cut.txt.gz"], f"--prompt-file {tmp_path}/cut.txt.gz: is damaged or cut"),
+        ([ar, "--prompt", "a\udcff"], "--prompt is not text"),
+        ([mdm, "--infill", "a{{2}}\udcff"], "--infill is not text"),
+        ([mdm, "--prompt", "a", "--gap", "2", "--suffix", "\udcff"], "--suffix is not text"),
         ([ar, "--prompt-file", f"{tmp_path}/bad.jsonl"], f"--prompt-file {tmp_path}/bad.jsonl: line 2 is neither"),
         ([ar, "--prompt-file", f"{tmp_path}/two.jsonl"], f"--prompt-file {tmp_path}/two.jsonl: line 1 is neither"),
         (
             [ar, "--prompt-file", f"{tmp_path}/broken.jsonl"],
-            f"--prompt-file {tmp_path}/broken.jsonl: line 1 is neither",
+            f"--prompt-file {tmp_path}/broken.jsonl: line 1 is not JSON",
         ),
         ([ar, "--prompt-file", f"{tmp_path}/none.jsonl"], f"--prompt-file {tmp_path}/none.jsonl: holds no line"),
         (
