@@ -84,17 +84,24 @@ def begun(root: Path) -> bool:
 
 
 def complete(root: Path) -> list[Path]:
-    """Return the checkpoints below `root` that were written to their end, the oldest first."""
-    return sorted(path for path in root.glob("iter_*") if path.name[5:].isdigit())
+    """Return the checkpoints below `root` that were written to their end, the oldest first.
+
+    Ordered by step as a number: beyond 9,999,999 the names have eight digits.
+    """
+    return sorted((path for path in root.glob("iter_*") if path.name[5:].isdecimal()), key=_iteration)
 
 
 def prune(root: Path, keep: set[int | None]) -> None:
     """Remove every complete checkpoint but the newest two, the iterations in `keep` and those marked permanent."""
     for folder in complete(root)[:-2]:
-        if int(folder.name[5:]) not in keep and not _permanent(folder):
+        if _iteration(folder) not in keep and not _permanent(folder):
             folder.rename(folder.with_suffix(".removed"))  # at once, so that a kill leaves no half of one
     for folder in root.glob("iter_*.removed"):
         shutil.rmtree(folder)
+
+
+def _iteration(folder: Path) -> int:
+    return int(folder.name[5:])
 
 
 def _permanent(folder: Path) -> bool:

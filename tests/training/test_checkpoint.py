@@ -1,10 +1,12 @@
 """What a run keeps, what a checkpoint holds, and branches."""
 
 import json
+import random
 import shutil
 
 import pytest
 
+from megatron.training import checkpoint
 from tests.conftest import records, run
 
 EPOCHS = [*"--train-unique-tokens 400 --save-interval 2 --eval-interval 2 --keep-every-epochs 2".split()]
@@ -139,3 +141,30 @@ def test_flags_without_effect_are_said_to_have_none(tiny):
     said = run("ar", *tiny, "--num-mc", 8, "--save-interval", 2, "--exit-interval", 1).stderr
     assert "--num-mc 8: has no effect, an exact likelihood" in said
     assert "--save-interval 2: has no effect, no --save" in said
+
+
+EIGHT_DIGITS = [9, 9_999_990, 9_999_995, 10_000_000, 10_000_005, 123_456_789]
+
+
+def written(root, steps):
+    """Write complete checkpoints without tensors, in a random order."""
+    for step in random.Random(0).sample(steps, len(steps)):
+        folder = root / checkpoint.folder_name(step)
+        folder.mkdir()
+        (folder / "meta.json").write_text(json.dumps({"iteration": step, "files": {}, "permanent": False}))
+
+
+@pytest.mark.parametrize("count", range(2, len(EIGHT_DIGITS) + 1))
+def test_checkpoints_are_ordered_by_number_whatever_their_digits(tmp_path, count):
+    steps = EIGHT_DIGITS[:count]
+    written(tmp_path, steps)
+    for name in ("iter_12345678.partial", "iter_99999999.damaged", "iter_x"):
+        (tmp_path / name).mkdir()
+    assert [int(folder.name[5:]) for folder in checkpoint.complete(tmp_path)] == steps
+    assert checkpoint.newest(tmp_path, mend=False)[1]["iteration"] == steps[-1]
+
+
+def test_pruning_removes_the_oldest_by_number(tmp_path):
+    written(tmp_path, EIGHT_DIGITS)
+    checkpoint.prune(tmp_path, keep={9_999_995})
+    assert {int(path.name[5:]) for path in tmp_path.iterdir()} == {9_999_995, 10_000_005, 123_456_789}
