@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint import CheckpointException, FileSystemReader
 
-from megatron.data.indexed import HEADER, MAGIC
+from megatron.data.index_file import HEADER, MAGIC
 from megatron.errors import ConfigurationError
 from megatron.training import checkpoint
 from megatron.training.command_line import parse
@@ -172,6 +172,7 @@ DAMAGED_DATA = {
     "no documents": (".idx", lambda path: path.write_bytes(HEADER.pack(MAGIC, 1, 8, 0, 0)), "holds no tokens"),
     "empty tokens": (".bin", lambda path: path.write_bytes(b""), "it was cut"),
     "cut tokens": (".bin", lambda path: os.truncate(path, path.stat().st_size // 2), "it was cut"),
+    "more tokens": (".bin", lambda path: path.write_bytes(path.read_bytes() * 2), "do not belong together"),
     "broken description": (".json", lambda path: path.write_text("{"), "is not JSON"),
 }
 
@@ -218,14 +219,17 @@ def test_a_wrong_dtype_is_refused(code, said, refused, tiny, corpus, tmp_path):
     refused("ar", [*tiny, "--train-data-path", data / "train"], data / "train.idx", said, "write it anew")
 
 
-def test_an_index_that_points_past_its_tokens_is_refused(refused, tiny, corpus, tmp_path):
+@pytest.mark.parametrize("order", ["documents", "windows", "megatron"])
+@pytest.mark.parametrize("entry, offset", [(1, -(2**31)), (-1, 10**9)])
+def test_pointers_that_do_not_follow_from_the_sizes_are_refused(order, entry, offset, refused, tiny, corpus, tmp_path):
     data = copy(corpus, tmp_path)
-    header = HEADER.unpack((data / "train.idx").read_bytes()[: HEADER.size])
     index = bytearray((data / "train.idx").read_bytes())
-    last = HEADER.size + 4 * header[3] + 8 * (header[3] - 1)
-    index[last : last + 8] = (10**9).to_bytes(8, "little")
+    documents = HEADER.unpack(index[: HEADER.size])[3]
+    start = HEADER.size + 4 * documents + 8 * (entry % documents)
+    index[start : start + 8] = offset.to_bytes(8, "little", signed=True)
     (data / "train.idx").write_bytes(index)
-    refused("ar", [*tiny, "--train-data-path", data / "train"], data / "train.bin", "its index points to", "write it")
+    flags = [*tiny, "--train-data-path", data / "train", "--epoch-order", order]
+    refused("ar", flags, data / "train.idx", f"document {entry % documents} at byte {offset}", "tools/rebuild_index.py")
 
 
 def test_blends_and_splits_that_cannot_be(refused, tiny, corpus, tmp_path):

@@ -1,72 +1,40 @@
-"""Megatron's memory-mapped token files, byte for byte (little endian).
+"""Megatron's memory-mapped token files, byte for byte.
 
-PREFIX.bin   token ids of all documents, one after another
-PREFIX.idx   "MMIDIDX\\0\\0" | u64 1 | u8 dtype code | u64 N | u64 M
-             | i32[N] tokens of each document | i64[N] byte offset in .bin | i64[M] document boundaries
+PREFIX.bin   token ids of all documents, one after another (little endian)
+PREFIX.idx   where each document lies in it, see `index_file`
 PREFIX.json  what wrote them: tokenizer, corpus hash (ours; optional)
 """
 
 import hashlib
 import json
 import os
-import struct
 from array import array
 from copy import copy
 from pathlib import Path
 
 import numpy as np
 
+from megatron.data.index_file import Index, rebuild_command, uncounted_end, write_index
 from megatron.errors import ConfigurationError
-
-MAGIC = b"MMIDIDX\x00\x00"
-HEADER = struct.Struct("<9sQBQQ")
-# Megatron's codes 6 and 7 are floats, which are no token ids
-DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
-CODES = {np.dtype(dtype): code for code, dtype in DTYPES.items()}
 
 
 class IndexedDataset:
     """Documents of token ids, read through a memory map.
 
     With a `vocabulary_size`, `read` and `stream` raise ConfigurationError for an id outside it: data made with
-    another tokenizer must not pass for text.
+    another tokenizer must not pass for text. An index that does not fit its tokens is refused on opening.
     """
 
     def __init__(self, prefix: str, vocabulary_size: int | None = None):
-        index, data = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
-        for path in (index, data):
-            if not path.is_file():
-                raise ConfigurationError(
-                    f"{path}: no such file; tools/preprocess_data.py writes it, and the prefix has no suffix"
-                )
-        with open(index, "rb") as file:
-            header = file.read(HEADER.size)
-        if len(header) < HEADER.size or header[:9] != MAGIC:
-            raise ConfigurationError(f"{index}: is not a Megatron index (it is empty or foreign); write it anew")
-        _, version, code, count, boundaries = HEADER.unpack(header)
-        if version != 1 or code not in DTYPES:
-            raise ConfigurationError(
-                f"{index}: has version {version} and dtype code {code}; only version 1 and integers (1 to 5 and 8) "
-                "are read; write it anew"
-            )
-        expected = HEADER.size + 12 * count + 8 * boundaries
-        size = index.stat().st_size
-        if size != expected:
-            raise ConfigurationError(f"{index}: has {size} bytes and needs {expected}; it was cut, write it anew")
-        self.dtype = np.dtype(DTYPES[code])
-        mapped = np.memmap(index, mode="r", dtype=np.uint8)
-        self.sizes = np.frombuffer(mapped, np.int32, count, HEADER.size)
-        # documents follow one another without gaps, so the last one ends the file: opening costs the same at any size
-        offsets = np.frombuffer(mapped, np.int64, count, HEADER.size + 4 * count)
-        end = int(offsets[-1]) + int(self.sizes[-1]) * self.dtype.itemsize if count else 0
-        if end <= 0:
-            raise ConfigurationError(f"{index}: holds no tokens; give other text to tools/preprocess_data.py")
-        if data.stat().st_size < end:
-            raise ConfigurationError(
-                f"{data}: has {data.stat().st_size} bytes and its index points to {end}; it was cut, write it anew"
-            )
+        index_path, data = data_files(prefix)
+        index = Index.open(index_path)
+        self.dtype, self.sizes = index.dtype, index.sizes
+        self.total_tokens = index.check()
+        if not self.total_tokens:
+            raise ConfigurationError(f"{index_path}: holds no tokens; give other text to tools/preprocess_data.py")
+        _check_data_size(data, index, self.total_tokens)
         self.prefix, self._vocabulary_size = str(prefix), vocabulary_size
-        self._offsets, self.total_tokens = offsets, end // self.dtype.itemsize
+        self._offsets = index.offsets
         self._tokens = np.memmap(data, mode="r", dtype=self.dtype, shape=(self.total_tokens,))
 
     def __len__(self) -> int:
@@ -114,6 +82,42 @@ class IndexedDataset:
         return ids
 
 
+def data_files(prefix: str) -> tuple[Path, Path]:
+    """Return PREFIX.idx and PREFIX.bin.
+
+    Raises: ConfigurationError where one is missing.
+    """
+    paths = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
+    for path in paths:
+        if not path.is_file():
+            raise ConfigurationError(
+                f"{path}: no such file; tools/preprocess_data.py writes it, and the prefix has no suffix"
+            )
+    return paths
+
+
+def _check_data_size(data: Path, index: Index, tokens: int) -> None:
+    """Refuse a .bin file that does not end where its index does."""
+    size, end = data.stat().st_size, tokens * index.dtype.itemsize
+    if size < end:
+        raise ConfigurationError(
+            f"{data}: has {size} bytes and its index points to {end}; it was cut, or made with another dtype or "
+            "tokenizer, write both again"
+        )
+    end_id = uncounted_end(index, data) if size > end else None
+    if end_id is not None:
+        raise ConfigurationError(
+            f"{data}: has {size} bytes and its index covers {end}, one token less for each document: --append-eod of "
+            f"Megatron-DeepSpeed does not count the token that it appends, here {end_id}, and every document but the "
+            f"first is shifted; {rebuild_command(index.path)}"
+        )
+    if size > end:
+        raise ConfigurationError(
+            f"{data}: has {size} bytes and its index covers {end}; the two do not belong together (another dtype or "
+            "tokenizer, or a merge that was interrupted), write both again"
+        )
+
+
 class IndexedDatasetWriter:
     """Writes a data set aside and renames it when it is complete. Use as a context manager."""
 
@@ -138,20 +142,12 @@ class IndexedDatasetWriter:
         try:
             self._data.close()
             if kind is None:
-                self._write_index()
+                boundaries = np.arange(len(self._sizes) + 1)
+                write_index(Path(f"{self._prefix}.idx.partial"), self._dtype, self._sizes, boundaries)
                 self._publish()
         finally:
             for suffix in (".bin", ".idx"):
                 Path(f"{self._prefix}{suffix}.partial").unlink(missing_ok=True)
-
-    def _write_index(self) -> None:
-        sizes = np.array(self._sizes, np.int32)
-        offsets = np.zeros(len(sizes), np.int64)
-        np.cumsum(sizes[:-1].astype(np.int64) * self._dtype.itemsize, out=offsets[1:])
-        with open(f"{self._prefix}.idx.partial", "wb") as index:
-            index.write(HEADER.pack(MAGIC, 1, CODES[self._dtype], len(sizes), len(sizes) + 1))
-            for part in (sizes, offsets, np.arange(len(sizes) + 1, dtype=np.int64)):
-                index.write(part.tobytes())
 
     def _publish(self) -> None:
         # an index beside other tokens than its own would be read without complaint, so the old one goes first

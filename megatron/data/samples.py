@@ -21,11 +21,6 @@ class _Documents:
     def __init__(self, dataset: IndexedDataset, total: int):
         self.total = total
         ends = np.cumsum(dataset.sizes, dtype=np.int64)
-        if dataset.sizes.min() < 0 or ends[-1] != dataset.total_tokens:
-            raise ConfigurationError(
-                f"{dataset.prefix}.idx: the sizes of its documents do not add up to its {dataset.total_tokens} tokens; "
-                "it is damaged, write it anew"
-            )
         self.documents = int(np.searchsorted(ends, self.total)) + 1
         self.sizes = dataset.sizes[: self.documents].astype(np.int64)
         self.sizes[-1] -= ends[self.documents - 1] - self.total

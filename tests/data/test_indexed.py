@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron.data import index_file
 from megatron.data.indexed import IndexedDataset, IndexedDatasetWriter, read_metadata
 
 DOCUMENTS = [[5, 6, 7], [], [8], [9, 10]]
@@ -66,7 +67,7 @@ def test_the_largest_ids_survive(data_set):
         (lambda data, index: (data, index[:17] + b"\x63" + index[18:]), ["data.idx", "dtype code 99"]),
         (lambda data, index: (data, index[:-3]), ["data.idx", f"has {34 + 12 * 4 + 8 * 5 - 3} bytes", "needs 122"]),
         (lambda data, index: (data, index + b"\x00"), ["data.idx", "has 123 bytes", "needs 122"]),
-        (lambda data, index: (data[:-1], index), ["data.bin", "has 11 bytes", "points to 12", "write it anew"]),
+        (lambda data, index: (data[:-1], index), ["data.bin", "has 11 bytes", "points to 12", "write both again"]),
         (lambda data, index: (b"", index), ["data.bin", "has 0 bytes"]),
         (lambda data, index: by_hand(8, "H", []), ["data.idx", "holds no tokens", "preprocess_data.py"]),
         (lambda data, index: by_hand(8, "H", [[], []]), ["data.idx", "holds no tokens"]),
@@ -77,6 +78,77 @@ def test_a_wrong_file_is_named_with_what_is_wrong(tmp_path, refused, wrong, part
     prefix = place(tmp_path, *wrong(*by_hand(8, "H")))
     with refused(*parts):
         IndexedDataset(prefix)
+
+
+BOTH = ["data.bin", "do not belong together", "write both again"]
+APPENDED = [
+    "data.bin",
+    "one token less for each document",
+    "--append-eod",
+    "here 500",
+    "is shifted",
+    "rebuild_index.py",
+]
+
+
+@pytest.mark.parametrize(
+    "data, parts",
+    [
+        (by_hand(4, "i")[0], ["has 24 bytes and its index covers 12", *BOTH]),  # another dtype
+        (by_hand(8, "H", [*DOCUMENTS, [1, 2, 3, 4]])[0], ["has 20 bytes", *BOTH]),  # more documents
+        (by_hand(8, "H")[0] * 2, BOTH),  # merged, and the index was not
+        (by_hand(8, "H")[0] + b"\x00", ["has 13 bytes", *BOTH]),
+        (by_hand(8, "H")[0] + b"\x00" * 6, BOTH),  # as many tokens as documents that have any
+        (by_hand(8, "H", [[*ids, 500] for ids in DOCUMENTS])[0], ["has 20 bytes and its index covers 12", *APPENDED]),
+    ],
+    ids="dtype documents merged byte three appended".split(),
+)
+def test_more_tokens_than_the_index_covers_are_refused(tmp_path, refused, data, parts):
+    with refused(*parts):
+        IndexedDataset(place(tmp_path, data, by_hand(8, "H")[1]))
+
+
+def entry(kind: str, number: int, value: int) -> bytes:
+    """Return the index of DOCUMENTS with one number of its sizes, offsets or boundaries changed."""
+    index, count = bytearray(by_hand(8, "H")[1]), len(DOCUMENTS)
+    start, letter = {"size": (34, "i"), "offset": (34 + 4 * count, "q"), "boundary": (34 + 12 * count, "q")}[kind]
+    struct.pack_into("<" + letter, index, start + number * struct.calcsize("<" + letter), value)
+    return bytes(index)
+
+
+REBUILD = ["it is damaged", "rebuild it: python tools/rebuild_index.py"]
+
+
+@pytest.mark.parametrize(
+    "kind, number, value, parts",
+    [
+        ("size", 0, -1, ["gives document 0 -1 tokens", "it is damaged, write it again"]),
+        ("size", 3, -2, ["gives document 3 -2 tokens"]),
+        ("size", 0, 2, ["puts document 1 at byte 6, and its sizes put it at 4", *REBUILD]),
+        ("size", 3, 1, ["data.bin", "has 12 bytes and its index covers 10", "write both again"]),
+        ("size", 3, 3, ["data.bin", "has 12 bytes and its index points to 14"]),
+        ("offset", 0, 2, ["puts document 0 at byte 2, and its sizes put it at 0", *REBUILD]),
+        ("offset", 2, 6 - 2**32, ["puts document 2 at byte -4294967290, and its sizes put it at 6", *REBUILD]),
+        ("offset", 3, 0, ["puts document 3 at byte 0, and its sizes put it at 8", *REBUILD]),
+        ("boundary", 0, -1, ["boundaries do not ascend from 0 to 4", "it is damaged, write it again"]),
+        ("boundary", 2, 9, ["boundaries do not ascend"]),
+        ("boundary", 4, 5, ["boundaries do not ascend"]),
+    ],
+)
+def test_an_index_that_contradicts_itself_is_refused(tmp_path, refused, monkeypatch, kind, number, value, parts):
+    for chunk in (1, 3, 1 << 20):  # where the check is cut does not matter
+        monkeypatch.setattr(index_file, "CHUNK", chunk)
+        with refused(*parts):
+            IndexedDataset(place(tmp_path, by_hand(8, "H")[0], entry(kind, number, value)))
+
+
+@pytest.mark.parametrize("boundaries", [[], [0], [0, 4], [0, 0, 3, 3, 4], [0, 2]])
+def test_documents_of_several_sentences_and_other_writers_boundaries_are_read(tmp_path, boundaries):
+    """Megatron indexes sentences with --split-sentences; RWKV's files and early merges hold a boundary of 0 alone."""
+    data, index = by_hand(8, "H")
+    index = index[:26] + struct.pack("<Q", len(boundaries)) + index[34 : 34 + 12 * 4]
+    dataset = IndexedDataset(place(tmp_path, data, index + struct.pack(f"<{len(boundaries)}q", *boundaries)))
+    assert [list(dataset[document]) for document in range(len(dataset))] == DOCUMENTS
 
 
 @pytest.mark.parametrize("suffix", [".bin", ".idx"])

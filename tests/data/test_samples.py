@@ -5,7 +5,6 @@ import itertools
 import numpy as np
 import pytest
 
-from megatron.data.indexed import IndexedDataset
 from megatron.data.samples import TrainSamples, ValidationWindows, _shuffled
 
 # every token is different, so that a sample says where it came from; empty documents stand everywhere
@@ -119,18 +118,6 @@ def test_a_corpus_smaller_than_a_sample_is_refused(data_set, refused):
         TrainSamples(dataset, 3, 0, unique_tokens=3)
     with refused("--train-unique-tokens 5", "data.bin holds 4", "ask for fewer"):
         TrainSamples(dataset, 3, 0, unique_tokens=5)
-
-
-@pytest.mark.parametrize("size", [-1, 2])
-def test_sizes_that_do_not_add_up_are_refused(data_set, refused, tmp_path, size):
-    data_set([[1, 2, 3], [4]])
-    index = bytearray((tmp_path / "data.idx").read_bytes())
-    index[34:38] = size.to_bytes(4, "little", signed=True)  # of the first document
-    (tmp_path / "data.idx").write_bytes(index)
-    dataset = IndexedDataset(str(tmp_path / "data"))
-    for build in (lambda: TrainSamples(dataset, 3, 0), lambda: ValidationWindows(dataset, 3)):
-        with refused("data.idx", "do not add up to its 4 tokens", "write it anew"):
-            build()
 
 
 def test_validation_windows_lie_side_by_side_and_know_each_owner(data_set):
