@@ -16,12 +16,17 @@ from megatron.randomness import stream
 
 
 class _Documents:
-    """The documents of the first `total` tokens of a data set in file order, the last one cut."""
+    """The documents of the first `total` tokens of a data set in file order, the last one cut.
 
-    def __init__(self, dataset: IndexedDataset, total: int):
+    With `trailing`, those without tokens at the end of the whole data set too, which Megatron shuffles with the others.
+    """
+
+    def __init__(self, dataset: IndexedDataset, total: int, trailing: bool = False):
         self.total = total
         ends = np.cumsum(dataset.sizes, dtype=np.int64)
         self.documents = int(np.searchsorted(ends, self.total)) + 1
+        if trailing and self.total == dataset.total_tokens:
+            self.documents = len(dataset)
         self.sizes = dataset.sizes[: self.documents].astype(np.int64)
         self.sizes[-1] -= ends[self.documents - 1] - self.total
         self.ends = np.cumsum(self.sizes)
@@ -63,7 +68,8 @@ class TrainSamples:
         _check_length(dataset, self.unique_tokens, seq_length)
         self._dataset = dataset
         if epoch_order != "windows":
-            self._source = _Documents(dataset, self.unique_tokens)
+            # the other order leaves empty documents at the end out, and what a seed draws there must not change
+            self._source = _Documents(dataset, self.unique_tokens, trailing=epoch_order == "megatron")
             self._epoch = lru_cache(maxsize=2)(self._lay_out)
         orders = {"documents": self._documents, "windows": self._windows, "megatron": self._megatron}
         self.epoch_order, self._read = epoch_order, orders[epoch_order]

@@ -12,6 +12,8 @@ SIZES = {
     "even": [7, 7, 7, 7],
     "uneven": [1, 30, 4, 2, 0, 17, 9, 55, 3],
     "one": [41],
+    "empty at the end": [3, 30, 0, 9, 0, 0],
+    "empty at both ends": [0, 0, 41, 7, 0],
 }
 
 
@@ -85,6 +87,26 @@ def test_unique_tokens_cut_the_documents(tmp_path):
     samples.request(30)
     expected, _, _ = slowly([1, 30, 4, 2, 0, 3], 5, 0, 30)
     assert [samples[i].tolist() for i in range(30)] == [[d * 100 + o for d, o in s] for s in expected[:30]]
+
+
+@pytest.mark.parametrize("requested", [3, 9, 40])
+def test_a_part_of_split_keeps_its_empty_documents_at_the_end(tmp_path, requested):
+    whole = write(tmp_path, [4, 0, 9, 30, 0, 0, 17, 55])
+    samples = TrainSamples(whole.part(1, 6), 5, 7, "megatron")
+    samples.request(requested)
+    expected, _, _ = slowly([0, 9, 30, 0, 0], 5, 7, requested)
+    assert [samples[i].tolist() for i in range(requested)] == [
+        [(d + 1) * 100 + o for d, o in sample] for sample in expected[:requested]
+    ]
+
+
+def test_other_orders_draw_as_if_no_empty_document_stood_at_the_end(data_set):
+    """Their numbers of older runs stay."""
+    with_empty = data_set([[1, 2, 3], [], [4, 5], [6, 7, 8, 9], [], []], name="with")
+    without = data_set([[1, 2, 3], [], [4, 5], [6, 7, 8, 9]], name="without")
+    for order in ("documents", "windows"):
+        one, two = (TrainSamples(dataset, 3, 0, order) for dataset in (with_empty, without))
+        assert [one[i].tolist() for i in range(12)] == [two[i].tolist() for i in range(12)]
 
 
 def test_a_changed_budget_is_refused_on_a_branch_too(tiny, tmp_path, capsys):
