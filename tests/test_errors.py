@@ -238,6 +238,7 @@ def test_blends_and_splits_that_cannot_be(refused, tiny, corpus, tmp_path):
     blend[2] = "0.5"
     unique = [*tiny, "--train-data-path", *blend, "--train-unique-tokens", 500]
     refused("ar", unique, "--train-unique-tokens 500", "blends 2", "drop it")
+    refused("ar", [*tiny, "--blend-order", "megatron"], "--blend-order megatron", "one data set", "leave it out")
     path = tmp_path / "paths.txt"
     path.write_text('"0.5 a')
     held_in = without(tiny, "--train-data-path")

@@ -150,6 +150,12 @@ class DataConfig:
         "megatron: as Megatron orders them, which mixes the epochs and depends on the budget",
         choices=("documents", "windows", "megatron"),
     )
+    blend_order: str = flag(
+        "due-time",
+        "how a training blend deals samples to its members, in their shares either way; due-time: the next sample of "
+        "each is due after 1/share samples; megatron: to the member furthest behind its share, as Megatron",
+        choices=("due-time", "megatron"),
+    )
     reset_attention_mask: bool = flag(False, "let documents of one sample not see one another")
     reset_position_ids: bool = flag(False, "count positions from the begin of each document")
     eod_mask_loss: bool = flag(False, "do not ask for the first token of a document, which follows another one's end")

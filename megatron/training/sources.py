@@ -104,9 +104,14 @@ def _training(wanted: DataSet, members: list[IndexedDataset], config: Config) ->
             f"--train-unique-tokens {data.train_unique_tokens}: cuts one data set, and --train-data-path blends "
             f"{len(members)}; drop it, or cut the members when they are made"
         )
+    if len(members) == 1 and data.blend_order != DataConfig.blend_order:
+        raise ConfigurationError(
+            f"--blend-order {data.blend_order}: orders the members of a blend, and the training data are one data set; "
+            "leave it out"
+        )
     arguments = (data.seq_length, config.training.seed, data.epoch_order, data.train_unique_tokens)
     samples = [TrainSamples(member, *arguments) for member in members]
-    return samples[0] if len(samples) == 1 else TrainBlend(samples, wanted.weights)
+    return samples[0] if len(samples) == 1 else TrainBlend(samples, wanted.weights, data.blend_order)
 
 
 def _tokenizer(data: DataConfig, made: dict[str, dict]) -> Tokenizer:

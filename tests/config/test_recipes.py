@@ -44,6 +44,7 @@ OURS = {
     "right_to_left_ratio", "target_offset_max", "target_positions", "random_replacement", "masked_input_weight",
     "masked_input_max", "stochastic_depth", "low_noise_ratio", "label_smoothing", "z_loss", "muon_momentum",
     "ema_decay", "average_from_samples",
+    "blend_order",  # each published run reads one data set
 }  # fmt: skip
 # ... the layout, and where the records are shown
 OURS |= {name for section in ("parallel", "tracking") for name in SECTIONS[section].__dataclass_fields__}

@@ -230,6 +230,7 @@ REFUSED_ON_RESUME = {
     "--num-mc 8": "--num-mc 8: the run in run was begun with --num-mc 4",
     "--mask-times iid": "--mask-times iid: the run in run was begun with --mask-times stratified",
     "--epoch-order windows": "--epoch-order windows: the run in run was begun with --epoch-order documents",
+    "--blend-order megatron": "--blend-order megatron: the run in run was begun with --blend-order due-time",
 }
 
 

@@ -1,11 +1,12 @@
 """Blends against a slow dealer that sorts all due times, and what a run reads of them."""
 
+import math
 from fractions import Fraction
 
 import numpy as np
 import pytest
 
-from megatron.data.blend import Shares, TrainBlend, ValidationBlend, combined_hash
+from megatron.data.blend import BLEND_ORDERS, GreedyShares, Shares, TrainBlend, ValidationBlend, combined_hash
 from megatron.data.samples import TrainSamples, ValidationWindows
 
 WEIGHTS = [[1], [0.3, 0.7], [1, 1, 1], [5, 1, 0.01], [0.2] * 5, [1e-6, 3, 2], list(range(1, 301))]
@@ -49,6 +50,65 @@ def test_far_positions_cost_nothing_and_follow_one_another(weights):
         counts[member] += 1
 
 
+def greedily(weights, positions: int) -> list[tuple[int, int]]:
+    """Return (member, index) of the first positions by Megatron's rule, one at a time: the furthest behind is next."""
+    total = 0.0
+    for weight in weights:
+        total += weight
+    shares = np.array([weight / total for weight in weights])
+    shares, counts, dealt = (shares / np.sum(shares)).tolist(), [0] * len(weights), []
+    for position in range(positions):
+        chosen, largest = 0, -math.inf
+        for member, share in enumerate(shares):
+            error = share * max(float(position), 1.0) - float(counts[member])
+            if error > largest:  # of equals, the first
+                chosen, largest = member, error
+        dealt.append((chosen, counts[chosen]))
+        counts[chosen] += 1
+    return dealt
+
+
+GREEDY_WEIGHTS = [*WEIGHTS, [0.1] * 10, [0.2, 0.3, 0.5], [0.7, 0.1, 0.1, 0.1], [1, 1e-9], [1e-9, 1], [30, 70, 1e-3]]
+
+
+@pytest.mark.parametrize("segments, length", [(1, 1), (3, 7), (16, 64)])
+@pytest.mark.parametrize("weights", GREEDY_WEIGHTS, ids=lambda weights: f"{len(weights)} of {weights[0]}")
+def test_megatrons_order_is_that_of_its_greedy_rule(weights, segments, length, monkeypatch):
+    """However positions are cut into what is dealt at once: one at a time, or with states guessed and corrected."""
+    monkeypatch.setattr(GreedyShares, "SEGMENTS", segments)
+    monkeypatch.setattr(GreedyShares, "LENGTH", length)
+    positions = 400 if len(weights) > 9 or length == 1 else 2500
+    expected = greedily(weights, positions)
+    shares = GreedyShares(weights)
+    assert [shares.locate(position) for position in range(positions)] == expected
+    for position in (0, 1, 5, 399):  # a resume begins anywhere
+        assert GreedyShares(weights).locate(position) == expected[position]
+        counts = np.bincount([member for member, _ in expected[:position]], minlength=len(weights))
+        assert GreedyShares(weights).counts(position) == counts.tolist()
+
+
+def test_megatrons_order_is_exact_beyond_a_block():
+    weights, positions = [0.61, 0.3, 0.09], GreedyShares.LENGTH * GreedyShares.SEGMENTS + 5000
+    expected, shares = greedily(weights, positions), GreedyShares(weights)
+    probes = np.random.default_rng(0).integers(positions, size=2000).tolist() + [*range(positions - 1000, positions)]
+    assert [shares.locate(position) for position in probes] == [expected[position] for position in probes]
+
+
+def test_both_orders_hold_the_shares_and_differ():
+    weights = [0.5, 0.3, 0.2]
+    orders = {name: kind(weights) for name, kind in BLEND_ORDERS.items()}
+    dealt = {name: [shares.locate(k)[0] for k in range(1000)] for name, shares in orders.items()}
+    assert dealt["due-time"] != dealt["megatron"]
+    for members in dealt.values():
+        assert abs(np.bincount(members) - [500, 300, 200]).max() <= 1
+
+
+def test_the_scale_of_weights_does_not_change_megatrons_order():
+    for scale in (2.0**-900, 2.0**1020):
+        scaled, plain = (GreedyShares([weight * factor for weight in (3, 2, 2.5)]) for factor in (scale, 1))
+        assert [scaled.locate(k) for k in range(500)] == [plain.locate(k) for k in range(500)]
+
+
 def test_a_blend_reads_each_member_in_its_own_order(data_set):
     first = data_set([list(range(30))], name="first")
     second = data_set([list(range(100, 150))], name="second")
@@ -69,6 +129,20 @@ def test_megatrons_order_of_a_member_is_that_of_its_own_share(data_set):
     alone.request(10)
     own = [blend[position].tolist() for position in range(20) if blend._shares.locate(position)[0] == 0]
     assert own == [alone[index].tolist() for index in range(10)]
+
+
+def test_megatrons_blend_asks_each_member_for_half_a_percent_more(data_set):
+    """As Megatron-DeepSpeed does: the order of a member depends on how many samples it is asked for."""
+    sizes = [*range(1, 29), 17]  # 423 tokens give 211 samples in two epochs
+    datasets = [data_set([[500 * member + size] * size for size in sizes], name=str(member)) for member in range(2)]
+    weights, samples = [0.3, 0.7], 700
+    blend = TrainBlend([TrainSamples(dataset, 4, 1234, "megatron") for dataset in datasets], weights, "megatron")
+    blend.request(samples)
+    alone = [TrainSamples(dataset, 4, 1234, "megatron") for dataset in datasets]
+    for member, count in zip(alone, (212, 493)):  # ceil(210 * 1.005), ceil(490 * 1.005)
+        member.request(count)
+    for position, (member, index) in enumerate(greedily(weights, samples)):
+        assert blend[position].tolist() == alone[member][index].tolist()
 
 
 def test_validation_windows_of_a_blend_keep_the_shares_and_number_the_documents_on(data_set):
