@@ -5,10 +5,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 from megatron.errors import ConfigurationError
-from megatron.evaluation.figures import pyplot, save_png
 from megatron.evaluation.language_model import MegatronLM, Source
 from megatron.evaluation.requests import Scoring
 from megatron.evaluation.tasks import check_include_path, faults_of_tasks
+from megatron.figures import add_legend, literal, pyplot, save_png
 from megatron.training.checkpoint import complete, damage
 from megatron.training.run_folder import read_json
 
@@ -79,17 +79,18 @@ def score_checkpoints(
 def plot(record: dict, path: Path) -> None:
     """Draw the first metric of each task against epochs, with its error over documents, as a PNG file."""
     figure, axes = pyplot().subplots(figsize=(6, 4.2))
-    epochs = [point["epoch"] for point in record["points"]]
+    epochs, names = [point["epoch"] for point in record["points"]], []
     for task in record["points"][0]["results"]:
         metric = first_metric(record["points"][0]["results"][task])
         values = [point["results"][task][metric] for point in record["points"]]
         name, kind = metric.split(",")
         errors = [point["results"][task].get(f"{name}_stderr,{kind}") for point in record["points"]]
         errors = [error if isinstance(error, float) else 0.0 for error in errors]
-        axes.errorbar(epochs, values, yerr=errors, fmt="o-", capsize=3, label=f"{task} {name}")
-    axes.set(xlabel="epochs", ylabel="score (± over documents)", title=record["run"])
+        names.append((axes.errorbar(epochs, values, yerr=errors, fmt="o-", capsize=3), f"{task} {name}"))
+    axes.set(xlabel="epochs", ylabel="score (± over documents)")
+    literal(axes.set_title(record["run"]))
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+    add_legend(axes, names)
     save_png(figure, path)
 
 

@@ -19,7 +19,7 @@ from megatron.config.flags import spelling, typed
 from megatron.config.resolve import idle_flags
 from megatron.config.sections import SECTIONS, Config, Vocabulary
 from megatron.errors import ConfigurationError
-from megatron.evaluation.figures import pyplot, save_png
+from megatron.figures import pyplot, save_png
 from megatron.objectives import DOCUMENT_RULES, build_objective, document_rules
 from megatron.parallel.apply import build_engine
 from megatron.parallel.engine import Engine

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron.figures import add_legend, literal, pyplot
 from megatron.scaling.runs import Difference, Run, best_point, check_comparable, curve, paired_difference
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito's palette
@@ -111,7 +112,7 @@ def write_report(runs: list[Run], output: Path, tuning: str = "tuning", validati
     said, warned = sentences(rows, comparisons, runs), caveats(rows, runs)
     page = render(runs, rows, comparisons, said, warned, plots)
     aside = output / "report.html.partial"
-    aside.write_text(page, encoding="utf-8")
+    aside.write_text(page, encoding="utf-8", errors="replace")
     aside.replace(output / "report.html")
     return "\n".join([text_table(rows), "", *said, "", *warned])
 
@@ -156,51 +157,42 @@ def text_table(rows: list[dict]) -> str:
 
 def draw(runs: list[Run], rows: list[dict], output: Path, validation: str) -> dict[str, Path]:
     """Draw all plots as PNG files; return title -> file."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     plots = {}
 
-    def finish(figure, axes, title, file, xlabel, logarithmic=True):
+    def finish(figure, axes, names, title, file, xlabel, logarithmic=True):
         axes.set(xlabel=xlabel, ylabel="nats per token", title=title)
         if logarithmic:
             axes.set_xscale("log")
         axes.grid(alpha=0.3)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(frameon=False)
+        if names:
+            add_legend(axes, names)
         figure.savefig(output / file, dpi=120, bbox_inches="tight")
-        pyplot.close(figure)
+        pyplot().close(figure)
         plots[title] = output / file
 
     for key, label in (("epoch", "epochs of the unique tokens"), ("flops", "training FLOPs (6ND)")):
-        figure, axes = pyplot.subplots(figsize=(7, 4.5))
+        (figure, axes), names = pyplot().subplots(figsize=(7, 4.5)), []
         for run, colour in zip(runs, COLOURS * len(runs)):
             records = curve(run, validation)
-            label_ = run.name + (" (upper bound)" if run.is_bound(validation) else "")
-            axes.plot([r[key] for r in records], [r["loss"] for r in records], "o-", ms=3, color=colour, label=label_)
-        finish(figure, axes, f"Validation loss against {label}", f"validation_{key}.png", label)
-    figure, axes = pyplot.subplots(figsize=(7, 4.5))
+            (line,) = axes.plot([r[key] for r in records], [r["loss"] for r in records], "o-", ms=3, color=colour)
+            names.append((line, run.name + (" (upper bound)" if run.is_bound(validation) else "")))
+        finish(figure, axes, names, f"Validation loss against {label}", f"validation_{key}.png", label)
+    (figure, axes), names = pyplot().subplots(figsize=(7, 4.5)), []
     for run, colour in zip(runs, COLOURS * len(runs)):
-        epochs, losses = _smooth(run.train)
-        axes.plot(epochs, losses, "--", color=colour, alpha=0.7, label=f"{run.name}, training")
+        (line,) = axes.plot(*_smooth(run.train), "--", color=colour, alpha=0.7)
+        names.append((line, f"{run.name}, training"))
         records = curve(run, validation)
-        axes.plot(
-            [r["epoch"] for r in records],
-            [r["loss"] for r in records],
-            "-",
-            color=colour,
-            label=f"{run.name}, validation",
-        )
+        (line,) = axes.plot([r["epoch"] for r in records], [r["loss"] for r in records], "-", color=colour)
+        names.append((line, f"{run.name}, validation"))
     finish(
         figure,
         axes,
+        names,
         "Training (dashed, its own corruption and dropout) and validation",
         "train_validation.png",
         "epochs of the unique tokens",
     )
-    figure, axes = pyplot.subplots(figsize=(7, 3))
+    figure, axes = pyplot().subplots(figsize=(7, 3))
     for index, (row, colour) in enumerate(zip(rows, COLOURS * len(rows))):
         best = row["best"]
         # the error over documents holds the evaluation noise already
@@ -208,8 +200,10 @@ def draw(runs: list[Run], rows: list[dict], output: Path, validation: str) -> di
             index, best["loss"], yerr=best["data_se"] or 0, fmt="v" if row["bound"] else "o", color=colour, capsize=4
         )
     axes.set_xticks(range(len(rows)), [row["name"] for row in rows])
+    literal(*axes.get_xticklabels())
     axes.set_xlim(-0.5, len(rows) - 0.5)
-    finish(figure, axes, "Best points with standard errors (triangle: upper bound)", "best.png", "", logarithmic=False)
+    title = "Best points with standard errors (triangle: upper bound)"
+    finish(figure, axes, [], title, "best.png", "", logarithmic=False)
     return plots
 
 

@@ -5,6 +5,7 @@ document: the ratio estimator sum(n1 - n2) / sum(tokens) with documents as clust
 differs from document to document, so that error holds it already.
 """
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -83,7 +84,9 @@ def load_runs(folders: list[str | Path]) -> list[Run]:
     parts = 1
     while len({path.parts[-parts:] for path in paths}) < len(paths):
         parts += 1
-    return [replace(load_run(folder), name="/".join(path.parts[-parts:])) for folder, path in zip(folders, paths)]
+    # a name on disk need not be UTF-8, and the page and its plots are
+    names = [os.fsencode("/".join(path.parts[-parts:])).decode(errors="replace") for path in paths]
+    return [replace(load_run(folder), name=name) for folder, name in zip(folders, names)]
 
 
 def load_run(folder: str | Path) -> Run:

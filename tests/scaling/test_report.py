@@ -1,5 +1,6 @@
 """The report: paired differences against the formula, comparability, and the page itself."""
 
+import html
 import json
 import shutil
 import subprocess
@@ -7,6 +8,7 @@ import sys
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from megatron.errors import ConfigurationError
 from megatron.scaling.report import write_report
@@ -101,6 +103,55 @@ def test_runs_of_one_name_are_told_apart(folders, tmp_path):
     assert f"{worse.name} is {abs(first - second):.3f} ±" in said and f"above {better.name}" in said
     with pytest.raises(ConfigurationError, match="is given twice"):
         load_runs([folders / "ar", folders / "ar"])
+
+
+NAMES = ["_baseline", "__", "cost_$5_and_$6", "$x", r"\$y\$", r"$\frac$ $_", "<b>R&D", "'\"", "%s {0}", "\udcff"]
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """Return a dictionary, filled when a plot is saved: file -> the texts that it shows for names."""
+    shown, save = {}, Figure.savefig
+
+    def keep(figure, path, **options):
+        save(figure, path, **options)
+        texts = []
+        for axes in figure.axes:
+            texts += axes.get_legend().get_texts() if axes.get_legend() else axes.get_xticklabels()
+            texts.append(axes.title)
+        shown[path.name.removesuffix(".partial")] = texts
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    return shown
+
+
+def test_names_are_shown_as_they_are_written(folders, tmp_path, drawn):
+    for name in NAMES:
+        shutil.copytree(folders / "ar", tmp_path / "runs" / name)
+    runs = load_runs([tmp_path / "runs" / name for name in NAMES])
+    table = write_report(runs, tmp_path / "report")
+    names = [*NAMES[:-1], "\ufffd"]  # a name that is no UTF-8 has no other form
+    found = {file: [text.get_text() for text in texts] for file, texts in drawn.items()}
+    assert found["validation_epoch.png"][:-1] == found["validation_flops.png"][:-1] == found["best.png"][:-1] == names
+    kinds = [f"{name}, {kind}" for name in names for kind in ("training", "validation")]
+    assert found["train_validation.png"][:-1] == kinds
+    for texts in drawn.values():
+        assert not any(text.get_parse_math() for text in texts[:-1])
+    page = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
+    assert all(f"<td>{html.escape(name)}</td>" in page and name in table for name in names)
+    assert "<b>" not in page
+
+
+def test_tasks_and_runs_are_named_as_they_are_in_the_plot_of_their_scores(tmp_path, drawn):
+    pytest.importorskip("lm_eval")
+    from megatron.evaluation.checkpoints import plot
+
+    results = {task: {"acc,none": 0.5, "acc_stderr,none": 0.1} for task in ("_mine", "a$b$")}
+    points = [{"epoch": epoch, "results": results} for epoch in (1.0, 2.0)]
+    plot({"run": "runs/$1_$2", "points": points}, tmp_path / "scores.png")
+    texts = drawn["scores.png"]
+    assert [text.get_text() for text in texts] == ["_mine acc", "a$b$ acc", "runs/$1_$2"]
+    assert not any(text.get_parse_math() for text in texts)
 
 
 def test_a_run_that_is_going_on_is_said_to_be(folders, tmp_path):
