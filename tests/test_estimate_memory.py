@@ -90,7 +90,7 @@ def test_nothing_fits(say):
     [
         ("--model-size 140M --processes 0", "--processes 0: must be positive"),
         ("--model-size 140M --device-memory 0", "--device-memory 0.0: must be positive"),
-        ("--model-size 140M --deepspeed", "--deepspeed: the formula is of FSDP2; leave it out"),
+        ("--model-size 140M --deepspeed", "--deepspeed: the formula is FSDP2's; leave it out"),
         (
             "--model-size 140M --processes 3",
             "--global-batch-size 256: is not a multiple of --micro-batch-size 8 times 3",

@@ -66,7 +66,12 @@ class Options:
 
 def estimate(options: Options, config: Config) -> Memory:
     """Return the memory of a training; raise ConfigurationError where it would not start."""
-    require(not config.parallel.deepspeed, "deepspeed", True, "the formula is of FSDP2; leave it out")
+    require(
+        not config.parallel.deepspeed,
+        "deepspeed",
+        True,
+        "the formula is FSDP2's; leave it out, with --deepspeed-config",
+    )
     check_layout(config, options.processes)
     check_processes(config, options.processes)
     precision = "fp32" if config.training.fp32 else "bf16"

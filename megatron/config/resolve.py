@@ -170,7 +170,9 @@ def check_layout(config: Config, size: int) -> None:
         f"makes groups of {tensor * stages} processes ({tensor} tensor-parallel x {stages} stages), and {size} "
         f"{'were' if size > 1 else 'was'} started; start a multiple of {tensor * stages}, or lower one of the two",
     )
-    rule = "layers that --tensor-model-parallel-size splits and that recompute cannot be compiled; leave one out"
+    rule = (
+        "cannot compile layers that are tensor-parallel and recomputed; leave out --compile or --recompute-granularity"
+    )
     require(parallel.compiles or not config.training.compile, "compile", True, rule)
     dimensions = {
         "--num-attention-heads": model.num_attention_heads,
@@ -193,7 +195,7 @@ def check_layout(config: Config, size: int) -> None:
     rule = "gives every process one stage, as without the flag; leave it out or lower it"
     require(virtual is None or chunks > 1, "num_layers_per_virtual_pipeline_stage", virtual, rule)
     blocks, longest = parallel.recompute_num_layers, -(-model.num_layers // (stages * chunks))
-    rule = f"is more than the {longest} layers of a stage; lower it, or leave it out for all of them"
+    rule = f"is more than the {longest} layer{'s' if longest > 1 else ''} of a stage; lower it, or leave it out for all"
     require(blocks is None or blocks <= longest, "recompute_num_layers", blocks, rule)
     require(
         model.num_layers >= stages * chunks,

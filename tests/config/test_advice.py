@@ -131,6 +131,9 @@ FOLLOWED = [
     ("--checkpoint-activations --checkpoint-num-layers 1", "give --recompute-granularity full with "
      "--recompute-num-layers", ["--checkpoint-activations", "--recompute-granularity full --recompute-num-layers 1"]),
     ("--bf16 --fp32-residual-connection", "give --fp32 in place of --bf16", ["--fp32", "--bf16"]),
+    ("--tensor-model-parallel-size 2 --recompute-granularity full --compile", "leave out --compile or "
+     "--recompute-granularity", ["--tensor-model-parallel-size 2 --recompute-granularity full",
+                                 "--tensor-model-parallel-size 2 --compile"]),
     ("--lr-wsd-decay-samples 9", "needs --lr-decay-style WSD; give both or neither",
      ["--lr-wsd-decay-samples 9 --lr-decay-style WSD", ""]),
     ("--tensor-model-parallel-size 4 --group-query-attention --num-query-groups 2",

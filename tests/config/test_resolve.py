@@ -156,11 +156,11 @@ def test_a_layout_that_fits_passes(size, line):
     (4, "--pipeline-model-parallel-size 4", "--pipeline-model-parallel-size 4: is more than --num-layers 2"),
     (2, "--num-layers 6 --pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 2",
      "--num-layers-per-virtual-pipeline-stage 2: times 2 stages does not divide --num-layers 6"),
-    (2, "--tensor-model-parallel-size 2 --recompute-granularity full --compile", "--compile: layers that"),
+    (2, "--tensor-model-parallel-size 2 --recompute-granularity full --compile", "--compile: cannot"),
     (2, "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1",
      "--num-layers-per-virtual-pipeline-stage 1: gives every process one stage"),
     (2, "--pipeline-model-parallel-size 2 --recompute-granularity full --recompute-num-layers 2",
-     "--recompute-num-layers 2: is more than the 1 layers of a stage"),
+     "--recompute-num-layers 2: is more than the 1 layer of a stage; lower"),
     (3, "--num-distributed-optimizer-instances 2",
      "--num-distributed-optimizer-instances 2: does not divide the 3 data-parallel processes"),
 ])  # fmt: skip
