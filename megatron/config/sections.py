@@ -629,8 +629,8 @@ class CheckpointConfig:
     save: str | None = flag(None, "run folder, made or resumed: configuration, records, checkpoints", metavar="DIR")
     load: str | None = flag(
         None,
-        "run folder whose newest checkpoint to branch from, into --save, or to evaluate with --skip-train; the folder of "
-        "--save, which may still be empty: resume there",
+        "run folder whose newest checkpoint to branch from, into --save, or to evaluate with --skip-train; the folder "
+        "of --save, which may still be empty: resume there",
         metavar="DIR",
     )
     exit_on_missing_checkpoint: bool = flag(False, "refuse to start where --load, else --save, holds no checkpoint")
