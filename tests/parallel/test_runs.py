@@ -16,7 +16,7 @@ JOURNEY = [
     (4, ["--zero-stage", 3]),
     (1, []),
     (2, [*PIPELINE, "--num-layers-per-virtual-pipeline-stage", 1]),
-    (2, ["--deepspeed", "--zero-stage", 3]),
+    (2, ["--deepspeed", "--zero-stage", 3, "--cpu-optimizer"]),
     (2, TENSOR),
 ]
 OBJECTIVES = {"ar": ["--token-dropout-max", 0.3], "mdm": ["--untie-embeddings-and-output-weights"]}
