@@ -1,0 +1,156 @@
+"""A real SLURM on this machine: a controller and two nodes under one folder, which ends with its context."""
+
+import os
+import shutil
+import subprocess
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+from tests.forked import free_port
+
+PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge")
+NODES = ("n1", "n2")
+FINAL = {"COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL", "PREEMPTED"}
+# As on clusters, a signal to a step reaches its tasks alone (proctrack/cgroup), not what they started.
+CONFIGURATION = """
+ClusterName=toy
+SlurmctldHost=localhost(127.0.0.1)
+SlurmctldPort={ports[0]}
+SlurmUser=root
+SlurmdUser=root
+AuthInfo=socket={root}/munge.socket
+StateSaveLocation={root}/state
+SlurmdSpoolDir={root}/spool/%n
+SlurmctldPidFile={root}/slurmctld.pid
+SlurmdPidFile={root}/slurmd.%n.pid
+SlurmctldLogFile={root}/slurmctld.log
+SlurmdLogFile={root}/slurmd.%n.log
+ProctrackType=proctrack/cgroup
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+SchedulerParameters=bf_interval=2,sched_interval=2,batch_sched_delay=0
+ReturnToService=2
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+KillWait=30
+MinJobAge=1800
+SlurmdTimeout=300
+NodeName=n[1-2] NodeHostname=localhost NodeAddr=127.0.0.1 Port=[{ports[1]},{ports[2]}] CPUs=2 RealMemory=1000
+PartitionName=main Nodes=n[1-2] Default=YES State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=60
+PartitionName=high Nodes=n[1-2] State=UP PriorityTier=10 PreemptMode=OFF
+"""
+CGROUP = """
+CgroupPlugin=cgroup/v1
+CgroupMountpoint=/sys/fs/cgroup
+CgroupAutomount=no
+"""
+
+
+def missing() -> str | None:
+    """Return what keeps SLURM from running here, or None; installs its packages where apt-get can."""
+    if os.geteuid() or not Path("/sys/fs/cgroup/freezer").is_dir():
+        return "SLURM's daemons need root and cgroup v1"
+    if not all(map(shutil.which, ("slurmctld", "slurmd", "munged"))):
+        if not shutil.which("apt-get"):
+            return "SLURM is not installed, and there is no apt-get"
+        install = ["apt-get", "install", "-y", "-q", "--no-install-recommends", *PACKAGES]
+        for command in (["apt-get", "update", "-q"], install):
+            done = subprocess.run(
+                command, env=os.environ | {"DEBIAN_FRONTEND": "noninteractive"}, capture_output=True, text=True
+            )
+            if done.returncode:
+                return f"SLURM cannot be installed: {done.stderr[-200:]}"
+    return None
+
+
+class Cluster(ExitStack):
+    """The daemons, and what a user does with them. Everything it writes is below `root`."""
+
+    def __init__(self, root: Path):
+        super().__init__()
+        self.root, self.jobs = root, []
+        self.env = os.environ | {"SLURM_CONF": str(root / "slurm.conf")}
+        for folder in ("state", *(f"spool/{node}" for node in NODES)):
+            (root / folder).mkdir(parents=True)
+        ports = [free_port() for _ in range(3)]
+        (root / "slurm.conf").write_text(CONFIGURATION.format(root=root, ports=ports))
+        (root / "cgroup.conf").write_text(CGROUP)
+        # each node sees names for both, which jobs take from `scontrol show hostnames`
+        (root / "hosts").write_text(Path("/etc/hosts").read_text() + f"\n127.0.0.1 {' '.join(NODES)}\n")
+        (root / "munge.key").write_bytes(os.urandom(128))
+        (root / "munge.key").chmod(0o400)
+
+    def start(self) -> "Cluster":
+        root = self.root
+        munged = ["munged", "--foreground", "--force", f"--key-file={root}/munge.key", f"--socket={root}/munge.socket"]
+        munged += [f"--{name}-file={root}/munged.{name}" for name in ("pid", "log", "seed")]
+        self._daemon(munged)
+        self._wait(lambda: (root / "munge.socket").exists(), "munged")
+        self._daemon(["slurmctld", "-D", "-c"])
+        for node in NODES:
+            start = f"mount --bind {root}/hosts /etc/hosts; hostname {node}; exec slurmd -D -N {node}"
+            self._daemon(["unshare", "--uts", "--mount", "sh", "-c", start])
+        idle = ["sinfo", "--noheader", "--Node", "--partition", "main", "--states", "idle"]
+        self._wait(lambda: len(self.output(*idle).splitlines()) == len(NODES), "two idle nodes")
+        return self
+
+    def _daemon(self, command: list[str]) -> None:
+        process = subprocess.Popen(
+            command, env=self.env, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        self.callback(process.wait)
+        self.callback(process.terminate)
+
+    def __exit__(self, *error) -> bool | None:
+        for job in self.jobs:
+            subprocess.run(["scancel", "--signal=KILL", "--full", job], env=self.env, capture_output=True)
+            subprocess.run(["scancel", job], env=self.env, capture_output=True)
+        self._wait(lambda: not self.output("squeue", "--noheader"), "the end of all jobs", fail=False)
+        return super().__exit__(*error)
+
+    def _wait(self, condition, what: str, seconds: float = 60, fail: bool = True) -> None:
+        until = time.monotonic() + seconds
+        while not condition():
+            if time.monotonic() > until:
+                assert not fail, f"{what} did not come in {seconds} s; see {self.root}"
+                return
+            time.sleep(0.1)
+
+    def output(self, *command: str) -> str:
+        return subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=60).stdout
+
+    # ------------------------------------------------------------------------------------ a user
+
+    def submit(self, script: Path, *options: str) -> str:
+        """Return the id of a new job."""
+        done = subprocess.run(
+            ["sbatch", "--parsable", *options, str(script)], env=self.env, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        self.jobs.append(done.stdout.strip())
+        return self.jobs[-1]
+
+    def signal(self, job: str, *options: str) -> None:
+        subprocess.run(["scancel", *options, job], env=self.env, check=True, capture_output=True)
+
+    def describe(self, job: str) -> dict[str, str]:
+        """Return what `scontrol show job` says: JobState, ExitCode, Restarts, ..."""
+        words = self.output("scontrol", "--oneliner", "show", "job", job).split()
+        return dict(word.split("=", 1) for word in words if "=" in word)
+
+    def start_requeued(self, job: str) -> None:
+        """Start a requeued job soon; SLURM would wait two minutes from the end of its last process."""
+        time.sleep(3)  # a node refuses a job that it ended within the same second: "Job credential revoked"
+        while self.describe(job).get("JobState") == "PENDING":
+            self.output("scontrol", "update", f"JobId={job}", "StartTime=now")
+            time.sleep(1)
+
+    def wait_for(self, job: str, *states: str, seconds: float = 180) -> dict[str, str]:
+        """Return the description of a job in one of `states`; by default one in which it ends."""
+        wanted = set(states) or FINAL
+        self._wait(lambda: self.describe(job).get("JobState") in wanted, f"job {job}: {wanted}", seconds)
+        return self.describe(job)
