@@ -1,4 +1,4 @@
-"""Every reason to leave saves, says why in status.json, and ends with exit code 0."""
+"""Every reason to stop saves, is in status.json, and ends with --exit-code-when-stopped, by default 0."""
 
 import json
 
@@ -17,7 +17,8 @@ from tests.conftest import run
 )
 def test_reasons_to_leave(flags, reason, step, tiny, tmp_path):
     (tmp_path / "stop").touch()
-    run("mdm", *tiny, *[flag.format(folder=tmp_path) for flag in flags], "--save", tmp_path / "run")
+    flags = [*[flag.format(folder=tmp_path) for flag in flags], "--exit-code-when-stopped", 85]
+    assert run("mdm", *tiny, *flags, "--save", tmp_path / "run", check=False).returncode == 85
     status = json.loads((tmp_path / "run" / "status.json").read_text())
     assert status["state"] == "stopped" and status["reason"].startswith(reason) and status["iteration"] == step
     latest = json.loads((tmp_path / "run" / "checkpoints" / "latest.json").read_text())
