@@ -284,6 +284,59 @@ def test_a_checkpoint_that_must_be_there(refused, tiny, whole, tmp_path):
     assert not new.exists() and [path.name for path in started.iterdir()] == ["config.json"]
 
 
+def test_a_dry_run_refuses_what_the_start_refuses(refused, tiny, whole, tmp_path):
+    """Without a device, a launcher, a lock, or a file that is written."""
+
+    def dry(flags, *parts):
+        refused("ar", [*tiny, "--dry-run", *flags], *parts)
+
+    before, save = contents(whole), ["--save", tmp_path / "run"]
+    settings = tmp_path / "deepspeed.json"
+    settings.write_text(json.dumps({"train_batch_size": 9}))
+    dry(
+        ["--deepspeed", "--deepspeed-config", tmp_path / "none.json"],
+        f"--deepspeed-config {tmp_path}/none.json: No such",
+    )
+    dry(["--deepspeed", "--deepspeed-config", settings], "train_batch_size 9 contradicts --global-batch-size 8")
+    settings.write_text(json.dumps({"bf16": {"enabled": True}}))
+    dry(["--deepspeed", "--deepspeed-config", settings], "bf16.enabled true contradicts computing in fp32")
+    dry([*save, "--load", tmp_path / "none"], f"--load {tmp_path}/none: holds no run")
+    dry([*save, "--load", whole, "--num-layers", 3], "a branch keeps the network")
+    dry(["--save", whole, "--lr", 1e-3], "--lr 0.001", "--lr 0.01")
+    dry(["--save", whole, "--bf16", "--no-fp32"], "the run in", "was begun in fp32")
+    dry(["--save", settings / "run"], f"--save {settings}/run: cannot be written to", "another folder")
+    dry(["--global-batch-size", 6], "--global-batch-size 6", "is not a multiple of --micro-batch-size 4")
+    dry(["--tensor-model-parallel-size", 3], "--tensor-model-parallel-size 3", "does not divide")
+    dry(["--pipeline-model-parallel-size", 4], "--pipeline-model-parallel-size 4", "more than --num-layers 2")
+    kernels = ["--flash-attention", "FA3", "--bf16", "--no-fp32", "--attention-dropout", 0.1]
+    dry(kernels, "--flash-attention FA3: has no dropout and no masks")
+    assert not (tmp_path / "run").exists() and contents(whole) == before
+
+
+@pytest.mark.parametrize("ranks, refusal", [(2, None), (3, "3 were started"), (None, None)])
+def test_a_dry_run_checks_the_layout_for_the_ranks_that_are_set(
+    ranks, refusal, refused, tiny, tmp_path, capsys, monkeypatch
+):
+    flags = [*tiny, "--dry-run", "--tensor-model-parallel-size", 2, "--save", tmp_path / "run"]
+    os.environ |= {"RANK": "0", "WORLD_SIZE": str(ranks)} if ranks else {}
+    monkeypatch.setattr(os, "_exit", sys.exit)  # which one of several ranks calls
+    if refusal:
+        refused("ar", flags, "--tensor-model-parallel-size 2", refusal)
+    else:
+        with contextlib.suppress(SystemExit):
+            main("ar", list(map(str, flags)))
+        assert json.loads(capsys.readouterr().out)["objective_name"] == "ar"
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_leaves_to_the_device_and_the_launcher_what_they_decide(tiny, tmp_path, capsys):
+    settings = tmp_path / "deepspeed.json"
+    settings.write_text(json.dumps({"bf16": {"enabled": True}, "gradient_accumulation_steps": 16}))
+    flags = [flag for flag in tiny if flag != "--fp32"]
+    main("ar", [*flags, "--dry-run", "--deepspeed", "--deepspeed-config", str(settings)])
+    assert json.loads(capsys.readouterr().out)["parallel"]["deepspeed"]
+
+
 def test_what_is_typed_replaces_its_rivals_in_the_run_that_is_evaluated(whole):
     recorded = parse("ar", ["--skip-train", "--load", str(whole)]).training
     assert (recorded.train_samples, recorded.train_epochs, recorded.fp32, recorded.bf16) == (93, None, True, None)

@@ -63,14 +63,15 @@ def deepspeed_config(
     training: TrainingConfig,
     optimizer: OptimizerConfig,
     *,
-    processes: int,
-    bf16: bool,
+    processes: int | None,
+    bf16: bool | None,
     zero_stage: int | None,
     cpu_offload: bool = False,
 ) -> dict:
     """Return what DeepSpeed is given: the file at `path`, which may be None, reconciled with the flags.
 
-    `zero_stage` is --zero-stage, None where it was not given, and `cpu_offload` is --cpu-offload.
+    `processes` or `bf16` is None in a check before it is known: then it agrees with the file. `zero_stage` is
+    --zero-stage, None where it was not given, and `cpu_offload` is --cpu-offload.
 
     Raises: ConfigurationError for a contradiction.
     """
@@ -87,7 +88,9 @@ def deepspeed_config(
         return value
 
     micro, whole = training.micro_batch_size, training.global_batch_size
-    steps = max(1, whole // (micro * processes))
+    steps = max(1, whole // (micro * processes)) if processes else given.get("gradient_accumulation_steps", 1)
+    if bf16 is None:
+        bf16 = given.get("bf16.enabled", given.get("bfloat16.enabled", True)) is True
     cut = f"--global-batch-size {whole}, --micro-batch-size {micro} and {processes} processes, which make it {steps}"
     agree("train_batch_size", whole, f"--global-batch-size {whole}")
     settings = {

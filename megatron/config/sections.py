@@ -472,7 +472,7 @@ class TrainingConfig:
         "that exits with another code (--max-restarts) and then exits with 1 itself",
         metavar="N",
     )
-    dry_run: bool = flag(False, "print the resolved run as JSON and leave")
+    dry_run: bool = flag(False, "print the resolved run as JSON and exit, after all checks that need no device")
 
     def __post_init__(self):
         for name in ("micro_batch_size", "global_batch_size", "log_interval"):
@@ -593,6 +593,12 @@ class ParallelConfig:
         replicated = self.zero_stage == 0 and not self.deepspeed  # which arranges its processes itself
         return data_size if replicated else self.num_distributed_optimizer_instances
 
+    @property
+    def fewest_ranks(self) -> int:
+        """The smallest world size that the layout can have."""
+        groups = self.tensor_model_parallel_size * self.pipeline_model_parallel_size
+        return groups * self.num_distributed_optimizer_instances
+
     def data_size(self, processes: int) -> int:
         """Return the number of data-parallel processes among `processes` in all."""
         return processes // (self.tensor_model_parallel_size * self.pipeline_model_parallel_size)
@@ -629,8 +635,8 @@ class CheckpointConfig:
     save: str | None = flag(None, "run folder, made or resumed: configuration, records, checkpoints", metavar="DIR")
     load: str | None = flag(
         None,
-        "run folder whose newest checkpoint to branch from, into --save, or to evaluate with --skip-train; the folder "
-        "of --save, which may still be empty: resume there",
+        "run folder whose newest checkpoint to branch from, into --save, or to evaluate with --skip-train; or the same "
+        "folder as --save, to resume there",
         metavar="DIR",
     )
     exit_on_missing_checkpoint: bool = flag(False, "refuse to start where --load, else --save, holds no checkpoint")

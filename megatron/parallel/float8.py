@@ -17,14 +17,17 @@ MULTIPLE = 16  # what the kernels ask of every side of a product
 CAPABILITY = (8, 9)  # of the first GPUs with such products
 
 
-def check_float8(config: Config, device: torch.device) -> None:
-    """Raise ConfigurationError where the products of `config` cannot be computed in 8-bit floats."""
+def check_float8(config: Config, device: torch.device | None) -> None:
+    """Raise ConfigurationError where the products of `config` cannot be computed in 8-bit floats.
+
+    Without a device, as far as it does not depend on that.
+    """
     recipe, parallel, model = config.training.fp8_recipe, config.parallel, config.model
     if recipe is None:
         return
     rule = "needs the package torchao; bash install.sh --with-fp8 installs it"
     require(find_spec("torchao") is not None, "fp8_recipe", recipe, rule)
-    able = device.type != "cuda" or torch.cuda.get_device_capability(device) >= CAPABILITY
+    able = device is None or device.type != "cuda" or torch.cuda.get_device_capability(device) >= CAPABILITY
     require(able, "fp8_recipe", recipe, "needs a GPU of compute capability 8.9 or more, such as an H100; leave it out")
     rule = "is not available for layers that --tensor-model-parallel-size splits; leave one of them out"
     require(parallel.tensor_model_parallel_size == 1, "fp8_recipe", recipe, rule)

@@ -1,8 +1,11 @@
 """Which engine runs a model, FSDP2's or DeepSpeed's, with the optimizer it updates."""
 
+from importlib.util import find_spec
+
 import torch
 
 from megatron.config.deepspeed_config import deepspeed_config
+from megatron.config.flags import require
 from megatron.config.sections import Config, Vocabulary
 from megatron.model.initialise import initialise
 from megatron.model.transformer import Transformer
@@ -12,6 +15,27 @@ from megatron.parallel.engine import Engine
 from megatron.parallel.mesh import Processes
 from megatron.parallel.recompute import recompute
 from megatron.training.optimizer import build_optimizer, start_state
+
+
+def check_engine(config: Config, processes: int | None, bf16: bool | None) -> dict | None:
+    """Return the settings of DeepSpeed, or None for FSDP2; either argument is None where it is not known yet.
+
+    Raises ConfigurationError where DeepSpeed is not installed or its file contradicts the flags.
+    """
+    parallel = config.parallel
+    if not parallel.deepspeed:
+        return None
+    rule = "needs the package deepspeed; bash install.sh --with-deepspeed installs it"
+    require(find_spec("deepspeed") is not None, "deepspeed", True, rule)
+    return deepspeed_config(
+        parallel.deepspeed_config,
+        config.training,
+        config.optimizer,
+        processes=processes,
+        bf16=bf16,
+        zero_stage=parallel.zero_stage,
+        cpu_offload=parallel.cpu_offload,
+    )
 
 
 def start_engine(
@@ -24,21 +48,13 @@ def start_engine(
     Raises ConfigurationError where DeepSpeed is not installed or its file contradicts the flags.
     """
     parallel, seed, fp8_recipe = config.parallel, config.training.seed, config.training.fp8_recipe
-    if not parallel.deepspeed:
+    settings = check_engine(config, processes.size, bf16)
+    if settings is None:
         precision = {"bf16": bf16, "fp8_recipe": fp8_recipe}
         engine = build_engine(config.model, vocabulary, seed, processes, parallel, **precision, compile=compile)
         optimizer = build_optimizer(engine, config.optimizer)
         start_state(optimizer, steps)
         return engine, optimizer
-    settings = deepspeed_config(
-        parallel.deepspeed_config,
-        config.training,
-        config.optimizer,
-        processes=processes.size,
-        bf16=bf16,
-        zero_stage=parallel.zero_stage,
-        cpu_offload=parallel.cpu_offload,
-    )
     model = Transformer(config.model, vocabulary)
     initialise(model, config.model, seed)
     recompute(model.to(processes.device), parallel)

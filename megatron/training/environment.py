@@ -23,15 +23,18 @@ logger = logging.getLogger(__name__)
 
 
 def choose_precision(config: Config, device: torch.device) -> str:
-    """Return "bf16" or "fp32", what is computed in: as asked, else bf16 where the device has it natively."""
+    """Return "bf16" or "fp32", what is computed in: by the flags, else bf16 where the device has it natively."""
+    return stated_precision(config) or ("bf16" if native_bf16(device) else "fp32")
+
+
+def stated_precision(config: Config) -> str | None:
+    """Return "bf16" or "fp32" as the flags say, or None where the device decides."""
     training = config.training
     if training.fp8_recipe:
-        wanted = True  # what 8-bit products give
-    elif training.bf16 is not None or training.fp32 is not None:
-        wanted = not training.fp32 if training.bf16 is None else training.bf16
-    else:
-        wanted = native_bf16(device)
-    return "bf16" if wanted else "fp32"
+        return "bf16"  # what 8-bit products give
+    if training.bf16 is None and training.fp32 is None:
+        return None
+    return "bf16" if (not training.fp32 if training.bf16 is None else training.bf16) else "fp32"
 
 
 def native_bf16(device: torch.device) -> bool:
@@ -86,6 +89,21 @@ def _take_flash_attention(config: Config, device: torch.device) -> None:
     require(generation in FLASH_ATTENTION[version], name, version, rule)
     rule = f"needs --bf16, and this GPU's default is fp32; give --bf16, or leave {typed(name, version)} out"
     require(choose_precision(config, device) == "bf16", name, version, rule)
+    check_kernels(config)
+    try:
+        torch.nn.attention.activate_flash_attention_impl(version)
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        fault = str(error).strip().partition("\n")[0]
+        rule = f"cannot be loaded ({fault}); install its package for this GPU, or leave the flag out"
+        raise ConfigurationError(f"{typed(name, version)}: {rule}") from None
+    torch.backends.cuda.enable_cudnn_sdp(False)  # PyTorch would prefer it
+
+
+def check_kernels(config: Config) -> None:
+    """Raise ConfigurationError for a --flash-attention whose kernels cannot compute this model on any device."""
+    name, version = "flash_attention", config.training.flash_attention
+    if version is None:
+        return
     size = config.model.head_size
     rule = f"needs heads of 8 to 256, in eights, not {size}; leave it out"
     require(size % 8 == 0 and size <= 256, name, version, rule)
@@ -99,13 +117,6 @@ def _take_flash_attention(config: Config, device: torch.device) -> None:
     reasons = [typed(flag, value) for flag, value in asked.items() if value]
     rule = f"has no dropout and no masks, which {' and '.join(reasons)} needs; leave it out"
     require(not reasons, name, version, rule)
-    try:
-        torch.nn.attention.activate_flash_attention_impl(version)
-    except (ImportError, OSError, RuntimeError, ValueError) as error:
-        fault = str(error).strip().partition("\n")[0]
-        rule = f"cannot be loaded ({fault}); install its package for this GPU, or leave the flag out"
-        raise ConfigurationError(f"{typed(name, version)}: {rule}") from None
-    torch.backends.cuda.enable_cudnn_sdp(False)  # PyTorch would prefer it
 
 
 # On two CPU cores compiling cost 9 to 15 s and then took an eighth off a step (0.46M parameters, bf16, torch 2.13),

@@ -23,6 +23,7 @@ from megatron.config.sizes import flops_per_token
 from megatron.errors import ConfigurationError
 from megatron.log import configure_logging
 from megatron.objectives import build_input_noise, build_objective, document_rules
+from megatron.parallel.float8 import check_float8
 from megatron.parallel.launch import adopt_launcher, join, local_rank, rank, world_size
 from megatron.parallel.mesh import start_processes, stop_processes
 from megatron.parallel.watch import PATIENCE, PeerError, Watch
@@ -30,11 +31,18 @@ from megatron.stop_signals import StopRequested
 from megatron.training import checkpoint
 from megatron.training.averaging import start_average
 from megatron.training.command_line import parse_run
-from megatron.training.engines import start_engine
-from megatron.training.environment import choose_compile, choose_precision, describe, prepare_device
+from megatron.training.engines import check_engine, start_engine
+from megatron.training.environment import (
+    check_kernels,
+    choose_compile,
+    choose_precision,
+    describe,
+    prepare_device,
+    stated_precision,
+)
 from megatron.training.feed import MicroBatches
 from megatron.training.optimizer import parameter_table
-from megatron.training.resume import open_run
+from megatron.training.resume import check_run, open_run
 from megatron.training.run_folder import LockError
 from megatron.training.sources import Sources, open_sources
 from megatron.training.stopping import on_any_rank, signal_reason
@@ -149,14 +157,21 @@ def train(config: Config, command: str, watch: Watch | None) -> bool:
     documents = document_rules(config.data, config.objective, sources.tokenizer.eod)
     made = partial(build_objective, config.objective, vocabulary, documents=documents)
     made(config.training.global_batch_size)  # refuses what has no meaning, before anything is started
-    if config.training.dry_run:
-        resolved = {"objective_name": objective, "plan": amounts(config, plan, vocabulary, sources), **asdict(config)}
-        print(json.dumps(resolved, indent=1))
-        return True
-    check_layout(config, world_size())
-    if not config.validation.skip_train:
-        check_processes(config, world_size())
     parallel = config.parallel
+    known = "WORLD_SIZE" in os.environ or not config.training.dry_run
+    ranks = world_size() if known else parallel.fewest_ranks
+    check_layout(config, ranks)
+    if not config.validation.skip_train:
+        check_processes(config, ranks)
+    if config.training.dry_run:
+        check_float8(config, None)
+        check_kernels(config)
+        precision = stated_precision(config)
+        check_engine(config, ranks if known else None, precision and precision == "bf16")
+        check_run(config, plan, objective, sources, precision)
+        if rank() == 0:
+            print(json.dumps(resolved(config, plan, vocabulary, sources), indent=1))
+        return True
     processes = start_processes(
         tensor=parallel.tensor_model_parallel_size,
         pipeline=parallel.pipeline_model_parallel_size,
@@ -251,6 +266,12 @@ def train(config: Config, command: str, watch: Watch | None) -> bool:
     if processes.rank == 0:
         logger.info("%s at step %d of %d", reason, progress.iteration, trainer.steps)
     return reason == "finished"
+
+
+def resolved(config: Config, plan: Plan, vocabulary: Vocabulary, sources: Sources) -> dict:
+    """Return what a dry run prints."""
+    objective = config.objective.objective
+    return {"objective_name": objective, "plan": amounts(config, plan, vocabulary, sources), **asdict(config)}
 
 
 def amounts(config: Config, plan: Plan, vocabulary: Vocabulary, sources: Sources) -> dict:

@@ -10,7 +10,7 @@ from megatron.config.sections import Config
 from megatron.errors import ConfigurationError
 from megatron.parallel.mesh import Processes
 from megatron.training import checkpoint
-from megatron.training.run_folder import RunFolder, read_json, read_records
+from megatron.training.run_folder import RunFolder, check_writable, read_json, read_records
 from megatron.training.sources import Sources
 
 
@@ -52,11 +52,23 @@ def recorded_config(path: Path) -> dict | None:
     return read_json(path / "config.json") if (path / "config.json").exists() else None
 
 
-def find_origin(config: Config, plan: Plan, objective: str, sources: Sources, precision: str) -> Origin | None:
+def check_run(config: Config, plan: Plan, objective: str, sources: Sources, precision: str | None) -> None:
+    """Raise the ConfigurationError of `open_run`, if any, but for a lock that another job holds; nothing is written.
+
+    `precision` is None where only the device decides it.
+    """
+    if config.checkpoint.save and not config.validation.skip_train:
+        check_writable(Path(config.checkpoint.save))
+    find_origin(config, plan, objective, sources, precision, read_only=True)
+
+
+def find_origin(
+    config: Config, plan: Plan, objective: str, sources: Sources, precision: str | None, read_only: bool = False
+) -> Origin | None:
     """Return the checkpoint to continue from, or None to begin; raise ConfigurationError where it does not fit."""
-    settings, only_evaluate = config.checkpoint, config.validation.skip_train
+    only_evaluate = config.validation.skip_train
     source, branched = _source(config)
-    found = source and _checkpoint(source, mend=not (branched or only_evaluate))
+    found = source and _checkpoint(source, mend=not (branched or only_evaluate or read_only))
     if not found:
         return None
     run, folder, meta = found
@@ -157,7 +169,7 @@ def _check_kinds(meta: dict, config: Config, source: Path) -> None:
     )
 
 
-def _check_surroundings(recorded: dict, sources: Sources, precision: str, config: Config, source: Path) -> None:
+def _check_surroundings(recorded: dict, sources: Sources, precision: str | None, config: Config, source: Path) -> None:
     """Refuse other data under the same name, and a device that would silently compute otherwise."""
     remedy = f"or branch: --load {source} --save ANOTHER_DIR"
     for name, before in recorded["fingerprints"].items():
@@ -167,7 +179,7 @@ def _check_surroundings(recorded: dict, sources: Sources, precision: str, config
                 f"{named}: holds other tokens, or in other shares, than the run in {source} was begun with; "
                 f"give the same data, {remedy}"
             )
-    if recorded["precision"] != precision:
+    if precision and recorded["precision"] != precision:
         raise ConfigurationError(
             f"--{precision}: is asked for, or this device's default; the run in {source} was begun in "
             f"{recorded['precision']}; give --{recorded['precision']}, {remedy}"

@@ -61,6 +61,14 @@ def read_json(path: Path) -> dict:
         ) from error
 
 
+def check_writable(path: Path) -> None:
+    """Raise the ConfigurationError of a run folder that cannot be made or written to; nothing is made."""
+    existing = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        reason = "Permission denied" if existing.is_dir() else f"{existing} is a file"
+        raise ConfigurationError(f"--save {path}: cannot be written to ({reason}); choose another folder")
+
+
 class RunFolder:
     """The folder of one run, held by one job at a time. Only the first process opens it.
 
