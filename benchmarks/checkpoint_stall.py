@@ -38,7 +38,7 @@ from megatron.config.sections import OptimizerConfig, ParallelConfig, Vocabulary
 from megatron.config.sizes import GPT2_VOCABULARY, ladder_model
 from megatron.errors import ConfigurationError
 from megatron.parallel.apply import build_engine
-from megatron.parallel.mesh import Processes, start_processes, stop_processes
+from megatron.parallel.mesh import ParallelContext, destroy_parallel, initialize_parallel
 from megatron.training import checkpoint
 from megatron.training.environment import device_name
 from megatron.training.optimizer import build_optimizer, start_state
@@ -65,27 +65,27 @@ def main() -> None:
     except ConfigurationError as error:
         refuse(error)
     torch.set_num_threads(1)
-    processes = start_processes()
+    ranks = initialize_parallel()
     try:
         vocabulary = Vocabulary(GPT2_VOCABULARY)
-        engine = build_engine(config, vocabulary, 1, processes, ParallelConfig(), bf16=False, compile=False)
+        engine = build_engine(config, vocabulary, 1, ranks, ParallelConfig(), bf16=False, compile=False)
         optimizer = build_optimizer(engine, OptimizerConfig())
         start_state(optimizer, 0)
         with tempfile.TemporaryDirectory(dir=options.folder) as root:
-            report = measure(options, Path(root), lambda: engine.tensors(optimizer), processes)
+            report = measure(options, Path(root), lambda: engine.tensors(optimizer), ranks)
     finally:
-        stop_processes()
+        destroy_parallel()
     print(json.dumps(report, indent=1))
     if options.output:
         Path(options.output).write_text(json.dumps(report, indent=1) + "\n")
 
 
-def measure(options: Options, root: Path, state: Callable[[], dict[str, Tensor]], processes: Processes) -> dict:
+def measure(options: Options, root: Path, state: Callable[[], dict[str, Tensor]], ranks: ParallelContext) -> dict:
     """Return the seconds of everything by round, and what they were measured of and with."""
     tensors = [tensor.to_local() for tensor in state().values()]
     there = [tensor.clone() for tensor in tensors]
     seconds = {name: [] for name in ("copy", "clone", "stall", "writing", "longest_pause")}
-    with Saver(root, processes) as saver:
+    with Saver(root, ranks) as saver:
         reserving = _seconds(lambda: (saver.reserve(state()), saver.wait()))
         for turn in range(options.rounds):
             seconds["copy"].append(_seconds(lambda: [a.copy_(b) for a, b in zip(there, tensors, strict=True)]))

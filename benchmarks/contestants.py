@@ -21,7 +21,7 @@ from megatron.convert.huggingface import hugging_face_config, hugging_face_model
 from megatron.model.initialise import initialise
 from megatron.model.transformer import Transformer
 from megatron.parallel.apply import build_engine
-from megatron.parallel.mesh import Processes
+from megatron.parallel.mesh import ParallelContext
 from megatron.training.optimizer import build_optimizer
 from megatron.training.step import train_step
 
@@ -74,21 +74,21 @@ class Shape:
         return model
 
 
-def contestants(shape: Shape, compile: bool, processes: Processes) -> list[Contestant]:
+def contestants(shape: Shape, compile: bool, ranks: ParallelContext) -> list[Contestant]:
     """Return ours and the peers', eager or compiled."""
     # one model serves all batches, so that memory is there for the peers'
-    build = cache(partial(ours, shape, compile, processes))
+    build = cache(partial(ours, shape, compile, ranks))
     found = [Contestant("ours", objective, compile, build) for objective in ("ar", "mdm")]
     found.append(Contestant("ours", "mdm", compile, build, full_head=True))
     for peer, (objective, build) in PEERS.items():
-        found.append(Contestant(peer, objective, compile, partial(build, shape, compile, processes.device)))
+        found.append(Contestant(peer, objective, compile, partial(build, shape, compile, ranks.device)))
     return found
 
 
-def ours(shape: Shape, compile: bool, processes: Processes) -> Step:
+def ours(shape: Shape, compile: bool, ranks: ParallelContext) -> Step:
     """Return the step of our trainer, in a group of one process."""
     settings = {"bf16": True, "compile": compile}
-    engine = build_engine(shape.model, shape.vocabulary, SEED, processes, ParallelConfig(), **settings)
+    engine = build_engine(shape.model, shape.vocabulary, SEED, ranks, ParallelConfig(), **settings)
     optimizer = build_optimizer(engine, OPTIMIZER)
 
     def step(batches: list[Batch], learning_rate: float) -> tuple[Tensor, Tensor]:

@@ -41,8 +41,8 @@ from benchmarks.options import read_options
 from megatron.config.flags import flag, require
 from megatron.data.corpus import standard_library
 from megatron.data.indexed import IndexedDataset, IndexedDatasetWriter
-from megatron.data.preparation import Preparation
-from megatron.data.prepare import BATCH_CHARACTERS, prepare
+from megatron.data.preprocess import BATCH_CHARACTERS, prepare
+from megatron.data.preprocess_options import PreprocessOptions
 from megatron.data.samples import TrainSamples
 from megatron.data.tokenizer import HFTokenizer, train_tokenizer
 from megatron.training.environment import device_name
@@ -113,7 +113,7 @@ def preprocessing(options: Options, folder: Path) -> list[dict]:
 
         def write():
             prepare(
-                Preparation(
+                PreprocessOptions(
                     output_dir=folder / f"out_{copies}_{next(turns)}",
                     input=(str(lines),),
                     tokenizer_model=str(tokenizer),

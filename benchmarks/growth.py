@@ -25,10 +25,10 @@ from megatron.config.flags import flag, require
 from megatron.config.sections import Vocabulary
 from megatron.config.sizes import GPT2_VOCABULARY, flops_per_token
 from megatron.errors import ConfigurationError
-from megatron.parallel.mesh import start_processes, stop_processes
+from megatron.parallel.mesh import destroy_parallel, initialize_parallel
 from megatron.training.command_line import parse
 from megatron.training.environment import choose_precision, device_name
-from megatron.training.trial import Trial, attempt
+from megatron.training.step_benchmark import Trial, attempt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,39 +53,39 @@ class Options:
 
 def main() -> None:
     options = read_options(Options, __doc__)
-    processes = start_processes()
+    ranks = initialize_parallel()
     try:
         cases = [(size, options.seq_lengths[0]) for size in options.model_sizes]
         cases += [(options.model_sizes[0], length) for length in options.seq_lengths[1:]]
         rows = []
         for size, length in cases:
-            rows.append(measure(options, size, length, processes.size))
-            if processes.rank == 0:
+            rows.append(measure(options, size, length, ranks.size))
+            if ranks.rank == 0:
                 print(f"{size} at {length}: {json.dumps(rows[-1])}", file=sys.stderr)
         config = parse(options.objective, ["--model-size", options.model_sizes[0]])
         report = {
             "settings": asdict(options),
             "versions": {"python": platform.python_version(), "torch": version("torch")},
-            "machine": device_name(processes.device),
-            "precision": choose_precision(config, processes.device),
-            "processes": processes.size,
+            "machine": device_name(ranks.device),
+            "precision": choose_precision(config, ranks.device),
+            "processes": ranks.size,
             "date": date.today().isoformat(),
             "rows": rows,
         }
-        if processes.rank == 0:
+        if ranks.rank == 0:
             print_report(report)
             if options.output:
                 Path(options.output).write_text(json.dumps(report, indent=1) + "\n")
     except ConfigurationError as error:
         refuse(error)
     finally:
-        stop_processes()
+        destroy_parallel()
 
 
-def measure(options: Options, size: str, length: int, processes: int) -> dict:
+def measure(options: Options, size: str, length: int, ranks: int) -> dict:
     samples = options.tokens // length
     flags = f"--model-size {size} --seq-length {length} --micro-batch-size {samples} "
-    flags += f"--global-batch-size {samples * processes} --{'' if options.compile else 'no-'}compile"
+    flags += f"--global-batch-size {samples * ranks} --{'' if options.compile else 'no-'}compile"
     config, vocabulary = parse(options.objective, flags.split()), Vocabulary(GPT2_VOCABULARY)
     found = attempt(config, vocabulary, options.steps)
     row = {"size": size, "seq_length": length, "samples": samples}

@@ -25,11 +25,11 @@ from megatron.config.flags import flag, require
 from megatron.config.sections import Config, Vocabulary
 from megatron.config.sizes import GPT2_VOCABULARY, parameter_count
 from megatron.errors import ConfigurationError
-from megatron.parallel.mesh import Processes, start_processes, stop_processes
+from megatron.parallel.mesh import ParallelContext, destroy_parallel, initialize_parallel
 from megatron.training.command_line import parse
+from megatron.training.device_info import peak_flops
 from megatron.training.environment import choose_precision, device_name
-from megatron.training.metrics import peak_flops
-from megatron.training.trial import WARM_UP, attempt
+from megatron.training.step_benchmark import WARM_UP, attempt
 
 AGREEMENT = {"bf16": 2e-2, "fp32": 1e-4}  # relative, of the losses of the last step
 
@@ -52,17 +52,17 @@ class Options:
             require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
 
 
-def layouts(processes: int, cuda: bool) -> list[str]:
+def layouts(ranks: int, cuda: bool) -> list[str]:
     """Return the layouts to try, as the flags that a user would type."""
     found = [f"--zero-stage {stage} --no-compile" for stage in range(4)]
     found += ["--compile", "--zero-stage 3 --compile"]
     found += [f"--recompute-granularity {kind} --no-compile" for kind in ("selective", "full")]
     found += ["--recompute-granularity full --compile"]
     found += ["--cpu-offload --no-compile"] * cuda
-    if processes > 1:
+    if ranks > 1:
         tensor, pipeline = "--tensor-model-parallel-size 2", "--pipeline-model-parallel-size 2"
         found += [f"{tensor} --no-compile", f"{tensor} --compile", f"{pipeline} --no-compile", f"{pipeline} --compile"]
-    if processes > 3:
+    if ranks > 3:
         found += [f"{tensor} {pipeline} --compile", "--num-distributed-optimizer-instances 2 --compile"]
     if find_spec("deepspeed"):
         found += [f"--deepspeed --zero-stage {stage} --no-compile" for stage in range(4)]
@@ -76,7 +76,7 @@ def main() -> None:
     except ConfigurationError as error:
         refuse(error)
     finally:
-        stop_processes()
+        destroy_parallel()
     if report:
         print(json.dumps(report, indent=1))
         if options.output:
@@ -86,7 +86,7 @@ def main() -> None:
 
 def measure(options: Options) -> dict | None:
     """Return what the first process reports; the others return None."""
-    first = start_processes()
+    first = initialize_parallel()
     results = {}
     tried = layouts(first.size, first.device.type == "cuda")
     for flags in [flags for flags in tried if options.compile or "--no-compile" in flags]:
@@ -107,14 +107,14 @@ def measure(options: Options) -> dict | None:
     }
 
 
-def configuration(options: Options, flags: str, processes: int) -> Config:
-    batch = options.micro_batch_size * options.micro_batches * processes
+def configuration(options: Options, flags: str, ranks: int) -> Config:
+    batch = options.micro_batch_size * options.micro_batches * ranks
     base = f"--model-size {options.model_size} --seq-length {options.seq_length} --train-iters 1 "
     base += f"--micro-batch-size {options.micro_batch_size} --global-batch-size {batch} "
     return parse(options.objective, (base + flags).split())
 
 
-def measured(options: Options, flags: str, first: Processes) -> dict:
+def measured(options: Options, flags: str, first: ParallelContext) -> dict:
     """Return speed, memory and loss of a layout, or why it could not be trained."""
     config = configuration(options, flags, first.size)
     vocabulary = Vocabulary(GPT2_VOCABULARY)

@@ -38,7 +38,7 @@ from megatron.config.memory import Memory, memory_per_process
 from megatron.config.sections import Config, Vocabulary
 from megatron.config.sizes import GPT2_VOCABULARY
 from megatron.parallel.apply import build_engine
-from megatron.parallel.mesh import arrange, start_processes, stop_processes
+from megatron.parallel.mesh import build_parallel_context, destroy_parallel, initialize_parallel
 from megatron.training.command_line import parse
 from megatron.training.environment import device_name
 from megatron.training.optimizer import build_optimizer, start_state
@@ -221,7 +221,7 @@ def storages(tensor: Tensor) -> list[torch.UntypedStorage]:
 def measure(case: Case, rank: int, device: torch.device, steps: int = STEPS) -> dict[str, int]:
     """Return the peak of bytes of a training step in this process, and on the CPU what was there by kind."""
     config, vocabulary, parallel = case.config, Vocabulary(case.vocabulary_size), case.config.parallel
-    processes = arrange(
+    processes = build_parallel_context(
         rank,
         case.processes,
         device,
@@ -245,7 +245,9 @@ def measure(case: Case, rank: int, device: torch.device, steps: int = STEPS) -> 
         live.add(parameter, "master weights")
         for moment in optimizer.state[parameter].keys() - {"step"}:
             live.add(optimizer.state[parameter][moment], "optimizer states")
-    for tensor in (getattr(batch, name) for batch in batches for name in ("tokens", "targets", "weights", "rows")):
+    for tensor in (
+        getattr(batch, name) for batch in batches for name in ("tokens", "targets", "weights", "scored_positions")
+    ):
         live.add(tensor)
     with live:
         for _ in range(steps):
@@ -286,12 +288,12 @@ def _child(rank: int, size: int, folder: str, cases: list[Case], steps: int) -> 
 
 
 def on_cuda(cases: list[Case]) -> list[dict[str, int]]:
-    processes, found = start_processes(), []
+    processes, found = initialize_parallel(), []
     for case in cases:
         found.append(measure(case, 0, processes.device))
         gc.collect()
         torch.cuda.empty_cache()
-    stop_processes()
+    destroy_parallel()
     return found
 
 

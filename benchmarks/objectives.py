@@ -31,14 +31,14 @@ from megatron.config.flags import flag, require
 from megatron.config.sections import Config, Vocabulary
 from megatron.config.sizes import GPT2_VOCABULARY, parameter_count
 from megatron.objectives import build_input_noise, build_objective, document_rules
-from megatron.parallel.mesh import Processes, start_processes, stop_processes
+from megatron.parallel.mesh import ParallelContext, destroy_parallel, initialize_parallel
 from megatron.training.averaging import start_average
+from megatron.training.build_engine import start_engine
 from megatron.training.command_line import parse
-from megatron.training.engines import start_engine
 from megatron.training.environment import choose_precision, device_name
-from megatron.training.feed import MicroBatches
+from megatron.training.microbatches import MicroBatches
 from megatron.training.step import reseed, train_step
-from megatron.training.trial import RandomText
+from megatron.training.step_benchmark import RandomText
 
 WARM_UP = 2  # rounds that are not timed
 VOCABULARY, EOD = Vocabulary(GPT2_VOCABULARY), GPT2_VOCABULARY - 1
@@ -88,16 +88,16 @@ class Options:
 class Contestant:
     """One option, with a model and an optimizer of its own."""
 
-    def __init__(self, flags: str, options: Options, processes: Processes):
+    def __init__(self, flags: str, options: Options, ranks: ParallelContext):
         batch = 2 * options.micro_batch_size
         base = f"--model-size {options.model_size} --seq-length {options.seq_length} --train-iters 1 "
         base += f"--micro-batch-size {options.micro_batch_size} --global-batch-size {batch} --train-data-path none "
         self.flags, self.config = flags, parse("ar", (base + flags).split())
-        self.clock = time.process_time if processes.device.type == "cpu" else time.perf_counter
-        config, self.processes = self.config, processes
-        bf16 = choose_precision(config, processes.device) == "bf16"
+        self.clock = time.process_time if ranks.device.type == "cpu" else time.perf_counter
+        config, self.ranks = self.config, ranks
+        bf16 = choose_precision(config, ranks.device) == "bf16"
         self.engine, self.optimizer = start_engine(
-            config, VOCABULARY, processes, bf16=bf16, compile=options.compile, steps=0
+            config, VOCABULARY, ranks, bf16=bf16, compile=options.compile, steps=0
         )
         self.average = start_average(self.engine, config.optimizer, None)
         rules = document_rules(config.data, config.objective, EOD)
@@ -117,7 +117,7 @@ class Contestant:
 
     def step(self, number: int) -> None:
         """Take a step and note what it took, and the products that it asked for."""
-        reseed(1, number, self.processes)
+        reseed(1, number, self.ranks)
         begin = self.clock()
         batches = [batch for index in range(2) for batch in self.data[2 * number + index]]
         result = train_step(self.engine, self.optimizer, batches, learning_rate=1e-4, weight_decay=0.1, clip_grad=1.0)
@@ -134,25 +134,27 @@ def products(config: Config, batch: Batch) -> float:
     seen = batch.tokens.shape[1] / (2 if batch.causal and batch.blocked is None and batch.documents is None else 1)
     attention = 2 * model.num_layers * model.num_attention_heads * model.head_size * seen
     shape = Shape(model, VOCABULARY, config.data.seq_length)
-    layers = sum(count * inputs * outputs for count, inputs, outputs in linears(shape, positions, len(batch.rows)))
+    layers = sum(
+        count * inputs * outputs for count, inputs, outputs in linears(shape, positions, len(batch.scored_positions))
+    )
     return positions * attention + layers
 
 
 def main() -> None:
     options = read_options(Options, __doc__)
-    processes = start_processes()
+    ranks = initialize_parallel()
     try:
-        report = compete(options, processes)
+        report = compete(options, ranks)
     finally:
-        stop_processes()
+        destroy_parallel()
     print(table(report))
     if options.output:
         Path(options.output).write_text(json.dumps(report, indent=1) + "\n")
 
 
-def compete(options: Options, processes: Processes) -> dict:
+def compete(options: Options, ranks: ParallelContext) -> dict:
     """Return what every contestant took, and its ratio to plain AR, measured and explained."""
-    contestants = [Contestant(flags, options, processes) for flags in CASES]
+    contestants = [Contestant(flags, options, ranks) for flags in CASES]
     for number in tqdm(range(WARM_UP + options.rounds), unit="round", disable=not sys.stderr.isatty()):
         turn = number % len(contestants)
         for contestant in contestants[turn:] + contestants[:turn]:
@@ -160,8 +162,8 @@ def compete(options: Options, processes: Processes) -> dict:
     (plain,) = [each for each in contestants if each.flags == PLAIN]
     return {
         "date": str(date.today()),
-        "device": device_name(processes.device),
-        "precision": choose_precision(plain.config, processes.device),
+        "device": device_name(ranks.device),
+        "precision": choose_precision(plain.config, ranks.device),
         "versions": {"python": platform.python_version(), "torch": version("torch")},
         "settings": vars(options) | {"parameters": parameter_count(plain.config.model, VOCABULARY)},
         "results": {each.flags: _result(each, plain) for each in contestants},

@@ -41,7 +41,7 @@ from benchmarks.contestants import OPTIMIZER, Contestant, Shape, Step, accumulat
 from megatron.batch import Batch
 from megatron.errors import ConfigurationError
 from megatron.parallel.deepspeed import import_deepspeed
-from megatron.parallel.mesh import Processes
+from megatron.parallel.mesh import ParallelContext
 
 REPOSITORY = "wmn-231314/diffusion-data-constraint"
 DROPOUT = 0.1  # of attention, of the residual stream and of the embedding: the default that its scripts leave
@@ -73,17 +73,17 @@ def missing(folder: str, device: torch.device) -> str | None:
     return None
 
 
-def contestants(shape: Shape, folder: str, compiled: bool, processes: Processes) -> list[Contestant]:
+def contestants(shape: Shape, folder: str, compiled: bool, ranks: ParallelContext) -> list[Contestant]:
     """Return the published steps, with and without their dropout, and ours with that dropout."""
     kinds = dict.fromkeys(("attention_dropout", "hidden_dropout", "embedding_dropout"), DROPOUT)
     dropping = replace(shape, model=replace(shape.model, **kinds))
     found = []
     for objective in MODELS:
         for dropout in (0.0, DROPOUT):
-            build = partial(published, shape, objective, dropout, folder, processes.device)
+            build = partial(published, shape, objective, dropout, folder, ranks.device)
             found.append(Contestant("published", objective, False, build, dropout))
     for compile in (False, True) if compiled else (False,):
-        build = cache(partial(ours, dropping, compile, processes))  # one model for both objectives
+        build = cache(partial(ours, dropping, compile, ranks))  # one model for both objectives
         found += [Contestant("ours", objective, compile, build, DROPOUT) for objective in MODELS]
     return found
 

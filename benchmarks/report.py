@@ -14,8 +14,8 @@ import torch
 from benchmarks.ceilings import Ceilings
 from benchmarks.contestants import PEERS, Contestant, Shape, version
 from benchmarks.work import asked_flops, palm_flops
+from megatron.training.device_info import peak_flops
 from megatron.training.environment import device_name
-from megatron.training.metrics import peak_flops
 
 PACKAGES = ("torch", "transformers", "litgpt", "lightning", "deepspeed")
 BEST_PEER = "best compiled AR peer"

@@ -31,10 +31,10 @@ from benchmarks.contestants import version
 from benchmarks.options import read_options
 from megatron.config.flags import flag, require
 from megatron.data.indexed import IndexedDataset
+from megatron.evaluation.batched_forward import Limits, Row, ask
 from megatron.evaluation.requests import Request, Scoring
-from megatron.evaluation.rows import Limits, Row, ask
 from megatron.evaluation.score import score
-from megatron.training.trained import Trained, open_trained
+from megatron.training.load_run import Trained, open_trained
 
 PUBLISHED_ROWS, PUBLISHED_TOKENS = 32, 2048  # of every request, filled up with masks
 TARGETS = (1, 4, 16, 64)

@@ -41,7 +41,7 @@ from megatron.config.sections import ModelConfig, ObjectiveConfig, Vocabulary
 from megatron.config.sizes import GPT2_VOCABULARY, ladder_settings
 from megatron.errors import ConfigurationError
 from megatron.objectives import build_objective
-from megatron.parallel.mesh import Processes, start_processes, stop_processes
+from megatron.parallel.mesh import ParallelContext, destroy_parallel, initialize_parallel
 from megatron.randomness import stream
 
 LEARNING_RATE = 1e-4
@@ -106,15 +106,15 @@ def main() -> None:
         rule = "there is no GPU that PyTorch can use; leave the flag out to run on the CPU"
         require(options.device != "cuda" or torch.cuda.is_available(), "device", options.device, rule)
         shape = shape_of(options)
-        processes = start_processes()
-        found = measure(options, shape, enter(options, shape, processes), processes.device)
+        ranks = initialize_parallel()
+        found = measure(options, shape, enter(options, shape, ranks), ranks.device)
     except ConfigurationError as error:
         refuse(error)
     except torch.OutOfMemoryError as error:
         remedy = "give fewer contestants with --only, or a smaller --micro-batch-size with more --micro-batches"
         sys.exit(f"error: {str(error).splitlines()[0].rstrip('.')}; {remedy}")
     finally:
-        stop_processes()
+        destroy_parallel()
     report.show(found)
     if options.output:
         Path(options.output).write_text(json.dumps(found, indent=1) + "\n")
@@ -130,14 +130,14 @@ def shape_of(options: Options) -> Shape:
     return Shape(model, Vocabulary(options.vocab_size), options.seq_length)
 
 
-def enter(options: Options, shape: Shape, processes: Processes) -> list[Contestant]:
+def enter(options: Options, shape: Shape, ranks: ParallelContext) -> list[Contestant]:
     """Return the contestants that are asked for and can run, with a line for each peer that cannot."""
-    found = contestants(shape, False, processes)
-    found += contestants(shape, True, processes) if options.compile else []
+    found = contestants(shape, False, ranks)
+    found += contestants(shape, True, ranks) if options.compile else []
     if options.published is not None:
-        obstacle = published.missing(options.published, processes.device)
+        obstacle = published.missing(options.published, ranks.device)
         require(obstacle is None, "published", options.published, obstacle)
-        found += published.contestants(shape, options.published, options.compile, processes)
+        found += published.contestants(shape, options.published, options.compile, ranks)
     for pattern in options.only:
         rule = f"names no contestant; there are {', '.join(contestant.name for contestant in found)}"
         require(any(fnmatchcase(each.name, pattern) for each in found), "only", pattern, rule)
@@ -159,7 +159,9 @@ def measure(options: Options, shape: Shape, contestants: list[Contestant], devic
     measured = ceilings.measure(shape, options.micro_batch_size, device)
     parity = check(contestants, probes(options, shape))
     made = batches(options, shape, options.rounds * options.steps)
-    rows = {name: float(np.mean([len(batch.rows) for step in made[name] for batch in step])) for name in made}
+    rows = {
+        name: float(np.mean([len(batch.scored_positions) for step in made[name] for batch in step])) for name in made
+    }
     times, memory = compete(contestants, made, options, device)
     found = report.Found(measured, exact, parity, rows, times, memory)
     return report.describe(options, shape, device, contestants, found)
@@ -186,7 +188,7 @@ def batches(options: Options, shape: Shape, steps: int, seed: int = 1) -> dict[s
 
 def whole(batch: Batch) -> Batch:
     """Return the batch with every position in `rows`: logits are then computed for all, and all are finished."""
-    return replace(batch, rows=torch.arange(batch.weights.numel()))
+    return replace(batch, scored_positions=torch.arange(batch.weights.numel()))
 
 
 def probes(options: Options, shape: Shape) -> dict[str, list[list[Batch]]]:

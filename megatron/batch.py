@@ -11,9 +11,9 @@ from torch import Tensor
 class Batch:
     """What the model reads, what it must say, and how much each answer counts.
 
-    Shapes: B sequences of T positions, T = S but in block diffusion. `rows` is derived on the CPU, before the batch
-    travels to a device, so that selecting the scored positions never makes the host wait for the device; whoever
-    replaces the weights passes `rows=None`.
+    Shapes: B sequences of T positions, T = S but in block diffusion. `scored_positions` is derived on the CPU, before
+    the batch is moved to a device, so that selecting them never makes the host wait for the device; code that replaces
+    the weights passes `scored_positions=None`.
     """
 
     tokens: Tensor  # [B, T] int64, possibly corrupted
@@ -21,22 +21,22 @@ class Batch:
     weights: Tensor  # [B, T] float32; 0 where nothing is asked
     counts: np.ndarray  # [B]: what the summed loss is divided by, of each sequence
     causal: bool  # True: a position sees itself and what stands before it; False: it sees all
-    positions: Tensor | None = None  # [B, T] int64, the place of each token in its sample; None means 0..T-1
+    position_ids: Tensor | None = None  # [B, T] int64, the place of each token in its sample; None means 0..T-1
     target_positions: Tensor | None = None  # [B, T] int64, the place of the token asked for, where the model is told
     blocked: Tensor | None = None  # [B or 1, T, T] bool, what a position must not see beside that
     documents: Tensor | None = None  # [B, T] int64; a position sees its own document only
-    branches: Tensor | None = None  # [B, blocks] float32, factor of what each block adds to the residual stream
-    rows: Tensor | None = None  # [R] int64, flat indices of the positions with a weight
+    residual_scales: Tensor | None = None  # [B, blocks] float32, factor of what each block adds to the residual stream
+    scored_positions: Tensor | None = None  # [R] int64, flat indices of the positions with a weight
 
     def __post_init__(self):
-        if self.rows is None:
-            object.__setattr__(self, "rows", self.weights.flatten().nonzero().flatten())
+        if self.scored_positions is None:
+            object.__setattr__(self, "scored_positions", self.weights.flatten().nonzero().flatten())
 
     @classmethod
-    def to_read(cls, tokens: Tensor, causal: bool, positions: Tensor | None = None) -> "Batch":
+    def unscored(cls, tokens: Tensor, causal: bool, position_ids: Tensor | None = None) -> "Batch":
         """Return a batch that asks for nothing."""
         nothing = torch.zeros(tokens.shape, device=tokens.device)
-        return cls(tokens, tokens, nothing, np.zeros(len(tokens)), causal, positions)
+        return cls(tokens, tokens, nothing, np.zeros(len(tokens)), causal, position_ids)
 
     @property
     def count(self) -> float:
@@ -65,3 +65,12 @@ class Batch:
     def pin_memory(self) -> "Batch":
         """Called by the data loader, so that `to` can overlap with computation."""
         return self.map_tensors(Tensor.pin_memory)
+
+
+def without_padding(batch: Batch, real: Tensor) -> Batch:
+    """Return the batch with the weight and count of padded sequences taken away; `real` is [B] bool."""
+    if bool(real.all()):
+        return batch
+    return replace(
+        batch, weights=batch.weights * real[:, None], counts=batch.counts * real.numpy(), scored_positions=None
+    )

@@ -309,20 +309,20 @@ def member(folder: Path, limit: float) -> None:
         import torch
         import torch.distributed as dist
 
-        from megatron.parallel.mesh import start_processes
+        from megatron.parallel.mesh import initialize_parallel
 
         reach("is waiting for the others to join")
-        processes = start_processes()
-        for device in {torch.device("cpu"), processes.device}:
+        ranks = initialize_parallel()
+        for device in {torch.device("cpu"), ranks.device}:
             reach(f"is computing on {device}")
             # the product needs a kernel for this device
             ones = torch.ones(64, 64, device=device)
-            given = (ones @ ones)[0] * (processes.rank + 1)  # 64 (rank + 1)
+            given = (ones @ ones)[0] * (ranks.rank + 1)  # 64 (rank + 1)
             reach(f"is in an all-reduce on {device}")
             dist.all_reduce(given)
-            _expect(given, 64 * processes.size * (processes.size + 1) / 2, "all-reduce")
+            _expect(given, 64 * ranks.size * (ranks.size + 1) / 2, "all-reduce")
             reach(f"is in a broadcast on {device}")
-            given.fill_(processes.rank + 5)
+            given.fill_(ranks.rank + 5)
             dist.broadcast(given, src=0)
             _expect(given, 5, "broadcast")
         reach("done")

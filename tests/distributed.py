@@ -1,4 +1,4 @@
-"""Processes for tests: a group of one inside pytest, or several of their own, one thread each, over gloo.
+"""ParallelContext for tests: a group of one inside pytest, or several of their own, one thread each, over gloo.
 
 Importing torch dominates, so a test module spawns once and runs all its cases inside.
 """
@@ -14,16 +14,16 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron.parallel.mesh import Processes, arrange
+from megatron.parallel.mesh import ParallelContext, build_parallel_context
 from tests.forked import surroundings
 
 
 @contextmanager
-def joined(rank: int = 0, size: int = 1, store: dist.Store | None = None) -> Iterator[Processes]:
+def joined(rank: int = 0, size: int = 1, store: dist.Store | None = None) -> Iterator[ParallelContext]:
     """Join a group on the CPU, by default one of a single process, all data-parallel, and leave it again."""
     dist.init_process_group("gloo", store=store or dist.HashStore(), rank=rank, world_size=size)
     try:
-        yield arrange(rank, size, torch.device("cpu"))
+        yield build_parallel_context(rank, size, torch.device("cpu"))
     finally:
         dist.destroy_process_group()
 
@@ -39,7 +39,7 @@ def spawn(function: Callable, size: int, *arguments) -> list:
         try:
             with surroundings(dict(os.environ)):
                 given = (size, folder, function, arguments)
-                torch.multiprocessing.start_processes(_child, given, nprocs=size, start_method="forkserver")
+                torch.multiprocessing.initialize_parallel(_child, given, nprocs=size, start_method="forkserver")
         except torch.multiprocessing.ProcessRaisedException:
             # the others may fail too, because the first one has left them
             first = min(folder.glob("error of process *"), key=lambda path: path.stat().st_mtime_ns)
@@ -49,9 +49,9 @@ def spawn(function: Callable, size: int, *arguments) -> list:
 
 def _child(rank: int, size: int, folder: Path, function: Callable, arguments: tuple) -> None:
     torch.set_num_threads(1)
-    with joined(rank, size, dist.FileStore(str(folder / "store"), size)) as processes:
+    with joined(rank, size, dist.FileStore(str(folder / "store"), size)) as ranks:
         try:
-            answer = function(processes, *arguments)
+            answer = function(ranks, *arguments)
         except BaseException:
             (folder / f"error of process {rank}").write_text(traceback.format_exc())
             raise

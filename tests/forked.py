@@ -1,4 +1,4 @@
-"""Processes that are forked from one where torch is loaded: as started by themselves, but four seconds sooner."""
+"""ParallelContext that are forked from one where torch is loaded: as started by themselves, but four seconds sooner."""
 
 import os
 import runpy

@@ -15,8 +15,8 @@ from megatron.objectives import build_input_noise, build_objective
 from megatron.objectives.documents import DocumentRules
 from megatron.objectives.masked_diffusion import MaskedDiffusion
 from megatron.parallel.apply import build_engine
-from megatron.parallel.mesh import Processes
-from megatron.training.feed import MicroBatches
+from megatron.parallel.mesh import ParallelContext
+from megatron.training.microbatches import MicroBatches
 from megatron.training.optimizer import build_optimizer, start_state
 from megatron.training.step import reseed, train_step
 
@@ -79,7 +79,7 @@ def whole(parameters) -> dict[str, np.ndarray]:
 
 
 def build(
-    processes: Processes,
+    ranks: ParallelContext,
     case: Case,
     parallel: ParallelConfig,
     steps: int = 1,
@@ -89,7 +89,7 @@ def build(
 ):
     """Return the engine at its initial weights, its optimizer and its data for so many steps."""
     config = ModelConfig(**MODEL | case.model)
-    engine = build_engine(config, VOCABULARY, 5, processes, parallel, bf16=bf16, compile=compile, fp8_recipe=fp8_recipe)
+    engine = build_engine(config, VOCABULARY, 5, ranks, parallel, bf16=bf16, compile=compile, fp8_recipe=fp8_recipe)
     optimizer = build_optimizer(engine, OptimizerConfig(lr=1.0, weight_decay=WEIGHT_DECAY, **case.optimizer))
     start_state(optimizer, 0)
     eps = 1e-9 if case.nothing_masked else 1e-3
@@ -106,8 +106,8 @@ def build(
         train_samples=case.samples + (steps - 1) * GLOBAL_BATCH,
         micro_batch_size=case.micro_batch,
         global_batch_size=GLOBAL_BATCH,
-        rank=processes.data_rank,
-        size=processes.data_size,
+        rank=ranks.data_rank,
+        size=ranks.data_size,
     )
     return engine, optimizer, data
 
@@ -117,28 +117,28 @@ def batches_of_step(data: MicroBatches, step: int) -> list[Batch]:
     return [batch for index in range(data.per_step) for batch in data[step * data.per_step + index]]
 
 
-def take(processes: Processes, case: Case, parallel: ParallelConfig = ParallelConfig()) -> Step:
+def take(ranks: ParallelContext, case: Case, parallel: ParallelConfig = ParallelConfig()) -> Step:
     """Take one step from the initial weights."""
-    engine, optimizer, data = build(processes, case, parallel)
+    engine, optimizer, data = build(ranks, case, parallel)
     gradients, before = {}, whole(engine.named_parameters())
     optimizer.register_step_pre_hook(
         lambda *_: gradients.update(whole((name, p.grad) for name, p in engine.named_parameters()))
     )
-    reseed(7, 0, processes)
+    reseed(7, 0, ranks)
     rates = {"learning_rate": LEARNING_RATE, "weight_decay": WEIGHT_DECAY}
     result = train_step(engine, optimizer, batches_of_step(data, 0), **rates, clip_grad=case.clip)
     return Step(float(result.loss), float(result.grad_norm), gradients, before, whole(engine.named_parameters()))
 
 
 def curve(
-    processes: Processes, case: Case, parallel: ParallelConfig = ParallelConfig(), bf16: bool = False
+    ranks: ParallelContext, case: Case, parallel: ParallelConfig = ParallelConfig(), bf16: bool = False
 ) -> np.ndarray:
     """Return this process's shares of the losses of CURVE_STEPS steps, [steps]."""
-    engine, optimizer, data = build(processes, case, parallel, CURVE_STEPS, bf16)
+    engine, optimizer, data = build(ranks, case, parallel, CURVE_STEPS, bf16)
     assert all(parameter.dtype == torch.float32 for parameter in engine.parameters())  # master weights
     losses, rates = [], {"learning_rate": 1e-2, "weight_decay": WEIGHT_DECAY}
     for step in range(CURVE_STEPS):
-        reseed(7, step, processes)
+        reseed(7, step, ranks)
         batches = batches_of_step(data, step)
         losses.append(float(train_step(engine, optimizer, batches, **rates, clip_grad=1.0).loss))
     return np.array(losses)

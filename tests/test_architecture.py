@@ -18,8 +18,9 @@ LAYERS = {
     "config": 1,
     "data": 2, "model": 2, "objectives": 2,
     "parallel": 3,
-    "training": 4,
-    "evaluation": 5, "convert": 5, "scaling": 5, "check": 5,
+    "validation": 4,
+    "training": 5,
+    "evaluation": 6, "convert": 6, "reporting": 6, "check": 6,
 }  # fmt: skip
 STRANGERS = {frozenset({"parallel", "objectives"})}  # they meet in training
 TOP_LEVEL = {
@@ -96,10 +97,10 @@ def test_nothing_in_the_package_imports_tools_or_tests():
         ("megatron.data.indexed", "def f():\n    import megatron.training.main"),
         ("megatron.model.block", "from megatron.objectives import build_objective"),
         ("megatron.model.block", "from ..training import main"),
-        ("megatron.parallel.apply", "from megatron.objectives.noise import EvaluationNoise"),
-        ("megatron.objectives.noise", "from megatron import parallel"),
-        ("megatron.training.main", "from megatron.scaling import report"),
-        ("megatron.training.main", "importlib.import_module('megatron.scaling.report')"),
+        ("megatron.parallel.apply", "from megatron.objectives.base import EvaluationNoise"),
+        ("megatron.objectives.base", "from megatron import parallel"),
+        ("megatron.training.main", "from megatron.reporting import report"),
+        ("megatron.training.main", "importlib.import_module('megatron.reporting.report')"),
         ("megatron.errors", "from megatron.log import configure_logging"),
         ("megatron.evaluation.score", "from megatron.convert import huggingface"),
     ],
@@ -112,7 +113,7 @@ def test_a_planted_upward_import_is_found(module, planted):
     "module, allowed",
     [
         ("megatron.training.main", "from megatron.objectives import build_objective"),
-        ("megatron.training.step", "from . import checkpoint\nfrom megatron.training import metrics"),
+        ("megatron.training.step", "from . import checkpoint\nfrom megatron.training import device_info"),
         ("megatron.training.environment", "import megatron\nfrom megatron import __version__"),
         ("megatron.data.corpus", "import json, torch\nfrom numpy import load"),
     ],

@@ -80,7 +80,7 @@ shape = Shape(ModelConfig(num_layers=3, hidden_size=64, num_attention_heads=2), 
 for name, ((batch,),) in train_step.batches(train_step.Options(seq_length=256, micro_batch_size=4), shape, 1).items():
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         shape.ours()(batch).sum().backward()
-    asked = work.asked_flops(shape, 1024, len(batch.rows), batch.causal)
+    asked = work.asked_flops(shape, 1024, len(batch.scored_positions), batch.causal)
     print(json.dumps([name, counter.get_total_flops(), asked, work.attention_flops(shape, 1024, True)]))
 """
 

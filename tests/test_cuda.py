@@ -14,12 +14,12 @@ from megatron.config.sections import Vocabulary
 from megatron.model import linear_cross_entropy
 from megatron.model.linear_cross_entropy import PLAIN, WHOLE, Terms
 from megatron.objectives import build_objective
-from megatron.parallel.mesh import start_processes, stop_processes
+from megatron.parallel.mesh import destroy_parallel, initialize_parallel
+from megatron.training.build_engine import start_engine
 from megatron.training.command_line import parse
-from megatron.training.engines import start_engine
 from megatron.training.optimizer import MOMENTS, ShardedApexAdam, apex_adam, build_optimizer, start_state
 from megatron.training.step import train_step
-from megatron.training.trial import RandomText
+from megatron.training.step_benchmark import RandomText
 from tests.conftest import entry, environment, records
 from tests.training.test_optimizer import CONFIG, build, train
 
@@ -86,7 +86,7 @@ def test_a_deterministic_run_resumes_to_the_last_bit(objective, compile, unspoke
 def test_the_host_waits_for_nothing_inside_a_step(objective):
     flags = "--num-layers 2 --hidden-size 64 --num-attention-heads 2 --seq-length 64 --compile".split()
     config, vocabulary = parse("mdm", [*flags, "--objective", objective]), Vocabulary(500)
-    processes = start_processes()
+    processes = initialize_parallel()
     engine, optimizer = start_engine(config, vocabulary, processes, bf16=True, compile=True, steps=0)
     made, text = build_objective(config.objective, vocabulary, 8), RandomText(vocabulary.size, 64)
     for step in range(4):
@@ -97,7 +97,7 @@ def test_the_host_waits_for_nothing_inside_a_step(objective):
             train_step(engine, optimizer, [batch], learning_rate=1e-3, weight_decay=0.1, clip_grad=1.0)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    stop_processes()
+    destroy_parallel()
 
 
 @pytest.mark.parametrize("recipe", ["tensorwise", "rowwise"])
@@ -164,7 +164,7 @@ def test_kernels_of_the_head_equal_the_plain_twin(dtype, terms, monkeypatch):
 
 @pytest.mark.skipif(apex_adam() is None, reason="needs NVIDIA apex")
 def test_apex_equals_torch():
-    processes = start_processes()
+    processes = initialize_parallel()
     (expected, _), (found, two) = build(processes, steps=3), build(processes, steps=3)
     assert isinstance(two, ShardedApexAdam)
     one = torch.optim.AdamW(build_optimizer(expected, CONFIG).param_groups, fused=True)
@@ -175,4 +175,4 @@ def test_apex_equals_torch():
         torch.testing.assert_close(b.full_tensor(), a.full_tensor(), rtol=1e-5, atol=1e-6)
         for moment in MOMENTS:
             torch.testing.assert_close(two.state[b][moment].full_tensor(), one.state[a][moment].full_tensor())
-    stop_processes()
+    destroy_parallel()

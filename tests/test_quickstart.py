@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from megatron.scaling.runs import best_point, curve, load_run, paired_difference
+from megatron.reporting.runs import best_point, curve, load_run, paired_difference
 from tests.conftest import ROOT, environment, records
 
 SCRIPT = "examples_scaling/quickstart/run.sh"

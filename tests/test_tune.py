@@ -7,7 +7,7 @@ import pytest
 
 from megatron.config.sections import Vocabulary
 from megatron.training.command_line import parse_with
-from megatron.training.trial import Trial, attempt
+from megatron.training.step_benchmark import Trial, attempt
 from tests.conftest import ROOT, environment
 from tests.distributed import joined
 from tests.forked import run_script

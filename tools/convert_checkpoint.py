@@ -37,7 +37,7 @@ from megatron.convert.import_huggingface import import_folder
 from megatron.convert.megatron_deepspeed import import_checkpoint
 from megatron.errors import ConfigurationError
 from megatron.parallel.launch import check_alone
-from megatron.training.trained import open_trained
+from megatron.training.load_run import open_trained
 
 
 def main() -> None:

@@ -27,7 +27,7 @@ from megatron.training.main import start
 # isort: split
 # libgomp has been told how to wait: before that nothing may load torch
 from megatron.evaluation.ensemble import evaluate_members, open_members, plot, settings, table
-from megatron.parallel.mesh import start_processes
+from megatron.parallel.mesh import initialize_parallel
 from megatron.training.run_folder import write_json, writing
 
 
@@ -47,11 +47,11 @@ def main() -> None:
     options, flags = parser.parse_known_args()
 
     def work(config, watch) -> None:
-        processes = start_processes(minutes=config.parallel.distributed_timeout_minutes)
-        members = processes.from_first(lambda: open_members(options.runs, options.checkpoint, flags))
-        processes.from_first(make_folders)
-        record = evaluate_members(members, processes)
-        if processes.rank == 0:
+        ranks = initialize_parallel(minutes=config.parallel.distributed_timeout_minutes)
+        members = ranks.from_rank_0(lambda: open_members(options.runs, options.checkpoint, flags))
+        ranks.from_rank_0(make_folders)
+        record = evaluate_members(members, ranks)
+        if ranks.rank == 0:
             print(table(record))
             if options.json:
                 write_json(options.json, record)

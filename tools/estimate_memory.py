@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron.config.flags import flag, require, typed
 from megatron.config.memory import Memory, memory_per_process
-from megatron.config.resolve import check_layout, check_processes
+from megatron.config.resolve import check_batch, check_layout
 from megatron.config.sections import Config, Vocabulary
 from megatron.config.sizes import GPT2_VOCABULARY
 from megatron.errors import ConfigurationError
@@ -73,7 +73,7 @@ def estimate(options: Options, config: Config) -> Memory:
         "the formula is FSDP2's; leave it out, with --deepspeed-config",
     )
     check_layout(config, options.processes)
-    check_processes(config, options.processes)
+    check_batch(config, options.processes)
     precision = "fp32" if config.training.fp32 else "bf16"
     return memory_per_process(config, Vocabulary(options.vocabulary_size), options.processes, precision)
 

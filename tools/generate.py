@@ -32,8 +32,8 @@ from megatron.errors import ConfigurationError
 from megatron.evaluation.sampling import Sampling
 from megatron.evaluation.texts import Request, check, read_request, tokens_to_come, write_records, write_texts
 from megatron.parallel.launch import check_alone
+from megatron.training.load_run import open_trained
 from megatron.training.run_folder import writing
-from megatron.training.trained import open_trained
 
 logger = logging.getLogger(__name__)
 

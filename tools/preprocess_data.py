@@ -19,8 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron.config.flags import DescribedFormatter, Parser, add_section, build, typed_flags
 from megatron.config.sections import implied_tokenizer
-from megatron.data.preparation import Preparation
-from megatron.data.prepare import prepare
+from megatron.data.preprocess import preprocess
+from megatron.data.preprocess_options import PreprocessOptions
 from megatron.data.round_trip import describe_changes
 from megatron.errors import ConfigurationError
 from megatron.log import configure_logging
@@ -30,9 +30,9 @@ def main() -> None:
     configure_logging()
     try:
         parser = Parser(description=__doc__, formatter_class=DescribedFormatter, allow_abbrev=False)
-        add_section(parser, Preparation, defaults=implied_tokenizer(typed_flags(sys.argv[1:])))
-        asked = build(Preparation, parser.parse_known(sys.argv[1:]))
-        report(asked.output_dir, prepare(asked))
+        add_section(parser, PreprocessOptions, defaults=implied_tokenizer(typed_flags(sys.argv[1:])))
+        asked = build(PreprocessOptions, parser.parse_known(sys.argv[1:]))
+        report(asked.output_dir, preprocess(asked))
     except ConfigurationError as error:
         leave(error, 2)
     except OSError as error:

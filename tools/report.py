@@ -11,8 +11,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron.errors import ConfigurationError
-from megatron.scaling.report import write_report
-from megatron.scaling.runs import load_runs
+from megatron.reporting.report import write_report
+from megatron.reporting.runs import load_runs
 
 
 def main() -> None:

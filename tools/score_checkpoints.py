@@ -22,11 +22,11 @@ from megatron.training.main import start
 # libgomp has been told how to wait: before that nothing may load torch
 from megatron.config.flags import DescribedFormatter, Parser, add_section, build
 from megatron.config.sections import Config
+from megatron.evaluation.lm_eval_errors import leave_without_lm_eval
 from megatron.evaluation.requests import Scoring
-from megatron.evaluation.tasks import leave_without_lm_eval
-from megatron.parallel.mesh import start_processes
+from megatron.parallel.mesh import initialize_parallel
+from megatron.training.load_run import trained_config
 from megatron.training.run_folder import write_json, writing
-from megatron.training.trained import trained_config
 
 try:
     from megatron.evaluation.checkpoints import first_metric, plot, score_checkpoints
@@ -53,7 +53,7 @@ def main() -> None:
 
     def work(config: Config, watch) -> None:
         if watch:
-            start_processes(minutes=config.parallel.distributed_timeout_minutes)
+            initialize_parallel(minutes=config.parallel.distributed_timeout_minutes)
         tasks, cache = options.tasks.split(","), options.output / "answers"
         record = score_checkpoints(options.run, tasks, options.scoring, options.include_path, options.limit, cache)
         if not record["points"]:

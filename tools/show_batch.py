@@ -59,7 +59,7 @@ def batches(text: str, sample: int, flags: list[str]) -> list[Batch]:
 def picture(batch: Batch) -> str:
     """Return one sequence as lines: a column a position, then a row of the attention mask a position."""
     length = batch.tokens.shape[1]
-    places = torch.arange(length)[None] if batch.positions is None else batch.positions
+    places = torch.arange(length)[None] if batch.position_ids is None else batch.position_ids
     scored = batch.weights[0] > 0
     rows = {
         "place": places[0].tolist(),
@@ -70,8 +70,8 @@ def picture(batch: Batch) -> str:
     if batch.target_positions is not None:
         rows["at place"] = [place if asked else "" for place, asked in zip(batch.target_positions[0].tolist(), scored)]
     lines = [f"{name:9}" + "".join(f"{value!s:>5}" for value in values) for name, values in rows.items()]
-    if batch.branches is not None:
-        lines.append(f"{'blocks':9}" + "".join(f"{factor:5.3g}" for factor in batch.branches[0].tolist()))
+    if batch.residual_scales is not None:
+        lines.append(f"{'blocks':9}" + "".join(f"{factor:5.3g}" for factor in batch.residual_scales[0].tolist()))
     lines = [line.rstrip() for line in lines]
     visible = batch.visible()
     if visible is None:

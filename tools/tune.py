@@ -32,12 +32,12 @@ from megatron.config.sections import Config, Vocabulary
 from megatron.config.sizes import GPT2_VOCABULARY
 from megatron.errors import ConfigurationError
 from megatron.log import configure_logging
-from megatron.parallel.mesh import start_processes, stop_processes
+from megatron.parallel.mesh import destroy_parallel, initialize_parallel
 from megatron.training.command_line import parse_with
+from megatron.training.device_info import device_memory
 from megatron.training.environment import choose_precision, cpp_compiler, device_name, prepare_device
-from megatron.training.metrics import device_memory
 from megatron.training.run_folder import write_json
-from megatron.training.trial import WARM_UP, Trial, attempt
+from megatron.training.step_benchmark import WARM_UP, Trial, attempt
 
 GAIN = 1.02  # a larger micro-batch is tried for as long as the last one gained that much
 MOST = {"cuda": 64, "cpu": 8}  # samples of the largest micro-batch that is tried
@@ -82,12 +82,12 @@ class Tuner:
     def __init__(self, options: Options, config: Config):
         self.config, self.steps = config, options.trial_steps
         self.vocabulary = Vocabulary(options.vocabulary_size)
-        self.processes = processes = start_processes()
-        prepare_device(config, processes.device)  # refuses what no trial could do
-        self.memory = device_memory(processes.device)
-        self.data_size = config.parallel.data_size(processes.size)
+        self.ranks = ranks = initialize_parallel()
+        prepare_device(config, ranks.device)  # refuses what no trial could do
+        self.memory = device_memory(ranks.device)
+        self.data_size = config.parallel.data_size(ranks.size)
         samples = config.training.global_batch_size // self.data_size
-        most = options.micro_batch_max or MOST[processes.device.type]
+        most = options.micro_batch_max or MOST[ranks.device.type]
         self.samples = max(size for size in range(1, most + 1) if samples % size == 0)
         self.trials: dict[Choice, Trial | str] = {}
 
@@ -106,7 +106,7 @@ class Tuner:
         if not speed:  # a single sample needs recomputation
             for kind in RECOMPUTE:
                 self.trial(Choice(1, kind, False))
-        if self.best and self.processes.sum(cpp_compiler() is None) == [0]:  # on every node
+        if self.best and self.ranks.sum(cpp_compiler() is None) == [0]:  # on every node
             sizes, best = self.sizes(), self.best
             place = sizes.index(best.micro_batch) if best.micro_batch in sizes else 0
             for size in [best.micro_batch, *sizes[place + 1 : place + 2], *sizes[max(0, place - 1) : place]]:
@@ -135,7 +135,7 @@ class Tuner:
     def trial(self, choice: Choice) -> Trial | str:
         if choice not in self.trials:
             self.trials[choice] = found = self._attempt(choice)
-            if self.processes.rank == 0:
+            if self.ranks.rank == 0:
                 print(row(choice, found), flush=True)
         return self.trials[choice]
 
@@ -148,8 +148,8 @@ class Tuner:
             parallel=replace(self.config.parallel, recompute_granularity=choice.recompute),
         )
         if not config.parallel.deepspeed:
-            precision, kind = choose_precision(config, self.processes.device), self.processes.device.type
-            needed = memory_per_process(config, self.vocabulary, self.processes.size, precision, kind).total
+            precision, kind = choose_precision(config, self.ranks.device), self.ranks.device.type
+            needed = memory_per_process(config, self.vocabulary, self.ranks.size, precision, kind).total
             if needed > self.memory:
                 return f"does not fit: {needed / GIB:.1f} GiB of {self.memory / GIB:.1f}"
         return attempt(config, self.vocabulary, self.steps)
@@ -192,11 +192,11 @@ def main() -> None:
     try:
         options, config = parse_with(Options, __doc__, sys.argv[1:], shown=("model", "training", "parallel"))
         tuner = Tuner(options, config)
-        if tuner.processes.rank == 0:
-            print(f"{device_name(tuner.processes.device)} x{tuner.processes.size}, {tuner.samples} samples a step each")
+        if tuner.ranks.rank == 0:
+            print(f"{device_name(tuner.ranks.device)} x{tuner.ranks.size}, {tuner.samples} samples a step each")
             print("micro-batch  recompute  blocks      tokens/s     GiB  first step")
         tuner.search()
-        if tuner.processes.rank == 0:
+        if tuner.ranks.rank == 0:
             print(verdict(tuner))
             if options.output:
                 write(Path(options.output), tuner)
@@ -206,7 +206,7 @@ def main() -> None:
         reason = str(error).splitlines()[0]
         sys.exit(f"error: out of memory in one of several processes, give --micro-batch-max: {reason}")
     finally:
-        stop_processes()
+        destroy_parallel()
 
 
 def write(path: Path, tuner: Tuner) -> None:
@@ -214,8 +214,8 @@ def write(path: Path, tuner: Tuner) -> None:
         choice._asdict() | (asdict(found) if isinstance(found, Trial) else {"failed": found})
         for choice, found in tuner.trials.items()
     ]
-    report = {"date": str(date.today()), "device": device_name(tuner.processes.device), "torch": torch.__version__}
-    report |= {"processes": tuner.processes.size, "samples": tuner.samples, "best": tuner.best and tuner.best._asdict()}
+    report = {"date": str(date.today()), "device": device_name(tuner.ranks.device), "torch": torch.__version__}
+    report |= {"processes": tuner.ranks.size, "samples": tuner.samples, "best": tuner.best and tuner.best._asdict()}
     write_json(path, report | {"config": asdict(tuner.config), "trials": trials})
 
 

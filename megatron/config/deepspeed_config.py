@@ -63,7 +63,7 @@ def deepspeed_config(
     training: TrainingConfig,
     optimizer: OptimizerConfig,
     *,
-    processes: int | None,
+    world_size: int | None,
     bf16: bool | None,
     zero_stage: int | None,
     cpu_offload: bool = False,
@@ -88,10 +88,10 @@ def deepspeed_config(
         return value
 
     micro, whole = training.micro_batch_size, training.global_batch_size
-    steps = max(1, whole // (micro * processes)) if processes else given.get("gradient_accumulation_steps", 1)
+    steps = max(1, whole // (micro * world_size)) if world_size else given.get("gradient_accumulation_steps", 1)
     if bf16 is None:
         bf16 = given.get("bf16.enabled", given.get("bfloat16.enabled", True)) is True
-    cut = f"--global-batch-size {whole}, --micro-batch-size {micro} and {processes} processes, which make it {steps}"
+    cut = f"--global-batch-size {whole}, --micro-batch-size {micro} and {world_size} processes, which make it {steps}"
     agree("train_batch_size", whole, f"--global-batch-size {whole}")
     settings = {
         "train_micro_batch_size_per_gpu": agree(

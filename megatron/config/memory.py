@@ -54,7 +54,7 @@ class Memory:
 
 
 def memory_per_process(
-    config: Config, vocabulary: Vocabulary, processes: int, precision: str, device: str = "cuda"
+    config: Config, vocabulary: Vocabulary, world_size: int, precision: str, device: str = "cuda"
 ) -> Memory:
     """Return the memory of that of `processes` processes which needs most; `check_layout` has accepted the layout.
 
@@ -62,7 +62,7 @@ def memory_per_process(
     works in smaller pieces.
     """
     stages = config.parallel.pipeline_model_parallel_size
-    places = [_Process(config, vocabulary, processes, precision, device, place) for place in range(stages)]
+    places = [_Process(config, vocabulary, world_size, precision, device, place) for place in range(stages)]
     return max((memory for process in places for memory in process.moments()), key=lambda memory: memory.total)
 
 
@@ -103,7 +103,9 @@ class _Process:
     micro-batches of the step are there already. `done` blocks of a chunk, from its end, are through.
     """
 
-    def __init__(self, config: Config, vocabulary: Vocabulary, processes: int, precision: str, device: str, place: int):
+    def __init__(
+        self, config: Config, vocabulary: Vocabulary, world_size: int, precision: str, device: str, place: int
+    ):
         model, parallel, training = config.model, config.parallel, config.training
         self.model, self.parallel, self.device, self.place = model, parallel, device, place
         self.size = {"bf16": 2, "fp32": 4}[precision]  # of a number in the compute dtype
@@ -112,7 +114,7 @@ class _Process:
         self.first, self.last = place == 0, place == self.stages - 1
         self.chunks = parallel.chunks(model.num_layers)
         self.layers = len(layers_of(place, self.stages * self.chunks, model.num_layers))  # of one chunk
-        data_size = parallel.data_size(processes)
+        data_size = parallel.data_size(world_size)
         self.micro_batches = training.global_batch_size // (training.micro_batch_size * data_size)
 
         shards = data_size // parallel.replicas(data_size)

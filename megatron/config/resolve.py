@@ -212,7 +212,7 @@ def check_layout(config: Config, size: int) -> None:
     )
 
 
-def check_processes(config: Config, size: int) -> None:
+def check_batch(config: Config, size: int) -> None:
     """Check that a step divides into whole micro-batches over `size` processes, enough of them for a pipeline."""
     training, parallel = config.training, config.parallel
     data_size, stages = parallel.data_size(size), parallel.pipeline_model_parallel_size

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from megatron.config.flags import typed
 from megatron.config.sections import SECTIONS
+from megatron.training.load_run import Trained
 from megatron.training.run_folder import read_records
-from megatron.training.trained import Trained
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -22,8 +22,8 @@ from megatron.convert.folders import check_new, new_folder, set_fields
 from megatron.convert.huggingface import extra_rows, family_of, hugging_face_config, hugging_face_model
 from megatron.convert.tokenizer import write_tokenizer
 from megatron.errors import ConfigurationError
+from megatron.training.load_run import Trained
 from megatron.training.run_folder import write_json
-from megatron.training.trained import Trained
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 EXTRA_ROWS, RECORD = "extra_rows.safetensors", "training_run.json"

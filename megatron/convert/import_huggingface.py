@@ -10,9 +10,9 @@ from megatron.convert.export import EXTRA_ROWS, RECORD
 from megatron.convert.folders import check_new, new_folder
 from megatron.convert.huggingface import TABLES
 from megatron.convert.import_tokenizer import adopt_tokenizer
-from megatron.convert.new_run import describe_import, fill_tables, network_flags, write_run
 from megatron.convert.read_huggingface import Folder, read_folder, read_object, read_tensors
 from megatron.convert.tokenizer import keep_tokenizer
+from megatron.convert.write_imported_run import describe_import, fill_tables, network_flags, write_run
 from megatron.errors import ConfigurationError
 from megatron.training.command_line import parse
 

@@ -19,8 +19,8 @@ from torch import Tensor
 from megatron.config.flags import require
 from megatron.config.sections import ModelConfig, Vocabulary
 from megatron.convert.folders import check_new, new_folder
-from megatron.convert.new_run import check_weights, describe_import, fill_tables, network_flags, write_run
 from megatron.convert.tokenizer import keep_tokenizer
+from megatron.convert.write_imported_run import check_weights, describe_import, fill_tables, network_flags, write_run
 from megatron.data.tokenizer import build_tokenizer
 from megatron.errors import ConfigurationError
 from megatron.training.command_line import parse

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron.config.sections import ModelConfig, Vocabulary
 from megatron.convert.huggingface import FAMILIES, TABLES, Family, our_name
-from megatron.convert.new_run import check_weights
+from megatron.convert.write_imported_run import check_weights
 from megatron.errors import ConfigurationError
 
 if TYPE_CHECKING:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from megatron.errors import ConfigurationError
 from megatron.evaluation.language_model import MegatronLM, Source
+from megatron.evaluation.lm_eval_errors import check_include_path, faults_of_tasks
 from megatron.evaluation.requests import Scoring
-from megatron.evaluation.tasks import check_include_path, faults_of_tasks
 from megatron.figures import add_legend, literal, pyplot, save_png
 from megatron.training.checkpoint import complete, damage
 from megatron.training.run_folder import read_json

@@ -23,11 +23,11 @@ from megatron.figures import pyplot, save_png
 from megatron.objectives import DOCUMENT_RULES, build_objective, document_rules
 from megatron.parallel.apply import build_engine
 from megatron.parallel.engine import Engine
-from megatron.parallel.mesh import Processes
+from megatron.parallel.mesh import ParallelContext
 from megatron.training import checkpoint
-from megatron.training.evaluate import Evaluation, evaluate
-from megatron.training.sources import Sources, open_sources
-from megatron.training.trained import Trained, open_trained, trained_config
+from megatron.training.datasets import Sources, open_sources
+from megatron.training.load_run import Trained, open_trained, trained_config
+from megatron.validation.evaluate import Evaluation, evaluate
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ class Ensemble:
     """Several engines as one, to `evaluate`: their nll, and that of the first one, two, ... of them together."""
 
     def __init__(self, engines: list[Engine]):
-        self.engines, self.processes = engines, engines[0].processes
+        self.engines, self.ranks = engines, engines[0].ranks
 
     def nll(self, batch: Batch) -> Tensor:
         """Return the unweighted nll per position, fp32 [2K, B, S]: of each of K members, and of the first 1 to K."""
@@ -133,7 +133,7 @@ def check_data(members: list[Trained], sources: Sources) -> None:
                 )
 
 
-def evaluate_members(members: list[Trained], processes: Processes) -> dict:
+def evaluate_members(members: list[Trained], ranks: ParallelContext) -> dict:
     """Return the record of an evaluation on every validation set of the first member; on every process the same.
 
     Of each set it holds the figures of `Evaluation.summary` for the members, and for the ensembles of the first 1 to
@@ -146,10 +146,10 @@ def evaluate_members(members: list[Trained], processes: Processes) -> dict:
     documents = document_rules(first.config.data, first.config.objective, sources.tokenizer.eod)
     objective = build_objective(first.config.objective, vocabulary, first.meta["time_block"], documents)
     exact = all(likelihood.exact for likelihood in objective.likelihoods)
-    for line in idle_flags(first.config, exact) if processes.rank == 0 else ():
+    for line in idle_flags(first.config, exact) if ranks.rank == 0 else ():
         logger.info(line)
     evaluations = [(data, *each) for data in sources.validation for each in objective.evaluations(data.name)]
-    ensemble, sets = Ensemble([_engine(member, vocabulary, processes) for member in members]), {}
+    ensemble, sets = Ensemble([_engine(member, vocabulary, ranks) for member in members]), {}
     for data, name, likelihood in evaluations:
         found = evaluate(
             ensemble,
@@ -193,11 +193,11 @@ def evaluate_members(members: list[Trained], processes: Processes) -> dict:
     }
 
 
-def _engine(member: Trained, vocabulary: Vocabulary, processes: Processes) -> Engine:
+def _engine(member: Trained, vocabulary: Vocabulary, ranks: ParallelContext) -> Engine:
     """Return the engine of a member, at its weights; there is no optimizer."""
     config, bf16 = member.config, member.recorded["precision"] == "bf16"
     seed, parallel = config.training.seed, config.parallel
-    engine = build_engine(config.model, vocabulary, seed, processes, parallel, bf16=bf16, compile=False)
+    engine = build_engine(config.model, vocabulary, seed, ranks, parallel, bf16=bf16, compile=False)
     weights = {f"model.{name}": parameter.detach() for name, parameter in engine.named_parameters()}
     checkpoint.load(member.checkpoint, weights)
     return engine

@@ -16,7 +16,7 @@ from megatron.config.sections import DataConfig, ObjectiveConfig
 from megatron.errors import ConfigurationError
 from megatron.evaluation.generate_diffusion import OnStep, fill
 from megatron.evaluation.sampling import Sampling, choose, keys
-from megatron.model.past import Past
+from megatron.model.kv_cache import KVCache
 from megatron.model.transformer import Transformer
 from megatron.objectives import DOCUMENT_RULES
 from megatron.randomness import stream
@@ -194,7 +194,7 @@ class _Continuing:
 
     def _batch(self, prompts: list[list[int]], draws: Tensor) -> list[list[int]]:
         """Return what follows each of B prompts; `draws` [B, max_new_tokens] decide each token."""
-        past, texts = Past(), [[] for _ in prompts]
+        past, texts = KVCache(), [[] for _ in prompts]
         rows = torch.arange(len(prompts), device=self.device)
         hidden = self._read_prompts(prompts, past)
         for turn in range(self.sampling.max_new_tokens):
@@ -208,7 +208,7 @@ class _Continuing:
             hidden = self.model.read(chosen[:, None], past)[:, -1]
         return texts
 
-    def _read_prompts(self, prompts: list[list[int]], past: Past) -> Tensor:
+    def _read_prompts(self, prompts: list[list[int]], past: KVCache) -> Tensor:
         """Read B prompts; return what the head reads of their ends, [B, H]."""
         longest = max(map(len, prompts))
         tokens = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts], device=self.device)

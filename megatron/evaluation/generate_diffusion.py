@@ -97,7 +97,7 @@ class _Filling:
         again = self._hidden_again(~hidden, draws[2], before, after)
         counts = after - before + again.sum(1)
         if counts.any():
-            states = self.model.hidden_states(Batch.to_read(tokens, causal=False))
+            states = self.model.hidden_states(Batch.unscored(tokens, causal=False))
             states = states.gather(1, places[..., None].expand(-1, -1, states.shape[-1]))  # [R, L, H]
             chosen = self._first(self._scores(states, hidden, counts, draws[1]), counts)
             answers[chosen] = self._choose(states[chosen], draws[0][chosen])

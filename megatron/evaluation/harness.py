@@ -25,13 +25,13 @@ from megatron.training.main import say, start
 from megatron.config.flags import DescribedFormatter, Parser, add_section, spelling
 from megatron.config.sections import Config
 from megatron.errors import ConfigurationError
+from megatron.evaluation.lm_eval_errors import check_include_path, faults_of_tasks, leave_without_lm_eval
 from megatron.evaluation.published_flags import check_training_flags, split_training_flags, translate_published
 from megatron.evaluation.requests import Scoring
-from megatron.evaluation.tasks import check_include_path, faults_of_tasks, leave_without_lm_eval
 from megatron.log import configure_logging
 from megatron.parallel.launch import adopt_launcher, rank
-from megatron.parallel.mesh import start_processes
-from megatron.training.trained import trained_config
+from megatron.parallel.mesh import initialize_parallel
+from megatron.training.load_run import trained_config
 
 try:
     from lm_eval._cli import HarnessCLI
@@ -151,7 +151,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     def work(config: Config, watch) -> None:
         if watch:
-            start_processes(minutes=config.parallel.distributed_timeout_minutes)
+            initialize_parallel(minutes=config.parallel.distributed_timeout_minutes)
         with faults_of_tasks(asked.tasks or []):
             asked.func(asked)
 

@@ -16,16 +16,16 @@ from lm_eval.api.model import TemplateLM
 
 from megatron.config.flags import flag, require
 from megatron.errors import ConfigurationError
+from megatron.evaluation.answer_cache import Kept
 from megatron.evaluation.encoding import EncodingCounts, encode_pair
 from megatron.evaluation.generate import CAUSAL, check_empty_prompt, check_objective, generate
-from megatron.evaluation.kept import Kept
 from megatron.evaluation.requests import Request, Score, Scoring
 from megatron.evaluation.sampling import MASKED, Sampling
 from megatron.evaluation.score import score
 from megatron.parallel.launch import device, world_size
-from megatron.parallel.mesh import start_processes
+from megatron.parallel.mesh import initialize_parallel
+from megatron.training.load_run import Trained, open_trained
 from megatron.training.run_folder import writing
-from megatron.training.trained import Trained, open_trained
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +112,7 @@ class MegatronLM(TemplateLM):
         self.trained = self.source.open()
         self.objective = self.trained.recorded["objective_name"]
         scoring.check(self.objective)
-        self._processes = start_processes() if world_size() > 1 else None
+        self._processes = initialize_parallel() if world_size() > 1 else None
         if self._processes:
             self._rank, self._world_size = self._processes.rank, self._processes.size
         self._device = _place(device)

@@ -11,7 +11,7 @@ from megatron.config.sections import Config
 from megatron.config.sizes import ladder_settings
 from megatron.errors import ConfigurationError
 from megatron.training.command_line import parser as training_parser
-from megatron.training.trained import trained_config
+from megatron.training.load_run import trained_config
 
 logger = logging.getLogger(__name__)
 

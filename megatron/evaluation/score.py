@@ -13,9 +13,9 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from megatron.config.sections import DataConfig
+from megatron.evaluation.batched_forward import Limits
 from megatron.evaluation.generate import CAUSAL, check_empty_prompt, check_objective
 from megatron.evaluation.requests import Request, Score, Scoring
-from megatron.evaluation.rows import Limits
 from megatron.evaluation.score_causal import Pair, score_causal
 from megatron.evaluation.score_masked import Answer, MaskedScorer, key_of
 from megatron.model.transformer import Transformer

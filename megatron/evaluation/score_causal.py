@@ -7,9 +7,9 @@ import numpy as np
 import torch
 
 from megatron.batch import Batch
+from megatron.evaluation.batched_forward import Limits, Prediction, answers, batches, fill_up, select, split
 from megatron.evaluation.requests import Score
-from megatron.evaluation.rows import Limits, Said, answers, batches, fill_up, select, split
-from megatron.model.past import Past
+from megatron.model.kv_cache import KVCache
 from megatron.model.transformer import Transformer
 
 
@@ -41,7 +41,7 @@ def _score_alone(model, pairs, indices, limits, finished) -> None:
     for chosen in batches([len(text) for text in texts], limits):
         tokens = _tensor(model, fill_up([texts[row] for row in chosen]))
         # what fills a row up stands behind all its tokens, which do not see it
-        hidden = model.hidden_states(Batch.to_read(tokens, causal=True))
+        hidden = model.hidden_states(Batch.unscored(tokens, causal=True))
         asked = [pairs[indices[row]] for row in chosen]
         places = [len(pair.context) - 1 + np.arange(len(pair.continuation)) for pair in asked]
         for row, pair, said in zip(chosen, asked, _said(model, hidden, places, asked, slice(None)), strict=True):
@@ -53,7 +53,7 @@ def _score_shared(model, pairs, groups, limits, finished) -> None:
     for chosen in batches([len(context) for context in contexts], limits):
         tokens = fill_up([contexts[row] for row in chosen])
         lengths = np.array([len(contexts[row]) for row in chosen])
-        past = Past()
+        past = KVCache()
         hidden = model.read(_tensor(model, tokens), past)
         # what fills a row up was read behind all its tokens; what is read from here on must not see it
         past.present = _tensor(model, np.arange(tokens.shape[1]) < lengths[:, None])
@@ -68,7 +68,7 @@ def _score_shared(model, pairs, groups, limits, finished) -> None:
             finished(index, _result(pairs[index], said, round(read)))
 
 
-def _read_answers(model, past, width, owners, pairs, limits) -> dict[int, Said]:
+def _read_answers(model, past, width, owners, pairs, limits) -> dict[int, Prediction]:
     """Return what is said of all but the first tokens of the longer answers, by their place in `owners`."""
     found, long = {}, [place for place, (_, index) in enumerate(owners) if len(pairs[index].continuation) > 1]
     texts = [pairs[owners[place][1]].continuation[:-1] for place in long]
@@ -84,13 +84,13 @@ def _read_answers(model, past, width, owners, pairs, limits) -> dict[int, Said]:
     return found
 
 
-def _said(model, hidden, places, asked: list[Pair], part: slice) -> list[Said]:
+def _said(model, hidden, places, asked: list[Pair], part: slice) -> list[Prediction]:
     """Return what is said of a part of each continuation, at the `places` of its row of `hidden`."""
     targets = np.array([token for pair in asked for token in pair.continuation[part]], np.int64)
     return split(answers(model, select(hidden, places), targets), [len(each) for each in places])
 
 
-def _result(pair: Pair, said: list[Said], tokens: int) -> Score:
+def _result(pair: Pair, said: list[Prediction], tokens: int) -> Score:
     nats = sum(float(each.nll.sum()) for each in said)
     best = np.concatenate([each.best for each in said])
     return Score(-nats, bool((best == np.array(pair.continuation)).all()), samples=1, forward_tokens=tokens)

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from megatron.evaluation.masks import Design, all_sets, balanced, everything
+from megatron.evaluation.batched_forward import Limits, Prediction, Row, ask
+from megatron.evaluation.mask_designs import Design, all_sets, balanced, everything
 from megatron.evaluation.requests import REPLICATES, Score, Scoring
-from megatron.evaluation.rows import Limits, Row, Said, ask
 from megatron.model.transformer import Transformer
 from megatron.randomness import stream
 
@@ -26,7 +26,7 @@ class Answer:
     start: int  # where the continuation begins
     key: str  # what its noise is keyed by; rivals have the same
     length: float
-    first: Said | None = None  # when all of it is hidden
+    first: Prediction | None = None  # when all of it is hidden
     exact: float | None = None  # nats
     rounds: list[np.ndarray] = field(default_factory=list)  # [replicates] nats each
     sizes: list[int] = field(default_factory=list)  # rows of each round
@@ -206,7 +206,7 @@ class MaskedScorer:
             going = [index for index in going if answers[index].greedy is None]
             said = dict(zip(going, self._read_rows(answers, hidden, going), strict=True))
 
-    def _read_rows(self, answers, hidden, chosen) -> list[Said]:
+    def _read_rows(self, answers, hidden, chosen) -> list[Prediction]:
         rows = [self._row(answers[index], hidden[index]) for index in chosen]
         for index in chosen:
             self._count(answers[index], 1, samples=False)
@@ -214,7 +214,7 @@ class MaskedScorer:
 
     # ------------------------------------------------------------------------------------ rows
 
-    def _read(self, answers: list[Answer], designs: list[Design]) -> list[list[Said]]:
+    def _read(self, answers: list[Answer], designs: list[Design]) -> list[list[Prediction]]:
         """Return what is said in every row of the design of each answer; all answers are read together."""
         rows = [
             self._row(answer, mask) for answer, design in zip(answers, designs, strict=True) for mask in design.hidden
@@ -237,7 +237,7 @@ class MaskedScorer:
             other[: answer.start] = mask_id
         return Row(tokens, places, answer.sequence[places], other)
 
-    def _ask(self, rows: list[Row]) -> list[Said]:
+    def _ask(self, rows: list[Row]) -> list[Prediction]:
         return ask(self.model, rows, self.limits, self.scoring.cfg)
 
     def _count(self, answer: Answer, rows: int, samples: bool) -> None:

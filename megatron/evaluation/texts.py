@@ -16,8 +16,8 @@ from megatron.errors import ConfigurationError
 from megatron.evaluation.generate import check_empty_prompt, check_gaps, check_objective, generate, infill
 from megatron.evaluation.generate_diffusion import OnStep
 from megatron.evaluation.sampling import MASKED, Sampling
+from megatron.training.load_run import Trained
 from megatron.training.run_folder import writing
-from megatron.training.trained import Trained
 
 GAP = re.compile(r"\{\{(\d+)\}\}")
 HIDDEN = "░"  # how a place without a token is shown

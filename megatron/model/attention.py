@@ -8,22 +8,22 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from megatron.config.sections import ModelConfig
+from megatron.model.kv_cache import LayerKVCache
 from megatron.model.norm import normalisation
-from megatron.model.past import BlockPast
 from megatron.model.rotary import RotaryTable, rotate
 
 # [B or 1, 1, S, S] in the compute dtype, 0 where a query may see a key, else -inf; or the same by squares of 128
 Mask = Tensor | BlockMask
 
 
-class Sight(NamedTuple):
+class AttentionContext(NamedTuple):
     """Where the tokens of a batch stand and what each position may see: the same in all blocks."""
 
     queries: RotaryTable
     keys: RotaryTable
     causal: bool  # where there is no `mask`
     mask: Mask | None = None
-    past: BlockPast | None = None  # what this block has read before, in generation and scoring
+    past: LayerKVCache | None = None  # what this block has read before, in generation and scoring
 
 
 class Attention(nn.Module):
@@ -43,7 +43,7 @@ class Attention(nn.Module):
         self.q_norm = normalisation(config, config.head_size) if config.qk_layernorm else nn.Identity()
         self.k_norm = normalisation(config, config.head_size) if config.qk_layernorm else nn.Identity()
 
-    def forward(self, hidden: Tensor, sight: Sight) -> Tensor:
+    def forward(self, hidden: Tensor, sight: AttentionContext) -> Tensor:
         """[B, S, H] -> [B, S, heads * D]: what `o_proj` reads, which the block calls where it is needed."""
         # the head count is left to `unflatten`, so that a layer holding a share of the heads works unchanged
         query = self.q_norm(self.q_proj(hidden).unflatten(-1, (-1, self.head_size))).transpose(1, 2)

@@ -5,10 +5,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron.config.sections import ModelConfig
-from megatron.model.attention import Attention, Sight
+from megatron.model.attention import Attention, AttentionContext
 from megatron.model.mlp import MLP
 from megatron.model.norm import normalisation
-from megatron.model.selection import Selection
+from megatron.model.scored_positions import Selection
 
 
 class Block(nn.Module):
@@ -23,7 +23,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self, hidden: Tensor, sight: Sight, branch: Tensor | None = None, selection: Selection | None = None
+        self, hidden: Tensor, sight: AttentionContext, branch: Tensor | None = None, selection: Selection | None = None
     ) -> Tensor:
         """[B, S, H] -> [B, S, H]; `branch` [B, 1, 1] scales what is added, for stochastic depth.
 
@@ -38,7 +38,7 @@ class Block(nn.Module):
             parts.append(selection.take(branch.expand(*hidden.shape[:2], 1)))
         return torch.cat([self.finish(*part) for part in zip(*parts, strict=True)])
 
-    def mix(self, hidden: Tensor, sight: Sight) -> Tensor:
+    def mix(self, hidden: Tensor, sight: AttentionContext) -> Tensor:
         """Return what the heads of attention read, [B, S, heads * D]."""
         return self.self_attn(self.input_layernorm(hidden), sight)
 

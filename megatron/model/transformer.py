@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 from megatron.batch import Batch
 from megatron.config.sections import ModelConfig, Vocabulary
-from megatron.model.attention import Sight, block_mask, dense_mask
+from megatron.model.attention import AttentionContext, block_mask, dense_mask
 from megatron.model.block import Block
+from megatron.model.kv_cache import KVCache
 from megatron.model.linear_cross_entropy import PLAIN, WHOLE, Terms, linear_cross_entropy, linear_nll
 from megatron.model.norm import normalisation
-from megatron.model.past import Past
 from megatron.model.rotary import rotary_table
-from megatron.model.selection import Selection
+from megatron.model.scored_positions import Selection
 
 
 class Transformer(nn.Module):
@@ -49,7 +49,7 @@ class Transformer(nn.Module):
         leaves no graph. A pipeline stage reads `hidden`, which the stage before it returned, unless it is the first,
         and returns its hidden states unless it is the last.
         """
-        rows, targets, weights = batch.rows, batch.targets.flatten(), batch.weights.flatten()
+        rows, targets, weights = batch.scored_positions, batch.targets.flatten(), batch.weights.flatten()
         selection = Selection.of(rows, len(targets)) if self.last and self.selects_early else None
         hidden = self.hidden_states(batch, hidden, selection)
         if not self.last:
@@ -61,7 +61,7 @@ class Transformer(nn.Module):
         if per_position:
             nll = linear_nll(hidden, head, targets, rows, self.softmax_size, part)
             if selection is not None:
-                nll = nll.new_zeros(batch.weights.numel()).index_copy_(0, batch.rows, nll[: len(rows)])
+                nll = nll.new_zeros(batch.weights.numel()).index_copy_(0, batch.scored_positions, nll[: len(rows)])
             return nll.view_as(batch.weights)
         terms = Terms(self.config.label_smoothing, self.config.z_loss) if self.training else PLAIN
         return linear_cross_entropy(hidden, head, targets, weights, rows, self.softmax_size, part, terms)
@@ -69,8 +69,8 @@ class Transformer(nn.Module):
     def hidden_states(self, batch: Batch, hidden: Tensor | None = None, selection: Selection | None = None) -> Tensor:
         """Return what the head reads, [B, T, H], or of a `selection` alone, [rows of all parts, H]."""
         branches = [None] * len(self.layers)
-        if batch.branches is not None:
-            branches = [batch.branches[:, int(index), None, None] for index in self.layers]
+        if batch.residual_scales is not None:
+            branches = [batch.residual_scales[:, int(index), None, None] for index in self.layers]
         if self.first:
             hidden = F.dropout(self.embed_tokens(batch.tokens), self.config.embedding_dropout, self.training)
         sight = self._sight(batch, hidden.dtype)
@@ -79,13 +79,13 @@ class Transformer(nn.Module):
             hidden = block(hidden, sight, branch, selection if index == last else None)
         return self.norm(hidden) if self.last else hidden
 
-    def _sight(self, batch: Batch, dtype: torch.dtype) -> Sight:
+    def _sight(self, batch: Batch, dtype: torch.dtype) -> AttentionContext:
         """Return where the tokens stand and what each may see.
 
         A model that is told which token it must say next to what it reads has its queries stand at the place of that
         token and its keys at their own, so that attention goes by the distance from what is asked to what is known.
         """
-        length, positions = batch.tokens.shape[1], batch.positions
+        length, positions = batch.tokens.shape[1], batch.position_ids
         if positions is None:
             positions = torch.arange(length, device=batch.tokens.device)[None]
         keys = rotary_table(positions, self.config.head_size, self.config.rotary_base)
@@ -93,11 +93,11 @@ class Transformer(nn.Module):
         if batch.target_positions is not None:
             queries = rotary_table(batch.target_positions, self.config.head_size, self.config.rotary_base)
         if visible is None:
-            return Sight(queries, keys, batch.causal)
+            return AttentionContext(queries, keys, batch.causal)
         mask = block_mask(visible) if self.masks_by_squares else dense_mask(visible, dtype)
-        return Sight(queries, keys, False, mask)
+        return AttentionContext(queries, keys, False, mask)
 
-    def read(self, tokens: Tensor, past: Past, present: Tensor | None = None) -> Tensor:
+    def read(self, tokens: Tensor, past: KVCache, present: Tensor | None = None) -> Tensor:
         """Read [B, T] tokens behind those in `past`, and add them to it; return what the head reads, [B, T, H].
 
         Each token sees itself and all before it. `present` [B, T] is false where a row holds no token.
@@ -109,12 +109,12 @@ class Transformer(nn.Module):
         mask = None if visible is None else dense_mask(visible, hidden.dtype)
         causal = mask is None and tokens.shape[1] > 1  # then nothing was read before
         for name, block in self.layers.items():
-            hidden = block(hidden, Sight(table, table, causal, mask, past.block(name)))
+            hidden = block(hidden, AttentionContext(table, table, causal, mask, past.block(name)))
         return self.norm(hidden)
 
     def logits(self, tokens: Tensor, causal: bool, positions: Tensor | None = None) -> Tensor:
         """Return fp32 logits [B, S, V] over the tokenizer's ids: for scoring, generation and tests."""
-        return self.head(self.hidden_states(Batch.to_read(tokens, causal, positions)))
+        return self.head(self.hidden_states(Batch.unscored(tokens, causal, positions)))
 
     def head(self, hidden: Tensor) -> Tensor:
         """Return fp32 logits [..., V] over the tokenizer's ids of what the head reads, [..., H]."""

@@ -14,10 +14,10 @@ from megatron.config.flags import require
 from megatron.config.sections import DataConfig, ObjectiveConfig, Vocabulary
 from megatron.objectives.any_order import AnyOrder
 from megatron.objectives.autoregressive import Autoregressive
+from megatron.objectives.base import Likelihood, Objective
 from megatron.objectives.block_diffusion import BlockDiffusion
 from megatron.objectives.documents import ByDocument, DocumentRules
 from megatron.objectives.dual import Dual
-from megatron.objectives.likelihood import Likelihood, Objective
 from megatron.objectives.masked_diffusion import MaskedDiffusion
 from megatron.objectives.orders import Orders
 from megatron.objectives.row_masking import RowMasking
@@ -135,11 +135,11 @@ class InputNoise:
     noise: tuple[Callable[[Batch, np.ndarray, int], Batch], ...]
     second_pass: MaskedInput | None
 
-    def __call__(self, batch: Batch, positions: np.ndarray, seed: int) -> list[Batch]:
-        """Return the batches to train on, one or two, in place of the one at the run `positions` [B]."""
+    def __call__(self, batch: Batch, sample_indices: np.ndarray, seed: int) -> list[Batch]:
+        """Return the batches to train on, one or two, in place of the one at the `sample_indices` [B]."""
         for change in self.noise:
-            batch = change(batch, positions, seed)
-        return [batch, self.second_pass(batch, positions, seed)] if self.second_pass else [batch]
+            batch = change(batch, sample_indices, seed)
+        return [batch, self.second_pass(batch, sample_indices, seed)] if self.second_pass else [batch]
 
 
 def build_input_noise(config: ObjectiveConfig, vocabulary: Vocabulary, num_layers: int) -> InputNoise:

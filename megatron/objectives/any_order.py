@@ -11,8 +11,7 @@ import numpy as np
 
 from megatron.batch import Batch
 from megatron.objectives.autoregressive import Autoregressive, read_in_order, without_last
-from megatron.objectives.likelihood import Likelihood
-from megatron.objectives.noise import EvaluationNoise
+from megatron.objectives.base import EvaluationNoise, Likelihood
 from megatron.objectives.orders import any_order
 from megatron.randomness import stream
 
@@ -29,9 +28,9 @@ class AnyOrder(Likelihood):
     def likelihoods(self) -> tuple[Likelihood, ...]:
         return (self, Autoregressive(told_targets=True))
 
-    def prepare(self, ids: np.ndarray, positions: np.ndarray, seed: int) -> Batch:
-        """Return the training batch of `ids` [B, S+1] at the run `positions` [B]; every sequence counts S tokens."""
-        places = [any_order(ids.shape[1], stream(seed, "any order", int(i))) for i in positions]
+    def prepare(self, ids: np.ndarray, sample_indices: np.ndarray, seed: int) -> Batch:
+        """Return the training batch of `ids` [B, S+1] at the `sample_indices` [B]; every sequence counts S tokens."""
+        places = [any_order(ids.shape[1], stream(seed, "any order", int(i))) for i in sample_indices]
         return _read(ids, np.stack(places))
 
     def evaluation(self, ids: np.ndarray, noise: EvaluationNoise, windows: np.ndarray, alignment: str) -> Batch:
@@ -49,7 +48,7 @@ class AnyOrder(Likelihood):
         """Return which of a window's S+1 tokens are scored."""
         return slice(1, seq_length + (alignment == "published"))
 
-    def asked_places(self, batch: Batch) -> np.ndarray:
+    def target_token_positions(self, batch: Batch) -> np.ndarray:
         return batch.target_positions.numpy()
 
 

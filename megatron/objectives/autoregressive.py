@@ -9,8 +9,7 @@ import numpy as np
 import torch
 
 from megatron.batch import Batch
-from megatron.objectives.likelihood import Likelihood
-from megatron.objectives.noise import EvaluationNoise
+from megatron.objectives.base import EvaluationNoise, Likelihood
 from megatron.objectives.orders import Orders
 from megatron.randomness import stream
 
@@ -31,12 +30,14 @@ class Autoregressive(Likelihood):
     exact = True  # one evaluation pass is the likelihood itself, so there is no noise to replicate
     target_offset = 1  # the output at position j speaks of token j + 1
 
-    def prepare(self, ids: np.ndarray, positions: np.ndarray, seed: int) -> Batch:
-        """Return the training batch of `ids` [B, S+1] at the run `positions` [B]; every sequence counts S tokens."""
-        places = self.orders.draw(ids.shape[1], positions, seed)
+    def prepare(self, ids: np.ndarray, sample_indices: np.ndarray, seed: int) -> Batch:
+        """Return the training batch of `ids` [B, S+1] at the `sample_indices` [B]; every sequence counts S tokens."""
+        places = self.orders.draw(ids.shape[1], sample_indices, seed)
         offsets = np.ones(len(ids), np.int64)
         if self.offset_max > 1:
-            offsets = np.array([stream(seed, "offset", int(i)).integers(1, self.offset_max + 1) for i in positions])
+            offsets = np.array(
+                [stream(seed, "offset", int(i)).integers(1, self.offset_max + 1) for i in sample_indices]
+            )
         return read_in_order(ids, places, offsets, self.told_targets)
 
     def evaluation(self, ids: np.ndarray, noise: EvaluationNoise, windows: np.ndarray, alignment: str) -> Batch:
@@ -67,7 +68,7 @@ def read_in_order(ids: np.ndarray, places: np.ndarray | None, offsets: np.ndarra
         weights=torch.from_numpy(weights.astype(np.float32)),
         counts=np.full(len(ids), length),
         causal=True,
-        positions=None if places is None else torch.from_numpy(read.copy()),
+        position_ids=None if places is None else torch.from_numpy(read.copy()),
         target_positions=torch.from_numpy(asked) if told_targets else None,
     )
 
@@ -76,4 +77,4 @@ def without_last(batch: Batch) -> Batch:
     """Return a batch that is not asked for the last token it reads towards."""
     weights = batch.weights.clone()
     weights[:, -1] = 0
-    return replace(batch, weights=weights, counts=batch.counts - 1, rows=None)
+    return replace(batch, weights=weights, counts=batch.counts - 1, scored_positions=None)

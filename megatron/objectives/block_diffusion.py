@@ -12,8 +12,7 @@ import numpy as np
 import torch
 
 from megatron.batch import Batch
-from megatron.objectives.likelihood import Likelihood
-from megatron.objectives.noise import EvaluationNoise
+from megatron.objectives.base import EvaluationNoise, Likelihood
 from megatron.randomness import radical_inverse, stream
 
 
@@ -29,14 +28,14 @@ class BlockDiffusion(Likelihood):
     exact = False
     target_offset = 0  # the output at position j of the masked form speaks of token j
 
-    def prepare(self, ids: np.ndarray, positions: np.ndarray, seed: int) -> Batch:
+    def prepare(self, ids: np.ndarray, sample_indices: np.ndarray, seed: int) -> Batch:
         """Return the training batch of `ids` [B, S+1], T = 2S positions: weights mask / p, p drawn for every block.
 
         The times of a sample's blocks share one uniform shift, so that they are spread evenly over (0, 1).
         """
         length = ids.shape[1] - 1
         block, shares, draws = np.arange(length) // self.block_size, [], []
-        for position in positions:
+        for position in sample_indices:
             shift = stream(seed, "block times", int(position)).random()
             times = (shift + np.array([radical_inverse(index) for index in range(block[-1] + 1)])) % 1.0
             shares.append(((1 - self.eps) * times + self.eps)[block])
@@ -76,7 +75,7 @@ class BlockDiffusion(Likelihood):
             weights=torch.from_numpy(np.hstack([weights, np.zeros_like(weights)])),
             counts=np.full(len(ids), count),
             causal=False,
-            positions=torch.from_numpy(np.hstack([places, places])),
+            position_ids=torch.from_numpy(np.hstack([places, places])),
             blocked=_blocked(text.shape[1], self.block_size)[None],
         )
 

@@ -10,8 +10,7 @@ import numpy as np
 import torch
 
 from megatron.batch import Batch
-from megatron.objectives.likelihood import Likelihood
-from megatron.objectives.noise import EvaluationNoise
+from megatron.objectives.base import EvaluationNoise, Likelihood
 
 
 @dataclass(frozen=True)
@@ -43,8 +42,8 @@ class ByDocument(Likelihood):
     def target_offset(self) -> int:
         return self.inner.target_offset
 
-    def prepare(self, ids: np.ndarray, positions: np.ndarray, seed: int) -> Batch:
-        return self._ruled(self.inner.prepare(ids, positions, seed), ids, "published")
+    def prepare(self, ids: np.ndarray, sample_indices: np.ndarray, seed: int) -> Batch:
+        return self._ruled(self.inner.prepare(ids, sample_indices, seed), ids, "published")
 
     def evaluation(self, ids: np.ndarray, noise: EvaluationNoise, windows: np.ndarray, alignment: str) -> Batch:
         return self._ruled(self.inner.evaluation(ids, noise, windows, alignment), ids, alignment)
@@ -70,13 +69,13 @@ class ByDocument(Likelihood):
             changes["documents"] = torch.from_numpy(np.take_along_axis(documents, places, axis=1))
         if self.rules.positions:
             starts = np.maximum.accumulate(begins * np.arange(length + 1), axis=1)
-            changes["positions"] = torch.from_numpy(places - np.take_along_axis(starts, places, axis=1))
+            changes["position_ids"] = torch.from_numpy(places - np.take_along_axis(starts, places, axis=1))
             if batch.target_positions is not None:
-                changes["target_positions"] = changes["positions"] + self.target_offset
+                changes["target_positions"] = changes["position_ids"] + self.target_offset
         if self.rules.loss:
             scored = self.scored(ids, alignment)
             asked = torch.from_numpy(scored[:, self.target_offset : self.target_offset + length])
             weights = batch.weights.clone()
             weights[:, : asked.shape[1]] *= asked
-            changes |= {"weights": weights, "counts": scored.sum(axis=1), "rows": None}
+            changes |= {"weights": weights, "counts": scored.sum(axis=1), "scored_positions": None}
         return replace(batch, **changes)

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron.batch import Batch
-from megatron.objectives.likelihood import Likelihood, Objective
+from megatron.objectives.base import Likelihood, Objective
 
 
 @dataclass(frozen=True)
 class Dual(Objective):
-    """The dual objective. In each block of K run positions the first `causal_samples` predict the next token."""
+    """The dual objective. In each block of K sample indices the first `causal_samples` predict the next token."""
 
     causal: Likelihood
     masked: Likelihood
@@ -27,9 +27,9 @@ class Dual(Objective):
     def likelihoods(self) -> tuple[Likelihood, ...]:
         return (self.causal, self.masked)
 
-    def prepare(self, ids: np.ndarray, positions: np.ndarray, seed: int) -> Batch:
-        """Return the training batch of `ids` [B, S+1]; the run `positions` [B] of a micro-batch are all of one kind."""
-        causal = positions % self.time_block < self.causal_samples
+    def prepare(self, ids: np.ndarray, sample_indices: np.ndarray, seed: int) -> Batch:
+        """Return the training batch of `ids` [B, S+1]; all `sample_indices` [B] of a micro-batch are of one kind."""
+        causal = sample_indices % self.time_block < self.causal_samples
         if causal.any() != causal.all():
-            raise ValueError(f"run positions {positions} are of both kinds")
-        return (self.causal if causal.all() else self.masked).prepare(ids, positions, seed)
+            raise ValueError(f"sample indices {sample_indices} are of both kinds")
+        return (self.causal if causal.all() else self.masked).prepare(ids, sample_indices, seed)

@@ -12,8 +12,7 @@ import numpy as np
 import torch
 
 from megatron.batch import Batch
-from megatron.objectives.likelihood import Likelihood
-from megatron.objectives.noise import EvaluationNoise
+from megatron.objectives.base import EvaluationNoise, Likelihood
 from megatron.randomness import radical_inverse, stream
 
 
@@ -43,18 +42,18 @@ class MaskedDiffusion(Likelihood):
         """How many tokens after position j stands the one that its output speaks of."""
         return int(self.shifted)
 
-    def prepare(self, ids: np.ndarray, positions: np.ndarray, seed: int) -> Batch:
-        """Return the training batch of `ids` [B, S+1] at the run `positions` [B]: weights mask / p.
+    def prepare(self, ids: np.ndarray, sample_indices: np.ndarray, seed: int) -> Batch:
+        """Return the training batch of `ids` [B, S+1] at the `sample_indices` [B]: weights mask / p.
 
         Every sequence counts all its maskable tokens, S unless shifted;
         p = (1 - eps) * time + eps, so no weight exceeds 1 / eps.
         """
         size, length = len(ids), ids.shape[1] - 1
-        times = np.array([self.time(int(i), seed) for i in positions])
+        times = np.array([self.time(int(i), seed) for i in sample_indices])
         shares = (1 - self.eps) * times[:, None] + self.eps  # p, [B, 1]
-        draws = np.stack([stream(seed, "mask", int(i)).random(length) for i in positions])
+        draws = np.stack([stream(seed, "mask", int(i)).random(length) for i in sample_indices])
         mask = draws < shares
-        for row, position in enumerate(positions):
+        for row, position in enumerate(sample_indices):
             if self.suffix_ratio and stream(seed, "suffix", int(position)).random() < self.suffix_ratio:
                 mask[row] = np.arange(length) >= length - mask[row].sum()
         mask[:, : self.target_offset] = False

@@ -24,16 +24,16 @@ class Orders:
     predefined: bool = False
     right_to_left: float = 0.0
 
-    def draw(self, length: int, positions: np.ndarray, seed: int) -> np.ndarray | None:
+    def draw(self, length: int, sample_indices: np.ndarray, seed: int) -> np.ndarray | None:
         """Return the order of each sequence, [B, length], by run position; None where all read from left to right."""
         if self.right_to_left:
-            backwards = [stream(seed, "direction", int(i)).random() < self.right_to_left for i in positions]
+            backwards = [stream(seed, "direction", int(i)).random() < self.right_to_left for i in sample_indices]
             forwards = np.arange(length)
             return np.stack([forwards[::-1] if back else forwards for back in backwards])
         if self.listed == 1:
             return None
         orders = _listed(self.listed, self.predefined, length, seed)
-        return np.stack([orders[stream(seed, "order", int(i)).integers(self.listed)] for i in positions])
+        return np.stack([orders[stream(seed, "order", int(i)).integers(self.listed)] for i in sample_indices])
 
 
 def any_order(length: int, draw: np.random.Generator) -> np.ndarray:

@@ -17,11 +17,11 @@ class RowMasking:
 
     ratio: float
 
-    def __call__(self, batch: Batch, positions: np.ndarray, seed: int) -> Batch:
-        """Return the batch with keys blocked, the same in all layers; keyed by the run `positions` [B]."""
+    def __call__(self, batch: Batch, sample_indices: np.ndarray, seed: int) -> Batch:
+        """Return the batch with keys blocked, the same in all layers; keyed by the `sample_indices` [B]."""
         length = batch.tokens.shape[1]
-        blocked = np.zeros((len(positions), length, length), bool)
-        for row, position in enumerate(positions):
+        blocked = np.zeros((len(sample_indices), length, length), bool)
+        for row, position in enumerate(sample_indices):
             draw = stream(seed, "row masking", int(position))
             chosen = np.flatnonzero(draw.random(length) < self.ratio)
             shares = (1 - EPS) * draw.random((len(chosen), 1)) + EPS

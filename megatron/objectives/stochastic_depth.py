@@ -19,8 +19,8 @@ class StochasticDepth:
     num_layers: int
     ratio: float
 
-    def __call__(self, batch: Batch, positions: np.ndarray, seed: int) -> Batch:
-        """Return the batch with the factor of each block, for the sequences at the run `positions` [B]."""
+    def __call__(self, batch: Batch, sample_indices: np.ndarray, seed: int) -> Batch:
+        """Return the batch with the factor of each block, for the sequences at the `sample_indices` [B]."""
         kept = 1 - self.ratio * np.arange(1, self.num_layers + 1) / self.num_layers
-        draws = np.stack([stream(seed, "stochastic depth", int(i)).random(self.num_layers) for i in positions])
-        return replace(batch, branches=torch.from_numpy(((draws < kept) / kept).astype(np.float32)))
+        draws = np.stack([stream(seed, "stochastic depth", int(i)).random(self.num_layers) for i in sample_indices])
+        return replace(batch, residual_scales=torch.from_numpy(((draws < kept) / kept).astype(np.float32)))

@@ -23,11 +23,11 @@ class TokenDropout:
 
     purpose = "token dropout"
 
-    def __call__(self, batch: Batch, positions: np.ndarray, seed: int) -> Batch:
-        """Return the batch with inputs dropped; the noise is keyed by the run `positions` [B]."""
+    def __call__(self, batch: Batch, sample_indices: np.ndarray, seed: int) -> Batch:
+        """Return the batch with inputs dropped; the noise is keyed by the `sample_indices` [B]."""
         if not (self.ratio or self.maximum):
             return batch
-        dropped = np.stack([self._dropped(batch.tokens.shape[1], int(i), seed) for i in positions])
+        dropped = np.stack([self._dropped(batch.tokens.shape[1], int(i), seed) for i in sample_indices])
         return replace(batch, tokens=batch.tokens.masked_fill(torch.from_numpy(dropped), self.mask_id))
 
     def _dropped(self, seq_length: int, position: int, seed: int) -> np.ndarray:
@@ -43,10 +43,10 @@ class RandomReplacement:
     vocabulary_size: int
     ratio: float
 
-    def __call__(self, batch: Batch, positions: np.ndarray, seed: int) -> Batch:
-        """Return the batch with inputs replaced; the noise is keyed by the run `positions` [B]."""
+    def __call__(self, batch: Batch, sample_indices: np.ndarray, seed: int) -> Batch:
+        """Return the batch with inputs replaced; the noise is keyed by the `sample_indices` [B]."""
         tokens = batch.tokens.clone()
-        for row, position in enumerate(positions):
+        for row, position in enumerate(sample_indices):
             draw = stream(seed, "random replacement", int(position))
             hit = torch.from_numpy(draw.random(tokens.shape[1]) < self.ratio)
             tokens[row, hit] = torch.from_numpy(draw.integers(self.vocabulary_size, size=tokens.shape[1]))[hit]
@@ -64,7 +64,9 @@ class MaskedInput(TokenDropout):
 
     purpose = "masked input"
 
-    def __call__(self, batch: Batch, positions: np.ndarray, seed: int) -> Batch:
-        """Return the second pass beside `batch`; the noise is keyed by the run `positions` [B]."""
-        masked = super().__call__(batch, positions, seed)
-        return replace(masked, weights=batch.weights * self.weight, counts=np.zeros_like(batch.counts), rows=None)
+    def __call__(self, batch: Batch, sample_indices: np.ndarray, seed: int) -> Batch:
+        """Return the second pass beside `batch`; the noise is keyed by the `sample_indices` [B]."""
+        masked = super().__call__(batch, sample_indices, seed)
+        return replace(
+            masked, weights=batch.weights * self.weight, counts=np.zeros_like(batch.counts), scored_positions=None
+        )

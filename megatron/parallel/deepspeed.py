@@ -21,7 +21,7 @@ from megatron.errors import ConfigurationError
 from megatron.model.transformer import Transformer
 from megatron.parallel.compiled import compile_blocks
 from megatron.parallel.engine import MOMENTS, Engine
-from megatron.parallel.mesh import Processes
+from megatron.parallel.mesh import ParallelContext
 
 logger = logging.getLogger(__name__)
 
@@ -58,12 +58,12 @@ class DeepSpeedEngine(Engine):
         model: Transformer,
         optimizer: torch.optim.AdamW,
         settings: dict,
-        processes: Processes,
+        ranks: ParallelContext,
         *,
         compile: bool,
     ):
-        super().__init__([model], [model], processes, settings["zero_optimization"]["stage"])
-        deepspeed = self._deepspeed = import_deepspeed(processes.device)
+        super().__init__([model], [model], ranks, settings["zero_optimization"]["stage"])
+        deepspeed = self._deepspeed = import_deepspeed(ranks.device)
         self.optimizer, self._limit = optimizer, settings["gradient_clipping"]
         bf16 = settings["bf16"]["enabled"]
         if self.zero_stage == 0 and bf16:
@@ -76,7 +76,7 @@ class DeepSpeedEngine(Engine):
         if compile and self.zero_stage == 3:
             logger.info("ZeRO stage 3 of DeepSpeed runs eager: its hooks gather parameters inside every block")
         elif compile:
-            compile_blocks(model, processes.device)
+            compile_blocks(model, ranks.device)
         if self.zero_stage == 0:  # it would clip a second time
             settings = settings | {"gradient_clipping": 0.0}
         # named before ZeRO-3 leaves nothing of a parameter but its shard
@@ -100,12 +100,12 @@ class DeepSpeedEngine(Engine):
                 self._write(name, value)
 
     def backward(self, batches: list[Batch], count: float) -> Tensor:
-        loss = torch.zeros((), device=self.processes.device)
+        loss = torch.zeros((), device=self.ranks.device)
         for index, batch in enumerate(batches):
             self._engine.set_gradient_accumulation_boundary(index == len(batches) - 1)
-            share = self._engine(batch.to(self.processes.device)).sum() / count
+            share = self._engine(batch.to(self.ranks.device)).sum() / count
             # the engine averages over the processes, and the count is already global
-            self._engine.backward(share * self.processes.data_size, scale_wrt_gas=False)
+            self._engine.backward(share * self.ranks.data_size, scale_wrt_gas=False)
             loss += share.detach()
         return loss
 
@@ -119,7 +119,7 @@ class DeepSpeedEngine(Engine):
         norm = self.clip(limit) if self.zero_stage == 0 else None
         self._engine.step()
         norm = self._engine.get_global_grad_norm() if norm is None else norm
-        return torch.as_tensor(norm, dtype=torch.float32, device=self.processes.device).detach().clone()
+        return torch.as_tensor(norm, dtype=torch.float32, device=self.ranks.device).detach().clone()
 
     def clip(self, limit: float) -> Tensor:
         """Clip as `update` does at stage 0, where DeepSpeed would keep the norm to itself."""
@@ -194,8 +194,8 @@ class DeepSpeedEngine(Engine):
         from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
 
         size = parameter.ds_tensor.numel()
-        flat = F.pad(value.flatten(), (0, size * self.processes.data_size - value.numel()))
-        part = flat.narrow(0, size * self.processes.data_rank, size)
+        flat = F.pad(value.flatten(), (0, size * self.ranks.data_size - value.numel()))
+        part = flat.narrow(0, size * self.ranks.data_rank, size)
         if moment:
             safe_set_local_optimizer_state(parameter, part, moment)
             return
@@ -205,7 +205,7 @@ class DeepSpeedEngine(Engine):
 
     def _shard(self, whole: Tensor) -> Tensor:
         """Return a copy of this process's rows of `whole`, as FSDP2 would hold them."""
-        mesh = self.processes.mesh["replicate", "shard"]
+        mesh = self.ranks.mesh["replicate", "shard"]
         sharded = distribute_tensor(whole.contiguous(), mesh, [Shard(0), Shard(0)], src_data_rank=None)
         return sharded.clone()  # a view would keep the whole alive
 

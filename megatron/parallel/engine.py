@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from megatron.batch import Batch
 from megatron.model.transformer import Transformer
-from megatron.parallel.mesh import Processes
+from megatron.parallel.mesh import ParallelContext
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW keeps of a parameter
 
@@ -20,8 +20,8 @@ class Engine:
     `roots` are the modules that FSDP2 has sharded: the model itself. `DeepSpeedEngine` is the other way to share one.
     """
 
-    def __init__(self, roots: list[nn.Module], models: list[Transformer], processes: Processes, zero_stage: int):
-        self.roots, self.models, self.processes, self.zero_stage = roots, models, processes, zero_stage
+    def __init__(self, roots: list[nn.Module], models: list[Transformer], ranks: ParallelContext, zero_stage: int):
+        self.roots, self.models, self.ranks, self.zero_stage = roots, models, ranks, zero_stage
 
     def backward(self, batches: list[Batch], count: float) -> Tensor:
         """Leave the gradients of sum(weights * nll) / count over all processes, reduced; return a share of that sum.
@@ -30,22 +30,22 @@ class Engine:
         device, sum to the loss over all processes; only those that speak have one.
         """
         (root,) = self.roots
-        loss = torch.zeros((), device=self.processes.device)
+        loss = torch.zeros((), device=self.ranks.device)
         for index, batch in enumerate(batches):
             last = index == len(batches) - 1
             # ZeRO 2 keeps no whole gradients between micro-batches, ZeRO 3 no whole parameters either
             root.set_requires_gradient_sync(last or self.zero_stage >= 2)
             root.set_reshard_after_backward(last or self.zero_stage >= 3)
-            share = root(batch.to(self.processes.device)).sum() / count
+            share = root(batch.to(self.ranks.device)).sum() / count
             # the reduction averages over the data-parallel processes, and the count is already global
-            (share * self.processes.data_size).backward()
+            (share * self.ranks.data_size).backward()
             loss += share.detach()
-        return loss if self.processes.speaks else torch.zeros_like(loss)
+        return loss if self.ranks.is_loss_rank else torch.zeros_like(loss)
 
     def nll(self, batch: Batch) -> Tensor:
         """Return the unweighted nll per position, fp32 [B, S]; it means something where the process speaks."""
         (root,) = self.roots
-        return root(batch.to(self.processes.device), per_position=True)
+        return root(batch.to(self.ranks.device), per_position=True)
 
     @torch.no_grad()
     def clip(self, limit: float) -> Tensor:
@@ -54,7 +54,7 @@ class Engine:
         local = [gradient.to_local() for gradient in gradients]
         counted = [part for part, parameter in zip(local, self.parameters(), strict=True) if self._counts(parameter)]
         squares = nn.utils.get_total_norm(counted).square() if counted else torch.zeros((), device=local[0].device)
-        if self.processes.size > 1:
+        if self.ranks.size > 1:
             dist.all_reduce(squares)
         norm = squares.sqrt()
         if limit:

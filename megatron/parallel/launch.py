@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from megatron.errors import ConfigurationError
-from megatron.parallel.watch import RETRY, Hub, PeerError, Watch, launcher, listen, missing
+from megatron.parallel.failure_detector import RETRY, FailureDetector, Hub, RankError, launcher, listen, missing
 
 # what plain srun sets for each task, by the variable of torchrun that it stands for
 SLURM = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_STEP_NUM_TASKS", "LOCAL_RANK": "SLURM_LOCALID"}
@@ -102,17 +102,17 @@ def _whole(name: str, default: int) -> int:
     return int(value)
 
 
-def join(minutes: float = 10.0, watched: bool = True) -> Watch | None:
+def join(minutes: float = 10.0, watched: bool = True) -> FailureDetector | None:
     """Join the group that the launcher describes, or make a group of one; return the watch over its ranks.
 
     It is None over a single rank that no launcher started. A rank ends with its launcher, `watched` or not. Neither
     this nor any collective of the group takes longer than `minutes`. Raises ConfigurationError where the launcher's
-    variables make no sense or its port is taken, and PeerError where the first process does not come.
+    variables make no sense or its port is taken, and RankError where the first process does not come.
     """
     adopt_launcher()
     size, timeout = world_size(), timedelta(minutes=minutes)
     backend = "cpu:gloo,cuda:nccl" if device().type == "cuda" else "gloo"
-    watch, started_by = Watch(rank(), max(0, rank() - local_rank())), launcher()
+    watch, started_by = FailureDetector(rank(), max(0, rank() - local_rank())), launcher()
     if started_by:
         watch.end_with(started_by)
     if size == 1:
@@ -129,7 +129,7 @@ def join(minutes: float = 10.0, watched: bool = True) -> Watch | None:
     return watch if watched else None
 
 
-def _meet(watch: Watch, store: dist.Store, size: int, minutes: float) -> str:
+def _meet(watch: FailureDetector, store: dist.Store, size: int, minutes: float) -> str:
     """Return when all ranks have come to the watch, with the token of this start."""
     if rank() == 0:
         watch.hub = hub = Hub(size, minutes)
@@ -145,7 +145,7 @@ def _meet(watch: Watch, store: dist.Store, size: int, minutes: float) -> str:
     try:
         return watch.meet(find, minutes)
     except dist.DistError:  # the store's own clock, or its end
-        raise PeerError(missing([0], minutes)) from None
+        raise RankError(missing([0], minutes)) from None
 
 
 def _store(minutes: float) -> dist.Store:
@@ -166,7 +166,7 @@ def _store(minutes: float) -> dist.Store:
 
 
 def _await(address: str, port: int, minutes: float) -> None:
-    """Return when somebody listens at a port; raise PeerError where nobody does in time."""
+    """Return when somebody listens at a port; raise RankError where nobody does in time."""
     until = time.monotonic() + 60 * minutes
     while True:
         try:
@@ -174,7 +174,7 @@ def _await(address: str, port: int, minutes: float) -> None:
             return
         except OSError as error:
             if time.monotonic() > until:
-                raise PeerError(
+                raise RankError(
                     f"{missing([0], minutes)} (MASTER_ADDR={address} MASTER_PORT={port}: {error})"
                 ) from None
             time.sleep(RETRY)

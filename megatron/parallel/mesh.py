@@ -1,4 +1,4 @@
-"""Processes: who runs beside us, where each stands, and the small reductions a step needs."""
+"""ParallelContext: who runs beside us, where each stands, and the small reductions a step needs."""
 
 from dataclasses import dataclass
 from datetime import timedelta
@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
-from megatron.parallel.gloo import gather_under_a_short_name
+from megatron.parallel.gloo_workaround import gather_under_a_short_name
 from megatron.parallel.launch import device, join, rank, world_size
 
 PATIENCE = timedelta(days=1)  # of processes that wait for a disk; a peer that dies meanwhile, the watch notices
@@ -16,7 +16,7 @@ AXES = ("pp", "replicate", "shard", "tp")  # from the outermost: neighbours in r
 
 
 @dataclass(frozen=True)
-class Processes:
+class ParallelContext:
     """This process among its peers. Even a single process has a group, so that there is one path.
 
     The mesh has four axes: pipeline stages, replicas of the sharded state, shards of it, and tensor-parallel parts.
@@ -47,7 +47,7 @@ class Processes:
         return self.mesh["replicate"].size() * self.mesh["shard"].size()
 
     @property
-    def speaks(self) -> bool:
+    def is_loss_rank(self) -> bool:
         """Whether this process answers for its share of the data: one of those that read the same does.
 
         It is on the last pipeline stage, where losses are, and the first of its tensor-parallel group. What is
@@ -64,7 +64,7 @@ class Processes:
         dist.all_reduce(total)
         return total.tolist()
 
-    def from_first(self, function):
+    def from_rank_0(self, function):
         """Return what `function` gives on the first process; every process returns or raises the same.
 
         The others wait as long as it takes, such as for the checksums of a large checkpoint.
@@ -88,7 +88,9 @@ class Processes:
         return tensor
 
 
-def start_processes(*, tensor: int = 1, pipeline: int = 1, replicas: int = 1, minutes: float = 10.0) -> Processes:
+def initialize_parallel(
+    *, tensor: int = 1, pipeline: int = 1, replicas: int = 1, minutes: float = 10.0
+) -> ParallelContext:
     """Join the group, unless that is done, and give this process its place in the layout.
 
     `tensor` x `pipeline` divides the number of processes, and `replicas` the rest.
@@ -96,10 +98,10 @@ def start_processes(*, tensor: int = 1, pipeline: int = 1, replicas: int = 1, mi
     if not dist.is_initialized():
         join(minutes, watched=False)
     sizes = {"tensor": tensor, "pipeline": pipeline, "replicas": replicas}
-    return arrange(rank(), world_size(), device(), minutes=minutes, **sizes)
+    return build_parallel_context(rank(), world_size(), device(), minutes=minutes, **sizes)
 
 
-def arrange(
+def build_parallel_context(
     rank: int,
     size: int,
     device: torch.device,
@@ -108,7 +110,7 @@ def arrange(
     pipeline: int = 1,
     replicas: int = 1,
     minutes: float = 10.0,
-) -> Processes:
+) -> ParallelContext:
     """Give the processes of the group their places; all of them call this."""
     gather_under_a_short_name()
     shape, timeout = (pipeline, replicas, size // (pipeline * replicas * tensor), tensor), timedelta(minutes=minutes)
@@ -116,9 +118,9 @@ def arrange(
     for axis in AXES:
         _set_pg_timeout(timeout, mesh.get_group(axis))
     patient = dist.new_group(backend="gloo", timeout=PATIENCE) if size > 1 else None
-    return Processes(rank, size, device, mesh, timeout, patient)
+    return ParallelContext(rank, size, device, mesh, timeout, patient)
 
 
-def stop_processes() -> None:
+def destroy_parallel() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -12,7 +12,7 @@ from megatron.batch import Batch
 from megatron.config.sizes import layers_of
 from megatron.model.transformer import Transformer
 from megatron.parallel.engine import Engine
-from megatron.parallel.mesh import Processes
+from megatron.parallel.mesh import ParallelContext
 
 
 def keep_stage(model: Transformer, stage: int, stages: int) -> Transformer:
@@ -55,20 +55,20 @@ class Pipeline(Engine):
     Stage i runs on the process at place i mod pp of its pipeline.
     """
 
-    def __init__(self, roots: list[Stage], models: list[Transformer], processes: Processes, zero_stage: int, dtype):
-        super().__init__(roots, models, processes, zero_stage)
-        self.place, self.length = processes.along("pp")
-        self.group = processes.mesh.get_group("pp")
-        self.tensor_size = processes.along("tp")[1]
+    def __init__(self, roots: list[Stage], models: list[Transformer], ranks: ParallelContext, zero_stage: int, dtype):
+        super().__init__(roots, models, ranks, zero_stage)
+        self.place, self.length = ranks.along("pp")
+        self.group = ranks.mesh.get_group("pp")
+        self.tensor_size = ranks.along("tp")[1]
         self.dtype = dtype  # of hidden states
         self.schedule, self.shape = None, None
         self.scale = 1.0
-        self.tied = _tied_ends(processes, models[0])
+        self.tied = _tied_ends(ranks, models[0])
 
     def backward(self, batches: list[Batch], count: float) -> Tensor:
         losses = []
-        self.scale = self.processes.data_size / count
-        batches = [batch.to(self.processes.device) for batch in batches]
+        self.scale = self.ranks.data_size / count
+        batches = [batch.to(self.ranks.device) for batch in batches]
         for root in self.roots:
             root.batches = iter(batches)
         # the schedule keeps the shapes of its first step
@@ -77,18 +77,18 @@ class Pipeline(Engine):
             self.schedule, self.shape = self._schedule(*shape), shape
         self.schedule.step(target=torch.arange(len(batches)), losses=losses, return_outputs=False)
         self._reduce_tied()
-        loss = torch.zeros((), device=self.processes.device)
-        if self.processes.speaks:
-            loss += torch.stack(losses).sum().detach() / self.processes.data_size
+        loss = torch.zeros((), device=self.ranks.device)
+        if self.ranks.is_loss_rank:
+            loss += torch.stack(losses).sum().detach() / self.ranks.data_size
         return loss
 
     def nll(self, batch: Batch) -> Tensor:
-        batch = batch.to(self.processes.device)
+        batch = batch.to(self.ranks.device)
         size, length = batch.tokens.shape
         for index, root in enumerate(self.roots):
             root.batches, hidden = iter([batch]), None
             if not root.model.first:
-                hidden = torch.empty(self._hidden_shape(size, length), dtype=self.dtype, device=self.processes.device)
+                hidden = torch.empty(self._hidden_shape(size, length), dtype=self.dtype, device=self.ranks.device)
                 dist.recv(hidden, group=self.group, group_src=(self.place - 1) % self.length)
             hidden = root(hidden, per_position=True)
             if not root.model.last:
@@ -106,7 +106,7 @@ class Pipeline(Engine):
                 root,
                 self.place + index * self.length,
                 self.length * len(self.roots),
-                self.processes.device,
+                self.ranks.device,
                 input_args=() if root.model.first else (hidden,),
                 output_args=(loss if root.model.last else hidden,),
                 group=self.group,
@@ -128,10 +128,10 @@ class Pipeline(Engine):
         return super()._counts(parameter) and not copied
 
 
-def _tied_ends(processes: Processes, model: Transformer) -> dist.ProcessGroup | None:
+def _tied_ends(ranks: ParallelContext, model: Transformer) -> dist.ProcessGroup | None:
     """Return the group of the first and the last process of this pipeline, on these two, where the head is tied."""
     if model.config.untie_embeddings_and_output_weights:
         return None
-    pipelines = processes.mesh.mesh.flatten(1).T.tolist()  # [one pipeline][stage] -> rank
+    pipelines = ranks.mesh.mesh.flatten(1).T.tolist()  # [one pipeline][stage] -> rank
     ends = [[ranks[0], ranks[-1]] for ranks in pipelines]
-    return dist.new_subgroups_by_enumeration(ends, timeout=processes.timeout)[0]
+    return dist.new_subgroups_by_enumeration(ends, timeout=ranks.timeout)[0]

@@ -13,7 +13,7 @@ from torch.distributed.tensor import Partial, Placement, Replicate, Shard, distr
 from megatron.config.sizes import COLUMNS, ROWS
 from megatron.model.transformer import Transformer
 from megatron.parallel.collectives import gather_sequence, scatter_sequence
-from megatron.parallel.vocabulary import HeadPart
+from megatron.parallel.vocab_parallel import HeadPart
 
 NORMS_OF_THE_STREAM = ("input_layernorm", "post_attention_layernorm", "norm")
 NORMS_OF_HEADS = ("q_norm", "k_norm")

@@ -17,7 +17,7 @@ from megatron.config.resolve import Plan
 from megatron.config.sections import Config
 from megatron.errors import ConfigurationError
 from megatron.parallel.float8 import check_float8
-from megatron.parallel.mesh import Processes
+from megatron.parallel.mesh import ParallelContext
 
 logger = logging.getLogger(__name__)
 
@@ -124,20 +124,20 @@ def check_kernels(config: Config) -> None:
 COMPILE_PAYS_AFTER_FLOPS = {"cuda": 1e16, "cpu": 3e13}
 
 
-def choose_compile(config: Config, plan: Plan, processes: Processes) -> bool:
+def choose_compile(config: Config, plan: Plan, ranks: ParallelContext) -> bool:
     """Return whether to compile the blocks: as asked, else where a long run pays for the warm-up."""
     wanted = config.training.compile
-    kind = processes.device.type
+    kind = ranks.device.type
     if wanted is None:
-        flops = plan.flops(plan.train_samples, config.data.seq_length) / processes.size
+        flops = plan.flops(plan.train_samples, config.data.seq_length) / ranks.size
         wanted = flops > COMPILE_PAYS_AFTER_FLOPS[kind] and config.parallel.compiles
-    if wanted and processes.sum(cpp_compiler() is None) != [0]:  # on any node
+    if wanted and ranks.sum(cpp_compiler() is None) != [0]:  # on any node
         logger.info("no C++ compiler is installed: training runs eager; install g++ to compile")
         return False
     return wanted
 
 
-def describe(objective, config, plan, sources, vocabulary, processes, precision, compiled, command) -> dict:
+def describe(objective, config, plan, sources, vocabulary, ranks, precision, compiled, command) -> dict:
     """Return what config.json says: everything that is needed to repeat the run."""
     packages = ("torch", "numpy", "tokenizers", "safetensors", *["deepspeed"] * config.parallel.deepspeed)
     packages += ("torchao",) * (config.training.fp8_recipe is not None)
@@ -157,8 +157,8 @@ def describe(objective, config, plan, sources, vocabulary, processes, precision,
         "fingerprints": sources.fingerprints,
         "precision": precision,
         "compiled": compiled,
-        "device": device_name(processes.device),
-        "processes": processes.size,
+        "device": device_name(ranks.device),
+        "processes": ranks.size,
         "command": command,
         "commit": _commit(),
         "versions": {

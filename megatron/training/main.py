@@ -17,21 +17,22 @@ from dataclasses import asdict
 from functools import partial
 
 from megatron import stop_signals
-from megatron.config.resolve import Plan, check_layout, check_processes, idle_flags, resolve
+from megatron.config.resolve import Plan, check_batch, check_layout, idle_flags, resolve
 from megatron.config.sections import Config, Vocabulary
 from megatron.config.sizes import flops_per_token
 from megatron.errors import ConfigurationError
 from megatron.log import configure_logging
 from megatron.objectives import build_input_noise, build_objective, document_rules
+from megatron.parallel.failure_detector import PATIENCE, FailureDetector, RankError
 from megatron.parallel.float8 import check_float8
 from megatron.parallel.launch import adopt_launcher, join, local_rank, rank, world_size
-from megatron.parallel.mesh import start_processes, stop_processes
-from megatron.parallel.watch import PATIENCE, PeerError, Watch
+from megatron.parallel.mesh import destroy_parallel, initialize_parallel
 from megatron.stop_signals import StopRequested
 from megatron.training import checkpoint
 from megatron.training.averaging import start_average
+from megatron.training.build_engine import check_engine, start_engine
 from megatron.training.command_line import parse_run
-from megatron.training.engines import check_engine, start_engine
+from megatron.training.datasets import Sources, open_sources
 from megatron.training.environment import (
     check_kernels,
     choose_compile,
@@ -40,12 +41,11 @@ from megatron.training.environment import (
     prepare_device,
     stated_precision,
 )
-from megatron.training.feed import MicroBatches
+from megatron.training.exit_conditions import on_any_rank, signal_reason
+from megatron.training.microbatches import MicroBatches
 from megatron.training.optimizer import parameter_table
 from megatron.training.resume import check_run, open_run
 from megatron.training.run_folder import LockError
-from megatron.training.sources import Sources, open_sources
-from megatron.training.stopping import on_any_rank, signal_reason
 from megatron.training.trackers import Trackers, check_packages, start_trackers
 from megatron.training.trainer import DivergedError, Progress, Trainer
 
@@ -68,7 +68,7 @@ def main(objective: str, arguments: list[str] | None = None) -> None:
         stop_signals.ignore()
 
 
-def start(read: Callable[[], Config], work: Callable[[Config, Watch | None], int | None]) -> None:
+def start(read: Callable[[], Config], work: Callable[[Config, FailureDetector | None], int | None]) -> None:
     """Join the processes of a job, whose configuration `read` returns, do its `work`, and leave as `main` says.
 
     `work` returns the exit code; None is 0.
@@ -84,8 +84,8 @@ def start(read: Callable[[], Config], work: Callable[[Config, Watch | None], int
         code = work(config, watch) or 0
         if watch:
             watch.leave(minutes)
-            stop_processes()
-    except (ConfigurationError, DivergedError, PeerError) as error:
+            destroy_parallel()
+    except (ConfigurationError, DivergedError, RankError) as error:
         code = say(error, 2 if isinstance(error, ConfigurationError) else 1, watch)
     except LockError as error:
         code = say(error, os.EX_TEMPFAIL, watch)
@@ -99,7 +99,7 @@ def start(read: Callable[[], Config], work: Callable[[Config, Watch | None], int
         watch.report(_what_failed(error, watch.rank, minutes), 1)
     finally:
         if watch is None:
-            stop_processes()
+            destroy_parallel()
     if os.environ.get("WORLD_SIZE", "1") != "1":
         # a thread of gloo may outlive its group and abort the interpreter on its way out
         sys.stdout.flush()
@@ -119,7 +119,7 @@ def _what_failed(error: BaseException, rank: int, minutes: float) -> str:
     return f"rank {rank} failed with {type(error).__name__}: {first_line}"
 
 
-def say(error: BaseException, code: int, watch: Watch | None = None, patience: float = 0.0) -> int:
+def say(error: BaseException, code: int, watch: FailureDetector | None = None, patience: float = 0.0) -> int:
     """Say what went wrong, once a node; return the exit code, or leave with all the others where there are any."""
     if watch:
         time.sleep(patience)
@@ -131,7 +131,7 @@ def say(error: BaseException, code: int, watch: Watch | None = None, patience: f
     return code
 
 
-def run(config: Config, command: str, watch: Watch | None) -> int:
+def run(config: Config, command: str, watch: FailureDetector | None) -> int:
     """Put one run together and train it; return the exit code."""
     try:
         finished = train(config, command, watch)
@@ -142,7 +142,7 @@ def run(config: Config, command: str, watch: Watch | None) -> int:
     return 0 if finished else config.training.exit_code_when_stopped
 
 
-def train(config: Config, command: str, watch: Watch | None) -> bool:
+def train(config: Config, command: str, watch: FailureDetector | None) -> bool:
     """Put one run together and train it, or evaluate it; return whether it is finished.
 
     Raises StopRequested where a signal came before the first step.
@@ -159,39 +159,39 @@ def train(config: Config, command: str, watch: Watch | None) -> bool:
     made(config.training.global_batch_size)  # refuses what has no meaning, before anything is started
     parallel = config.parallel
     known = "WORLD_SIZE" in os.environ or not config.training.dry_run
-    ranks = world_size() if known else parallel.fewest_ranks
-    check_layout(config, ranks)
+    size = world_size() if known else parallel.fewest_ranks
+    check_layout(config, size)
     if not config.validation.skip_train:
-        check_processes(config, ranks)
+        check_batch(config, size)
     if config.training.dry_run:
         check_float8(config, None)
         check_kernels(config)
         precision = stated_precision(config)
-        check_engine(config, ranks if known else None, precision and precision == "bf16")
+        check_engine(config, size if known else None, precision and precision == "bf16")
         check_run(config, plan, objective, sources, precision)
         if rank() == 0:
             print(json.dumps(resolved(config, plan, vocabulary, sources), indent=1))
         return True
-    processes = start_processes(
+    ranks = initialize_parallel(
         tensor=parallel.tensor_model_parallel_size,
         pipeline=parallel.pipeline_model_parallel_size,
         replicas=parallel.replicas(parallel.data_size(world_size())),
         minutes=parallel.distributed_timeout_minutes,
     )
-    prepare_device(config, processes.device)
+    prepare_device(config, ranks.device)
     if not config.validation.skip_train:
         sources.train.request(plan.train_samples)
     # nodes may differ in what they have natively
-    precision = processes.from_first(lambda: choose_precision(config, processes.device))
-    compiled = choose_compile(config, plan, processes)
+    precision = ranks.from_rank_0(lambda: choose_precision(config, ranks.device))
+    compiled = choose_compile(config, plan, ranks)
     if not config.validation.skip_train:
         stop_signals.defer()  # from here on all ranks stop together: the first one is about to hold the folder
-        processes.sum(0)  # a barrier: no rank ends by itself any more
-    folder, origin = open_run(config, plan, objective, sources, precision, processes)
+        ranks.sum(0)  # a barrier: no rank ends by itself any more
+    folder, origin = open_run(config, plan, objective, sources, precision, ranks)
 
     steps = origin.meta["iteration"] if origin else 0
     bf16 = precision == "bf16"
-    engine, optimizer = start_engine(config, vocabulary, processes, bf16=bf16, compile=compiled, steps=steps)
+    engine, optimizer = start_engine(config, vocabulary, ranks, bf16=bf16, compile=compiled, steps=steps)
     progress = Progress(time_block=config.training.global_batch_size)
     if origin:
         state = engine.tensors(optimizer)
@@ -201,7 +201,7 @@ def train(config: Config, command: str, watch: Watch | None) -> bool:
         progress = Progress(*(origin.meta[name] for name in kept))
     average = start_average(engine, config.optimizer, origin)
     before = origin.records if origin else []
-    description = describe(objective, config, plan, sources, vocabulary, processes, precision, compiled, command)
+    description = describe(objective, config, plan, sources, vocabulary, ranks, precision, compiled, command)
     description["branched_from"] = origin.branched_from if origin else None
     data = MicroBatches(
         sources.train,
@@ -212,10 +212,10 @@ def train(config: Config, command: str, watch: Watch | None) -> bool:
         plan.train_samples,
         config.training.micro_batch_size,
         config.training.global_batch_size,
-        processes.data_rank,
-        processes.data_size,
+        ranks.data_rank,
+        ranks.data_size,
     )
-    reason = on_any_rank(signal_reason(), processes)
+    reason = on_any_rank(signal_reason(), ranks)
     if reason and data.steps:
         if folder:
             folder.status("stopped", reason, progress.iteration, progress.consumed_samples)
@@ -223,11 +223,11 @@ def train(config: Config, command: str, watch: Watch | None) -> bool:
     if folder:
         folder.start(description, before, origin.run if origin else folder.path)
     validated = {record["iteration"]: record["loss"] for record in before if _selects(record, sources)}
-    trackers = start_trackers(config, folder, description, before) if processes.rank == 0 else Trackers({})
+    trackers = start_trackers(config, folder, description, before) if ranks.rank == 0 else Trackers({})
     trainer = Trainer(
         config,
         plan,
-        processes,
+        ranks,
         engine,
         optimizer,
         average,
@@ -239,12 +239,12 @@ def train(config: Config, command: str, watch: Watch | None) -> bool:
         description,
         validated,
     )
-    if processes.rank == 0:
+    if ranks.rank == 0:
         _announce(config, plan, vocabulary, trainer, precision, compiled, origin)
     if config.validation.skip_train:
         results = trainer.evaluate()
         stop_signals.defer()  # there is nothing left to stop
-        for record in results if processes.rank == 0 else ():
+        for record in results if ranks.rank == 0 else ():
             print(json.dumps(record))
         return True
 
@@ -253,7 +253,7 @@ def train(config: Config, command: str, watch: Watch | None) -> bool:
             folder.status("failed", reason, progress.iteration, progress.consumed_samples)
 
     if watch and folder:
-        watch.last_words = failed
+        watch.on_failure = failed
     with trackers:
         try:
             reason = trainer.train()
@@ -262,8 +262,8 @@ def train(config: Config, command: str, watch: Watch | None) -> bool:
                 failed(str(error) or type(error).__name__)
             raise
     if watch:
-        watch.last_words = None
-    if processes.rank == 0:
+        watch.on_failure = None
+    if ranks.rank == 0:
         logger.info("%s at step %d of %d", reason, progress.iteration, trainer.steps)
     return reason == "finished"
 
@@ -296,7 +296,7 @@ def _selects(record: dict, sources: Sources) -> bool:
 
 def _announce(config, plan, vocabulary, trainer, precision, compiled, origin) -> None:
     objective, engine = trainer.objective, trainer.engine
-    processes, fp8_recipe = engine.processes, config.training.fp8_recipe
+    ranks, fp8_recipe = engine.ranks, config.training.fp8_recipe
     for line in idle_flags(config, exact=all(likelihood.exact for likelihood in objective.likelihoods)):
         logger.info(line)
     if not config.checkpoint.save and not config.validation.skip_train:
@@ -305,19 +305,19 @@ def _announce(config, plan, vocabulary, trainer, precision, compiled, origin) ->
         logger.info("continuing from %s at step %d", origin.checkpoint, origin.meta["iteration"])
         before, model = origin.meta["config"], config.model
         dropout = (model.attention_dropout, model.hidden_dropout, model.mlp_dropout, model.embedding_dropout)
-        moved = (before["processes"], before.get("parallel")) != (processes.size, asdict(config.parallel))
+        moved = (before["processes"], before.get("parallel")) != (ranks.size, asdict(config.parallel))
         if moved and any(dropout):
             logger.info("the layout is another one: dropout draws other numbers, and losses agree statistically")
     axes = {"tensor": "tp", "pipeline": "pp", "replicas": "replicate", "shards": "shard"}
-    layout = [f"{processes.along(axis)[1]} {name}" for name, axis in axes.items() if processes.along(axis)[1] > 1]
+    layout = [f"{ranks.along(axis)[1]} {name}" for name, axis in axes.items() if ranks.along(axis)[1] > 1]
     sharing = f"{'DeepSpeed ' if config.parallel.deepspeed else ''}ZeRO {engine.zero_stage}"
     logger.info(
         "%s: %.2fM parameters, %s unique tokens, %d samples of %d tokens in %d steps (%.1f epochs), %s%s on %s x%d%s",
         objective.name, plan.parameters / 1e6, f"{plan.unique_tokens:,}", plan.train_samples, config.data.seq_length,
         plan.steps, plan.train_samples * config.data.seq_length / plan.unique_tokens,
         f"{precision} and {fp8_recipe} fp8" if fp8_recipe else precision, ", compiled" if compiled else "",
-        processes.device.type, processes.size,
-        f" ({', '.join([*layout, sharing])})" if processes.size > 1 else "",
+        ranks.device.type, ranks.size,
+        f" ({', '.join([*layout, sharing])})" if ranks.size > 1 else "",
     )  # fmt: skip
     for line in () if config.validation.skip_train else parameter_table(config, vocabulary):
         logger.info(line)

@@ -8,10 +8,10 @@ from megatron.config.flags import require, typed
 from megatron.config.resolve import Plan, check_resume
 from megatron.config.sections import Config
 from megatron.errors import ConfigurationError
-from megatron.parallel.mesh import Processes
+from megatron.parallel.mesh import ParallelContext
 from megatron.training import checkpoint
+from megatron.training.datasets import Sources
 from megatron.training.run_folder import RunFolder, check_writable, read_json, read_records
-from megatron.training.sources import Sources
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Origin:
 
 
 def open_run(
-    config: Config, plan: Plan, objective: str, sources: Sources, precision: str, processes: Processes
+    config: Config, plan: Plan, objective: str, sources: Sources, precision: str, ranks: ParallelContext
 ) -> tuple[RunFolder | None, Origin | None]:
     """Return the folder to write to, on the first process, and the origin, on all of them.
 
@@ -41,7 +41,7 @@ def open_run(
             opened.append(RunFolder(config.checkpoint.save, config.checkpoint.wait_for_lock))
         return find_origin(config, plan, objective, sources, precision)
 
-    origin = processes.from_first(find)
+    origin = ranks.from_rank_0(find)
     return (opened[0] if opened else None), origin
 
 

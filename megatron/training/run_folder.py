@@ -20,7 +20,7 @@ import numpy as np
 from megatron import stop_signals
 from megatron.errors import ConfigurationError
 from megatron.stop_signals import StopRequested
-from megatron.training.evaluate import Evaluation
+from megatron.validation.evaluate import Evaluation
 
 logger = logging.getLogger(__name__)
 

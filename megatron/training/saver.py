@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.tensor import DTensor
 
-from megatron.parallel.mesh import PATIENCE, Processes
+from megatron.parallel.mesh import PATIENCE, ParallelContext
 from megatron.training.checkpoint import BLOCK, folder_name
 from megatron.training.run_folder import LockError, write_json
 
@@ -41,13 +41,13 @@ class Saver:
     Used as a context: leaving it waits for what is still being written.
     """
 
-    def __init__(self, root: Path, processes: Processes, check_lock: Callable[[], None] | None = None):
+    def __init__(self, root: Path, ranks: ParallelContext, check_lock: Callable[[], None] | None = None):
         """Prepare to write below `root`; rank 0 calls `check_lock` before it makes or publishes a checkpoint."""
-        self.root, self.processes, self.check_lock = root, processes, check_lock
+        self.root, self.ranks, self.check_lock = root, ranks, check_lock
         # the thread's collectives must not fall between those of the training
         self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
-        on_cuda = processes.device.type == "cuda"
-        start = (torch.cuda.set_device, (processes.device,)) if on_cuda else (None, ())
+        on_cuda = ranks.device.type == "cuda"
+        start = (torch.cuda.set_device, (ranks.device,)) if on_cuda else (None, ())
         self._thread = ThreadPoolExecutor(1, "saver", *start)
         self._copies: dict[str, Tensor] = {}
         self._pending: Future | None = None
@@ -86,7 +86,7 @@ class Saver:
             self._reserve(state)
         for name, tensor in state.items():
             _local(self._copies[name]).copy_(_local(tensor), non_blocking=True)
-        if self.processes.device.type == "cuda":
+        if self.ranks.device.type == "cuda":
             torch.cuda.current_stream().synchronize()
         folder = self.root / folder_name(meta["iteration"])
         writer = _Writer(folder, meta, then, self.check_lock or (lambda: None))

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from megatron.batch import Batch
 from megatron.parallel.engine import Engine
-from megatron.parallel.mesh import Processes
+from megatron.parallel.mesh import ParallelContext
 from megatron.randomness import stream
 
 
@@ -19,12 +19,12 @@ class StepResult:
     grad_norm: Tensor  # []
 
 
-def reseed(seed: int, iteration: int, processes: Processes) -> None:
+def reseed(seed: int, iteration: int, ranks: ParallelContext) -> None:
     """Set the ambient generators, which only dropout reads, so that no generator state is ever saved.
 
     Each process has its own key: what dropout acts on differs between any two of them.
     """
-    torch.manual_seed(int(stream(seed, "dropout", iteration, processes.rank).integers(2**62)))
+    torch.manual_seed(int(stream(seed, "dropout", iteration, ranks.rank).integers(2**62)))
 
 
 def train_step(
@@ -41,9 +41,9 @@ def train_step(
     The loss is sum(weights * nll) / count with one global count, known before the forward pass, so the
     result does not depend on how the step is cut into micro-batches and processes.
     """
-    processes = engine.processes
+    ranks = engine.ranks
     # of the processes that read the same samples one counts them
-    (count,) = processes.sum(sum(batch.count for batch in micro_batches) * processes.speaks)
+    (count,) = ranks.sum(sum(batch.count for batch in micro_batches) * ranks.is_loss_rank)
     loss = engine.backward(micro_batches, count)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate

@@ -14,20 +14,20 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from megatron.config.resolve import Plan
 from megatron.config.sections import Config
-from megatron.objectives.likelihood import Likelihood
+from megatron.objectives.base import Likelihood
 from megatron.parallel.engine import Engine
-from megatron.parallel.mesh import Processes
+from megatron.parallel.mesh import ParallelContext
 from megatron.training import checkpoint
 from megatron.training.averaging import Average
-from megatron.training.evaluate import ValidationSet, evaluate
-from megatron.training.feed import Loader, MicroBatches
-from megatron.training.metrics import peak_flops, peak_memory
+from megatron.training.device_info import peak_flops, peak_memory
+from megatron.training.exit_conditions import Stopping
+from megatron.training.microbatches import Loader, MicroBatches
 from megatron.training.run_folder import RunFolder, read_json, write_json
 from megatron.training.saver import Saver
 from megatron.training.schedule import learning_rate, weight_decay
 from megatron.training.step import StepResult, reseed, train_step
-from megatron.training.stopping import Stopping
 from megatron.training.trackers import Trackers
+from megatron.validation.evaluate import ValidationSet, evaluate
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class Trainer:
         self,
         config: Config,
         plan: Plan,
-        processes: Processes,
+        ranks: ParallelContext,
         engine: Engine,
         optimizer: torch.optim.Optimizer,
         average: Average | None,
@@ -65,14 +65,14 @@ class Trainer:
         description: dict,
         validated: dict[int, float],
     ):
-        self.config, self.plan, self.processes = config, plan, processes
+        self.config, self.plan, self.ranks = config, plan, ranks
         self.engine, self.optimizer, self.average, self.data = engine, optimizer, average, data
         self.validation_sets, self.folder, self.progress = validation_sets, folder, progress
         self.trackers = trackers
         self.description = description  # what config.json says; every checkpoint carries it
         self.objective = data.objective
         self.steps = progress.iteration + data.steps  # of the whole run
-        self.diverged_at = torch.zeros((), dtype=torch.int64, device=processes.device)  # 0: never
+        self.diverged_at = torch.zeros((), dtype=torch.int64, device=ranks.device)  # 0: never
         # of the newest checkpoint, which may still be being written
         self.saved_at, self.saved_samples = progress.iteration or None, progress.consumed_samples
         self.rate = self.decay = 0.0  # learning rate and weight decay of the last step
@@ -89,7 +89,7 @@ class Trainer:
             self._point(self.validated)  # a kill may have come between a checkpoint and the files that point at it
         # leaving the last of these waits for what is still being written, whatever ends the run
         with (
-            Loader(self.data, self.config.data.num_workers, self.processes.device) as batches,  # forks before threads
+            Loader(self.data, self.config.data.num_workers, self.ranks.device) as batches,  # forks before threads
             logging_redirect_tqdm(),
             self._progress_bar() as self._bar,
             self._start_saver() as self._saver,
@@ -109,7 +109,7 @@ class Trainer:
                     if due["save"]:
                         self.save()
                     clock = time.monotonic()
-                reason = stopping.reason(progress.iteration, self.processes)
+                reason = stopping.reason(progress.iteration, self.ranks)
             if self.saved_at != progress.iteration:
                 self._check_finite()
                 progress.seconds += time.monotonic() - clock
@@ -120,7 +120,7 @@ class Trainer:
 
     def _step(self, micro_batches) -> StepResult:
         progress, training = self.progress, self.config.training
-        reseed(training.seed, progress.iteration, self.processes)
+        reseed(training.seed, progress.iteration, self.ranks)
         after = min(progress.consumed_samples + training.global_batch_size, self.plan.train_samples)
         self.rate = learning_rate(self.config.optimizer, self.plan, after)
         self.decay = weight_decay(self.config.optimizer, self.plan, after)
@@ -150,7 +150,7 @@ class Trainer:
         }
 
     def _check_finite(self) -> None:
-        (step,) = self.processes.sum(int(self.diverged_at))
+        (step,) = self.ranks.sum(int(self.diverged_at))
         if step:
             step = int(self.diverged_at) or "unknown"
             newest = (
@@ -181,12 +181,12 @@ class Trainer:
 
     def _record_training(self, result: StepResult) -> None:
         progress, seq_length = self.progress, self.config.data.seq_length
-        (loss,) = self.processes.sum(float(result.loss))
+        (loss,) = self.ranks.sum(float(result.loss))
         samples, seconds = progress.consumed_samples - self._recorded[0], progress.seconds - self._recorded[1]
         self._recorded = (progress.consumed_samples, progress.seconds)
         speed = samples * seq_length / seconds
         # a share of the peak of bf16 would flatter 8-bit products
-        peak = 0 if self.config.training.fp8_recipe else peak_flops(self.processes.device) * self.processes.size
+        peak = 0 if self.config.training.fp8_recipe else peak_flops(self.ranks.device) * self.ranks.size
         record = {
             "kind": "train",
             "loss": loss,
@@ -195,7 +195,7 @@ class Trainer:
             "weight_decay": self.decay,
             "tokens_per_second": speed,
             "mfu": self.plan.flops(1, 1) * speed / peak if peak else None,
-            "memory_bytes": peak_memory(self.processes.device),
+            "memory_bytes": peak_memory(self.ranks.device),
         }
         share = f"  MFU {record['mfu']:.1%}" if peak else ""
         self._bar.set_postfix_str(f"loss {loss:.3f}, {speed / 1000:.1f}k tok/s{share}")
@@ -250,7 +250,7 @@ class Trainer:
 
     def _start_saver(self) -> Saver:
         root = Path(self.config.checkpoint.save or "") / "checkpoints"
-        saver = Saver(root, self.processes, self.folder.check_lock if self.folder else None)
+        saver = Saver(root, self.ranks, self.folder.check_lock if self.folder else None)
         if self.config.checkpoint.save:
             saver.reserve(self._tensors())
         return saver
@@ -317,11 +317,11 @@ class Trainer:
             desc=self.objective.name,
             unit="step",
             dynamic_ncols=True,
-            disable=self.processes.rank != 0 or not sys.stderr.isatty(),
+            disable=self.ranks.rank != 0 or not sys.stderr.isatty(),
         )
 
     def _say(self, line: str) -> None:
-        if self.processes.rank == 0:
+        if self.ranks.rank == 0:
             logger.info(line)
 
     def _status(self, state: str, reason: str) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from megatron.config.compatibility import TABLE, Idle, Refused
 from megatron.config.deepspeed_config import deepspeed_config
-from megatron.config.resolve import BUDGETS, check_layout, check_processes, resolve
+from megatron.config.resolve import BUDGETS, check_batch, check_layout, resolve
 from megatron.config.sections import Vocabulary
 from megatron.errors import ConfigurationError
 from megatron.training.command_line import parse
@@ -25,9 +25,9 @@ def accept(line: str, ranks: int = RANKS) -> None:
     if not config.validation.skip_train:
         resolve(config, Vocabulary(300), 1_000_000)
         check_layout(config, ranks)
-        check_processes(config, ranks)
+        check_batch(config, ranks)
     if parallel.deepspeed:
-        options = {"processes": ranks, "bf16": True, "cpu_offload": parallel.cpu_offload}
+        options = {"world_size": ranks, "bf16": True, "cpu_offload": parallel.cpu_offload}
         file, stage = parallel.deepspeed_config, parallel.zero_stage
         deepspeed_config(file, config.training, config.optimizer, zero_stage=stage, **options)
 

@@ -27,7 +27,7 @@ def reconcile(folder, file, *, bf16=True, zero_stage=None, cpu_offload=False, **
     if file is not None:
         path = folder / "ds.json"
         path.write_text(file if isinstance(file, str) else json.dumps(file))
-    options = {"processes": 2, "bf16": bf16, "zero_stage": zero_stage, "cpu_offload": cpu_offload}
+    options = {"world_size": 2, "bf16": bf16, "zero_stage": zero_stage, "cpu_offload": cpu_offload}
     return deepspeed_config(path and str(path), TRAINING, OptimizerConfig(**optimizer), **options)
 
 
@@ -212,7 +212,7 @@ def test_a_file_that_leaves_out_what_is_refused_is_accepted(file, options, tmp_p
 def test_a_byte_order_mark_is_no_part_of_the_file(tmp_path):
     (tmp_path / "ds.json").write_bytes(codecs.BOM_UTF8 + b'{"zero_optimization": {"stage": 2}}')
     settings = deepspeed_config(
-        str(tmp_path / "ds.json"), TRAINING, OptimizerConfig(), processes=1, bf16=False, zero_stage=None
+        str(tmp_path / "ds.json"), TRAINING, OptimizerConfig(), world_size=1, bf16=False, zero_stage=None
     )
     assert settings["zero_optimization"]["stage"] == 2
 
@@ -220,5 +220,5 @@ def test_a_byte_order_mark_is_no_part_of_the_file(tmp_path):
 def test_a_file_that_is_missing_is_named(tmp_path):
     with pytest.raises(ConfigurationError, match="^--deepspeed-config .*/none.json: No such file or directory; name a"):
         deepspeed_config(
-            str(tmp_path / "none.json"), TRAINING, OptimizerConfig(), processes=1, bf16=False, zero_stage=None
+            str(tmp_path / "none.json"), TRAINING, OptimizerConfig(), world_size=1, bf16=False, zero_stage=None
         )

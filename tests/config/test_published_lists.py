@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pytest
 
 from megatron.config.deepspeed_config import deepspeed_config
-from megatron.config.resolve import check_layout, check_processes, resolve
+from megatron.config.resolve import check_batch, check_layout, resolve
 from megatron.config.sections import Vocabulary
 from megatron.config.sizes import LADDER, UNIQUE_TOKENS
 from megatron.training.command_line import parse, parse_run
@@ -101,13 +101,13 @@ def test_a_published_command_line_becomes_a_plan_unchanged(name, tmp_path):
     assert plan.train_samples == plan.lr_decay_samples == script.samples()
     assert config.validation.eval_samples == (25600 if script.evaluates else 2560)
     check_layout(config, GPUS)
-    check_processes(config, GPUS)
+    check_batch(config, GPUS)
     parallel = config.parallel
     settings = deepspeed_config(
         parallel.deepspeed_config,
         config.training,
         config.optimizer,
-        processes=GPUS,
+        world_size=GPUS,
         bf16=True,
         zero_stage=parallel.zero_stage,
         cpu_offload=parallel.cpu_offload,

@@ -6,7 +6,7 @@ from fractions import Fraction
 
 import pytest
 
-from megatron.config.resolve import check_layout, check_processes, check_resume, resolve
+from megatron.config.resolve import check_batch, check_layout, check_resume, resolve
 from megatron.config.sections import ModelConfig, Vocabulary
 from megatron.config.sizes import parameter_count
 from megatron.errors import ConfigurationError
@@ -117,10 +117,10 @@ def test_contradictions_are_refused(line, said):
 
 def test_a_step_divides_into_micro_batches_of_all_processes():
     for micro, size in ((8, 1), (4, 2), (1, 8), (2, 1)):
-        check_processes(config(f"--micro-batch-size {micro}"), size)
-    said = refusal(check_processes, config("--micro-batch-size 3"), 1)
+        check_batch(config(f"--micro-batch-size {micro}"), size)
+    said = refusal(check_batch, config("--micro-batch-size 3"), 1)
     assert said == "--global-batch-size 8: is not a multiple of --micro-batch-size 3 times 1 process = 3; take 6 or 9"
-    said = refusal(check_processes, config("--micro-batch-size 4"), 4)
+    said = refusal(check_batch, config("--micro-batch-size 4"), 4)
     assert said.endswith("--micro-batch-size 4 times 4 processes = 16; take 16")
 
 
@@ -137,7 +137,7 @@ BEGUN = "--train-samples 93 --train-data-path data --save run"
 ])  # fmt: skip
 def test_a_layout_that_fits_passes(size, line):
     check_layout(config(line), size)
-    check_processes(config(f"{line} --micro-batch-size 1"), size)
+    check_batch(config(f"{line} --micro-batch-size 1"), size)
 
 
 @pytest.mark.parametrize("size, line, said", [
@@ -169,13 +169,13 @@ def test_a_layout_that_does_not_fit_is_refused(size, line, said):
 
 
 def test_a_pipeline_needs_enough_micro_batches():
-    said = refusal(check_processes, config("--pipeline-model-parallel-size 2 --micro-batch-size 4"), 4)
+    said = refusal(check_batch, config("--pipeline-model-parallel-size 2 --micro-batch-size 4"), 4)
     assert said == (
         "--global-batch-size 8: makes 1 micro-batch a step, and --pipeline-model-parallel-size 2 needs at least as "
         "many; take 16, or lower --micro-batch-size"
     )
     interleaved = "--num-layers 4 --pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1"
-    said = refusal(check_processes, config(f"{interleaved} --global-batch-size 12 --micro-batch-size 4"), 2)
+    said = refusal(check_batch, config(f"{interleaved} --global-batch-size 12 --micro-batch-size 4"), 2)
     assert "makes 3 micro-batches a step" in said and "needs a multiple of that; take 16" in said
 
 

@@ -13,10 +13,10 @@ from megatron.convert import export as module
 from megatron.convert.export import export
 from megatron.errors import ConfigurationError
 from megatron.objectives import build_objective
-from megatron.objectives.noise import EvaluationNoise
+from megatron.objectives.base import EvaluationNoise
+from megatron.training.datasets import open_sources
+from megatron.training.load_run import open_trained, trained_config
 from megatron.training.main import main
-from megatron.training.sources import open_sources
-from megatron.training.trained import open_trained, trained_config
 from tests.conftest import changed, records, run
 from tests.convert.conftest import convert
 

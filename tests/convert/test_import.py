@@ -23,8 +23,8 @@ from megatron.data.tokenizer import train_tokenizer
 from megatron.errors import ConfigurationError
 from megatron.evaluation.ensemble import open_members
 from megatron.training import checkpoint
+from megatron.training.load_run import open_trained
 from megatron.training.main import main
-from megatron.training.trained import open_trained
 from tests.conftest import records
 from tests.convert.conftest import convert
 

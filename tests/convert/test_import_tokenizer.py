@@ -14,7 +14,7 @@ from megatron.convert.import_huggingface import import_folder
 from megatron.convert.import_tokenizer import adopt_tokenizer
 from megatron.convert.read_huggingface import read_folder
 from megatron.data.tokenizer import END, HFTokenizer
-from megatron.training.trained import open_trained
+from megatron.training.load_run import open_trained
 from tests.convert.test_converted_tokenizer import LINES, TEXTS
 from tests.convert.test_import import foreign
 

@@ -9,7 +9,7 @@ from transformers import EuroBertConfig, EuroBertForMaskedLM, LlamaConfig, Llama
 
 from megatron.convert.megatron_deepspeed import import_checkpoint
 from megatron.errors import ConfigurationError
-from megatron.training.trained import open_trained
+from megatron.training.load_run import open_trained
 from tests.convert.conftest import convert
 
 SIZES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4)

@@ -6,8 +6,8 @@ from collections import Counter, defaultdict
 
 import pytest
 
+from megatron.data.contamination import HeldOut, run_hashes
 from megatron.data.corpus import SPLITS, Document, Fingerprint, split_of, standard_library
-from megatron.data.duplicates import HeldOut, run_hashes
 
 SHARES = (80, 10, 10)
 

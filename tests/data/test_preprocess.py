@@ -12,17 +12,17 @@ import time
 
 import pytest
 
-from megatron.data import prepare as preparing
+from megatron.data import preprocess as preparing
+from megatron.data.contamination import HeldOut, run_hashes
 from megatron.data.corpus import SPLITS, split_of
-from megatron.data.duplicates import HeldOut, run_hashes
 from megatron.data.indexed import IndexedDataset, read_metadata
-from megatron.data.preparation import Preparation
-from megatron.data.prepare import prepare
+from megatron.data.preprocess import preprocess
+from megatron.data.preprocess_options import PreprocessOptions
 from megatron.data.text_files import read_documents
 from megatron.data.tokenizer import HFTokenizer, build_tokenizer, train_tokenizer
 from megatron.errors import ConfigurationError
 from megatron.training.command_line import parse
-from megatron.training.sources import open_sources
+from megatron.training.datasets import open_sources
 from tests.conftest import ROOT, environment
 from tests.data.test_tokenizer import sentencepiece_model
 
@@ -54,9 +54,9 @@ def call(*flags, code=0):
     return done
 
 
-def asked(text, folder, **changes) -> Preparation:
+def asked(text, folder, **changes) -> PreprocessOptions:
     options = {"output_dir": folder, "input": (str(text),), "splits": SHARES, "tokenizer_type": "ByteTokenizer"}
-    return Preparation(**options | changes)
+    return PreprocessOptions(**options | changes)
 
 
 def contents(folder) -> dict:
@@ -109,85 +109,85 @@ def test_text_to_token_files_end_to_end(text, tmp_path):
 @pytest.mark.parametrize("name", sorted(WRITTEN))
 @pytest.mark.parametrize("damage", ["missing", "cut"])
 def test_what_is_missing_or_cut_is_written_anew(text, tmp_path, name, damage):
-    prepare(asked(text, tmp_path / "data"))
+    preprocess(asked(text, tmp_path / "data"))
     before = contents(tmp_path / "data")
-    assert prepare(asked(text, tmp_path / "data")) is None
+    assert preprocess(asked(text, tmp_path / "data")) is None
     if damage == "missing":
         (tmp_path / "data" / name).unlink()
     else:
         (tmp_path / "data" / name).write_bytes(before[name][:-3])
-    assert prepare(asked(text, tmp_path / "data")) is not None
+    assert preprocess(asked(text, tmp_path / "data")) is not None
     assert contents(tmp_path / "data") == before
 
 
 @pytest.mark.parametrize("damage", ["missing", "changed"])
 def test_a_tokenizer_that_is_not_the_one_that_made_the_data_is_written_anew(text, tmp_path, damage):
     wanted = asked(text, tmp_path / "data", tokenizer_type="HFTokenizer", train_tokenizer=280)
-    prepare(wanted)
+    preprocess(wanted)
     before = contents(tmp_path / "data")
     (tmp_path / "data" / "tokenizer.json").unlink()
     if damage == "changed":
         (tmp_path / "data" / "tokenizer.json").write_bytes(before["tokenizer.json"] + b"\n")
-    assert prepare(wanted) is not None
+    assert preprocess(wanted) is not None
     assert contents(tmp_path / "data") == before
 
 
 def test_other_settings_or_text_are_written_anew(text, tmp_path):
     folder = tmp_path / "data"
-    first = prepare(asked(text, folder))
-    assert prepare(asked(text, folder, splits=(70, 15, 15)))["settings"]["hash"] != first["settings"]["hash"]
+    first = preprocess(asked(text, folder))
+    assert preprocess(asked(text, folder, splits=(70, 15, 15)))["settings"]["hash"] != first["settings"]["hash"]
     null = tmp_path / "ids.jsonl"
     null.write_text("".join(json.dumps({"text": f"{number} 7"}) + "\n" for number in range(60)))
     numbers = asked(null, folder, tokenizer_type="NullTokenizer", vocab_size=60)
-    assert prepare(numbers)["splits"]["train"]["tokens"] % 3 == 0
+    assert preprocess(numbers)["splits"]["train"]["tokens"] % 3 == 0
     assert list(IndexedDataset(folder / "train", 61)[0][1:]) == [7, 60]
-    assert prepare(numbers) is None
-    assert prepare(asked(null, folder, tokenizer_type="NullTokenizer", vocab_size=70000)) is not None
+    assert preprocess(numbers) is None
+    assert preprocess(asked(null, folder, tokenizer_type="NullTokenizer", vocab_size=70000)) is not None
     assert IndexedDataset(folder / "train").dtype == "int32"
 
 
 def test_an_existing_tokenizer_is_copied_and_its_content_counts(text, tmp_path):
-    prepare(asked(text, tmp_path / "one", tokenizer_type="HFTokenizer", train_tokenizer=280))
+    preprocess(asked(text, tmp_path / "one", tokenizer_type="HFTokenizer", train_tokenizer=280))
     model = tmp_path / "one" / "tokenizer.json"
     again = asked(text, tmp_path / "two", tokenizer_type="HFTokenizer", tokenizer_model=str(model))
-    assert prepare(again) is not None and prepare(again) is None
+    assert preprocess(again) is not None and preprocess(again) is None
     assert (tmp_path / "two" / "train.bin").read_bytes() == (tmp_path / "one" / "train.bin").read_bytes()
-    prepare(asked(text, tmp_path / "one", tokenizer_type="HFTokenizer", train_tokenizer=285))
-    assert prepare(again) is not None
+    preprocess(asked(text, tmp_path / "one", tokenizer_type="HFTokenizer", train_tokenizer=285))
+    assert preprocess(again) is not None
     assert build_tokenizer("HFTokenizer", tmp_path / "two" / "tokenizer.json").vocabulary_size == 285
 
 
 def test_a_split_of_share_zero_is_not_written_and_another_texts_is_left_alone(text, tmp_path):
-    prepare(asked(text, tmp_path / "data", splits=(100, 0, 0)))
+    preprocess(asked(text, tmp_path / "data", splits=(100, 0, 0)))
     train = contents(tmp_path / "data")
     assert set(train) == {"train.bin", "train.idx", "train.json", "corpus.json"}
     other = tmp_path / "other.jsonl"
     shutil.copy(text, other)
-    prepare(asked(other, tmp_path / "data", splits=(0, 0, 100)))
+    preprocess(asked(other, tmp_path / "data", splits=(0, 0, 100)))
     both = contents(tmp_path / "data")
     assert both["train.bin"] == train["train.bin"] == both["validation.bin"]
 
 
 def test_no_split_is_left_of_the_same_text_cut_otherwise(text, tmp_path):
     """Its documents stand in train now: to select on them would be to select on training text."""
-    prepare(asked(text, tmp_path / "data"))
+    preprocess(asked(text, tmp_path / "data"))
     assert (tmp_path / "data" / "tuning.idx").exists()
-    prepare(asked(text, tmp_path / "data", splits=(100, 0, 0)))
+    preprocess(asked(text, tmp_path / "data", splits=(100, 0, 0)))
     assert set(contents(tmp_path / "data")) == {"train.bin", "train.idx", "train.json", "corpus.json"}
 
 
 def test_small_batches_and_samples_give_the_same_files(text, tmp_path, monkeypatch):
     wanted = {"tokenizer_type": "HFTokenizer", "train_tokenizer": 280}
-    prepare(asked(text, tmp_path / "one", **wanted))
+    preprocess(asked(text, tmp_path / "one", **wanted))
     monkeypatch.setattr(preparing, "BATCH_CHARACTERS", 50)
-    prepare(asked(text, tmp_path / "two", **wanted))
+    preprocess(asked(text, tmp_path / "two", **wanted))
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
     # a tokenizer that learns from a third of the text is another one, of the same size
     monkeypatch.setattr(preparing, "TOKENIZER_BYTES", 1000)
-    prepare(asked(text, tmp_path / "three", tokenizer_type="HFTokenizer", train_tokenizer=275))
+    preprocess(asked(text, tmp_path / "three", tokenizer_type="HFTokenizer", train_tokenizer=275))
     three = HFTokenizer(str(tmp_path / "three" / "tokenizer.json"))
     monkeypatch.undo()
-    prepare(asked(text, tmp_path / "four", tokenizer_type="HFTokenizer", train_tokenizer=275))
+    preprocess(asked(text, tmp_path / "four", tokenizer_type="HFTokenizer", train_tokenizer=275))
     assert three.vocabulary_size == 275
     assert contents(tmp_path / "four")["tokenizer.json"] != contents(tmp_path / "three")["tokenizer.json"]
 
@@ -196,7 +196,7 @@ def test_small_batches_and_samples_give_the_same_files(text, tmp_path, monkeypat
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
 def test_an_interrupted_writer_changes_nothing(text, tmp_path, monkeypatch, moment, error):
     folder = tmp_path / "data"
-    prepare(asked(text, folder))
+    preprocess(asked(text, folder))
     before = contents(folder)
 
     def fail(*_):
@@ -207,7 +207,7 @@ def test_an_interrupted_writer_changes_nothing(text, tmp_path, monkeypatch, mome
     else:
         monkeypatch.setattr(preparing, moment, fail)
     with pytest.raises(type(error) if isinstance(error, OSError) else error) as caught:
-        prepare(asked(text, folder, splits=(70, 15, 15)))
+        preprocess(asked(text, folder, splits=(70, 15, 15)))
     assert error is KeyboardInterrupt or f"--output-dir {folder}: cannot be written (No space" in str(caught.value)
     assert contents(folder) == before
 
@@ -217,7 +217,7 @@ def test_files_move_into_place_with_corpus_json_last(text, tmp_path, monkeypatch
     folder, moved = tmp_path / "data", []
     replace = os.replace
     for steps in range(100):
-        prepare(asked(text, folder))
+        preprocess(asked(text, folder))
         moved.clear()
 
         def stop(source, target, steps=steps):
@@ -229,7 +229,7 @@ def test_files_move_into_place_with_corpus_json_last(text, tmp_path, monkeypatch
 
         monkeypatch.setattr(os, "replace", stop)
         try:
-            prepare(asked(text, folder, splits=(70, 15, 15)))
+            preprocess(asked(text, folder, splits=(70, 15, 15)))
             break
         except KeyboardInterrupt:
             assert not (folder / "corpus.json").exists()
@@ -242,7 +242,9 @@ def test_files_move_into_place_with_corpus_json_last(text, tmp_path, monkeypatch
 def test_a_killed_writer_leaves_no_data_set_and_the_next_one_clears_up(text, tmp_path):
     folder = tmp_path / "data"
     flags = ["--output-dir", folder, "--input", text, "--tokenizer-type", "ByteTokenizer", "--splits", *SHARES]
-    stop = "from megatron.data import prepare; prepare._describe = lambda *_: os.kill(os.getpid(), signal.SIGKILL)"
+    stop = (
+        "from megatron.data import preprocess; preprocess._describe = lambda *_: os.kill(os.getpid(), signal.SIGKILL)"
+    )
     start = f"sys.argv = {command(*flags)[1:]}; runpy.run_path(sys.argv[0], run_name='__main__')"
     program = f"import os, runpy, signal, sys; {stop}; {start}"
     killed = subprocess.run([sys.executable, "-c", program], env=environment(), cwd=ROOT, capture_output=True)
@@ -272,7 +274,7 @@ def test_a_full_disk_is_one_line_and_changes_nothing(text, tmp_path):
 
 def test_a_second_writer_waits_for_the_first(text, tmp_path):
     folder = tmp_path / "data"
-    prepare(asked(text, folder))
+    preprocess(asked(text, folder))
     held = os.open(folder, os.O_RDONLY)
     fcntl.flock(held, fcntl.LOCK_EX)
     flags = ["--output-dir", folder, "--input", text, "--tokenizer-type", "ByteTokenizer", "--splits", *SHARES]
@@ -296,7 +298,7 @@ def test_text_that_changes_while_it_is_read_is_refused(text, tmp_path, monkeypat
 
     monkeypatch.setattr(preparing, "survey", change)
     with refused(f"--input {text}", "changed while it was read", "start again"):
-        prepare(asked(text, tmp_path / "data"))
+        preprocess(asked(text, tmp_path / "data"))
     assert contents(tmp_path / "data") == {}
 
 
@@ -346,18 +348,18 @@ def test_flags_that_cannot_be_are_refused(text, tmp_path, refused, changes, part
 )
 def test_text_that_does_not_fit_is_refused_and_nothing_is_left(text, tmp_path, refused, changes, parts):
     with refused(*parts):
-        prepare(asked(text, tmp_path / "data", **changes))
+        preprocess(asked(text, tmp_path / "data", **changes))
     assert not (tmp_path / "data").exists() or contents(tmp_path / "data") == {}
 
 
 def test_input_without_text_and_a_folder_that_cannot_be_made(text, tmp_path, refused):
     (tmp_path / "empty.txt").write_text(" \n")
     with refused(f"--input {tmp_path / 'empty.txt'}: holds no text", "give files"):
-        prepare(asked(tmp_path / "empty.txt", tmp_path / "data"))
+        preprocess(asked(tmp_path / "empty.txt", tmp_path / "data"))
     with refused(f"--output-dir {text}", "cannot be made", "name another"):
-        prepare(asked(text, text))
+        preprocess(asked(text, text))
     with refused(f"--output-dir {text / 'below'}", "cannot be made"):
-        prepare(asked(text, text / "below"))
+        preprocess(asked(text, text / "below"))
 
 
 def test_mistakes_on_the_command_line_are_one_line(tmp_path):
@@ -377,13 +379,13 @@ def test_help_teaches():
 
 
 def test_gpt2_data_trains_with_the_tokenizer_that_is_written_beside_it(text, tmp_path):
-    prepare(asked(text, tmp_path / "one", tokenizer_type="HFTokenizer", train_tokenizer=280))
+    preprocess(asked(text, tmp_path / "one", tokenizer_type="HFTokenizer", train_tokenizer=280))
     model = json.loads((tmp_path / "one" / "tokenizer.json").read_text())["model"]
     (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]))
     (tmp_path / "merges.txt").write_text("\n".join(" ".join(merge) for merge in model["merges"]) + "\n")
     files = {"vocab_file": str(tmp_path / "vocab.json"), "merge_file": str(tmp_path / "merges.txt")}
     wanted = asked(text, tmp_path / "two", tokenizer_type="GPT2BPETokenizer", **files)
-    assert prepare(wanted) is not None and prepare(wanted) is None
+    assert preprocess(wanted) is not None and preprocess(wanted) is None
     assert (tmp_path / "two" / "train.bin").read_bytes() == (tmp_path / "one" / "train.bin").read_bytes()
     flags = ["--train-data-path", str(tmp_path / "two" / "train"), "--seq-length", "8"]
     model_flags = "--num-layers 1 --hidden-size 8 --num-attention-heads 1 --train-iters 1".split()
@@ -407,7 +409,7 @@ def test_gpt2_data_trains_with_the_tokenizer_that_is_written_beside_it(text, tmp
 
 
 def test_gpt2_files_other_than_those_that_made_the_data_are_refused(text, tmp_path, refused):
-    prepare(asked(text, tmp_path / "data", tokenizer_type="HFTokenizer", train_tokenizer=280))
+    preprocess(asked(text, tmp_path / "data", tokenizer_type="HFTokenizer", train_tokenizer=280))
     model = json.loads((tmp_path / "data" / "tokenizer.json").read_text())["model"]
     merges = [" ".join(merge) for merge in model["merges"]]
     (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]))
@@ -422,7 +424,7 @@ def test_gpt2_files_other_than_those_that_made_the_data_are_refused(text, tmp_pa
 def test_sentencepiece_data_trains_with_the_model_that_lies_beside_it(kind, text, tmp_path, refused):
     model = sentencepiece_model(tmp_path)
     wanted = asked(text, tmp_path / "data", tokenizer_type=kind, tokenizer_model=model)
-    assert prepare(wanted) is not None and prepare(wanted) is None
+    assert preprocess(wanted) is not None and preprocess(wanted) is None
     flags = f"--tokenizer-type {kind} --train-data-path {tmp_path}/data/train --seq-length 8 --train-iters 1"
     network = "--num-layers 1 --hidden-size 8 --num-attention-heads 1".split()
     sources = open_sources(parse("ar", [*network, *flags.split()]))

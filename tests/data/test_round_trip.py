@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from megatron.data.indexed import IndexedDataset, read_metadata
-from megatron.data.preparation import Preparation
-from megatron.data.prepare import prepare
+from megatron.data.preprocess import preprocess
+from megatron.data.preprocess_options import PreprocessOptions
 from megatron.data.tokenizer import END, train_tokenizer
 from megatron.training.command_line import parse
-from megatron.training.sources import open_sources
+from megatron.training.datasets import open_sources
 from tests.data.test_tokenizer import CORPUS, sentencepiece_model
 from tools.preprocess_data import main
 
@@ -26,8 +26,8 @@ def preprocess(tmp_path):
     def run(texts, tokenizer_type="HFTokenizer", **options) -> dict:
         lines = [json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts]
         (tmp_path / "text.jsonl").write_text("".join(lines), encoding="utf-8")
-        summary = prepare(
-            Preparation(
+        summary = preprocess(
+            PreprocessOptions(
                 output_dir=tmp_path / "data",
                 input=(str(tmp_path / "text.jsonl"),),
                 splits=(100, 0, 0),

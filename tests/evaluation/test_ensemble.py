@@ -19,11 +19,11 @@ from megatron.evaluation.ensemble import Ensemble, check_data, evaluate_members,
 from megatron.model.initialise import initialise
 from megatron.model.transformer import Transformer
 from megatron.objectives import build_objective
-from megatron.objectives.noise import EvaluationNoise
+from megatron.objectives.base import EvaluationNoise
 from megatron.parallel.apply import build_engine
-from megatron.training.evaluate import ValidationSet, evaluate
+from megatron.training.datasets import open_sources
 from megatron.training.main import main
-from megatron.training.sources import open_sources
+from megatron.validation.evaluate import ValidationSet, evaluate
 from tests.conftest import ROOT, changed, environment, records
 from tests.distributed import joined
 

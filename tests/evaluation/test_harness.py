@@ -27,8 +27,8 @@ from megatron.evaluation.harness import main as harness
 from megatron.evaluation.harness import prepare, read
 from megatron.evaluation.language_model import MegatronLM, cut, question_of, read_generation
 from megatron.evaluation.requests import Scoring
+from megatron.training.load_run import open_trained
 from megatron.training.main import main as train
-from megatron.training.trained import open_trained
 from tests.conftest import ROOT, environment
 from tests.distributed import spawn
 

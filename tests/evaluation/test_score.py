@@ -10,9 +10,9 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from megatron.config.sections import DataConfig, ModelConfig, Vocabulary
 from megatron.errors import ConfigurationError
 from megatron.evaluation import score_masked
-from megatron.evaluation.masks import all_sets, balanced
+from megatron.evaluation.batched_forward import Limits, batches
+from megatron.evaluation.mask_designs import all_sets, balanced
 from megatron.evaluation.requests import Request, Scoring
-from megatron.evaluation.rows import Limits, batches
 from megatron.evaluation.score import score, windows
 from megatron.model.initialise import initialise
 from megatron.model.transformer import Transformer

@@ -34,7 +34,7 @@ def example(causal=True, share=0.5, positions=None):
 
 
 def plain_loss(model, batch, label_smoothing=0.0, z_loss=0.0):
-    logits = model.logits(batch.tokens, batch.causal, batch.positions)
+    logits = model.logits(batch.tokens, batch.causal, batch.position_ids)
     if model.config.softmax_over_padding:
         logits = F.linear(model.hidden_states(batch), model.lm_weight())
     options = {"reduction": "none", "label_smoothing": label_smoothing}

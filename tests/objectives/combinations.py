@@ -11,14 +11,14 @@ from itertools import combinations
 import numpy as np
 import torch
 
-from megatron.config.resolve import check_processes, resolve
+from megatron.config.resolve import check_batch, resolve
 from megatron.config.sections import Config, Vocabulary
 from megatron.errors import ConfigurationError
 from megatron.objectives import OBJECTIVES, build_input_noise, build_objective, document_rules
-from megatron.objectives.noise import EvaluationNoise
-from megatron.parallel.mesh import Processes
+from megatron.objectives.base import EvaluationNoise
+from megatron.parallel.mesh import ParallelContext
+from megatron.training.build_engine import start_engine
 from megatron.training.command_line import parse
-from megatron.training.engines import start_engine
 from megatron.training.step import reseed, train_step
 from tests.distributed import joined
 
@@ -60,7 +60,7 @@ OPTIONS = [f"--objective {name}" for name in OBJECTIVES] + [
 ]
 
 
-def refusal(flags: str, processes: Processes | None) -> str | None:
+def refusal(flags: str, processes: ParallelContext | None) -> str | None:
     """Return why a command line is refused; None where a model takes a step with it and is evaluated.
 
     Without `processes` no step is taken.
@@ -70,7 +70,7 @@ def refusal(flags: str, processes: Processes | None) -> str | None:
         rules = document_rules(config.data, config.objective, EOD)
         objective = build_objective(config.objective, VOCABULARY, 8, rules)
         plan = resolve(config, VOCABULARY, unique_tokens=1000)
-        check_processes(config, 1)
+        check_batch(config, 1)
     except ConfigurationError as error:
         return str(error)
     if processes and (INSTALLED or not config.parallel.deepspeed):
@@ -78,7 +78,7 @@ def refusal(flags: str, processes: Processes | None) -> str | None:
     return None
 
 
-def _step(config: Config, objective, plan, processes: Processes) -> None:
+def _step(config: Config, objective, plan, processes: ParallelContext) -> None:
     noise = build_input_noise(config.objective, VOCABULARY, config.model.num_layers)
     engine, optimizer = start_engine(config, VOCABULARY, processes, bf16=False, compile=False, steps=0)
     draw = np.random.default_rng(1)
@@ -98,7 +98,7 @@ def _step(config: Config, objective, plan, processes: Processes) -> None:
         assert abs(loss - np.log(VOCABULARY.size)) < 1, f"{name}: {loss}"
 
 
-def pairs(processes: Processes | None) -> dict[tuple[int, int], str | None]:
+def pairs(processes: ParallelContext | None) -> dict[tuple[int, int], str | None]:
     """Return, for every pair of options by number, why it is refused, or None where it works."""
     alone = {}
     for index, option in enumerate(OPTIONS):
@@ -110,7 +110,7 @@ def pairs(processes: Processes | None) -> dict[tuple[int, int], str | None]:
     return {pair: _pair(*pair, alone, processes) for pair in combinations(range(len(OPTIONS)), 2)}
 
 
-def _pair(first: int, second: int, alone: dict[int, list[str]], processes: Processes | None) -> str | None:
+def _pair(first: int, second: int, alone: dict[int, list[str]], processes: ParallelContext | None) -> str | None:
     if OPTIONS[second].startswith("--objective"):
         return f"{OPTIONS[first]}: a run has one objective"
     reasons = []

@@ -11,8 +11,8 @@ from megatron.batch import Batch
 from megatron.config.sections import ModelConfig, Vocabulary
 from megatron.model.initialise import initialise
 from megatron.model.transformer import Transformer
+from megatron.objectives.base import EvaluationNoise
 from megatron.objectives.masked_diffusion import MaskedDiffusion
-from megatron.objectives.noise import EvaluationNoise
 
 VOCABULARY, SEQ_LENGTH = Vocabulary(5), 5
 

@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 import torch
 
+from megatron.batch import without_padding
 from megatron.config.sections import ModelConfig, ObjectiveConfig, Vocabulary
 from megatron.errors import ConfigurationError
 from megatron.model.initialise import initialise
 from megatron.model.transformer import Transformer
 from megatron.objectives import build_objective
+from megatron.objectives.base import EvaluationNoise
 from megatron.objectives.masked_diffusion import MaskedDiffusion
-from megatron.objectives.noise import EvaluationNoise
 from megatron.objectives.token_dropout import TokenDropout
-from megatron.training.feed import without_padding
 
 VOCABULARY, SEQ_LENGTH = Vocabulary(50), 32
 OBJECTIVES = ("ar", "mdm")
@@ -46,7 +46,7 @@ def test_targets_are_the_text_and_weights_stand_only_where_something_is_asked(na
 
 def check_rows(batch):
     """Check that `rows` names the positions with a weight, on the CPU: selecting them must not wait for a device."""
-    assert torch.equal(batch.rows, batch.weights.flatten().nonzero().flatten())
+    assert torch.equal(batch.scored_positions, batch.weights.flatten().nonzero().flatten())
     for tensor, dtype in ((batch.tokens, torch.int64), (batch.targets, torch.int64), (batch.weights, torch.float32)):
         assert tensor.dtype == dtype and tensor.shape == batch.weights.shape and tensor.is_contiguous()
 
@@ -138,7 +138,7 @@ def test_no_masked_token_is_harmless():
 
 def test_a_batch_without_any_masked_token_gives_zero():
     batch = at_times(0.0, 0.0).prepare(ids(2), np.arange(2), seed=1)
-    assert len(batch.rows) == 0 and not batch.weights.any()
+    assert len(batch.scored_positions) == 0 and not batch.weights.any()
     loss, gradients = loss_and_gradients(batch)
     assert loss == 0 and not gradients.any() and torch.isfinite(gradients).all()
 
@@ -312,4 +312,4 @@ def test_padding_carries_neither_weight_nor_count(name):
     real = torch.tensor([True, True, False, False])
     short = without_padding(batch, real)
     assert short.count == 2 * SEQ_LENGTH and not short.weights[2:].any()
-    assert torch.equal(short.weights[:2], batch.weights[:2]) and int(short.rows.max()) < 2 * SEQ_LENGTH
+    assert torch.equal(short.weights[:2], batch.weights[:2]) and int(short.scored_positions.max()) < 2 * SEQ_LENGTH

@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from megatron.batch import Batch
 from megatron.config.sections import DataConfig, ModelConfig, ObjectiveConfig, Vocabulary
 from megatron.errors import ConfigurationError
-from megatron.model.attention import Attention, Sight
+from megatron.model.attention import Attention, AttentionContext
 from megatron.model.initialise import initialise
 from megatron.model.rotary import rotary_table
 from megatron.model.transformer import Transformer
 from megatron.objectives import build_input_noise, build_objective, document_rules
-from megatron.objectives.noise import EvaluationNoise
+from megatron.objectives.base import EvaluationNoise
 
 VOCABULARY, SEQ_LENGTH, EOD = Vocabulary(30), 12, 7
 NOISE = EvaluationNoise(1, "v", 0)
@@ -60,7 +60,7 @@ def log_p(model, tokens, causal, positions=None) -> torch.Tensor:
 def test_an_order_list_is_left_to_right_and_others_and_each_sequence_takes_one():
     made, text = objective(num_order_list=5), np.arange(SEQ_LENGTH + 1)[None].repeat(400, 0)
     batch = made.prepare(text, np.arange(400), seed=1)
-    assert torch.equal(batch.positions, batch.tokens)  # the text says the place of each token
+    assert torch.equal(batch.position_ids, batch.tokens)  # the text says the place of each token
     read = {tuple(row.tolist()) for row in torch.cat((batch.tokens, batch.targets[:, -1:]), 1)}
     assert len(read) == 5 and tuple(range(SEQ_LENGTH + 1)) in read
     assert all(sorted(order) == list(range(SEQ_LENGTH + 1)) and order[0] == 0 for order in read)
@@ -83,7 +83,7 @@ def test_predefined_orders_stray_further_the_later_they_stand_in_the_list():
 def test_right_to_left_is_the_text_backwards_at_its_own_places():
     text = ids(200)
     batch = objective(right_to_left_ratio=0.5).prepare(text, np.arange(200), seed=1)
-    back = batch.positions[:, 0] == SEQ_LENGTH
+    back = batch.position_ids[:, 0] == SEQ_LENGTH
     assert 70 < int(back.sum()) < 130
     assert np.array_equal(batch.tokens[back].numpy(), text[back.numpy(), :0:-1])
     assert np.array_equal(batch.targets[back].numpy(), text[back.numpy(), -2::-1])
@@ -114,7 +114,7 @@ def test_a_told_target_turns_the_queries_to_its_place():
     initialise(attention, config, seed=1)
     hidden = torch.randn(1, 5, 12, generator=torch.Generator().manual_seed(2))
     places, targets = torch.tensor([[0, 3, 1, 4, 2]]), torch.tensor([[3, 1, 4, 2, 5]])
-    sight = Sight(rotary_table(targets, 6, 10000.0), rotary_table(places, 6, 10000.0), True)
+    sight = AttentionContext(rotary_table(targets, 6, 10000.0), rotary_table(places, 6, 10000.0), True)
     found = attention(hidden, sight)
     heads = [getattr(attention, f"{name}_proj")(hidden)[0].unflatten(-1, (2, 6)) for name in "qkv"]
     query, key = (torch.complex(part[..., :3], part[..., 3:]) for part in heads[:2])  # rotate-half pairs
@@ -143,7 +143,7 @@ def test_any_order_estimates_the_mean_over_orders_and_is_exact_from_left_to_righ
         total = 0.0
         for turn in range(1, len(order)):
             read = torch.tensor([order[:turn]])
-            batch = Batch.to_read(torch.from_numpy(text[0, order[:turn]][None]), True, read)
+            batch = Batch.unscored(torch.from_numpy(text[0, order[:turn]][None]), True, read)
             batch = replace(batch, target_positions=torch.tensor([order[1 : turn + 1]]))
             logits = F.linear(model.hidden_states(batch), model.lm_weight()[: vocabulary.size])[0, -1]
             total -= float(torch.log_softmax(logits.double(), -1)[text[0, order[turn]]])
@@ -240,7 +240,7 @@ def test_one_pass_of_block_diffusion_equals_a_pass_for_each_block(block_size):
                 inside = block == index
                 tokens = torch.from_numpy(text[row, :-1]).where(~inside, batch.tokens[row, :SEQ_LENGTH])
                 visible = (block[None] <= block[:, None]) & (block <= index)
-                reading = Batch.to_read(tokens[None], False)
+                reading = Batch.unscored(tokens[None], False)
                 blocked = ~visible[None] & ~torch.eye(SEQ_LENGTH, dtype=torch.bool)
                 reading = replace(reading, blocked=blocked)
                 with torch.no_grad():
@@ -316,13 +316,13 @@ def test_stochastic_depth_skips_deeper_blocks_more_often_and_keeps_the_expectati
     positions = np.arange(20000)
     (batch,) = corrupted(objective().prepare(ids(20000), positions, 1), positions, stochastic_depth=0.6)
     for block, kept in enumerate((0.8, 0.6, 0.4)):
-        factors = batch.branches[:, block]
+        factors = batch.residual_scales[:, block]
         assert set(factors.unique().tolist()) == {0.0, np.float32(1 / kept).item()}
         assert abs(float(factors.mean()) - 1) < 0.04
     model = network()
     plain = objective().prepare(ids(3), np.arange(3), 1)
     factors = torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, 1.0], [0.0, 0.0, 0.0]])
-    found = nll(model, replace(plain, branches=factors))
+    found = nll(model, replace(plain, residual_scales=factors))
     torch.testing.assert_close(found[0], nll(model, plain)[0])
     for row, gone in ((1, ["1"]), (2, ["0", "1", "2"])):
         shallow = network()
@@ -354,11 +354,11 @@ def test_documents_that_do_not_see_one_another_are_scored_as_if_alone(name, offs
     found, places = nll(model, batch), torch.arange(batch.tokens.shape[1]) % SEQ_LENGTH
     for start, stop in ((0, 5), (5, 10), (10, SEQ_LENGTH)):
         inside = (places >= start) & (places < stop)
-        alone = replace(batch, rows=torch.empty(1, 0, dtype=torch.int64), documents=None)
+        alone = replace(batch, scored_positions=torch.empty(1, 0, dtype=torch.int64), documents=None)
         alone = alone.map_tensors(lambda t: t[:, inside][..., inside] if t.dim() == 3 else t[:, inside[: t.shape[1]]])
-        alone = replace(alone, rows=None)
+        alone = replace(alone, scored_positions=None)
         torch.testing.assert_close(found[:, inside], nll(model, alone), rtol=1e-4, atol=1e-5)
-        assert batch.positions[0, inside][0] == 0
+        assert batch.position_ids[0, inside][0] == 0
 
 
 def test_without_rules_documents_see_one_another():
@@ -437,7 +437,7 @@ def test_noise_is_of_the_run_position_and_the_seed_alone(name):
             alone = batches(EVERY[name], text[[row]], np.array([start + row]))
             for batch, part in zip(whole, alone, strict=True):
                 expected = batch.map_tensors(lambda tensor: tensor[[row]] if len(tensor) == 4 else tensor)
-                assert same(replace(expected, rows=None), part) and batch.counts[row] == part.counts[0]
+                assert same(replace(expected, scored_positions=None), part) and batch.counts[row] == part.counts[0]
     text = text[:1].repeat(4, 0)
     again = batches(EVERY[name], text, np.arange(100, 104))
     assert all(map(same, again, batches(EVERY[name], text, np.arange(100, 104))))
@@ -451,7 +451,7 @@ def test_a_batch_names_its_scored_rows_and_leaves_its_text_alone(name):
     text.flags.writeable = positions.flags.writeable = False
     evaluated = [each.evaluation(text, NOISE, positions, "common") for each in made(EVERY[name]).likelihoods]
     for batch in (*batches(EVERY[name], text, positions), *evaluated):
-        assert torch.equal(batch.rows, batch.weights.flatten().nonzero().flatten())
+        assert torch.equal(batch.scored_positions, batch.weights.flatten().nonzero().flatten())
         assert batch.tokens.dtype == batch.targets.dtype == torch.int64 and batch.weights.dtype == torch.float32
         assert batch.tokens.shape == batch.targets.shape == batch.weights.shape and batch.tokens.is_contiguous()
         assert not np.shares_memory(text, batch.tokens.numpy()) and not np.shares_memory(text, batch.targets.numpy())
@@ -470,7 +470,7 @@ def test_a_uniform_model_scores_log_v_whatever_the_draw(name, documents, alignme
         scored = likelihood.scored(text, alignment)
         assert np.array_equal(batch.counts, scored.sum(axis=1))
         asked = batch.weights > 0
-        rows, places = asked.nonzero()[:, 0].numpy(), likelihood.asked_places(batch)[asked.numpy()]
+        rows, places = asked.nonzero()[:, 0].numpy(), likelihood.target_token_positions(batch)[asked.numpy()]
         assert scored[rows, places].all()  # nothing is asked that is not scored
         assert np.array_equal(batch.targets[asked].numpy(), text[rows, places])
         if not documents:

@@ -12,7 +12,7 @@ from torch.nn.attention.flex_attention import flex_attention
 from megatron.config.sections import ParallelConfig
 from megatron.model.attention import block_mask
 from megatron.objectives.documents import DocumentRules
-from megatron.parallel.mesh import Processes, arrange
+from megatron.parallel.mesh import ParallelContext, build_parallel_context
 from tests.distributed import joined, spawn
 from tests.steps import Case, batches_of_step, build, whole
 
@@ -32,27 +32,25 @@ RECOMPUTED = [{}, {"recompute_granularity": "full"}, {"recompute_granularity": "
 
 
 def loss_and_norm(
-    processes: Processes, parallel: ParallelConfig, compile: bool, case: Case = CASE, bf16: bool = False
+    ranks: ParallelContext, parallel: ParallelConfig, compile: bool, case: Case = CASE, bf16: bool = False
 ) -> tuple[float, float]:
     torch._dynamo.reset()  # a run compiles one kind of network
     counters.clear()
-    engine, _, data = build(processes, case, parallel, compile=compile, bf16=bf16)
+    engine, _, data = build(ranks, case, parallel, compile=compile, bf16=bf16)
     loss = engine.backward(batches_of_step(data, 0), 100.0)
     assert bool(counters["stats"]["unique_graphs"]) == compile
-    return processes.sum(float(loss))[0], float(engine.clip(0.0))
+    return ranks.sum(float(loss))[0], float(engine.clip(0.0))
 
 
-def split(processes: Processes) -> list[tuple[float, float]]:
-    processes = arrange(processes.rank, processes.size, processes.device, tensor=2)
-    return [
-        loss_and_norm(processes, ParallelConfig(tensor_model_parallel_size=2), compile) for compile in (False, True)
-    ]
+def split(ranks: ParallelContext) -> list[tuple[float, float]]:
+    ranks = build_parallel_context(ranks.rank, ranks.size, ranks.device, tensor=2)
+    return [loss_and_norm(ranks, ParallelConfig(tensor_model_parallel_size=2), compile) for compile in (False, True)]
 
 
 @pytest.mark.parametrize("options", RECOMPUTED, ids=str)
 def test_recomputed_blocks(options):
-    with joined() as processes:
-        eager, compiled = (loss_and_norm(processes, ParallelConfig(**options), compile) for compile in (False, True))
+    with joined() as ranks:
+        eager, compiled = (loss_and_norm(ranks, ParallelConfig(**options), compile) for compile in (False, True))
     assert compiled == pytest.approx(eager, rel=1e-5)
 
 
@@ -67,10 +65,10 @@ def test_split_blocks():
     ids=["-".join([case.name, *case.options]) for case in KINDS],
 )
 def test_what_objectives_change(case):
-    with joined() as processes:
+    with joined() as ranks:
         plain = ParallelConfig()
-        eager, compiled = (loss_and_norm(processes, plain, compile, case) for compile in (False, True))
-        rounded = loss_and_norm(processes, plain, True, case, bf16=True)
+        eager, compiled = (loss_and_norm(ranks, plain, compile, case) for compile in (False, True))
+        rounded = loss_and_norm(ranks, plain, True, case, bf16=True)
     assert compiled == pytest.approx(eager, rel=1e-5)
     assert rounded == pytest.approx(eager, rel=0.02) and rounded != pytest.approx(eager, rel=1e-5)
 
@@ -78,9 +76,9 @@ def test_what_objectives_change(case):
 MASKED = [KINDS[0], KINDS[3]]  # by sequence and for all sequences alike
 
 
-def nats_and_gradients(processes: Processes, case: Case, squares: bool) -> tuple[list[torch.Tensor], dict]:
+def nats_and_gradients(ranks: ParallelContext, case: Case, squares: bool) -> tuple[list[torch.Tensor], dict]:
     """Return the nll of three steps' batches and the gradients of the first, with the masks of attention by squares."""
-    engine, _, data = build(processes, case, ParallelConfig())
+    engine, _, data = build(ranks, case, ParallelConfig())
     engine.models[0].masks_by_squares = squares
     engine.backward(batches_of_step(data, 0), 100.0)
     gradients = whole((name, parameter.grad) for name, parameter in engine.named_parameters())
@@ -91,8 +89,8 @@ def nats_and_gradients(processes: Processes, case: Case, squares: bool) -> tuple
 def test_masks_by_squares_hide_the_same(case, monkeypatch):
     # on a CPU it has no fast gradient, and refuses the plain one, which is this test's
     monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *_: None)
-    with joined() as processes:
-        dense, squares = (nats_and_gradients(processes, case, squares) for squares in (False, True))
+    with joined() as ranks:
+        dense, squares = (nats_and_gradients(ranks, case, squares) for squares in (False, True))
     for expected, found in zip(dense[0], squares[0], strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     for name, gradient in dense[1].items():
@@ -122,10 +120,10 @@ def test_compiled_masks_by_squares_hide_the_same_and_compile_once(case):
     case = replace(case, model={"num_attention_heads": 1})  # heads of 16
     torch._dynamo.reset()
     found = []
-    with joined() as processes, torch.no_grad():
+    with joined() as ranks, torch.no_grad():
         for compile in (False, True):
             counters.clear()
-            engine, _, data = build(processes, case, ParallelConfig(), 3, compile=compile)
+            engine, _, data = build(ranks, case, ParallelConfig(), 3, compile=compile)
             engine.models[0].masks_by_squares = compile
             engine.eval()
             found.append([engine.nll(batch) for step in range(3) for batch in batches_of_step(data, step)])

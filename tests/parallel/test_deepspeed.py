@@ -22,10 +22,10 @@ from megatron.model.transformer import Transformer
 from megatron.objectives import build_input_noise, build_objective
 from megatron.parallel.apply import build_engine
 from megatron.parallel.deepspeed import DeepSpeedEngine, import_deepspeed
-from megatron.parallel.mesh import Processes
+from megatron.parallel.mesh import ParallelContext
 from megatron.parallel.recompute import recompute
 from megatron.training import checkpoint
-from megatron.training.feed import MicroBatches
+from megatron.training.microbatches import MicroBatches
 from megatron.training.optimizer import build_optimizer, start_state
 from megatron.training.saver import Saver
 from megatron.training.step import train_step
@@ -98,11 +98,11 @@ class Trace:
 class Fsdp2:
     """The engine that everything else uses."""
 
-    def __init__(self, processes: Processes, case: Case, source: Path | None):
+    def __init__(self, ranks: ParallelContext, case: Case, source: Path | None):
         optimizer = OptimizerConfig(**vars(OPTIMIZER) | {"clip_grad": case.clip})
         network, parallel = ModelConfig(**NETWORK | case.network), ParallelConfig()
-        self.processes, self.clip = processes, case.clip
-        self.engine = build_engine(network, VOCABULARY, 5, processes, parallel, bf16=case.bf16, compile=False)
+        self.ranks, self.clip = ranks, case.clip
+        self.engine = build_engine(network, VOCABULARY, 5, ranks, parallel, bf16=case.bf16, compile=False)
         self.optimizer = build_optimizer(self.engine, optimizer)
         start_state(self.optimizer, case.steps // 2 if source else 0)
         if source:
@@ -120,23 +120,23 @@ class Fsdp2:
 class Zero:
     """The engine under test, at one stage."""
 
-    def __init__(self, processes: Processes, case: Case, source: Path | None, stage: int, section=None):
+    def __init__(self, ranks: ParallelContext, case: Case, source: Path | None, stage: int, section=None):
         optimizer = OptimizerConfig(**vars(OPTIMIZER) | {"clip_grad": case.clip})
         training = SimpleNamespace(micro_batch_size=case.micro_batch, global_batch_size=GLOBAL_BATCH)
-        sizes = {"processes": processes.size, "bf16": case.bf16, "zero_stage": stage}
+        sizes = {"world_size": ranks.size, "bf16": case.bf16, "zero_stage": stage}
         settings = deepspeed_config(None, training, optimizer, **sizes)
         settings["zero_optimization"] |= section or {}
         model = build(case)
         recompute(model, ParallelConfig(recompute_granularity=case.recompute))
-        self.processes, self.clip, self.optimizer = processes, case.clip, build_optimizer(model, optimizer)
-        self.engine = DeepSpeedEngine(model, self.optimizer, settings, processes, compile=False)
+        self.ranks, self.clip, self.optimizer = ranks, case.clip, build_optimizer(model, optimizer)
+        self.engine = DeepSpeedEngine(model, self.optimizer, settings, ranks, compile=False)
         if source:
             state = self.tensors()
             checkpoint.load(source, state)
             self.engine.load(state, case.steps // 2)
 
     def step(self, batches, rate: float):
-        (count,) = self.processes.sum(sum(batch.count for batch in batches))
+        (count,) = self.ranks.sum(sum(batch.count for batch in batches))
         loss = self.engine.backward(batches, count)
         for group in self.optimizer.param_groups:
             group["lr"], group["weight_decay"] = rate, DECAY * rate * group["decays"]
@@ -151,7 +151,7 @@ class Forgetful(Zero):
 
     def step(self, batches, rate: float):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Processes, "data_size", 1)
+            patch.setattr(ParallelContext, "data_size", 1)
             return super().step(batches, rate)
 
 
@@ -179,12 +179,12 @@ def batches_of(case: Case, rank: int, size: int) -> MicroBatches:
 
 
 def train(engine, case: Case, steps: range) -> Trace:
-    processes, losses, norms = engine.processes, [], []
-    data = batches_of(case, processes.rank, processes.size)
+    ranks, losses, norms = engine.ranks, [], []
+    data = batches_of(case, ranks.rank, ranks.size)
     for step in steps:
         batches = batches_of_step(data, step)
         loss, norm = engine.step(batches, 1e-2 * (1 + step % 3))
-        losses.append(processes.sum(float(loss))[0])
+        losses.append(ranks.sum(float(loss))[0])
         norms.append(float(norm))
     state = {name: tensor.full_tensor().numpy().copy() for name, tensor in engine.tensors().items()}
     engine.engine.eval()
@@ -196,29 +196,29 @@ def train(engine, case: Case, steps: range) -> Trace:
 
 
 def save(engine, folder: Path, case: Case) -> None:
-    with Saver(folder, engine.processes) as saver:
+    with Saver(folder, engine.ranks) as saver:
         saver.save(engine.tensors(), {"iteration": case.steps // 2}, then=lambda: None)
 
 
-def two_processes(processes: Processes, folder: Path) -> dict:
+def two_processes(ranks: ParallelContext, folder: Path) -> dict:
     """Return all runs that this module asks of two processes."""
     half, rest = range(MOVED.steps // 2), range(MOVED.steps // 2, MOVED.steps)
     runs = {}
     for stage in STAGES:
         for name, case in CASES.items():
-            runs[name, stage] = train(Zero(processes, case, None, stage), case, range(case.steps))
-        engine = Zero(processes, MOVED, None, stage)
+            runs[name, stage] = train(Zero(ranks, case, None, stage), case, range(case.steps))
+        engine = Zero(ranks, MOVED, None, stage)
         train(engine, MOVED, half)
         save(engine, folder / f"zero-{stage}", MOVED)
-        moved = Zero(processes, MOVED, checkpoint.complete(folder / "fsdp2")[0], stage)
+        moved = Zero(ranks, MOVED, checkpoint.complete(folder / "fsdp2")[0], stage)
         runs["moved", stage] = train(moved, MOVED, rest)
-        broken = Zero(processes, CASES["ar"], None, stage)
+        broken = Zero(ranks, CASES["ar"], None, stage)
         with torch.no_grad():
             broken.engine._write("norm.weight", torch.full((16,), float("nan")))
         runs["broken", stage] = train(broken, CASES["ar"], range(1))
     for name, (case, stage, section) in VARIANTS.items():
-        runs[name] = train(Zero(processes, CASES[case], None, stage, section), CASES[case], range(CASES[case].steps))
-    runs["planted"] = train(Forgetful(processes, CASES["ar"], None, 1), CASES["ar"], range(3))
+        runs[name] = train(Zero(ranks, CASES[case], None, stage, section), CASES[case], range(CASES[case].steps))
+    runs["planted"] = train(Forgetful(ranks, CASES["ar"], None, 1), CASES["ar"], range(3))
     return runs
 
 
@@ -226,16 +226,16 @@ def two_processes(processes: Processes, folder: Path) -> dict:
 def one(tmp_path_factory):
     """The runs of one process with FSDP2, and the folder of its checkpoint."""
     folder = tmp_path_factory.mktemp("checkpoints")
-    with joined() as processes:
-        runs = {name: train(Fsdp2(processes, case, None), case, range(case.steps)) for name, case in CASES.items()}
+    with joined() as ranks:
+        runs = {name: train(Fsdp2(ranks, case, None), case, range(case.steps)) for name, case in CASES.items()}
         whole = replace(CASES["bf16-curve"], bf16=False)
         # stage 3 of DeepSpeed finishes all positions of the last block, and bf16 rounds elsewhere then
-        late = Fsdp2(processes, CASES["bf16"], None)
+        late = Fsdp2(ranks, CASES["bf16"], None)
         late.engine.models[0].selects_early = False
         runs["bf16", 3] = train(late, CASES["bf16"], range(CASES["bf16"].steps))
-        runs["fp32-curve"] = train(Fsdp2(processes, whole, None), whole, range(whole.steps))
-        runs["moved"] = train(Fsdp2(processes, MOVED, None), MOVED, range(MOVED.steps))
-        engine = Fsdp2(processes, MOVED, None)
+        runs["fp32-curve"] = train(Fsdp2(ranks, whole, None), whole, range(whole.steps))
+        runs["moved"] = train(Fsdp2(ranks, MOVED, None), MOVED, range(MOVED.steps))
+        engine = Fsdp2(ranks, MOVED, None)
         train(engine, MOVED, range(MOVED.steps // 2))
         save(engine, folder / "fsdp2", MOVED)
     return runs | {"folder": folder}
@@ -307,8 +307,8 @@ def test_a_run_moves_from_fsdp2_to_deepspeed(one, two, stage):
 def test_a_run_moves_from_deepspeed_to_fsdp2(one, two, stage):
     source = checkpoint.complete(one["folder"] / f"zero-{stage}")[0]
     assert {path.suffix for path in source.iterdir()} == {".json", ".safetensors"}
-    with joined() as processes:
-        moved = train(Fsdp2(processes, MOVED, source), MOVED, range(MOVED.steps // 2, MOVED.steps))
+    with joined() as ranks:
+        moved = train(Fsdp2(ranks, MOVED, source), MOVED, range(MOVED.steps // 2, MOVED.steps))
     check_equal(moved, one["moved"], 1e-5)
 
 
@@ -345,8 +345,8 @@ print(json.dumps(found.losses))
 
 @installed
 def test_a_key_that_deepspeed_does_not_know_is_refused():
-    with joined() as processes, pytest.raises(ConfigurationError, match="refuses its configuration.*stge"):
-        Zero(processes, CASES["ar"], None, 1, {"stge": 2})
+    with joined() as ranks, pytest.raises(ConfigurationError, match="refuses its configuration.*stge"):
+        Zero(ranks, CASES["ar"], None, 1, {"stge": 2})
 
 
 def test_without_deepspeed_the_remedy_is_named(monkeypatch):

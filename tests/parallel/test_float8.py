@@ -12,7 +12,7 @@ from megatron.errors import ConfigurationError
 from megatron.model.initialise import initialise
 from megatron.model.transformer import Transformer
 from megatron.parallel import float8
-from megatron.parallel.mesh import Processes
+from megatron.parallel.mesh import ParallelContext
 from megatron.training.command_line import parse
 from megatron.training.environment import prepare_device
 from tests.conftest import records, run
@@ -123,7 +123,7 @@ def test_a_run_resumes_exactly_and_evaluates_in_bf16_too(tiny, tmp_path):
     assert plain == pytest.approx(trained, rel=0.02) and plain["tuning"] != trained["tuning"]
 
 
-def each_layout(processes: Processes, cases: dict) -> dict:
+def each_layout(processes: ParallelContext, cases: dict) -> dict:
     """Return loss, norm and gradients of a step of each case, as these processes share it."""
     shared = ParallelConfig(zero_stage=3)
     steps = {}

@@ -12,8 +12,8 @@ import pytest
 
 from megatron.errors import ConfigurationError
 from megatron.evaluation import harness
+from megatron.parallel.failure_detector import launcher
 from megatron.parallel.launch import adopt_launcher, check_alone, join
-from megatron.parallel.watch import launcher
 from megatron.training.main import main
 from tests.conftest import PLACE, ROOT, environment
 from tests.forked import run_script
@@ -126,11 +126,11 @@ time.sleep(60)
 RANK = """
 import sys, time
 from pathlib import Path
-from megatron.parallel.watch import Hub, Watch, launcher
+from megatron.parallel.failure_detector import Hub, Watch, launcher
 folder, rank = Path(sys.argv[1]), int(sys.argv[2])
 sys.stderr = open(folder / f"errors {rank}", "w", buffering=1)
 watch = Watch(rank, 0)
-watch.last_words = (folder / f"last words {rank}").write_text
+watch.on_failure = (folder / f"last words {rank}").write_text
 if launcher():
     watch.end_with(launcher())
 if rank == 0:

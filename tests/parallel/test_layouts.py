@@ -11,9 +11,9 @@ from megatron.config.sections import ParallelConfig
 from megatron.objectives.documents import DocumentRules
 from megatron.parallel import tensor
 from megatron.parallel.engine import Engine
-from megatron.parallel.mesh import Processes, arrange
+from megatron.parallel.mesh import ParallelContext, build_parallel_context
 from megatron.parallel.pipeline import Pipeline
-from megatron.parallel.vocabulary import HeadPart
+from megatron.parallel.vocab_parallel import HeadPart
 from megatron.training import muon
 from tests import steps
 from tests.distributed import joined, spawn
@@ -174,56 +174,56 @@ PLANTED = [
 ]
 
 
-def dropped(processes: Processes) -> np.ndarray:
+def dropped(ranks: ParallelContext) -> np.ndarray:
     """Return which numbers of the embedding of one token, [B, S/2, H], this tensor-parallel process drops."""
     case, layout = Case("ar", micro_batch=2, model=MODEL | {"embedding_dropout": 0.5}), Layout(1, 2, 1)
-    engine, _, data = build(places(processes, layout), case, layout.parallel)
+    engine, _, data = build(places(ranks, layout), case, layout.parallel)
     found = []
     engine.models[0].layers["0"].register_forward_pre_hook(lambda _, inputs: found.append(inputs[0] == 0))
-    steps.reseed(7, 0, processes)
+    steps.reseed(7, 0, ranks)
     engine.backward([replace(data[0][0], tokens=torch.zeros_like(data[0][0].tokens))], 1.0)
     return found[0].numpy()
 
 
-def all_layouts(processes: Processes, size: int) -> tuple[dict, dict]:
+def all_layouts(ranks: ParallelContext, size: int) -> tuple[dict, dict]:
     """Return the steps of all checks, and the curves, on so many processes, by number."""
     found, curves = {}, {}
     if size == 2:
         for layout in HALVED:
             curves["bf16", described((layout, "mdm"))] = curve(
-                places(processes, layout), CASES["mdm"], layout.parallel, bf16=True
+                places(ranks, layout), CASES["mdm"], layout.parallel, bf16=True
             )
         for fault, layout in PLANTED:
             with fault():
-                found[fault] = take(places(processes, layout), CASES["mdm"], layout.parallel)
+                found[fault] = take(places(ranks, layout), CASES["mdm"], layout.parallel)
         with parts_orthogonalised():
-            found[parts_orthogonalised] = take(processes, CASES["mdm-muon"])
-        found["dropped"] = dropped(processes)
+            found[parts_orthogonalised] = take(ranks, CASES["mdm-muon"])
+        found["dropped"] = dropped(ranks)
         with dropout_shared_by_ranks():
-            found["dropped", "shared"] = dropped(processes)
+            found["dropped", "shared"] = dropped(ranks)
     for index, (layout, name) in enumerate(CHECKS):
         if layout.size == size:
-            found[index] = take(places(processes, layout), CASES[name], layout.parallel)
-    return found, curves | (all_curves(processes, size) if size == 2 else {})
+            found[index] = take(places(ranks, layout), CASES[name], layout.parallel)
+    return found, curves | (all_curves(ranks, size) if size == 2 else {})
 
 
-def all_curves(processes: Processes, size: int) -> dict[int, np.ndarray]:
+def all_curves(ranks: ParallelContext, size: int) -> dict[int, np.ndarray]:
     """Return the curves of so many processes, by number."""
     return {
-        index: curve(places(processes, layout), CASES[name], layout.parallel)
+        index: curve(places(ranks, layout), CASES[name], layout.parallel)
         for index, (layout, name) in enumerate(CURVES)
         if layout.size == size
     }
 
 
-def places(processes: Processes, layout: Layout) -> Processes:
+def places(ranks: ParallelContext, layout: Layout) -> ParallelContext:
     replicas = layout.parallel.replicas(layout.data)
-    return _arranged(processes.rank, processes.size, layout.tensor, layout.pipeline, replicas)
+    return _arranged(ranks.rank, ranks.size, layout.tensor, layout.pipeline, replicas)
 
 
 @cache  # the threads of groups that are never closed made the last of a hundred layouts three times slower
-def _arranged(rank: int, size: int, tensor: int, pipeline: int, replicas: int) -> Processes:
-    return arrange(rank, size, torch.device("cpu"), tensor=tensor, pipeline=pipeline, replicas=replicas)
+def _arranged(rank: int, size: int, tensor: int, pipeline: int, replicas: int) -> ParallelContext:
+    return build_parallel_context(rank, size, torch.device("cpu"), tensor=tensor, pipeline=pipeline, replicas=replicas)
 
 
 @pytest.fixture(scope="module")
@@ -257,11 +257,10 @@ def long_curves():
 @pytest.fixture(scope="module")
 def single():
     """The step and the curve of one process, of every case."""
-    with joined() as processes:
+    with joined() as ranks:
         curved = {name for _, name in CURVES}
         return {
-            name: (take(processes, case), curve(processes, case) if name in curved else None)
-            for name, case in CASES.items()
+            name: (take(ranks, case), curve(ranks, case) if name in curved else None) for name, case in CASES.items()
         }
 
 

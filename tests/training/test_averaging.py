@@ -23,9 +23,9 @@ KINDS = {"ema": {"ema_decay": 0.8}, "mean": {"average_from_samples": BEGIN}}
 class Training:
     """A training with an average beside it; `weights` are those at the start and after each of its steps."""
 
-    def __init__(self, processes, kind: str, origin=None):
-        self.engine, self.optimizer, self.data = build(processes, Case("ar"), ParallelConfig(), STEPS)
-        self.config, self.processes = OptimizerConfig(**KINDS[kind]), processes
+    def __init__(self, ranks, kind: str, origin=None):
+        self.engine, self.optimizer, self.data = build(ranks, Case("ar"), ParallelConfig(), STEPS)
+        self.config, self.ranks = OptimizerConfig(**KINDS[kind]), ranks
         if origin:
             start_state(self.optimizer, origin.meta["iteration"])
             checkpoint.load(origin.checkpoint, self.engine.tensors(self.optimizer))
@@ -50,7 +50,7 @@ class Training:
         """Write a checkpoint, and return it as `find_origin` would."""
         settings = {"ema_decay": self.config.ema_decay, "average_from_samples": self.config.average_from_samples}
         meta = {"iteration": steps, "averaged_steps": self.average.steps, "config": {"optimizer": settings}}
-        with Saver(folder, self.processes) as saver:
+        with Saver(folder, self.ranks) as saver:
             saver.save(self.engine.tensors(self.optimizer) | self.average.tensors(), meta, then=lambda: None)
         return SimpleNamespace(checkpoint=folder / checkpoint.folder_name(steps), meta=meta)
 
@@ -72,14 +72,14 @@ def check(training: Training, kind: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def processes():
-    with joined() as processes:
-        yield processes
+def ranks():
+    with joined() as ranks:
+        yield ranks
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(processes):
-    return {kind: Training(processes, kind).run(range(STEPS)) for kind in KINDS}
+def uninterrupted(ranks):
+    return {kind: Training(ranks, kind).run(range(STEPS)) for kind in KINDS}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -89,15 +89,15 @@ def test_the_average_is_that_of_a_few_lines(uninterrupted, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_average_taken_before_the_step_is_found(processes, kind):
-    early = Training(processes, kind).run(range(STEPS), average_first=True)
+def test_an_average_taken_before_the_step_is_found(ranks, kind):
+    early = Training(ranks, kind).run(range(STEPS), average_first=True)
     with pytest.raises(AssertionError):
         check(early, kind)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_swapped_weights_are_the_average_and_come_back_to_the_bit(processes, kind):
-    training = Training(processes, kind).run(range(4))
+def test_swapped_weights_are_the_average_and_come_back_to_the_bit(ranks, kind):
+    training = Training(ranks, kind).run(range(4))
     engine, average = training.engine, training.average
     before, kept = whole(engine.named_parameters()), whole(average.tensors().items())
 
@@ -120,27 +120,27 @@ def test_swapped_weights_are_the_average_and_come_back_to_the_bit(processes, kin
     np.testing.assert_equal(whole(average.tensors().items()), kept)
 
 
-def resumed(processes, kind: str, folder: Path, stop: int) -> dict[str, np.ndarray]:
+def resumed(ranks, kind: str, folder: Path, stop: int) -> dict[str, np.ndarray]:
     """Return the average of a training that was stopped after `stop` steps and went on."""
-    origin = Training(processes, kind).run(range(stop)).save(folder, stop)
-    return whole(Training(processes, kind, origin).run(range(stop, STEPS)).average.tensors().items())
+    origin = Training(ranks, kind).run(range(stop)).save(folder, stop)
+    return whole(Training(ranks, kind, origin).run(range(stop, STEPS)).average.tensors().items())
 
 
 @pytest.mark.parametrize("kind, stop", [("ema", 3), ("mean", 2), ("mean", 4)])  # a mean has not begun, or has
-def test_a_resumed_average_is_the_same_to_the_bit(processes, uninterrupted, kind, stop, tmp_path):
+def test_a_resumed_average_is_the_same_to_the_bit(ranks, uninterrupted, kind, stop, tmp_path):
     unstopped = whole(uninterrupted[kind].average.tensors().items())
-    np.testing.assert_equal(resumed(processes, kind, tmp_path, stop), unstopped)
+    np.testing.assert_equal(resumed(ranks, kind, tmp_path, stop), unstopped)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_average_that_is_not_restored_is_found(processes, kind, uninterrupted, tmp_path):
+def test_an_average_that_is_not_restored_is_found(ranks, kind, uninterrupted, tmp_path):
     with patched(Average, "resume", lambda self, origin: None), pytest.raises(AssertionError):
-        test_a_resumed_average_is_the_same_to_the_bit(processes, uninterrupted, kind, 4, tmp_path)
+        test_a_resumed_average_is_the_same_to_the_bit(ranks, uninterrupted, kind, 4, tmp_path)
 
 
-def test_a_branch_with_another_average_begins_at_its_weights(processes, tmp_path):
-    origin = Training(processes, "ema").run(range(3)).save(tmp_path, 3)
-    branch = Training(processes, "mean", origin)
+def test_a_branch_with_another_average_begins_at_its_weights(ranks, tmp_path):
+    origin = Training(ranks, "ema").run(range(3)).save(tmp_path, 3)
+    branch = Training(ranks, "mean", origin)
     assert branch.average.steps == 0
     for name, weights in whole(branch.engine.named_parameters()).items():
         np.testing.assert_array_equal(whole(branch.average.tensors().items())[f"average.{name}"], weights)

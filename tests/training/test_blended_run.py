@@ -7,8 +7,8 @@ import pytest
 from megatron.data.indexed import IndexedDataset
 from megatron.data.paths import split_edges
 from megatron.training.command_line import parse
+from megatron.training.datasets import open_sources
 from megatron.training.main import main
-from megatron.training.sources import open_sources
 from tests.conftest import records, run
 from tests.test_errors import told
 

@@ -12,7 +12,7 @@ import torch
 from megatron.config.sections import ModelConfig, OptimizerConfig, ParallelConfig, Vocabulary
 from megatron.config.sizes import parameter_count
 from megatron.parallel.apply import build_engine
-from megatron.parallel.mesh import start_processes, stop_processes
+from megatron.parallel.mesh import destroy_parallel, initialize_parallel
 from megatron.training import optimizer as optimizers
 from megatron.training.command_line import parse
 from megatron.training.optimizer import (
@@ -49,18 +49,18 @@ class FusedAdam(torch.optim.Optimizer):
 
 
 @pytest.fixture(scope="module")
-def processes():
-    yield start_processes()
-    stop_processes()
+def ranks():
+    yield initialize_parallel()
+    destroy_parallel()
 
 
-def build_model(processes, **changes):
+def build_model(ranks, **changes):
     config = ModelConfig(num_layers=1, hidden_size=16, num_attention_heads=2, add_bias_linear=True, **changes)
-    return build_engine(config, Vocabulary(20), 1, processes, ParallelConfig(), bf16=False, compile=False)
+    return build_engine(config, Vocabulary(20), 1, ranks, ParallelConfig(), bf16=False, compile=False)
 
 
-def build(processes, fused_adam=None, steps=0):
-    model = build_model(processes)
+def build(ranks, fused_adam=None, steps=0):
+    model = build_model(ranks)
     optimizer = build_optimizer(model, CONFIG)
     if fused_adam:
         optimizer = ShardedApexAdam(
@@ -85,9 +85,9 @@ def train(model, optimizer, steps):
         optimizer.zero_grad()
 
 
-def test_apex_on_local_shards_equals_torch(processes):
+def test_apex_on_local_shards_equals_torch(ranks):
     """Also from a state that is some steps old, as after a resume."""
-    (expected, one), (found, two) = build(processes, steps=3), build(processes, FusedAdam, steps=3)
+    (expected, one), (found, two) = build(ranks, steps=3), build(ranks, FusedAdam, steps=3)
     for optimizer in (one, two):
         train(expected if optimizer is one else found, optimizer, 5)
     for (name, a), b in zip(expected.named_parameters(), found.parameters(), strict=True):
@@ -111,8 +111,8 @@ DECAYING = {  # --weight-decay-parameters: which decay, by their name in the mod
 
 
 @pytest.mark.parametrize("choice", DECAYING)
-def test_what_decays_and_nothing_else(processes, choice):
-    model = build_model(processes, untie_embeddings_and_output_weights=True)
+def test_what_decays_and_nothing_else(ranks, choice):
+    model = build_model(ranks, untie_embeddings_and_output_weights=True)
     optimizer = build_optimizer(model, replace(CONFIG, weight_decay_parameters=choice))
     decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
     before = {name: parameter.full_tensor().clone() for name, parameter in model.named_parameters()}

@@ -24,10 +24,8 @@ def values(seed: int) -> dict[str, torch.Tensor]:
     return {f"rows.{rows}": torch.randn(rows, 5, generator=generator) for rows in (4, 3, 1)}
 
 
-def sharded(processes, whole: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {
-        name: distribute_tensor(tensor.clone(), processes.mesh["shard"], [Shard(0)]) for name, tensor in whole.items()
-    }
+def sharded(ranks, whole: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: distribute_tensor(tensor.clone(), ranks.mesh["shard"], [Shard(0)]) for name, tensor in whole.items()}
 
 
 def meta(iteration: int) -> dict:
@@ -41,12 +39,12 @@ def nothing() -> None:
 # ------------------------------------------------------------------------------------ two processes
 
 
-def save_and_train_on(processes, root):
+def save_and_train_on(ranks, root):
     """Save twice, change everything right after each call, and return what a load of each finds."""
-    state = sharded(processes, values(0))
-    if processes.rank == 1:
+    state = sharded(ranks, values(0))
+    if ranks.rank == 1:
         state["only of the second"] = torch.full((2, 3), 7.0)  # as a stage of a pipeline holds its own layers
-    with Saver(root, processes) as saving:
+    with Saver(root, ranks) as saving:
         saving.reserve(state)
         for iteration in (1, 2):
             saving.save(state, meta(iteration), nothing)
@@ -54,7 +52,7 @@ def save_and_train_on(processes, root):
                 tensor.add_(1)  # the next step, while the thread writes
     found = []
     for iteration in (1, 2):
-        loaded = sharded(processes, {name: torch.zeros_like(tensor) for name, tensor in values(0).items()})
+        loaded = sharded(ranks, {name: torch.zeros_like(tensor) for name, tensor in values(0).items()})
         loaded["only of the second"] = torch.zeros(2, 3)
         checkpoint.load(root / checkpoint.folder_name(iteration), loaded)
         whole = {name: loaded[name].full_tensor().tolist() for name in values(0)}
@@ -62,19 +60,19 @@ def save_and_train_on(processes, root):
     return found
 
 
-def fail_once(processes, root):
+def fail_once(ranks, root):
     """Let the second process meet a full disk at the second save; return what is told where, and what is left."""
-    state, told, completed = sharded(processes, values(0)), [], []
+    state, told, completed = sharded(ranks, values(0)), [], []
     write = saver.write_safetensors
 
     def full(path, tensors, begins):
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    with Saver(root, processes) as saving:
+    with Saver(root, ranks) as saving:
         saving.save(state, meta(1), lambda: completed.append(1))
         saving.wait()
-        saver.write_safetensors = full if processes.rank == 1 else write
+        saver.write_safetensors = full if ranks.rank == 1 else write
         saving.save(state, meta(2), lambda: completed.append(2))
         try:
             saving.save(state, meta(3), lambda: completed.append(3))
@@ -87,8 +85,8 @@ def fail_once(processes, root):
     return told, left, completed
 
 
-def cases(processes, folder):
-    return save_and_train_on(processes, folder / "equal"), fail_once(processes, folder / "full")
+def cases(ranks, folder):
+    return save_and_train_on(ranks, folder / "equal"), fail_once(ranks, folder / "full")
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +143,7 @@ def slow(monkeypatch):
 def test_a_save_returns_while_its_file_is_being_written_and_the_next_one_waits(slow, tmp_path):
     released, log = slow
     completed = []
-    with joined() as processes, Saver(tmp_path, processes) as saving:
+    with joined() as ranks, Saver(tmp_path, ranks) as saving:
         state = values(0)
         saving.save(state, meta(1), lambda: completed.append(1))
         assert "end" not in log and not checkpoint.complete(tmp_path) and not completed
@@ -156,8 +154,8 @@ def test_a_save_returns_while_its_file_is_being_written_and_the_next_one_waits(s
 
 
 def test_memory_is_reused(tmp_path):
-    with joined() as processes, Saver(tmp_path, processes) as saving:
-        state = sharded(processes, values(0))
+    with joined() as ranks, Saver(tmp_path, ranks) as saving:
+        state = sharded(ranks, values(0))
         saving.reserve(state)
         saving.wait()
         reserved = {name: tensor.to_local().data_ptr() for name, tensor in saving._copies.items()}
@@ -172,9 +170,9 @@ def test_what_cannot_be_written_is_told_on_leaving(ended_by, tmp_path, monkeypat
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(saver, "write_safetensors", full)
-    with joined() as processes:
+    with joined() as ranks:
         with pytest.raises(KeyError if ended_by else OSError) as caught:
-            with Saver(tmp_path, processes) as saving:
+            with Saver(tmp_path, ranks) as saving:
                 saving.save(values(0), meta(1), nothing)
                 if ended_by:
                     raise ended_by

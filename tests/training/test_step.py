@@ -9,7 +9,7 @@ import torch
 
 from megatron.objectives.masked_diffusion import MaskedDiffusion
 from megatron.parallel import engine
-from megatron.parallel.mesh import Processes
+from megatron.parallel.mesh import ParallelContext
 from megatron.training.step import reseed
 from tests.distributed import joined, spawn
 from tests.steps import LEARNING_RATE, WEIGHT_DECAY, Case, Step, check_equal, dropout_shared_by_ranks, patched, take
@@ -38,12 +38,12 @@ def noise_of_the_local_index():
 
 def mean_of_local_means():
     """Each process divides by its own count, and the results are averaged."""
-    return patched(Processes, "sum", lambda self, *values: [value * self.size for value in values])
+    return patched(ParallelContext, "sum", lambda self, *values: [value * self.size for value in values])
 
 
 def local_count():
     """The count is not summed over the processes."""
-    return patched(Processes, "sum", lambda self, *values: list(values))
+    return patched(ParallelContext, "sum", lambda self, *values: list(values))
 
 
 def local_norm():
@@ -63,16 +63,16 @@ PLANTED = [
 ]
 
 
-def two_processes(processes: Processes) -> dict:
+def two_processes(ranks: ParallelContext) -> dict:
     """Return all steps that this module asks of two processes, by what is unusual about them."""
-    steps = {name: take(processes, case) for name, case in CASES.items()}
-    steps |= {(name, "cut"): take(processes, replace(CASES[name], micro_batch=2)) for name in CUT}
+    steps = {name: take(ranks, case) for name, case in CASES.items()}
+    steps |= {(name, "cut"): take(ranks, replace(CASES[name], micro_batch=2)) for name in CUT}
     for fault, name in PLANTED:
         with fault():
-            steps[name, fault.__name__] = take(processes, CASES[name])
-    steps["dropout"], steps["dropout", "again"] = take(processes, DROPOUT), take(processes, DROPOUT)
+            steps[name, fault.__name__] = take(ranks, CASES[name])
+    steps["dropout"], steps["dropout", "again"] = take(ranks, DROPOUT), take(ranks, DROPOUT)
     with dropout_shared_by_ranks():
-        steps["dropout", "shared"] = take(processes, DROPOUT)
+        steps["dropout", "shared"] = take(ranks, DROPOUT)
     return steps
 
 
@@ -86,11 +86,11 @@ def two():
 @pytest.fixture(scope="module")
 def one():
     """The steps of one process: name -> [step]."""
-    with joined() as processes:
-        steps = {name: [take(processes, case)] for name, case in CASES.items()}
+    with joined() as ranks:
+        steps = {name: [take(ranks, case)] for name, case in CASES.items()}
         for micro_batch in (1, 8):
             for name, case in CASES.items():
-                steps[name, micro_batch] = [take(processes, replace(case, micro_batch=micro_batch))]
+                steps[name, micro_batch] = [take(ranks, replace(case, micro_batch=micro_batch))]
     return steps
 
 
@@ -157,8 +157,8 @@ def test_the_ambient_generator_is_keyed_by_seed_iteration_and_rank():
     assert draw(1, 1, 1) == draw(1, 1, 1)
 
 
-def fail_on_the_second(processes: Processes) -> None:
-    if processes.rank == 1:
+def fail_on_the_second(ranks: ParallelContext) -> None:
+    if ranks.rank == 1:
         raise ValueError("as planted")
     torch.distributed.barrier()
 

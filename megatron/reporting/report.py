@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron.figures import add_legend, literal, pyplot
-from megatron.scaling.runs import Difference, Run, best_point, check_comparable, curve, paired_difference
+from megatron.reporting.runs import Difference, Run, best_point, check_comparable, curve, paired_difference
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito's palette
 

@@ -1,4 +1,4 @@
-"""The watch: who is named, by whom, and how soon. Processes without torch, so that each case takes a second."""
+"""The watch: who is named, by whom, and how soon. ParallelContext without torch, so that each case takes a second."""
 
 import os
 import signal
@@ -13,14 +13,14 @@ import torch
 import torch.distributed as dist
 
 from megatron.errors import ConfigurationError
+from megatron.parallel.failure_detector import FailureDetector, Hub, RankError
 from megatron.parallel.launch import adopt_launcher, device, join, local_rank
-from megatron.parallel.watch import Hub, PeerError, Watch
 from tests.conftest import ROOT
 
 # argv: rank, size, minutes, address of the hub, token, what to do then
 PEER = """
 import sys, time
-from megatron.parallel.watch import Hub, PeerError, Watch
+from megatron.parallel.failure_detector import Hub, RankError, Watch
 rank, size, minutes, port, token, then = sys.argv[1:]
 rank, size, minutes, hub = int(rank), int(size), float(minutes), None
 if rank == 0:
@@ -30,7 +30,7 @@ if rank == 0:
     port, token = hub.port, hub.token
 watch = Watch(rank, rank // 2 * 2)  # two processes on a node
 watch.hub = hub
-watch.last_words = lambda text: print("last words:", text, flush=True)
+watch.on_failure = lambda text: print("last words:", text, flush=True)
 watch.meet(lambda: ("127.0.0.1", int(port), token), minutes)
 print("met", flush=True)
 exec(then)
@@ -40,7 +40,7 @@ LEAVE = "watch.leave(1); print('left', flush=True)"
 
 
 class Peers:
-    """Processes with a watch, by rank; what they do when all have met is a line of Python for each."""
+    """ParallelContext with a watch, by rank; what they do when all have met is a line of Python for each."""
 
     def __init__(self, *then: str, size: int | None = None, minutes: float = 1.0):
         self.size, self.minutes = size or len(then), minutes
@@ -140,7 +140,7 @@ def test_a_hub_of_an_earlier_start_is_asked_again_until_the_right_one_answers():
     hub = Hub(2, 1.0)
     hub.start()
     found = iter([("127.0.0.1", 1, "dead"), ("127.0.0.1", hub.port, "before"), ("127.0.0.1", hub.port, hub.token)])
-    first, second = Watch(0, 0), Watch(1, 0)
+    first, second = FailureDetector(0, 0), FailureDetector(1, 0)
     assert first._hello("127.0.0.1", hub.port, hub.token)
     first.start()
     assert second.meet(lambda: next(found), 1.0) == hub.token
@@ -152,8 +152,8 @@ def test_a_hub_of_an_earlier_start_is_asked_again_until_the_right_one_answers():
 
 
 def test_a_hub_that_is_nowhere_is_named():
-    with pytest.raises(PeerError, match="--distributed-timeout-minutes 0.005: rank 0 did not come"):
-        Watch(1, 0).meet(lambda: ("127.0.0.1", 1, ""), 0.005)
+    with pytest.raises(RankError, match="--distributed-timeout-minutes 0.005: rank 0 did not come"):
+        FailureDetector(1, 0).meet(lambda: ("127.0.0.1", 1, ""), 0.005)
 
 
 # ---------------------------------------------------------------------------- what the launcher says
@@ -204,7 +204,7 @@ def test_a_port_in_use_is_named(place):
 
 def test_a_first_process_that_does_not_come_is_named(place):
     place(**PLACE)
-    with pytest.raises(PeerError, match="0.005: rank 0 did not come.*MASTER_ADDR=127.0.0.1 MASTER_PORT=1: .*refused"):
+    with pytest.raises(RankError, match="0.005: rank 0 did not come.*MASTER_ADDR=127.0.0.1 MASTER_PORT=1: .*refused"):
         join(0.005)
 
 

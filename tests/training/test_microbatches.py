@@ -25,7 +25,7 @@ from megatron.errors import ConfigurationError
 from megatron.objectives import build_input_noise, build_objective
 from megatron.objectives.masked_diffusion import MaskedDiffusion
 from megatron.objectives.token_dropout import TokenDropout
-from megatron.training.feed import Loader, MicroBatches
+from megatron.training.microbatches import Loader, MicroBatches
 
 VOCABULARY, SEQ_LENGTH, SEED = Vocabulary(257), 32, 1234
 GLOBAL_BATCH, BUDGET = 8, 29  # four steps, the last one of 5 samples
@@ -93,8 +93,8 @@ def feed(
         with Loader(data, workers, torch.device("cpu")) as batches:
             for index, (batch,) in enumerate(batches):
                 counts[index // data.per_step] += batch.count
-                assert torch.equal(batch.rows, batch.weights.flatten().nonzero().flatten())
-                for position, *row in zip(data.positions(index), batch.tokens, batch.targets, batch.weights):
+                assert torch.equal(batch.scored_positions, batch.weights.flatten().nonzero().flatten())
+                for position, *row in zip(data.sample_indices(index), batch.tokens, batch.targets, batch.weights):
                     assert position not in rows, f"run position {position} came twice"
                     rows[int(position)] = row
     assert sorted(rows) == list(range(first, first + len(counts) * global_batch)), "run positions were lost"
@@ -139,8 +139,8 @@ def test_processes_and_micro_batches_change_nothing(samples, variant, size, micr
 def test_a_micro_batch_of_all_processes_is_one_stretch_of_run_positions(samples):
     """Any stretch is nearly stratified, so what is computed at one time holds times of all sizes."""
     data = [MicroBatches(samples, None, None, SEED, 5, BUDGET, 2, GLOBAL_BATCH, rank, 2) for rank in (0, 1)]
-    assert [rank.positions(1).tolist() for rank in data] == [[9, 10], [11, 12]]
-    assert [rank.positions(2).tolist() for rank in data] == [[13, 14], [15, 16]]
+    assert [rank.sample_indices(1).tolist() for rank in data] == [[9, 10], [11, 12]]
+    assert [rank.sample_indices(2).tolist() for rank in data] == [[13, 14], [15, 16]]
     assert (data[0].per_step, data[0].steps) == (2, 3)
 
 
@@ -209,7 +209,7 @@ def test_noise_keyed_by_the_place_since_the_resume_is_found(samples, monkeypatch
 
 
 def test_padding_with_weight_is_found(samples, monkeypatch):
-    monkeypatch.setattr("megatron.training.feed.without_padding", lambda batch, real: batch)
+    monkeypatch.setattr("megatron.training.microbatches.without_padding", lambda batch, real: batch)
     with pytest.raises(AssertionError, match="padding"):
         check_same(feed(samples), feed(samples))
 

@@ -12,12 +12,12 @@ from megatron.model.transformer import Transformer
 from megatron.parallel.apply import build_engine
 from megatron.parallel.deepspeed import DeepSpeedEngine
 from megatron.parallel.engine import Engine
-from megatron.parallel.mesh import Processes
+from megatron.parallel.mesh import ParallelContext
 from megatron.parallel.recompute import recompute
 from megatron.training.optimizer import build_optimizer, start_state
 
 
-def check_engine(config: Config, processes: int | None, bf16: bool | None) -> dict | None:
+def check_engine(config: Config, world_size: int | None, bf16: bool | None) -> dict | None:
     """Return the settings of DeepSpeed, or None for FSDP2; either argument is None where it is not known yet.
 
     Raises ConfigurationError where DeepSpeed is not installed or its file contradicts the flags.
@@ -31,7 +31,7 @@ def check_engine(config: Config, processes: int | None, bf16: bool | None) -> di
         parallel.deepspeed_config,
         config.training,
         config.optimizer,
-        processes=processes,
+        world_size=world_size,
         bf16=bf16,
         zero_stage=parallel.zero_stage,
         cpu_offload=parallel.cpu_offload,
@@ -39,7 +39,7 @@ def check_engine(config: Config, processes: int | None, bf16: bool | None) -> di
 
 
 def start_engine(
-    config: Config, vocabulary: Vocabulary, processes: Processes, *, bf16: bool, compile: bool, steps: int
+    config: Config, vocabulary: Vocabulary, ranks: ParallelContext, *, bf16: bool, compile: bool, steps: int
 ) -> tuple[Engine, torch.optim.Optimizer]:
     """Return the engine that the configuration asks for, at its initial weights, and its optimizer.
 
@@ -48,15 +48,15 @@ def start_engine(
     Raises ConfigurationError where DeepSpeed is not installed or its file contradicts the flags.
     """
     parallel, seed, fp8_recipe = config.parallel, config.training.seed, config.training.fp8_recipe
-    settings = check_engine(config, processes.size, bf16)
+    settings = check_engine(config, ranks.size, bf16)
     if settings is None:
         precision = {"bf16": bf16, "fp8_recipe": fp8_recipe}
-        engine = build_engine(config.model, vocabulary, seed, processes, parallel, **precision, compile=compile)
+        engine = build_engine(config.model, vocabulary, seed, ranks, parallel, **precision, compile=compile)
         optimizer = build_optimizer(engine, config.optimizer)
         start_state(optimizer, steps)
         return engine, optimizer
     model = Transformer(config.model, vocabulary)
     initialise(model, config.model, seed)
-    recompute(model.to(processes.device), parallel)
+    recompute(model.to(ranks.device), parallel)
     optimizer = build_optimizer(model, config.optimizer)
-    return DeepSpeedEngine(model, optimizer, settings, processes, compile=compile), optimizer
+    return DeepSpeedEngine(model, optimizer, settings, ranks, compile=compile), optimizer

@@ -14,9 +14,9 @@ from megatron.errors import ConfigurationError
 from megatron.model.transformer import Transformer
 from megatron.training import checkpoint
 from megatron.training.command_line import parse
+from megatron.training.datasets import tokenizer_beside
 from megatron.training.resume import recorded_config
 from megatron.training.run_folder import read_json
-from megatron.training.sources import tokenizer_beside
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ import torch
 
 from megatron.config.sections import ModelConfig, Vocabulary
 from megatron.model.initialise import initialise
-from megatron.model.past import Past
+from megatron.model.kv_cache import KVCache
 from megatron.model.transformer import Transformer
 
 VOCABULARY = Vocabulary(61)
@@ -31,7 +31,7 @@ def draw(*shape):
 @pytest.mark.parametrize("pieces", [(12,), (1,) * 12, (5, 1, 4, 2)], ids=str)
 @torch.no_grad()
 def test_pieces_give_the_logits_of_the_whole(form, pieces):
-    network, tokens, past, found = model(**form), draw(2, 12), Past(), []
+    network, tokens, past, found = model(**form), draw(2, 12), KVCache(), []
     for piece in tokens.split(pieces, dim=1):
         found.append(network.head(network.read(piece, past)))
     torch.testing.assert_close(torch.cat(found, 1), network.logits(tokens, causal=True), rtol=1e-5, atol=1e-5)
@@ -40,7 +40,7 @@ def test_pieces_give_the_logits_of_the_whole(form, pieces):
 @pytest.mark.parametrize("left", [True, False])
 @torch.no_grad()
 def test_rows_of_several_lengths_stand_beside_one_another(left):
-    network, tokens, lengths, past = model(), draw(3, 9), (9, 2, 5), Past()
+    network, tokens, lengths, past = model(), draw(3, 9), (9, 2, 5), KVCache()
     rows, present = torch.zeros(3, 9, dtype=torch.long), torch.zeros(3, 9, dtype=torch.bool)
     spans = [slice(9 - length, 9) if left else slice(length) for length in lengths]
     for row, (span, length) in enumerate(zip(spans, lengths)):
@@ -55,7 +55,7 @@ def test_rows_of_several_lengths_stand_beside_one_another(left):
 
 @torch.no_grad()
 def test_a_prefix_is_shared_by_its_answers():
-    network, prefixes, answers, past = model(), draw(2, 6), draw(5, 3), Past()
+    network, prefixes, answers, past = model(), draw(2, 6), draw(5, 3), KVCache()
     network.read(prefixes, past)
     owners = torch.tensor([0, 1, 1, 0, 1])
     found = network.head(network.read(answers, past.select(owners)))

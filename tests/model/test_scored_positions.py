@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megatron.batch import Batch
-from megatron.model.selection import Selection
+from megatron.model.scored_positions import Selection
 from tests.model.test_model import VOCABULARY, build
 
 POSITIONS = 4 * 40
@@ -47,17 +47,19 @@ def results(model, batch, early):
 def test_selected_positions_give_the_same_loss_and_gradients(options, share):
     model, batch = build(**options, init_method_std=0.2).double(), example(share)
     late, early = results(model, batch, False), results(model, batch, True)
-    assert late[3] == POSITIONS and len(batch.rows) <= early[3] < min(POSITIONS, len(batch.rows) + 32)
+    assert late[3] == POSITIONS and len(batch.scored_positions) <= early[3] < min(
+        POSITIONS, len(batch.scored_positions) + 32
+    )
     for ours, expected in zip(early[:2], late[:2], strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
-    assert (early[1].flatten()[batch.rows] > 0).all() and not early[1][batch.weights == 0].any()
+    assert (early[1].flatten()[batch.scored_positions] > 0).all() and not early[1][batch.weights == 0].any()
     for name, gradient in early[2].items():
         torch.testing.assert_close(gradient, late[2][name], rtol=1e-6, atol=1e-9, msg=name)
 
 
 def test_branches_go_with_their_sequences():
     model, batch = build(init_method_std=0.2), example(0.5)
-    batch = replace(batch, branches=torch.tensor([[1.0, 0.0], [0.5, 2.0], [0.0, 3.0], [1.0, 1.0]]))
+    batch = replace(batch, residual_scales=torch.tensor([[1.0, 0.0], [0.5, 2.0], [0.0, 3.0], [1.0, 1.0]]))
     late, early = results(model, batch, False), results(model, batch, True)
     torch.testing.assert_close(early[1], late[1], rtol=1e-5, atol=1e-6)
     assert early[3] < late[3]

@@ -35,7 +35,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Said:
+class Prediction:
     """What a model says at A places: the nll of what stands there, its own first choice and how sure it is of it."""
 
     nll: np.ndarray  # [A] float64, nats
@@ -54,12 +54,12 @@ def batches(lengths: Sequence[int], limits: Limits) -> Iterator[list[int]]:
 
 
 @torch.no_grad()
-def ask(model: Transformer, rows: Sequence[Row], limits: Limits, guidance: float = 0.0) -> list[Said]:
+def ask(model: Transformer, rows: Sequence[Row], limits: Limits, guidance: float = 0.0) -> list[Prediction]:
     """Return what a bidirectional model says of each row.
 
     With `guidance` w the logits are (1 + w) * conditional - w * unconditional (2410.18514).
     """
-    found: list[Said | None] = [None] * len(rows)
+    found: list[Prediction | None] = [None] * len(rows)
     for chosen in batches([len(row.tokens) for row in rows], limits):
         hidden = _hidden(model, [rows[index].tokens for index in chosen])
         places = [rows[index].places for index in chosen]
@@ -78,7 +78,7 @@ def _hidden(model: Transformer, sequences: Sequence[np.ndarray]) -> Tensor:
     """Return what the head reads, [B, T, H], of sequences that see themselves; shorter ones are filled up."""
     device, lengths = model.embed_tokens.weight.device, np.array([len(sequence) for sequence in sequences])
     tokens = torch.from_numpy(fill_up(sequences)).to(device)
-    batch = Batch.to_read(tokens, causal=False)
+    batch = Batch.unscored(tokens, causal=False)
     if lengths.min() < lengths.max():
         filling = np.arange(lengths.max()) >= lengths[:, None]  # a document of its own, which nobody sees
         batch = replace(batch, documents=torch.from_numpy(filling.astype(np.int64)).to(device))
@@ -102,7 +102,7 @@ def select(hidden: Tensor, places: Sequence[np.ndarray]) -> Tensor:
 
 def answers(
     model: Transformer, hidden: Tensor, targets: np.ndarray, other: Tensor | None = None, guidance: float = 0.0
-) -> Said:
+) -> Prediction:
     """Return what the head says of `targets` [A] at `hidden` [A, H], guided away from `other` [A, H]."""
     targets = torch.from_numpy(np.ascontiguousarray(targets, np.int64)).to(hidden.device)
     size, parts = max(1, LOGITS // model.vocabulary.size), []
@@ -116,11 +116,11 @@ def answers(
         highest, best = logits.max(-1)
         parts.append(torch.stack([(normaliser - told).double(), (highest - normaliser).double(), best.double()]))
     nll, confidence, best = torch.cat(parts, dim=1).cpu().numpy() if parts else np.zeros((3, 0))
-    return Said(nll, best.astype(np.int64), confidence)
+    return Prediction(nll, best.astype(np.int64), confidence)
 
 
-def split(said: Said, sizes: Sequence[int]) -> list[Said]:
+def split(said: Prediction, sizes: Sequence[int]) -> list[Prediction]:
     """Return what was said as parts of the given sizes."""
     ends = np.cumsum(sizes)[:-1]
     columns = (np.split(column, ends) for column in (said.nll, said.best, said.confidence))
-    return [Said(*parts) for parts in zip(*columns, strict=True)]
+    return [Prediction(*parts) for parts in zip(*columns, strict=True)]

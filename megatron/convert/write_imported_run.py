@@ -21,13 +21,13 @@ from megatron.convert.huggingface import TABLES
 from megatron.errors import ConfigurationError
 from megatron.model.initialise import initialise
 from megatron.model.transformer import Transformer
-from megatron.parallel.mesh import Processes, start_processes, stop_processes
+from megatron.parallel.mesh import ParallelContext, destroy_parallel, initialize_parallel
+from megatron.training.datasets import Sources
 from megatron.training.environment import describe
+from megatron.training.load_run import trained_config
 from megatron.training.optimizer import parameter_groups
 from megatron.training.run_folder import RunFolder, write_json
 from megatron.training.saver import Saver
-from megatron.training.sources import Sources
-from megatron.training.trained import trained_config
 
 
 def write_run(folder: Path, recorded: dict, weights: dict[str, Tensor], time_block: int) -> None:
@@ -44,7 +44,7 @@ def write_run(folder: Path, recorded: dict, weights: dict[str, Tensor], time_blo
         state |= {f"average.{name}": tensor for name, tensor in weights.items()}
     meta = {"iteration": 0, "consumed_samples": 0, "seconds": 0.0, "time_block": time_block, "averaged_steps": 0}
     meta |= {"permanent": False, "config": recorded}
-    with one_process() as processes, Saver(run.checkpoints, processes) as saver:
+    with one_process() as ranks, Saver(run.checkpoints, ranks) as saver:
         saver.save(state, meta, then=lambda: None)
     pointer = {"folder": "iter_0000000", "iteration": 0, "consumed_samples": 0, "loss": None, "set": None}
     write_json(run.checkpoints / "latest.json", pointer)
@@ -68,9 +68,9 @@ def describe_import(config: Config, vocabulary: Vocabulary, source: str, precisi
     plan = resolve(config, vocabulary, unique_tokens=0)
     unknown = Sources(None, None, (), [], None, source, None, {}, {})  # there is no data yet
     command = shlex.join(sys.argv)
-    with one_process() as processes:
+    with one_process() as ranks:
         described = describe(
-            config.objective.objective, config, plan, unknown, vocabulary, processes, precision, False, command
+            config.objective.objective, config, plan, unknown, vocabulary, ranks, precision, False, command
         )
     return described | {"branched_from": None, "imported": {"source": source}}
 
@@ -134,12 +134,12 @@ def network_flags(config: ModelConfig) -> str:
 
 
 @contextmanager
-def one_process() -> Iterator[Processes]:
+def one_process() -> Iterator[ParallelContext]:
     """Yield the place of this process in a group of one, which ends with the context where it began with it."""
     begun = not dist.is_initialized()
-    processes = start_processes()
+    ranks = initialize_parallel()
     try:
-        yield processes
+        yield ranks
     finally:
         if begun:
-            stop_processes()
+            destroy_parallel()

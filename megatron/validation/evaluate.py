@@ -7,11 +7,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from megatron.batch import without_padding
 from megatron.data.samples import ValidationWindows
-from megatron.objectives.likelihood import Likelihood
-from megatron.objectives.noise import EvaluationNoise
+from megatron.objectives.base import EvaluationNoise, Likelihood
 from megatron.parallel.engine import Engine
-from megatron.training.feed import without_padding
 
 
 @dataclass(frozen=True)
@@ -74,18 +73,18 @@ def evaluate(
     A token's nats go to the document of the token itself, not to that of the position that speaks of it. All
     processes run the same number of forward passes: what is missing at the end is padded without weight.
     """
-    processes = engine.processes
+    ranks = engine.ranks
     replicates = 1 if likelihood.exact else replicates
     nats = np.zeros((models, replicates, data.documents))
     tokens = np.zeros(data.documents)
     text = np.zeros(data.documents)
-    starts = range(0, len(data.windows), batch_size * processes.data_size)
-    silent = processes.rank != 0 or not sys.stderr.isatty()
+    starts = range(0, len(data.windows), batch_size * ranks.data_size)
+    silent = ranks.rank != 0 or not sys.stderr.isatty()
     # only an evaluation that takes its time shows how far it is
     bar = tqdm(desc=data.name, total=len(starts) * replicates, unit="pass", leave=False, delay=5, disable=silent)
     engine.eval()
     for start in starts:
-        windows = start + processes.data_rank * batch_size + np.arange(batch_size)
+        windows = start + ranks.data_rank * batch_size + np.arange(batch_size)
         real = windows < len(data.windows)
         windows = np.where(real, windows, 0)
         read = [data.windows[int(window)] for window in windows]
@@ -94,7 +93,7 @@ def evaluate(
             batch = likelihood.evaluation(ids, EvaluationNoise(seed, data.name, replicate), windows, alignment)
             batch = without_padding(batch, torch.from_numpy(real))
             asked = batch.weights.numpy() > 0  # an unasked position may speak of no token at all
-            owners = documents[asked.nonzero()[0], likelihood.asked_places(batch)[asked]]
+            owners = documents[asked.nonzero()[0], likelihood.target_token_positions(batch)[asked]]
             nll = engine.nll(batch).cpu().numpy().reshape(models, *asked.shape)
             for index, weighted in enumerate(nll.astype(np.float64) * batch.weights.numpy()):
                 nats[index, replicate] += np.bincount(owners, weighted[asked], minlength=data.documents)
@@ -108,6 +107,6 @@ def evaluate(
     engine.train()
     engine.reshard()
     # of the processes that read the same windows one counts them
-    sums = processes.sum_tensor(torch.from_numpy(np.vstack([*nats, tokens, text]) * processes.speaks)).numpy()
+    sums = ranks.sum_tensor(torch.from_numpy(np.vstack([*nats, tokens, text]) * ranks.is_loss_rank)).numpy()
     text = None if data.token_bytes is None else sums[-1]
     return [Evaluation(each, sums[-2], text) for each in sums[:-2].reshape(nats.shape)]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from megatron import stop_signals
 from megatron.config.sections import TrainingConfig
-from megatron.parallel.mesh import Processes
+from megatron.parallel.mesh import ParallelContext
 
 
 class Stopping:
@@ -15,9 +15,9 @@ class Stopping:
         self.config = config
         self.began = time.monotonic()
 
-    def reason(self, iteration: int, processes: Processes) -> str | None:
+    def reason(self, iteration: int, ranks: ParallelContext) -> str | None:
         """Return why to leave after this step, or None."""
-        return on_any_rank(self._local_reason(iteration), processes)
+        return on_any_rank(self._local_reason(iteration), ranks)
 
     def _local_reason(self, iteration: int) -> str | None:
         config, minutes = self.config, (time.monotonic() - self.began) / 60
@@ -38,7 +38,7 @@ def signal_reason() -> str | None:
     return name and f"signal {name}"
 
 
-def on_any_rank(reason: str | None, processes: Processes) -> str | None:
+def on_any_rank(reason: str | None, ranks: ParallelContext) -> str | None:
     """Return this rank's `reason`, or that another rank has one; None where no rank has. All ranks call this."""
-    (ranks,) = processes.sum(reason is not None)
+    (ranks,) = ranks.sum(reason is not None)
     return (reason or "requested on another rank") if ranks else None

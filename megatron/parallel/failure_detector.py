@@ -29,8 +29,8 @@ RETRY = 0.1  # seconds between two attempts to reach the hub
 LONGEST = 1 << 16  # bytes of a message
 
 
-class PeerError(RuntimeError):
-    """Processes that should be there are not."""
+class RankError(RuntimeError):
+    """ParallelContext that should be there are not."""
 
 
 @dataclass(frozen=True)
@@ -182,10 +182,10 @@ class Hub(threading.Thread):
             _send(connection, **message)
 
 
-class Watch(threading.Thread):
+class FailureDetector(threading.Thread):
     """This process's end. From `meet` to `leave` the first fault of any process ends this one too.
 
-    One line says it where this process speaks for its node, and `last_words` is called with the line. A single rank,
+    One line says it where this process speaks for its node, and `on_failure` is called with the line. A single rank,
     which meets nobody, still ends with its launcher.
     """
 
@@ -193,7 +193,7 @@ class Watch(threading.Thread):
         super().__init__(name="watch", daemon=True)
         self.rank, self.first_on_node = rank, first_on_node
         self.hub: Hub | None = None
-        self.last_words: Callable[[str], None] | None = None
+        self.on_failure: Callable[[str], None] | None = None
         self._all_here = threading.Event()
 
     def end_with(self, launcher: str) -> None:
@@ -208,13 +208,13 @@ class Watch(threading.Thread):
     def meet(self, find: Callable[[], tuple[str, int, str] | None], minutes: float) -> str:
         """Wait until all processes have said hello to the hub; return its token, which no other start has.
 
-        `find` returns the hub's address, port and token, or None while they are unknown. Raises PeerError where there
+        `find` returns the hub's address, port and token, or None while they are unknown. Raises RankError where there
         is no hub within `minutes`; where others do not come, the hub ends every process that did.
         """
         until = time.monotonic() + 60 * minutes
         while not ((found := find()) and self._hello(*found)):
             if time.monotonic() > until:
-                raise PeerError(missing([0], minutes))
+                raise RankError(missing([0], minutes))
             time.sleep(RETRY)
         self.start()
         stop_signals.end_ranks_by(partial(self.report, stop=True))
@@ -254,8 +254,8 @@ class Watch(threading.Thread):
         try:
             if self.rank == speaker:
                 print(f"{'' if fault.stop else 'error: '}{fault.text}", file=sys.stderr, flush=True)
-            if self.last_words:
-                self.last_words(fault.text)
+            if self.on_failure:
+                self.on_failure(fault.text)
         finally:
             time.sleep(PAUSE)
             os._exit(fault.code)

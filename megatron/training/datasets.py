@@ -14,7 +14,7 @@ from megatron.data.round_trip import describe_changes
 from megatron.data.samples import TrainSamples, ValidationWindows
 from megatron.data.tokenizer import Tokenizer, build_tokenizer
 from megatron.errors import ConfigurationError
-from megatron.training.evaluate import ValidationSet
+from megatron.validation.evaluate import ValidationSet
 
 logger = logging.getLogger(__name__)
 

@@ -1,9 +1,9 @@
-"""From run positions to batches: reads samples, lets the objective corrupt them, ahead of the step."""
+"""From sample indices to batches: reads samples, lets the objective corrupt them, ahead of the step."""
 
 import os
 import signal
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from multiprocessing import active_children
 from multiprocessing.connection import wait
@@ -14,22 +14,22 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from megatron import stop_signals
-from megatron.batch import Batch
+from megatron.batch import Batch, without_padding
 from megatron.config.flags import typed
 from megatron.data.samples import TrainSamples
 from megatron.errors import ConfigurationError
 from megatron.objectives import InputNoise
-from megatron.objectives.likelihood import Objective
-from megatron.parallel.watch import when_orphaned
+from megatron.objectives.base import Objective
+from megatron.parallel.failure_detector import when_orphaned
 
 LARGER = "make /dev/shm larger (docker run --shm-size)"
 
 
 @dataclass(frozen=True)
 class MicroBatches(Dataset):
-    """The micro-batches of one process from run position `first_sample` on; item n is a pure function of n.
+    """The micro-batches of one process from sample index `first_sample` on; item n is a pure function of n.
 
-    A step takes `global_batch_size` consecutive run positions; its micro-batch m on process r takes the m-th share
+    A step takes `global_batch_size` consecutive sample indices; its micro-batch m on process r takes the m-th share
     of all processes, and of that the r-th part. Positions beyond the budget are padding without weight.
     """
 
@@ -44,8 +44,8 @@ class MicroBatches(Dataset):
     rank: int
     size: int
 
-    def positions(self, index: int) -> np.ndarray:
-        """Return the run positions [B] of micro-batch `index`."""
+    def sample_indices(self, index: int) -> np.ndarray:
+        """Return the sample indices [B] of micro-batch `index`."""
         steps, micro = divmod(index, self.per_step)
         start = self.first_sample + steps * self.global_batch_size
         start += (micro * self.size + self.rank) * self.micro_batch_size
@@ -63,17 +63,10 @@ class MicroBatches(Dataset):
 
     def __getitem__(self, index: int) -> list[Batch]:
         """Return the batches of micro-batch `index`: one, or two where a sample takes two passes."""
-        positions = self.positions(index)
-        ids = np.stack([self.samples[int(position)] for position in positions])
-        batches = self.noise(self.objective.prepare(ids, positions, self.seed), positions, self.seed)
-        return [without_padding(batch, torch.from_numpy(positions < self.train_samples)) for batch in batches]
-
-
-def without_padding(batch: Batch, real: torch.Tensor) -> Batch:
-    """Return the batch with the weight and count of padded sequences taken away; `real` is [B] bool."""
-    if bool(real.all()):
-        return batch
-    return replace(batch, weights=batch.weights * real[:, None], counts=batch.counts * real.numpy(), rows=None)
+        sample_indices = self.sample_indices(index)
+        ids = np.stack([self.samples[int(position)] for position in sample_indices])
+        batches = self.noise(self.objective.prepare(ids, sample_indices, self.seed), sample_indices, self.seed)
+        return [without_padding(batch, torch.from_numpy(sample_indices < self.train_samples)) for batch in batches]
 
 
 class Loader:

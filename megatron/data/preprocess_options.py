@@ -15,7 +15,7 @@ TRAINED = 512  # ids of a tokenizer that nothing else is said of
 
 
 @dataclass(frozen=True, kw_only=True)
-class Preparation:
+class PreprocessOptions:
     """Text and tokens."""
 
     output_dir: Path = flag(help="folder for {train,tuning,validation}.{bin,idx,json} and tokenizer.json")

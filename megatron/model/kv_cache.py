@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 
-class Past:
+class KVCache:
     """Keys and values of what was read of B sequences. `Transformer.read` adds what it reads; a new one is empty.
 
     Sequences of several lengths are filled up with absent tokens, on any side, which take no place and are not seen.
@@ -31,19 +31,19 @@ class Past:
         visible[:, :, before.shape[1] :] |= own
         return places, visible
 
-    def block(self, name: str) -> "BlockPast":
+    def block(self, name: str) -> "LayerKVCache":
         """Return the view that a block's attention reads and extends."""
-        return BlockPast(self._kept, name)
+        return LayerKVCache(self._kept, name)
 
-    def select(self, rows: Tensor) -> "Past":
+    def select(self, rows: Tensor) -> "KVCache":
         """Return the past of the sequences `rows` [R], each as often as it is named: a prefix shared by its answers."""
-        chosen = Past()
+        chosen = KVCache()
         chosen.present = self.present[rows]
         chosen._kept = {name: (keys[rows], values[rows]) for name, (keys, values) in self._kept.items()}
         return chosen
 
 
-class BlockPast:
+class LayerKVCache:
     """The past of one block."""
 
     def __init__(self, kept: dict[str, tuple[Tensor, Tensor]], name: str):

@@ -18,10 +18,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from megatron.data.contamination import HeldOut, run_hashes
 from megatron.data.corpus import SPLITS, Document, Fingerprint, split_of
-from megatron.data.duplicates import HeldOut, run_hashes
 from megatron.data.indexed import IndexedDataset, IndexedDatasetWriter, read_metadata
-from megatron.data.preparation import Preparation
+from megatron.data.preprocess_options import PreprocessOptions
 from megatron.data.round_trip import RoundTrip
 from megatron.data.tokenizer import Tokenizer, build_tokenizer, file_hash, train_tokenizer
 from megatron.errors import ConfigurationError
@@ -32,7 +32,7 @@ TOKENIZER_BYTES = 1 << 30  # a tokenizer learns from a sample of this size where
 logger = logging.getLogger(__name__)
 
 
-def prepare(asked: Preparation) -> dict | None:
+def preprocess(asked: PreprocessOptions) -> dict | None:
     """Write all splits and return what corpus.json says of them; None if they are there already."""
     text, held_out = survey(asked)
     settings, folder = asked.settings(text.hash), asked.output_dir
@@ -56,7 +56,7 @@ def prepare(asked: Preparation) -> dict | None:
     return summary
 
 
-def survey(asked: Preparation) -> tuple[Fingerprint, dict[str, HeldOut]]:
+def survey(asked: PreprocessOptions) -> tuple[Fingerprint, dict[str, HeldOut]]:
     """Read everything once: sizes and hash, and the held-out splits' word runs to be looked for in train."""
     found = Fingerprint()
     held_out = {name: HeldOut() for name in asked.written if name != "train" and "train" in asked.written}
@@ -77,7 +77,7 @@ def survey(asked: Preparation) -> tuple[Fingerprint, dict[str, HeldOut]]:
     return found, held_out
 
 
-def _make_tokenizer(asked: Preparation, stage: Path, train_bytes: int) -> Tokenizer:
+def _make_tokenizer(asked: PreprocessOptions, stage: Path, train_bytes: int) -> Tokenizer:
     """Return the tokenizer, its file copied or trained into `stage`."""
     path = stage / asked.tokenizer_file
     if asked.trained_ids:
@@ -89,7 +89,7 @@ def _make_tokenizer(asked: Preparation, stage: Path, train_bytes: int) -> Tokeni
     return tokenizer
 
 
-def _training_texts(asked: Preparation, train_bytes: int) -> Iterator[str]:
+def _training_texts(asked: PreprocessOptions, train_bytes: int) -> Iterator[str]:
     """Yield the texts of the train split, or of those that their hash samples where there are too many."""
     threshold = (1 << 32) * TOKENIZER_BYTES / train_bytes
     with _bar("training the tokenizer", min(train_bytes, TOKENIZER_BYTES)) as bar:
@@ -101,7 +101,7 @@ def _training_texts(asked: Preparation, train_bytes: int) -> Iterator[str]:
 
 
 def _tokenise(
-    asked: Preparation, stage: Path, tokenizer: Tokenizer, text: Fingerprint, held_out: dict[str, HeldOut]
+    asked: PreprocessOptions, stage: Path, tokenizer: Tokenizer, text: Fingerprint, held_out: dict[str, HeldOut]
 ) -> tuple[dict[str, int], dict[str, RoundTrip]]:
     """Write all splits at once, each document ended by `eod`; return the tokens of each and what they do not give back.
 
@@ -147,7 +147,7 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
 
 
 def _describe(
-    asked: Preparation,
+    asked: PreprocessOptions,
     stage: Path,
     tokenizer: Tokenizer,
     settings: dict,

@@ -2,11 +2,20 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 
 from megatron.batch import Batch
-from megatron.objectives.noise import EvaluationNoise
+
+
+@dataclass(frozen=True)
+class EvaluationNoise:
+    """The key of one replicate of an evaluation's noise; training seed, batch size and step have no part in it."""
+
+    seed: int
+    set_name: str
+    replicate: int
 
 
 class Objective(ABC):
@@ -21,8 +30,8 @@ class Objective(ABC):
             yield (set_name if likelihood is self.likelihoods[0] else f"{set_name}.{likelihood.name}"), likelihood
 
     @abstractmethod
-    def prepare(self, ids: np.ndarray, positions: np.ndarray, seed: int) -> Batch:
-        """Return the training batch of `ids` [B, S+1]; all noise is keyed by `seed` and the run `positions` [B]."""
+    def prepare(self, ids: np.ndarray, sample_indices: np.ndarray, seed: int) -> Batch:
+        """Return the training batch of `ids` [B, S+1]; all noise is keyed by `seed` and the `sample_indices` [B]."""
 
 
 class Likelihood(Objective):
@@ -49,7 +58,7 @@ class Likelihood(Objective):
         mask[:, self.scored_tokens(ids.shape[1] - 1, alignment)] = True
         return mask
 
-    def asked_places(self, batch: Batch) -> np.ndarray:
+    def target_token_positions(self, batch: Batch) -> np.ndarray:
         """Return the place 0..S in its sample of the token that each position speaks of, [B, S]."""
         length = batch.tokens.shape[1]
         return np.broadcast_to(np.arange(length) + self.target_offset, batch.tokens.shape)

@@ -15,14 +15,14 @@ from megatron.data.samples import TrainSamples, ValidationWindows
 from megatron.model.initialise import initialise
 from megatron.model.transformer import Transformer
 from megatron.objectives import build_input_noise, build_objective
-from megatron.objectives.noise import EvaluationNoise
+from megatron.objectives.base import EvaluationNoise
 from megatron.parallel.apply import build_engine
 from megatron.parallel.engine import Engine
 from megatron.randomness import stream
-from megatron.training.evaluate import Evaluation, ValidationSet, evaluate
-from megatron.training.feed import MicroBatches
+from megatron.training.microbatches import MicroBatches
 from megatron.training.optimizer import build_optimizer
 from megatron.training.step import reseed, train_step
+from megatron.validation.evaluate import Evaluation, ValidationSet, evaluate
 from tests.distributed import joined, spawn
 
 VOCABULARY, SEQ_LENGTH = Vocabulary(257), 16

@@ -8,18 +8,18 @@ import pytest
 import torch
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from megatron.parallel.mesh import Processes
+from megatron.parallel.mesh import ParallelContext
 from tests.distributed import spawn
 
 GATHER = torch.ops._c10d_functional
 
 
-def gathered(processes: Processes) -> tuple[list, list, float, set[str]]:
+def gathered(ranks: ParallelContext) -> tuple[list, list, float, set[str]]:
     """Return matrices gathered by DTensor (of 5 rows) and plainly, a number, and which operators took part."""
     activities = [torch.profiler.ProfilerActivity.CPU]
-    mesh = processes.mesh["shard"]
+    mesh = ranks.mesh["shard"]
     whole = torch.arange(15.0).view(5, 3)
-    part = torch.full((3, 2), float(processes.rank))
+    part = torch.full((3, 2), float(ranks.rank))
     with torch.profiler.profile(activities=activities) as profile:
         uneven = distribute_tensor(whole, mesh, [Shard(0)]).full_tensor()
         group = mesh.get_group().group_name

@@ -8,16 +8,16 @@ from statistics import median
 import numpy as np
 import torch
 
-from megatron.config.resolve import check_layout, check_processes
+from megatron.config.resolve import check_batch, check_layout
 from megatron.config.sections import Config, Vocabulary
 from megatron.errors import ConfigurationError
 from megatron.objectives import build_input_noise, build_objective, document_rules
 from megatron.parallel.launch import world_size
-from megatron.parallel.mesh import start_processes
-from megatron.training.engines import start_engine
+from megatron.parallel.mesh import initialize_parallel
+from megatron.training.build_engine import start_engine
+from megatron.training.device_info import peak_memory
 from megatron.training.environment import choose_precision, prepare_device
-from megatron.training.feed import MicroBatches
-from megatron.training.metrics import peak_memory
+from megatron.training.microbatches import MicroBatches
 from megatron.training.step import train_step
 
 WARM_UP = 3  # steps that are not timed: the first compiles, the next ones fill caches
@@ -57,23 +57,23 @@ def attempt(config: Config, vocabulary: Vocabulary, steps: int) -> Trial | str:
         # documents end where the random text happens to have id 0
         documents = document_rules(config.data, config.objective, eod=0)
         check_layout(config, world_size())
-        check_processes(config, world_size())
-        processes = start_processes(
+        check_batch(config, world_size())
+        ranks = initialize_parallel(
             tensor=parallel.tensor_model_parallel_size,
             pipeline=parallel.pipeline_model_parallel_size,
             replicas=parallel.replicas(parallel.data_size(world_size())),
         )
-        prepare_device(config, processes.device)
+        prepare_device(config, ranks.device)
     except ConfigurationError as error:
         return f"refused: {error}"
     torch._dynamo.reset()  # what was compiled for others would count against the limit of recompilations
     gc.collect()  # sharded modules refer to one another in circles
-    if processes.device.type == "cuda":
+    if ranks.device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    bf16, compile = choose_precision(config, processes.device) == "bf16", bool(training.compile)
+    bf16, compile = choose_precision(config, ranks.device) == "bf16", bool(training.compile)
     try:
-        engine, optimizer = start_engine(config, vocabulary, processes, bf16=bf16, compile=compile, steps=0)
+        engine, optimizer = start_engine(config, vocabulary, ranks, bf16=bf16, compile=compile, steps=0)
         data = MicroBatches(
             RandomText(vocabulary.size, seq_length),
             build_objective(config.objective, vocabulary, training.global_batch_size, documents),
@@ -83,22 +83,22 @@ def attempt(config: Config, vocabulary: Vocabulary, steps: int) -> Trial | str:
             train_samples=(WARM_UP + steps) * training.global_batch_size,
             micro_batch_size=training.micro_batch_size,
             global_batch_size=training.global_batch_size,
-            rank=processes.data_rank,
-            size=processes.data_size,
+            rank=ranks.data_rank,
+            size=ranks.data_size,
         )
         seconds = []
         for step in range(data.steps):
             batches = [batch for index in range(data.per_step) for batch in data[step * data.per_step + index]]
-            if processes.device.type == "cuda":
+            if ranks.device.type == "cuda":
                 batches = [batch.pin_memory() for batch in batches]  # as the loader of a training does
             begin = time.perf_counter()
             result = train_step(engine, optimizer, batches, learning_rate=1e-4, weight_decay=0.1, clip_grad=1.0)
-            (loss,) = processes.sum(float(result.loss))  # waits for the device
+            (loss,) = ranks.sum(float(result.loss))  # waits for the device
             seconds.append(time.perf_counter() - begin)
     except torch.OutOfMemoryError as error:
-        if processes.size > 1:
+        if ranks.size > 1:
             raise  # the others wait for this one, and the launcher ends them
         return f"out of memory: {str(error).splitlines()[0]}"
-    step = processes.from_first(lambda: median(seconds[WARM_UP:]))  # so that all decide alike
+    step = ranks.from_rank_0(lambda: median(seconds[WARM_UP:]))  # so that all decide alike
     speed = training.global_batch_size * seq_length / step
-    return Trial(step, speed, seconds[0], peak_memory(processes.device), loss, float(result.grad_norm))
+    return Trial(step, speed, seconds[0], peak_memory(ranks.device), loss, float(result.grad_norm))

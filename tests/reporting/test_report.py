@@ -11,8 +11,8 @@ import pytest
 from matplotlib.figure import Figure
 
 from megatron.errors import ConfigurationError
-from megatron.scaling.report import write_report
-from megatron.scaling.runs import best_point, check_comparable, load_run, load_runs, paired_difference
+from megatron.reporting.report import write_report
+from megatron.reporting.runs import best_point, check_comparable, load_run, load_runs, paired_difference
 from tests.conftest import ROOT, run
 
 
