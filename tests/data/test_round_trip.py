@@ -20,7 +20,7 @@ LATIN = ["the cat sat on the mat, a dog lay on the log. " * 20]
 
 
 @pytest.fixture
-def preprocess(tmp_path):
+def preprocess_texts(tmp_path):
     """Return a function that preprocesses texts and returns what corpus.json records of the train split's changes."""
 
     def run(texts, tokenizer_type="HFTokenizer", **options) -> dict:
@@ -63,9 +63,9 @@ def latin(folder, **options) -> str:
     return str(folder / "latin.json")
 
 
-def test_lost_characters_are_counted_with_the_worst_document_as_example(preprocess, tmp_path):
+def test_lost_characters_are_counted_with_the_worst_document_as_example(preprocess_texts, tmp_path):
     texts = ["the cat sat", "a cat 漢字 lay", "THE DOG sat on the 東京 mat\n", "the dog lay"]
-    changes = preprocess(texts, tokenizer_model=latin(tmp_path))
+    changes = preprocess_texts(texts, tokenizer_model=latin(tmp_path))
     assert changes == {
         "changed_documents": 2,
         "characters": sum(map(len, texts)),
@@ -94,52 +94,52 @@ def missing(changes: dict) -> tuple[int, int]:
         ({"type": "Replace", "pattern": {"String": "\n"}, "content": ""}, "a\nb\n", 2),
     ],
 )
-def test_normalizers_of_byte_level_tokenizers(preprocess, tmp_path, normalizer, text, lost):
+def test_normalizers_of_byte_level_tokenizers(preprocess_texts, tmp_path, normalizer, text, lost):
     model = byte_level(tmp_path, lambda description: description.update(normalizer=normalizer))
-    assert missing(preprocess([text, "fine"], tokenizer_model=model)) == (int(lost > 0), lost)
+    assert missing(preprocess_texts([text, "fine"], tokenizer_model=model)) == (int(lost > 0), lost)
 
 
-def test_bytes_that_a_vocabulary_lacks(preprocess, tmp_path):
+def test_bytes_that_a_vocabulary_lacks(preprocess_texts, tmp_path):
     def drop(description):
         del description["model"]["vocab"]["Ċ"]  # the line end
 
     model = byte_level(tmp_path, drop)
-    assert missing(preprocess(["a\r\nb\n", "a b"], tokenizer_model=model)) == (1, 2)
+    assert missing(preprocess_texts(["a\r\nb\n", "a b"], tokenizer_model=model)) == (1, 2)
     vocabulary = json.loads(Path(model).read_text())["model"]["vocab"]
     (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
     (tmp_path / "merges.txt").write_text("#version: 0.2\n")
     files = {"vocab_file": str(tmp_path / "vocab.json"), "merge_file": str(tmp_path / "merges.txt")}
-    assert missing(preprocess(["a\r\nb\n", "a b"], "GPT2BPETokenizer", **files)) == (1, 2)
+    assert missing(preprocess_texts(["a\r\nb\n", "a b"], "GPT2BPETokenizer", **files)) == (1, 2)
 
 
-def test_unknown_tokens_stand_for_what_is_lost(preprocess, tmp_path):
-    changes = preprocess(["the 漢字 cat", "東京"], tokenizer_model=latin(tmp_path, unk_token="!", fuse_unk=False))
+def test_unknown_tokens_stand_for_what_is_lost(preprocess_texts, tmp_path):
+    changes = preprocess_texts(["the 漢字 cat", "東京"], tokenizer_model=latin(tmp_path, unk_token="!", fuse_unk=False))
     assert missing(changes) == (2, 4)
 
 
-def test_a_tokenizer_that_lacks_the_unknown_token_it_needs_is_refused(preprocess, tmp_path, refused):
+def test_a_tokenizer_that_lacks_the_unknown_token_it_needs_is_refused(preprocess_texts, tmp_path, refused):
     model = latin(tmp_path, unk_token="?")
     with refused(f"--tokenizer-model {model}: cannot encode the text (Unk token `?`", "give it an unknown token"):
-        preprocess(["the cat"], tokenizer_model=model)
+        preprocess_texts(["the cat"], tokenizer_model=model)
 
 
 @pytest.mark.parametrize("kind", ["GPTSentencePieceTokenizer", "SentencePieceTokenizer"])
-def test_sentencepiece_models_lose_white_space_unless_they_keep_it(preprocess, tmp_path, kind):
+def test_sentencepiece_models_lose_white_space_unless_they_keep_it(preprocess_texts, tmp_path, kind):
     texts = ["the  quick\nfox ", "the quick fox", "東京"]
-    assert missing(preprocess(texts, kind, tokenizer_model=sentencepiece_model(tmp_path))) == (1, 2)
+    assert missing(preprocess_texts(texts, kind, tokenizer_model=sentencepiece_model(tmp_path))) == (1, 2)
     options = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
-    assert missing(preprocess(texts, kind, tokenizer_model=sentencepiece_model(tmp_path, **options))) == (0, 0)
+    assert missing(preprocess_texts(texts, kind, tokenizer_model=sentencepiece_model(tmp_path, **options))) == (0, 0)
 
 
-def test_tokenizers_that_give_everything_back(preprocess, tmp_path):
+def test_tokenizers_that_give_everything_back(preprocess_texts, tmp_path):
     texts = ["naïve 東京 🙂\r\n", f" {END}\u0000\u200b", "\ufeffx\u2028"]
-    assert missing(preprocess(texts, train_tokenizer=260)) == (0, 0)
-    assert missing(preprocess(texts, "ByteTokenizer")) == (0, 0)
-    assert missing(preprocess([" 007\n1 ", "5"], "NullTokenizer", vocab_size=9)) == (0, 0)
+    assert missing(preprocess_texts(texts, train_tokenizer=260)) == (0, 0)
+    assert missing(preprocess_texts(texts, "ByteTokenizer")) == (0, 0)
+    assert missing(preprocess_texts([" 007\n1 ", "5"], "NullTokenizer", vocab_size=9)) == (0, 0)
 
 
 @pytest.mark.parametrize("kind", ["no token", "white space alone", "SentencePiece"])
-def test_a_document_of_which_nothing_is_left_is_refused(preprocess, tmp_path, refused, kind):
+def test_a_document_of_which_nothing_is_left_is_refused(preprocess_texts, tmp_path, refused, kind):
     texts = ["the cat", "a\n\n", "漢字 かな" if kind == "white space alone" else "漢字"]
     options = {"tokenizer_model": latin(tmp_path)}
     if kind == "SentencePiece":
@@ -148,7 +148,7 @@ def test_a_document_of_which_nothing_is_left_is_refused(preprocess, tmp_path, re
         options = {"tokenizer_type": "GPTSentencePieceTokenizer", "tokenizer_model": model}
     parts = [f"--tokenizer-model {options['tokenizer_model']}: leaves nothing of {tmp_path}/text.jsonl:3", "begins"]
     with refused(*parts, repr(texts[2]), "remove the document"):
-        preprocess(texts, **options)
+        preprocess_texts(texts, **options)
     assert list((tmp_path / "data").iterdir()) == []
 
 
