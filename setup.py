@@ -1,10 +1,15 @@
 """Packaging: a small core, everything else by extras."""
 
+import re
+from pathlib import Path
+
 from setuptools import find_packages, setup
+
+PACKAGE = Path(__file__).parent / "megatron" / "__init__.py"
 
 setup(
     name="megatron-data-constrained",
-    version="0.1.0",
+    version=re.search(r'__version__ = "(.+)"', PACKAGE.read_text())[1],
     description="Language-model pretraining when data, not compute, is scarce",
     license="Apache-2.0",
     python_requires=">=3.10",
@@ -25,6 +30,7 @@ setup(
             "protobuf",
             "pytest",
             "pytest-xdist",
+            "ruff",
             "tensorboard",
             "transformers>=5.20",
             "wandb>=0.31",

@@ -19,7 +19,7 @@ WORDS = {
     r"mend(s|ed|ing)?": "fix",
     r"told|speaks?( of)?": "given, reported, predicts",
     r"(goes|went|going) on": "continues, resumes",
-    r"(a|the|each|every|another|one|whole|any) training(?= (that|which|is|was|of|goes|ends|runs|with|on|in)\b|[.,;:)])": (
+    r"(a|each|every|another|one|whole|any) training(?= (that|which|is|was|of|goes|ends|runs|with|on|in)\b|[.,;:)])": (
         "a training run"
     ),
     r"kept keys": "KV cache",
