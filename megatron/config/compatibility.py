@@ -98,7 +98,7 @@ TABLE = one_table(
         "--deepspeed_config": Same("--deepspeed-config"),
         "--recompute-activations": Same("--recompute-granularity selective"),
         "--checkpoint-activations": Same("--recompute-granularity full"),
-        "--cpu-optimizer": Same("--cpu-offload"),
+        "--cpu-optimizer": Same("--cpu-offload", switch=True),
     },
     # ---------------------------------------------------------------- network
     idle("--use-rotary-position-embeddings", "positions are always rotary"),

@@ -146,7 +146,8 @@ def test_the_code_in_the_card_of_a_masked_model_runs(runs, tmp_path, monkeypatch
 
 
 def test_what_two_processes_saved_is_exported_alike(tiny, tmp_path):
-    few = [*tiny, "--train-samples", 24]
+    # at a small step size, where Adam does not amplify gradients that are rounding only and differ between layouts
+    few = [*tiny, "--train-samples", 24, "--lr", 1e-4]
     main("ar", [*map(str, few), "--save", str(tmp_path / "one")])
     run("ar", *few, "--save", tmp_path / "two", "--tensor-model-parallel-size", 2, processes=2)
     assert len([*(tmp_path / "two" / "checkpoints").rglob("shard-*.safetensors")]) == 2
