@@ -37,10 +37,10 @@ class Transformer(nn.Module):
         if config.untie_embeddings_and_output_weights:
             self.lm_head = nn.Linear(config.hidden_size, vocabulary.padded_size, bias=False)
         # what parallelism changes from outside: which stage of a pipeline this is, which rows of the head are here
-        self.first = self.last = True
-        self.head_part = WHOLE
-        self.selects_early = True  # whether the last block may finish the scored positions only
-        self.masks_by_squares = False  # whether attention under a mask is FlexAttention, which must be compiled
+        self.is_first_stage = self.is_last_stage = True
+        self.head_shard = WHOLE
+        self.selects_scored_positions = True  # whether the last block may finish the scored positions only
+        self.uses_block_mask = False  # whether attention under a mask is FlexAttention, which must be compiled
 
     def forward(self, batch: Batch, hidden: Tensor | None = None, per_position: bool = False) -> Tensor:
         """Return the sum of weights * nll over the scored positions, fp32 [1]; in training with the terms of the loss.
@@ -50,14 +50,14 @@ class Transformer(nn.Module):
         and returns its hidden states unless it is the last.
         """
         rows, targets, weights = batch.scored_positions, batch.targets.flatten(), batch.weights.flatten()
-        selection = Selection.of(rows, len(targets)) if self.last and self.selects_early else None
+        selection = Selection.of(rows, len(targets)) if self.is_last_stage and self.selects_scored_positions else None
         hidden = self.hidden_states(batch, hidden, selection)
-        if not self.last:
+        if not self.is_last_stage:
             return hidden
         if selection is not None:
             targets, weights = targets[rows], weights[rows]
             rows = torch.arange(len(rows), device=rows.device)
-        hidden, head, part = hidden.flatten(0, -2), self.head_part.local(self.lm_weight()), self.head_part
+        hidden, head, part = hidden.flatten(0, -2), self.head_shard.local(self.lm_weight()), self.head_shard
         if per_position:
             nll = linear_nll(hidden, head, targets, rows, self.softmax_size, part)
             if selection is not None:
@@ -71,13 +71,13 @@ class Transformer(nn.Module):
         branches = [None] * len(self.layers)
         if batch.residual_scales is not None:
             branches = [batch.residual_scales[:, int(index), None, None] for index in self.layers]
-        if self.first:
+        if self.is_first_stage:
             hidden = F.dropout(self.embed_tokens(batch.tokens), self.config.embedding_dropout, self.training)
         sight = self._sight(batch, hidden.dtype)
         last = len(branches) - 1
         for index, (block, branch) in enumerate(zip(self.layers.values(), branches, strict=True)):
             hidden = block(hidden, sight, branch, selection if index == last else None)
-        return self.norm(hidden) if self.last else hidden
+        return self.norm(hidden) if self.is_last_stage else hidden
 
     def _sight(self, batch: Batch, dtype: torch.dtype) -> AttentionContext:
         """Return where the tokens stand and what each may see.
@@ -94,7 +94,7 @@ class Transformer(nn.Module):
             queries = rotary_table(batch.target_positions, self.config.head_size, self.config.rotary_base)
         if visible is None:
             return AttentionContext(queries, keys, batch.causal)
-        mask = block_mask(visible) if self.masks_by_squares else dense_mask(visible, dtype)
+        mask = block_mask(visible) if self.uses_block_mask else dense_mask(visible, dtype)
         return AttentionContext(queries, keys, False, mask)
 
     def read(self, tokens: Tensor, past: KVCache, present: Tensor | None = None) -> Tensor:

@@ -29,7 +29,7 @@ def example(share):
 
 def results(model, batch, early):
     """Return loss, nll by position, gradients, and how many positions the last block finished."""
-    model.selects_early, finished = early, []
+    model.selects_scored_positions, finished = early, []
     last = model.layers[str(len(model.layers) - 1)]
     hook = last.mlp.register_forward_hook(lambda mlp, inputs, output: finished.append(output.shape[:-1].numel()))
     model.zero_grad()
