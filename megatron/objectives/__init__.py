@@ -93,7 +93,8 @@ FOREIGN = {
     **dict.fromkeys(MASKS, "acts in masked diffusion only; drop the flag or train with pretrain_mdm.py"),
     **dict.fromkeys(ORDERS, "acts in next-token prediction only (--objective ar); drop the flag"),
     **dict.fromkeys(
-        ("ar_ratio", "low_noise_samples", "low_noise_ratio"), "acts in masked diffusion only (--objective mdm); drop it"
+        ("ar_ratio", "low_noise_samples", "low_noise_ratio"),
+        "acts in masked diffusion only (--objective mdm); drop the flag",
     ),
     "causal_ratio": "acts in --objective dual only; drop the flag or give both",
     "diffusion_block_size": "acts in --objective block-diffusion only; drop the flag or give both",
@@ -137,7 +138,7 @@ def document_rules(data: DataConfig, config: ObjectiveConfig, eod: int) -> Docum
     if config.num_order_list > 1 or config.right_to_left_ratio:
         reason = PERMUTED
     if config.target_offset_max > 1:
-        reason = f"with --target-offset-max {config.target_offset_max} targets lie beyond the end of a document"
+        reason = f"with --target-offset-max {config.target_offset_max}, targets lie beyond the end of a document"
     require(not reason, first_flag, True, f"{reason}; leave one of them out")
     return DocumentRules(eod, **switches)
 
