@@ -8,8 +8,8 @@ from pathlib import Path
 __version__ = "0.1.0"
 
 
-def _warn_of_namesake() -> None:
-    """Say that NVIDIA's megatron-core is hidden: it has no megatron/__init__.py, so this regular package wins."""
+def _warn_if_megatron_core_is_shadowed() -> None:
+    """Warn that NVIDIA's megatron-core cannot be imported: a regular package wins over its namespace package."""
     here = Path(__file__).parent
     if (here / "core").is_dir() or os.environ.get("RANK", "0") != "0":
         return
@@ -18,11 +18,11 @@ def _warn_of_namesake() -> None:
     except metadata.PackageNotFoundError:
         return
     logging.getLogger(__name__).warning(
-        "megatron-core %s is installed beside this package: `import megatron` finds this one in %s, and megatron.core "
-        "cannot be imported; keep the two in separate environments",
+        "megatron-core %s is installed in the same environment: `import megatron` imports this package in %s, and "
+        "megatron.core cannot be imported; keep the two in separate environments",
         version,
         here,
     )
 
 
-_warn_of_namesake()
+_warn_if_megatron_core_is_shadowed()

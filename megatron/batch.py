@@ -1,4 +1,4 @@
-"""What an objective asks of the model: the only thing that passes between the two."""
+"""The interface between objectives and the model: one batch of inputs, targets, weights and attention mask."""
 
 from dataclasses import dataclass, fields, replace
 
@@ -9,24 +9,24 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Batch:
-    """What the model reads, what it must say, and how much each answer counts.
+    """Input tokens, targets and loss weights of B sequences.
 
-    Shapes: B sequences of T positions, T = S but in block diffusion. `scored_positions` is derived on the CPU, before
-    the batch is moved to a device, so that selecting them never makes the host wait for the device; code that replaces
+    There are T positions, T = S except in block diffusion, where T = 2S. `scored_positions` is derived on the CPU,
+    before the batch moves to a device, so that selecting them does not synchronise host and device; code that replaces
     the weights passes `scored_positions=None`.
     """
 
-    tokens: Tensor  # [B, T] int64, possibly corrupted
+    tokens: Tensor  # [B, T] int64, inputs, possibly corrupted
     targets: Tensor  # [B, T] int64
-    weights: Tensor  # [B, T] float32; 0 where nothing is asked
-    counts: np.ndarray  # [B]: what the summed loss is divided by, of each sequence
-    causal: bool  # True: a position sees itself and what stands before it; False: it sees all
-    position_ids: Tensor | None = None  # [B, T] int64, the place of each token in its sample; None means 0..T-1
-    target_positions: Tensor | None = None  # [B, T] int64, the place of the token asked for, where the model is told
-    blocked: Tensor | None = None  # [B or 1, T, T] bool, what a position must not see beside that
-    documents: Tensor | None = None  # [B, T] int64; a position sees its own document only
-    residual_scales: Tensor | None = None  # [B, blocks] float32, factor of what each block adds to the residual stream
-    scored_positions: Tensor | None = None  # [R] int64, flat indices of the positions with a weight
+    weights: Tensor  # [B, T] float32, 0 where the loss leaves a position out
+    counts: np.ndarray  # [B], each sequence's share of the denominator of the loss
+    causal: bool  # True: a position attends to itself and those before it; False: to all
+    position_ids: Tensor | None = None  # [B, T] int64, position ids of the tokens in their sample; None means 0..T-1
+    target_positions: Tensor | None = None  # [B, T] int64, position ids of the targets, where the model is given them
+    blocked: Tensor | None = None  # [B or 1, T, T] bool, True where a query must not attend to a key
+    documents: Tensor | None = None  # [B, T] int64, document number; attention stays within a document
+    residual_scales: Tensor | None = None  # [B, L] float32, factor of what each block adds to the residual stream
+    scored_positions: Tensor | None = None  # [R] int64, flat indices of the positions with a nonzero weight
 
     def __post_init__(self):
         if self.scored_positions is None:
@@ -34,17 +34,17 @@ class Batch:
 
     @classmethod
     def unscored(cls, tokens: Tensor, causal: bool, position_ids: Tensor | None = None) -> "Batch":
-        """Return a batch that asks for nothing."""
-        nothing = torch.zeros(tokens.shape, device=tokens.device)
-        return cls(tokens, tokens, nothing, np.zeros(len(tokens)), causal, position_ids)
+        """Return a batch of `tokens` [B, T] without scored positions."""
+        weights = torch.zeros(tokens.shape, device=tokens.device)
+        return cls(tokens, tokens, weights, np.zeros(len(tokens)), causal, position_ids)
 
     @property
     def count(self) -> float:
-        """What the summed loss of all its sequences is divided by: scored tokens for AR, all tokens for MDM."""
+        """The denominator of the summed loss: the number of scored tokens for AR, of all tokens for MDM."""
         return float(self.counts.sum())
 
     def visible(self) -> Tensor | None:
-        """Return what each position may see, bool [B or 1, T, T]; None where `causal` says it all."""
+        """Return the attention mask, bool [B or 1, T, T], True where attended; None where `causal` is enough."""
         visible = None
         if self.documents is not None:
             visible = self.documents[:, :, None] == self.documents[:, None, :]
@@ -54,23 +54,22 @@ class Batch:
 
     def map_tensors(self, function) -> "Batch":
         """Return a copy with `function` applied to every tensor."""
-        changed = {
-            f.name: function(getattr(self, f.name)) for f in fields(self) if torch.is_tensor(getattr(self, f.name))
-        }
-        return replace(self, **changed)
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: function(value) for name, value in values.items() if torch.is_tensor(value)})
 
     def to(self, device: torch.device) -> "Batch":
+        """Return a copy on `device`; asynchronous from pinned memory."""
         return self.map_tensors(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Batch":
-        """Called by the data loader, so that `to` can overlap with computation."""
+        """Return a copy in pinned memory; the data loader calls it, so that `to` overlaps with computation."""
         return self.map_tensors(Tensor.pin_memory)
 
 
 def without_padding(batch: Batch, real: Tensor) -> Batch:
-    """Return the batch with the weight and count of padded sequences taken away; `real` is [B] bool."""
+    """Return the batch with weight and count of padding sequences set to 0; `real` [B] bool is False at padding."""
     if bool(real.all()):
         return batch
-    return replace(
-        batch, weights=batch.weights * real[:, None], counts=batch.counts * real.numpy(), scored_positions=None
-    )
+    weights = torch.where(real[:, None], batch.weights, 0.0)
+    counts = np.where(real.numpy(), batch.counts, 0)
+    return replace(batch, weights=weights, counts=counts, scored_positions=None)

@@ -1,40 +1,40 @@
-"""Plots: drawn without a display, with names as they are written, in a file that is there whole or not at all.
+"""Plots without a display; PNG files are written atomically, and names are shown literally.
 
-matplotlib leaves labels that begin with _ out of a legend and sets what stands between two $ as a formula.
+matplotlib omits labels that start with _ from a legend and renders text between two $ as a formula.
 """
 
 from pathlib import Path
 
 
 def pyplot():
-    """Return matplotlib's pyplot, which is slow to load, for a machine without a display."""
+    """Return matplotlib's pyplot, imported on first use because it is slow, with a backend without a display."""
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot as plots
+    from matplotlib import pyplot
 
-    return plots
+    return pyplot
 
 
 def save_png(figure, path: Path) -> None:
-    """Write a figure as a PNG file and close it."""
-    aside = path.with_name(path.name + ".partial")
-    figure.savefig(aside, format="png", dpi=120, bbox_inches="tight")
+    """Write a figure as a PNG file, atomically, and close it."""
+    partial = path.with_name(path.name + ".partial")
+    figure.savefig(partial, format="png", dpi=120, bbox_inches="tight")
     pyplot().close(figure)
-    aside.replace(path)
+    partial.replace(path)
 
 
 def literal(*texts) -> None:
-    """Show texts of a plot as they are, `$` included."""
+    """Show texts of a plot literally, `$` included."""
     for text in texts:
         text.set_parse_math(False)
 
 
-def add_legend(axes, names: list[tuple]) -> None:
-    """Add a legend of (artist, name), with every name as it is."""
-    artists, labels = zip(*names, strict=True)
-    # what a label begins with decides whether matplotlib shows it, so the names come after
+def add_legend(axes, entries: list[tuple]) -> None:
+    """Add a legend of (artist, name) entries, with every name shown literally."""
+    artists, names = zip(*entries, strict=True)
+    # matplotlib hides labels that start with _, so the names are set afterwards
     texts = axes.legend(artists, ["name"] * len(artists), frameon=False).get_texts()
     literal(*texts)
-    for text, label in zip(texts, labels, strict=True):
-        text.set_text(label)
+    for text, name in zip(texts, names, strict=True):
+        text.set_text(name)

@@ -1,0 +1,1 @@
+"""The model: embedding, attention, MLP, head and loss."""

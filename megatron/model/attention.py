@@ -1,4 +1,4 @@
-"""Self-attention: every query sees all positions, itself and what stands before it, or what a mask lets it see."""
+"""Self-attention: bidirectional, causal, or under an attention mask."""
 
 from typing import NamedTuple
 
@@ -12,83 +12,84 @@ from megatron.model.kv_cache import LayerKVCache
 from megatron.model.norm import normalisation
 from megatron.model.rotary import RotaryTable, rotate
 
-# [B or 1, 1, S, S] in the compute dtype, 0 where a query may see a key, else -inf; or the same by squares of 128
+# Additive mask [B or 1, 1, S, P] in the compute dtype, 0 where a query attends to a key, else -inf; or a FlexAttention
+# BlockMask, with which fully masked 128x128 tiles are skipped
 Mask = Tensor | BlockMask
 
 
 class AttentionContext(NamedTuple):
-    """Where the tokens of a batch stand and what each position may see: the same in all blocks."""
+    """Rotary embeddings, attention mask and KV cache of a batch; the same in all blocks but for the cache."""
 
-    queries: RotaryTable
-    keys: RotaryTable
-    causal: bool  # where there is no `mask`
+    query_rotary: RotaryTable
+    key_rotary: RotaryTable
+    causal: bool  # used where `mask` is None
     mask: Mask | None = None
-    past: LayerKVCache | None = None  # what this block has read before, in generation and scoring
+    kv_cache: LayerKVCache | None = None  # in generation and scoring
 
 
 class Attention(nn.Module):
-    """Multi-head attention, with fewer key/value heads than query heads under `--group-query-attention`."""
+    """Multi-head attention; `--group-query-attention` gives fewer key/value heads than query heads."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.head_size = config.head_size
         self.grouped = config.key_value_heads != config.num_attention_heads
         self.dropout = config.attention_dropout
-        queries = config.num_attention_heads * config.head_size
-        keys = config.key_value_heads * config.head_size
-        self.q_proj = nn.Linear(config.hidden_size, queries, bias=config.add_bias_linear)
-        self.k_proj = nn.Linear(config.hidden_size, keys, bias=config.add_bias_linear)
-        self.v_proj = nn.Linear(config.hidden_size, keys, bias=config.add_bias_linear)
-        self.o_proj = nn.Linear(queries, config.hidden_size, bias=config.add_bias_linear)
+        query_size = config.num_attention_heads * config.head_size
+        key_size = config.key_value_heads * config.head_size
+        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.add_bias_linear)
+        self.k_proj = nn.Linear(config.hidden_size, key_size, bias=config.add_bias_linear)
+        self.v_proj = nn.Linear(config.hidden_size, key_size, bias=config.add_bias_linear)
+        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.add_bias_linear)
         self.q_norm = normalisation(config, config.head_size) if config.qk_layernorm else nn.Identity()
         self.k_norm = normalisation(config, config.head_size) if config.qk_layernorm else nn.Identity()
 
-    def forward(self, hidden: Tensor, sight: AttentionContext) -> Tensor:
-        """[B, S, H] -> [B, S, heads * D]: what `o_proj` reads, which the block calls where it is needed."""
-        # the head count is left to `unflatten`, so that a layer holding a share of the heads works unchanged
-        query = self.q_norm(self.q_proj(hidden).unflatten(-1, (-1, self.head_size))).transpose(1, 2)
-        key = self.k_norm(self.k_proj(hidden).unflatten(-1, (-1, self.head_size))).transpose(1, 2)
-        value = self.v_proj(hidden).unflatten(-1, (-1, self.head_size)).transpose(1, 2)
-        key = rotate(key, sight.keys)
-        if sight.past is not None:
-            key, value = sight.past.extend(key, value)
-        query = rotate(query, sight.queries)
-        if isinstance(sight.mask, BlockMask):
-            mixed = flex_attention(query, key, value, block_mask=sight.mask, enable_gqa=self.grouped)
+    def forward(self, hidden: Tensor, context: AttentionContext) -> Tensor:
+        """Return the attention output before `o_proj`, [B, S, heads * D], for hidden states [B, S, H].
+
+        The block calls `o_proj`, so that the last block can apply it at scored positions only.
+        """
+        # head counts are inferred by `unflatten`, so that a tensor-parallel shard of the heads works unchanged
+        q = self.q_norm(self.q_proj(hidden).unflatten(-1, (-1, self.head_size))).transpose(1, 2)  # [B, heads, S, D]
+        k = self.k_norm(self.k_proj(hidden).unflatten(-1, (-1, self.head_size))).transpose(1, 2)  # [B, kv_heads, S, D]
+        v = self.v_proj(hidden).unflatten(-1, (-1, self.head_size)).transpose(1, 2)  # [B, kv_heads, S, D]
+        k = rotate(k, context.key_rotary)
+        if context.kv_cache is not None:
+            k, v = context.kv_cache.extend(k, v)  # [B, kv_heads, P + S, D]
+        q = rotate(q, context.query_rotary)
+        if isinstance(context.mask, BlockMask):
+            output = flex_attention(q, k, v, block_mask=context.mask, enable_gqa=self.grouped)
         else:
-            mixed = F.scaled_dot_product_attention(
-                query,
-                key,
-                value,
-                attn_mask=sight.mask,
+            output = F.scaled_dot_product_attention(
+                q,
+                k,
+                v,
+                attn_mask=context.mask,
                 dropout_p=self.dropout if self.training else 0.0,
-                is_causal=sight.causal,
+                is_causal=context.causal,
                 enable_gqa=self.grouped,
             )
-        return mixed.transpose(1, 2).flatten(2)
+        return output.transpose(1, 2).flatten(2)  # [B, heads, S, D] -> [B, S, heads * D]
 
 
 def dense_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return what is added to scores of attention, [B, 1, S, P], of what may be seen, bool [B, S, P].
+    """Return the additive attention mask [B, 1, S, P] of `visible`, bool [B, S, P].
 
-    Attention would make it of a mask in every block, and keep it.
+    Attention would convert a boolean mask in every block, and store the result for the backward pass.
     """
     return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, float("-inf"))[:, None]
 
 
 def block_mask(visible: Tensor) -> BlockMask:
-    """Return the mask of FlexAttention, whose compiled kernels skip squares that nothing in them may see.
+    """Return the FlexAttention BlockMask of `visible`, bool [B or 1, S, S]; kernels skip fully masked tiles."""
+    batch_size, length, _ = visible.shape
+    shared = visible[0]  # indexing with 0 inside the mask function would synchronise host and device
 
-    `visible` is bool [B or 1, S, S].
-    """
-    batch, length, _ = visible.shape
-    shared = visible[0]  # an index 0 inside would be copied to the device, and waited for
-
-    def of_each(sequence, head, query, key):
+    def batch_mask(sequence, head, query, key):
         return visible[sequence, query, key]
 
-    def of_all(sequence, head, query, key):
+    def shared_mask(sequence, head, query, key):
         return shared[query, key]
 
-    seen = of_all if batch == 1 else of_each
-    return create_block_mask(seen, batch, None, length, length, device=visible.device)
+    mask_mod = shared_mask if batch_size == 1 else batch_mask
+    return create_block_mask(mask_mod, batch_size, None, length, length, device=visible.device)

@@ -1,4 +1,4 @@
-"""One transformer block: the unit that is compiled, sharded and recomputed."""
+"""One transformer block: the unit of compilation, sharding and activation checkpointing."""
 
 import torch
 import torch.nn.functional as F
@@ -23,30 +23,37 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self, hidden: Tensor, sight: AttentionContext, branch: Tensor | None = None, selection: Selection | None = None
+        self,
+        hidden: Tensor,
+        context: AttentionContext,
+        residual_scale: Tensor | None = None,
+        selection: Selection | None = None,
     ) -> Tensor:
-        """[B, S, H] -> [B, S, H]; `branch` [B, 1, 1] scales what is added, for stochastic depth.
+        """Return the new hidden states, [B, S, H] -> [B, S, H].
 
-        Plain tensors and flags, so that the block compiles as one graph. With a `selection` return its rows only,
-        [rows of all parts, H]; then `mix` and `finish` are what compiles.
+        `residual_scale` [B, 1, 1] multiplies what attention and MLP add (stochastic depth). With a `selection`, o_proj
+        and the MLP run at the selected positions only, chunk by chunk, and the result is [chunks * size, H].
+
+        All arguments are tensors and flags, so that the block compiles as one graph; with a `selection`, `mix` and
+        `finish` are compiled separately.
         """
-        mixed = self.mix(hidden, sight)
+        mixed = self.mix(hidden, context)  # [B, S, heads * D]
         if selection is None:
-            return self.finish(mixed, hidden, branch)
-        parts = [selection.take(mixed), selection.take(hidden)]
-        if branch is not None:
-            parts.append(selection.take(branch.expand(*hidden.shape[:2], 1)))
-        return torch.cat([self.finish(*part) for part in zip(*parts, strict=True)])
+            return self.finish(mixed, hidden, residual_scale)
+        inputs = [selection.take(mixed), selection.take(hidden)]
+        if residual_scale is not None:
+            inputs.append(selection.take(residual_scale.expand(*hidden.shape[:2], 1)))
+        return torch.cat([self.finish(*chunk) for chunk in zip(*inputs, strict=True)])
 
-    def mix(self, hidden: Tensor, sight: AttentionContext) -> Tensor:
-        """Return what the heads of attention read, [B, S, heads * D]."""
-        return self.self_attn(self.input_layernorm(hidden), sight)
+    def mix(self, hidden: Tensor, context: AttentionContext) -> Tensor:
+        """Return the attention output before `o_proj`, [B, S, heads * D]."""
+        return self.self_attn(self.input_layernorm(hidden), context)
 
-    def finish(self, mixed: Tensor, hidden: Tensor, branch: Tensor | None = None) -> Tensor:
-        """Add attention's and the MLP's share to `hidden`; each position is on its own from here."""
-        hidden = hidden + self._added(self.self_attn.o_proj(mixed), branch)
-        return hidden + self._added(self.mlp(self.post_attention_layernorm(hidden)), branch)
+    def finish(self, mixed: Tensor, hidden: Tensor, residual_scale: Tensor | None = None) -> Tensor:
+        """Add the outputs of attention and MLP to `hidden` [..., H]; positions are independent from here on."""
+        hidden = hidden + self._scaled(self.self_attn.o_proj(mixed), residual_scale)
+        return hidden + self._scaled(self.mlp(self.post_attention_layernorm(hidden)), residual_scale)
 
-    def _added(self, output: Tensor, branch: Tensor | None) -> Tensor:
+    def _scaled(self, output: Tensor, residual_scale: Tensor | None) -> Tensor:
         output = F.dropout(output, self.dropout, self.training)
-        return output if branch is None else output * branch.to(output.dtype)
+        return output if residual_scale is None else output * residual_scale.to(output.dtype)

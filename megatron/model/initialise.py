@@ -1,4 +1,4 @@
-"""Initial weights, each a pure function of (seed, parameter name): every layout starts from the same model."""
+"""Initial weights, each a pure function of (seed, parameter name), so that every layout starts from the same model."""
 
 import math
 
@@ -8,14 +8,14 @@ from torch import nn
 from megatron.config.sections import ModelConfig
 from megatron.randomness import stream
 
-INTO_RESIDUAL = ("o_proj.weight", "down_proj.weight")
+RESIDUAL_OUTPUTS = ("o_proj.weight", "down_proj.weight")
 
 
 @torch.no_grad()
 def initialise(model: nn.Module, config: ModelConfig, seed: int) -> None:
-    """Fill the parameters of an unsharded model on the CPU: matrices N(0, std), norms 1, biases 0.
+    """Initialise an unsharded model on the CPU: matrices N(0, std), norm weights 1, biases 0.
 
-    What writes into the residual stream gets std / sqrt(2L), so that its variance does not grow with depth.
+    Projections into the residual stream get std / sqrt(2L), so that its variance does not grow with depth.
     """
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
@@ -23,7 +23,7 @@ def initialise(model: nn.Module, config: ModelConfig, seed: int) -> None:
         elif parameter.dim() == 1:
             parameter.fill_(1.0)
         else:
-            scale = math.sqrt(2 * config.num_layers) if name.endswith(INTO_RESIDUAL) else 1.0
+            scale = math.sqrt(2 * config.num_layers) if name.endswith(RESIDUAL_OUTPUTS) else 1.0
             parameter.normal_(0.0, config.init_method_std / scale, generator=_generator(seed, name))
 
 

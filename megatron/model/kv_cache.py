@@ -1,58 +1,59 @@
-"""What a causal model has read already: keys and values of every block, so that it reads each token once."""
+"""KV cache of a causal model: keys and values of every block for the tokens processed so far."""
 
 import torch
 from torch import Tensor
 
 
 class KVCache:
-    """Keys and values of what was read of B sequences. `Transformer.read` adds what it reads; a new one is empty.
+    """Keys and values of B sequences; a new cache is empty, and `Transformer.read` appends to it.
 
-    Sequences of several lengths are filled up with absent tokens, on any side, which take no place and are not seen.
+    Sequences of different lengths are padded on any side. Padding takes no position and is masked out of attention.
     """
 
     def __init__(self):
-        self.present: Tensor | None = None  # [B, P] bool, of every position read so far
-        self._kept: dict[str, tuple[Tensor, Tensor]] = {}  # by block: [B, groups, P, D], keys rotated
+        self.present: Tensor | None = None  # [B, P] bool, False at padding
+        self._blocks: dict[str, tuple[Tensor, Tensor]] = {}  # block name: rotated keys and values, [B, kv_heads, P, D]
 
     def append(self, present: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Note that [B, T] more positions are read; return their places [B, T] and what they may see.
+        """Append T tokens to each sequence, `present` [B, T]; return their position ids [B, T] and attention mask.
 
-        That is bool [B, T, P + T], or None where all that stands before them is visible.
+        The mask is bool [B, T, P + T], or None where each token attends to all before it.
         """
         before = present[:, :0] if self.present is None else self.present
         self.present = torch.cat((before, present), dim=1)
-        places = (self.present.cumsum(1) - 1).clamp(min=0)[:, before.shape[1] :]
+        position_ids = (self.present.cumsum(1) - 1).clamp(min=0)[:, before.shape[1] :]
         length = present.shape[1]
         if (length == 1 or not before.shape[1]) and self.present.all():
-            return places, None
+            return position_ids, None
         visible = self.present[:, None].expand(-1, length, -1).tril(before.shape[1])
-        # an absent token sees itself: attention over nothing has no value
-        own = torch.eye(length, dtype=torch.bool, device=present.device)
-        visible[:, :, before.shape[1] :] |= own
-        return places, visible
+        # padding attends to itself: a softmax over no key is undefined
+        diagonal = torch.eye(length, dtype=torch.bool, device=present.device)
+        visible[:, :, before.shape[1] :] |= diagonal
+        return position_ids, visible
 
     def block(self, name: str) -> "LayerKVCache":
-        """Return the view that a block's attention reads and extends."""
-        return LayerKVCache(self._kept, name)
+        """Return the view of the cache that a block's attention reads and extends."""
+        return LayerKVCache(self._blocks, name)
 
     def select(self, rows: Tensor) -> "KVCache":
-        """Return the past of the sequences `rows` [R], each as often as it is named: a prefix shared by its answers."""
-        chosen = KVCache()
-        chosen.present = self.present[rows]
-        chosen._kept = {name: (keys[rows], values[rows]) for name, (keys, values) in self._kept.items()}
-        return chosen
+        """Return a copy of the sequences `rows` [R]; indices may repeat: answers share a prefix."""
+        selected = KVCache()
+        selected.present = self.present[rows]
+        selected._blocks = {name: (keys[rows], values[rows]) for name, (keys, values) in self._blocks.items()}
+        return selected
 
 
 class LayerKVCache:
-    """The past of one block."""
+    """The KV cache of one block."""
 
-    def __init__(self, kept: dict[str, tuple[Tensor, Tensor]], name: str):
-        self._kept, self._name = kept, name
+    def __init__(self, blocks: dict[str, tuple[Tensor, Tensor]], name: str):
+        self._blocks = blocks
+        self._name = name
 
     def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Add [B, groups, T, D] to what is kept; return all of it, [B, groups, P + T, D]."""
-        if self._name in self._kept:
-            before = self._kept[self._name]
-            keys, values = (torch.cat(pair, dim=2) for pair in zip(before, (keys, values)))
-        self._kept[self._name] = (keys, values)
+        """Append keys and values [B, kv_heads, T, D]; return the whole cache, [B, kv_heads, P + T, D]."""
+        if self._name in self._blocks:
+            cached = self._blocks[self._name]
+            keys, values = (torch.cat(pair, dim=2) for pair in zip(cached, (keys, values)))
+        self._blocks[self._name] = (keys, values)
         return keys, values

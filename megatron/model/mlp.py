@@ -1,4 +1,4 @@
-"""The feed-forward network of a block: SwiGLU, or GELU with `--no-swiglu`."""
+"""The MLP of a block: SwiGLU, or GELU with `--no-swiglu`."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,6 +19,6 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.mlp_size, config.hidden_size, bias=config.add_bias_linear)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """[B, S, H] -> [B, S, H]."""
+        """Return the output of the MLP, [..., H] -> [..., H]."""
         active = F.silu(self.gate_proj(hidden)) * self.up_proj(hidden) if self.swiglu else F.gelu(self.up_proj(hidden))
         return self.down_proj(F.dropout(active, self.dropout, self.training))

@@ -1,6 +1,6 @@
 """The normalisation layers: RMSNorm or LayerNorm over the last dimension.
 
-PyTorch's own layers compute in fp32 whatever the dtype of their input, and return that dtype.
+PyTorch's layers compute in fp32 for any input dtype and return that dtype.
 """
 
 from torch import nn
@@ -9,6 +9,6 @@ from megatron.config.sections import ModelConfig
 
 
 def normalisation(config: ModelConfig, width: int) -> nn.Module:
-    """Return the layer that `--normalization` names, for vectors of `width` numbers."""
+    """Return the layer that `--normalization` names, for a last dimension of `width`."""
     layer = {"rmsnorm": nn.RMSNorm, "layernorm": nn.LayerNorm}[config.normalization]
     return layer(width, eps=config.norm_epsilon)

@@ -1,6 +1,6 @@
 """Rotary position embeddings in the rotate-half convention (Llama, Hugging Face).
 
-Channel i of a head forms a pair with channel i + D/2, so weights convert to Hugging Face without a permutation.
+Channel i of a head is paired with channel i + D/2, so weights convert to Hugging Face without a permutation.
 """
 
 from typing import NamedTuple
@@ -10,23 +10,23 @@ from torch import Tensor
 
 
 class RotaryTable(NamedTuple):
-    """Cosines and sines of integer positions, fp32 [B, 1, S, D]; B may be 1 for all sequences."""
+    """Cosines and sines of the rotation angles, fp32 [B, 1, S, D]; B is 1 where all sequences share them."""
 
     cos: Tensor
     sin: Tensor
 
 
-def rotary_table(positions: Tensor, head_size: int, base: float) -> RotaryTable:
-    """Return the table of integer positions [B, S]."""
-    channels = torch.arange(0, head_size, 2, device=positions.device, dtype=torch.float32)
+def rotary_table(position_ids: Tensor, head_size: int, base: float) -> RotaryTable:
+    """Return the table of `position_ids` [B, S]."""
+    channels = torch.arange(0, head_size, 2, device=position_ids.device, dtype=torch.float32)
     frequencies = 1.0 / base ** (channels / head_size)  # [D/2]
-    angles = positions[:, None, :, None].float() * frequencies
-    angles = torch.cat((angles, angles), dim=-1)
+    angles = position_ids[:, None, :, None].float() * frequencies  # [B, 1, S, D/2]
+    angles = torch.cat((angles, angles), dim=-1)  # [B, 1, S, D]
     return RotaryTable(angles.cos(), angles.sin())
 
 
 def rotate(heads: Tensor, table: RotaryTable) -> Tensor:
-    """Rotate queries or keys [B, heads, S, D] by the table; computed in fp32, returned in their dtype."""
-    wide = heads.float()
-    first, second = wide.chunk(2, dim=-1)
-    return (wide * table.cos + torch.cat((-second, first), dim=-1) * table.sin).to(heads.dtype)
+    """Return queries or keys [B, heads, S, D] rotated by the table; computed in fp32, returned in their dtype."""
+    heads_fp32 = heads.float()
+    first, second = heads_fp32.chunk(2, dim=-1)
+    return (heads_fp32 * table.cos + torch.cat((-second, first), dim=-1) * table.sin).to(heads.dtype)

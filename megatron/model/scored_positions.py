@@ -1,7 +1,7 @@
-"""The scored positions, taken out before the last block would finish the others.
+"""Selection of the scored positions before o_proj and the MLP of the last block.
 
-Nothing reads what the last block makes of a position that is not scored, beside its keys and values. So its output
-projection and its MLP, the final norm and the head act on the scored positions only: for masked diffusion, on half.
+At a position without a score, only the keys and values of the last block are used. So the last block's o_proj and MLP,
+the final norm and the head run at the scored positions only: for masked diffusion, half of them on average.
 """
 
 from typing import NamedTuple
@@ -9,41 +9,41 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-PARTS = 8  # of the positions of a batch, at most
-ALIGNED = 16  # rows that matrix products of bf16 like a multiple of
+MAX_CHUNKS = 8  # a chunk holds at least 1/8 of a batch's positions
+ALIGNMENT = 16  # positions; bf16 matrix products are fastest with a multiple of it
 
 
 class Selection(NamedTuple):
-    """The scored positions and how they are cut into parts of one size, so that compiled code sees one shape only."""
+    """The scored positions, split into chunks of one size, so that compiled code sees one shape only."""
 
-    rows: Tensor  # [R] int64, distinct indices into the N positions of a batch
-    size: int  # rows of a part; the last one is filled up with zeros
+    positions: Tensor  # [R] int64, distinct flat indices into the B * S positions of a batch
+    size: int  # positions of a chunk; the last chunk is padded with zeros
 
     @classmethod
-    def of(cls, rows: Tensor, positions: int) -> "Selection | None":
-        """Return the selection of `rows` out of `positions`; None where it would save nothing."""
-        size = -(-positions // (PARTS * ALIGNED)) * ALIGNED
-        return cls(rows, size) if len(rows) <= positions - size else None
+    def of(cls, positions: Tensor, total: int) -> "Selection | None":
+        """Return the selection of `positions` out of `total`; None where it would save less than one chunk."""
+        size = -(-total // (MAX_CHUNKS * ALIGNMENT)) * ALIGNMENT
+        return cls(positions, size) if len(positions) <= total - size else None
 
     def take(self, states: Tensor) -> tuple[Tensor, ...]:
-        """Return the parts [size, H], at least one, of the rows of states [B, S, H]."""
-        count = max(1, -(-len(self.rows) // self.size))
-        return _Take.apply(states.flatten(0, -2), self.rows, count * self.size).split(self.size)
+        """Return the selected positions of states [B, S, H] as one or more chunks [size, H]."""
+        chunks = max(1, -(-len(self.positions) // self.size))
+        return _Take.apply(states.flatten(0, -2), self.positions, chunks * self.size).split(self.size)
 
 
 class _Take(torch.autograd.Function):
-    """Rows of a matrix, filled up with zeros; they are distinct, which autograd's own gradient could not count on."""
+    """Rows of a matrix, padded with zeros. Indices are distinct, so the backward pass copies instead of adding."""
 
     @staticmethod
-    def forward(ctx, matrix, rows, size):
-        ctx.save_for_backward(rows)
+    def forward(ctx, matrix, indices, padded_size):
+        ctx.save_for_backward(indices)
         ctx.length = len(matrix)
-        taken = matrix.new_zeros(size, matrix.shape[1])
-        torch.index_select(matrix, 0, rows, out=taken[: len(rows)])
-        return taken
+        selected = matrix.new_zeros(padded_size, matrix.shape[1])
+        torch.index_select(matrix, 0, indices, out=selected[: len(indices)])
+        return selected
 
     @staticmethod
-    def backward(ctx, gradient):
-        (rows,) = ctx.saved_tensors
-        whole = gradient.new_zeros(ctx.length, gradient.shape[1])
-        return whole.index_copy_(0, rows, gradient[: len(rows)]), None, None
+    def backward(ctx, grad_output):
+        (indices,) = ctx.saved_tensors
+        grad_matrix = grad_output.new_zeros(ctx.length, grad_output.shape[1])
+        return grad_matrix.index_copy_(0, indices, grad_output[: len(indices)]), None, None

@@ -1,6 +1,6 @@
-"""The language model: one plain decoder for training, scoring, generation, conversion and tests.
+"""The language model: a plain decoder for training, scoring, generation, conversion and tests.
 
-Parameters carry Hugging Face's names, so that conversion is a rename. Parallelism is applied from outside.
+Parameters have Hugging Face's names, so that conversion is a rename. Parallelism is applied from outside.
 """
 
 import torch
@@ -14,15 +14,15 @@ from megatron.model.block import Block
 from megatron.model.kv_cache import KVCache
 from megatron.model.linear_cross_entropy import PLAIN, WHOLE, Terms, linear_cross_entropy, linear_nll
 from megatron.model.norm import normalisation
-from megatron.model.rotary import rotary_table
+from megatron.model.rotary import RotaryTable, rotary_table
 from megatron.model.scored_positions import Selection
 
 
 class Transformer(nn.Module):
-    """Embedding, blocks, final norm and head; causal or bidirectional by the batch.
+    """Embedding, blocks, final norm and head; the batch says whether attention is causal or bidirectional.
 
-    The head is applied inside `forward`, at the scored positions only, so that sharding hooks and tied
-    weights work and no [B, S, V] tensor is made. `initialise` draws the weights.
+    `forward` applies the head itself, at the scored positions only, so that sharding hooks and tied weights work and
+    no [B, S, V] tensor is allocated. `initialise` sets the initial weights.
     """
 
     def __init__(self, config: ModelConfig, vocabulary: Vocabulary):
@@ -31,96 +31,108 @@ class Transformer(nn.Module):
         self.vocabulary = vocabulary
         self.softmax_size = vocabulary.padded_size if config.softmax_over_padding else vocabulary.size
         self.embed_tokens = nn.Embedding(vocabulary.padded_size, config.hidden_size)
-        # keyed by name: a pipeline stage deletes entries, and those it keeps are not renumbered
+        # keyed by name, so that a pipeline stage can delete layers without renumbering the others
         self.layers = nn.ModuleDict({str(index): Block(config) for index in range(config.num_layers)})
         self.norm = normalisation(config, config.hidden_size)
         if config.untie_embeddings_and_output_weights:
             self.lm_head = nn.Linear(config.hidden_size, vocabulary.padded_size, bias=False)
-        # what parallelism changes from outside: which stage of a pipeline this is, which rows of the head are here
-        self.first = self.last = True
-        self.head_part = WHOLE
-        self.selects_early = True  # whether the last block may finish the scored positions only
-        self.masks_by_squares = False  # whether attention under a mask is FlexAttention, which must be compiled
+        # set from outside: by megatron/parallel
+        self.is_first_stage = True  # of a pipeline; has the embedding
+        self.is_last_stage = True  # of a pipeline; has the final norm and the head
+        self.head_shard = WHOLE  # the vocabulary rows of the head on this tensor-parallel rank
+        self.selects_scored_positions = True  # the last block computes o_proj and the MLP at scored positions only
+        self.uses_block_mask = False  # masked attention is FlexAttention, which must be compiled
 
     def forward(self, batch: Batch, hidden: Tensor | None = None, per_position: bool = False) -> Tensor:
-        """Return the sum of weights * nll over the scored positions, fp32 [1]; in training with the terms of the loss.
+        """Return the sum of weight * nll over the scored positions, fp32 [1]; plus the loss terms in training mode.
 
-        With `per_position` return the unweighted nll, fp32 [B, S], 0 where nothing is asked; the head then
-        leaves no graph. A pipeline stage reads `hidden`, which the stage before it returned, unless it is the first,
-        and returns its hidden states unless it is the last.
+        With `per_position` return the unweighted nll, fp32 [B, S], 0 at positions without a score; the head then adds
+        nothing to the autograd graph. A pipeline stage other than the first takes `hidden` from the stage before it;
+        a stage other than the last returns its hidden states, [B, S, H].
         """
-        rows, targets, weights = batch.scored_positions, batch.targets.flatten(), batch.weights.flatten()
-        selection = Selection.of(rows, len(targets)) if self.last and self.selects_early else None
+        positions = batch.scored_positions  # [R]
+        targets = batch.targets.flatten()  # [N]
+        weights = batch.weights.flatten()  # [N]
+        selects = self.is_last_stage and self.selects_scored_positions
+        selection = Selection.of(positions, len(targets)) if selects else None
         hidden = self.hidden_states(batch, hidden, selection)
-        if not self.last:
+        if not self.is_last_stage:
             return hidden
-        if selection is not None:
-            targets, weights = targets[rows], weights[rows]
-            rows = torch.arange(len(rows), device=rows.device)
-        hidden, head, part = hidden.flatten(0, -2), self.head_part.local(self.lm_weight()), self.head_part
+        if selection is not None:  # N is now R plus padding
+            targets = targets[positions]
+            weights = weights[positions]
+            positions = torch.arange(len(positions), device=positions.device)
+        hidden = hidden.flatten(0, -2)  # [N, H]
+        head = self.head_shard.local(self.lm_weight())  # [V, H]
         if per_position:
-            nll = linear_nll(hidden, head, targets, rows, self.softmax_size, part)
+            nll = linear_nll(hidden, head, targets, positions, self.softmax_size, self.head_shard)
             if selection is not None:
-                nll = nll.new_zeros(batch.weights.numel()).index_copy_(0, batch.scored_positions, nll[: len(rows)])
+                zeros = nll.new_zeros(batch.weights.numel())
+                nll = zeros.index_copy_(0, batch.scored_positions, nll[: len(positions)])
             return nll.view_as(batch.weights)
         terms = Terms(self.config.label_smoothing, self.config.z_loss) if self.training else PLAIN
-        return linear_cross_entropy(hidden, head, targets, weights, rows, self.softmax_size, part, terms)
+        return linear_cross_entropy(
+            hidden, head, targets, weights, positions, self.softmax_size, self.head_shard, terms
+        )
 
     def hidden_states(self, batch: Batch, hidden: Tensor | None = None, selection: Selection | None = None) -> Tensor:
-        """Return what the head reads, [B, T, H], or of a `selection` alone, [rows of all parts, H]."""
-        branches = [None] * len(self.layers)
+        """Return the input of the head, [B, T, H], or of a `selection` only, [chunks * size, H]."""
+        residual_scales = [None] * len(self.layers)
         if batch.residual_scales is not None:
-            branches = [batch.residual_scales[:, int(index), None, None] for index in self.layers]
-        if self.first:
+            residual_scales = [batch.residual_scales[:, int(index), None, None] for index in self.layers]
+        if self.is_first_stage:
             hidden = F.dropout(self.embed_tokens(batch.tokens), self.config.embedding_dropout, self.training)
-        sight = self._sight(batch, hidden.dtype)
-        last = len(branches) - 1
-        for index, (block, branch) in enumerate(zip(self.layers.values(), branches, strict=True)):
-            hidden = block(hidden, sight, branch, selection if index == last else None)
-        return self.norm(hidden) if self.last else hidden
+        context = self._attention_context(batch, hidden.dtype)
+        last = len(self.layers) - 1
+        for index, (block, residual_scale) in enumerate(zip(self.layers.values(), residual_scales, strict=True)):
+            hidden = block(hidden, context, residual_scale, selection if index == last else None)
+        return self.norm(hidden) if self.is_last_stage else hidden
 
-    def _sight(self, batch: Batch, dtype: torch.dtype) -> AttentionContext:
-        """Return where the tokens stand and what each may see.
+    def _attention_context(self, batch: Batch, dtype: torch.dtype) -> AttentionContext:
+        """Return rotary tables and attention mask of a batch.
 
-        A model that is told which token it must say next to what it reads has its queries stand at the place of that
-        token and its keys at their own, so that attention goes by the distance from what is asked to what is known.
+        Where the batch has target positions, queries are rotated to the position of their target and keys to their own
+        position, so that attention depends on the distance between the target and the tokens in context.
         """
-        length, positions = batch.tokens.shape[1], batch.position_ids
-        if positions is None:
-            positions = torch.arange(length, device=batch.tokens.device)[None]
-        keys = rotary_table(positions, self.config.head_size, self.config.rotary_base)
-        queries, visible = keys, batch.visible()
-        if batch.target_positions is not None:
-            queries = rotary_table(batch.target_positions, self.config.head_size, self.config.rotary_base)
+        length = batch.tokens.shape[1]
+        position_ids = batch.position_ids
+        if position_ids is None:
+            position_ids = torch.arange(length, device=batch.tokens.device)[None]
+        key_rotary = self._rotary_table(position_ids)
+        query_rotary = key_rotary if batch.target_positions is None else self._rotary_table(batch.target_positions)
+        visible = batch.visible()
         if visible is None:
-            return AttentionContext(queries, keys, batch.causal)
-        mask = block_mask(visible) if self.masks_by_squares else dense_mask(visible, dtype)
-        return AttentionContext(queries, keys, False, mask)
+            return AttentionContext(query_rotary, key_rotary, batch.causal)
+        mask = block_mask(visible) if self.uses_block_mask else dense_mask(visible, dtype)
+        return AttentionContext(query_rotary, key_rotary, causal=False, mask=mask)
 
-    def read(self, tokens: Tensor, past: KVCache, present: Tensor | None = None) -> Tensor:
-        """Read [B, T] tokens behind those in `past`, and add them to it; return what the head reads, [B, T, H].
+    def _rotary_table(self, position_ids: Tensor) -> RotaryTable:
+        return rotary_table(position_ids, self.config.head_size, self.config.rotary_base)
 
-        Each token sees itself and all before it. `present` [B, T] is false where a row holds no token.
+    def read(self, tokens: Tensor, cache: KVCache, present: Tensor | None = None) -> Tensor:
+        """Process [B, T] tokens that follow those in `cache`, and append them to it; return the head's input [B, T, H].
+
+        Attention is causal. `present` [B, T] is False at padding.
         """
         present = torch.ones_like(tokens, dtype=torch.bool) if present is None else present
-        places, visible = past.append(present)
-        table = rotary_table(places, self.config.head_size, self.config.rotary_base)
+        position_ids, visible = cache.append(present)
+        rotary = self._rotary_table(position_ids)
         hidden = self.embed_tokens(tokens)
         mask = None if visible is None else dense_mask(visible, hidden.dtype)
-        causal = mask is None and tokens.shape[1] > 1  # then nothing was read before
+        causal = mask is None and tokens.shape[1] > 1  # several tokens need no mask only where the cache was empty
         for name, block in self.layers.items():
-            hidden = block(hidden, AttentionContext(table, table, causal, mask, past.block(name)))
+            hidden = block(hidden, AttentionContext(rotary, rotary, causal, mask, cache.block(name)))
         return self.norm(hidden)
 
-    def logits(self, tokens: Tensor, causal: bool, positions: Tensor | None = None) -> Tensor:
+    def logits(self, tokens: Tensor, causal: bool, position_ids: Tensor | None = None) -> Tensor:
         """Return fp32 logits [B, S, V] over the tokenizer's ids: for scoring, generation and tests."""
-        return self.head(self.hidden_states(Batch.unscored(tokens, causal, positions)))
+        return self.head(self.hidden_states(Batch.unscored(tokens, causal, position_ids)))
 
     def head(self, hidden: Tensor) -> Tensor:
-        """Return fp32 logits [..., V] over the tokenizer's ids of what the head reads, [..., H]."""
+        """Return fp32 logits [..., V] over the tokenizer's ids for the head's input [..., H]."""
         return F.linear(hidden, self.lm_weight()[: self.vocabulary.size]).float()
 
     def lm_weight(self) -> Tensor:
-        """Return the head's matrix [padded vocabulary, H], the embedding's own where the two are tied."""
+        """Return the weight of the head, [padded vocabulary, H]: the embedding's where the two are tied."""
         untied = self.config.untie_embeddings_and_output_weights
         return self.lm_head.weight if untied else self.embed_tokens.weight

@@ -1,7 +1,7 @@
-"""The objectives by name, what each of them understands, and the noise on inputs that training adds to them.
+"""The objectives by name, the options of each, and the input noise that training adds to them.
 
-Each file owns all uses of its forward process: training and evaluation. A new objective is one file and one entry of
-OBJECTIVES; docs/objectives.md shows it.
+Each file owns both uses of its forward process: training and evaluation. A new objective is one file and one entry of
+OBJECTIVES; see "Adding an objective" in docs/objectives.md.
 """
 
 from collections.abc import Callable
@@ -27,15 +27,15 @@ from megatron.objectives.token_dropout import MaskedInput, RandomReplacement, To
 
 @dataclass(frozen=True)
 class Entry:
-    """How an objective is built, and the fields of ObjectiveConfig that it understands beside COMMON.
+    """How to build an objective, and which fields of ObjectiveConfig it has besides COMMON.
 
-    `build(config, vocabulary, time_block, ruled)` passes each of its likelihoods through `ruled`, which adds the rules
-    of documents; without them, `by_document` says why there can be none.
+    `build(config, vocabulary, time_block, by_document)` passes each likelihood through `by_document`, which adds the
+    document rules. An objective that cannot have document rules gives the reason in `no_document_rules`.
     """
 
     build: Callable[[ObjectiveConfig, Vocabulary, int, Callable[[Likelihood], Likelihood]], Objective]
     options: tuple[str, ...]
-    by_document: str = ""
+    no_document_rules: str = ""
 
 
 COMMON = ("objective", "stochastic_depth")
@@ -44,47 +44,57 @@ NOISE += ("masked_input_weight", "masked_input_max", "randmask_ratio")
 ORDERS = ("num_order_list", "use_predefined_order", "right_to_left_ratio", "target_offset_max", "target_positions")
 MASKS = ("mask_times", "mask_eps")
 DOCUMENT_RULES = ("reset_attention_mask", "reset_position_ids", "eod_mask_loss")  # of DataConfig
-PERMUTED = "a sample that is read in another order has its documents mixed"
+PERMUTED = "needs samples that are read from left to right; other orders interleave their documents"
 
 
-def _autoregressive(config, vocabulary, time_block, ruled):
+def _autoregressive(config, vocabulary, time_block, by_document):
     orders = Orders(config.num_order_list, config.use_predefined_order, config.right_to_left_ratio)
-    return ruled(Autoregressive(orders, config.target_offset_max, config.target_positions))
+    return by_document(Autoregressive(orders, config.target_offset_max, config.target_positions))
 
 
-def _masked_diffusion(config, vocabulary, time_block, ruled, **options):
-    masks = (vocabulary.mask_id, time_block, config.mask_eps, config.mask_times)
-    return ruled(MaskedDiffusion(*masks, config.ar_ratio, config.low_noise_samples, config.low_noise_ratio, **options))
+def _masked_diffusion(config, vocabulary, time_block, by_document, shifted=False):
+    objective = MaskedDiffusion(
+        vocabulary.mask_id,
+        time_block,
+        eps=config.mask_eps,
+        mask_times=config.mask_times,
+        suffix_ratio=config.ar_ratio,
+        low_noise_samples=config.low_noise_samples,
+        low_noise_ratio=config.low_noise_ratio,
+        shifted=shifted,
+    )
+    return by_document(objective)
 
 
-def _dual(config, vocabulary, time_block, ruled):
-    masked = _masked_diffusion(config, vocabulary, time_block, ruled, shifted=True)
-    return Dual(ruled(Autoregressive()), masked, config.causal_samples(time_block), time_block)
+def _dual(config, vocabulary, time_block, by_document):
+    masked = _masked_diffusion(config, vocabulary, time_block, by_document, shifted=True)
+    return Dual(by_document(Autoregressive()), masked, config.causal_samples(time_block), time_block)
 
 
-def _block_diffusion(config, vocabulary, time_block, ruled):
-    return ruled(BlockDiffusion(vocabulary.mask_id, config.diffusion_block_size, config.mask_eps))
+def _block_diffusion(config, vocabulary, time_block, by_document):
+    return by_document(BlockDiffusion(vocabulary.mask_id, config.diffusion_block_size, config.mask_eps))
 
 
 OBJECTIVES: dict[str, Entry] = {
     "ar": Entry(_autoregressive, (*NOISE, *ORDERS)),
     "mdm": Entry(_masked_diffusion, (*MASKS, "ar_ratio", "low_noise_samples", "low_noise_ratio")),
     "dual": Entry(_dual, (*MASKS, "causal_ratio")),
-    "any-order": Entry(lambda *_: AnyOrder(), NOISE, by_document=PERMUTED),
+    "any-order": Entry(lambda *_: AnyOrder(), NOISE, no_document_rules=PERMUTED),
     "block-diffusion": Entry(_block_diffusion, ("mask_eps", "diffusion_block_size")),
 }
 
-# why an option is refused under an objective that does not understand it
+# why an option is refused with an objective that does not have it
 FOREIGN = {
     **dict.fromkeys(
         NOISE,
-        "masked diffusion masks its inputs already, and other noise on what it may see would break its bound; "
+        "masked diffusion masks its inputs already, and more input noise would invalidate its bound; "
         "drop the flag or train with pretrain_gpt.py",
     ),
     **dict.fromkeys(MASKS, "acts in masked diffusion only; drop the flag or train with pretrain_mdm.py"),
     **dict.fromkeys(ORDERS, "acts in next-token prediction only (--objective ar); drop the flag"),
     **dict.fromkeys(
-        ("ar_ratio", "low_noise_samples", "low_noise_ratio"), "acts in masked diffusion only (--objective mdm); drop it"
+        ("ar_ratio", "low_noise_samples", "low_noise_ratio"),
+        "acts in masked diffusion only (--objective mdm); drop the flag",
     ),
     "causal_ratio": "acts in --objective dual only; drop the flag or give both",
     "diffusion_block_size": "acts in --objective block-diffusion only; drop the flag or give both",
@@ -92,7 +102,7 @@ FOREIGN = {
 
 
 def foreign(name: str) -> list[str]:
-    """Return the fields of ObjectiveConfig that objective `name` does not understand."""
+    """Return the fields of ObjectiveConfig that objective `name` does not have."""
     known = (*COMMON, *OBJECTIVES[name].options)
     return [field.name for field in fields(ObjectiveConfig) if field.name not in known]
 
@@ -100,50 +110,55 @@ def foreign(name: str) -> list[str]:
 def build_objective(
     config: ObjectiveConfig, vocabulary: Vocabulary, time_block: int, documents: DocumentRules | None = None
 ) -> Objective:
-    """Return the objective that `config` describes; `time_block` run positions are stratified together.
+    """Return the objective that `config` describes; the times of `time_block` samples are stratified together.
 
-    Raises ConfigurationError for an option that has no meaning in it.
+    Raises: ConfigurationError for an option that the objective does not have.
     """
     entry = OBJECTIVES[config.objective]
     for field in foreign(config.objective):
         value = getattr(config, field)
         require(value == getattr(ObjectiveConfig(), field), field, value, FOREIGN[field])
-    return entry.build(config, vocabulary, time_block, lambda made: ByDocument(made, documents) if documents else made)
+
+    def by_document(likelihood: Likelihood) -> Likelihood:
+        return ByDocument(likelihood, documents) if documents else likelihood
+
+    return entry.build(config, vocabulary, time_block, by_document)
 
 
 def document_rules(data: DataConfig, config: ObjectiveConfig, eod: int) -> DocumentRules | None:
-    """Return the rules of documents that end with `eod`, None where documents are read as one stream.
+    """Return the rules for documents that end with `eod`; None where all are off and documents are one stream.
 
-    Raises ConfigurationError where samples are not read from left to right.
+    Raises: ConfigurationError where samples are not read from left to right.
     """
-    asked = {name: getattr(data, name) for name in DOCUMENT_RULES}
-    if not any(asked.values()):
+    switches = {name: getattr(data, name) for name in DOCUMENT_RULES}
+    if not any(switches.values()):
         return None
-    name = next(name for name, value in asked.items() if value)
-    reason = OBJECTIVES[config.objective].by_document
-    reason = PERMUTED if config.num_order_list > 1 or config.right_to_left_ratio else reason
+    first_flag = next(name for name, is_on in switches.items() if is_on)
+    reason = OBJECTIVES[config.objective].no_document_rules
+    if config.num_order_list > 1 or config.right_to_left_ratio:
+        reason = PERMUTED
     if config.target_offset_max > 1:
-        reason = f"--target-offset-max {config.target_offset_max} asks for tokens beyond the end of a document"
-    require(not reason, name, True, f"{reason}; leave one of them out")
-    return DocumentRules(eod, *asked.values())
+        reason = f"with --target-offset-max {config.target_offset_max}, targets lie beyond the end of a document"
+    require(not reason, first_flag, True, f"{reason}; leave one of them out")
+    return DocumentRules(eod, **switches)
 
 
 @dataclass(frozen=True)
 class InputNoise:
-    """What training adds to the batches of an objective, absent in evaluation: noise in turn, then a second pass."""
+    """Noise that training, not evaluation, adds to the batches of an objective, in sequence; then a second pass."""
 
     noise: tuple[Callable[[Batch, np.ndarray, int], Batch], ...]
     second_pass: MaskedInput | None
 
     def __call__(self, batch: Batch, sample_indices: np.ndarray, seed: int) -> list[Batch]:
-        """Return the batches to train on, one or two, in place of the one at the `sample_indices` [B]."""
-        for change in self.noise:
-            batch = change(batch, sample_indices, seed)
+        """Return the batches to train on, one or two, for the clean `batch` at the `sample_indices` [B]."""
+        for add_noise in self.noise:
+            batch = add_noise(batch, sample_indices, seed)
         return [batch, self.second_pass(batch, sample_indices, seed)] if self.second_pass else [batch]
 
 
 def build_input_noise(config: ObjectiveConfig, vocabulary: Vocabulary, num_layers: int) -> InputNoise:
-    """Return the noise that `config` asks for, for a model of `num_layers` blocks."""
+    """Return the noise that `config` sets, for a model of `num_layers` blocks."""
     noise = []
     if config.random_replacement:
         noise.append(RandomReplacement(vocabulary.size, config.random_replacement))
@@ -153,6 +168,9 @@ def build_input_noise(config: ObjectiveConfig, vocabulary: Vocabulary, num_layer
         noise.append(RowMasking(config.randmask_ratio))
     if config.stochastic_depth:
         noise.append(StochasticDepth(num_layers, config.stochastic_depth))
-    weight, maximum = config.masked_input_weight, config.masked_input_max
-    second = MaskedInput(vocabulary.mask_id, maximum=maximum, weight=weight) if weight else None
-    return InputNoise(tuple(noise), second)
+    second_pass = None
+    if config.masked_input_weight:
+        second_pass = MaskedInput(
+            vocabulary.mask_id, maximum=config.masked_input_max, weight=config.masked_input_weight
+        )
+    return InputNoise(tuple(noise), second_pass)

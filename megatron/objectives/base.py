@@ -1,4 +1,4 @@
-"""What every objective is: a way to make training batches, and one or more likelihoods to evaluate."""
+"""The interface of objectives: each makes training batches and has one or more likelihoods to evaluate."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from megatron.batch import Batch
 
 @dataclass(frozen=True)
 class EvaluationNoise:
-    """The key of one replicate of an evaluation's noise; training seed, batch size and step have no part in it."""
+    """Key of one replicate of an evaluation's noise; independent of training seed, batch size and iteration."""
 
     seed: int
     set_name: str
@@ -19,13 +19,13 @@ class EvaluationNoise:
 
 
 class Objective(ABC):
-    """Makes the training batches; its `likelihoods` are evaluated, and the first decides which checkpoint is best."""
+    """Makes training batches. Its `likelihoods` are evaluated; the first one decides which checkpoint is best."""
 
     name: str
     likelihoods: tuple["Likelihood", ...]
 
     def evaluations(self, set_name: str) -> Iterator[tuple[str, "Likelihood"]]:
-        """Yield what a validation set is evaluated by, each under its name; the first bears that of the set."""
+        """Yield (record name, likelihood) for a validation set: SET for the first likelihood, else SET.NAME."""
         for likelihood in self.likelihoods:
             yield (set_name if likelihood is self.likelihoods[0] else f"{set_name}.{likelihood.name}"), likelihood
 
@@ -35,30 +35,37 @@ class Objective(ABC):
 
 
 class Likelihood(Objective):
-    """An objective that is evaluated by its own likelihood, or by a bound of it."""
+    """An objective with a likelihood of its own, exact or bounded."""
 
-    exact: bool  # one evaluation pass is the likelihood itself; else replicates of noise estimate an upper bound
-    target_offset: int  # the output at position j speaks of token j + target_offset
+    exact: bool  # True: one pass gives the likelihood; False: replicates of noise estimate an upper bound of the nll
+    target_offset: int  # the output at position j predicts token j + target_offset
 
     @property
     def likelihoods(self) -> tuple["Likelihood", ...]:
+        """The likelihoods that are evaluated: by default, this one."""
         return (self,)
 
     @abstractmethod
     def evaluation(self, ids: np.ndarray, noise: EvaluationNoise, windows: np.ndarray, alignment: str) -> Batch:
-        """Return a batch whose weighted nll is, or estimates, that of the scored tokens of `ids` [B, S+1]."""
+        """Return a batch whose weighted nll is, or estimates, that of the scored tokens of `ids` [B, S+1].
+
+        The rows of `ids` are windows of a validation set with the indices `windows` [B].
+        """
 
     @abstractmethod
     def scored_tokens(self, seq_length: int, alignment: str) -> slice:
-        """Return which of a window's S+1 tokens are scored: "common" is 1..S-1 for all; "published" trains on all."""
+        """Return which of a window's S+1 tokens are scored.
+
+        With the alignment "common" they are 1..S-1 for all objectives, with "published" all that the objective trains.
+        """
 
     def scored(self, ids: np.ndarray, alignment: str) -> np.ndarray:
-        """Return which of the tokens `ids` [B, S+1] are scored."""
+        """Return which tokens of `ids` are scored, bool [B, S+1]."""
         mask = np.zeros(ids.shape, bool)
         mask[:, self.scored_tokens(ids.shape[1] - 1, alignment)] = True
         return mask
 
     def target_token_positions(self, batch: Batch) -> np.ndarray:
-        """Return the place 0..S in its sample of the token that each position speaks of, [B, S]."""
+        """Return the index 0..S in its sample of the token that each position predicts, [B, S]."""
         length = batch.tokens.shape[1]
         return np.broadcast_to(np.arange(length) + self.target_offset, batch.tokens.shape)

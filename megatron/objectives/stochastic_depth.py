@@ -1,4 +1,4 @@
-"""Stochastic depth (1603.09382): a sequence skips whole blocks, the deeper ones more often."""
+"""Stochastic depth (1603.09382): a sequence skips whole blocks, deeper ones with higher probability."""
 
 from dataclasses import dataclass, replace
 
@@ -11,16 +11,18 @@ from megatron.randomness import stream
 
 @dataclass(frozen=True)
 class StochasticDepth:
-    """Block l of L adds nothing with probability ratio * l / L, else 1 / (1 - that) times what it computes.
+    """Skip block l of L with probability ratio * l / L; else divide its output by the probability of keeping it.
 
-    The draw is keyed by the run position, as processes that share a sequence must skip the same blocks of it.
+    The draw is keyed by the sample index, as ranks that share a sequence must skip the same blocks.
     """
 
     num_layers: int
     ratio: float
 
     def __call__(self, batch: Batch, sample_indices: np.ndarray, seed: int) -> Batch:
-        """Return the batch with the factor of each block, for the sequences at the `sample_indices` [B]."""
-        kept = 1 - self.ratio * np.arange(1, self.num_layers + 1) / self.num_layers
-        draws = np.stack([stream(seed, "stochastic depth", int(i)).random(self.num_layers) for i in sample_indices])
-        return replace(batch, residual_scales=torch.from_numpy(((draws < kept) / kept).astype(np.float32)))
+        """Return the batch with `residual_scales` [B, L] for the sequences at the `sample_indices` [B]."""
+        keep_prob = 1 - self.ratio * np.arange(1, self.num_layers + 1) / self.num_layers  # [L]
+        generators = [stream(seed, "stochastic depth", int(index)) for index in sample_indices]
+        draws = np.stack([generator.random(self.num_layers) for generator in generators])  # [B, L]
+        scales = np.where(draws < keep_prob, 1 / keep_prob, 0)
+        return replace(batch, residual_scales=torch.from_numpy(scales.astype(np.float32)))

@@ -48,7 +48,7 @@ def build_engine(
             round_products(piece, fp8_recipe, ranks.device)
         recompute(piece, parallel)
         # rows of sequences that are split differ between processes; a block that is recomputed is one function
-        piece.selects_early = ranks.along("tp")[1] == 1 and parallel.recompute_granularity is None
+        piece.selects_scored_positions = ranks.along("tp")[1] == 1 and parallel.recompute_granularity is None
         if compile:
             compile_blocks(piece, ranks.device)
     roots = models if length == 1 else [Stage(piece) for piece in models]

@@ -15,10 +15,10 @@ def compile_blocks(model: Transformer, device: torch.device) -> None:
     """
     config = model.config
     # FlexAttention has no dropout, no smaller heads, and on a CPU no gradient
-    model.masks_by_squares = device.type == "cuda" and config.attention_dropout == 0 and config.head_size >= 16
+    model.uses_block_mask = device.type == "cuda" and config.attention_dropout == 0 and config.head_size >= 16
     settings = {"fullgraph": True, "dynamic": False, "options": OPTIONS.get(device.type)}
     whole = list(model.layers.values())
-    if model.last and model.selects_early:
+    if model.is_last_stage and model.selects_scored_positions:
         last = whole.pop()
         last.mix, last.finish = (torch.compile(part, **settings) for part in (last.mix, last.finish))
     for block in whole:

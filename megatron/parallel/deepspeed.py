@@ -72,7 +72,7 @@ class DeepSpeedEngine(Engine):
             self.zero_stage = 1
             settings = settings | {"zero_optimization": settings["zero_optimization"] | {"stage": 1}}
         # stage 3 gathers parameters at every call of a layer, and processes whose selections differ would wait for ever
-        model.selects_early = self.zero_stage < 3
+        model.selects_scored_positions = self.zero_stage < 3
         if compile and self.zero_stage == 3:
             logger.info("ZeRO stage 3 of DeepSpeed runs eager: its hooks gather parameters inside every block")
         elif compile:

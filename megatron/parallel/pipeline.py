@@ -21,13 +21,13 @@ def keep_stage(model: Transformer, stage: int, stages: int) -> Transformer:
     The first stage has the embedding, the last one the head: where the two are tied, both have a copy of the matrix.
     """
     kept = copy.deepcopy(model)
-    kept.first, kept.last = stage == 0, stage == stages - 1
+    kept.is_first_stage, kept.is_last_stage = stage == 0, stage == stages - 1
     for name in list(kept.layers.keys() - map(str, layers_of(stage, stages, len(model.layers)))):
         del kept.layers[name]
     tied = not kept.config.untie_embeddings_and_output_weights
-    if not (kept.first or (kept.last and tied)):
+    if not (kept.is_first_stage or (kept.is_last_stage and tied)):
         del kept.embed_tokens
-    if not kept.last:
+    if not kept.is_last_stage:
         del kept.norm
         if not tied:
             del kept.lm_head
@@ -87,13 +87,13 @@ class Pipeline(Engine):
         size, length = batch.tokens.shape
         for index, root in enumerate(self.roots):
             root.batches, hidden = iter([batch]), None
-            if not root.model.first:
+            if not root.model.is_first_stage:
                 hidden = torch.empty(self._hidden_shape(size, length), dtype=self.dtype, device=self.ranks.device)
                 dist.recv(hidden, group=self.group, group_src=(self.place - 1) % self.length)
             hidden = root(hidden, per_position=True)
-            if not root.model.last:
+            if not root.model.is_last_stage:
                 dist.send(hidden, group=self.group, group_dst=(self.place + 1) % self.length)
-        return hidden if self.roots[-1].model.last else torch.zeros_like(batch.weights)
+        return hidden if self.roots[-1].model.is_last_stage else torch.zeros_like(batch.weights)
 
     def _hidden_shape(self, size: int, length: int) -> tuple[int, int, int]:
         return size, length // self.tensor_size, self.models[0].config.hidden_size
@@ -107,8 +107,8 @@ class Pipeline(Engine):
                 self.place + index * self.length,
                 self.length * len(self.roots),
                 self.ranks.device,
-                input_args=() if root.model.first else (hidden,),
-                output_args=(loss if root.model.last else hidden,),
+                input_args=() if root.model.is_first_stage else (hidden,),
+                output_args=(loss if root.model.is_last_stage else hidden,),
                 group=self.group,
             )
             for index, root in enumerate(self.roots)

@@ -31,7 +31,7 @@ def split_layers(model: Transformer, mesh: DeviceMesh) -> None:
                 setattr(owner, name, ParallelNorm(layer, mesh, gather=name in NORMS_OF_THE_STREAM))
             elif name == "embed_tokens":
                 setattr(owner, name, VocabParallelEmbedding(layer, mesh))
-    model.head_part = HeadPart(mesh, model.vocabulary.padded_size)
+    model.head_shard = HeadPart(mesh, model.vocabulary.padded_size)
 
 
 def _split(parameter: nn.Parameter | None, mesh: DeviceMesh, placement: Placement) -> nn.Parameter | None:

@@ -1,4 +1,4 @@
-"""The fused head against a plain twin that makes all logits."""
+"""The fused head against a reference that computes all logits."""
 
 import math
 import os
@@ -11,25 +11,23 @@ from megatron.model import linear_cross_entropy as fused
 from megatron.model.linear_cross_entropy import PLAIN, Terms, linear_cross_entropy, linear_nll
 
 POSITIONS, WIDTH, SIZE, PADDED = 60, 24, 101, 128
-
-
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-@pytest.fixture(autouse=True, params=["at once", "3 rows", "a row", "kernels"])
-def way(request, monkeypatch):
-    """Work on all rows at once, on three (20 of the head) at a time, and on one; and as on CUDA."""
+@pytest.fixture(autouse=True, params=["at once", "3 positions", "a row", "kernels"])
+def variant(request, monkeypatch):
+    """Process slices of all positions, of three (20 of the head) and of one; and the kernels used on CUDA."""
     if request.param == "kernels":
         if not INTERPRETED:
-            pytest.skip("the kernels run in a process of their own, see test_softmax_kernels.py")
+            pytest.skip("the kernels run in a separate process, see test_softmax_kernels.py")
         from megatron.model import softmax_kernels
 
-        monkeypatch.setitem(fused.CHUNK_ROWS, "cpu", 64)  # every row is interpreted
+        monkeypatch.setitem(fused.CHUNK_ROWS, "cpu", 64)  # small: every row is interpreted
         monkeypatch.setattr(fused, "_kernels", lambda device: softmax_kernels)
-        monkeypatch.setattr(softmax_kernels, "COLUMNS", 64)  # so that a row is several pieces
+        monkeypatch.setattr(softmax_kernels, "COLUMNS", 64)  # so that a row takes several iterations
     else:
-        pieces = {"at once": fused.CACHED_NUMBERS, "3 rows": 500, "a row": 1}
-        monkeypatch.setattr(fused, "CACHED_NUMBERS", pieces[request.param])
+        elements = {"at once": fused.CACHED_NUMBERS, "3 positions": 500, "a row": 1}
+        monkeypatch.setattr(fused, "CACHED_NUMBERS", elements[request.param])
     return request.param
 
 
@@ -37,7 +35,7 @@ TERMS = [PLAIN, Terms(label_smoothing=0.1), Terms(z_loss=0.01), Terms(label_smoo
 
 
 def reference_linear_cross_entropy(hidden, head, targets, weights, size, terms=PLAIN):
-    """Full logits and PyTorch's own loss, in fp32."""
+    """Return the loss from full logits with PyTorch's cross-entropy, in fp32."""
     logits = hidden.float() @ head[:size].float().T
     loss = F.cross_entropy(logits, targets, reduction="none", label_smoothing=terms.label_smoothing)
     return ((loss + terms.z_loss * logits.logsumexp(1).square()) * weights).sum()[None]
@@ -49,8 +47,8 @@ def problem(scored, dtype=torch.float32, seed=0):
     head = (torch.randn(PADDED, WIDTH, generator=generator) / 3).to(dtype).requires_grad_()
     targets = torch.randint(SIZE, (POSITIONS,), generator=generator)
     weights = torch.zeros(POSITIONS)
-    chosen = torch.randperm(POSITIONS, generator=generator)[:scored]
-    weights[chosen] = torch.rand(scored, generator=generator) + 0.5
+    positions = torch.randperm(POSITIONS, generator=generator)[:scored]
+    weights[positions] = torch.rand(scored, generator=generator) + 0.5
     return hidden, head, targets, weights, weights.nonzero().flatten()
 
 
@@ -63,41 +61,41 @@ def gradients(loss, *inputs):
 @pytest.mark.parametrize("scored", [1, 8, 19, POSITIONS])
 def test_loss_and_gradients_equal_the_plain_twin(monkeypatch, chunk, scored, terms):
     monkeypatch.setitem(fused.CHUNK_ROWS, "cpu", chunk)
-    hidden, head, targets, weights, rows = problem(scored)
-    loss = linear_cross_entropy(hidden, head, targets, weights, rows, SIZE, terms=terms)
+    hidden, head, targets, weights, positions = problem(scored)
+    loss = linear_cross_entropy(hidden, head, targets, weights, positions, SIZE, terms=terms)
     expected = reference_linear_cross_entropy(hidden, head, targets, weights, SIZE, terms)
     assert loss.shape == (1,) and loss.dtype == torch.float32
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-6)
-    for mine, theirs in zip(gradients(loss, hidden, head), gradients(expected, hidden, head), strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=2e-6)
+    for actual, desired in zip(gradients(loss, hidden, head), gradients(expected, hidden, head), strict=True):
+        torch.testing.assert_close(actual, desired, rtol=1e-6, atol=2e-6)
 
 
-def test_the_last_chunk_may_be_filled_up_to_less(monkeypatch):
+def test_the_last_chunk_is_padded_to_a_smaller_multiple(monkeypatch):
     shapes, product = [], torch.mm
     monkeypatch.setitem(fused.CHUNK_ROWS, "cpu", 32)
-    monkeypatch.setitem(fused.FILLED_TO, "cpu", 8)
-    monkeypatch.setattr(torch, "mm", lambda *two, out: shapes.append(out.shape) or product(*two, out=out))
-    hidden, head, targets, weights, rows = problem(45)
-    loss = linear_cross_entropy(hidden, head, targets, weights, rows, SIZE)
+    monkeypatch.setitem(fused.LAST_CHUNK_MULTIPLE, "cpu", 8)
+    monkeypatch.setattr(torch, "mm", lambda *factors, out: shapes.append(out.shape) or product(*factors, out=out))
+    hidden, head, targets, weights, positions = problem(45)
+    loss = linear_cross_entropy(hidden, head, targets, weights, positions, SIZE)
     expected = reference_linear_cross_entropy(hidden, head, targets, weights, SIZE)
     assert [shape[0] for shape in shapes if shape[1] == PADDED] == [32, 16]
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-6)
-    for mine, theirs in zip(gradients(loss, hidden, head), gradients(expected, hidden, head), strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=2e-6)
+    for actual, desired in zip(gradients(loss, hidden, head), gradients(expected, hidden, head), strict=True):
+        torch.testing.assert_close(actual, desired, rtol=1e-6, atol=2e-6)
 
 
 @pytest.mark.parametrize("terms", TERMS)
 def test_rows_outside_the_tokenizer_get_exactly_no_gradient(terms):
-    hidden, head, targets, weights, rows = problem(30)
+    hidden, head, targets, weights, positions = problem(30)
     head.data[SIZE:] = 50.0  # would dominate the softmax
-    loss = linear_cross_entropy(hidden, head, targets, weights, rows, SIZE, terms=terms)
+    loss = linear_cross_entropy(hidden, head, targets, weights, positions, SIZE, terms=terms)
     torch.testing.assert_close(loss, reference_linear_cross_entropy(hidden, head, targets, weights, SIZE, terms))
     assert gradients(loss, head)[0][SIZE:].abs().max() == 0
 
 
 def test_no_scored_row_gives_zero_and_a_graph():
-    hidden, head, targets, weights, rows = problem(0)
-    loss = linear_cross_entropy(hidden, head, targets, weights, rows, SIZE)
+    hidden, head, targets, weights, positions = problem(0)
+    loss = linear_cross_entropy(hidden, head, targets, weights, positions, SIZE)
     loss.backward()
     assert loss.item() == 0
     assert hidden.grad.abs().max() == 0 and head.grad.abs().max() == 0
@@ -105,41 +103,44 @@ def test_no_scored_row_gives_zero_and_a_graph():
 
 @pytest.mark.parametrize("terms", TERMS)
 def test_bfloat16_gradients_point_the_same_way(terms):
-    hidden, head, targets, weights, rows = problem(POSITIONS, torch.bfloat16)
-    loss = linear_cross_entropy(hidden, head, targets, weights, rows, SIZE, terms=terms)
+    hidden, head, targets, weights, positions = problem(POSITIONS, torch.bfloat16)
+    loss = linear_cross_entropy(hidden, head, targets, weights, positions, SIZE, terms=terms)
     expected = reference_linear_cross_entropy(hidden, head, targets, weights, SIZE, terms)
     torch.testing.assert_close(loss, expected, rtol=5e-3, atol=0)
-    for mine, theirs in zip(gradients(loss, hidden, head), gradients(expected, hidden, head), strict=True):
-        assert mine.dtype == torch.bfloat16
-        assert F.cosine_similarity(mine.float().flatten(), theirs.float().flatten(), dim=0) > 0.999
+    for actual, desired in zip(gradients(loss, hidden, head), gradients(expected, hidden, head), strict=True):
+        assert actual.dtype == torch.bfloat16
+        assert F.cosine_similarity(actual.float().flatten(), desired.float().flatten(), dim=0) > 0.999
 
 
 @torch.no_grad()
-def test_terms_that_are_off_change_no_bit(way):
-    """Loss and gradients are those of the plain formula, step by step as the fused head takes them."""
-    if way == "kernels":
-        pytest.skip("they add up in another order")
-    hidden, head, targets, weights, rows = problem(POSITIONS)
-    fill = (0, fused.CHUNK_ROWS["cpu"] - len(rows))
-    inputs, target, weight = hidden[F.pad(rows, fill)], F.pad(targets[rows], fill), F.pad(weights[rows], fill)[:, None]
+def test_terms_that_are_off_change_no_bit(variant):
+    """Loss and gradients equal the plain formula, evaluated in the order of the fused head."""
+    if variant == "kernels":
+        pytest.skip("kernels sum in another order")
+    hidden, head, targets, weights, positions = problem(POSITIONS)
+    padding = (0, fused.CHUNK_ROWS["cpu"] - len(positions))
+    inputs = hidden[F.pad(positions, padding)]
+    target = F.pad(targets[positions], padding)
+    weight = F.pad(weights[positions], padding)[:, None]
     logits = inputs @ head.T
     logits[:, SIZE:] = float("-inf")
     logits -= logits.amax(1, keepdim=True)
-    powers = logits.exp()
-    total = powers.sum(1, keepdim=True)
+    exps = logits.exp()
+    total = exps.sum(1, keepdim=True)
     nll = total.log() - logits.gather(1, target[:, None])
-    gradient = (powers * (weight / total)).scatter_add(1, target[:, None], -weight)
+    gradient = (exps * (weight / total)).scatter_add(1, target[:, None], -weight)
     with torch.enable_grad():
-        loss = linear_cross_entropy(hidden, head, targets, weights, rows, SIZE, terms=Terms(0.0, 0.0))
-        of_hidden, of_head = torch.autograd.grad(loss, (hidden, head))
+        loss = linear_cross_entropy(hidden, head, targets, weights, positions, SIZE, terms=Terms(0.0, 0.0))
+        grad_hidden, grad_head = torch.autograd.grad(loss, (hidden, head))
     assert torch.equal(loss, (nll * weight).sum()[None])
-    assert torch.equal(of_hidden[rows], (gradient @ head)[: len(rows)]) and torch.equal(of_head, gradient.T @ inputs)
+    assert torch.equal(grad_hidden[positions], (gradient @ head)[: len(positions)])
+    assert torch.equal(grad_head, gradient.T @ inputs)
 
 
 def test_nll_per_position_is_unweighted_and_leaves_no_graph(monkeypatch):
     monkeypatch.setitem(fused.CHUNK_ROWS, "cpu", 8)
-    hidden, head, targets, weights, rows = problem(19)
-    nll = linear_nll(hidden, head, targets, rows, SIZE)
+    hidden, head, targets, weights, positions = problem(19)
+    nll = linear_nll(hidden, head, targets, positions, SIZE)
     expected = F.cross_entropy(hidden @ head[:SIZE].T, targets, reduction="none")
     torch.testing.assert_close(nll, torch.where(weights > 0, expected, 0.0).detach(), rtol=1e-6, atol=1e-6)
     assert not nll.requires_grad
@@ -155,41 +156,45 @@ def test_bits_of_a_row_do_not_depend_on_the_other_rows(monkeypatch):
 
 
 def test_an_unscored_target_need_not_be_an_id_of_the_tokenizer():
-    hidden, head, targets, weights, rows = problem(5)
+    hidden, head, targets, weights, _ = problem(5)
     weights[0], targets[0] = 0.0, SIZE
     loss = linear_cross_entropy(hidden, head, targets, weights, weights.nonzero().flatten(), SIZE)
     assert math.isfinite(loss.item())
 
 
-class OnePartOfTwo(fused.WholeHead):
-    """A part of a head as tensor parallelism sees it, where what the other part would say is known."""
+class OneShardOfTwo(fused.WholeHead):
+    """A vocabulary shard of a head, with the collectives' contribution of the other shard computed locally."""
 
     whole = False
 
-    def __init__(self, start, logits, index, here):
-        self.start, self.logits, self.index, self.here = start, logits, index[:, None], here[:, None]
+    def __init__(self, start, other_logits, index, is_local):
+        self.start = start
+        self.other_logits = other_logits
+        self.index = index[:, None]
+        self.is_local = is_local[:, None]
 
     def highest(self, values):
-        self.top = torch.maximum(values, self.logits.amax(1, keepdim=True))
-        return self.top
+        self.max_logit = torch.maximum(values, self.other_logits.amax(1, keepdim=True))
+        return self.max_logit
 
     def total(self, values):
-        other = self.logits - self.top
-        scored = other.gather(1, self.index).where(self.here, 0.0)
-        said = [other.exp().sum(1, keepdim=True), scored, other.sum(1, keepdim=True) / SIZE]
-        return values + torch.cat(said, 1)[:, : values.shape[1]]
+        other = self.other_logits - self.max_logit
+        target_logit = other.gather(1, self.index).where(self.is_local, 0.0)
+        sums = [other.exp().sum(1, keepdim=True), target_logit, other.sum(1, keepdim=True) / SIZE]
+        return values + torch.cat(sums, 1)[:, : values.shape[1]]
 
 
 @pytest.mark.parametrize("terms", TERMS)
-def test_parts_of_a_head_write_their_parts_of_the_gradient(terms):
+def test_shards_of_a_head_write_their_shards_of_the_gradient(terms):
     generator, cut = torch.Generator().manual_seed(3), 64
     logits = torch.randn(7, PADDED, generator=generator) * 3
     targets, weights = torch.tensor([0, 5, 63, 64, 65, 99, 100]), torch.rand(7, generator=generator)
-    whole, low = logits.clone(), targets < cut
-    loss = fused._to_gradient_(whole, targets, weights, SIZE, fused.WHOLE, terms)
+    gradient = logits.clone()
+    is_left = targets < cut
+    loss = fused._to_gradient_(gradient, targets, weights, SIZE, fused.WHOLE, terms)
     left, right = logits[:, :cut].clone(), logits[:, cut:].clone()
-    left_part = OnePartOfTwo(0, logits[:, cut:SIZE], (targets - cut).where(~low, 0), ~low)
-    right_part = OnePartOfTwo(cut, logits[:, :cut], targets.where(low, 0), low)
-    for piece, part in ((left, left_part), (right, right_part)):
-        torch.testing.assert_close(fused._to_gradient_(piece, targets, weights, SIZE, part, terms), loss)
-    torch.testing.assert_close(torch.cat((left, right), 1), whole, rtol=1e-5, atol=1e-6)
+    left_shard = OneShardOfTwo(0, logits[:, cut:SIZE], (targets - cut).where(~is_left, 0), ~is_left)
+    right_shard = OneShardOfTwo(cut, logits[:, :cut], targets.where(is_left, 0), is_left)
+    for shard_logits, shard in ((left, left_shard), (right, right_shard)):
+        torch.testing.assert_close(fused._to_gradient_(shard_logits, targets, weights, SIZE, shard, terms), loss)
+    torch.testing.assert_close(torch.cat((left, right), 1), gradient, rtol=1e-5, atol=1e-6)

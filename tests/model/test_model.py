@@ -1,4 +1,4 @@
-"""The transformer as the rest of the framework uses it: losses, initial weights, dropouts, variants, compilation."""
+"""The transformer: losses, initial weights, dropout, variants, compilation."""
 
 import math
 
@@ -24,13 +24,13 @@ def build(seed=1, **options):
     return model
 
 
-def example(causal=True, share=0.5, positions=None):
+def example(causal=True, scored_share=0.5, position_ids=None):
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(VOCABULARY.size, (3, 10), generator=generator)
     targets = torch.randint(VOCABULARY.size, (3, 10), generator=generator)
-    scored = torch.rand(3, 10, generator=generator) < share
+    scored = torch.rand(3, 10, generator=generator) < scored_share
     weights = torch.where(scored, torch.rand(3, 10, generator=generator) + 0.5, 0.0)
-    return Batch(tokens, targets, weights, np.full(3, 10), causal, positions)
+    return Batch(tokens, targets, weights, np.full(3, 10), causal, position_ids)
 
 
 def plain_loss(model, batch, label_smoothing=0.0, z_loss=0.0):
@@ -54,13 +54,13 @@ def test_loss_and_gradients_equal_full_logits(untied, causal, padded, terms):
     model, batch = build(**options, **terms, init_method_std=0.2), example(causal)
     loss = model(batch)
     loss.backward()
-    mine = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     model.zero_grad()
     expected = (plain_loss(model, batch, **terms) * batch.weights).sum()[None]
     expected.backward()
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-6)
     for name, parameter in model.named_parameters():
-        torch.testing.assert_close(mine[name], parameter.grad, rtol=1e-5, atol=1e-5, msg=lambda text: f"{name}: {text}")
+        torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-5, atol=1e-5, msg=f"{name}: {{}}".format)
 
 
 def test_terms_of_the_loss_act_in_training_only():
@@ -73,7 +73,7 @@ def test_terms_of_the_loss_act_in_training_only():
 
 def test_nothing_scored_trains_nothing():
     model = build()
-    loss = model(example(share=0.0))
+    loss = model(example(scored_share=0.0))
     loss.backward()
     assert loss.item() == 0
     assert all(parameter.grad.abs().max() == 0 for parameter in model.parameters())
@@ -89,20 +89,20 @@ def test_per_position_is_the_unweighted_nll():
 
 @pytest.mark.parametrize("untied", [False, True])
 def test_a_zero_head_scores_log_of_the_tokenizers_vocabulary(untied):
-    model, batch = build(untie_embeddings_and_output_weights=untied), example(share=1.1)
+    model, batch = build(untie_embeddings_and_output_weights=untied), example(scored_share=1.1)
     model.lm_weight().data.zero_()
     nll = model(batch, per_position=True)
     assert (nll - math.log(VOCABULARY.size)).abs().max() < 1e-6
     assert abs(model(batch).item() / batch.weights.sum().item() - math.log(VOCABULARY.size)) < 1e-6
 
 
-def test_a_zero_head_scores_log_of_the_padded_vocabulary_where_that_takes_part():
-    model, batch = build(softmax_over_padding=True, untie_embeddings_and_output_weights=True), example(share=1.0)
+def test_a_zero_head_scores_log_of_the_padded_vocabulary_with_softmax_over_padding():
+    model, batch = build(softmax_over_padding=True, untie_embeddings_and_output_weights=True), example(scored_share=1.0)
     with torch.no_grad():
         model.lm_head.weight.zero_()
-    found = model(batch, per_position=True)
-    torch.testing.assert_close(found, torch.full_like(found, math.log(VOCABULARY.padded_size)))
-    # whatever it was trained with, scoring and generation are over the tokenizer's ids
+    nll = model(batch, per_position=True)
+    torch.testing.assert_close(nll, torch.full_like(nll, math.log(VOCABULARY.padded_size)))
+    # scoring and generation are always over the tokenizer's ids
     assert model.logits(batch.tokens, True).shape[-1] == VOCABULARY.size
 
 
@@ -117,12 +117,12 @@ def test_causal_attention_never_sees_the_future_and_bidirectional_does():
 
 def test_positions_default_to_a_count_and_only_differences_matter():
     model, tokens = build(init_method_std=0.2), example().tokens
-    count = torch.arange(10).expand(3, 10)
+    position_ids = torch.arange(10).expand(3, 10)
     with torch.no_grad():
         plain = model.logits(tokens, False)
-        torch.testing.assert_close(model.logits(tokens, False, count), plain)
-        torch.testing.assert_close(model.logits(tokens, False, count + 7), plain, rtol=1e-4, atol=1e-5)
-        assert not torch.allclose(model.logits(tokens, False, count * 2), plain, atol=1e-3)
+        torch.testing.assert_close(model.logits(tokens, False, position_ids), plain)
+        torch.testing.assert_close(model.logits(tokens, False, position_ids + 7), plain, rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(model.logits(tokens, False, position_ids * 2), plain, atol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -136,24 +136,25 @@ def test_positions_default_to_a_count_and_only_differences_matter():
 def test_variants_train_every_parameter(options):
     model = build(**options)
     model(example()).backward()
-    silent = [name for name, parameter in model.named_parameters() if parameter.grad is None]
-    assert not silent
+    untrained = [name for name, parameter in model.named_parameters() if parameter.grad is None]
+    assert not untrained
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
     assert any(name.endswith("q_proj.bias") for name, _ in model.named_parameters()) == ("add_bias_linear" in options)
 
 
 def test_initial_weights_depend_on_seed_and_name_only():
-    shallow, deep, other = build(), build(num_layers=3), build(seed=2)
-    mine, theirs = dict(shallow.named_parameters()), dict(deep.named_parameters())
-    for name, parameter in mine.items():
-        depth = math.sqrt(3 / 2) if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0
-        torch.testing.assert_close(parameter, theirs[name] * depth)
+    shallow = dict(build().named_parameters())
+    deep = dict(build(num_layers=3).named_parameters())
+    other_seed = dict(build(seed=2).named_parameters())
+    for name, parameter in shallow.items():
+        depth_scale = math.sqrt(3 / 2) if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0
+        torch.testing.assert_close(parameter, deep[name] * depth_scale)
     query = "layers.0.self_attn.q_proj.weight"
-    assert not torch.allclose(mine[query], mine["layers.1.self_attn.q_proj.weight"])
-    assert not torch.allclose(mine[query], dict(other.named_parameters())[query])
+    assert not torch.allclose(shallow[query], shallow["layers.1.self_attn.q_proj.weight"])
+    assert not torch.allclose(shallow[query], other_seed[query])
 
 
-def test_initial_weights_have_the_asked_spread():
+def test_initial_weights_have_the_configured_std():
     model = build(hidden_size=128, init_method_std=0.03, add_bias_linear=True)
     attention = model.layers["0"].self_attn
     assert attention.q_proj.weight.std().item() == pytest.approx(0.03, rel=0.03)

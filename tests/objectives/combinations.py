@@ -1,8 +1,8 @@
-"""All pairs of the options of training: which of them work together, which are refused, and why.
+"""All pairs of training options: which work together, which are refused, and why.
 
     python -m tests.objectives.combinations > docs/combinations.md
 
-A pair works if, under one of the objectives, a model takes a step with it and is evaluated.
+A pair works if, with one of the objectives, a model takes a training step with it and is evaluated.
 """
 
 from importlib.util import find_spec
@@ -22,10 +22,10 @@ from megatron.training.command_line import parse
 from megatron.training.step import reseed, train_step
 from tests.distributed import joined
 
-NETWORK = "--num-layers 2 --hidden-size 16 --num-attention-heads 2 --seq-length 16 --micro-batch-size 4 "
-NETWORK += "--global-batch-size 8 --train-iters 4 --train-data-path none --tokenizer-type ByteTokenizer --fp32"
+MODEL_FLAGS = "--num-layers 2 --hidden-size 16 --num-attention-heads 2 --seq-length 16 --micro-batch-size 4 "
+MODEL_FLAGS += "--global-batch-size 8 --train-iters 4 --train-data-path none --tokenizer-type ByteTokenizer --fp32"
 VOCABULARY, EOD = Vocabulary(257), 256
-INSTALLED = find_spec("deepspeed") is not None
+HAS_DEEPSPEED = find_spec("deepspeed") is not None
 OPTIONS = [f"--objective {name}" for name in OBJECTIVES] + [
     "--mask-times iid",
     "--ar-ratio 0.5",
@@ -60,34 +60,34 @@ OPTIONS = [f"--objective {name}" for name in OBJECTIVES] + [
 ]
 
 
-def refusal(flags: str, processes: ParallelContext | None) -> str | None:
-    """Return why a command line is refused; None where a model takes a step with it and is evaluated.
+def refusal(flags: str, ranks: ParallelContext | None) -> str | None:
+    """Return why a command line is refused; None where a model takes a training step with it and is evaluated.
 
-    Without `processes` no step is taken.
+    Without `ranks` only the configuration is checked.
     """
     try:
-        config = parse("ar", f"{NETWORK} {flags}".split())
+        config = parse("ar", f"{MODEL_FLAGS} {flags}".split())
         rules = document_rules(config.data, config.objective, EOD)
         objective = build_objective(config.objective, VOCABULARY, 8, rules)
         plan = resolve(config, VOCABULARY, unique_tokens=1000)
         check_batch(config, 1)
     except ConfigurationError as error:
         return str(error)
-    if processes and (INSTALLED or not config.parallel.deepspeed):
-        _step(config, objective, plan, processes)
+    if ranks and (HAS_DEEPSPEED or not config.parallel.deepspeed):
+        _step(config, objective, plan, ranks)
     return None
 
 
-def _step(config: Config, objective, plan, processes: ParallelContext) -> None:
+def _step(config: Config, objective, plan, ranks: ParallelContext) -> None:
     noise = build_input_noise(config.objective, VOCABULARY, config.model.num_layers)
-    engine, optimizer = start_engine(config, VOCABULARY, processes, bf16=False, compile=False, steps=0)
-    draw = np.random.default_rng(1)
-    ids = np.where(draw.random((8, 17)) < 0.1, EOD, draw.integers(0, EOD, (8, 17)))
-    reseed(1, 0, processes)
+    engine, optimizer = start_engine(config, VOCABULARY, ranks, bf16=False, compile=False, steps=0)
+    generator = np.random.default_rng(1)
+    ids = np.where(generator.random((8, 17)) < 0.1, EOD, generator.integers(0, EOD, (8, 17)))
+    reseed(1, 0, ranks)
     batches = []
     for start in (0, 4):
-        positions = np.arange(start, start + 4)
-        batches += noise(objective.prepare(ids[positions], positions, 1), positions, 1)
+        sample_indices = np.arange(start, start + 4)
+        batches += noise(objective.prepare(ids[sample_indices], sample_indices, 1), sample_indices, 1)
     rates = {"learning_rate": 1e-3, "weight_decay": 0.1}
     result = train_step(engine, optimizer, batches, **rates, clip_grad=1.0)
     assert torch.isfinite(result.loss) and result.grad_norm > 0, "the step is not finite"
@@ -98,40 +98,43 @@ def _step(config: Config, objective, plan, processes: ParallelContext) -> None:
         assert abs(loss - np.log(VOCABULARY.size)) < 1, f"{name}: {loss}"
 
 
-def pairs(processes: ParallelContext | None) -> dict[tuple[int, int], str | None]:
-    """Return, for every pair of options by number, why it is refused, or None where it works."""
-    alone = {}
+def pairs(ranks: ParallelContext | None) -> dict[tuple[int, int], str | None]:
+    """Return the reason why each pair of options, by index, is refused; None where it works."""
+    command_lines = {}  # by option: with each objective that has it
     for index, option in enumerate(OPTIONS):
-        under = (
-            [option] if option.startswith("--objective") else [f"--objective {name} {option}" for name in OBJECTIVES]
-        )
-        alone[index] = [flags for flags in under if refusal(flags, processes) is None]
-        assert alone[index], f"{option} works under no objective"
-    return {pair: _pair(*pair, alone, processes) for pair in combinations(range(len(OPTIONS)), 2)}
+        candidates = [f"--objective {name} {option}" for name in OBJECTIVES]
+        if option.startswith("--objective"):
+            candidates = [option]
+        command_lines[index] = [flags for flags in candidates if refusal(flags, ranks) is None]
+        assert command_lines[index], f"{option} works with no objective"
+    return {pair: _pair_refusal(*pair, command_lines, ranks) for pair in combinations(range(len(OPTIONS)), 2)}
 
 
-def _pair(first: int, second: int, alone: dict[int, list[str]], processes: ParallelContext | None) -> str | None:
+def _pair_refusal(
+    first: int, second: int, command_lines: dict[int, list[str]], ranks: ParallelContext | None
+) -> str | None:
     if OPTIONS[second].startswith("--objective"):
         return f"{OPTIONS[first]}: a run has one objective"
     reasons = []
-    for flags in alone[first]:  # under each objective that the first one works under
-        reason = refusal(f"{flags} {OPTIONS[second]}", processes)
+    for flags in command_lines[first]:
+        reason = refusal(f"{flags} {OPTIONS[second]}", ranks)
         if reason is None:
             return None
         reasons.append(reason)
-    # an option that has no meaning under an objective says less than two that exclude each other
-    return next((each for each in reasons if "excludes" in each or "leave one" in each), reasons[0])
+    # "excludes each other" is a better reason than "the objective does not have it"
+    return next((reason for reason in reasons if "excludes" in reason or "leave one" in reason), reasons[0])
 
 
-def markdown(found: dict[tuple[int, int], str | None]) -> str:
+def markdown(refusals: dict[tuple[int, int], str | None]) -> str:
     """Return the page docs/combinations.md."""
-    told = {pair: reason.partition(": ")[2] for pair, reason in found.items() if reason}  # without the flag itself
-    named = {reason: str(number) for number, reason in enumerate(dict.fromkeys(told.values()), start=1)}
+    # messages without the flag itself
+    reasons = {pair: message.partition(": ")[2] for pair, message in refusals.items() if message}
+    footnotes = {reason: str(number) for number, reason in enumerate(dict.fromkeys(reasons.values()), start=1)}
     lines = [
         "# Which options work together",
         "",
-        "`+` works: a model takes a step with both and is evaluated. A number is why the pair is refused, told below.",
-        "Written by `python -m tests.objectives.combinations`, and compared with the code by a test.",
+        "`+`: a model takes a training step with both and is evaluated. A number: refused, for the reason below.",
+        "Generated by `python -m tests.objectives.combinations`; a test compares this page with the code.",
         "",
         f"| | option | {' | '.join(str(index) for index in range(1, len(OPTIONS) + 1))} |",
         "|---|---|" + "---|" * len(OPTIONS),
@@ -139,12 +142,12 @@ def markdown(found: dict[tuple[int, int], str | None]) -> str:
     for row, option in enumerate(OPTIONS):
         cells = []
         for column in range(len(OPTIONS)):
-            reason = told.get((min(row, column), max(row, column)))
-            cells.append("" if row == column else named[reason] if reason else "+")
+            reason = reasons.get((min(row, column), max(row, column)))
+            cells.append("" if row == column else footnotes[reason] if reason else "+")
         lines.append(f"| {row + 1} | `{option}` | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", *(f"{number}. {reason}" for reason, number in named.items())]) + "\n"
+    return "\n".join([*lines, "", *(f"{number}. {reason}" for reason, number in footnotes.items())]) + "\n"
 
 
 if __name__ == "__main__":
-    with joined() as alone:
-        print(markdown(pairs(alone)), end="")
+    with joined() as ranks:
+        print(markdown(pairs(ranks)), end="")

@@ -1,4 +1,4 @@
-"""The masked-diffusion bound against enumeration over all orders of a tiny model."""
+"""The masked-diffusion bound of a tiny model against enumeration over all orders."""
 
 from itertools import combinations, permutations
 from math import factorial
@@ -20,9 +20,9 @@ VOCABULARY, SEQ_LENGTH = Vocabulary(5), 5
 @pytest.fixture(scope="module")
 def model():
     config = ModelConfig(num_layers=2, hidden_size=16, num_attention_heads=2, init_method_std=0.6)
-    made = Transformer(config, VOCABULARY)
-    initialise(made, config, seed=3)
-    return made.eval()
+    model = Transformer(config, VOCABULARY)
+    initialise(model, config, seed=3)
+    return model.eval()
 
 
 @pytest.fixture(scope="module")
@@ -31,10 +31,10 @@ def text():
 
 
 @torch.no_grad()
-def masked_nll(model, ids, hidden):
-    """Return the nll of each hidden token of ids [S], all of them masked at once, by plain log-softmax."""
+def masked_nll(model, ids, masked):
+    """Return the nll of each token of ids [S] where the positions `masked` are masked, by log-softmax."""
     tokens = torch.tensor(ids).clone()
-    tokens[list(hidden)] = VOCABULARY.mask_id
+    tokens[list(masked)] = VOCABULARY.mask_id
     logits = model.logits(tokens[None], causal=False)[0].double()
     return -torch.log_softmax(logits, -1)[range(SEQ_LENGTH), ids]
 
@@ -43,15 +43,16 @@ def masked_nll(model, ids, hidden):
 def test_bound_is_the_mean_negative_log_over_orders(model, text, alignment, first):
     ids, maskable = text[0, :-1], list(range(first, SEQ_LENGTH))
     nll = {s: masked_nll(model, ids, s) for k in range(1, len(maskable) + 1) for s in combinations(maskable, k)}
-    orders = []
-    for order in permutations(maskable):  # order[0] is revealed first
-        orders.append(sum(float(nll[tuple(sorted(order[i:]))][order[i]]) for i in range(len(order))))
-    orders = np.array(orders)
-    assert len(orders) == factorial(len(maskable))
-    exact, bound = -np.log(np.mean(np.exp(-orders))), orders.mean()
+    order_nll = []
+    for order in permutations(maskable):  # order[0] is unmasked first
+        order_nll.append(sum(float(nll[tuple(sorted(order[i:]))][order[i]]) for i in range(len(order))))
+    order_nll = np.array(order_nll)
+    assert len(order_nll) == factorial(len(maskable))
+    exact = -np.log(np.mean(np.exp(-order_nll)))
+    bound = order_nll.mean()
     assert bound > exact + 1e-4
 
-    # the estimator's own expectation: k uniform, then a uniform subset of size k, weight n / k
+    # expectation of the estimator: k uniform, then a uniform subset of size k, weight n / k
     n = len(maskable)
     expectation = np.mean(
         [

@@ -1,4 +1,4 @@
-"""The page of all pairs of options is what the code does."""
+"""docs/combinations.md is what the code does."""
 
 from dataclasses import fields
 from pathlib import Path
@@ -21,8 +21,8 @@ def test_the_page_tells_what_is_refused_and_why():
 
 @pytest.mark.slow
 def test_what_the_page_says_to_work_does():
-    with joined() as alone:
-        assert PAGE.read_text() == markdown(pairs(alone))
+    with joined() as ranks:
+        assert PAGE.read_text() == markdown(pairs(ranks))
 
 
 def test_the_flag_knows_every_objective():
@@ -32,5 +32,6 @@ def test_the_flag_knows_every_objective():
 
 def test_a_refusal_names_the_flag():
     for option in OPTIONS:
-        said = refusal(f"--objective block-diffusion {option}", None)
-        assert said is None or said.startswith("--") and ": " in said and "\n" not in said
+        message = refusal(f"--objective block-diffusion {option}", None)
+        if message is not None:
+            assert message.startswith("--") and ": " in message and "\n" not in message

@@ -1,4 +1,4 @@
-"""docs/objectives.md is taken at its word: its pictures are drawn again, its example of a new objective is trained."""
+"""docs/objectives.md: its pictures equal the output of show_batch.py, its example of a new objective trains."""
 
 import re
 import shlex
@@ -24,27 +24,28 @@ def test_the_pictures_are_what_the_code_draws():
     from show_batch import batches, picture
 
     assert len(PICTURES) >= 15
-    for flags, drawn in PICTURES:
+    for flags, output in PICTURES:
         words = shlex.split(flags)
-        sample = int(words.pop(words.index("--sample") + 1)) if "--sample" in words else 0
+        sample_index = int(words.pop(words.index("--sample") + 1)) if "--sample" in words else 0
         words = [word for word in words if word != "--sample"]
-        assert drawn == "\n\n".join(map(picture, batches("yes.|now ", sample, words))) + "\n", flags
+        assert output == "\n\n".join(map(picture, batches("yes.|now ", sample_index, words))) + "\n", flags
 
 
 def test_the_command_draws_the_same_and_refuses_in_one_line():
-    flags, drawn = PICTURES[1]
-    assert show(flags).stdout == drawn
-    for wrong, said in (
+    flags, output = PICTURES[1]
+    assert show(flags).stdout == output
+    for wrong_flags, message in (
         ("--text ab", "--text 'ab': is not three"),
         ("--sample -1", "--sample -1: must not be negative"),
     ):
-        done = show(wrong)
-        assert done.returncode == 2 and done.stderr.startswith(f"error: {said}") and done.stderr.count("\n") == 1
+        result = show(wrong_flags)
+        assert result.returncode == 2
+        assert result.stderr.startswith(f"error: {message}") and result.stderr.count("\n") == 1
 
 
 @pytest.fixture(scope="module")
 def extended(tmp_path_factory):
-    """A copy of the project with the objective that the page adds."""
+    """Return a copy of the project with the objective that the page adds."""
     folder = tmp_path_factory.mktemp("extended")
     shutil.copytree(ROOT / "megatron", folder / "megatron", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pretrain_gpt.py", folder)
@@ -54,10 +55,12 @@ def extended(tmp_path_factory):
     assert len(code.splitlines()) < 100
     (folder / name).write_text(code)
     diff = re.search(r"```diff\n(.*?)```", section, re.DOTALL)[1]
-    for part in re.findall(r"^\+\+\+ b/(.*?)\n(.*?)(?=^---|\Z)", diff, re.DOTALL | re.MULTILINE):
-        file, hunks = folder / part[0], re.split(r"^@@.*\n", part[1], flags=re.MULTILINE)[1:]
+    for name, changes in re.findall(r"^\+\+\+ b/(.*?)\n(.*?)(?=^---|\Z)", diff, re.DOTALL | re.MULTILINE):
+        file = folder / name
+        hunks = re.split(r"^@@.*\n", changes, flags=re.MULTILINE)[1:]
         for lines in (hunk.splitlines() for hunk in hunks):
-            before, after = ("".join(f"{line[1:]}\n" for line in lines if line[0] in kept) for kept in (" -", " +"))
+            before = "".join(f"{line[1:]}\n" for line in lines if line[0] in " -")
+            after = "".join(f"{line[1:]}\n" for line in lines if line[0] in " +")
             text = file.read_text()
             assert text.count(before) == 1, before
             file.write_text(text.replace(before, after))
@@ -65,23 +68,13 @@ def extended(tmp_path_factory):
 
 
 def test_the_objective_that_the_page_adds_trains(extended, tiny, tmp_path):
-    command = [
-        sys.executable,
-        str(extended / "pretrain_gpt.py"),
-        *tiny,
-        "--objective",
-        "prefix",
-        "--save",
-        str(tmp_path),
-    ]
-    done = subprocess.run(command, env=environment() | {"PYTHONPATH": str(extended)}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    found = records(tmp_path)
-    trained, valid = ([record["loss"] for record in found if record["kind"] == kind] for kind in ("train", "valid"))
-    assert trained[-1] < trained[0] - 0.5 and valid[-1] < valid[0]
-    assert all(
-        record["likelihood"] == "prefix" and not record["bound"] for record in found if record["kind"] == "valid"
-    )
+    flags = [*tiny, "--objective", "prefix", "--save", str(tmp_path)]
+    command = [sys.executable, str(extended / "pretrain_gpt.py"), *flags]
+    result = subprocess.run(command, env=environment() | {"PYTHONPATH": str(extended)}, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    train, valid = records(tmp_path, "train"), records(tmp_path, "valid")
+    assert train[-1]["loss"] < train[0]["loss"] - 0.5 and valid[-1]["loss"] < valid[0]["loss"]
+    assert all(record["likelihood"] == "prefix" and not record["bound"] for record in valid)
 
 
 def test_a_prefix_is_seen_in_both_directions(extended):
@@ -89,17 +82,16 @@ def test_a_prefix_is_seen_in_both_directions(extended):
         "from show_batch import batches, picture; print(picture(*batches('yes.|now ', 1, ['--objective', 'prefix'])))"
     )
     paths = {"PYTHONPATH": f"{extended}:{ROOT / 'tools'}"}
-    copied = shutil.copytree(ROOT / "tools", extended / "tools", dirs_exist_ok=True)
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=copied, env=environment() | paths, capture_output=True, text=True
+    tools = shutil.copytree(ROOT / "tools", extended / "tools", dirs_exist_ok=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=tools, env=environment() | paths, capture_output=True, text=True
     )
-    assert done.returncode == 0, done.stderr
-    sees = [line[9:].split() for line in done.stdout.splitlines()[4:]]
-    asked = [
-        bool(word) for word in re.findall(r".{5}", done.stdout.splitlines()[2][9:].ljust(40)) for word in [word.strip()]
-    ]
-    prefix = sees[0].count("#")
-    assert prefix > 1 and asked == [place + 1 >= prefix for place in range(8)]
-    assert sees == [
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    has_target = [bool(cell.strip()) for cell in re.findall(r".{5}", lines[2][9:].ljust(40))]
+    mask = [line[9:].split() for line in lines[4:]]
+    prefix = mask[0].count("#")
+    assert prefix > 1 and has_target == [position + 1 >= prefix for position in range(8)]
+    assert mask == [
         ["#" if key <= query or max(key, query) < prefix else "." for key in range(8)] for query in range(8)
     ]

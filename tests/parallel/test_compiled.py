@@ -79,7 +79,7 @@ MASKED = [KINDS[0], KINDS[3]]  # by sequence and for all sequences alike
 def nats_and_gradients(ranks: ParallelContext, case: Case, squares: bool) -> tuple[list[torch.Tensor], dict]:
     """Return the nll of three steps' batches and the gradients of the first, with the masks of attention by squares."""
     engine, _, data = build(ranks, case, ParallelConfig())
-    engine.models[0].masks_by_squares = squares
+    engine.models[0].uses_block_mask = squares
     engine.backward(batches_of_step(data, 0), 100.0)
     gradients = whole((name, parameter.grad) for name, parameter in engine.named_parameters())
     return [engine.nll(batch) for batch in batches_of_step(data, 0)], gradients
@@ -124,7 +124,7 @@ def test_compiled_masks_by_squares_hide_the_same_and_compile_once(case):
         for compile in (False, True):
             counters.clear()
             engine, _, data = build(ranks, case, ParallelConfig(), 3, compile=compile)
-            engine.models[0].masks_by_squares = compile
+            engine.models[0].uses_block_mask = compile
             engine.eval()
             found.append([engine.nll(batch) for step in range(3) for batch in batches_of_step(data, step)])
     assert counters["stats"]["unique_graphs"] == 3  # a block, and the two parts of the last

@@ -231,7 +231,7 @@ def one(tmp_path_factory):
         whole = replace(CASES["bf16-curve"], bf16=False)
         # stage 3 of DeepSpeed finishes all positions of the last block, and bf16 rounds elsewhere then
         late = Fsdp2(ranks, CASES["bf16"], None)
-        late.engine.models[0].selects_early = False
+        late.engine.models[0].selects_scored_positions = False
         runs["bf16", 3] = train(late, CASES["bf16"], range(CASES["bf16"].steps))
         runs["fp32-curve"] = train(Fsdp2(ranks, whole, None), whole, range(whole.steps))
         runs["moved"] = train(Fsdp2(ranks, MOVED, None), MOVED, range(MOVED.steps))
