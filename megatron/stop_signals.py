@@ -1,9 +1,9 @@
 """Signals that stop a training run: SIGTERM, SIGUSR1, SIGUSR2 and SIGINT (Ctrl-C).
 
-Entry points install the handlers before they import anything slow. Until `defer` a request ends the process at once:
-nothing was trained and nothing is held. From then on it is recorded, and the run stops between two steps. Schedulers
+Entry points install the handlers before they import anything slow. Until `defer` is called a request exits at once:
+nothing was trained and no lock is held. After that it is recorded, and the run stops between two steps. Schedulers
 repeat signals (SLURM sends SIGTERM twice within milliseconds), so repetitions are one request; only a second SIGINT,
-which a person sends, ends a run that is saving.
+which a user sends, ends a run that is saving.
 """
 
 import argparse
@@ -14,8 +14,8 @@ from collections.abc import Callable
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 
-_name: str | None = None  # of the first signal
-_deferred = False
+_signal_name: str | None = None  # of the first signal
+_is_deferred = False
 _end_all_ranks: Callable[[str, int], None] | None = None
 
 
@@ -24,60 +24,60 @@ class StopRequested(Exception):
 
 
 def install() -> None:
-    """Handle the stop signals of this process from now on; for entry points, which own their process."""
+    """Install the handlers of the stop signals; for entry points only."""
     for number in SIGNALS:
         signal.signal(number, _handle)
 
 
 def end_ranks_by(end_all_ranks: Callable[[str, int], None]) -> None:
-    """Have a request that is not deferred end every rank: `end_all_ranks` takes a line and the exit code."""
+    """Make a request that is not deferred call `end_all_ranks` with a message and the exit code."""
     global _end_all_ranks
     _end_all_ranks = end_all_ranks
 
 
 def defer() -> None:
-    """Record requests from now on; whoever defers them looks at `requested` as often as it can stop."""
-    global _deferred
-    _deferred = True
+    """Record requests from now on; the caller must check `requested` whenever it can stop."""
+    global _is_deferred
+    _is_deferred = True
 
 
 def requested() -> str | None:
     """Return the name of the first stop signal of this process, or None."""
-    return _name
+    return _signal_name
 
 
 def ignore() -> None:
-    """Ignore further requests: the run is over, and Python's shutdown would restore signals that kill."""
+    """Ignore further requests: the run is over, and Python's shutdown would restore handlers that kill the process."""
     for number in SIGNALS:
         if signal.getsignal(number) is _handle:
             signal.signal(number, signal.SIG_IGN)
 
 
 def _handle(number: int, frame) -> None:
-    global _name
+    global _signal_name
     if number == signal.SIGINT:
-        signal.signal(number, signal.SIG_DFL)  # the second one ends at once
-    if _name:
+        signal.signal(number, signal.SIG_DFL)  # the second one ends the process at once
+    if _signal_name:
         return
-    _name = signal.Signals(number).name
-    if not _deferred:
+    _signal_name = signal.Signals(number).name
+    if not _is_deferred:
         _end_at_once()
 
 
 def _end_at_once() -> None:
-    line, code = f"stopped by {_name}: nothing was trained, nothing was written", _exit_code()
+    message, code = f"stopped by {_signal_name}: nothing was trained, nothing was written", _exit_code()
     if _end_all_ranks:
-        _end_all_ranks(line, code)
+        _end_all_ranks(message, code)
     elif os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0":
-        os.write(2, f"{line}\n".encode())  # sys.stderr may be in use by the code that this handler interrupts
+        os.write(2, f"{message}\n".encode())  # this handler may have interrupted code that uses sys.stderr
     os._exit(code)
 
 
 def _exit_code() -> int:
-    """Return --exit-code-when-stopped of a command line that may not have been parsed yet."""
+    """Return --exit-code-when-stopped; the command line may not have been parsed yet."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--exit-code-when-stopped", type=float, default=0)
     try:
         return int(parser.parse_known_args(sys.argv[1:])[0].exit_code_when_stopped)
     except (argparse.ArgumentError, ValueError, OverflowError):
-        return 0  # the parser of all flags would have refused it
+        return 0  # the real parser refuses such a value

@@ -1,6 +1,6 @@
-"""ParallelContext for tests: a group of one inside pytest, or several of their own, one thread each, over gloo.
+"""Process groups for tests: a single rank inside pytest, or several ranks in processes of one thread each, over gloo.
 
-Importing torch dominates, so a test module spawns once and runs all its cases inside.
+Importing torch takes most of the time, so a test module spawns once and runs all its cases inside.
 """
 
 import os
@@ -15,12 +15,12 @@ import torch
 import torch.distributed as dist
 
 from megatron.parallel.mesh import ParallelContext, build_parallel_context
-from tests.forked import surroundings
+from tests.forked import forkserver_environment
 
 
 @contextmanager
 def joined(rank: int = 0, size: int = 1, store: dist.Store | None = None) -> Iterator[ParallelContext]:
-    """Join a group on the CPU, by default one of a single process, all data-parallel, and leave it again."""
+    """Initialise torch.distributed on the CPU, by default with one rank; all ranks are data-parallel."""
     dist.init_process_group("gloo", store=store or dist.HashStore(), rank=rank, world_size=size)
     try:
         yield build_parallel_context(rank, size, torch.device("cpu"))
@@ -29,20 +29,20 @@ def joined(rank: int = 0, size: int = 1, store: dist.Store | None = None) -> Ite
 
 
 def spawn(function: Callable, size: int, *arguments) -> list:
-    """Return what `function(processes, *arguments)` returns in each of `size` processes, by rank.
+    """Return what `function(ranks, *arguments)` returns on each of `size` ranks, by rank.
 
-    The function stands at the top of a module, and what it returns can be pickled. The first process that
-    raises ends the others, and its rank and traceback are raised here.
+    The function must be at the top level of a module, and its result picklable. The first rank that raises ends the
+    others; its traceback is raised here.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         try:
-            with surroundings(dict(os.environ)):
-                given = (size, folder, function, arguments)
-                torch.multiprocessing.initialize_parallel(_child, given, nprocs=size, start_method="forkserver")
+            with forkserver_environment(dict(os.environ)):
+                child_arguments = (size, folder, function, arguments)
+                torch.multiprocessing.start_processes(_child, child_arguments, nprocs=size, start_method="forkserver")
         except torch.multiprocessing.ProcessRaisedException:
-            # the others may fail too, because the first one has left them
-            first = min(folder.glob("error of process *"), key=lambda path: path.stat().st_mtime_ns)
+            # other ranks may fail too, because this one is gone
+            first = min(folder.glob("error of rank *"), key=lambda path: path.stat().st_mtime_ns)
             raise RuntimeError(f"{first.name}\n{first.read_text()}") from None
         return [pickle.loads((folder / str(rank)).read_bytes()) for rank in range(size)]
 
@@ -51,9 +51,9 @@ def _child(rank: int, size: int, folder: Path, function: Callable, arguments: tu
     torch.set_num_threads(1)
     with joined(rank, size, dist.FileStore(str(folder / "store"), size)) as ranks:
         try:
-            answer = function(ranks, *arguments)
+            result = function(ranks, *arguments)
         except BaseException:
-            (folder / f"error of process {rank}").write_text(traceback.format_exc())
+            (folder / f"error of rank {rank}").write_text(traceback.format_exc())
             raise
-    (folder / str(rank)).write_bytes(pickle.dumps(answer))
+    (folder / str(rank)).write_bytes(pickle.dumps(result))
     os._exit(0)  # a thread of gloo that outlives its group aborts about one process in fifty at a regular exit

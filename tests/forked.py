@@ -1,4 +1,4 @@
-"""ParallelContext that are forked from one where torch is loaded: as started by themselves, but four seconds sooner."""
+"""Processes forked from a server that has imported torch: they start four seconds sooner."""
 
 import os
 import runpy
@@ -23,52 +23,53 @@ def free_port() -> int:
 
 
 @contextmanager
-def surroundings(env: dict[str, str]) -> Iterator[None]:
-    """Have the server of forked processes started with `env`: libraries read some of it when they are loaded."""
+def forkserver_environment(env: dict[str, str]) -> Iterator[None]:
+    """Start the fork server with `env`, unless it runs: libraries read some variables when they are imported."""
     with mock.patch.dict(os.environ, env, clear=True):
         forkserver.ensure_running()
     yield
 
 
 def run_script(command: list[str], env: dict[str, str], timeout: float, size: int = 1) -> subprocess.CompletedProcess:
-    """Run `command` (a script and its arguments) in `size` processes; return what they did, as subprocess.run.
+    """Run `command` (a script and its arguments) on `size` ranks; return their result as subprocess.run does.
 
-    Several find their places in the environment, as those of torchrun do. The exit code is the first one that is none
-    of success.
+    Several ranks get the variables of torchrun. The exit code is the first one that is not 0.
     """
-    places = [{}]
+    rank_variables = [{}]
     if size > 1:
         master = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-        places = [master | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size)]
+        rank_variables = [master | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size)]
     with tempfile.TemporaryDirectory() as folder:
         outputs = [Path(folder) / name for name in ("stdout", "stderr")]
-        started = start_script(command, env, outputs, places)
-        until = time.monotonic() + timeout
-        for process in started:
-            process.join(max(0, until - time.monotonic()))
-        if any(process.is_alive() for process in started):
-            for process in started:
+        processes = start_script(command, env, outputs, rank_variables)
+        deadline = time.monotonic() + timeout
+        for process in processes:
+            process.join(max(0, deadline - time.monotonic()))
+        if any(process.is_alive() for process in processes):
+            for process in processes:
                 process.kill()
                 process.join()
             raise subprocess.TimeoutExpired(command, timeout)
         text = [path.read_text(errors="replace") if path.exists() else "" for path in outputs]
-    codes = [process.exitcode for process in started]
+    codes = [process.exitcode for process in processes]
     return subprocess.CompletedProcess(command, next(filter(None, codes), 0), *text)
 
 
-def start_script(command: list[str], env: dict[str, str], outputs: list[Path], places: list[dict] = [{}]) -> list:
-    """Start `command` in one process per item of `places`, which holds more of its environment; return the processes.
+def start_script(command: list[str], env: dict[str, str], outputs: list[Path], rank_variables: list[dict]) -> list:
+    """Start `command` in one process per item of `rank_variables`, which is added to `env`; return the processes.
 
     `outputs` are the files of standard output and standard error.
     """
-    with surroundings(env):
-        started = [_context.Process(target=_work, args=(command, env | place, outputs)) for place in places]
-        for process in started:
+    with forkserver_environment(env):
+        processes = [
+            _context.Process(target=_run, args=(command, env | variables, outputs)) for variables in rank_variables
+        ]
+        for process in processes:
             process.start()
-    return started
+    return processes
 
 
-def _work(command: list[str], env: dict[str, str], outputs: list[Path]) -> None:
+def _run(command: list[str], env: dict[str, str], outputs: list[Path]) -> None:
     for stream, path in zip((sys.stdout, sys.stderr), outputs):
         stream.flush()
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream.fileno())

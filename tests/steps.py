@@ -1,4 +1,4 @@
-"""One training step from the same initial weights, as any layout takes it, and what must be equal between two."""
+"""One training step from the same initial weights in any layout, and the comparison of two such steps."""
 
 import sys
 from contextlib import contextmanager
@@ -23,35 +23,36 @@ from megatron.training.step import reseed, train_step
 VOCABULARY, SEQ_LENGTH, GLOBAL_BATCH = Vocabulary(61), 18, 8
 LEARNING_RATE, WEIGHT_DECAY = 0.1, 0.5
 CURVE_STEPS = 20
+DATA_PARALLEL = ParallelConfig()  # alone
 MODEL = dict(num_layers=2, hidden_size=16, num_attention_heads=2, add_bias_linear=True, init_method_std=0.2)
 
 
 @dataclass(frozen=True)
 class RandomText:
-    """Samples by run position, as TrainSamples gives them; the same ones come again after `period`."""
+    """Random samples by sample index, in the form of TrainSamples; they repeat after `period` samples."""
 
     period: int
 
-    def __getitem__(self, position: int) -> np.ndarray:
-        draw = np.random.default_rng(position % self.period)
-        return draw.integers(0, VOCABULARY.size, SEQ_LENGTH + 1)
+    def __getitem__(self, sample_index: int) -> np.ndarray:
+        generator = np.random.default_rng(sample_index % self.period)
+        return generator.integers(0, VOCABULARY.size, SEQ_LENGTH + 1)
 
 
 class NothingMasked(MaskedDiffusion):
-    """Masked diffusion that hides nothing in the second half of a step, so in all that a second process reads."""
+    """Masked diffusion that masks nothing in the second half of a step, which is all that a second rank reads."""
 
-    def time(self, position: int, seed: int) -> float:
-        return 0.0 if position >= GLOBAL_BATCH // 2 else super().time(position, seed)
+    def time(self, sample_index: int, seed: int) -> float:
+        return 0.0 if sample_index >= GLOBAL_BATCH // 2 else super().time(sample_index, seed)
 
 
 @dataclass(frozen=True)
 class Case:
-    """One step to take."""
+    """One training step, without the layout."""
 
     name: str = "mdm"
     options: dict = field(default_factory=dict)  # of the objective
     documents: DocumentRules | None = None
-    samples: int = GLOBAL_BATCH  # fewer make the batch short
+    samples: int = GLOBAL_BATCH  # below GLOBAL_BATCH: a short batch
     nothing_masked: bool = False
     micro_batch: int = 4
     clip: float = 0.0
@@ -62,12 +63,12 @@ class Case:
 
 @dataclass(frozen=True)
 class Step:
-    """What one process saw of a step; gradients (as the optimizer got them) and parameters are whole.
+    """The results of a step on one rank; gradients (as the optimizer got them) and parameters are gathered.
 
-    A process of a pipeline has those of its stages only.
+    With pipeline parallelism they are those of the rank's stages only.
     """
 
-    loss: float  # this process's share
+    loss: float  # this rank's share
     norm: float
     gradients: dict[str, np.ndarray]
     before: dict[str, np.ndarray]
@@ -75,6 +76,7 @@ class Step:
 
 
 def whole(parameters) -> dict[str, np.ndarray]:
+    """Return copies of the gathered DTensors of (name, DTensor) pairs."""
     return {name: tensor.full_tensor().detach().numpy().copy() for name, tensor in parameters}
 
 
@@ -87,7 +89,7 @@ def build(
     compile: bool = False,
     fp8_recipe: str | None = None,
 ):
-    """Return the engine at its initial weights, its optimizer and its data for so many steps."""
+    """Return the engine with its initial weights, its optimizer and its data for `steps` steps."""
     config = ModelConfig(**MODEL | case.model)
     engine = build_engine(config, VOCABULARY, 5, ranks, parallel, bf16=bf16, compile=compile, fp8_recipe=fp8_recipe)
     optimizer = build_optimizer(engine, OptimizerConfig(lr=1.0, weight_decay=WEIGHT_DECAY, **case.optimizer))
@@ -113,12 +115,12 @@ def build(
 
 
 def batches_of_step(data: MicroBatches, step: int) -> list[Batch]:
-    """Return what this process computes in one step."""
+    """Return this rank's micro-batches of one step."""
     return [batch for index in range(data.per_step) for batch in data[step * data.per_step + index]]
 
 
-def take(ranks: ParallelContext, case: Case, parallel: ParallelConfig = ParallelConfig()) -> Step:
-    """Take one step from the initial weights."""
+def take(ranks: ParallelContext, case: Case, parallel: ParallelConfig = DATA_PARALLEL) -> Step:
+    """Return the results of one step from the initial weights."""
     engine, optimizer, data = build(ranks, case, parallel)
     gradients, before = {}, whole(engine.named_parameters())
     optimizer.register_step_pre_hook(
@@ -131,9 +133,9 @@ def take(ranks: ParallelContext, case: Case, parallel: ParallelConfig = Parallel
 
 
 def curve(
-    ranks: ParallelContext, case: Case, parallel: ParallelConfig = ParallelConfig(), bf16: bool = False
+    ranks: ParallelContext, case: Case, parallel: ParallelConfig = DATA_PARALLEL, bf16: bool = False
 ) -> np.ndarray:
-    """Return this process's shares of the losses of CURVE_STEPS steps, [steps]."""
+    """Return this rank's shares of the losses of CURVE_STEPS steps, [steps]."""
     engine, optimizer, data = build(ranks, case, parallel, CURVE_STEPS, bf16)
     assert all(parameter.dtype == torch.float32 for parameter in engine.parameters())  # master weights
     losses, rates = [], {"learning_rate": 1e-2, "weight_decay": WEIGHT_DECAY}
@@ -151,11 +153,11 @@ def patched(owner, name: str, value):
         yield
 
 
-def check_equal(expected: list[Step], found: list[Step]) -> None:
-    """Check that two ways to cut a step give the same loss, norm and gradients; each is a list over processes."""
+def check_equal(expected: list[Step], steps: list[Step]) -> None:
+    """Check that a step has the same loss, norm and gradients in two layouts; the lists are over ranks."""
     loss, norm = (sum(step.loss for step in expected), expected[0].norm)
-    assert sum(step.loss for step in found) == pytest.approx(loss, rel=1e-6)
-    for step in found:
+    assert sum(step.loss for step in steps) == pytest.approx(loss, rel=1e-6)
+    for step in steps:
         assert step.norm == pytest.approx(norm, rel=1e-5)
         assert step.gradients.keys() == expected[0].gradients.keys()
         for name, gradient in expected[0].gradients.items():
@@ -163,8 +165,8 @@ def check_equal(expected: list[Step], found: list[Step]) -> None:
 
 
 def dropout_shared_by_ranks():
-    """All processes draw the same numbers for dropout."""
-    keyed = reseed
+    """Patch `reseed` so that all ranks have the same dropout masks."""
+    original = reseed
     return patched(
-        sys.modules[__name__], "reseed", lambda seed, iteration, _: keyed(seed, iteration, SimpleNamespace(rank=0))
+        sys.modules[__name__], "reseed", lambda seed, iteration, _: original(seed, iteration, SimpleNamespace(rank=0))
     )

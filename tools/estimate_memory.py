@@ -1,18 +1,18 @@
 #!/usr/bin/env python3
-"""Compute the memory of a training on each of its GPUs, before anything is started.
+"""Compute the GPU memory that a training run needs, without starting it.
 
     python tools/estimate_memory.py --model-size 1018M --processes 8
     python tools/estimate_memory.py --model-size 6796M --processes 8 --zero-stage 3 --recompute-granularity full
     python tools/estimate_memory.py --model-size 6796M --processes 8 --global-batch-size 256 --search 5
 
-It takes the flags of a training (pretrain_gpt.py, pretrain_mdm.py) and says how many processes, one a GPU, would share
-it. Printed is that process which needs most, at that moment of a step when it holds most, part by part in GiB. What
-CUDA, NCCL and the gaps of the allocator take on top is a flat 2 GiB, which is a guess; all else is computed as
-megatron/config/memory.py says, for blocks that are not compiled (compiled ones take less) and bf16, unless --fp32.
+It takes the flags of a training run (pretrain_gpt.py, pretrain_mdm.py) and --processes, the number of GPUs. It prints
+the peak memory of the rank that needs most, by kind, in GiB. 2 GiB for CUDA, NCCL and the fragmentation of the
+allocator are a guess; all else follows the formula in megatron/config/memory.py, for uncompiled blocks (compiled ones
+need less) and bf16, unless --fp32.
 
---search N lists layouts that fit, in this order: least tensor x pipeline parallelism (tensor within one node of eight,
-before pipeline), lowest ZeRO stage from 1 on, no recomputation before selective and full; with the largest micro-batch
-up to --micro-batch-size. The host's memory is used (--cpu-offload) where nothing else fits.
+--search N lists layouts that fit, in this order: least tensor x pipeline parallelism (tensor parallelism within one
+node of eight, and before pipeline parallelism), lowest ZeRO stage from 1 on, no recomputation before selective and
+full; each with the largest micro-batch size up to --micro-batch-size. --cpu-offload comes last.
 """
 
 import json
@@ -33,25 +33,23 @@ from megatron.errors import ConfigurationError
 from megatron.training.command_line import parse_with
 
 GIB = 2**30
-BESIDE = 2 * GIB  # CUDA's context, NCCL's buffers, gaps of the allocator: a guess
-NODE = 8  # GPUs
-TOLD = ("model", "training", "parallel")  # sections that --help shows; the flags of the others are taken too
+OVERHEAD = 2 * GIB  # CUDA context, NCCL buffers, fragmentation of the allocator: a guess
+NODE_SIZE = 8  # GPUs
+HELP_SECTIONS = ("model", "training", "parallel")  # sections that --help shows; flags of the others are accepted too
 TABLE_SIZES = ("106M", "425M", "1018M", "2283M", "4084M", "6796M", "9293M", "16183M")
 TABLE_PROCESSES = (1, 8, 64, 512)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Estimate: for how many GPUs, of which size."""
+    """Estimate: number and memory of the GPUs."""
 
-    processes: int = flag(1, "processes that share the training, one a GPU")
-    vocabulary_size: int = flag(GPT2_VOCABULARY, "ids of the tokenizer; the default is GPT-2's")
-    device_memory: float = flag(
-        80.0, "memory of one GPU in GB of 10^9 bytes; an A100 or H100 of 80 GB has somewhat more"
-    )
+    processes: int = flag(1, "world size: ranks, one per GPU")
+    vocabulary_size: int = flag(GPT2_VOCABULARY, "vocabulary size of the tokenizer; the default is GPT-2's")
+    device_memory: float = flag(80.0, "memory of one GPU in GB (10^9 bytes); an 80 GB A100 or H100 has somewhat more")
     search: int | None = flag(None, "list the first N layouts that fit", metavar="N")
     table: bool = flag(
-        False, "print the table of docs/layouts.md: the first layout that fits each size and number of GPUs"
+        False, "print the table of docs/layouts.md: the first layout that fits, by model size and number of GPUs"
     )
     json: bool = flag(False, "print JSON, in bytes")
 
@@ -61,17 +59,17 @@ class Options:
             require(value is None or value > 0, name, value, "must be positive")
 
     def fits(self, memory: Memory) -> bool:
-        return memory.total + BESIDE <= self.device_memory * 1e9
+        """Return whether a rank with `memory` fits on one GPU."""
+        return memory.total + OVERHEAD <= self.device_memory * 1e9
 
 
 def estimate(options: Options, config: Config) -> Memory:
-    """Return the memory of a training; raise ConfigurationError where it would not start."""
-    require(
-        not config.parallel.deepspeed,
-        "deepspeed",
-        True,
-        "the formula is FSDP2's; leave it out, with --deepspeed-config",
-    )
+    """Return the peak memory of the rank that needs most.
+
+    Raises: ConfigurationError, if the run would not start.
+    """
+    reason = "the formula is FSDP2's; leave it out, with --deepspeed-config"
+    require(not config.parallel.deepspeed, "deepspeed", True, reason)
     check_layout(config, options.processes)
     check_batch(config, options.processes)
     precision = "fp32" if config.training.fp32 else "bf16"
@@ -79,36 +77,36 @@ def estimate(options: Options, config: Config) -> Memory:
 
 
 def layouts(options: Options, config: Config) -> Iterator[tuple[Config, Memory]]:
-    """Yield layouts that fit, in the order that the description of this file states."""
+    """Yield (configuration, memory) of layouts that fit, in the order of --search."""
     powers = [1 << power for power in range(10)]
-    shares = sorted(product(powers[:4], powers), key=lambda share: (share[0] * share[1], share[1]))
-    for offload, (tensor, stages) in product((False, True), shares):
-        for zero, recompute in product((1, 2, 3), (None, "selective", "full")):
-            found = (
-                _largest(options, config, micro, tensor, stages, zero, recompute, offload)
-                for micro in range(config.training.micro_batch_size, 0, -1)
+    sizes = sorted(product(powers[:4], powers), key=lambda pair: (pair[0] * pair[1], pair[1]))
+    for offload, (tp_size, num_stages) in product((False, True), sizes):
+        if tp_size * num_stages > options.processes or tp_size > NODE_SIZE:
+            continue
+        for zero_stage, granularity in product((1, 2, 3), (None, "selective", "full")):
+            changes = {
+                "tensor_model_parallel_size": tp_size,
+                "pipeline_model_parallel_size": num_stages,
+                "zero_stage": zero_stage,
+                "recompute_granularity": granularity,
+                "cpu_offload": offload,
+            }
+            candidates = (
+                _candidate(options, config, micro_batch_size, changes)
+                for micro_batch_size in range(config.training.micro_batch_size, 0, -1)
             )
-            fitting = next(filter(None, found), None)
-            if fitting:
-                yield fitting
+            layout = next(filter(None, candidates), None)
+            if layout:
+                yield layout
 
 
-def _largest(options, config, micro: int, tensor: int, stages: int, zero: int, recompute, offload: bool):
-    """Return the configuration with this layout and its memory, None where it cannot be or does not fit."""
-    if tensor * stages > options.processes or tensor > NODE:
-        return None
+def _candidate(options: Options, config: Config, micro_batch_size: int, changes: dict) -> tuple[Config, Memory] | None:
+    """Return `config` with `changes` of its parallel section and its memory, or None if invalid or too large."""
     try:
         config = replace(
             config,
-            training=replace(config.training, micro_batch_size=micro),
-            parallel=replace(
-                config.parallel,
-                tensor_model_parallel_size=tensor,
-                pipeline_model_parallel_size=stages,
-                zero_stage=zero,
-                recompute_granularity=recompute,
-                cpu_offload=offload,
-            ),
+            training=replace(config.training, micro_batch_size=micro_batch_size),
+            parallel=replace(config.parallel, **changes),
         )
         memory = estimate(options, config)
     except ConfigurationError:
@@ -117,7 +115,7 @@ def _largest(options, config, micro: int, tensor: int, stages: int, zero: int, r
 
 
 def flags(config: Config) -> str:
-    """Return what a search decides as flags, those at their defaults left out."""
+    """Return the flags of a layout that --search found; those at their defaults are left out."""
     parallel, words = config.parallel, []
     for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
         if getattr(parallel, name) > 1:
@@ -131,53 +129,57 @@ def flags(config: Config) -> str:
 
 
 def print_estimate(options: Options, config: Config) -> None:
+    """Print the memory of one layout."""
     memory = estimate(options, config)
     if options.json:
-        report = asdict(memory) | {"total": memory.total, "beside": BESIDE, "fits": options.fits(memory)}
+        report = asdict(memory) | {"total": memory.total, "overhead": OVERHEAD, "fits": options.fits(memory)}
         print(json.dumps(report | {"device_memory": options.device_memory * 1e9}, indent=1))
         return
     stages = config.parallel.pipeline_model_parallel_size
     print(f"stage {memory.stage + 1} of {stages}, {memory.moment}" if stages > 1 else memory.moment)
     for name, size in memory.parts.items():
         print(f"  {name.replace('_', ' '):18}{size / GIB:9.2f} GiB")
-    print(f"  {'CUDA and NCCL':18}{BESIDE / GIB:9.2f} GiB, a guess")
-    share, limit = (memory.total + BESIDE) / GIB, options.device_memory * 1e9 / GIB
+    print(f"  {'CUDA and NCCL':18}{OVERHEAD / GIB:9.2f} GiB, a guess")
+    total, limit = (memory.total + OVERHEAD) / GIB, options.device_memory * 1e9 / GIB
     verdict = "fits" if options.fits(memory) else "does not fit"
-    print(f"  {'total':18}{share:9.2f} GiB: {verdict} {options.device_memory:g} GB, which are {limit:.2f} GiB")
+    print(f"  {'total':18}{total:9.2f} GiB: {verdict} {options.device_memory:g} GB, which are {limit:.2f} GiB")
     if memory.host:
-        print(f"  {'of the host':18}{memory.host / GIB:9.2f} GiB a process")
+        print(f"  {'of the host':18}{memory.host / GIB:9.2f} GiB per rank")
 
 
 def print_search(options: Options, config: Config) -> None:
-    found = list(islice(layouts(options, config), options.search))
+    """Print the first layouts that fit, one per line."""
+    fitting = list(islice(layouts(options, config), options.search))
     if options.json:
-        print(json.dumps([{"flags": flags(each), "total": memory.total, **asdict(memory)} for each, memory in found]))
+        report = [{"flags": flags(layout), "total": memory.total, **asdict(memory)} for layout, memory in fitting]
+        print(json.dumps(report))
         return
-    for each, memory in found:
-        print(f"{(memory.total + BESIDE) / GIB:7.1f} GiB  {flags(each)}")
-    if not found:
-        print("nothing fits; more processes (--processes), or a smaller --seq-length")
+    for layout, memory in fitting:
+        print(f"{(memory.total + OVERHEAD) / GIB:7.1f} GiB  {flags(layout)}")
+    if not fitting:
+        print("nothing fits; give more GPUs (--processes) or a smaller --seq-length")
 
 
 def table(options: Options, arguments: list[str]) -> str:
-    """Return the first layout that fits each size on each number of GPUs, as a table in Markdown."""
-    lines = ["| size | GPUs | flags | GiB a GPU |", "|---|---|---|---|"]
+    """Return the first layout that fits, by model size and number of GPUs, as a Markdown table."""
+    lines = ["| size | GPUs | flags | GiB per GPU |", "|---|---|---|---|"]
     for size, processes in product(TABLE_SIZES, TABLE_PROCESSES):
-        _, config = parse_with(Options, __doc__, [*arguments, "--model-size", size], TOLD)
-        found = next(layouts(replace(options, processes=processes), config), None)
-        text = f"`{flags(found[0])}` | {(found[1].total + BESIDE) / GIB:.1f}" if found else "none fits | "
-        if found and found[1].host:
-            text += f", {found[1].host / GIB:.0f} of the host"
+        _, config = parse_with(Options, __doc__, [*arguments, "--model-size", size], HELP_SECTIONS)
+        layout, memory = next(layouts(replace(options, processes=processes), config), (None, None))
+        text = f"`{flags(layout)}` | {(memory.total + OVERHEAD) / GIB:.1f}" if layout else "none fits | "
+        if memory and memory.host:
+            text += f", {memory.host / GIB:.0f} of the host"
         lines.append(f"| {size} | {processes} | {text} |")
     return "\n".join(lines)
 
 
 def main() -> None:
+    """Run the tool from the command line; a mistake exits with code 2."""
     arguments = sys.argv[1:]
     try:
         if "--table" in arguments:
             arguments = ["--model-size", TABLE_SIZES[0], *arguments]
-        options, config = parse_with(Options, __doc__, arguments, TOLD)
+        options, config = parse_with(Options, __doc__, arguments, HELP_SECTIONS)
         if options.table:
             print(table(options, arguments))
         elif options.search:

@@ -1,16 +1,16 @@
-"""The memory of one process, by formula: what it holds at those moments of a step when it may hold most.
+"""Peak memory of a rank, by formula: a sum for each moment of a training step that may be the peak.
 
 Weights, gradients and optimizer states follow from the shapes of the parameters and from how FSDP2 shards them;
-activations from what autograd keeps of each operator of `megatron/model`. The moment with the largest sum is the
-answer. Sizes are bytes of live tensors, for blocks that are not compiled (compiled ones keep fewer activations); what
-CUDA, NCCL and the gaps of the allocator take comes on top.
+activations from what autograd saves for each operator of `megatron/model`. The largest sum is the peak. Sizes are bytes
+of live tensors, for uncompiled blocks (compiled blocks save fewer activations). CUDA, NCCL and the fragmentation of the
+allocator come on top.
 
-    forward pass, head | backward of the last block ... of the first | reduction of the embedding | update
-    activations pile up  they go, and gradients come                   (and the head, where it is tied)
+    forward pass, head  | backward of the last block ... of the first  | reduction of the embedding | update
+    activations grow    | activations are freed, gradients appear      | (and of the head, if tied) |
 
 `benchmarks/memory.py` compares this with measured peaks, for FSDP2 and the pipeline schedules of torch 2.13.
 Activations are counted as by Korthikanti et al., Reducing Activation Recomputation in Large Transformer Models
-(2205.05198), section 4; here attention keeps no [S, S] matrix and the head no logits.
+(2205.05198), section 4; here attention saves no [S, S] matrix and the head no logits.
 """
 
 from collections.abc import Iterator
@@ -20,386 +20,425 @@ from megatron.config.sections import Config, Vocabulary
 from megatron.config.sizes import COLUMNS, ROWS, block_shapes, layers_of
 
 FP32 = 4  # bytes
-BATCH_BYTES = 28  # of a token of a micro-batch: ids, targets and rows int64, weights fp32
-# megatron/model/linear_cross_entropy.py: rows of one chunk of logits, and how many numbers of it are fp32 at a time
-HEAD_ROWS = {"cpu": 256, "cuda": 8192}
-HEAD_NUMBERS = {"cpu": 800_000}
-HEAD_IN_PLACE = {"cuda"}  # where kernels need no fp32 copy of logits
-ACTIVE_CHUNKS = 3  # whole stages that torch's interleaved 1F1B lets a process hold
+BATCH_BYTES = 28  # per token of a micro-batch: ids, targets and scored positions int64, weights fp32
+# as in megatron/model/linear_cross_entropy.py: positions per chunk of logits, and elements in fp32 at a time
+HEAD_POSITIONS = {"cpu": 256, "cuda": 8192}
+HEAD_ELEMENTS = {"cpu": 800_000}
+HEAD_IN_PLACE = {"cuda"}  # kernels need no fp32 copy of logits
+ACTIVE_CHUNKS = 3  # whole stages that torch's interleaved 1F1B lets a rank hold
 
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Bytes of one process at the moment when it holds most: on its device, but for `host`."""
+    """Bytes of a rank at its peak, on its device except `host`."""
 
-    stage: int  # its place in the pipeline, from 0
+    stage: int  # pipeline rank, from 0
     moment: str
-    master_weights: int  # fp32, this process's shard
-    optimizer_states: int  # two moments of AdamW, likewise; one of Muon; and averaged weights
+    master_weights: int  # fp32, this rank's shard
+    optimizer_states: int  # of this rank's shard: two moments of AdamW, one of Muon, and averaged weights
     gradients: int  # shards, and what is not reduced yet
-    compute_weights: int  # what FSDP2 has gathered, in the compute dtype
+    compute_weights: int  # weights gathered by FSDP2, in the compute dtype
     activations: int
     head: int  # workspace of head and loss
-    communication: int  # what FSDP2 gathers into and reduces from, and what a pipeline receives into
+    communication: int  # buffers of FSDP2's all-gathers and reduce-scatters, and of what a pipeline receives
     host: int  # in the host's memory, with --cpu-offload
 
     @property
     def parts(self) -> dict[str, int]:
+        """The bytes on the device by kind."""
         names = [field.name for field in fields(self) if field.name not in ("stage", "moment", "host")]
         return {name: getattr(self, name) for name in names}
 
     @property
     def total(self) -> int:
+        """The bytes on the device."""
         return sum(self.parts.values())
 
 
 def memory_per_process(
     config: Config, vocabulary: Vocabulary, world_size: int, precision: str, device: str = "cuda"
 ) -> Memory:
-    """Return the memory of that of `processes` processes which needs most; `check_layout` has accepted the layout.
+    """Return the peak memory of the rank that needs most; the layout must have passed `check_layout`.
 
-    `precision` is "bf16" or "fp32". On a CPU, where the formula is measured, RMSNorm keeps fp32 copies and the head
-    works in smaller pieces.
+    `precision` is "bf16" or "fp32". On a CPU, where the formula is measured, RMSNorm saves fp32 copies and the head
+    uses smaller chunks.
     """
-    stages = config.parallel.pipeline_model_parallel_size
-    places = [_Process(config, vocabulary, world_size, precision, device, place) for place in range(stages)]
-    return max((memory for process in places for memory in process.moments()), key=lambda memory: memory.total)
+    num_stages = config.parallel.pipeline_model_parallel_size
+    ranks = [_Rank(config, vocabulary, world_size, precision, device, stage) for stage in range(num_stages)]
+    return max((memory for rank in ranks for memory in rank.moments()), key=lambda memory: memory.total)
 
 
 @dataclass(frozen=True)
-class _Numbers:
-    """How many numbers some parameters have here: gathered, and the share that stays. FSDP2 pads to whole rows."""
+class _Elements:
+    """Elements of some parameters on a rank: gathered, and of its shard. FSDP2 pads dim 0 to a multiple of shards."""
 
-    whole: int = 0
+    gathered: int = 0
     shard: int = 0
 
-    def __add__(self, other: "_Numbers") -> "_Numbers":
-        return _Numbers(self.whole + other.whole, self.shard + other.shard)
+    def __add__(self, other: "_Elements") -> "_Elements":
+        return _Elements(self.gathered + other.gathered, self.shard + other.shard)
 
-    def __mul__(self, count: int) -> "_Numbers":
-        return _Numbers(self.whole * count, self.shard * count)
+    def __mul__(self, count: int) -> "_Elements":
+        return _Elements(self.gathered * count, self.shard * count)
 
 
-def _numbers(shapes: list[tuple[int, ...]], shards: int) -> _Numbers:
-    total = _Numbers()
+def _elements(shapes: list[tuple[int, ...]], num_shards: int) -> _Elements:
+    total = _Elements()
     for rows, *columns in shapes:
-        share = -(-rows // shards) * (columns[0] if columns else 1)
-        total += _Numbers(share * shards, share)
+        shard = -(-rows // num_shards) * (columns[0] if columns else 1)
+        total += _Elements(shard * num_shards, shard)
     return total
 
 
-def _part(name: str, shape: tuple[int, ...], tensor: int) -> tuple[int, ...]:
-    """Return the shape that a parameter of a block has on one of `tensor` processes."""
+def _shard_shape(name: str, shape: tuple[int, ...], tp_size: int) -> tuple[int, ...]:
+    """Return the shape of a block's parameter on each of `tp_size` tensor-parallel ranks."""
     layer, kind = name.split(".")[-2:]
     if layer in COLUMNS:
-        return (shape[0] // tensor, *shape[1:])
-    return (shape[0], shape[1] // tensor) if layer in ROWS and kind == "weight" else shape
+        return (shape[0] // tp_size, *shape[1:])
+    return (shape[0], shape[1] // tp_size) if layer in ROWS and kind == "weight" else shape
 
 
-class _Process:
-    """One process of a layout: what it holds of each kind, in bytes unless a name says otherwise.
+class _Rank:
+    """One rank of a layout and its memory of each kind, in bytes unless a name or a comment says otherwise.
 
-    A micro-batch is "through" a block when its backward pass is; "accumulated" says that gradients of earlier
-    micro-batches of the step are there already. `done` blocks of a chunk, from its end, are through.
+    `num_done` blocks of a chunk, counted from its end, have finished their backward pass. `accumulated`: gradients of
+    earlier micro-batches of the step exist already. A `chunk` is a virtual pipeline stage.
     """
 
     def __init__(
-        self, config: Config, vocabulary: Vocabulary, world_size: int, precision: str, device: str, place: int
+        self, config: Config, vocabulary: Vocabulary, world_size: int, precision: str, device: str, stage: int
     ):
         model, parallel, training = config.model, config.parallel, config.training
-        self.model, self.parallel, self.device, self.place = model, parallel, device, place
-        self.size = {"bf16": 2, "fp32": 4}[precision]  # of a number in the compute dtype
-        self.resident = 0 if parallel.cpu_offload else FP32  # of a number of a shard, on the device
-        self.tensor, self.stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-        self.first, self.last = place == 0, place == self.stages - 1
-        self.chunks = parallel.chunks(model.num_layers)
-        self.layers = len(layers_of(place, self.stages * self.chunks, model.num_layers))  # of one chunk
+        self.model = model
+        self.parallel = parallel
+        self.device = device
+        self.stage = stage
+        self.size = {"bf16": 2, "fp32": 4}[precision]  # of an element in the compute dtype
+        self.resident = 0 if parallel.cpu_offload else FP32  # of an element of a shard, on the device
+        self.tp_size = parallel.tensor_model_parallel_size
+        self.num_stages = parallel.pipeline_model_parallel_size
+        self.is_first = stage == 0
+        self.is_last = stage == self.num_stages - 1
+        self.num_chunks = parallel.chunks(model.num_layers)
+        self.num_layers = len(layers_of(stage, self.num_stages * self.num_chunks, model.num_layers))  # of one chunk
         data_size = parallel.data_size(world_size)
         self.micro_batches = training.global_batch_size // (training.micro_batch_size * data_size)
 
-        shards = data_size // parallel.replicas(data_size)
-        self.shared = shards > 1
-        self.table = -(-vocabulary.padded_size // self.tensor) * model.hidden_size  # numbers of embedding or head
-        self.vocabulary_part = -(-vocabulary.padded_size // self.tensor)
-        self.block = _numbers([_part(*item, self.tensor) for item in block_shapes(model).items()], shards)
-        self.root = _numbers(self._root_shapes(), shards)
-        self.parameters = self.block * (self.layers * self.chunks) + self.root
-        self.moments_held = 2 * self.parameters.shard  # numbers
+        num_shards = data_size // parallel.replicas(data_size)
+        self.is_sharded = num_shards > 1
+        self.vocabulary_shard = -(-vocabulary.padded_size // self.tp_size)
+        self.table = self.vocabulary_shard * model.hidden_size  # elements of embedding or head
+        shapes = [_shard_shape(*item, self.tp_size) for item in block_shapes(model).items()]
+        self.block = _elements(shapes, num_shards)
+        self.root = _elements(self._root_shapes(), num_shards)
+        self.parameters = self.block * (self.num_layers * self.num_chunks) + self.root
+        self.state_elements = 2 * self.parameters.shard  # of the optimizer
         if config.optimizer.optimizer == "muon":
-            matrices = [_part(*item, self.tensor) for item in block_shapes(model).items() if len(item[1]) == 2]
-            self.moments_held -= _numbers(matrices, shards).shard * self.layers * self.chunks
-        self.moments_held += self.parameters.shard * config.optimizer.averages
+            matrices = [shape for shape in shapes if len(shape) == 2]
+            self.state_elements -= _elements(matrices, num_shards).shard * self.num_layers * self.num_chunks
+        self.state_elements += self.parameters.shard * config.optimizer.averages
 
         self.seq_length = config.objective.positions(config.data.seq_length)
         self.tokens = training.micro_batch_size * self.seq_length
-        self.own_tokens = self.tokens // self.tensor  # between layers
-        self.stream = self.size * self.own_tokens * model.hidden_size  # hidden states [B, S/tp, H]
-        self.gathered = self.size * self.tokens * model.hidden_size  # hidden states [B, S, H]
-        self.queries = self.tokens * model.num_attention_heads // self.tensor * model.head_size  # numbers
-        self.keys = self.tokens * model.key_value_heads // self.tensor * model.head_size
-        self.mlp = self.tokens * model.mlp_size // self.tensor
-        self.kept = [self._kept(layer) for layer in range(self.layers)]
+        self.shard_tokens = self.tokens // self.tp_size  # between layers
+        self.hidden_shard = self.size * self.shard_tokens * model.hidden_size  # hidden states [B, S/tp, H]
+        self.hidden = self.size * self.tokens * model.hidden_size  # hidden states [B, S, H]
+        self.queries = self.tokens * model.num_attention_heads // self.tp_size * model.head_size  # elements
+        self.keys = self.tokens * model.key_value_heads // self.tp_size * model.head_size
+        self.mlp = self.tokens * model.mlp_size // self.tp_size
+        self.saved_per_layer = [self._saved_by_layer(layer) for layer in range(self.num_layers)]
 
     def _root_shapes(self) -> list[tuple[int, ...]]:
-        """The parameters outside blocks; tied ends of a pipeline have a copy of the table each."""
-        untied = self.model.untie_embeddings_and_output_weights
-        tables = max(self.first or self.last, self.first + self.last * untied)
+        """Return the shapes of the parameters outside blocks; tied weights exist at both ends of a pipeline."""
+        is_untied = self.model.untie_embeddings_and_output_weights
+        tables = [(self.vocabulary_shard, self.model.hidden_size)] * self.is_first  # the embedding
+        if self.is_last and (is_untied or not self.is_first):
+            tables.append((self.vocabulary_shard, self.model.hidden_size))
         norm = [(self.model.hidden_size,)] * (1 if self.model.normalization == "rmsnorm" else 2)
-        return [(self.vocabulary_part, self.model.hidden_size)] * tables + norm * self.last
+        return tables + norm if self.is_last else tables
 
     def moments(self) -> Iterator[Memory]:
-        """Yield what is held at every moment that may be the worst."""
+        """Yield candidate memory peaks, in bytes."""
         for in_flight, accumulated in self._passes():
-            if self.last:
+            if self.is_last:
                 yield self._at_head(in_flight, accumulated)
-            for done in range(self.layers):
-                yield self._within_block(in_flight, accumulated, done)
-                yield self._after_block(in_flight, accumulated, done)
+            for num_done in range(self.num_layers):
+                yield self._within_block(in_flight, accumulated, num_done)
+                yield self._after_block(in_flight, accumulated, num_done)
         yield from self._at_end()
 
     def _passes(self) -> list[tuple[int, bool]]:
-        """Return the kinds of backward pass: (micro-batches, times chunks, in flight before it, accumulated)."""
-        full, count = self.in_flight, self.micro_batches * self.chunks
-        return [(full, False)] + [(full, True)] * (count > full) + [(full - 1, True)] * (full > 1)
+        """Return the kinds of backward pass: (micro-batches x chunks in flight before it, accumulated)."""
+        full, count = self.in_flight, self.micro_batches * self.num_chunks
+        passes = [(full, False)]
+        if count > full:
+            passes.append((full, True))
+        if full > 1:
+            passes.append((full - 1, True))
+        return passes
 
     @property
     def in_flight(self) -> int:
-        """Micro-batches, times chunks, whose forward pass is over when the first backward pass begins."""
-        if self.chunks == 1:
-            return min(self.micro_batches, self.stages - self.place)
-        a_round = self.micro_batches // max(1, self.micro_batches // self.stages)
-        warm_up = (self.chunks - 1) * a_round + 2 * (self.stages - 1 - self.place)
-        return min(warm_up + 1, self.micro_batches * self.chunks)
+        """Micro-batches x chunks that have finished their forward pass when the first backward pass starts."""
+        if self.num_chunks == 1:
+            return min(self.micro_batches, self.num_stages - self.stage)
+        round_size = self.micro_batches // max(1, self.micro_batches // self.num_stages)
+        warm_up = (self.num_chunks - 1) * round_size + 2 * (self.num_stages - 1 - self.stage)
+        return min(warm_up + 1, self.micro_batches * self.num_chunks)
 
     # ------------------------------------------------------------------ moments
 
     def _at_head(self, in_flight: int, accumulated: bool) -> Memory:
-        """The loss is computed. The last gathered block's buffer is there, where blocks had to be gathered."""
-        fresh = not accumulated or (self.parallel.fsdp_stage == 3 and self.stages == 1)
-        return self._memory("head", in_flight, accumulated, None, head=self._head(), communication=fresh * self._buffer)
+        """Return the memory while the loss is computed.
 
-    def _within_block(self, in_flight: int, accumulated: bool, done: int) -> Memory:
-        """A block is at work on its backward pass: its activations are there, again where it recomputes."""
-        layer, ahead = self.layers - 1 - done, self.parallel.fsdp_stage == 3
-        previous = FP32 * self.block.whole * (done > 0) * self._reduces(accumulated)  # FSDP2 keeps it so long
+        If blocks had to be gathered for this forward pass, the buffer of the last all-gather still exists.
+        """
+        gathers = not accumulated or (self.parallel.fsdp_stage == 3 and self.num_stages == 1)
+        buffer = self._gather_buffer if gathers else 0
+        return self._memory("head", in_flight, accumulated, None, head=self._head(), communication=buffer)
+
+    def _within_block(self, in_flight: int, accumulated: bool, num_done: int) -> Memory:
+        """Return the memory during a block's backward pass, with all its activations, recomputed or saved."""
+        layer = self.num_layers - 1 - num_done
+        communication = 0
+        if num_done > 0 and self._reduces(accumulated):
+            communication += FP32 * self.block.gathered  # FSDP2 keeps the previous block's until then
+        if self.parallel.fsdp_stage == 3:
+            communication += self._gather_buffer  # prefetch of the next block
         return self._memory(
-            f"backward of block {layer + 1} of {self.layers}",
+            f"backward of block {layer + 1} of {self.num_layers}",
             in_flight,
             accumulated,
-            done,
+            num_done,
             gradients=self._head_gradient,
-            activations=self._again(layer) - self.kept[layer] + self._backward_workspace,
-            communication=previous + ahead * self._buffer,
+            activations=self._in_backward(layer) - self.saved_per_layer[layer] + self._backward_workspace,
+            communication=communication,
         )
 
-    def _after_block(self, in_flight: int, accumulated: bool, done: int) -> Memory:
-        """A block is through: its gradients are copied into a buffer in fp32, and reduced; or they are kept."""
-        whole, shard = self.block.whole, self.block.shard
-        if not self._reduces(accumulated):
-            waiting = self.size * whole * accumulated
-        elif accumulated and not self._reduces_each:
-            waiting = FP32 * whole - self.resident * shard
+    def _after_block(self, in_flight: int, accumulated: bool, num_done: int) -> Memory:
+        """Return the memory after a block's backward pass.
+
+        Its gradients are copied into an fp32 buffer and reduced, or accumulated.
+        """
+        gathered, shard = self.block.gathered, self.block.shard
+        reduces = self._reduces(accumulated)
+        if not reduces:
+            unreduced = self.size * gathered if accumulated else 0
+        elif accumulated and not self._reduces_every_micro_batch:
+            unreduced = FP32 * gathered - self.resident * shard
         else:
-            waiting = max(0, self.size * whole - self.resident * shard)
+            unreduced = max(0, self.size * gathered - self.resident * shard)
         return self._memory(
-            f"reduction of block {self.layers - done} of {self.layers}",
+            f"reduction of block {self.num_layers - num_done} of {self.num_layers}",
             in_flight,
             accumulated,
-            done + 1,
-            gradients=self._head_gradient + waiting,
-            activations=self.stream,
-            communication=FP32 * whole * self._reduces(accumulated),
+            num_done + 1,
+            gradients=self._head_gradient + unreduced,
+            activations=self.hidden_shard,
+            communication=FP32 * gathered if reduces else 0,
         )
 
     def _at_end(self) -> Iterator[Memory]:
-        """The parameters outside blocks are reduced, in a pipeline all are; and the optimizer updates."""
-        whole = self.micro_batches > 1 and not self._reduces_each  # are there in fp32
-        blocks = self.block * (self.layers * self.chunks)
-        gradients = FP32 * blocks.whole if self.stages > 1 else self.resident * blocks.shard
-        earlier = FP32 * self.root.whole if whole else 0
-        if self._reduces_each and self.micro_batches > 1:
-            earlier = self.resident * self.root.shard
-        weights = self._compute_weights(1, True, self.layers)
-        # its own and the head's; where these are one matrix, their sum as well
-        tables = 1 + self.last * (1 if self.model.untie_embeddings_and_output_weights else 2)
-        yield self._put_together(
+        """Yield the memory when the parameters outside blocks, in a pipeline all, are reduced, and at the update."""
+        has_fp32 = self.micro_batches > 1 and not self._reduces_every_micro_batch  # accumulated gradients, unsharded
+        blocks = self.block * (self.num_layers * self.num_chunks)
+        block_gradients = FP32 * blocks.gathered if self.num_stages > 1 else self.resident * blocks.shard
+        root_gradients = FP32 * self.root.gathered if has_fp32 else 0
+        if self._reduces_every_micro_batch and self.micro_batches > 1:
+            root_gradients = self.resident * self.root.shard
+        weights = self._compute_weights(1, True, self.num_layers)
+        tables = 0  # gradients of embedding and head; with tied weights their sum as well
+        if self.is_first:
+            tables = 1
+            if self.is_last:
+                tables += 1 if self.model.untie_embeddings_and_output_weights else 2
+        last_reduction = FP32 * self.block.gathered if self.num_stages == 1 else 0
+        yield self._build(
             "gradient of the embedding",
-            gradients=gradients + earlier + self.size * self.table * tables * self.first,
+            gradients=block_gradients + root_gradients + self.size * self.table * tables,
             compute_weights=weights,
-            activations=self.stream,
-            communication=FP32 * self.block.whole * (self.stages == 1) + self._passed_on,
+            activations=self.hidden_shard,
+            communication=last_reduction + self._pipeline_buffers,
         )
-        waiting = FP32 * self.root.whole if whole else earlier + self.size * self.root.whole
-        yield self._put_together(
+        unreduced = FP32 * self.root.gathered if has_fp32 else root_gradients + self.size * self.root.gathered
+        yield self._build(
             "reduction of the embedding",
-            gradients=gradients + max(waiting, self.resident * self.root.shard),
-            compute_weights=weights - self.size * self.root.whole,
-            communication=FP32 * self.root.whole + self._passed_on,
+            gradients=block_gradients + max(unreduced, self.resident * self.root.shard),
+            compute_weights=weights - self.size * self.root.gathered,
+            communication=FP32 * self.root.gathered + self._pipeline_buffers,
         )
         shards = self.resident * self.parameters.shard
-        yield self._put_together("update", gradients=shards, communication=self._passed_on)
+        yield self._build("update", gradients=shards, communication=self._pipeline_buffers)
 
-    def _memory(self, moment: str, in_flight: int, accumulated: bool, done: int | None, **more: int) -> Memory:
-        """Put a moment of a backward pass together; `done` None says that it has not begun, `more` comes on top."""
-        through = done or 0
+    def _memory(self, moment: str, in_flight: int, accumulated: bool, num_done: int | None, **extra: int) -> Memory:
+        """Return the memory at a moment of a backward pass, plus `extra`; `num_done` is None before the first block."""
+        blocks_done = num_done or 0
         if not accumulated:
-            ready = self.resident * self.block.shard if self._reduces(False) else FP32 * self.block.whole
-            gradients = ready * through
-        elif self._reduces_each:
+            per_block = self.resident * self.block.shard if self._reduces(False) else FP32 * self.block.gathered
+            gradients = per_block * blocks_done
+        elif self._reduces_every_micro_batch:
             gradients = self.resident * self.parameters.shard
         else:
-            gradients = FP32 * self.parameters.whole
+            gradients = FP32 * self.parameters.gathered
             if self._reduces(True):
-                gradients -= (FP32 * self.block.whole - self.resident * self.block.shard) * through
-        communication = self._passed_on
-        if not self.first and self._norm_keeps_input:
-            communication -= in_flight * self.stream  # the first block's input is such a buffer
-        batches = BATCH_BYTES * self.tokens * (self.micro_batches if self.stages > 1 else 1)
-        return self._put_together(
+                gradients -= (FP32 * self.block.gathered - self.resident * self.block.shard) * blocks_done
+        communication = self._pipeline_buffers
+        if not self.is_first and self._norm_saves_input:
+            communication -= in_flight * self.hidden_shard  # the first block's input is such a buffer
+        batches = BATCH_BYTES * self.tokens * (self.micro_batches if self.num_stages > 1 else 1)
+        activations = (in_flight - 1) * self._chunk() + self._chunk(blocks_done) + batches
+        return self._build(
             moment,
-            gradients=gradients + more.get("gradients", 0),
-            compute_weights=self._compute_weights(in_flight, accumulated, done),
-            activations=(in_flight - 1) * self._chunk() + self._chunk(through) + batches + more.get("activations", 0),
-            head=more.get("head", 0),
-            communication=communication + more.get("communication", 0),
+            gradients=gradients + extra.get("gradients", 0),
+            compute_weights=self._compute_weights(in_flight, accumulated, num_done),
+            activations=activations + extra.get("activations", 0),
+            head=extra.get("head", 0),
+            communication=communication + extra.get("communication", 0),
         )
 
-    def _put_together(self, moment: str, **parts: int) -> Memory:
+    def _build(self, moment: str, **sizes: int) -> Memory:
         shard = self.parameters.shard
         return Memory(
-            stage=self.place,
+            stage=self.stage,
             moment=moment,
             master_weights=self.resident * shard,
-            optimizer_states=self.resident * self.moments_held,
-            host=(FP32 - self.resident) * (2 * shard + self.moments_held),
-            **{"compute_weights": 0, "activations": 0, "head": 0, **parts},
+            optimizer_states=self.resident * self.state_elements,
+            host=(FP32 - self.resident) * (2 * shard + self.state_elements),
+            **{"compute_weights": 0, "activations": 0, "head": 0, **sizes},
         )
 
     # ------------------------------------------------------------------ weights and gradients
 
     @property
-    def _reduces_each(self) -> bool:
-        """Whether gradients are reduced at every micro-batch; a pipeline does it once a step."""
-        return self.stages == 1 and self.parallel.fsdp_stage >= 2
+    def _reduces_every_micro_batch(self) -> bool:
+        """Whether gradients are reduced after every micro-batch; a pipeline reduces once per step."""
+        return self.num_stages == 1 and self.parallel.fsdp_stage >= 2
 
     def _reduces(self, accumulated: bool) -> bool:
-        """Whether a backward pass reduces as it goes: the only one, the last one, or every one."""
-        return self.stages == 1 and (accumulated or self.micro_batches == 1 or self._reduces_each)
+        """Return whether a backward pass reduces gradients block by block: the only one, the last one, or every one."""
+        return self.num_stages == 1 and (accumulated or self.micro_batches == 1 or self._reduces_every_micro_batch)
 
-    def _compute_weights(self, in_flight: int, accumulated: bool, done: int | None) -> int:
-        """The gathered weights: of all blocks, of those that are not through, or with ZeRO 3 of that at work."""
-        held = self.layers * self.chunks
-        zero3 = self.parallel.fsdp_stage == 3
-        if self.stages == 1:
-            if zero3:
-                held = 0 if done is None else 1
+    def _compute_weights(self, in_flight: int, accumulated: bool, num_done: int | None) -> int:
+        """Return the gathered weights: of all blocks, of those still to come, or at ZeRO stage 3 of the current one."""
+        gathered_blocks = self.num_layers * self.num_chunks
+        is_zero3 = self.parallel.fsdp_stage == 3
+        if self.num_stages == 1:
+            if is_zero3:
+                gathered_blocks = 0 if num_done is None else 1
             elif accumulated or self.micro_batches == 1:
-                held -= done or 0
-        elif self.chunks > 1:
-            held = min(self.chunks, ACTIVE_CHUNKS) * self.layers
-        elif zero3 and in_flight == self.in_flight:
-            # a pipeline's forward pass frees a block that it has used, its backward pass does not
-            held = 0 if done is None else min(1 + done, held)
-        return self.size * (self.root.whole + self.block.whole * held)
+                gathered_blocks -= num_done or 0
+        elif self.num_chunks > 1:
+            gathered_blocks = min(self.num_chunks, ACTIVE_CHUNKS) * self.num_layers
+        elif is_zero3 and in_flight == self.in_flight:
+            # in a pipeline the forward pass frees a block after use, the backward pass does not
+            gathered_blocks = 0 if num_done is None else min(1 + num_done, gathered_blocks)
+        return self.size * (self.root.gathered + self.block.gathered * gathered_blocks)
 
     @property
-    def _buffer(self) -> int:
-        """What one block is gathered into, before it is copied to its place."""
-        return self.size * self.block.whole * self.shared
+    def _gather_buffer(self) -> int:
+        """The all-gather buffer of one block, before it is copied into the parameters."""
+        return self.size * self.block.gathered if self.is_sharded else 0
 
     @property
     def _head_gradient(self) -> int:
-        """The gradient of the head's matrix, there from the head's backward pass to the end."""
-        return self.size * self.table * self.last
+        """The gradient of the head's weight, from the head's backward pass to the end."""
+        return self.size * self.table if self.is_last else 0
 
     # ------------------------------------------------------------------ activations
 
     def _saved(self) -> int:
-        """What autograd keeps of a block, its input included where the first norm keeps it."""
+        """Return what autograd saves for a block, with its input if the first norm saves it."""
         model = self.model
-        heads, groups = self.queries // model.head_size, self.keys // model.head_size  # times tokens
-        own = self.own_tokens * model.hidden_size
-        kept = 2 * self._norm(own, self.own_tokens) + 2 * self.gathered  # and what they give the projections
-        kept += self.size * (2 * self.queries + 2 * self.keys) + FP32 * heads  # q, k, v, their mixture and log-sums
+        heads, groups = self.queries // model.head_size, self.keys // model.head_size  # x tokens
+        hidden_elements = self.shard_tokens * model.hidden_size
+        saved = 2 * self._norm(hidden_elements, self.shard_tokens) + 2 * self.hidden  # and inputs of the projections
+        saved += self.size * (2 * self.queries + 2 * self.keys) + FP32 * heads  # q, k, v, output and log-sum-exp
         if model.qk_layernorm:
-            kept += self._norm(self.queries, heads) + self._norm(self.keys, groups)
-        kept += self.size * (4 if model.swiglu else 2) * self.mlp  # gate, its silu, up, product; or up, its gelu
-        return kept + 2 * self._dropout(model.hidden_dropout, own) + self._dropout(model.mlp_dropout, self.mlp)
+            saved += self._norm(self.queries, heads) + self._norm(self.keys, groups)
+        saved += self.size * (4 if model.swiglu else 2) * self.mlp  # gate, silu(gate), up, product; or up, gelu(up)
+        saved += 2 * self._dropout(model.hidden_dropout, hidden_elements)
+        return saved + self._dropout(model.mlp_dropout, self.mlp)
 
-    def _norm(self, numbers: int, vectors: int) -> int:
-        """What autograd keeps of a normalisation of so many numbers in so many vectors."""
+    def _norm(self, elements: int, vectors: int) -> int:
+        """Return what autograd saves for a norm of `elements` elements in `vectors` vectors."""
         if self.model.normalization == "layernorm":
-            return self.size * numbers + 2 * FP32 * vectors
-        if self.device == "cpu":  # made of small operators there
-            return 2 * FP32 * numbers + FP32 * vectors
-        return self.size * numbers + FP32 * vectors
+            return self.size * elements + 2 * FP32 * vectors
+        if self.device == "cpu":  # several small operators there
+            return 2 * FP32 * elements + FP32 * vectors
+        return self.size * elements + FP32 * vectors
 
     @property
-    def _norm_keeps_input(self) -> bool:
-        """Whether a normalisation keeps its input itself, which then costs nothing elsewhere."""
+    def _norm_saves_input(self) -> bool:
+        """Whether a norm saves its input itself, which then costs nothing elsewhere."""
         return self.model.normalization == "layernorm" or self.device != "cpu"
 
-    def _dropout(self, share: float, numbers: int) -> int:
-        return (numbers if self.device == "cuda" else self.size * numbers) if share else 0
+    def _dropout(self, probability: float, elements: int) -> int:
+        if not probability:
+            return 0
+        return elements if self.device == "cuda" else self.size * elements
 
-    def _kept(self, layer: int) -> int:
-        """What a block of a chunk keeps from its forward to its backward pass."""
+    def _saved_by_layer(self, layer: int) -> int:
+        """Return what a block of a chunk stores from its forward to its backward pass."""
         limit = self.parallel.recompute_num_layers
         if self.parallel.recompute_granularity is None or (limit is not None and layer >= limit):
             return self._saved()
         if self.parallel.recompute_granularity == "full":
-            return self.stream
-        # what megatron/parallel/recompute.py keeps: the outputs of matrix products and of attention
+            return self.hidden_shard
+        # megatron/parallel/recompute.py stores the outputs of matrix products and of attention
         products = 2 * self.queries + 2 * self.keys + (2 if self.model.swiglu else 1) * self.mlp
         log_sums = FP32 * self.queries // self.model.head_size
-        return self.stream + self.size * products + 2 * self.gathered + log_sums
+        return self.hidden_shard + self.size * products + 2 * self.hidden + log_sums
 
-    def _again(self, layer: int) -> int:
-        """What a block holds in its backward pass, where all is there again."""
-        kept, saved = self.kept[layer], self._saved()
-        return saved if kept == saved or self._norm_keeps_input else saved + self.stream
+    def _in_backward(self, layer: int) -> int:
+        """Return the activations of a block in its backward pass, after recomputation."""
+        stored, saved = self.saved_per_layer[layer], self._saved()
+        return saved if stored == saved or self._norm_saves_input else saved + self.hidden_shard
 
     @property
     def _backward_workspace(self) -> int:
-        """The gradients that the backward pass of an MLP holds at its widest: branches, output, a matrix."""
+        """The gradients at the peak of an MLP's backward pass: of gate and up, of the output, of one weight."""
         branches = self.size * (2 if self.model.swiglu else 1) * self.mlp
-        matrix = self.size * self.model.mlp_size // self.tensor * self.model.hidden_size
-        return branches + self.stream + self.gathered * (self.tensor > 1) + matrix
+        weight = self.size * self.model.mlp_size // self.tp_size * self.model.hidden_size
+        gathered = self.hidden if self.tp_size > 1 else 0
+        return branches + self.hidden_shard + gathered + weight
 
-    def _chunk(self, done: int = 0) -> int:
-        """What one micro-batch keeps of a chunk of which `done` blocks are through."""
-        kept = sum(self.kept[: self.layers - done])
-        kept += 2 * FP32 * self.seq_length * self.model.head_size  # the rotary table
-        if self.last and done == 0:
-            kept += self._norm(self.own_tokens * self.model.hidden_size, self.own_tokens)
-        sends = self.stages > 1 and (not self.last or self.chunks > 1)
-        return kept + self.stream * sends  # which the stage keeps until its backward pass
+    def _chunk(self, num_done: int = 0) -> int:
+        """Return the activations of one micro-batch in a chunk with `num_done` blocks done."""
+        stored = sum(self.saved_per_layer[: self.num_layers - num_done])
+        stored += 2 * FP32 * self.seq_length * self.model.head_size  # the rotary table
+        if self.is_last and num_done == 0:
+            stored += self._norm(self.shard_tokens * self.model.hidden_size, self.shard_tokens)
+        sends_output = self.num_stages > 1 and (not self.is_last or self.num_chunks > 1)
+        return stored + self.hidden_shard if sends_output else stored  # the output, until the backward pass
 
     def _head(self) -> int:
-        """The workspace of the fused head and loss: in its forward pass, or in its backward pass if that is more."""
-        rows, width = HEAD_ROWS[self.device], self.model.hidden_size
-        logits, matrix = rows * self.vocabulary_part, self.table
-        at_a_time = HEAD_NUMBERS.get(self.device, logits + matrix) if self.tensor == 1 else logits + matrix
-        copied = self.size != FP32 and self.device not in HEAD_IN_PLACE
-        wide = FP32 * min(logits, at_a_time) * copied
-        forward = wide + self.size * (logits + matrix + 2 * rows * width) + FP32 * matrix + 2 * self.gathered
-        scaled = FP32 * max(min(matrix, at_a_time), self.tokens * width)
-        backward = scaled + (FP32 + self.size) * matrix + self.gathered
+        """Return the workspace of the fused head and loss: the maximum of both passes."""
+        positions, width = HEAD_POSITIONS[self.device], self.model.hidden_size
+        logits, weight = positions * self.vocabulary_shard, self.table
+        fp32_elements = HEAD_ELEMENTS.get(self.device, logits + weight) if self.tp_size == 1 else logits + weight
+        needs_copy = self.size != FP32 and self.device not in HEAD_IN_PLACE
+        fp32_logits = FP32 * min(logits, fp32_elements) if needs_copy else 0
+        forward = fp32_logits + self.size * (logits + weight + 2 * positions * width) + FP32 * weight + 2 * self.hidden
+        scaled = FP32 * max(min(weight, fp32_elements), self.tokens * width)
+        backward = scaled + (FP32 + self.size) * weight + self.hidden
         return max(forward, backward)
 
     # ------------------------------------------------------------------ between stages
 
     @property
-    def _passed_on(self) -> int:
-        """The buffers of torch's stages: one for each micro-batch and neighbour that sends.
+    def _pipeline_buffers(self) -> int:
+        """The receive buffers of torch's stages: one per micro-batch and neighbour that sends.
 
-        Interleaved 1F1B waits for what it sends only at the end of the step, so that too is kept.
+        Interleaved 1F1B waits for its sends at the end of the step only, so sent tensors stay alive too.
         """
-        if self.stages == 1:
+        if self.num_stages == 1:
             return 0
-        forward, backward = self.chunks - self.last, self.chunks - self.first  # stages here that send this way
+        forward = self.num_chunks - self.is_last  # chunks here that send hidden states
+        backward = self.num_chunks - self.is_first  # chunks here that send gradients
         buffers = self.micro_batches * (forward + backward)
-        if self.chunks > 1:
-            through = self.micro_batches * self.chunks - self.in_flight
-            buffers += max(0, self.micro_batches * forward - self.in_flight) + through * backward // self.chunks
-        return buffers * self.stream
+        if self.num_chunks > 1:
+            num_backward = self.micro_batches * self.num_chunks - self.in_flight
+            buffers += (
+                max(0, self.micro_batches * forward - self.in_flight) + num_backward * backward // self.num_chunks
+            )
+        return buffers * self.hidden_shard

@@ -1,0 +1,1 @@
+"""Data, tensor and pipeline parallelism, applied to a plain model from outside."""

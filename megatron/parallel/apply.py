@@ -1,4 +1,4 @@
-"""The order in which a plain model becomes a parallel one, and nothing else."""
+"""Turns a plain model into a parallel one; the order of the steps is in `build_engine`."""
 
 import torch
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
@@ -8,11 +8,11 @@ from megatron.model.initialise import initialise
 from megatron.model.transformer import Transformer
 from megatron.parallel.compiled import compile_blocks
 from megatron.parallel.engine import Engine
-from megatron.parallel.float8 import round_products
+from megatron.parallel.float8 import convert_to_float8
 from megatron.parallel.mesh import ParallelContext
-from megatron.parallel.pipeline import Pipeline, Stage, keep_stage
+from megatron.parallel.pipeline import Pipeline, Stage, extract_stage
 from megatron.parallel.recompute import recompute
-from megatron.parallel.tensor import split_layers
+from megatron.parallel.tensor import apply_tensor_parallel
 
 
 def build_engine(
@@ -26,51 +26,61 @@ def build_engine(
     compile: bool,
     fp8_recipe: str | None = None,
 ) -> Engine:
-    """Keep this process's stages -> initialise -> split layers -> 8-bit products -> recompute -> compile -> shard.
+    """Return the engine of this rank's part of a freshly initialised model.
 
-    Master weights are fp32, computation runs in bf16 or fp32, gradients are reduced in fp32. One process takes the
-    same path, so parameters are DTensors everywhere and checkpoints look alike.
+    1. Keep the pipeline stages of this rank (on the meta device).
+    2. Initialise; weights depend on the seed and their names, not on the layout.
+    3. Replace layers by tensor-parallel ones.
+    4. Compute the matrix products of the blocks in float8.
+    5. Apply activation checkpointing.
+    6. Compile the blocks.
+    7. Shard with FSDP2 as the ZeRO stage says.
+
+    Master weights are fp32, computation runs in bf16 or fp32, gradients are reduced in fp32. World size 1 takes the
+    same path, so parameters are DTensors everywhere and checkpoints have one format.
     """
     with torch.device("meta"):
         model = Transformer(config, vocabulary)
-    compute = torch.bfloat16 if bf16 else torch.float32
-    place, length = ranks.along("pp")
-    chunks = parallel.chunks(len(model.layers))
-    models = [keep_stage(model, place + chunk * length, length * chunks) for chunk in range(chunks)]
-    for piece in models:
-        piece.to_empty(device="cpu")
-        initialise(piece, config, seed)
-        if ranks.along("tp")[1] > 1:
-            split_layers(piece, ranks.mesh["tp"])
+    compute_dtype = torch.bfloat16 if bf16 else torch.float32
+    pp_rank, pp_size = ranks.along("pp")
+    _, tp_size = ranks.along("tp")
+    num_chunks = parallel.chunks(len(model.layers))
+    models = [extract_stage(model, pp_rank + chunk * pp_size, pp_size * num_chunks) for chunk in range(num_chunks)]
+    for chunk in models:
+        chunk.to_empty(device="cpu")
+        initialise(chunk, config, seed)
+        if tp_size > 1:
+            apply_tensor_parallel(chunk, ranks.mesh["tp"])
         if not parallel.cpu_offload:
-            piece.to(ranks.device)
+            chunk.to(ranks.device)
         if fp8_recipe:
-            round_products(piece, fp8_recipe, ranks.device)
-        recompute(piece, parallel)
-        # rows of sequences that are split differ between processes; a block that is recomputed is one function
-        piece.selects_scored_positions = ranks.along("tp")[1] == 1 and parallel.recompute_granularity is None
+            convert_to_float8(chunk, fp8_recipe, ranks.device)
+        recompute(chunk, parallel)
+        # With tensor parallelism the sequence is sharded and scored positions differ between ranks; activation
+        # checkpointing wraps a block as one function.
+        chunk.selects_scored_positions = tp_size == 1 and parallel.recompute_granularity is None
         if compile:
-            compile_blocks(piece, ranks.device)
-    roots = models if length == 1 else [Stage(piece) for piece in models]
-    for root, piece in zip(roots, models, strict=True):
-        _shard(root, piece, ranks, parallel, compute)
-    if length == 1:
+            compile_blocks(chunk, ranks.device)
+    roots = models if pp_size == 1 else [Stage(chunk) for chunk in models]
+    for root, chunk in zip(roots, models, strict=True):
+        _shard(root, chunk, ranks, parallel, compute_dtype)
+    if pp_size == 1:
         return Engine(roots, models, ranks, parallel.fsdp_stage)
-    return Pipeline(roots, models, ranks, parallel.fsdp_stage, compute)
+    return Pipeline(roots, models, ranks, parallel.fsdp_stage, compute_dtype)
 
 
-def _shard(root, model: Transformer, ranks: ParallelContext, parallel: ParallelConfig, compute: torch.dtype) -> None:
-    """Shard parameters, gradients and optimizer state over the data-parallel processes.
+def _shard(root, model: Transformer, ranks: ParallelContext, parallel: ParallelConfig, dtype: torch.dtype) -> None:
+    """Shard parameters, gradients and optimizer state over the data-parallel ranks with FSDP2.
 
-    ZeRO 0 has one shard and as many replicas as there are processes; 1 and 2 keep parameters whole from the forward
-    pass to the end of the step; 3 frees them after each use.
+    ZeRO stage 0 has shards of size 1 and as many replicas as data-parallel ranks; stages 1 and 2 keep parameters
+    gathered from the forward pass to the end of the step; stage 3 frees them after each use.
     """
-    replicated = ranks.along("replicate")[1] > 1
+    is_replicated = ranks.along("replicate")[1] > 1
     options = {
-        "mesh": ranks.mesh["replicate", "shard"] if replicated else ranks.mesh["shard"],
+        "mesh": ranks.mesh["replicate", "shard"] if is_replicated else ranks.mesh["shard"],
         "reshard_after_forward": parallel.fsdp_stage == 3,
-        # inputs keep their type: the rotary table stays in fp32
-        "mp_policy": MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False),
+        # inputs keep their dtype: the rotary table stays in fp32
+        "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False),
         "offload_policy": CPUOffloadPolicy() if parallel.cpu_offload else OffloadPolicy(),
     }
     for block in model.layers.values():

@@ -1,25 +1,25 @@
-"""Which parts of a model compile, each as one graph of one shape."""
+"""torch.compile for the blocks of a model, each as one graph of static shapes."""
 
 import torch
 
 from megatron.model.transformer import Transformer
 
-# of inductor: on a CPU it would draw dropout's random numbers one by one, and lose more than it gains by compiling
+# inductor options: on a CPU its own RNG draws dropout masks element by element, which costs more than compiling saves
 OPTIONS = {"cpu": {"fallback_random": True}}
 
 
 def compile_blocks(model: Transformer, device: torch.device) -> None:
-    """Compile every block in place; the last one in two parts, between which the scored positions are selected.
+    """Compile every block in place; the last one as two functions, between which scored positions are selected.
 
-    What a mask hides is skipped by squares then.
+    Masks become FlexAttention BlockMasks where that works; fully masked tiles are skipped then.
     """
     config = model.config
-    # FlexAttention has no dropout, no smaller heads, and on a CPU no gradient
+    # FlexAttention has no dropout, no head size below 16 and, on a CPU, no backward pass
     model.uses_block_mask = device.type == "cuda" and config.attention_dropout == 0 and config.head_size >= 16
     settings = {"fullgraph": True, "dynamic": False, "options": OPTIONS.get(device.type)}
-    whole = list(model.layers.values())
+    blocks = list(model.layers.values())
     if model.is_last_stage and model.selects_scored_positions:
-        last = whole.pop()
-        last.mix, last.finish = (torch.compile(part, **settings) for part in (last.mix, last.finish))
-    for block in whole:
+        last = blocks.pop()
+        last.mix, last.finish = (torch.compile(function, **settings) for function in (last.mix, last.finish))
+    for block in blocks:
         block.compile(**settings)

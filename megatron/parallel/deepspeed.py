@@ -1,8 +1,8 @@
 """DeepSpeed as a second data-parallel engine: ZeRO stages 0 to 3 and offload, around the same plain model.
 
-It stands beside `build_engine`: the model is initialised first and wrapped afterwards, so both engines start from the
-same weights, and what is read and written are the same tensors under the same names: a run can move between them.
-Tensor and pipeline parallelism are not for it: DeepSpeed's ZeRO knows plain parameters only.
+The model is initialised first and wrapped afterwards, so both engines start from the same weights. Checkpoints have the
+same tensors under the same names, so a run can switch between the engines. Tensor and pipeline parallelism are not
+available: DeepSpeed's ZeRO does not support DTensor parameters.
 """
 
 import contextlib
@@ -27,30 +27,31 @@ logger = logging.getLogger(__name__)
 
 
 def import_deepspeed(device: torch.device):
-    """Return the package, set up for `device`; raise ConfigurationError where it is not installed.
+    """Return the package, configured for `device`.
 
-    On the CPU DeepSpeed would compile, at first use, a kernel that only inference calls.
+    On the CPU it would compile, at first use, a kernel for inference; that is switched off.
+    Raises: ConfigurationError, if it is not installed.
     """
-    os.environ.setdefault("DS_ACCELERATOR", device.type)  # a machine may have a device that is not to be used
-    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))  # required, and a single process has none
-    # its collectives go by names that newer versions of torch warn of, once a process
+    os.environ.setdefault("DS_ACCELERATOR", device.type)  # a machine may have a device that is not used
+    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))  # required, and not set without a launcher
+    # it calls collectives by names that newer versions of torch warn about, once per process
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     try:
         import deepspeed
     except ImportError as error:
         raise ConfigurationError(f"--deepspeed: {error}; install it: bash install.sh --with-deepspeed") from None
-    from deepspeed.utils import logger as its_logger
+    from deepspeed.utils import logger as deepspeed_logger
 
-    its_logger.setLevel(logging.WARNING)
+    deepspeed_logger.setLevel(logging.WARNING)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
 
 
 class DeepSpeedEngine(Engine):
-    """A plain model and AdamW over its parameters, inside DeepSpeed.
+    """A plain model and its AdamW, wrapped by DeepSpeed.
 
-    `settings` come from `deepspeed_config`; the model is on its device, with its initial weights. DeepSpeed clips,
-    steps and clears gradients in one, so a step is `backward`, then `update`.
+    `settings` come from `deepspeed_config`; the model must be on its device, with its initial weights. DeepSpeed clips,
+    steps and clears gradients in one call, so a step is `backward`, then `update`.
     """
 
     def __init__(
@@ -64,47 +65,49 @@ class DeepSpeedEngine(Engine):
     ):
         super().__init__([model], [model], ranks, settings["zero_optimization"]["stage"])
         deepspeed = self._deepspeed = import_deepspeed(ranks.device)
-        self.optimizer, self._limit = optimizer, settings["gradient_clipping"]
+        self.optimizer = optimizer
+        self._limit = settings["gradient_clipping"]
         bf16 = settings["bf16"]["enabled"]
         if self.zero_stage == 0 and bf16:
             # DeepSpeed has no stage 0 with bf16 weights and fp32 sums
-            logger.info("ZeRO stage 0 in bf16 runs as stage 1: the optimizer's states are sharded, the result is equal")
+            logger.info("ZeRO stage 0 in bf16 runs as stage 1: optimizer states are sharded, results are the same")
             self.zero_stage = 1
             settings = settings | {"zero_optimization": settings["zero_optimization"] | {"stage": 1}}
-        # stage 3 gathers parameters at every call of a layer, and processes whose selections differ would wait for ever
+        # stage 3 gathers parameters at every call of a layer: ranks with different selections would deadlock
         model.selects_scored_positions = self.zero_stage < 3
         if compile and self.zero_stage == 3:
-            logger.info("ZeRO stage 3 of DeepSpeed runs eager: its hooks gather parameters inside every block")
+            logger.info("ZeRO stage 3 of DeepSpeed runs uncompiled: its hooks gather parameters inside every block")
         elif compile:
             compile_blocks(model, ranks.device)
-        if self.zero_stage == 0:  # it would clip a second time
+        if self.zero_stage == 0:  # `update` clips already
             settings = settings | {"gradient_clipping": 0.0}
-        # named before ZeRO-3 leaves nothing of a parameter but its shard
+        # before stage 3 replaces parameters by shards
         self._named = dict(model.named_parameters())
         self._shapes = {name: parameter.shape for name, parameter in self._named.items()}
-        # the masters are made from weights that are rounded to bf16 already, and get these afterwards
-        exact = {name: p.detach().float().clone() for name, p in self._named.items()} if bf16 else {}
+        # DeepSpeed makes master weights from weights that are rounded to bf16; these replace them afterwards
+        fp32_weights = {name: p.detach().float().clone() for name, p in self._named.items()} if bf16 else {}
         try:
-            with contextlib.redirect_stdout(io.StringIO()):  # it prints its memory at every start
+            with contextlib.redirect_stdout(io.StringIO()):  # it prints memory statistics
                 self._engine = deepspeed.initialize(
                     model=model, optimizer=optimizer, config=settings, dist_init_required=False
                 )[0]
-        except ValueError as error:  # pydantic's, of a key that its section does not have
+        except ValueError as error:  # from pydantic, for an unknown key of a section
             raise ConfigurationError(f"DeepSpeed refuses its configuration: {_one_line(error)}") from None
         if self.zero_stage == 3:
-            # what the head multiplies with is not a parameter of the module that reads it
+            # the head's weight is not a parameter of the module that uses it
             deepspeed.zero.register_external_parameter(model, model.lm_weight())
         self._start_state(0)
         with torch.no_grad():
-            for name, value in exact.items():
+            for name, value in fp32_weights.items():
                 self._write(name, value)
 
     def backward(self, batches: list[Batch], count: float) -> Tensor:
+        """Do what `Engine.backward` does, with DeepSpeed's gradient accumulation."""
         loss = torch.zeros((), device=self.ranks.device)
         for index, batch in enumerate(batches):
             self._engine.set_gradient_accumulation_boundary(index == len(batches) - 1)
             share = self._engine(batch.to(self.ranks.device)).sum() / count
-            # the engine averages over the processes, and the count is already global
+            # DeepSpeed averages over the ranks, and the count is already global
             self._engine.backward(share * self.ranks.data_size, scale_wrt_gas=False)
             loss += share.detach()
         return loss
@@ -112,8 +115,7 @@ class DeepSpeedEngine(Engine):
     def update(self, optimizer: torch.optim.Optimizer, limit: float) -> Tensor:
         """Clip, step and clear the gradients; return the global norm before clipping, [].
 
-        `optimizer` is the one given at the start, with the learning rate set, and `limit` that of the settings.
-        Where the norm is not finite, DeepSpeed takes no step.
+        `optimizer` and `limit` must be those of the constructor. If the norm is not finite, DeepSpeed skips the step.
         """
         assert optimizer is self.optimizer and limit == self._limit
         norm = self.clip(limit) if self.zero_stage == 0 else None
@@ -122,14 +124,14 @@ class DeepSpeedEngine(Engine):
         return torch.as_tensor(norm, dtype=torch.float32, device=self.ranks.device).detach().clone()
 
     def clip(self, limit: float) -> Tensor:
-        """Clip as `update` does at stage 0, where DeepSpeed would keep the norm to itself."""
+        """Clip for `update` at stage 0, where DeepSpeed does not return the norm."""
         return nn.utils.clip_grad_norm_(self.parameters(), limit or float("inf"))
 
     @torch.no_grad()
     def tensors(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-        """Return what a checkpoint holds, by the names of the other engine: copies, sharded by rows.
+        """Return copies of the tensors of a checkpoint, with the names of `Engine.tensors`, sharded along dim 0.
 
-        All processes take part. One parameter at a time is whole in memory.
+        All ranks must call this. One parameter at a time is gathered.
         """
         state = {f"model.{name}": self._shard(self._read(name)) for name in self._named}
         for name in self._named:
@@ -139,43 +141,43 @@ class DeepSpeedEngine(Engine):
 
     @torch.no_grad()
     def load(self, state: dict[str, Tensor], steps: int) -> None:
-        """Take over what `tensors` returned and a checkpoint, `steps` steps old, was read into."""
+        """Write back a checkpoint, `steps` steps old, that was read into what `tensors` returned."""
         self._start_state(steps)
         for name in self._named:
-            self._write(name, _whole(state[f"model.{name}"]))
+            self._write(name, _full_tensor(state[f"model.{name}"]))
             for moment in MOMENTS:
-                self._write(name, _whole(state[f"optimizer.{moment}.{name}"]), moment)
+                self._write(name, _full_tensor(state[f"optimizer.{moment}.{name}"]), moment)
 
-    # ------------------------------------------------------------------ DeepSpeed's own storage
+    # ------------------------------------------------------------------ DeepSpeed's storage of parameters and moments
 
     def _start_state(self, steps: int) -> None:
-        """Give what the optimizer updates zero moments and the step count; DeepSpeed waits for the first step."""
-        its = self._engine.optimizer
+        """Set zero moments and the step count, which DeepSpeed would create at the first step."""
+        zero_optimizer = self._engine.optimizer
         if self.zero_stage == 0:
-            flat = list(self._named.values())
+            tensors = list(self._named.values())
         else:
             names = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition")
-            flat = next(getattr(its, name) for name in names if hasattr(its, name))
-        for tensor in flat:
+            tensors = next(getattr(zero_optimizer, name) for name in names if hasattr(zero_optimizer, name))
+        for tensor in tensors:
             self.optimizer.state[tensor] = {moment: torch.zeros_like(tensor) for moment in MOMENTS}
             self.optimizer.state[tensor]["step"] = torch.tensor(float(steps), device=tensor.device)
         if self.zero_stage in (1, 2):
-            # otherwise linked to the parameters after the first step
-            its._hp_optimizer_states_linked = False
-            its._lazy_init_hp_params_optimizer_state()
+            # DeepSpeed links them to the parameters after the first step
+            zero_optimizer._hp_optimizer_states_linked = False
+            zero_optimizer._lazy_init_hp_params_optimizer_state()
 
     def _read(self, name: str, moment: str | None = None) -> Tensor:
-        """Return a whole fp32 parameter, or a moment of it."""
+        """Return a gathered fp32 parameter, or a moment of it."""
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         parameter = self._named[name]
         if self.zero_stage == 0:
             return parameter.detach() if moment is None else self.optimizer.state[parameter][moment]
-        whole = safe_get_full_optimizer_state(parameter, moment) if moment else safe_get_full_fp32_param(parameter)
-        return whole.view(self._shapes[name])
+        full = safe_get_full_optimizer_state(parameter, moment) if moment else safe_get_full_fp32_param(parameter)
+        return full.view(self._shapes[name])
 
     def _write(self, name: str, value: Tensor, moment: str | None = None) -> None:
-        """Set a whole fp32 parameter, with the copy that computes, or a moment of it."""
+        """Set an fp32 parameter, with its copy in the compute dtype, or a moment of it, from a full tensor."""
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
         parameter = self._named[name]
@@ -190,27 +192,27 @@ class DeepSpeedEngine(Engine):
             parameter.copy_(value)
 
     def _write_partition(self, parameter: nn.Parameter, value: Tensor, moment: str | None) -> None:
-        """Set this process's part of a parameter of ZeRO-3; the last part is filled up, to the length of the others."""
+        """Set this rank's shard of a parameter at ZeRO stage 3; the last shard is padded to the size of the others."""
         from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
 
         size = parameter.ds_tensor.numel()
         flat = F.pad(value.flatten(), (0, size * self.ranks.data_size - value.numel()))
-        part = flat.narrow(0, size * self.ranks.data_rank, size)
+        shard = flat.narrow(0, size * self.ranks.data_rank, size)
         if moment:
-            safe_set_local_optimizer_state(parameter, part, moment)
+            safe_set_local_optimizer_state(parameter, shard, moment)
             return
-        safe_set_local_fp32_param(parameter, part)
+        safe_set_local_fp32_param(parameter, shard)
         with self._deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
             parameter.copy_(value)
 
-    def _shard(self, whole: Tensor) -> Tensor:
-        """Return a copy of this process's rows of `whole`, as FSDP2 would hold them."""
+    def _shard(self, full: Tensor) -> Tensor:
+        """Return a copy of this rank's shard of `full` along dim 0, as FSDP2 has it."""
         mesh = self.ranks.mesh["replicate", "shard"]
-        sharded = distribute_tensor(whole.contiguous(), mesh, [Shard(0), Shard(0)], src_data_rank=None)
-        return sharded.clone()  # a view would keep the whole alive
+        sharded = distribute_tensor(full.contiguous(), mesh, [Shard(0), Shard(0)], src_data_rank=None)
+        return sharded.clone()  # a view would keep the full tensor alive
 
 
-def _whole(tensor: Tensor) -> Tensor:
+def _full_tensor(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 

@@ -1,4 +1,4 @@
-"""The engine: a parallel model as training sees it, whatever the layout."""
+"""The engine: the interface between training and a parallel model, the same for every layout."""
 
 from collections.abc import Iterator
 
@@ -11,39 +11,43 @@ from megatron.batch import Batch
 from megatron.model.transformer import Transformer
 from megatron.parallel.mesh import ParallelContext
 
-MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW keeps of a parameter
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state of a parameter
 
 
 class Engine:
-    """One sharded model that this process runs from the first layer to the last; `Pipeline` runs stages of one.
+    """A model sharded by FSDP2 that this rank runs from the first layer to the last.
 
-    `roots` are the modules that FSDP2 has sharded: the model itself. `DeepSpeedEngine` is the other way to share one.
+    `roots` are the modules that FSDP2 wraps: here the model itself. `Pipeline` runs pipeline stages of a model,
+    `DeepSpeedEngine` shards with DeepSpeed instead.
     """
 
     def __init__(self, roots: list[nn.Module], models: list[Transformer], ranks: ParallelContext, zero_stage: int):
-        self.roots, self.models, self.ranks, self.zero_stage = roots, models, ranks, zero_stage
+        self.roots = roots
+        self.models = models
+        self.ranks = ranks
+        self.zero_stage = zero_stage
 
     def backward(self, batches: list[Batch], count: float) -> Tensor:
-        """Leave the gradients of sum(weights * nll) / count over all processes, reduced; return a share of that sum.
+        """Compute and reduce the gradients of sum(weights * nll) / count; return this rank's share of the loss, [].
 
-        `batches` are this process's micro-batches, all of one shape, and `count` is global. The shares, [] on the
-        device, sum to the loss over all processes; only those that speak have one.
+        `batches` are this rank's micro-batches, all of one shape (gradient accumulation); `count` is global. The
+        shares, on the device, sum to the loss over all ranks; they are 0 except on loss ranks.
         """
         (root,) = self.roots
         loss = torch.zeros((), device=self.ranks.device)
         for index, batch in enumerate(batches):
-            last = index == len(batches) - 1
-            # ZeRO 2 keeps no whole gradients between micro-batches, ZeRO 3 no whole parameters either
-            root.set_requires_gradient_sync(last or self.zero_stage >= 2)
-            root.set_reshard_after_backward(last or self.zero_stage >= 3)
+            is_last = index == len(batches) - 1
+            # between micro-batches ZeRO 2 keeps sharded gradients only, and ZeRO 3 sharded parameters only
+            root.set_requires_gradient_sync(is_last or self.zero_stage >= 2)
+            root.set_reshard_after_backward(is_last or self.zero_stage >= 3)
             share = root(batch.to(self.ranks.device)).sum() / count
-            # the reduction averages over the data-parallel processes, and the count is already global
+            # the reduction averages over the data-parallel ranks, and the count is already global
             (share * self.ranks.data_size).backward()
             loss += share.detach()
         return loss if self.ranks.is_loss_rank else torch.zeros_like(loss)
 
     def nll(self, batch: Batch) -> Tensor:
-        """Return the unweighted nll per position, fp32 [B, S]; it means something where the process speaks."""
+        """Return the unweighted nll per position, fp32 [B, S]; it is valid on loss ranks only."""
         (root,) = self.roots
         return root(batch.to(self.ranks.device), per_position=True)
 
@@ -51,18 +55,20 @@ class Engine:
     def clip(self, limit: float) -> Tensor:
         """Scale all gradients down to the global norm `limit`, 0 for no limit; return the norm before, []."""
         gradients = [parameter.grad for parameter in self.parameters()]
-        local = [gradient.to_local() for gradient in gradients]
-        counted = [part for part, parameter in zip(local, self.parameters(), strict=True) if self._counts(parameter)]
-        squares = nn.utils.get_total_norm(counted).square() if counted else torch.zeros((), device=local[0].device)
+        shards = [gradient.to_local() for gradient in gradients]
+        counted = [
+            shard for shard, parameter in zip(shards, self.parameters(), strict=True) if self._enters_norm(parameter)
+        ]
+        squares = nn.utils.get_total_norm(counted).square() if counted else torch.zeros((), device=shards[0].device)
         if self.ranks.size > 1:
             dist.all_reduce(squares)
         norm = squares.sqrt()
         if limit:
-            torch._foreach_mul_(local, (limit / (norm + 1e-6)).clamp(max=1.0))
+            torch._foreach_mul_(shards, (limit / (norm + 1e-6)).clamp(max=1.0))
         return norm
 
-    def _counts(self, parameter: DTensor) -> bool:
-        """Return whether this process's part of a parameter enters the norm: one of several equal copies does."""
+    def _enters_norm(self, parameter: DTensor) -> bool:
+        """Return whether this rank's shard of a parameter is counted in the norm: one of several equal copies is."""
         mesh, placements = parameter.device_mesh, parameter.placements
         return all(
             mesh.get_local_rank(axis) == 0 for axis, placement in enumerate(placements) if placement == Replicate()
@@ -76,40 +82,46 @@ class Engine:
         return norm
 
     def tensors(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-        """Return what a checkpoint holds by name: the parameters, and their moments under optimizer.<moment>.
+        """Return the tensors of a checkpoint by name: `model.<name>` and `optimizer.<moment>.<name>`.
 
-        Tensors and names are those held here; all processes take part.
+        They are this rank's shards and stages. All ranks must call this.
         """
         self.reshard()
         named = dict(self.named_parameters())
         state = {f"model.{name}": parameter.detach() for name, parameter in named.items()}
         for name, parameter in named.items():
             for moment, tensor in optimizer.state[parameter].items():
-                if moment != "step":  # which follows from the checkpoint's own
+                if moment != "step":  # the checkpoint has its own step count
                     state[f"optimizer.{moment}.{name}"] = tensor
         return state
 
     def load(self, state: dict[str, Tensor], steps: int) -> None:
-        """Take over what `tensors` returned and a checkpoint, `steps` steps old, was read into: it is in place."""
+        """Adopt a checkpoint, `steps` steps old, that was read into what `tensors` returned.
+
+        Here nothing is left to do; `DeepSpeedEngine.tensors` returns copies, which its `load` writes back.
+        """
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield the parameters held here by the names they have in the whole model."""
+        """Yield this rank's parameters by the names that they have in the whole model."""
         for model in self.models:
             yield from model.named_parameters()
 
     def parameters(self) -> Iterator[nn.Parameter]:
+        """Yield this rank's parameters."""
         for _, parameter in self.named_parameters():
             yield parameter
 
     def train(self, training: bool = True) -> None:
+        """Set training mode, with dropout, or evaluation mode."""
         for root in self.roots:
             root.train(training)
 
     def eval(self) -> None:
+        """Set evaluation mode."""
         self.train(False)
 
     def reshard(self) -> None:
-        """Free whole parameters that a forward pass left behind; checkpoints and the optimizer see shards again."""
+        """Free parameters that a forward pass gathered; checkpoints and the optimizer see shards again."""
         for root in self.roots:
             for module in root.modules():
                 if hasattr(module, "reshard"):

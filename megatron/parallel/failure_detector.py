@@ -1,9 +1,9 @@
-"""Who is still there: every process keeps a connection to the first one, and the kernel closes it when a process dies.
+"""Failure detector: the first fault of any rank ends all ranks within seconds, with one line per node that names it.
 
     rank 0, 1, ... n  -- hello, fault, bye -->  hub in rank 0  -- welcome, start, fault, bye -->  rank 0, 1, ... n
 
-A collective whose peer is gone fails at once, in minutes or never, and does not say which peer it was. Here the first
-fault of any process ends all of them in seconds, with one line on each node that names the rank.
+Every rank keeps a TCP connection to a hub in rank 0, and the kernel closes it when a process dies. Without this a
+collective whose peer has died fails at once, in minutes or never, and does not say which rank died.
 """
 
 import json
@@ -22,67 +22,71 @@ from pathlib import Path
 
 from megatron import stop_signals
 
-PAUSE = 2.0  # seconds before leaving: a launcher names the process that it finds dead first as the cause
-PATIENCE = 3.0  # seconds in which a peer's death is known here after it made a collective fail
-POLL = 1.0  # seconds between two looks at the parent process
-RETRY = 0.1  # seconds between two attempts to reach the hub
-LONGEST = 1 << 16  # bytes of a message
+PAUSE = 2.0  # seconds before exiting: a launcher reports the process that exits first as the cause
+PATIENCE = 3.0  # seconds within which a rank's death is known here after it made a collective fail
+POLL = 1.0  # seconds between two checks of the parent process
+RETRY = 0.1  # seconds between two attempts to connect to the hub
+MAX_MESSAGE = 1 << 16  # bytes
 
 
 class RankError(RuntimeError):
-    """ParallelContext that should be there are not."""
+    """A rank did not connect in time."""
 
 
 @dataclass(frozen=True)
 class Fault:
-    """What ends all processes: the rank where it happened, one line, the exit code, and whether the rank is dead.
+    """The reason for ending all ranks; a request to stop (`stop`) is no error."""
 
-    A request to stop (`stop`) is no error.
-    """
-
-    rank: int
-    text: str
-    code: int
-    gone: bool = False
+    rank: int  # where it happened
+    text: str  # one line
+    code: int  # exit code of all ranks
+    dead: bool = False  # the rank cannot report this itself
     stop: bool = False
 
 
-def gone(rank: int, where: str = "") -> Fault:
-    text = f"rank {rank}{where} is gone: it was killed, or its node cannot be reached; every process leaves, "
-    return Fault(rank, text + "and the same command goes on from the newest checkpoint", 1, gone=True)
+def dead_rank(rank: int, where: str = "") -> Fault:
+    """Return the fault of a rank whose connection was closed."""
+    text = (
+        f"rank {rank}{where} is gone: it was killed, or its node cannot be reached; all ranks exit, and the same "
+        "command resumes from the newest checkpoint"
+    )
+    return Fault(rank, text, 1, dead=True)
 
 
-def missing(ranks: list[int], minutes: float, size: int | None = None) -> str:
-    """Return the line that says who did not come."""
-    named = f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks[:8]))}{', ...' * (len(ranks) > 8)}"
+def missing_ranks(ranks: list[int], minutes: float, size: int | None = None) -> str:
+    """Return the message about `ranks` that did not connect."""
+    names = f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks[:8]))}{', ...' * (len(ranks) > 8)}"
     return (
-        f"--distributed-timeout-minutes {minutes:g}: {named}{f' of {size} processes' if size else ''} did not come in "
-        "that time; start them all with the same MASTER_ADDR, MASTER_PORT and number of processes"
+        f"--distributed-timeout-minutes {minutes:g}: {names}{f' of {size}' if size else ''} did not connect in that "
+        "time; start all ranks with the same MASTER_ADDR, MASTER_PORT and WORLD_SIZE"
     )
 
 
 def listen(port: int, backlog: int = 1024) -> socket.socket:
-    """Return a socket that listens on all addresses of this node; raises OSError where the port is taken."""
+    """Return a socket that listens on all addresses of this node.
+
+    Raises: OSError, if the port is in use.
+    """
     if socket.has_dualstack_ipv6():
         return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=backlog)
     return socket.create_server(("", port), backlog=backlog)
 
 
 def when_orphaned(act: Callable[[], None], parent: int) -> None:
-    """Call `act`, in a thread, within a second of the end of the process `parent`, which started this one."""
+    """Call `act`, in a thread, within a second of the end of `parent`, the parent process of this one."""
 
     def wait() -> None:
         while os.getppid() == parent:
             time.sleep(POLL)
         act()
 
-    threading.Thread(target=wait, name="parent watch", daemon=True).start()
+    threading.Thread(target=wait, name="parent process", daemon=True).start()
 
 
 def launcher() -> str | None:
-    """Return the launcher that started this rank ("torchrun"), or None where a shell or another program did.
+    """Return the launcher that started this rank ("torchrun"), or None if a shell or another program did.
 
-    A shell may end before what it started; a launcher ends last, unless it is killed.
+    A shell may end before its children; a launcher ends last, unless it is killed.
     """
     with suppress(OSError):  # not every system has /proc
         if Path(f"/proc/{os.getppid()}/comm").read_text() == "slurmstepd\n":
@@ -92,137 +96,142 @@ def launcher() -> str | None:
 
 
 def _send(connection: socket.socket, **message) -> None:
-    with suppress(OSError):  # a peer that is gone is noticed where it is read from
+    with suppress(OSError):  # the reader of a connection notices that it is closed
         connection.sendall(json.dumps(message).encode() + b"\n")
 
 
 def _keep_alive(connection: socket.socket) -> None:
-    """Let the kernel find out within half a minute that a node has lost its power or its network."""
+    """Have the kernel notice within half a minute that a node has lost power or its network."""
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for option, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 4)):
-        if hasattr(socket, option):  # not every system names them so
+        if hasattr(socket, option):  # not every system has these names
             connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
 
 
 class Hub(threading.Thread):
-    """The first process's end of all connections; it also calls the roll."""
+    """Rank 0's end of all connections: waits until all ranks have connected, then broadcasts the first fault."""
 
     def __init__(self, size: int, minutes: float):
-        super().__init__(name="watch hub", daemon=True)
-        self.size, self.minutes = size, minutes
-        self.token = secrets.token_hex(8)  # of this start: an earlier one may have left its address behind
-        self.began = time.monotonic()
-        self.peers: dict[int, socket.socket] = {}  # those that are there
-        self.ready: set[int] = set()  # to leave
-        self.complete, self.fault = False, None
+        super().__init__(name="failure detector hub", daemon=True)
+        self.size = size
+        self.minutes = minutes
+        self.token = secrets.token_hex(8)  # of this start: the store may still have the address of an earlier one
+        self.start_time = time.monotonic()
+        self.connections: dict[int, socket.socket] = {}  # by rank
+        self.finished: set[int] = set()  # ranks that have sent bye
+        self.complete = False  # all ranks have connected
+        self.fault: Fault | None = None
         self.listener = listen(0, backlog=size)
         self.port = self.listener.getsockname()[1]
         self.selector = selectors.DefaultSelector()
         self.selector.register(self.listener, selectors.EVENT_READ)
 
     def run(self) -> None:
-        while not (self.complete and self.ready == self.peers.keys()):
+        """Serve until all connected ranks have finished."""
+        while not (self.complete and self.finished == self.connections.keys()):
             for key, _ in self.selector.select(timeout=1.0):
                 if key.fileobj is self.listener:
                     connection, _ = self.listener.accept()
-                    connection.settimeout(5)  # messages are small: only a peer that stands still does not take one
+                    connection.settimeout(5)  # messages are small: only a rank that hangs does not receive one
                     _keep_alive(connection)
                     self.selector.register(connection, selectors.EVENT_READ, {"rank": None, "unread": b""})
                 else:
                     self._read(key.fileobj, key.data)
-            if not (self.complete or self.fault) and time.monotonic() - self.began > 60 * self.minutes:
-                absent = sorted(set(range(self.size)) - self.peers.keys())
-                self._end(Fault(absent[0], missing(absent, self.minutes, self.size), 1))
-        self._tell(bye=True)
+            if not (self.complete or self.fault) and time.monotonic() - self.start_time > 60 * self.minutes:
+                missing = sorted(set(range(self.size)) - self.connections.keys())
+                self._end(Fault(missing[0], missing_ranks(missing, self.minutes, self.size), 1))
+        self._broadcast(bye=True)
 
     def _read(self, connection: socket.socket, peer: dict) -> None:
         try:
-            data = connection.recv(LONGEST)
+            data = connection.recv(MAX_MESSAGE)
             *lines, peer["unread"] = (peer["unread"] + data).split(b"\n")
             for line in lines:
-                self._hear(connection, peer, json.loads(line))
-            stays = data and len(peer["unread"]) < LONGEST
-        except (OSError, ValueError, KeyError, TypeError):  # gone; or a stranger on this port
-            stays = False
-        if not stays:
+                self._process(connection, peer, json.loads(line))
+            is_open = data and len(peer["unread"]) < MAX_MESSAGE
+        except (OSError, ValueError, KeyError, TypeError):  # closed; or not one of our ranks
+            is_open = False
+        if not is_open:
             self.selector.unregister(connection)
             connection.close()
-            if self.peers.get(peer["rank"]) is connection:
-                del self.peers[peer["rank"]]
-                if peer["rank"] in self.ready:
-                    self.ready.remove(peer["rank"])
+            if self.connections.get(peer["rank"]) is connection:
+                del self.connections[peer["rank"]]
+                if peer["rank"] in self.finished:
+                    self.finished.remove(peer["rank"])
                 else:
-                    self._end(gone(peer["rank"], peer["where"]))
+                    self._end(dead_rank(peer["rank"], peer["where"]))
 
-    def _hear(self, connection: socket.socket, peer: dict, message: dict) -> None:
+    def _process(self, connection: socket.socket, peer: dict, message: dict) -> None:
         if "hello" in message:
             rank = int(message["hello"])
-            if message["token"] != self.token or self.complete or self.fault or rank in self.peers:
+            if message["token"] != self.token or self.complete or self.fault or rank in self.connections:
                 raise ValueError
             peer |= {"rank": rank, "where": str(message["where"])}
-            self.peers[rank] = connection
+            self.connections[rank] = connection
             _send(connection, welcome=True)
-            self.complete = self.peers.keys() == set(range(self.size))
+            self.complete = self.connections.keys() == set(range(self.size))
             if self.complete:
-                self._tell(start=True)
+                self._broadcast(start=True)
         elif peer["rank"] is None:
             raise ValueError
         elif "fault" in message:
             self._end(Fault(**message["fault"]))
         else:
-            self.ready.add(peer["rank"])
+            self.finished.add(peer["rank"])
 
     def _end(self, fault: Fault) -> None:
         if self.fault is None:
             self.fault = fault
-            self._tell(fault=asdict(fault))
+            self._broadcast(fault=asdict(fault))
 
-    def _tell(self, **message) -> None:
-        for connection in self.peers.values():
+    def _broadcast(self, **message) -> None:
+        for connection in self.connections.values():
             _send(connection, **message)
 
 
 class FailureDetector(threading.Thread):
-    """This process's end. From `meet` to `leave` the first fault of any process ends this one too.
+    """A rank's end of the connection: from `meet` to `leave` the first fault of any rank ends this one too.
 
-    One line says it where this process speaks for its node, and `on_failure` is called with the line. A single rank,
-    which meets nobody, still ends with its launcher.
+    The first rank of a node prints the line, and `on_failure` is called with it on every rank. A single rank, which
+    has no hub, still exits with its launcher.
     """
 
     def __init__(self, rank: int, first_on_node: int):
-        super().__init__(name="watch", daemon=True)
-        self.rank, self.first_on_node = rank, first_on_node
+        super().__init__(name="failure detector", daemon=True)
+        self.rank = rank
+        self.first_on_node = first_on_node
         self.hub: Hub | None = None
         self.on_failure: Callable[[str], None] | None = None
-        self._all_here = threading.Event()
+        self._all_connected = threading.Event()
 
     def end_with(self, launcher: str) -> None:
-        """Have all ranks end where the parent process of this one, a launcher, is killed."""
+        """End all ranks if the parent process of this one, a launcher, is killed."""
         parent = os.getppid()
         text = (
             f"{launcher} (process {parent} on {socket.gethostname()}), which started rank {self.rank}, is gone: it was "
-            "killed; every rank leaves, and the same command resumes from the newest checkpoint"
+            "killed; all ranks exit, and the same command resumes from the newest checkpoint"
         )
         when_orphaned(lambda: self.report(text, 1), parent)
 
-    def meet(self, find: Callable[[], tuple[str, int, str] | None], minutes: float) -> str:
-        """Wait until all processes have said hello to the hub; return its token, which no other start has.
+    def meet(self, find_hub: Callable[[], tuple[str, int, str] | None], minutes: float) -> str:
+        """Wait until all ranks have connected to the hub; return its token, which no other start has.
 
-        `find` returns the hub's address, port and token, or None while they are unknown. Raises RankError where there
-        is no hub within `minutes`; where others do not come, the hub ends every process that did.
+        `find_hub` returns the hub's address, port and token, or None while they are unknown. If other ranks do not
+        connect, the hub ends those that did.
+        Raises: RankError, if there is no hub within `minutes`.
         """
-        until = time.monotonic() + 60 * minutes
-        while not ((found := find()) and self._hello(*found)):
-            if time.monotonic() > until:
-                raise RankError(missing([0], minutes))
+        deadline = time.monotonic() + 60 * minutes
+        while not ((hub := find_hub()) and self._connect(*hub)):
+            if time.monotonic() > deadline:
+                raise RankError(missing_ranks([0], minutes))
             time.sleep(RETRY)
         self.start()
         stop_signals.end_ranks_by(partial(self.report, stop=True))
-        self._all_here.wait()
-        return found[2]
+        self._all_connected.wait()
+        return hub[2]
 
-    def _hello(self, address: str, port: int, token: str) -> bool:
-        """Return whether the hub took this process in: `token` may be of an earlier start."""
+    def _connect(self, address: str, port: int, token: str) -> bool:
+        """Return whether the hub accepted this rank: `token` may be of an earlier start."""
         try:
             self._connection = socket.create_connection((address, port), timeout=5)
             self._lines = self._connection.makefile("rb")
@@ -237,7 +246,8 @@ class FailureDetector(threading.Thread):
         return True
 
     def run(self) -> None:
-        fault = gone(0)  # unless the hub says otherwise before it falls silent
+        """Read the hub's messages until all ranks have finished, or end this process with the fault that it sends."""
+        fault = dead_rank(0)  # if the hub closes the connection without a message
         with suppress(OSError, ValueError):
             for message in map(json.loads, self._lines):
                 if "bye" in message:
@@ -245,14 +255,15 @@ class FailureDetector(threading.Thread):
                 if "fault" in message:
                     fault = Fault(**message["fault"])
                     break
-                self._all_here.set()
+                self._all_connected.set()
         self._end(fault)
 
     def _end(self, fault: Fault) -> None:
-        """Leave, whatever the main thread waits for."""
-        speaker = self.first_on_node + (fault.gone and fault.rank == self.first_on_node)
+        """Exit, whatever the main thread waits for."""
+        first_is_dead = fault.dead and fault.rank == self.first_on_node
+        printing_rank = self.first_on_node + 1 if first_is_dead else self.first_on_node
         try:
-            if self.rank == speaker:
+            if self.rank == printing_rank:
                 print(f"{'' if fault.stop else 'error: '}{fault.text}", file=sys.stderr, flush=True)
             if self.on_failure:
                 self.on_failure(fault.text)
@@ -261,19 +272,19 @@ class FailureDetector(threading.Thread):
             os._exit(fault.code)
 
     def report(self, text: str, code: int, stop: bool = False) -> None:
-        """End all processes, for `text`, or for a fault that came first; does not return."""
+        """End all ranks with `text` and `code`, or with an earlier fault of another rank; does not return."""
         fault = Fault(self.rank, text, code, stop=stop)
-        if not self.is_alive():  # it has met nobody
+        if not self.is_alive():  # there is no hub
             self._end(fault)
         _send(self._connection, fault=asdict(fault))
         self.join(60)
         os._exit(code)
 
     def leave(self, minutes: float) -> None:
-        """Wait until no process has anything left to do, up to `minutes`; a peer that needs this one finds it here."""
-        if not self.is_alive():  # it has met nobody
+        """Wait until all ranks have finished, up to `minutes`: another rank may still need this one."""
+        if not self.is_alive():  # there is no hub
             return
         _send(self._connection, bye=True)
         self.join(60 * minutes)
         if self.hub:
-            self.hub.join(60 * minutes)  # it is still telling the others
+            self.hub.join(60 * minutes)  # it may still be sending to other ranks

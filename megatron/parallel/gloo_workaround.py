@@ -1,9 +1,9 @@
-"""A way around a fault in the gloo groups of torch 2.11 to 2.13.
+"""Workaround for a race in the gloo process groups of torch 2.11 to 2.13.
 
-A group has two threads, and each notes the name of the operation it did last in one string, without a lock
-(ProcessGroupGloo::runLoop). A name of more than 15 letters lives on the heap: where both threads write at once it is
-freed twice, and the process aborts. Of what is used here only the functional all-gather, which is DTensor's too, has
-such a name, ALLGATHER_COALESCED; gathering into a given tensor is an ALLGATHER.
+A group has two threads, and each writes the name of its last operation to one shared string, without a lock
+(ProcessGroupGloo::runLoop). A name longer than 15 characters is allocated on the heap: if both threads write at once it
+is freed twice, and the process aborts. Of the operations that we use only the functional all-gather, which DTensor uses
+too, has such a name, ALLGATHER_COALESCED; an all-gather into a preallocated tensor is an ALLGATHER.
 """
 
 import functools
@@ -15,13 +15,13 @@ from torch import Tensor
 
 @functools.cache
 def gather_under_a_short_name() -> torch.library.Library:
-    """Let functional all-gathers on a CPU fill a given tensor; what is returned keeps it so."""
+    """Make functional all-gathers on a CPU write into a preallocated tensor; valid as long as the result is alive."""
     library = torch.library.Library("_c10d_functional", "IMPL")
-    library.impl("all_gather_into_tensor", _gather, "CPU")
+    library.impl("all_gather_into_tensor", _all_gather, "CPU")
     return library
 
 
-def _gather(part: Tensor, size: int, group: str) -> Tensor:
-    part = part.reshape(1) if part.ndim == 0 else part
-    parts = part.new_empty(size * part.shape[0], *part.shape[1:])
-    return torch.ops._c10d_functional.all_gather_into_tensor_out(part, size, group, out=parts)
+def _all_gather(shard: Tensor, size: int, group: str) -> Tensor:
+    shard = shard.reshape(1) if shard.ndim == 0 else shard
+    shards = shard.new_empty(size * shard.shape[0], *shard.shape[1:])
+    return torch.ops._c10d_functional.all_gather_into_tensor_out(shard, size, group, out=shards)

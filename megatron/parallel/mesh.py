@@ -1,4 +1,4 @@
-"""ParallelContext: who runs beside us, where each stands, and the small reductions a step needs."""
+"""ParallelContext: this rank's position in the layout, and the small reductions that a step needs."""
 
 from dataclasses import dataclass
 from datetime import timedelta
@@ -11,53 +11,52 @@ from torch.distributed.distributed_c10d import _set_pg_timeout
 from megatron.parallel.gloo_workaround import gather_under_a_short_name
 from megatron.parallel.launch import device, join, rank, world_size
 
-PATIENCE = timedelta(days=1)  # of processes that wait for a disk; a peer that dies meanwhile, the watch notices
-AXES = ("pp", "replicate", "shard", "tp")  # from the outermost: neighbours in rank share a tensor-parallel group
+PATIENCE = timedelta(days=1)  # timeout while ranks wait for a disk; the failure detector notices a rank that dies
+AXES = ("pp", "replicate", "shard", "tp")  # outermost first: neighbouring ranks share a tensor-parallel group
 
 
 @dataclass(frozen=True)
 class ParallelContext:
-    """This process among its peers. Even a single process has a group, so that there is one path.
+    """This rank in a device mesh with the axes pp, replicate, shard and tp. World size 1 has process groups too.
 
-    The mesh has four axes: pipeline stages, replicas of the sharded state, shards of it, and tensor-parallel parts.
-    Replicas and shards together are the data-parallel processes, each of which reads its own samples; all stages
-    and parts beside them read the same.
+    pp: pipeline stages. replicate: replicas of the sharded state. shard: shards of it. tp: tensor-parallel shards.
+    Replicas and shards together are the data-parallel ranks (data parallel, dp), each of which reads its own samples;
+    all pipeline and tensor-parallel ranks of a data-parallel replica read the same samples.
     """
 
     rank: int
-    size: int
+    size: int  # world size
     device: torch.device
     mesh: DeviceMesh  # axes: AXES
     timeout: timedelta = timedelta(minutes=10)  # of a collective
-    patient: dist.ProcessGroup | None = None  # for waiting on files, which takes what it takes; None for one process
+    patient: dist.ProcessGroup | None = None  # gloo group with the timeout PATIENCE; None for world size 1
 
     def along(self, axis: str) -> tuple[int, int]:
-        """Return this process's place on an axis, and the length of the axis."""
+        """Return this rank's index on an axis, and the size of the axis."""
         return self.mesh.get_local_rank(axis), self.mesh[axis].size()
 
     @property
     def data_rank(self) -> int:
-        """Which share of the data this process reads, in [0, data_size)."""
+        """The data-parallel rank, in [0, data_size): which samples this rank reads."""
         replica, shard = self.mesh.get_local_rank("replicate"), self.mesh.get_local_rank("shard")
         return replica * self.mesh["shard"].size() + shard
 
     @property
     def data_size(self) -> int:
-        """The number of data-parallel processes."""
+        """The data-parallel size."""
         return self.mesh["replicate"].size() * self.mesh["shard"].size()
 
     @property
     def is_loss_rank(self) -> bool:
-        """Whether this process answers for its share of the data: one of those that read the same does.
+        """Whether this rank reports the loss of its data-parallel replica (last pipeline stage, TP rank 0).
 
-        It is on the last pipeline stage, where losses are, and the first of its tensor-parallel group. What is
-        counted in samples is summed over the processes that speak.
+        What is counted in samples is summed over the loss ranks, so that every sample counts once.
         """
-        stage, stages = self.along("pp")
-        return stage == stages - 1 and self.mesh.get_local_rank("tp") == 0
+        stage, num_stages = self.along("pp")
+        return stage == num_stages - 1 and self.mesh.get_local_rank("tp") == 0
 
     def sum(self, *values: float) -> list[float]:
-        """Return the sums over all processes, computed on the CPU so that no device is waited for."""
+        """Return the sums over all ranks, computed on the CPU so that no device is waited for."""
         if self.size == 1:
             return list(values)
         total = torch.tensor(values, dtype=torch.float64)
@@ -65,24 +64,24 @@ class ParallelContext:
         return total.tolist()
 
     def from_rank_0(self, function):
-        """Return what `function` gives on the first process; every process returns or raises the same.
+        """Call `function` on rank 0; return its result, or raise its exception, on every rank.
 
-        The others wait as long as it takes, such as for the checksums of a large checkpoint.
+        The other ranks wait up to PATIENCE, such as for the checksums of a large checkpoint.
         """
-        answer = [None, None]
+        outcome = [None, None]  # result, exception
         if self.rank == 0:
             try:
-                answer[0] = function()
-            except Exception as error:  # the others wait below: they must hear of it, whatever it is
-                answer[1] = error
+                outcome[0] = function()
+            except Exception as error:  # the other ranks wait in the broadcast and need it
+                outcome[1] = error
         if self.size > 1:
-            dist.broadcast_object_list(answer, group=self.patient)
-        if answer[1] is not None:
-            raise answer[1]
-        return answer[0]
+            dist.broadcast_object_list(outcome, group=self.patient)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
 
     def sum_tensor(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return `tensor` summed over all processes, in place."""
+        """Return `tensor` summed over all ranks, in place."""
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
@@ -91,9 +90,9 @@ class ParallelContext:
 def initialize_parallel(
     *, tensor: int = 1, pipeline: int = 1, replicas: int = 1, minutes: float = 10.0
 ) -> ParallelContext:
-    """Join the group, unless that is done, and give this process its place in the layout.
+    """Initialise torch.distributed, unless that is done, and return this rank's context in the layout.
 
-    `tensor` x `pipeline` divides the number of processes, and `replicas` the rest.
+    `tensor` x `pipeline` must divide the world size, and `replicas` the data-parallel size.
     """
     if not dist.is_initialized():
         join(minutes, watched=False)
@@ -111,9 +110,10 @@ def build_parallel_context(
     replicas: int = 1,
     minutes: float = 10.0,
 ) -> ParallelContext:
-    """Give the processes of the group their places; all of them call this."""
+    """Build the device mesh and return this rank's context; all ranks must call this."""
     gather_under_a_short_name()
-    shape, timeout = (pipeline, replicas, size // (pipeline * replicas * tensor), tensor), timedelta(minutes=minutes)
+    shape = (pipeline, replicas, size // (pipeline * replicas * tensor), tensor)
+    timeout = timedelta(minutes=minutes)
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=AXES)
     for axis in AXES:
         _set_pg_timeout(timeout, mesh.get_group(axis))
@@ -122,5 +122,6 @@ def build_parallel_context(
 
 
 def destroy_parallel() -> None:
+    """Destroy the process groups, if there are any."""
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Pipeline parallelism: which layers a stage keeps, and torch's schedules over the stages of this process."""
+"""Pipeline parallelism: the layers of a stage, and torch's schedules over this rank's stages."""
 
 import copy
 from collections.abc import Iterator
@@ -15,29 +15,31 @@ from megatron.parallel.engine import Engine
 from megatron.parallel.mesh import ParallelContext
 
 
-def keep_stage(model: Transformer, stage: int, stages: int) -> Transformer:
-    """Return a copy of `model` with the layers of one stage, under the names they have in the whole model.
+def extract_stage(model: Transformer, stage: int, num_stages: int) -> Transformer:
+    """Return a copy of `model` with the layers of one stage, under the names that they have in the whole model.
 
-    The first stage has the embedding, the last one the head: where the two are tied, both have a copy of the matrix.
+    The first stage has the embedding, the last one the head; with tied weights both have a copy of the matrix.
     """
-    kept = copy.deepcopy(model)
-    kept.is_first_stage, kept.is_last_stage = stage == 0, stage == stages - 1
-    for name in list(kept.layers.keys() - map(str, layers_of(stage, stages, len(model.layers)))):
-        del kept.layers[name]
-    tied = not kept.config.untie_embeddings_and_output_weights
-    if not (kept.is_first_stage or (kept.is_last_stage and tied)):
-        del kept.embed_tokens
-    if not kept.is_last_stage:
-        del kept.norm
-        if not tied:
-            del kept.lm_head
-    return kept
+    piece = copy.deepcopy(model)
+    piece.is_first_stage = stage == 0
+    piece.is_last_stage = stage == num_stages - 1
+    for name in list(piece.layers.keys() - map(str, layers_of(stage, num_stages, len(model.layers)))):
+        del piece.layers[name]
+    is_tied = not piece.config.untie_embeddings_and_output_weights
+    if not (piece.is_first_stage or (piece.is_last_stage and is_tied)):
+        del piece.embed_tokens
+    if not piece.is_last_stage:
+        del piece.norm
+        if not is_tied:
+            del piece.lm_head
+    return piece
 
 
 class Stage(nn.Module):
-    """A stage as the schedule calls it: once for each micro-batch, in their order.
+    """A pipeline stage in the form that torch's schedules call: once per micro-batch, in order.
 
-    A schedule passes tensors only, and a number as a tensor would go to the device and back.
+    A schedule passes hidden states only; the batches come from an iterator, so that none of their fields goes to the
+    device and back.
     """
 
     def __init__(self, model: Transformer):
@@ -46,32 +48,35 @@ class Stage(nn.Module):
         self.batches: Iterator[Batch] = iter(())
 
     def forward(self, hidden: Tensor | None = None, *, per_position: bool = False) -> Tensor:
+        """Run the stage on the next batch and the hidden states [B, S/tp, H] of the previous stage."""
         return self.model(next(self.batches), hidden, per_position)
 
 
 class Pipeline(Engine):
-    """The stages of one model that this process runs: one in 1F1B, several in interleaved 1F1B.
+    """This rank's stages of a model: one in 1F1B, several in interleaved 1F1B.
 
-    Stage i runs on the process at place i mod pp of its pipeline.
+    Stage i runs on pipeline rank i mod pp.
     """
 
     def __init__(self, roots: list[Stage], models: list[Transformer], ranks: ParallelContext, zero_stage: int, dtype):
         super().__init__(roots, models, ranks, zero_stage)
-        self.place, self.length = ranks.along("pp")
+        self.pp_rank, self.pp_size = ranks.along("pp")
         self.group = ranks.mesh.get_group("pp")
-        self.tensor_size = ranks.along("tp")[1]
+        self.tp_size = ranks.along("tp")[1]
         self.dtype = dtype  # of hidden states
-        self.schedule, self.shape = None, None
+        self.schedule = None
+        self.shape = None  # (micro-batches, B, S) of the schedule
         self.scale = 1.0
-        self.tied = _tied_ends(ranks, models[0])
+        self.tied_group = _tied_group(ranks, models[0])
 
     def backward(self, batches: list[Batch], count: float) -> Tensor:
+        """Do what `Engine.backward` does with one step of the schedule over all micro-batches."""
         losses = []
         self.scale = self.ranks.data_size / count
         batches = [batch.to(self.ranks.device) for batch in batches]
         for root in self.roots:
             root.batches = iter(batches)
-        # the schedule keeps the shapes of its first step
+        # a schedule has the shapes of its first step
         shape = (len(batches), *batches[0].tokens.shape)
         if shape != self.shape:
             self.schedule, self.shape = self._schedule(*shape), shape
@@ -83,20 +88,21 @@ class Pipeline(Engine):
         return loss
 
     def nll(self, batch: Batch) -> Tensor:
+        """Do what `Engine.nll` does, stage by stage without a schedule."""
         batch = batch.to(self.ranks.device)
         size, length = batch.tokens.shape
-        for index, root in enumerate(self.roots):
+        for root in self.roots:
             root.batches, hidden = iter([batch]), None
             if not root.model.is_first_stage:
                 hidden = torch.empty(self._hidden_shape(size, length), dtype=self.dtype, device=self.ranks.device)
-                dist.recv(hidden, group=self.group, group_src=(self.place - 1) % self.length)
+                dist.recv(hidden, group=self.group, group_src=(self.pp_rank - 1) % self.pp_size)
             hidden = root(hidden, per_position=True)
             if not root.model.is_last_stage:
-                dist.send(hidden, group=self.group, group_dst=(self.place + 1) % self.length)
+                dist.send(hidden, group=self.group, group_dst=(self.pp_rank + 1) % self.pp_size)
         return hidden if self.roots[-1].model.is_last_stage else torch.zeros_like(batch.weights)
 
     def _hidden_shape(self, size: int, length: int) -> tuple[int, int, int]:
-        return size, length // self.tensor_size, self.models[0].config.hidden_size
+        return size, length // self.tp_size, self.models[0].config.hidden_size  # [B, S/tp, H]
 
     def _schedule(self, micro_batches: int, size: int, length: int):
         hidden = torch.empty(self._hidden_shape(size, length), dtype=self.dtype, device="meta", requires_grad=True)
@@ -104,8 +110,8 @@ class Pipeline(Engine):
         stages = [
             PipelineStage(
                 root,
-                self.place + index * self.length,
-                self.length * len(self.roots),
+                self.pp_rank + index * self.pp_size,
+                self.pp_size * len(self.roots),
                 self.ranks.device,
                 input_args=() if root.model.is_first_stage else (hidden,),
                 output_args=(loss if root.model.is_last_stage else hidden,),
@@ -114,24 +120,26 @@ class Pipeline(Engine):
             for index, root in enumerate(self.roots)
         ]
         schedule, stages = (ScheduleInterleaved1F1B, stages) if len(stages) > 1 else (Schedule1F1B, stages[0])
-        # the loss is summed here and divided by a global count: nothing is left to scale
+        # the loss is summed here and divided by a global count, so the schedule must not scale gradients
         return schedule(stages, micro_batches, loss_fn=lambda nll, _: nll.sum() * self.scale, scale_grads=False)
 
     def _reduce_tied(self) -> None:
-        """Give both ends of the pipeline the gradient of the matrix they share."""
-        if self.tied is not None:
+        """Sum the gradients of tied weights over the first and the last stage."""
+        if self.tied_group is not None:
             gradient = next(p.grad for name, p in self.named_parameters() if name == "embed_tokens.weight")
-            dist.all_reduce(gradient.to_local(), group=self.tied)
+            dist.all_reduce(gradient.to_local(), group=self.tied_group)
 
-    def _counts(self, parameter) -> bool:
-        copied = self.tied is not None and self.place > 0 and parameter is self.roots[-1].model.embed_tokens.weight
-        return super()._counts(parameter) and not copied
+    def _enters_norm(self, parameter) -> bool:
+        is_copy = (
+            self.tied_group is not None and self.pp_rank > 0 and parameter is self.roots[-1].model.embed_tokens.weight
+        )
+        return super()._enters_norm(parameter) and not is_copy
 
 
-def _tied_ends(ranks: ParallelContext, model: Transformer) -> dist.ProcessGroup | None:
-    """Return the group of the first and the last process of this pipeline, on these two, where the head is tied."""
+def _tied_group(ranks: ParallelContext, model: Transformer) -> dist.ProcessGroup | None:
+    """Return the group of the first and the last rank of this pipeline, on these two, if the weights are tied."""
     if model.config.untie_embeddings_and_output_weights:
         return None
-    pipelines = ranks.mesh.mesh.flatten(1).T.tolist()  # [one pipeline][stage] -> rank
-    ends = [[ranks[0], ranks[-1]] for ranks in pipelines]
+    pipelines = ranks.mesh.mesh.flatten(1).T.tolist()  # [pipelines, stages], global ranks
+    ends = [[pipeline[0], pipeline[-1]] for pipeline in pipelines]
     return dist.new_subgroups_by_enumeration(ends, timeout=ranks.timeout)[0]

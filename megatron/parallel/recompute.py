@@ -1,4 +1,4 @@
-"""Activation recomputation: what the backward pass needs is computed again instead of kept."""
+"""Activation checkpointing: activations are recomputed in the backward pass instead of stored."""
 
 import functools
 import logging
@@ -11,7 +11,7 @@ from megatron.config.sections import ParallelConfig
 from megatron.model.transformer import Transformer
 
 ATEN = torch.ops.aten
-# what is dear to compute
+# operators that are expensive to recompute
 PRODUCTS = {ATEN.mm.default, ATEN.addmm.default, ATEN.bmm.default}
 ATTENTION = {
     ATEN._scaled_dot_product_flash_attention.default,
@@ -23,32 +23,33 @@ ATTENTION = {
 
 
 def recompute(model: Transformer, parallel: ParallelConfig) -> None:
-    """Let the blocks that `parallel` names recompute all, or all but matrix products and attention, in place.
+    """Apply activation checkpointing to blocks as `--recompute-granularity` says, in place.
 
-    Attention with dropout is computed again: a kept result would leave the generator where it was, and what the block
-    drops after it would not be what the forward pass dropped.
+    "full" stores the input of a block only; "selective" stores the outputs of matrix products and of attention too.
+    Attention with dropout is recomputed in any case: with a stored result the RNG would not advance, and later dropout
+    in the block would differ from that of the forward pass.
     """
     if parallel.recompute_granularity is None:
         return
     contexts = {}
     if parallel.recompute_granularity == "selective":
         policy = functools.partial(_policy, PRODUCTS if model.config.attention_dropout else PRODUCTS | ATTENTION)
-        # compiled, it warns of operators in place, and a block has none
+        # when compiled it warns of in-place operators, and a block has none
         logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
         contexts["context_fn"] = functools.partial(create_selective_checkpoint_contexts, policy)
     blocks = list(model.layers.values())
     for block in blocks[: parallel.recompute_num_layers]:
-        block.forward = _recomputed(block.forward, contexts)
+        block.forward = _checkpointed(block.forward, contexts)
 
 
-def _recomputed(forward: Callable, contexts: dict) -> Callable:
-    """Return `forward` under a checkpoint, as a function of Python: what compiles the block begins at one."""
+def _checkpointed(forward: Callable, contexts: dict) -> Callable:
+    """Return `forward` under a checkpoint, as a Python function: torch.compile starts its graph at one."""
 
-    def recomputed(*inputs):
+    def checkpointed(*inputs):
         return checkpoint(forward, *inputs, use_reentrant=False, **contexts)
 
-    return recomputed
+    return checkpointed
 
 
-def _policy(kept: set, context, operator, *arguments, **words) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operator in kept else CheckpointPolicy.PREFER_RECOMPUTE
+def _policy(saved: set, context, operator, *args, **kwargs) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operator in saved else CheckpointPolicy.PREFER_RECOMPUTE

@@ -1,4 +1,4 @@
-"""The output head split over its rows, the vocabulary: what its loss needs to know of the other parts."""
+"""The output head sharded over the vocabulary, and the reductions that its loss needs."""
 
 import torch.distributed as dist
 from torch import Tensor
@@ -7,22 +7,25 @@ from torch.distributed.device_mesh import DeviceMesh
 from megatron.model.linear_cross_entropy import WholeHead
 
 
-class HeadPart(WholeHead):
-    """This process's part of `rows` rows: an even share rounded up; the last process may hold fewer."""
+class VocabParallelHead(WholeHead):
+    """This rank's shard of `size` vocabulary rows: size / tp rounded up; the last rank may have fewer."""
 
     whole = False
 
-    def __init__(self, mesh: DeviceMesh, rows: int):
+    def __init__(self, mesh: DeviceMesh, size: int):
         self.group = mesh.get_group()
-        self.start = min(rows, -(-rows // mesh.size()) * mesh.get_local_rank())
+        self.start = min(size, -(-size // mesh.size()) * mesh.get_local_rank())
 
     def local(self, weight: Tensor) -> Tensor:
+        """Return this rank's vocabulary rows of the DTensor `weight`, [V/tp, H]."""
         return weight.to_local()
 
     def highest(self, values: Tensor) -> Tensor:
+        """Return the maxima over all ranks; `values` is overwritten."""
         dist.all_reduce(values, dist.ReduceOp.MAX, group=self.group)
         return values
 
     def total(self, values: Tensor) -> Tensor:
+        """Return the sums over all ranks; `values` is overwritten."""
         dist.all_reduce(values, group=self.group)
         return values

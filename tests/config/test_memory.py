@@ -1,4 +1,4 @@
-"""The formula of memory against measured peaks of real steps, and against the code whose numbers it repeats."""
+"""The memory formula against measured peaks of real steps, and its constants against the code that they describe."""
 
 from dataclasses import replace
 
@@ -22,7 +22,7 @@ from benchmarks.memory import (
 )
 from benchmarks.memory import on_cpu as measure_on_cpu
 from megatron.config import memory
-from megatron.config.memory import _Process, memory_per_process
+from megatron.config.memory import _Rank, memory_per_process
 from megatron.config.sections import ModelConfig, Vocabulary
 from megatron.config.sizes import block_shapes, parameter_count
 from megatron.model import linear_cross_entropy
@@ -56,14 +56,14 @@ MODELS = [
 
 @pytest.fixture(scope="module")
 def alone():
-    """What one step of the cases of one process takes at its peak; later steps take as much."""
+    """The peak of one step of the cases with one rank; later steps have the same peak."""
     with joined():
         return {case: measure(case, 0, CPU, steps=1) for case in CASES if case.processes == 1}
 
 
 @pytest.fixture(scope="module")
 def measured(alone):
-    """The same of every case; those of several processes take minutes on two cores."""
+    """The peaks of all cases; those with several ranks take minutes on two cores."""
     several = [case for case in CASES if case.processes > 1]
     return alone | dict(zip(several, measure_on_cpu(several, steps=1), strict=True))
 
@@ -83,36 +83,36 @@ def test_the_formula_gives_the_measured_peak_of_each_of_several(measured, case):
     check(case, measured[case])
 
 
-def check(case: Case, found: dict) -> None:
+def check(case: Case, peak: dict) -> None:
     computed = case.formula("cpu")
-    assert computed.total == pytest.approx(found["total"], rel=TOLERANCE)
-    assert computed.master_weights == pytest.approx(found["master weights"], rel=0.01)
-    assert computed.optimizer_states == pytest.approx(found["optimizer states"], rel=0.01)
-    states = found["master weights"] + found["optimizer states"]
-    rest = computed.total - computed.master_weights - computed.optimizer_states
-    assert rest == pytest.approx(found["total"] - states, rel=2 * TOLERANCE)
+    assert computed.total == pytest.approx(peak["total"], rel=TOLERANCE)
+    assert computed.master_weights == pytest.approx(peak["master weights"], rel=0.01)
+    assert computed.optimizer_states == pytest.approx(peak["optimizer states"], rel=0.01)
+    states = peak["master weights"] + peak["optimizer states"]
+    without_states = computed.total - computed.master_weights - computed.optimizer_states
+    assert without_states == pytest.approx(peak["total"] - states, rel=2 * TOLERANCE)
 
 
 FAULTS = [
     ("_head", lambda self: 0, CASES[10]),
     ("_backward_workspace", 0, CASES[1]),
     ("_compute_weights", lambda self, *_: 0, CASES[6]),
-    ("_passed_on", 0, CASES[9]),
+    ("_pipeline_buffers", 0, CASES[9]),
     ("in_flight", 1, CASES[8]),
 ]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name, value, case", FAULTS, ids=[name for name, *_ in FAULTS])
-def test_what_is_left_out_is_missed(measured, name, value, case):
-    with patched(_Process, name, value), pytest.raises(AssertionError):
+def test_a_planted_omission_is_detected(measured, name, value, case):
+    with patched(_Rank, name, value), pytest.raises(AssertionError):
         check(case, measured[case])
 
 
 def test_the_benchmark_prints_a_line_a_case(alone, capsys):
-    print_table([(case, case.formula("cpu"), found) for case, found in alone.items()])
-    head, _, *lines = capsys.readouterr().out.splitlines()
-    assert head.startswith("| processes | micro-batches | flags | measured MB | formula MB | ratio |")
+    print_table([(case, case.formula("cpu"), peak) for case, peak in alone.items()])
+    header, _, *lines = capsys.readouterr().out.splitlines()
+    assert header.startswith("| processes | micro-batches | flags | measured MB | formula MB | ratio |")
     assert len(lines) == len(alone) and lines[0].startswith("| 1 | 2 | small | ")
 
 
@@ -123,45 +123,44 @@ def test_every_case_of_the_benchmark_is_a_layout():
 
 @pytest.mark.slow
 def test_the_head_as_on_cuda():
-    """Chunks that are larger than the batch, in one piece, without kernels. (RMSNorm is one operator on CUDA only.)"""
+    """Chunks larger than the batch, fp32 copies of whole chunks, no kernels. (RMSNorm is one operator on CUDA only.)"""
     case = Case(f"{SMALL} {GELU}", 1, 1, 20000)
     with (
         patched(linear_cross_entropy, "CHUNK_ROWS", {"cpu": 1500}),
         patched(linear_cross_entropy, "CACHED_NUMBERS", 10**12),
         joined(),
     ):
-        found = measure(case, 0, CPU, steps=1)["total"]
-    with patched(memory, "HEAD_ROWS", {"cuda": 1500}), patched(memory, "HEAD_IN_PLACE", set()):
+        peak = measure(case, 0, CPU, steps=1)["total"]
+    with patched(memory, "HEAD_POSITIONS", {"cuda": 1500}), patched(memory, "HEAD_IN_PLACE", set()):
         computed = case.formula("cuda")
     assert computed.moment == "head" and computed.head > 0.4 * computed.total
-    assert computed.total == pytest.approx(found, rel=TOLERANCE)
+    assert computed.total == pytest.approx(peak, rel=TOLERANCE)
 
 
 def test_offload_moves_the_states_to_the_host():
-    here, there = Case(SMALL, 2).formula("cuda"), Case(f"{SMALL} --cpu-offload", 2).formula("cuda")
-    assert there.master_weights == there.optimizer_states == here.host == 0
-    assert there.host == 4 * here.master_weights and there.total < here.total
+    on_device = Case(SMALL, 2).formula("cuda")
+    offloaded = Case(f"{SMALL} --cpu-offload", 2).formula("cuda")
+    assert offloaded.master_weights == offloaded.optimizer_states == on_device.host == 0
+    assert offloaded.host == 4 * on_device.master_weights and offloaded.total < on_device.total
 
 
-def test_the_worst_process_decides():
+def test_the_rank_that_needs_most_decides():
     config = Case(f"{SMALL} {PIPELINE}", 2, 4).config
     deep = replace(config, model=replace(config.model, num_layers=24))
     wide = Vocabulary(500_000)
-    assert memory_per_process(deep, Vocabulary(500), 2, "bf16").stage == 0  # has more in flight
-    assert memory_per_process(config, wide, 2, "bf16").stage == 1  # has the head
+    assert memory_per_process(deep, Vocabulary(500), 2, "bf16").stage == 0  # more micro-batches in flight
+    assert memory_per_process(config, wide, 2, "bf16").stage == 1  # the head
 
 
 @pytest.mark.parametrize("changes", MODELS, ids=lambda changes: "-".join(changes) or "plain")
 def test_shapes_are_those_of_the_model(changes):
-    model, vocabulary = (
-        ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=4, **changes),
-        Vocabulary(500),
-    )
+    model = ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=4, **changes)
+    vocabulary = Vocabulary(500)
     shapes = {name: tuple(parameter.shape) for name, parameter in Block(model).named_parameters()}
     assert block_shapes(model) == shapes
     assert parameter_count(model, vocabulary) == sum(p.numel() for p in Transformer(model, vocabulary).parameters())
 
 
-def test_numbers_that_stand_in_two_rooms_are_equal():
-    assert memory.HEAD_ROWS == linear_cross_entropy.CHUNK_ROWS
-    assert memory.HEAD_NUMBERS == {"cpu": linear_cross_entropy.CACHED_NUMBERS}
+def test_constants_equal_those_of_the_head():
+    assert memory.HEAD_POSITIONS == linear_cross_entropy.CHUNK_ROWS
+    assert memory.HEAD_ELEMENTS == {"cpu": linear_cross_entropy.CACHED_NUMBERS}

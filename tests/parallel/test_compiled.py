@@ -1,4 +1,4 @@
-"""Compiled blocks give what eager ones give, in the layouts that change what a block is."""
+"""Compiled blocks give the results of uncompiled ones, in the layouts that change what a block is."""
 
 from dataclasses import replace
 
@@ -17,7 +17,7 @@ from tests.distributed import joined, spawn
 from tests.steps import Case, batches_of_step, build, whole
 
 CASE = Case("mdm", micro_batch=2)
-# what objectives and regularisers change in a block: masks, told places, branches, and graphs of two kinds
+# what objectives and regularisers change in a block: masks, target positions, residual scales, and two kinds of graph
 KINDS = [
     Case("block-diffusion", {"diffusion_block_size": 4, "stochastic_depth": 0.5}, micro_batch=2),
     Case("dual", micro_batch=2),
@@ -34,7 +34,7 @@ RECOMPUTED = [{}, {"recompute_granularity": "full"}, {"recompute_granularity": "
 def loss_and_norm(
     ranks: ParallelContext, parallel: ParallelConfig, compile: bool, case: Case = CASE, bf16: bool = False
 ) -> tuple[float, float]:
-    torch._dynamo.reset()  # a run compiles one kind of network
+    torch._dynamo.reset()  # a run compiles one kind of model
     counters.clear()
     engine, _, data = build(ranks, case, parallel, compile=compile, bf16=bf16)
     loss = engine.backward(batches_of_step(data, 0), 100.0)
@@ -42,7 +42,7 @@ def loss_and_norm(
     return ranks.sum(float(loss))[0], float(engine.clip(0.0))
 
 
-def split(ranks: ParallelContext) -> list[tuple[float, float]]:
+def tensor_parallel(ranks: ParallelContext) -> list[tuple[float, float]]:
     ranks = build_parallel_context(ranks.rank, ranks.size, ranks.device, tensor=2)
     return [loss_and_norm(ranks, ParallelConfig(tensor_model_parallel_size=2), compile) for compile in (False, True)]
 
@@ -50,13 +50,13 @@ def split(ranks: ParallelContext) -> list[tuple[float, float]]:
 @pytest.mark.parametrize("options", RECOMPUTED, ids=str)
 def test_recomputed_blocks(options):
     with joined() as ranks:
-        eager, compiled = (loss_and_norm(ranks, ParallelConfig(**options), compile) for compile in (False, True))
-    assert compiled == pytest.approx(eager, rel=1e-5)
+        uncompiled, compiled = (loss_and_norm(ranks, ParallelConfig(**options), compile) for compile in (False, True))
+    assert compiled == pytest.approx(uncompiled, rel=1e-5)
 
 
-def test_split_blocks():
-    eager, compiled = spawn(split, 2)[0]
-    assert compiled == pytest.approx(eager, rel=1e-5)
+def test_tensor_parallel_blocks():
+    uncompiled, compiled = spawn(tensor_parallel, 2)[0]
+    assert compiled == pytest.approx(uncompiled, rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -67,66 +67,66 @@ def test_split_blocks():
 def test_what_objectives_change(case):
     with joined() as ranks:
         plain = ParallelConfig()
-        eager, compiled = (loss_and_norm(ranks, plain, compile, case) for compile in (False, True))
+        uncompiled, compiled = (loss_and_norm(ranks, plain, compile, case) for compile in (False, True))
         rounded = loss_and_norm(ranks, plain, True, case, bf16=True)
-    assert compiled == pytest.approx(eager, rel=1e-5)
-    assert rounded == pytest.approx(eager, rel=0.02) and rounded != pytest.approx(eager, rel=1e-5)
+    assert compiled == pytest.approx(uncompiled, rel=1e-5)
+    assert rounded == pytest.approx(uncompiled, rel=0.02) and rounded != pytest.approx(uncompiled, rel=1e-5)
 
 
-MASKED = [KINDS[0], KINDS[3]]  # by sequence and for all sequences alike
+MASKED = [KINDS[0], KINDS[3]]  # one mask per sequence, and one for all
 
 
-def nats_and_gradients(ranks: ParallelContext, case: Case, squares: bool) -> tuple[list[torch.Tensor], dict]:
-    """Return the nll of three steps' batches and the gradients of the first, with the masks of attention by squares."""
+def nll_and_gradients(ranks: ParallelContext, case: Case, block_mask: bool) -> tuple[list[torch.Tensor], dict]:
+    """Return the nll of a step's batches and its gradients, with dense attention masks or BlockMasks."""
     engine, _, data = build(ranks, case, ParallelConfig())
-    engine.models[0].uses_block_mask = squares
+    engine.models[0].uses_block_mask = block_mask
     engine.backward(batches_of_step(data, 0), 100.0)
     gradients = whole((name, parameter.grad) for name, parameter in engine.named_parameters())
     return [engine.nll(batch) for batch in batches_of_step(data, 0)], gradients
 
 
 @pytest.mark.parametrize("case", MASKED, ids=lambda case: case.name)
-def test_masks_by_squares_hide_the_same(case, monkeypatch):
-    # on a CPU it has no fast gradient, and refuses the plain one, which is this test's
+def test_block_masks_mask_the_same(case, monkeypatch):
+    # FlexAttention has no compiled backward pass on a CPU and refuses the uncompiled one, which this test uses
     monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *_: None)
     with joined() as ranks:
-        dense, squares = (nats_and_gradients(ranks, case, squares) for squares in (False, True))
-    for expected, found in zip(dense[0], squares[0], strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        dense, tiled = (nll_and_gradients(ranks, case, block_mask) for block_mask in (False, True))
+    for expected, nll in zip(dense[0], tiled[0], strict=True):
+        torch.testing.assert_close(nll, expected, rtol=1e-5, atol=1e-5)
     for name, gradient in dense[1].items():
-        np.testing.assert_allclose(squares[1][name], gradient, rtol=1e-4, atol=1e-5, err_msg=name)
+        np.testing.assert_allclose(tiled[1][name], gradient, rtol=1e-4, atol=1e-5, err_msg=name)
 
 
 @pytest.mark.parametrize("length", [300, 384])
 @pytest.mark.parametrize("sequences", [1, 2])
-def test_squares_that_are_hidden_whole_or_not_at_all(length, sequences):
-    """Documents of which some end inside squares of 128 x 128, and some fill several."""
-    places = torch.arange(length)
-    documents = torch.stack([places // 140, places // 290])[:sequences]
+def test_tiles_that_are_fully_or_not_at_all_masked(length, sequences):
+    """Some documents end inside tiles of 128 x 128, and some fill several tiles."""
+    positions = torch.arange(length)
+    documents = torch.stack([positions // 140, positions // 290])[:sequences]
     visible = documents[:, :, None] == documents[:, None, :]
     mask = block_mask(visible)
-    full, partly = int(mask.full_kv_num_blocks.sum()), int(mask.kv_num_blocks.sum())
-    assert full and partly and full + partly < sequences * 3 * 3
+    full, partial = int(mask.full_kv_num_blocks.sum()), int(mask.kv_num_blocks.sum())
+    assert full and partial and full + partial < sequences * 3 * 3
     query, key, value = torch.randn(3, 2, 4, length, 16, generator=torch.Generator().manual_seed(1))
     key, value = key[:, :2], value[:, :2]
     expected = F.scaled_dot_product_attention(query, key, value, attn_mask=visible[:, None], enable_gqa=True)
-    found = flex_attention(query, key, value, block_mask=mask, enable_gqa=True)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    output = flex_attention(query, key, value, block_mask=mask, enable_gqa=True)
+    torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", MASKED, ids=lambda case: case.name)
-def test_compiled_masks_by_squares_hide_the_same_and_compile_once(case):
-    case = replace(case, model={"num_attention_heads": 1})  # heads of 16
+def test_compiled_block_masks_mask_the_same_and_compile_once(case):
+    case = replace(case, model={"num_attention_heads": 1})  # head size 16
     torch._dynamo.reset()
-    found = []
+    losses = []  # per compile option, a list of nll [B, S]
     with joined() as ranks, torch.no_grad():
         for compile in (False, True):
             counters.clear()
             engine, _, data = build(ranks, case, ParallelConfig(), 3, compile=compile)
             engine.models[0].uses_block_mask = compile
             engine.eval()
-            found.append([engine.nll(batch) for step in range(3) for batch in batches_of_step(data, step)])
-    assert counters["stats"]["unique_graphs"] == 3  # a block, and the two parts of the last
-    for expected, nll in zip(*found, strict=True):
+            losses.append([engine.nll(batch) for step in range(3) for batch in batches_of_step(data, step)])
+    assert counters["stats"]["unique_graphs"] == 3  # a block, and the two functions of the last one
+    for expected, nll in zip(*losses, strict=True):
         torch.testing.assert_close(nll, expected, rtol=1e-5, atol=1e-5)

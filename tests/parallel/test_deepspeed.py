@@ -35,12 +35,12 @@ from tests.steps import GLOBAL_BATCH, VOCABULARY, RandomText, batches_of_step
 
 installed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
 
-# 63 is divided by no number of processes; biases have a gradient of zero, so that with Adam's usual epsilon
-# rounding alone would move them
-NETWORK = dict(num_layers=2, hidden_size=16, num_attention_heads=2, ffn_hidden_size=63, init_method_std=0.2)
+# an MLP width of 63 is not divisible by the world size; some biases have zero gradients, and with Adam's usual epsilon
+# rounding errors alone would move them
+MODEL = dict(num_layers=2, hidden_size=16, num_attention_heads=2, ffn_hidden_size=63, init_method_std=0.2)
 BIASES, UNTIED = {"add_bias_linear": True}, {"untie_embeddings_and_output_weights": True}
 OPTIMIZER = OptimizerConfig(lr=1e-2, weight_decay=0.5, clip_grad=0.05, adam_eps=1e-3)
-DECAY = 50  # weight decay, as a multiple of the learning rate of the step
+DECAY = 50  # weight decay / learning rate of the step
 SMALL = {"reduce_bucket_size": 500, "stage3_param_persistence_threshold": 0, "sub_group_size": 1500}
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 STAGES = (0, 1, 2, 3)
@@ -48,10 +48,10 @@ STAGES = (0, 1, 2, 3)
 
 @dataclass(frozen=True)
 class Case:
-    """What is trained, without the engine."""
+    """A training run, without the engine."""
 
     objective: str = "mdm"
-    network: dict = field(default_factory=dict)
+    model: dict = field(default_factory=dict)
     micro_batch: int = 2
     steps: int = 3
     bf16: bool = False
@@ -67,11 +67,11 @@ CASES = {
     "ar-full-recompute": Case("ar", BIASES, recompute="full"),
     "mdm-selective-recompute": Case("mdm", recompute="selective"),
     "curve": Case("mdm", steps=20),
-    # a weight that rounds the other way moves everything after it: one step is exact, a curve is close
+    # a weight that rounds the other way changes all later steps: one step is exact, a curve is close
     "bf16": Case("mdm", steps=1, bf16=True),
     "bf16-curve": Case("ar", UNTIED, steps=20, bf16=True),
 }
-# what a file adds at a stage
+# case, ZeRO stage, and settings that a DeepSpeed configuration file adds
 VARIANTS = {
     "offload-1": ("ar", 1, OFFLOAD),
     "offload-2": ("mdm-untied", 2, OFFLOAD),
@@ -87,22 +87,22 @@ MOVED = Case("mdm", BIASES, steps=4)  # half of it in one engine, half in the ot
 
 @dataclass(frozen=True)
 class Trace:
-    """What a run did; tensors are whole, by the names of a checkpoint."""
+    """The results of a run; tensors are gathered and have the names of a checkpoint."""
 
     losses: list[float]
     norms: list[float]
     tensors: dict[str, np.ndarray]
-    nll: np.ndarray  # of the first micro-batch, by position, at the end
+    nll: np.ndarray  # [B, S] of the first micro-batch, after the last step
 
 
 class Fsdp2:
-    """The engine that everything else uses."""
+    """The reference engine."""
 
     def __init__(self, ranks: ParallelContext, case: Case, source: Path | None):
         optimizer = OptimizerConfig(**vars(OPTIMIZER) | {"clip_grad": case.clip})
-        network, parallel = ModelConfig(**NETWORK | case.network), ParallelConfig()
+        config, parallel = ModelConfig(**MODEL | case.model), ParallelConfig()
         self.ranks, self.clip = ranks, case.clip
-        self.engine = build_engine(network, VOCABULARY, 5, ranks, parallel, bf16=case.bf16, compile=False)
+        self.engine = build_engine(config, VOCABULARY, 5, ranks, parallel, bf16=case.bf16, compile=False)
         self.optimizer = build_optimizer(self.engine, optimizer)
         start_state(self.optimizer, case.steps // 2 if source else 0)
         if source:
@@ -118,7 +118,7 @@ class Fsdp2:
 
 
 class Zero:
-    """The engine under test, at one stage."""
+    """The engine under test, at one ZeRO stage."""
 
     def __init__(self, ranks: ParallelContext, case: Case, source: Path | None, stage: int, section=None):
         optimizer = OptimizerConfig(**vars(OPTIMIZER) | {"clip_grad": case.clip})
@@ -146,8 +146,8 @@ class Zero:
         return self.engine.tensors(self.optimizer)
 
 
-class Forgetful(Zero):
-    """A planted fault: the loss is not scaled for the average over the processes."""
+class Unscaled(Zero):
+    """A planted fault: the loss is not scaled for the average over the data-parallel ranks."""
 
     def step(self, batches, rate: float):
         with pytest.MonkeyPatch.context() as patch:
@@ -156,7 +156,7 @@ class Forgetful(Zero):
 
 
 def build(case: Case) -> Transformer:
-    config = ModelConfig(**NETWORK | case.network)
+    config = ModelConfig(**MODEL | case.model)
     model = Transformer(config, VOCABULARY)
     initialise(model, config, seed=5)
     return model
@@ -200,40 +200,40 @@ def save(engine, folder: Path, case: Case) -> None:
         saver.save(engine.tensors(), {"iteration": case.steps // 2}, then=lambda: None)
 
 
-def two_processes(ranks: ParallelContext, folder: Path) -> dict:
-    """Return all runs that this module asks of two processes."""
-    half, rest = range(MOVED.steps // 2), range(MOVED.steps // 2, MOVED.steps)
+def two_ranks(ranks: ParallelContext, folder: Path) -> dict:
+    """Return the traces of all runs with two ranks."""
+    first_half, second_half = range(MOVED.steps // 2), range(MOVED.steps // 2, MOVED.steps)
     runs = {}
     for stage in STAGES:
         for name, case in CASES.items():
             runs[name, stage] = train(Zero(ranks, case, None, stage), case, range(case.steps))
         engine = Zero(ranks, MOVED, None, stage)
-        train(engine, MOVED, half)
+        train(engine, MOVED, first_half)
         save(engine, folder / f"zero-{stage}", MOVED)
         moved = Zero(ranks, MOVED, checkpoint.complete(folder / "fsdp2")[0], stage)
-        runs["moved", stage] = train(moved, MOVED, rest)
+        runs["moved", stage] = train(moved, MOVED, second_half)
         broken = Zero(ranks, CASES["ar"], None, stage)
         with torch.no_grad():
             broken.engine._write("norm.weight", torch.full((16,), float("nan")))
         runs["broken", stage] = train(broken, CASES["ar"], range(1))
     for name, (case, stage, section) in VARIANTS.items():
         runs[name] = train(Zero(ranks, CASES[case], None, stage, section), CASES[case], range(CASES[case].steps))
-    runs["planted"] = train(Forgetful(ranks, CASES["ar"], None, 1), CASES["ar"], range(3))
+    runs["planted"] = train(Unscaled(ranks, CASES["ar"], None, 1), CASES["ar"], range(3))
     return runs
 
 
 @pytest.fixture(scope="module")
-def one(tmp_path_factory):
-    """The runs of one process with FSDP2, and the folder of its checkpoint."""
+def single(tmp_path_factory):
+    """The traces of one rank with FSDP2, and the folder of its checkpoint."""
     folder = tmp_path_factory.mktemp("checkpoints")
     with joined() as ranks:
         runs = {name: train(Fsdp2(ranks, case, None), case, range(case.steps)) for name, case in CASES.items()}
-        whole = replace(CASES["bf16-curve"], bf16=False)
-        # stage 3 of DeepSpeed finishes all positions of the last block, and bf16 rounds elsewhere then
-        late = Fsdp2(ranks, CASES["bf16"], None)
-        late.engine.models[0].selects_scored_positions = False
-        runs["bf16", 3] = train(late, CASES["bf16"], range(CASES["bf16"].steps))
-        runs["fp32-curve"] = train(Fsdp2(ranks, whole, None), whole, range(whole.steps))
+        curve = replace(CASES["bf16-curve"], bf16=False)
+        # with stage 3 of DeepSpeed the last block computes all positions, and bf16 rounds differently
+        unselected = Fsdp2(ranks, CASES["bf16"], None)
+        unselected.engine.models[0].selects_scored_positions = False
+        runs["bf16", 3] = train(unselected, CASES["bf16"], range(CASES["bf16"].steps))
+        runs["fp32-curve"] = train(Fsdp2(ranks, curve, None), curve, range(curve.steps))
         runs["moved"] = train(Fsdp2(ranks, MOVED, None), MOVED, range(MOVED.steps))
         engine = Fsdp2(ranks, MOVED, None)
         train(engine, MOVED, range(MOVED.steps // 2))
@@ -242,85 +242,87 @@ def one(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def two(one):
-    """The runs of two processes with DeepSpeed; both saw the same."""
-    first, second = spawn(two_processes, 2, one["folder"])
+def two(single):
+    """The traces of two ranks with DeepSpeed; losses and norms are equal on both."""
+    first, second = spawn(two_ranks, 2, single["folder"])
     for name in first:
         np.testing.assert_equal(first[name].losses, second[name].losses)
         np.testing.assert_equal(first[name].norms, second[name].norms)
     return first
 
 
-def check_equal(found: Trace, expected: Trace, rel: float) -> None:
-    assert found.losses == pytest.approx(expected.losses[-len(found.losses) :], rel=rel)
-    assert found.norms == pytest.approx(expected.norms[-len(found.norms) :], rel=10 * rel)
-    assert list(found.tensors) == list(expected.tensors)
+def check_equal(trace: Trace, expected: Trace, rel: float) -> None:
+    assert trace.losses == pytest.approx(expected.losses[-len(trace.losses) :], rel=rel)
+    assert trace.norms == pytest.approx(expected.norms[-len(trace.norms) :], rel=10 * rel)
+    assert list(trace.tensors) == list(expected.tensors)
     for name, tensor in expected.tensors.items():
-        assert found.tensors[name].dtype == np.float32
-        np.testing.assert_allclose(found.tensors[name], tensor, rtol=0, atol=rel * np.abs(tensor).max(), err_msg=name)
-    np.testing.assert_allclose(found.nll, expected.nll, rtol=10 * rel, atol=10 * rel)
+        assert trace.tensors[name].dtype == np.float32
+        np.testing.assert_allclose(trace.tensors[name], tensor, rtol=0, atol=rel * np.abs(tensor).max(), err_msg=name)
+    np.testing.assert_allclose(trace.nll, expected.nll, rtol=10 * rel, atol=10 * rel)
 
 
 @installed
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("name", [name for name in CASES if "curve" not in name])
-def test_three_steps_are_those_of_fsdp2(one, two, name, stage):
-    assert max(one[name].norms) > 2 * 0.05  # clipping is at work where it is on
-    check_equal(two[name, stage], one.get((name, stage), one[name]), 1e-5)
+def test_three_steps_are_those_of_fsdp2(single, two, name, stage):
+    assert max(single[name].norms) > 2 * 0.05  # above the clipping limit
+    check_equal(two[name, stage], single.get((name, stage), single[name]), 1e-5)
 
 
 @installed
 @pytest.mark.parametrize("name", VARIANTS)
-def test_what_a_file_adds_changes_no_result(one, two, name):
-    check_equal(two[name], one[VARIANTS[name][0]], 1e-5)
+def test_settings_of_a_file_change_no_result(single, two, name):
+    check_equal(two[name], single[VARIANTS[name][0]], 1e-5)
 
 
 @installed
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("name, rel", [("curve", 1e-4), ("bf16-curve", 5e-3)])
-def test_a_curve_of_twenty_steps_is_that_of_fsdp2(one, two, name, rel, stage):
+def test_a_curve_of_twenty_steps_is_that_of_fsdp2(single, two, name, rel, stage):
     assert len(two[name, stage].losses) == 20
-    assert two[name, stage].losses == pytest.approx(one[name].losses, rel=rel)
+    assert two[name, stage].losses == pytest.approx(single[name].losses, rel=rel)
 
 
 @installed
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_curve_in_bf16_stays_near_the_one_in_fp32(one, two, stage):
-    assert two["bf16-curve", stage].losses == pytest.approx(one["fp32-curve"].losses, rel=1e-2)
-    assert two["bf16-curve", stage].losses != pytest.approx(one["fp32-curve"].losses, rel=1e-5)  # something was rounded
+def test_a_curve_in_bf16_stays_near_the_one_in_fp32(single, two, stage):
+    assert two["bf16-curve", stage].losses == pytest.approx(single["fp32-curve"].losses, rel=1e-2)
+    assert two["bf16-curve", stage].losses != pytest.approx(
+        single["fp32-curve"].losses, rel=1e-5
+    )  # something was rounded
 
 
 @installed
-def test_a_planted_fault_is_found(one, two):
+def test_a_planted_fault_is_detected(single, two):
     with pytest.raises(AssertionError):
-        check_equal(two["planted"], one["ar"], 1e-5)
+        check_equal(two["planted"], single["ar"], 1e-5)
 
 
 @installed
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_run_moves_from_fsdp2_to_deepspeed(one, two, stage):
-    check_equal(two["moved", stage], one["moved"], 1e-5)
+def test_a_run_moves_from_fsdp2_to_deepspeed(single, two, stage):
+    check_equal(two["moved", stage], single["moved"], 1e-5)
 
 
 @installed
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_run_moves_from_deepspeed_to_fsdp2(one, two, stage):
-    source = checkpoint.complete(one["folder"] / f"zero-{stage}")[0]
+def test_a_run_moves_from_deepspeed_to_fsdp2(single, two, stage):
+    source = checkpoint.complete(single["folder"] / f"zero-{stage}")[0]
     assert {path.suffix for path in source.iterdir()} == {".json", ".safetensors"}
     with joined() as ranks:
         moved = train(Fsdp2(ranks, MOVED, source), MOVED, range(MOVED.steps // 2, MOVED.steps))
-    check_equal(moved, one["moved"], 1e-5)
+    check_equal(moved, single["moved"], 1e-5)
 
 
 @installed
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_norm_that_is_no_number_is_reported(two, stage):
+def test_a_norm_that_is_not_finite_is_reported(two, stage):
     assert not np.isfinite(two["broken", stage].norms[0])
 
 
 @installed
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_single_process_without_launcher_or_compiler(one, stage, tmp_path):
+def test_a_single_process_without_launcher_or_compiler(single, stage, tmp_path):
     """No RANK, no LOCAL_RANK, no C++ compiler: with offload nothing is compiled, even at first use."""
     tools = tmp_path / "bin"
     tools.mkdir()
@@ -331,15 +333,15 @@ def test_a_single_process_without_launcher_or_compiler(one, stage, tmp_path):
 import json
 from tests.distributed import joined
 from tests.parallel.test_deepspeed import CASES, Zero, train
-with joined() as processes:
-    found = train(Zero(processes, CASES["ar"], None, {stage}, {section}), CASES["ar"], range(3))
-print(json.dumps(found.losses))
+with joined() as ranks:
+    trace = train(Zero(ranks, CASES["ar"], None, {stage}, {section}), CASES["ar"], range(3))
+print(json.dumps(trace.losses))
 """
-    surroundings = {name: value for name, value in environment().items() if name not in ("RANK", "LOCAL_RANK", "CXX")}
-    surroundings |= {"PATH": str(tools), "TORCH_EXTENSIONS_DIR": str(tmp_path / "built")}
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=surroundings, capture_output=True, text=True)
+    env = {name: value for name, value in environment().items() if name not in ("RANK", "LOCAL_RANK", "CXX")}
+    env |= {"PATH": str(tools), "TORCH_EXTENSIONS_DIR": str(tmp_path / "built")}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert json.loads(done.stdout) == pytest.approx(one["ar"].losses, rel=1e-5)  # and nothing else is printed
+    assert json.loads(done.stdout) == pytest.approx(single["ar"].losses, rel=1e-5)  # and nothing else is printed
     assert not (tmp_path / "built").exists()
 
 

@@ -1,4 +1,4 @@
-"""Gathering over gloo: right, and not by the operation whose long name two threads of a group free twice."""
+"""All-gathers over gloo: correct, and without the operation whose long name two threads of a group free twice."""
 
 import os
 import subprocess
@@ -15,29 +15,29 @@ GATHER = torch.ops._c10d_functional
 
 
 def gathered(ranks: ParallelContext) -> tuple[list, list, float, set[str]]:
-    """Return matrices gathered by DTensor (of 5 rows) and plainly, a number, and which operators took part."""
+    """Return a matrix of 5 rows gathered by DTensor, a gathered tensor and scalar, and the names of the operators."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     mesh = ranks.mesh["shard"]
-    whole = torch.arange(15.0).view(5, 3)
-    part = torch.full((3, 2), float(ranks.rank))
+    matrix = torch.arange(15.0).view(5, 3)
+    shard = torch.full((3, 2), float(ranks.rank))
     with torch.profiler.profile(activities=activities) as profile:
-        uneven = distribute_tensor(whole, mesh, [Shard(0)]).full_tensor()
+        uneven = distribute_tensor(matrix, mesh, [Shard(0)]).full_tensor()
         group = mesh.get_group().group_name
-        plain, number = (
-            GATHER.wait_tensor(GATHER.all_gather_into_tensor(each, 2, group)) for each in (part, part[0, 0])
+        plain, scalar = (
+            GATHER.wait_tensor(GATHER.all_gather_into_tensor(value, 2, group)) for value in (shard, shard[0, 0])
         )
-    return uneven.tolist(), plain.tolist(), number.tolist(), {event.name for event in profile.events()}
+    return uneven.tolist(), plain.tolist(), scalar.tolist(), {event.name for event in profile.events()}
 
 
 def test_gathers_are_right_and_have_a_short_name():
-    for uneven, plain, number, operators in spawn(gathered, 2):
+    for uneven, plain, scalar, operators in spawn(gathered, 2):
         assert uneven == torch.arange(15.0).view(5, 3).tolist()
-        assert plain == [[0.0, 0.0]] * 3 + [[1.0, 1.0]] * 3 and number == [0.0, 1.0]
+        assert plain == [[0.0, 0.0]] * 3 + [[1.0, 1.0]] * 3 and scalar == [0.0, 1.0]
         assert "c10d::_allgather_base_" in operators
         assert not any("coalesced" in operator for operator in operators)
 
 
-# One process in two died of this within seconds before the way around was found (torch 2.13, two cores).
+# Without the workaround one process in two aborts within seconds (torch 2.13, two cores).
 BURSTS = """
 import torch, torch.distributed as dist
 from tests.distributed import joined
@@ -52,7 +52,7 @@ import os; os._exit(0)
 
 @pytest.mark.slow
 def test_many_gathers_at_once_do_not_abort():
-    surroundings = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_PERTURB_": "123"}
+    env = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_PERTURB_": "123"}
     for _ in range(3):
-        done = subprocess.run([sys.executable, "-c", BURSTS], env=surroundings, capture_output=True, text=True)
+        done = subprocess.run([sys.executable, "-c", BURSTS], env=env, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-500:]

@@ -1,4 +1,4 @@
-"""What a launcher sets for a rank: taken over from SLURM, and refused where it makes no sense; and its own end."""
+"""Launchers: variables are read from SLURM and refused if invalid; ranks exit when their launcher is killed."""
 
 import os
 import signal
@@ -22,18 +22,18 @@ from tests.training.jobs import alive
 
 @pytest.fixture
 def launch_variables():
-    """Set the variables of a launcher, and no others; what is set meanwhile does not outlive the test."""
+    """Return a function that replaces all variables of launchers; they are restored after the test."""
 
-    def put(text):
+    def replace(text):
         for name in [name for name in os.environ if name.startswith("SLURM_")] + [*PLACE]:
             os.environ.pop(name, None)
         os.environ.update(word.split("=") for word in text.split())
 
     with mock.patch.dict(os.environ):
-        yield put
+        yield replace
 
 
-SENSELESS = {
+INVALID = {
     "RANK=1": "RANK=1: is not below 1, as WORLD_SIZE is not set; unset it",
     "RANK=1 WORLD_SIZE=1": "RANK=1: is not below WORLD_SIZE=1; unset it",
     "RANK=4 WORLD_SIZE=4": "RANK=4: is not below WORLD_SIZE=4",
@@ -44,11 +44,11 @@ SENSELESS = {
     "LOCAL_RANK=1": "LOCAL_RANK=1: is above 0, as RANK is not set; unset it",
     "LOCAL_RANK=x": "LOCAL_RANK=x: is not a whole number",
     "RANK=1 WORLD_SIZE=4 LOCAL_RANK=2": "LOCAL_RANK=2: is above RANK=1",
-    "SLURM_STEP_NUM_TASKS=4": "SLURM_STEP_NUM_TASKS=4: is set, and SLURM_PROCID and SLURM_LOCALID not",
-    "SLURM_STEP_NUM_TASKS=4 SLURM_PROCID=1": "SLURM_PROCID=1: is set, and SLURM_LOCALID not",
-    "SLURM_STEP_NUM_TASKS=4 SLURM_LOCALID=0": "SLURM_STEP_NUM_TASKS=4: is set, and SLURM_PROCID not",
-    "SLURM_PROCID=2": "SLURM_PROCID=2: is set, and SLURM_STEP_NUM_TASKS and SLURM_LOCALID not",
-    "SLURM_PROCID=0 SLURM_LOCALID=1": "SLURM_PROCID=0: is set, and SLURM_STEP_NUM_TASKS not",
+    "SLURM_STEP_NUM_TASKS=4": "SLURM_STEP_NUM_TASKS=4: is set without SLURM_PROCID and SLURM_LOCALID;",
+    "SLURM_STEP_NUM_TASKS=4 SLURM_PROCID=1": "SLURM_PROCID=1: is set without SLURM_LOCALID;",
+    "SLURM_STEP_NUM_TASKS=4 SLURM_LOCALID=0": "SLURM_STEP_NUM_TASKS=4: is set without SLURM_PROCID;",
+    "SLURM_PROCID=2": "SLURM_PROCID=2: is set without SLURM_STEP_NUM_TASKS and SLURM_LOCALID;",
+    "SLURM_PROCID=0 SLURM_LOCALID=1": "SLURM_PROCID=0: is set without SLURM_STEP_NUM_TASKS;",
     "SLURM_STEP_NUM_TASKS=four SLURM_PROCID=0 SLURM_LOCALID=0": "SLURM_STEP_NUM_TASKS=four: is not a whole number",
     "SLURM_STEP_NUM_TASKS=4 SLURM_PROCID=4 SLURM_LOCALID=0": "SLURM_PROCID=4: is not below SLURM_STEP_NUM_TASKS=4",
     "SLURM_STEP_NUM_TASKS=4 SLURM_PROCID=1 SLURM_LOCALID=3": "SLURM_LOCALID=3: is above SLURM_PROCID=1",
@@ -56,12 +56,12 @@ SENSELESS = {
 
 
 @pytest.mark.parametrize("check", [adopt_launcher, check_alone, join])
-@pytest.mark.parametrize("variables", SENSELESS)
-def test_variables_that_make_no_sense_are_refused_by_all_who_read_them(variables, check, launch_variables):
+@pytest.mark.parametrize("variables", INVALID)
+def test_invalid_variables_are_refused_by_all_readers(variables, check, launch_variables):
     launch_variables(variables)
     with pytest.raises(ConfigurationError) as caught:
         check()
-    assert str(caught.value).startswith(SENSELESS[variables]) and "\n" not in str(caught.value)
+    assert str(caught.value).startswith(INVALID[variables]) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_variables_that_make_no_sense_are_refused_by_all_who_read_them(variables
         "SLURM_PROCID=2 SLURM_NTASKS=8 RANK=0 WORLD_SIZE=2",  # torchrun, itself started by srun
     ],
 )
-def test_variables_that_make_sense_are_taken_as_they_are(variables, launch_variables):
+def test_valid_variables_are_not_changed(variables, launch_variables):
     launch_variables(variables)
     before = dict(os.environ)
     adopt_launcher()
@@ -84,20 +84,20 @@ def test_variables_that_make_sense_are_taken_as_they_are(variables, launch_varia
 
 @pytest.mark.parametrize("variables", ["RANK=1", "LOCAL_RANK=x", "SLURM_STEP_NUM_TASKS=4"])
 @pytest.mark.parametrize("flags", [[], ["--dry-run"], ["--skip-train"]], ids=" ".join)
-def test_training_writes_nothing_then(variables, flags, tiny, tmp_path, launch_variables, capsys):
+def test_training_with_invalid_variables_writes_nothing(variables, flags, tiny, tmp_path, launch_variables, capsys):
     launch_variables(variables)
-    with pytest.raises(SystemExit) as left:
+    with pytest.raises(SystemExit) as exit:
         main("ar", [*tiny, *flags, "--save", str(tmp_path / "run")])
-    assert left.value.code == 2 and not (tmp_path / "run").exists()
+    assert exit.value.code == 2 and not (tmp_path / "run").exists()
     output = capsys.readouterr()
     assert output.out == "" and output.err == f"error: {output.err[7:].strip()}\n"
 
 
 def test_scoring_is_refused_too(launch_variables, capsys):
     launch_variables("RANK=one")
-    with pytest.raises(SystemExit) as left:
+    with pytest.raises(SystemExit) as exit:
         harness.main(["run", "--model", "megatron", "--tasks", "x"])
-    assert left.value.code == 2 and capsys.readouterr().err.startswith("error: RANK=one: is not a whole number")
+    assert exit.value.code == 2 and capsys.readouterr().err.startswith("error: RANK=one: is not a whole number")
 
 
 @pytest.mark.parametrize("tool", ["ensemble", "convert_checkpoint", "tune"])
@@ -113,7 +113,7 @@ def test_tools_are_refused_too(tool, tmp_path):
 
 # ------------------------------------------------------------------------- a launcher that is killed
 
-# argv: a name for this process, how many ranks to start, their command line. It prints their process ids.
+# argv: a name for this process, the number of ranks to start, their command line. It prints their process ids.
 LAUNCHER = """
 import subprocess, sys, time
 from pathlib import Path
@@ -122,45 +122,45 @@ ranks = [subprocess.Popen([*sys.argv[3:], str(rank)]) for rank in range(int(sys.
 print(*[rank.pid for rank in ranks], flush=True)
 time.sleep(60)
 """
-# argv: a folder, the rank. Two ranks meet in a watch, which is how a training run ends.
+# argv: a folder, the rank. Two ranks share a failure detector, as in a training run.
 RANK = """
 import sys, time
 from pathlib import Path
-from megatron.parallel.failure_detector import Hub, Watch, launcher
+from megatron.parallel.failure_detector import FailureDetector, Hub, launcher
 folder, rank = Path(sys.argv[1]), int(sys.argv[2])
 sys.stderr = open(folder / f"errors {rank}", "w", buffering=1)
-watch = Watch(rank, 0)
-watch.on_failure = (folder / f"last words {rank}").write_text
+detector = FailureDetector(rank, 0)
+detector.on_failure = (folder / f"on_failure {rank}").write_text
 if launcher():
-    watch.end_with(launcher())
+    detector.end_with(launcher())
 if rank == 0:
-    watch.hub = Hub(2, 1.0)
-    watch.hub.start()
-    (folder / "hub.partial").write_text(f"{watch.hub.port} {watch.hub.token}")
+    detector.hub = Hub(2, 1.0)
+    detector.hub.start()
+    (folder / "hub.partial").write_text(f"{detector.hub.port} {detector.hub.token}")
     (folder / "hub.partial").rename(folder / "hub")
 while not (folder / "hub").exists():
     time.sleep(0.01)
 port, token = (folder / "hub").read_text().split()
-watch.meet(lambda: ("127.0.0.1", int(port), token), 1.0)
+detector.meet(lambda: ("127.0.0.1", int(port), token), 1.0)
 (folder / f"ready {rank}").touch()
 time.sleep(60)
 """
 
 
 def kill_a_launcher(folder: Path, ranks: int, variables: dict, name: str = "python") -> list[int]:
-    """Start ranks below a process, kill it when they are ready, and return those that still run 8 seconds later."""
+    """Start ranks from a launcher, kill it when they are ready, return the ids of those that run 8 seconds later."""
     command = [sys.executable, "-c", LAUNCHER, name, str(ranks), sys.executable, "-c", RANK, str(folder)]
     process = subprocess.Popen(command, env=environment() | variables, stdout=subprocess.PIPE, text=True)
     pids = list(map(int, process.stdout.readline().split()))
     try:
-        until = time.monotonic() + 30
+        deadline = time.monotonic() + 30
         while not all((folder / f"ready {rank}").exists() for rank in range(ranks)):
-            assert time.monotonic() < until
+            assert time.monotonic() < deadline
             time.sleep(0.02)
         process.kill()
         process.wait()
-        until = time.monotonic() + 8
-        while any(map(alive, pids)) and time.monotonic() < until:
+        deadline = time.monotonic() + 8
+        while any(map(alive, pids)) and time.monotonic() < deadline:
             time.sleep(0.05)
         return [pid for pid in pids if alive(pid)]
     finally:
@@ -172,25 +172,25 @@ def kill_a_launcher(folder: Path, ranks: int, variables: dict, name: str = "pyth
 
 
 @pytest.mark.parametrize(
-    "variables, name, says",
+    "variables, name, message",
     [
         ({"TORCHELASTIC_RUN_ID": "none"}, "python", "torchrun (process "),
         ({"CROSS_RANK": "0"}, "python", "deepspeed (process "),
         ({}, "slurmstepd", "srun (process "),
     ],
 )
-def test_ranks_end_with_their_launcher(variables, name, says, tmp_path):
+def test_ranks_end_with_their_launcher(variables, name, message, tmp_path):
     assert kill_a_launcher(tmp_path, 2, variables, name) == []
     errors = "".join((tmp_path / f"errors {rank}").read_text() for rank in (0, 1))
-    assert errors.startswith(f"error: {says}") and errors.count("\n") == 1 and "is gone" in errors
+    assert errors.startswith(f"error: {message}") and errors.count("\n") == 1 and "is gone" in errors
     assert "which started rank" in errors and "the same command resumes" in errors
     for rank in (0, 1):
-        assert f"error: {(tmp_path / f'last words {rank}').read_text()}\n" == errors
+        assert f"error: {(tmp_path / f'on_failure {rank}').read_text()}\n" == errors
 
 
 def test_ranks_outlive_a_shell(tmp_path):
     assert len(kill_a_launcher(tmp_path, 2, {}, "bash")) == 2
-    assert not (tmp_path / "last words 0").exists()
+    assert not (tmp_path / "on_failure 0").exists()
 
 
 def test_a_shell_is_no_launcher(monkeypatch):

@@ -1,4 +1,4 @@
-"""The layout does not change the science: loss, gradient norm and every gradient equal those of a single process."""
+"""The layout does not change results: loss, gradient norm and every gradient equal those of a single rank."""
 
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -13,13 +13,13 @@ from megatron.parallel import tensor
 from megatron.parallel.engine import Engine
 from megatron.parallel.mesh import ParallelContext, build_parallel_context
 from megatron.parallel.pipeline import Pipeline
-from megatron.parallel.vocab_parallel import HeadPart
+from megatron.parallel.vocab_parallel import VocabParallelHead
 from megatron.training import muon
 from tests import steps
 from tests.distributed import joined, spawn
 from tests.steps import Case, Step, build, check_equal, curve, dropout_shared_by_ranks, patched, take
 
-# 3 layers over 2 stages are uneven; 61 ids over 2 parts of 128 rows leave the second part without one
+# 3 layers over 2 stages are uneven; of 128 vocabulary rows over 2 ranks the second rank has no id below 61
 MODEL = dict(num_layers=3, num_attention_heads=4, group_query_attention=True, num_query_groups=2, qk_layernorm=True)
 TERMS = dict(label_smoothing=0.2, z_loss=0.05)
 UNTIED = dict(untie_embeddings_and_output_weights=True, normalization="layernorm", swiglu=False)
@@ -27,7 +27,7 @@ UNTIED = dict(untie_embeddings_and_output_weights=True, normalization="layernorm
 
 @dataclass(frozen=True)
 class Layout:
-    """The places of `data` x tensor x pipeline processes."""
+    """Data-, tensor- and pipeline-parallel sizes, and other options of the parallel section."""
 
     data: int = 1
     tensor: int = 1
@@ -55,7 +55,7 @@ OBJECTIVES = {
     "mdm": Case("mdm", micro_batch=2, model=MODEL),
     "ar-token-dropout": Case("ar", options={"token_dropout": 0.4}, micro_batch=2, model=MODEL),
 }
-# every option of an objective: what it draws is the same in every layout, and what it blocks or skips too
+# every option of an objective: its random draws, masks and skipped blocks are the same in every layout
 OPTIONS = {
     "dual": Case("dual", micro_batch=2, model=MODEL),
     "any-order": Case("any-order", micro_batch=2, model=MODEL),
@@ -83,7 +83,7 @@ CASES = (
         "mdm-terms": Case("mdm", micro_batch=2, model=MODEL | TERMS),
         "ar-clipped": Case("ar", micro_batch=2, clip=0.05, model=MODEL),
         "mdm-deep": Case("mdm", micro_batch=2, model=MODEL | {"num_layers": 4}),
-        "mdm-thirds": Case(  # 128 rows of the vocabulary in parts of 43, 43 and 42
+        "mdm-thirds": Case(  # 128 vocabulary rows in shards of 43, 43 and 42
             "mdm", micro_batch=2, model={"hidden_size": 24, "num_attention_heads": 3, "ffn_hidden_size": 48}
         ),
         "ar-thirds-terms": Case(
@@ -103,7 +103,7 @@ CHECKS += [
     for name in ("mdm-short", "mdm-nothing-masked", "mdm-untied", "mdm-terms", "ar-clipped")
 ]
 CHECKS += [(Layout(2, 3, 1), name) for name in ("mdm-thirds", "ar-thirds-terms")]
-CHECKS += [(Layout(1, 1, 4), "mdm-deep")]  # two stages there have no end
+CHECKS += [(Layout(1, 1, 4), "mdm-deep")]  # the two inner stages have neither embedding nor head
 CHECKS += [(Layout(2, 1, 1, {"zero_stage": stage}), name) for stage in (0, 2, 3) for name in ("ar", "mdm-untied")]
 CHECKS += [(Layout(2, tensor, 2, {"zero_stage": stage}), "mdm") for tensor in (1, 2) for stage in (0, 3)]
 CHECKS += [
@@ -119,7 +119,7 @@ CHECKS += [
     for data, tensor, pipeline in ((2, 1, 1), (1, 2, 1), (1, 1, 2))
     for granularity in ("full", "selective")
 ]
-# all kinds of placement that a matrix has
+# all placements of a matrix
 MUON = [layout for layout in GRID if layout.size == 2] + [Layout(2, 2, 1)]
 MUON += [Layout(2, 1, 1, {"zero_stage": stage}) for stage in (0, 3)]
 CHECKS += [(layout, "mdm-muon") for layout in MUON]
@@ -134,144 +134,147 @@ CURVES += [(Layout(2, 2, 1), "mdm-muon")]
 HALVED = [Layout(2, 1, 1), Layout(2, 1, 1, {"zero_stage": 3}), Layout(1, 2, 1), Layout(1, 1, 2)]
 
 
-def head_untied():
-    """The two ends of a pipeline keep the gradient of their own use of the matrix they share."""
+def tied_gradient_not_reduced():
+    """The gradients of tied weights are not summed over the two ends of a pipeline."""
     return patched(Pipeline, "_reduce_tied", lambda self: None)
 
 
 def tied_matrix_counted_twice():
-    """The norm counts the copy of the tied matrix at the other end of the pipeline too."""
-    return patched(Pipeline, "_counts", Engine._counts)
+    """The norm counts tied weights at both ends of a pipeline."""
+    return patched(Pipeline, "_enters_norm", Engine._enters_norm)
 
 
 def norm_gradient_not_reduced():
-    """Each tensor-parallel process keeps the gradient of a norm on its part of the sequence."""
-    return patched(tensor, "_shared", lambda parameter: None if parameter is None else parameter.to_local())
+    """The gradients of norm weights are not summed over the sequence shards."""
+    return patched(tensor, "_replicated", lambda parameter: None if parameter is None else parameter.to_local())
 
 
 def replicas_counted_twice():
-    """The norm counts what tensor-parallel processes hold alike on each of them."""
-    return patched(Engine, "_counts", lambda self, parameter: True)
+    """The norm counts replicated parameters on every tensor-parallel rank."""
+    return patched(Engine, "_enters_norm", lambda self, parameter: True)
 
 
-def softmax_of_a_part():
-    """Each process normalises over its own part of the vocabulary."""
-    return patched(HeadPart, "total", lambda self, values: values)
+def softmax_of_a_shard():
+    """Each rank normalises over its own vocabulary shard."""
+    return patched(VocabParallelHead, "total", lambda self, values: values)
 
 
-def parts_orthogonalised():
-    """Each of two processes orthogonalises its own rows of a matrix."""
-    whole = muon.orthogonalise
-    return patched(muon, "orthogonalise", lambda matrix: torch.cat([whole(part) for part in matrix.chunk(2)]))
+def shards_orthogonalised():
+    """Each of two ranks orthogonalises its own shard of a matrix."""
+    original = muon.orthogonalise
+    return patched(muon, "orthogonalise", lambda matrix: torch.cat([original(shard) for shard in matrix.chunk(2)]))
 
 
 PLANTED = [
-    (head_untied, Layout(1, 1, 2)),
+    (tied_gradient_not_reduced, Layout(1, 1, 2)),
     (tied_matrix_counted_twice, Layout(1, 1, 2)),
     (norm_gradient_not_reduced, Layout(1, 2, 1)),
     (replicas_counted_twice, Layout(1, 2, 1)),
-    (softmax_of_a_part, Layout(1, 2, 1)),
+    (softmax_of_a_shard, Layout(1, 2, 1)),
 ]
 
 
 def dropped(ranks: ParallelContext) -> np.ndarray:
-    """Return which numbers of the embedding of one token, [B, S/2, H], this tensor-parallel process drops."""
-    case, layout = Case("ar", micro_batch=2, model=MODEL | {"embedding_dropout": 0.5}), Layout(1, 2, 1)
-    engine, _, data = build(places(ranks, layout), case, layout.parallel)
-    found = []
-    engine.models[0].layers["0"].register_forward_pre_hook(lambda _, inputs: found.append(inputs[0] == 0))
+    """Return which elements of the embeddings, [B, S/2, H], this tensor-parallel rank drops."""
+    case = Case("ar", micro_batch=2, model=MODEL | {"embedding_dropout": 0.5})
+    layout = Layout(1, 2, 1)
+    engine, _, data = build(context(ranks, layout), case, layout.parallel)
+    is_zero = []
+    engine.models[0].layers["0"].register_forward_pre_hook(lambda _, inputs: is_zero.append(inputs[0] == 0))
     steps.reseed(7, 0, ranks)
     engine.backward([replace(data[0][0], tokens=torch.zeros_like(data[0][0].tokens))], 1.0)
-    return found[0].numpy()
+    return is_zero[0].numpy()
 
 
 def all_layouts(ranks: ParallelContext, size: int) -> tuple[dict, dict]:
-    """Return the steps of all checks, and the curves, on so many processes, by number."""
-    found, curves = {}, {}
+    """Return the steps of all checks, and the curves, at one world size, by index or name."""
+    results, curves = {}, {}
     if size == 2:
         for layout in HALVED:
             curves["bf16", described((layout, "mdm"))] = curve(
-                places(ranks, layout), CASES["mdm"], layout.parallel, bf16=True
+                context(ranks, layout), CASES["mdm"], layout.parallel, bf16=True
             )
         for fault, layout in PLANTED:
             with fault():
-                found[fault] = take(places(ranks, layout), CASES["mdm"], layout.parallel)
-        with parts_orthogonalised():
-            found[parts_orthogonalised] = take(ranks, CASES["mdm-muon"])
-        found["dropped"] = dropped(ranks)
+                results[fault] = take(context(ranks, layout), CASES["mdm"], layout.parallel)
+        with shards_orthogonalised():
+            results[shards_orthogonalised] = take(ranks, CASES["mdm-muon"])
+        results["dropped"] = dropped(ranks)
         with dropout_shared_by_ranks():
-            found["dropped", "shared"] = dropped(ranks)
+            results["dropped", "shared"] = dropped(ranks)
     for index, (layout, name) in enumerate(CHECKS):
         if layout.size == size:
-            found[index] = take(places(ranks, layout), CASES[name], layout.parallel)
-    return found, curves | (all_curves(ranks, size) if size == 2 else {})
+            results[index] = take(context(ranks, layout), CASES[name], layout.parallel)
+    return results, curves | (all_curves(ranks, size) if size == 2 else {})
 
 
 def all_curves(ranks: ParallelContext, size: int) -> dict[int, np.ndarray]:
-    """Return the curves of so many processes, by number."""
+    """Return the curves at one world size, by index."""
     return {
-        index: curve(places(ranks, layout), CASES[name], layout.parallel)
+        index: curve(context(ranks, layout), CASES[name], layout.parallel)
         for index, (layout, name) in enumerate(CURVES)
         if layout.size == size
     }
 
 
-def places(ranks: ParallelContext, layout: Layout) -> ParallelContext:
+def context(ranks: ParallelContext, layout: Layout) -> ParallelContext:
+    """Return this rank's context in `layout`."""
     replicas = layout.parallel.replicas(layout.data)
-    return _arranged(ranks.rank, ranks.size, layout.tensor, layout.pipeline, replicas)
+    return _cached_context(ranks.rank, ranks.size, layout.tensor, layout.pipeline, replicas)
 
 
-@cache  # the threads of groups that are never closed made the last of a hundred layouts three times slower
-def _arranged(rank: int, size: int, tensor: int, pipeline: int, replicas: int) -> ParallelContext:
+@cache  # with new process groups for every check, their threads make the last of a hundred checks 3x slower
+def _cached_context(rank: int, size: int, tensor: int, pipeline: int, replicas: int) -> ParallelContext:
     return build_parallel_context(rank, size, torch.device("cpu"), tensor=tensor, pipeline=pipeline, replicas=replicas)
 
 
 @pytest.fixture(scope="module")
 def parallel():
-    """The steps of the checks, and the losses of the curves of two processes, by number; of each one a process."""
-    return on_processes(2, 4)
+    """The steps of the checks with 2 and 4 ranks, and the curves with 2, by index; lists over ranks."""
+    return at_world_sizes(2, 4)
 
 
 @pytest.fixture(scope="module")
 def large():
-    """The same of more processes, which take minutes on two cores."""
-    return on_processes(6, 8)
+    """The same with 6 and 8 ranks, which takes minutes on two cores."""
+    return at_world_sizes(6, 8)
 
 
-def on_processes(*sizes: int) -> tuple[dict, dict]:
-    found, curves = {}, {}
+def at_world_sizes(*sizes: int) -> tuple[dict, dict]:
+    results, curves = {}, {}
     for size in sizes:
-        ranks = spawn(all_layouts, size, size)
-        found |= {index: [taken[index] for taken, _ in ranks] for index in ranks[0][0]}
-        curves |= {index: [losses[index] for _, losses in ranks] for index in ranks[0][1]}
-    return found, curves
+        by_rank = spawn(all_layouts, size, size)
+        results |= {index: [steps[index] for steps, _ in by_rank] for index in by_rank[0][0]}
+        curves |= {index: [losses[index] for _, losses in by_rank] for index in by_rank[0][1]}
+    return results, curves
 
 
 @pytest.fixture(scope="module")
 def long_curves():
-    """The losses of the curves of more processes, which take minutes on two cores."""
-    ranks = [spawn(all_curves, size, size) for size in (4, 8)]
-    return {index: [losses[index] for losses in group] for group in ranks for index in group[0]}
+    """The losses of the curves with 4 and 8 ranks, which take minutes on two cores."""
+    by_size = [spawn(all_curves, size, size) for size in (4, 8)]
+    return {index: [losses[index] for losses in by_rank] for by_rank in by_size for index in by_rank[0]}
 
 
 @pytest.fixture(scope="module")
 def single():
-    """The step and the curve of one process, of every case."""
+    """The step of every case with one rank, and the curve of those in CURVES."""
     with joined() as ranks:
-        curved = {name for _, name in CURVES}
+        curve_names = {name for _, name in CURVES}
         return {
-            name: (take(ranks, case), curve(ranks, case) if name in curved else None) for name, case in CASES.items()
+            name: (take(ranks, case), curve(ranks, case) if name in curve_names else None)
+            for name, case in CASES.items()
         }
 
 
-def numbered(checks: list[tuple[Layout, str]], slow_above: int) -> list:
-    """Return the numbers of checks as parameters of a test; those of more processes are of the slow tier."""
+def indices(checks: list[tuple[Layout, str]], slow_above: int) -> list:
+    """Return the indices of checks as test parameters; those with more ranks than `slow_above` are slow tests."""
     slow = [[pytest.mark.slow] * (layout.size > slow_above) for layout, _ in checks]
     return [pytest.param(index, id=described(checks[index]), marks=marks) for index, marks in enumerate(slow)]
 
 
 def merged(ranks: list[Step]) -> Step:
-    """Return the step of the whole model: a process of a pipeline has the parameters of its own stages."""
+    """Return the step of the whole model: a pipeline rank has the parameters of its own stages."""
     gradients, after = {}, {}
     for step in ranks:
         for name, gradient in step.gradients.items():
@@ -280,16 +283,16 @@ def merged(ranks: list[Step]) -> Step:
     return replace(ranks[0], loss=sum(step.loss for step in ranks), gradients=gradients, after=after)
 
 
-def check_orthogonal_updates(expected: Step, found: Step) -> None:
-    """Check that Muon moved the matrices of the blocks alike: AdamW's first step is a sign, often of rounding."""
+def check_orthogonal_updates(expected: Step, step: Step) -> None:
+    """Check that Muon's updates of the blocks' matrices are equal; AdamW's first step is a sign, often of rounding."""
     matrices = [name for name in expected.after if name.startswith("layers.") and expected.after[name].ndim == 2]
     for name in matrices:
-        np.testing.assert_allclose(found.after[name], expected.after[name], rtol=0, atol=1e-5, err_msg=name)
+        np.testing.assert_allclose(step.after[name], expected.after[name], rtol=0, atol=1e-5, err_msg=name)
     assert len(matrices) == 3 * 7
 
 
-@pytest.mark.parametrize("index", numbered(CHECKS, slow_above=4))
-def test_a_step_equals_that_of_one_process(request, single, index):
+@pytest.mark.parametrize("index", indices(CHECKS, slow_above=4))
+def test_a_step_equals_that_of_one_rank(request, single, index):
     layout, name = CHECKS[index]
     ranks = request.getfixturevalue("large" if layout.size > 4 else "parallel")[0][index]
     check_equal([single[name][0]], [merged(ranks)])
@@ -299,34 +302,34 @@ def test_a_step_equals_that_of_one_process(request, single, index):
 
 
 @pytest.mark.parametrize("fault, layout", PLANTED)
-def test_a_planted_fault_is_found(parallel, single, fault, layout):
+def test_a_planted_fault_is_detected(parallel, single, fault, layout):
     with pytest.raises(AssertionError):
         check_equal([single["mdm"][0]], [merged(parallel[0][fault])])
 
 
-def test_orthogonalised_parts_are_found(parallel, single):
+def test_orthogonalised_shards_are_detected(parallel, single):
     with pytest.raises(AssertionError):
-        check_orthogonal_updates(single["mdm-muon"][0], merged(parallel[0][parts_orthogonalised]))
+        check_orthogonal_updates(single["mdm-muon"][0], merged(parallel[0][shards_orthogonalised]))
 
 
-def test_tensor_parallel_processes_drop_other_numbers_of_the_stream(parallel):
+def test_tensor_parallel_ranks_have_different_dropout_masks(parallel):
     first, second = parallel[0]["dropped"]
     assert 0.4 < first.mean() < 0.6 and not np.array_equal(first, second)
     assert np.array_equal(*parallel[0]["dropped", "shared"])
 
 
-@pytest.mark.parametrize("index", numbered(CURVES, slow_above=2))
-def test_twenty_steps_follow_those_of_one_process(request, single, index):
+@pytest.mark.parametrize("index", indices(CURVES, slow_above=2))
+def test_twenty_steps_follow_those_of_one_rank(request, single, index):
     curves = (
         request.getfixturevalue("long_curves") if CURVES[index][0].size > 2 else request.getfixturevalue("parallel")[1]
     )
     expected = single[CURVES[index][1]][1]
     np.testing.assert_allclose(sum(curves[index]), expected, rtol=1e-4)
-    assert np.ptp(expected) > 0.1  # there is a curve to follow
+    assert np.ptp(expected) > 0.1  # the loss changes
 
 
 @pytest.mark.parametrize("layout", HALVED, ids=[described((layout, "mdm")) for layout in HALVED])
 def test_twenty_steps_in_bf16_stay_near_those_in_fp32(parallel, single, layout):
-    found, expected = sum(parallel[1]["bf16", described((layout, "mdm"))]), single["mdm"][1]
-    np.testing.assert_allclose(found, expected, rtol=0.01)
-    assert not np.allclose(found, expected, rtol=1e-5)  # something was rounded
+    losses, expected = sum(parallel[1]["bf16", described((layout, "mdm"))]), single["mdm"][1]
+    np.testing.assert_allclose(losses, expected, rtol=0.01)
+    assert not np.allclose(losses, expected, rtol=1e-5)  # something was rounded

@@ -1,4 +1,4 @@
-"""Two nodes: two launchers with one rendezvous on one machine, and in network namespaces where they can be made."""
+"""Two nodes: two launchers with one rendezvous on one machine, and in network namespaces if they can be created."""
 
 import json
 import os
@@ -32,7 +32,7 @@ def rendezvous(kind: str, node: int, port: int, address: str = "127.0.0.1") -> t
 
 
 def nodes(arguments: list, folder, kind: str = "c10d", size: int = 2) -> list[Job]:
-    """Start two launchers with `size` processes each."""
+    """Start two launchers with `size` ranks each."""
     port = free_port()
     return [Job(arguments, folder / f"log{n}", size, launcher=rendezvous(kind, n, port)) for n in range(2)]
 
@@ -47,7 +47,7 @@ def end(jobs: list[Job], timeout: float = 120) -> list[int]:
 
 
 @pytest.mark.parametrize("kind, layout", [("c10d", "tp2 x pp2"), ("static", "pp2 x dp2")])
-def test_two_launchers_train_together_as_one_process_does(kind, layout, flags, tmp_path):
+def test_two_launchers_train_as_one_rank_does(kind, layout, flags, tmp_path):
     jobs = nodes([*flags, *LAYOUTS[layout], "--save", tmp_path / "two"], tmp_path, kind)
     assert end(jobs) == [0, 0], jobs[0].text()[-3000:] + jobs[1].text()[-3000:]
     run("mdm", *flags[1:], "--save", tmp_path / "one")
@@ -55,22 +55,22 @@ def test_two_launchers_train_together_as_one_process_does(kind, layout, flags, t
 
 
 @pytest.mark.parametrize("kind", ["c10d", "static"])
-def test_a_killed_rank_ends_both_nodes_and_each_says_which(kind, long, tmp_path):
+def test_a_killed_rank_ends_both_nodes_and_each_names_it(kind, long, tmp_path):
     folder = tmp_path / "two"
     jobs = nodes([*long, *LAYOUTS["tp2 x pp2"], "--save", folder], tmp_path, kind)
     assert jobs[0].wait_until(lambda: lines(folder) > 5)
     victim = 3
-    # torchrun numbers the nodes as they come
+    # torchrun numbers the nodes in the order in which they connect
     assert any(job.kill(victim) for job in jobs)
-    began = time.monotonic()
-    assert end(jobs, 60) == [1, 1] and time.monotonic() - began < 30
+    start = time.monotonic()
+    assert end(jobs, 60) == [1, 1] and time.monotonic() - start < 30
     for job in jobs:
         (line,) = job.errors()
         assert f"rank {victim}" in line and "is gone" in line
     assert json.loads((folder / "status.json").read_text())["state"] == "failed"
 
 
-def test_torchrun_starts_both_nodes_anew(flags, tmp_path):
+def test_torchrun_restarts_both_nodes(flags, tmp_path):
     port, folder = free_port(), tmp_path / "two"
     arguments = [*flags, *LAYOUTS["tp2 x dp2"], "--save-interval", "2", "--save", folder]
     jobs = [
@@ -84,7 +84,7 @@ def test_torchrun_starts_both_nodes_anew(flags, tmp_path):
     assert difference(tmp_path / "one", folder) < 1e-4
 
 
-def test_a_wrong_number_of_processes_is_said_once_a_node(flags, tmp_path):
+def test_a_wrong_world_size_is_reported_once_per_node(flags, tmp_path):
     jobs = nodes([*flags, *LAYOUTS["tp2 x pp2"], "--save", tmp_path / "two"], tmp_path, size=1)
     assert end(jobs, 60) == [1, 1]
     for job in jobs:
@@ -93,26 +93,26 @@ def test_a_wrong_number_of_processes_is_said_once_a_node(flags, tmp_path):
         assert "exitcode  : 2" in job.text()
 
 
-def test_a_peer_that_does_not_come_is_named(flags, tmp_path):
-    """As where one of two nodes never begins; torchrun itself waits for its nodes, srun's processes do it here."""
+def test_a_rank_that_does_not_connect_is_named(flags, tmp_path):
+    """As with srun if a node does not start; torchrun itself waits for its nodes."""
     arguments = [*flags, "--distributed-timeout-minutes", "0.2", "--save", tmp_path / "run"]
     job = Job(arguments, tmp_path / "log", by_hand=True)
     job.kill(3)
     assert sorted(job.wait(90)[1]) == [-9, 1, 1, 1]
     (line,) = job.errors()
-    assert "--distributed-timeout-minutes 0.2: rank 3 of 4 processes did not come" in line
+    assert "--distributed-timeout-minutes 0.2: rank 3 of 4 did not connect" in line
 
 
 @pytest.fixture
 def namespaces():
-    """Two network namespaces that a cable joins, 10.77.0.1 on 10.77.0.2; yields their names, ends of the cable too."""
+    """Two network namespaces with a veth pair between them, 10.77.0.1 and 10.77.0.2; also the names of its ends."""
     names = [f"mt{os.getpid()}{end}" for end in "ab"]
 
     def ip(*words, check=True):
         return subprocess.run(["ip", *words], check=check, capture_output=True)
 
     if not shutil.which("ip") or ip("netns", "add", names[0], check=False).returncode:
-        pytest.skip("network namespaces need the command ip and the rights of root")
+        pytest.skip("network namespaces need the command ip and root")
     try:
         ip("netns", "add", names[1])
         ip("link", "add", names[0], "netns", names[0], "type", "veth", "peer", "name", names[1], "netns", names[1])
@@ -126,37 +126,37 @@ def namespaces():
             ip("netns", "del", name, check=False)
 
 
-def apart(arguments: list, folder, names: list[str]) -> list[Job]:
-    """Start two launchers with two processes each, one in each namespace."""
+def in_namespaces(arguments: list, folder, names: list[str]) -> list[Job]:
+    """Start two launchers with two ranks each, one per namespace."""
     port, jobs = free_port(), []
     for node, name in enumerate(names):
-        # torchrun asks the name of the machine, which both share, whether the address is its own
+        # torchrun compares the address with the host name, which both nodes share
         launcher = (*rendezvous("c10d", node, port, "10.77.0.1"), f"--local-addr=10.77.0.{node + 1}")
         launcher += (f"--rdzv-conf=is_host={'false' if node else 'true'}",)
         prefix = ("ip", "netns", "exec", name, "env", f"GLOO_SOCKET_IFNAME={name}")
         jobs.append(Job(arguments, folder / f"log{node}", 2, launcher=launcher, prefix=prefix))
-        time.sleep(2)  # the first to come is the first node
+        time.sleep(2)  # the first one to connect is the first node
     return jobs
 
 
-def test_nodes_with_networks_of_their_own_train_together(flags, namespaces, tmp_path):
-    jobs = apart([*flags, *LAYOUTS["tp2 x pp2"], "--save", tmp_path / "two"], tmp_path, namespaces)
+def test_nodes_in_two_network_namespaces_train_together(flags, namespaces, tmp_path):
+    jobs = in_namespaces([*flags, *LAYOUTS["tp2 x pp2"], "--save", tmp_path / "two"], tmp_path, namespaces)
     assert end(jobs) == [0, 0], jobs[0].text()[-3000:] + jobs[1].text()[-3000:]
     run("mdm", *flags[1:], "--save", tmp_path / "one")
     assert difference(tmp_path / "one", tmp_path / "two") < 1e-4
 
 
-def test_a_cable_that_is_pulled_out_ends_both_nodes(long, namespaces, tmp_path):
-    """No process died and no connection was closed: the kernel finds out by asking."""
+def test_a_lost_network_ends_both_nodes(long, namespaces, tmp_path):
+    """No process died and no connection was closed: TCP keep-alive notices."""
     folder = tmp_path / "two"
-    jobs = apart([*long, *LAYOUTS["tp2 x dp2"], "--save", folder], tmp_path, namespaces)
+    jobs = in_namespaces([*long, *LAYOUTS["tp2 x dp2"], "--save", folder], tmp_path, namespaces)
     try:
         assert jobs[0].wait_until(lambda: lines(folder) > 5)
         subprocess.run(["ip", "-n", namespaces[1], "link", "set", namespaces[1], "down"], check=True)
-        began = time.monotonic()
+        start = time.monotonic()
         # torchrun itself waits for its own store for minutes
         while any(job.pid(rank) for job in jobs for rank in range(4)):
-            assert time.monotonic() - began < 60
+            assert time.monotonic() - start < 60
             time.sleep(0.1)
         for job in jobs:
             (line,) = job.errors()

@@ -1,4 +1,4 @@
-"""Recomputed blocks drop in the backward pass what they dropped in the forward pass."""
+"""Activation checkpointing: recomputed blocks have the dropout masks of the forward pass."""
 
 from functools import partial
 
@@ -19,7 +19,7 @@ DROPOUT = {"attention_dropout": 0.1, "hidden_dropout": 0.2, "mlp_dropout": 0.3, 
 
 @torch.library.custom_op("tests::drawing_attention", mutates_args=())
 def drawing_attention(value: torch.Tensor, dropout: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Stand in for attention on CUDA, which draws its dropout inside one operator: the values with some dropped."""
+    """Stand in for attention on CUDA, which draws its dropout mask inside one operator: return values and mask."""
     mask = (torch.rand_like(value) >= dropout) / (1 - dropout)
     return value * mask, mask
 
@@ -33,7 +33,7 @@ OPERATOR = torch.ops.tests.drawing_attention.default
 
 
 def gradients(granularity: str | None, blocks: int | None = None) -> torch.Tensor:
-    """Return all gradients of one pass with every dropout on, from one state of the generator."""
+    """Return all gradients of one pass with every kind of dropout, from one RNG state."""
     config = ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=2, **DROPOUT)
     model = Transformer(config, Vocabulary(61))
     initialise(model, config, 1)
@@ -58,18 +58,18 @@ def attention(request, monkeypatch):
 
 
 @pytest.mark.parametrize("granularity, blocks", [("full", None), ("full", 1), ("selective", None)])
-def test_gradients_are_those_of_a_pass_that_keeps_everything(attention, granularity, blocks):
+def test_gradients_are_those_without_recomputation(attention, granularity, blocks):
     assert torch.equal(gradients(granularity, blocks), gradients(None))
 
 
-def test_a_planted_kept_attention_is_found(monkeypatch):
+def test_a_planted_stored_attention_is_detected(monkeypatch):
     let_attention_draw(monkeypatch)
     monkeypatch.setattr(recomputation, "PRODUCTS", recomputation.PRODUCTS | {OPERATOR})
     assert not torch.allclose(gradients("selective"), gradients(None), rtol=0.01)
 
 
-def test_a_planted_generator_that_goes_on_is_found(attention, monkeypatch):
-    forgetful = partial(recomputation.checkpoint, preserve_rng_state=False)
-    monkeypatch.setattr(recomputation, "checkpoint", forgetful)
+def test_a_planted_rng_that_is_not_restored_is_detected(attention, monkeypatch):
+    without_rng_state = partial(recomputation.checkpoint, preserve_rng_state=False)
+    monkeypatch.setattr(recomputation, "checkpoint", without_rng_state)
     for granularity in ("full", "selective"):
         assert not torch.allclose(gradients(granularity), gradients(None), rtol=0.01)
