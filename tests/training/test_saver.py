@@ -170,11 +170,11 @@ def test_a_failed_write_is_reported_on_exit(ended_by, tmp_path, monkeypatch, cap
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(saver, "write_safetensors", full)
-    with joined() as ranks, pytest.raises(KeyError if ended_by else OSError) as caught:
-        with Saver(tmp_path, ranks) as saving:
-            saving.save(values(0), meta(1), nothing)
-            if ended_by:
-                raise ended_by
+    expected_error = pytest.raises(KeyError if ended_by else OSError)
+    with joined() as ranks, expected_error as caught, Saver(tmp_path, ranks) as saving:
+        saving.save(values(0), meta(1), nothing)
+        if ended_by:
+            raise ended_by
     text = caplog.text if ended_by else str(caught.value)
     assert "iter_0000001: could not be written ([Errno 28] No space left on device)" in text
     assert not any(tmp_path.iterdir())
