@@ -4,7 +4,7 @@
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # this megatron, whatever else bears the name
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # this megatron, not an installed package of that name
 
 from megatron import stop_signals
 

@@ -42,7 +42,7 @@ def corpus(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny(corpus):
-    """The flags of a run that takes a second: 26k parameters, 12 steps, the last one short."""
+    """The flags of a run of one second: 26k parameters, 12 steps, the last one short."""
     return [
         *"--num-layers 2 --hidden-size 32 --num-attention-heads 2 --seq-length 32 --fp32 --no-compile".split(),
         *"--micro-batch-size 4 --global-batch-size 8 --train-samples 93 --lr 1e-2 --log-interval 1".split(),
@@ -59,7 +59,7 @@ def tiny(corpus):
 
 @pytest.fixture(autouse=True)
 def _environment_of_its_own():
-    """What a test, or a library in it, writes into the environment ends with the test."""
+    """Undo what a test, or a library in it, writes to the environment."""
     with mock.patch.dict(os.environ):
         yield
 
@@ -68,7 +68,7 @@ PLACE = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
 
 
 def environment() -> dict:
-    """Return the environment of a process of its own: on the CPU, one thread, and no place that a launcher gave."""
+    """Return the environment of a subprocess: on the CPU, one thread, no rank or world size of a launcher."""
     inherited = {name: value for name, value in os.environ.items() if name not in PLACE}
     return inherited | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
 
@@ -78,7 +78,7 @@ def entry(objective: str) -> str:
 
 
 def run(objective: str, *flags, processes: int = 1, check: bool = True, timeout: int = 300):
-    """Run an entry point in processes of its own and return what it did."""
+    """Run an entry point on `processes` ranks in new processes; return exit code, stdout and stderr."""
     command = [entry(objective), *map(str, flags)]
     done = run_script(command, environment(), timeout, processes)
     if check and done.returncode:
@@ -87,15 +87,15 @@ def run(objective: str, *flags, processes: int = 1, check: bool = True, timeout:
 
 
 def records(folder, kind=None) -> list[dict]:
-    """Return the records of a run without what may differ between equal runs: times, speed, memory."""
-    found = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    """Return the records of a run without the fields that differ between equal runs: times, speed, memory."""
+    parsed = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
     volatile = ("seconds", "tokens_per_second", "mfu", "memory_bytes")
-    found = [{key: value for key, value in record.items() if key not in volatile} for record in found]
-    return [record for record in found if kind is None or record["kind"] == kind]
+    stable = [{key: value for key, value in record.items() if key not in volatile} for record in parsed]
+    return [record for record in stable if kind is None or record["kind"] == kind]
 
 
 def changed(source, target, **sections):
-    """Copy a run, and change what its config.json says."""
+    """Copy a run and change its config.json."""
     shutil.copytree(source, target)
     recorded = json.loads((target / "config.json").read_text())
     for name, values in sections.items():

@@ -1,4 +1,4 @@
-"""What a user can do wrong and what a machine can do to a run: one clear line each, and nothing lost."""
+"""User errors and machine faults: each gives one clear line, and no data is lost."""
 
 import contextlib
 import gc
@@ -28,14 +28,14 @@ NETWORK = "--num-layers 2 --hidden-size 32 --num-attention-heads 2".split()
 
 
 def one_line(text: str, *parts) -> None:
-    """Check that `text` is one line that names every one of `parts`."""
+    """Check that `text` is one line that contains all `parts`."""
     assert "\n" not in text.strip() and "Traceback" not in text
     for part in parts:
         assert str(part) in text, f"{part!r} is not in: {text}"
 
 
-def told(stderr: str, *parts) -> None:
-    """Check that a run ended with exactly one error line, which names `parts`, and no traceback."""
+def check_error(stderr: str, *parts) -> None:
+    """Check that stderr has exactly one error line, which contains all `parts`, and no traceback."""
     errors = [line for line in stderr.splitlines() if line.startswith("error:")]
     assert len(errors) == 1 and "Traceback" not in stderr, stderr[-3000:]
     one_line(errors[0], *parts)
@@ -43,16 +43,16 @@ def told(stderr: str, *parts) -> None:
 
 @pytest.fixture
 def refused(capsys):
-    """Run an entry point's main in this process: it must leave with 2 and one line that names `parts`."""
+    """Run main in this process: it must exit with code 2 and one error line that contains all `parts`."""
 
     def check(objective, flags, *parts, expected_code=2):
         code = None
         try:
             main(objective, list(map(str, flags)))
-        except SystemExit as leave:
-            code = leave.code
-        gc.collect()  # the lock of the run folder goes with the last frame that held it
-        told(capsys.readouterr().err, *parts)
+        except SystemExit as caught:
+            code = caught.code
+        gc.collect()  # the lock of the run folder is released with the last frame that references it
+        check_error(capsys.readouterr().err, *parts)
         assert code == expected_code
 
     return check
@@ -123,7 +123,7 @@ def test_missing_flags_are_named_all_at_once():
     one_line(str(caught.value), "--hidden-size and --num-attention-heads", "required", "--help")
 
 
-def test_an_entry_point_says_it_in_one_line_and_leaves_with_2():
+def test_an_entry_point_prints_one_line_and_exits_with_2():
     done = run("ar", *NETWORK, "--num-layer", 3, check=False)
     assert done.returncode == 2 and not done.stdout
     assert done.stderr == "error: unknown flag --num-layer; did you mean --num-layers?\n"
@@ -145,9 +145,9 @@ def test_a_batch_that_does_not_divide(refused, tiny):
 
 
 def test_a_batch_that_does_not_divide_over_two_processes_ends_them_both(tiny):
-    began = time.monotonic()
+    start = time.monotonic()
     done = run("ar", *tiny, "--micro-batch-size", 8, processes=2, check=False)
-    assert done.returncode != 0 and time.monotonic() - began < 60
+    assert done.returncode != 0 and time.monotonic() - start < 60
     for line in [line for line in done.stderr.splitlines() if line.startswith("error:")]:
         one_line(line, "--global-batch-size 8", "--micro-batch-size 8 times 2 processes = 16", "take 16")
     assert "error: --global-batch-size 8" in done.stderr
@@ -180,11 +180,11 @@ DAMAGED_DATA = {
 @pytest.mark.parametrize("damage", DAMAGED_DATA)
 @pytest.mark.parametrize("split", ["train", "tuning"])
 def test_damaged_data_is_named_by_file(damage, split, refused, tiny, corpus, tmp_path):
-    suffix, harm, said = DAMAGED_DATA[damage]
+    suffix, damage_file, message = DAMAGED_DATA[damage]
     data = copy(corpus, tmp_path)
-    harm(data / f"{split}{suffix}")
+    damage_file(data / f"{split}{suffix}")
     flags = [*tiny, "--train-data-path", data / "train", "--valid-data-path", f"tuning={data}/tuning"]
-    refused("ar", flags, data / f"{split}{suffix}", said)
+    refused("ar", flags, data / f"{split}{suffix}", message)
 
 
 def test_data_of_another_tokenizer(refused, tiny, corpus):
@@ -210,13 +210,15 @@ def test_ids_beyond_the_vocabulary_are_named_where_they_are_read(workers, refuse
     refused("ar", flags[:index] + flags[index + 3 :], f"{data}/train.bin", "holds the token id", "ids 0 to 50")
 
 
-@pytest.mark.parametrize("code, said", [(6, "dtype code 6"), (7, "dtype code 7"), (9, "dtype code 9"), (0, "code 0")])
-def test_a_wrong_dtype_is_refused(code, said, refused, tiny, corpus, tmp_path):
+@pytest.mark.parametrize(
+    "code, message", [(6, "dtype code 6"), (7, "dtype code 7"), (9, "dtype code 9"), (0, "code 0")]
+)
+def test_a_wrong_dtype_is_refused(code, message, refused, tiny, corpus, tmp_path):
     data = copy(corpus, tmp_path)
     index = bytearray((data / "train.idx").read_bytes())
     index[17] = code
     (data / "train.idx").write_bytes(index)
-    refused("ar", [*tiny, "--train-data-path", data / "train"], data / "train.idx", said, "write it anew")
+    refused("ar", [*tiny, "--train-data-path", data / "train"], data / "train.idx", message, "write it anew")
 
 
 @pytest.mark.parametrize("order", ["documents", "windows", "megatron"])
@@ -277,7 +279,7 @@ def test_a_checkpoint_that_must_be_there(refused, tiny, whole, tmp_path):
     refused("ar", [*tiny, "--save", new, "--load", tmp_path / "other", flag], "holds no run")
     refused("ar", [*tiny, flag], f"{flag}: there is no checkpoint to start from", "--load DIR")
     started.mkdir()
-    shutil.copy(whole / "config.json", started)  # as of a run that was killed before its first checkpoint
+    shutil.copy(whole / "config.json", started)  # like a run that was killed before its first checkpoint
     refused("ar", [*tiny, "--save", started, "--load", started, flag], f"--load {started}: {remedy}")
     refused("ar", [*tiny, "--save", new, "--load", started], f"--load {started}: holds no checkpoint; train it first")
     refused("ar", [*tiny, "--save", new, "--load", new, "--skip-train"], f"--load {new}: holds no checkpoint; train it")
@@ -285,7 +287,7 @@ def test_a_checkpoint_that_must_be_there(refused, tiny, whole, tmp_path):
 
 
 def test_a_dry_run_refuses_what_the_start_refuses(refused, tiny, whole, tmp_path):
-    """Without a device, a launcher, a lock, or a file that is written."""
+    """Without a device, a launcher or a lock, and without writing a file."""
 
     def dry(flags, *parts):
         refused("ar", [*tiny, "--dry-run", *flags], *parts)
@@ -303,7 +305,7 @@ def test_a_dry_run_refuses_what_the_start_refuses(refused, tiny, whole, tmp_path
     dry([*save, "--load", tmp_path / "none"], f"--load {tmp_path}/none: holds no run")
     dry([*save, "--load", whole, "--num-layers", 3], "a branch keeps the network")
     dry(["--save", whole, "--lr", 1e-3], "--lr 0.001", "--lr 0.01")
-    dry(["--save", whole, "--bf16", "--no-fp32"], "the run in", "was begun in fp32")
+    dry(["--save", whole, "--bf16", "--no-fp32"], "the run in", "was started in fp32")
     dry(["--save", settings / "run"], f"--save {settings}/run: cannot be written to", "another folder")
     dry(["--global-batch-size", 6], "--global-batch-size 6", "is not a multiple of --micro-batch-size 4")
     dry(["--tensor-model-parallel-size", 3], "--tensor-model-parallel-size 3", "does not divide")
@@ -319,7 +321,7 @@ def test_a_dry_run_checks_the_layout_for_the_ranks_that_are_set(
 ):
     flags = [*tiny, "--dry-run", "--tensor-model-parallel-size", 2, "--save", tmp_path / "run"]
     os.environ |= {"RANK": "0", "WORLD_SIZE": str(ranks)} if ranks else {}
-    monkeypatch.setattr(os, "_exit", sys.exit)  # which one of several ranks calls
+    monkeypatch.setattr(os, "_exit", sys.exit)  # called by ranks of a job
     if refusal:
         refused("ar", flags, "--tensor-model-parallel-size 2", refusal)
     else:
@@ -397,7 +399,7 @@ def test_offload_needs_a_gpu(refused, tiny):
 
 
 def limited(flags, size: int, processes: int = 1) -> subprocess.CompletedProcess:
-    """Run where no file can grow beyond `size` bytes: what a full disk does to the large ones."""
+    """Run with files limited to `size` bytes, which acts on large files like a full disk."""
     command = [sys.executable, entry("ar"), *map(str, flags)]
     if processes > 1:
         command[1:1] = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
@@ -413,9 +415,11 @@ def limited(flags, size: int, processes: int = 1) -> subprocess.CompletedProcess
 def test_a_full_disk_while_saving_loses_nothing(tiny, whole, tmp_path):
     run("ar", *tiny, "--save", tmp_path, "--exit-interval", 5)
     before = contents(tmp_path / "checkpoints")
-    done = limited([*tiny, "--save", tmp_path, "--num-workers", 2], 100_000)  # whose workers must not be waited for
+    done = limited([*tiny, "--save", tmp_path, "--num-workers", 2], 100_000)  # must not wait for the workers
     assert done.returncode == 1
-    told(done.stderr, tmp_path / "checkpoints" / "iter_0000008", "File too large", "older checkpoints", "free space")
+    check_error(
+        done.stderr, tmp_path / "checkpoints" / "iter_0000008", "File too large", "older checkpoints", "free space"
+    )
     assert contents(tmp_path / "checkpoints") == before
     assert sorted(p.name for p in (tmp_path / "checkpoints").glob("iter_*")) == ["iter_0000004", "iter_0000005"]
     status = json.loads((tmp_path / "status.json").read_text())
@@ -429,7 +433,7 @@ def test_a_full_disk_while_recording_names_the_folder(tiny, whole, tmp_path):
     assert size < (whole / "metrics.jsonl").stat().st_size
     done = limited([*tiny, "--save", tmp_path, "--save-interval", 1000], size)
     assert done.returncode == 1
-    told(done.stderr, tmp_path / "metrics.jsonl", "File too large", "free space")
+    check_error(done.stderr, tmp_path / "metrics.jsonl", "File too large", "free space")
     assert json.loads((tmp_path / "status.json").read_text())["state"] == "failed"
 
 
@@ -445,7 +449,7 @@ def test_a_loss_that_is_not_a_number_stops_and_overwrites_nothing(tiny, tmp_path
     flags = [*tiny, "--lr", "1e30", "--clip-grad", 0, "--save-interval", 1, "--eval-interval", 100]
     done = run("ar", *flags, "--save", tmp_path, check=False)
     assert done.returncode == 1
-    told(done.stderr, "step 2", "not finite", "from step 1", "lower --lr")
+    check_error(done.stderr, "step 2", "not finite", "from step 1", "lower --lr")
     status = json.loads((tmp_path / "status.json").read_text())
     assert status["state"] == "failed" and "step 2" in status["reason"]
     assert [p.name for p in (tmp_path / "checkpoints").glob("iter_*")] == ["iter_0000001"]
@@ -454,7 +458,7 @@ def test_a_loss_that_is_not_a_number_stops_and_overwrites_nothing(tiny, tmp_path
 
 
 class Payload:
-    """Pickled, it makes a file where it is unpickled."""
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, mark: Path):
         self.mark = mark
@@ -475,7 +479,7 @@ def flip(folder: Path, mark: Path) -> None:
 
 
 def plant(folder: Path, mark: Path) -> None:
-    """Put pickles where a careless reader would open them: in both checkpoints, and as the newest one's meta.json."""
+    """Put pickles where an unsafe reader would load them: in both checkpoints, and as meta.json of the newest."""
     for iteration in (8, 12):
         for name in (".metadata", "optimizer.pt", "shard-00002-model-00001-of-00001.distcp"):
             shard(folder, iteration).with_name(name).write_bytes(pickle.dumps(Payload(mark)))
@@ -483,12 +487,12 @@ def plant(folder: Path, mark: Path) -> None:
 
 
 def replace(folder: Path, mark: Path) -> None:
-    """Put a pickle in the place of the newest checkpoint's tensors."""
+    """Replace the tensors of the newest checkpoint with a pickle."""
     shard(folder, 12).write_bytes(pickle.dumps(Payload(mark)))
 
 
 def add(folder: Path, mark: Path) -> None:
-    """Put a pickle beside them under a name that loading opens."""
+    """Add a pickle to the newest checkpoint under a name that loading opens."""
     shard(folder, 12).with_name("shard-00002-model-00001-of-00001.safetensors").write_bytes(pickle.dumps(Payload(mark)))
 
 
@@ -506,7 +510,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(damage, tiny, whole, 
 def test_the_planted_pickle_is_one_that_the_default_reader_executes(whole, tmp_path):
     folder, mark = copy(whole, tmp_path / "run"), tmp_path / "executed"
     plant(folder, mark)
-    with contextlib.suppress(AttributeError):  # what comes out of the pickle is no metadata
+    with contextlib.suppress(AttributeError):  # the unpickled object is not metadata
         FileSystemReader(str(shard(folder, 8).parent)).read_metadata()
     assert mark.exists()
 
@@ -532,12 +536,12 @@ def test_a_meta_file_of_nonsense_is_damage(nonsense, refused, tiny, whole, tmp_p
     refused("ar", [*tiny, "--save", folder], folder / "checkpoints", "every checkpoint is damaged", "another --save")
 
 
-def test_a_run_whose_checkpoints_are_all_damaged_is_never_begun_anew(refused, tiny, whole, tmp_path):
+def test_a_run_whose_checkpoints_are_all_damaged_is_never_started_again(refused, tiny, whole, tmp_path):
     folder = copy(whole, tmp_path / "run")
     before = records(folder)
     for iteration in (8, 12):
         os.truncate(shard(folder, iteration), 100)
-    for _ in range(2):  # the second start must not take the folder for an empty one
+    for _ in range(2):  # the second start must not treat the folder as empty
         refused("ar", [*tiny, "--save", folder], folder / "checkpoints", "every checkpoint is damaged", "restore one")
     assert records(folder) == before
 
@@ -547,11 +551,11 @@ def test_a_damaged_configuration_of_a_run_is_named(refused, tiny, whole, tmp_pat
     (folder / "config.json").write_text("{")
     refused("ar", [*tiny, "--save", folder], folder / "config.json", "cannot be read as JSON", "restore it")
     (folder / "config.json").unlink()
-    refused("ar", [*tiny, "--save", folder], f"--save {folder}", "checkpoints and no config.json", "restore it")
+    refused("ar", [*tiny, "--save", folder], f"--save {folder}", "checkpoints but no config.json", "restore it")
 
 
-def test_a_damaged_pointer_is_written_anew(tiny, whole, tmp_path):
-    """What points at checkpoints follows from them and from the records, also where the newest one is lost."""
+def test_a_damaged_pointer_is_written_again(tiny, whole, tmp_path):
+    """Pointers are derived from checkpoints and records, even if the newest checkpoint is lost."""
     folder = copy(whole, tmp_path / "run")
     best = (folder / "checkpoints" / "best.json").read_text()
     (folder / "checkpoints" / "best.json").write_text("{")

@@ -1,19 +1,19 @@
 #!/usr/bin/env python3
-"""Find the fastest --micro-batch-size, --compile and --recompute-granularity for a training on this machine.
+"""Find the fastest --micro-batch-size, --compile and --recompute-granularity for a training run on this machine.
 
     python tools/tune.py --objective mdm --model-size 140M --seq-length 2048
     python tools/tune.py --model-size 7M --seq-length 512 --global-batch-size 16 --trial-steps 3      # a CPU
     torchrun --standalone --nproc-per-node 8 tools/tune.py --model-size 2283M --zero-stage 3
 
-It takes the flags of a training (pretrain_gpt.py, pretrain_mdm.py) but no data: steps are taken on random text, which
-costs the same. First blocks run eager with nothing recomputed, and the micro-batch is doubled for as long as that gains
-and fits the memory. Then, around the best, compiled blocks are tried, and recomputation: what it costs, and what a
-micro-batch gains that fits only with it. All trials are printed with what they took, the fastest flags last; none
-changes the result of a training but by rounding, and dropout's draws.
+It takes the flags of a training run (pretrain_gpt.py, pretrain_mdm.py) but no data: steps run on random text, at the
+same cost. It starts with uncompiled blocks without activation checkpointing and doubles the micro-batch size as long as
+that is faster and fits in memory. Around the best size it then tries compiled blocks, and activation checkpointing:
+its cost, and the gain of a larger micro-batch that fits only with it. It prints all trials with time and memory, and
+the fastest flags last; none affects results beyond rounding and dropout RNG.
 
-A step of a trial has the samples of the largest micro-batch, in as many pieces as it takes. Memory is measured on a
-GPU; on a CPU it is what the process has held at most so far. Times are of the wall: leave the machine alone meanwhile.
-About ten trials, each of eight steps, and of up to a minute of compiling.
+A step of a trial has as many samples as the largest micro-batch and accumulates gradients over smaller ones. Memory is
+the peak of the GPU; on a CPU, the peak of the process so far. Times are wall-clock: leave the machine idle otherwise.
+About ten trials of eight steps each, plus up to a minute of compilation per compiled trial.
 """
 
 import sys
@@ -39,104 +39,109 @@ from megatron.training.environment import choose_precision, cpp_compiler, device
 from megatron.training.run_folder import write_json
 from megatron.training.step_benchmark import WARM_UP, Trial, attempt
 
-GAIN = 1.02  # a larger micro-batch is tried for as long as the last one gained that much
-MOST = {"cuda": 64, "cpu": 8}  # samples of the largest micro-batch that is tried
+GAIN = 1.02  # minimum speedup of a micro-batch size for trying the next larger one
+MAX_MICRO_BATCH = {"cuda": 64, "cpu": 8}  # default of --micro-batch-max
 RECOMPUTE = ("selective", "full")
 GIB = 2**30
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Trials: how many steps, up to which micro-batch."""
+    """Trials: number of steps, largest micro-batch size."""
 
-    trial_steps: int = flag(5, f"timed steps of a trial, after {WARM_UP} that are not")
+    trial_steps: int = flag(5, f"timed steps of a trial, after {WARM_UP} untimed ones")
     micro_batch_max: int | None = flag(
-        None, f"the largest micro-batch to try; default {MOST['cuda']} on a GPU, {MOST['cpu']} on a CPU"
+        None,
+        f"largest size to try; default {MAX_MICRO_BATCH['cuda']} on a GPU, {MAX_MICRO_BATCH['cpu']} on a CPU",
     )
-    vocabulary_size: int = flag(GPT2_VOCABULARY, "ids of the tokenizer; the default is GPT-2's")
-    output: str | None = flag(None, "write all trials as JSON too", metavar="FILE")
+    vocabulary_size: int = flag(GPT2_VOCABULARY, "number of token ids; the default is GPT-2's")
+    output: str | None = flag(None, "also write all trials as JSON", metavar="FILE")
 
     def __post_init__(self):
         for name in ("trial_steps", "micro_batch_max", "vocabulary_size"):
             value = getattr(self, name)
             require(value is None or value >= 1, name, value, "must be at least 1")
         folder = Path(self.output or ".").parent
-        require(folder.is_dir(), "output", self.output, f"{folder} is no folder; make it first")
+        require(folder.is_dir(), "output", self.output, f"{folder} is not a folder; create it first")
 
 
 class Choice(NamedTuple):
-    """What is tuned."""
+    """The tuned settings."""
 
     micro_batch: int
     recompute: str | None
     compile: bool
 
     def __str__(self) -> str:
-        words = [typed("micro_batch_size", self.micro_batch), "--compile" if self.compile else "--no-compile"]
-        return " ".join([*words, typed("recompute_granularity", self.recompute)] if self.recompute else words)
+        flags = [typed("micro_batch_size", self.micro_batch), "--compile" if self.compile else "--no-compile"]
+        return " ".join([*flags, typed("recompute_granularity", self.recompute)] if self.recompute else flags)
 
 
 class Tuner:
-    """The trials of one training, each made once; all processes of a group make the same ones."""
+    """The trials of one configuration, each run once; all ranks run the same trials."""
 
     def __init__(self, options: Options, config: Config):
         self.config, self.steps = config, options.trial_steps
         self.vocabulary = Vocabulary(options.vocabulary_size)
         self.ranks = ranks = initialize_parallel()
-        prepare_device(config, ranks.device)  # refuses what no trial could do
+        prepare_device(config, ranks.device)  # fails if no trial could run
         self.memory = device_memory(ranks.device)
         self.data_size = config.parallel.data_size(ranks.size)
         samples = config.training.global_batch_size // self.data_size
-        most = options.micro_batch_max or MOST[ranks.device.type]
-        self.samples = max(size for size in range(1, most + 1) if samples % size == 0)
+        largest = options.micro_batch_max or MAX_MICRO_BATCH[ranks.device.type]
+        self.samples = max(size for size in range(1, largest + 1) if samples % size == 0)
         self.trials: dict[Choice, Trial | str] = {}
 
     def search(self) -> None:
-        """Try what may be the fastest, as the description of this file says."""
+        """Run the trials in the order that the module docstring describes."""
         training, parallel = self.config.training, self.config.parallel
         as_typed = Choice(training.micro_batch_size, parallel.recompute_granularity, bool(training.compile))
         if self.samples % as_typed.micro_batch == 0:
             self.trial(as_typed)
         speed = 0.0
         for size in self.sizes():
-            found = self.trial(Choice(size, None, False))
-            if isinstance(found, str) or found.tokens_per_second < GAIN * speed:
+            result = self.trial(Choice(size, None, False))
+            if isinstance(result, str) or result.tokens_per_second < GAIN * speed:
                 break
-            speed = found.tokens_per_second
-        if not speed:  # a single sample needs recomputation
+            speed = result.tokens_per_second
+        if not speed:  # even a single sample needs activation checkpointing
             for kind in RECOMPUTE:
                 self.trial(Choice(1, kind, False))
         if self.best and self.ranks.sum(cpp_compiler() is None) == [0]:  # on every node
             sizes, best = self.sizes(), self.best
-            place = sizes.index(best.micro_batch) if best.micro_batch in sizes else 0
-            for size in [best.micro_batch, *sizes[place + 1 : place + 2], *sizes[max(0, place - 1) : place]]:
+            index = sizes.index(best.micro_batch) if best.micro_batch in sizes else 0
+            for size in [best.micro_batch, *sizes[index + 1 : index + 2], *sizes[max(0, index - 1) : index]]:
                 self.trial(best._replace(micro_batch=size, compile=True))
         if self.best:
             best = self.best
             larger = [size for size in self.sizes() if size > best.micro_batch][:1]
-            alone = [isinstance(self.trials.get(best._replace(micro_batch=size)), Trial) for size in larger]
+            # the next larger size is worth a trial only if it does not fit without activation checkpointing
+            if any(isinstance(self.trials.get(best._replace(micro_batch=size)), Trial) for size in larger):
+                larger = []
             for kind in RECOMPUTE:
-                for size in [best.micro_batch, *larger[: alone != [True]]]:
+                for size in [best.micro_batch, *larger]:
                     self.trial(best._replace(micro_batch=size, recompute=kind))
 
     def sizes(self) -> list[int]:
-        """Return the micro-batches to try: of those that a step can be cut into, each at least twice the last."""
-        found = [1]
+        """Return the micro-batch sizes to try: divisors of a step, each at least twice the previous one."""
+        sizes = [1]
         for size in range(2, self.samples + 1):
-            if self.samples % size == 0 and size >= 2 * found[-1]:
-                found.append(size)
-        return found
+            if self.samples % size == 0 and size >= 2 * sizes[-1]:
+                sizes.append(size)
+        return sizes
 
     @property
     def best(self) -> Choice | None:
-        done = {choice: trial for choice, trial in self.trials.items() if isinstance(trial, Trial)}
-        return max(done, key=lambda choice: done[choice].tokens_per_second, default=None)
+        """The fastest choice so far."""
+        successful = {choice: trial for choice, trial in self.trials.items() if isinstance(trial, Trial)}
+        return max(successful, key=lambda choice: successful[choice].tokens_per_second, default=None)
 
     def trial(self, choice: Choice) -> Trial | str:
+        """Return the trial of a choice, or why it failed; run and print it the first time."""
         if choice not in self.trials:
-            self.trials[choice] = found = self._attempt(choice)
+            self.trials[choice] = self._attempt(choice)
             if self.ranks.rank == 0:
-                print(row(choice, found), flush=True)
+                print(row(choice, self.trials[choice]), flush=True)
         return self.trials[choice]
 
     def _attempt(self, choice: Choice) -> Trial | str:
@@ -155,29 +160,30 @@ class Tuner:
         return attempt(config, self.vocabulary, self.steps)
 
 
-def row(choice: Choice, found: Trial | str) -> str:
+def row(choice: Choice, trial: Trial | str) -> str:
+    """Return the table row of a trial."""
     blocks = "compiled" if choice.compile else "eager"
     start = f"{choice.micro_batch:>11}  {choice.recompute or '-':9}  {blocks:8}  "
-    if isinstance(found, str):
-        return start + found
-    numbers = f"{found.tokens_per_second:>10,.0f}  {found.memory_bytes / GIB:>6.1f}"
-    return f"{start}{numbers}  {found.first_step_seconds:>10.1f}"
+    if isinstance(trial, str):
+        return start + trial
+    columns = f"{trial.tokens_per_second:>10,.0f}  {trial.memory_bytes / GIB:>6.1f}"
+    return f"{start}{columns}  {trial.first_step_seconds:>10.1f}"
 
 
 def verdict(tuner: Tuner) -> str:
-    """Return what to type, and what it gains."""
+    """Return the fastest flags and their speedup."""
     best, config = tuner.best, tuner.config
     if best is None:
-        return "nothing fits; see tools/estimate_memory.py --search for layouts of more processes"
+        return "nothing fits; see tools/estimate_memory.py --search for layouts of more ranks"
     trial, lines = tuner.trials[best], []
-    # the first trial is of the flags as they were typed
+    # the first trial is that of the flags as typed
     first, before = next(iter(tuner.trials.items()))
     gain = f"{trial.tokens_per_second / before.tokens_per_second:.2f} times {first}" if first != best else "as typed"
     lines.append(f"fastest: {best}  ({gain if isinstance(before, Trial) else f'{first} {before}'})")
     eager = tuner.trials.get(best._replace(compile=False))
     if best.compile and isinstance(eager, Trial):
-        share = config.training.global_batch_size / (tuner.samples * tuner.data_size)
-        saved = (eager.seconds_per_step - trial.seconds_per_step) * share
+        trial_steps_per_step = config.training.global_batch_size / (tuner.samples * tuner.data_size)
+        saved = (eager.seconds_per_step - trial.seconds_per_step) * trial_steps_per_step  # s per step
         spent = trial.first_step_seconds - eager.first_step_seconds
         if saved > 0:
             lines.append(
@@ -188,6 +194,7 @@ def verdict(tuner: Tuner) -> str:
 
 
 def main() -> None:
+    """Tune one configuration."""
     configure_logging()
     try:
         options, config = parse_with(Options, __doc__, sys.argv[1:], shown=("model", "training", "parallel"))
@@ -204,15 +211,16 @@ def main() -> None:
         sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
     except torch.OutOfMemoryError as error:
         reason = str(error).splitlines()[0]
-        sys.exit(f"error: out of memory in one of several processes, give --micro-batch-max: {reason}")
+        sys.exit(f"error: out of memory on one of several ranks, give --micro-batch-max: {reason}")
     finally:
         destroy_parallel()
 
 
 def write(path: Path, tuner: Tuner) -> None:
+    """Write all trials and the best choice as JSON."""
     trials = [
-        choice._asdict() | (asdict(found) if isinstance(found, Trial) else {"failed": found})
-        for choice, found in tuner.trials.items()
+        choice._asdict() | (asdict(trial) if isinstance(trial, Trial) else {"failed": trial})
+        for choice, trial in tuner.trials.items()
     ]
     report = {"date": str(date.today()), "device": device_name(tuner.ranks.device), "torch": torch.__version__}
     report |= {"processes": tuner.ranks.size, "samples": tuner.samples, "best": tuner.best and tuner.best._asdict()}

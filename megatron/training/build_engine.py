@@ -1,4 +1,4 @@
-"""Which engine runs a model, FSDP2's or DeepSpeed's, with the optimizer it updates."""
+"""Builds the engine of a run, FSDP2's or DeepSpeed's, and its optimizer."""
 
 from importlib.util import find_spec
 
@@ -18,15 +18,15 @@ from megatron.training.optimizer import build_optimizer, start_state
 
 
 def check_engine(config: Config, world_size: int | None, bf16: bool | None) -> dict | None:
-    """Return the settings of DeepSpeed, or None for FSDP2; either argument is None where it is not known yet.
+    """Return DeepSpeed's settings, or None for FSDP2; `world_size` and `bf16` are None while they are unknown.
 
-    Raises ConfigurationError where DeepSpeed is not installed or its file contradicts the flags.
+    Raises: ConfigurationError if DeepSpeed is not installed or its file contradicts the flags.
     """
     parallel = config.parallel
     if not parallel.deepspeed:
         return None
-    rule = "needs the package deepspeed; bash install.sh --with-deepspeed installs it"
-    require(find_spec("deepspeed") is not None, "deepspeed", True, rule)
+    message = "needs the package deepspeed; bash install.sh --with-deepspeed installs it"
+    require(find_spec("deepspeed") is not None, "deepspeed", True, message)
     return deepspeed_config(
         parallel.deepspeed_config,
         config.training,
@@ -41,16 +41,17 @@ def check_engine(config: Config, world_size: int | None, bf16: bool | None) -> d
 def start_engine(
     config: Config, vocabulary: Vocabulary, ranks: ParallelContext, *, bf16: bool, compile: bool, steps: int
 ) -> tuple[Engine, torch.optim.Optimizer]:
-    """Return the engine that the configuration asks for, at its initial weights, and its optimizer.
+    """Return the configured engine at its initial weights, and its optimizer.
 
-    The moments are zero, and count as `steps` steps old: ready for a checkpoint of then to be read into.
+    Optimizer moments are zero and the step count is `steps`, so that a checkpoint of that step can be loaded into them.
 
-    Raises ConfigurationError where DeepSpeed is not installed or its file contradicts the flags.
+    Raises: ConfigurationError if DeepSpeed is not installed or its file contradicts the flags.
     """
-    parallel, seed, fp8_recipe = config.parallel, config.training.seed, config.training.fp8_recipe
+    parallel = config.parallel
+    seed = config.training.seed
     settings = check_engine(config, ranks.size, bf16)
     if settings is None:
-        precision = {"bf16": bf16, "fp8_recipe": fp8_recipe}
+        precision = {"bf16": bf16, "fp8_recipe": config.training.fp8_recipe}
         engine = build_engine(config.model, vocabulary, seed, ranks, parallel, **precision, compile=compile)
         optimizer = build_optimizer(engine, config.optimizer)
         start_state(optimizer, steps)

@@ -1,4 +1,4 @@
-"""From a command line to a typed configuration: flags, and what some of them stand for."""
+"""Parses a command line into a typed configuration, with the settings that recipes, sizes and recorded runs imply."""
 
 import argparse
 import dataclasses
@@ -16,18 +16,18 @@ from megatron.training.resume import recorded_config
 
 logger = logging.getLogger(__name__)
 
-# of each group one is given; one that is typed replaces whichever a recipe or a recorded run gives
-RIVALS = (BUDGETS, ("bf16", "fp32"))
-RIVALS += (("train_data_path", "train_data_path_file"), ("valid_data_path", "valid_data_path_file"))
+# mutually exclusive flags: a typed one replaces the one that a recipe or a recorded run sets
+EXCLUSIVE_FLAGS = (BUDGETS, ("bf16", "fp32"))
+EXCLUSIVE_FLAGS += (("train_data_path", "train_data_path_file"), ("valid_data_path", "valid_data_path_file"))
 
 
 def parser(objective: str, defaults: dict | None = None) -> Parser:
-    """Return the parser of one entry point, its flags generated from the sections; `defaults` win over their own."""
-    what = {"ar": "autoregressive", "mdm": "masked-diffusion"}[objective]
+    """Return the parser of an entry point, generated from the sections; `defaults` override those of the flags."""
+    adjective = {"ar": "autoregressive", "mdm": "masked-diffusion"}[objective]
     result = Parser(
         prog=f"pretrain_{'gpt' if objective == 'ar' else 'mdm'}.py",
-        description=f"Train a transformer with the {what} objective, or another --objective. The same command resumes "
-        "a run. "
+        description=f"Train a transformer with the {adjective} objective, or another --objective. The same command "
+        "resumes a run. "
         "Flags of Megatron and DeepSpeed are understood, or refused with a reason: docs/compatibility.md.",
         formatter_class=HelpFormatter,
         allow_abbrev=False,
@@ -38,12 +38,15 @@ def parser(objective: str, defaults: dict | None = None) -> Parser:
 
 
 def parse(objective: str, arguments: list[str]) -> Config:
-    """Return the typed configuration of a command line; raise ConfigurationError for anything wrong in it."""
+    """Return the typed configuration of a command line.
+
+    Raises: ConfigurationError for anything wrong in the command line.
+    """
     return _configuration(objective, translate(arguments, _batch(objective, arguments)))
 
 
 def parse_run(objective: str, arguments: list[str]) -> Config:
-    """Return what `parse` does, and log where the defaults of a command line in Megatron's spellings are not published.
+    """Return what `parse` does; if flags use Megatron's spellings, log which defaults differ from the published ones.
 
     Raises: ConfigurationError for anything wrong in the command line.
     """
@@ -62,11 +65,13 @@ def _configuration(objective: str, arguments: list[str]) -> Config:
 
 
 def parse_with(options: type, description: str, arguments: list[str], shown: tuple[str, ...]) -> tuple:
-    """Return the `options` of a tool and the configuration of the training that it is asked about.
+    """Return the `options` of a tool and the training configuration that it works on.
 
-    The help has the tool's own flags and those of the `shown` sections; the flags of the others are taken too.
+    --help lists the tool's own flags and those of the `shown` sections; flags of all other sections are accepted too.
+
+    Raises: ConfigurationError for anything wrong in the command line.
     """
-    objective = _glance(arguments, "--objective").get("objective") or "ar"
+    objective = _early_flags(arguments, "--objective").get("objective") or "ar"
     arguments = translate(arguments, _batch(objective, arguments))
     result = Parser(description=description, formatter_class=DescribedFormatter, allow_abbrev=False)
     add_section(result, options, {})
@@ -82,26 +87,27 @@ def parse_with(options: type, description: str, arguments: list[str], shown: tup
 
 def implied(objective: str, arguments: list[str]) -> dict:
     """Return what --recipe, --model-size, --skip-train and tokenizer files imply: defaults that flags override."""
-    asked = _glance(arguments, "--objective", "--recipe", "--save", "--load", "--model-size", skip_train=True)
-    # a name that is none, the parser of all flags refuses
-    recipe, asked_objective = RECIPES.get(asked.get("recipe"), {}), asked.get("objective") or objective
-    idle = foreign(asked_objective) if asked_objective in OBJECTIVES else ()
-    settings = {name: value for name, value in recipe.items() if name not in idle}
-    if asked.get("skip_train"):
-        settings |= recorded_settings(asked.get("load") or asked.get("save"))
-    if asked.get("model_size"):
-        settings |= ladder_settings(asked["model_size"])
+    early = _early_flags(arguments, "--objective", "--recipe", "--save", "--load", "--model-size", skip_train=True)
+    # unknown recipes and objectives are rejected later, by the full parser
+    recipe = RECIPES.get(early.get("recipe"), {})
+    chosen_objective = early.get("objective") or objective
+    unused = foreign(chosen_objective) if chosen_objective in OBJECTIVES else ()
+    settings = {name: value for name, value in recipe.items() if name not in unused}
+    if early.get("skip_train"):
+        settings |= recorded_settings(early.get("load") or early.get("save"))
+    if early.get("model_size"):
+        settings |= ladder_settings(early["model_size"])
     typed = typed_flags(arguments)
-    for rivals in RIVALS:
-        if typed & set(map(spelling, rivals)):
-            settings |= {name: _own_default(name) for name in rivals}
+    for group in EXCLUSIVE_FLAGS:
+        if typed & set(map(spelling, group)):
+            settings |= {name: _own_default(name) for name in group}
     return settings | implied_tokenizer(typed)
 
 
 def recorded_settings(source: str | None) -> dict:
-    """Return the settings of the run that --skip-train evaluates, so that they need not be given again.
+    """Return the recorded settings of the run that --skip-train evaluates, as defaults.
 
-    The layout is not one of them: any may evaluate.
+    The parallel layout is not among them: any layout can evaluate.
     """
     recorded = source and recorded_config(Path(source))
     if not recorded:
@@ -110,36 +116,36 @@ def recorded_settings(source: str | None) -> dict:
         recorded.get(section, {}) for section in SECTIONS if section not in ("parallel", "checkpoint", "tracking")
     ]
     settings = {name: value for section in sections for name, value in section.items()}
-    # what it was, whatever the device prefers
+    # the precision of the run, not the default of this device
     settings |= {"bf16": None, "fp32": None, recorded["precision"]: True}
-    settings |= {"fp8_recipe": None, "flash_attention": None}  # this device need not have them
-    return settings | {"objective": recorded["objective_name"]}  # a run may be older than the flag
+    settings |= {"fp8_recipe": None, "flash_attention": None}  # this device may not support them
+    return settings | {"objective": recorded["objective_name"]}  # runs older than the flag have only this key
 
 
 def _batch(objective: str, arguments: list[str]) -> int:
     """Return --global-batch-size of a command line that is not translated yet."""
-    asked = _glance(arguments, "--global-batch-size").get("global_batch_size")
+    text = _early_flags(arguments, "--global-batch-size").get("global_batch_size")
     try:
-        usual = implied(objective, arguments).get("global_batch_size", _own_default("global_batch_size"))
-        return int(float(asked or usual))
+        default = implied(objective, arguments).get("global_batch_size", _own_default("global_batch_size"))
+        return int(float(text or default))
     except (ValueError, OverflowError):
-        return 1  # the parser of all flags says what is wrong
+        return 1  # the full parser reports the error
 
 
-def _glance(arguments: list[str], *names: str, skip_train: bool = False) -> dict:
-    """Return a few flags of a command line, before all flags are parsed; {} where these are wrong."""
-    few = Parser(add_help=False, allow_abbrev=False)
+def _early_flags(arguments: list[str], *names: str, skip_train: bool = False) -> dict:
+    """Return a few flags of a command line before the full parse; {} if they are malformed."""
+    partial = Parser(add_help=False, allow_abbrev=False)
     for name in names:
-        few.add_argument(name)
+        partial.add_argument(name)
     if skip_train:
-        few.add_argument("--skip-train", action=argparse.BooleanOptionalAction)
+        partial.add_argument("--skip-train", action=argparse.BooleanOptionalAction)
     try:
-        return vars(few.parse_known_args(arguments)[0])
+        return vars(partial.parse_known_args(arguments)[0])
     except argparse.ArgumentError:
-        return {}  # the parser of all flags says what is wrong
+        return {}  # the full parser reports the error
 
 
 def _own_default(name: str):
-    """Return the default of a flag whatever the recipe."""
+    """Return the default of a flag without any recipe."""
     fields = [field for section in SECTIONS.values() for field in dataclasses.fields(section)]
     return next(field.default for field in fields if field.name == name)

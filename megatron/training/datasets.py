@@ -1,4 +1,4 @@
-"""The data of a run: opened, and checked against the tokenizer that made it."""
+"""Opens the data sets of a run and checks them against their tokenizer."""
 
 import logging
 from dataclasses import dataclass
@@ -27,82 +27,85 @@ class Sources:
     train: TrainSamples | TrainBlend
     train_prefixes: tuple[str, ...]
     validation: list[ValidationSet]
-    corpus_hash: str  # of the whole text; of the training tokens, where another system wrote them
+    corpus_hash: str  # of the whole text; of the training tokens if another system wrote the data
     corpus_source: str | list[str]
-    corpus_python_version: str | None  # that prepared it; None where another system wrote the data
-    fingerprints: dict[str, str]  # of the training tokens ("--train-data-path") and of each validation set by name
-    shared_13grams: dict[str, dict]  # by validation set: how much of it stands in the training split too
+    corpus_python_version: str | None  # of preprocessing; None if another system wrote the data
+    fingerprints: dict[str, str]  # of the training tokens ("--train-data-path") and of validation sets by name
+    shared_13grams: dict[str, dict]  # contamination by validation set: 13-grams that the training split contains too
 
 
 def open_sources(config: Config) -> Sources:
-    """Open training and validation data and the tokenizer that made them."""
+    """Open training and validation data and their tokenizer.
+
+    Raises: ConfigurationError if data are missing, damaged or too short, or were tokenised with another tokenizer.
+    """
     data = config.data
     train, held_out = requested_sets(data, with_test=config.validation.skip_train)
-    made = {prefix: read_metadata(prefix) for wanted in (train, *held_out) for prefix in wanted.prefixes}
-    tokenizer = _tokenizer(data, made)
-    _log_changed_text(made, tokenizer)
-    opened = {prefix: IndexedDataset(prefix, tokenizer.vocabulary_size) for prefix in made}
-    held_out = [wanted for wanted in held_out if _suffices(wanted, opened, data)]
+    metadata = {prefix: read_metadata(prefix) for requested in (train, *held_out) for prefix in requested.prefixes}
+    tokenizer = _tokenizer(data, metadata)
+    _log_changed_text(metadata, tokenizer)
+    opened = {prefix: IndexedDataset(prefix, tokenizer.vocabulary_size) for prefix in metadata}
+    held_out = [requested for requested in held_out if _suffices(requested, opened, data)]
     train_members = _members(train, opened, data)
-    members = {wanted.name: _members(wanted, opened, data) for wanted in held_out}
+    members = {requested.name: _members(requested, opened, data) for requested in held_out}
     fingerprints = {"--train-data-path": _fingerprint(train, train_members)}
-    fingerprints |= {wanted.name: _fingerprint(wanted, members[wanted.name]) for wanted in held_out}
+    fingerprints |= {requested.name: _fingerprint(requested, members[requested.name]) for requested in held_out}
     if data.split and (data.valid_data_path or data.valid_data_path_file):
         logger.info("--split %s: keeps its held-out documents out of training, though other data are given", data.split)
-    hashes = [made[prefix].get("corpus_hash") for prefix in train.prefixes]
-    sources = [made[prefix].get("source", prefix) for prefix in train.prefixes]
+    hashes = [metadata[prefix].get("corpus_hash") for prefix in train.prefixes]
+    sources = [metadata[prefix].get("source", prefix) for prefix in train.prefixes]
     return Sources(
         tokenizer,
         _training(train, train_members, config),
         train.prefixes,
-        [_validation_set(wanted, members[wanted.name], config, tokenizer) for wanted in held_out],
+        [_validation_set(requested, members[requested.name], config, tokenizer) for requested in held_out],
         combined_hash(hashes, train.weights) if all(hashes) else fingerprints["--train-data-path"],
         sources[0] if len(sources) == 1 else sources,
-        made[train.prefixes[0]].get("python_version"),
+        metadata[train.prefixes[0]].get("python_version"),
         fingerprints,
-        _shared_13grams(held_out, made),
+        _shared_13grams(held_out, metadata),
     )
 
 
-def _members(wanted: DataSet, opened: dict[str, IndexedDataset], data: DataConfig) -> list[IndexedDataset]:
-    """Return the data sets of a blend, each cut to its part of --split."""
-    whole = [opened[prefix] for prefix in wanted.prefixes]
-    if wanted.part is None:
-        return whole
-    parts = []
-    for dataset in whole:
-        first, last = split_edges(data.split_shares, len(dataset))[wanted.part : wanted.part + 2]
+def _members(requested: DataSet, opened: dict[str, IndexedDataset], data: DataConfig) -> list[IndexedDataset]:
+    """Return the members of a blend, each cut to its split of --split."""
+    datasets = [opened[prefix] for prefix in requested.prefixes]
+    if requested.part is None:
+        return datasets
+    splits = []
+    for dataset in datasets:
+        first, last = split_edges(data.split_shares, len(dataset))[requested.part : requested.part + 2]
         if not dataset.sizes[first:last].any():
             raise ConfigurationError(
-                f"--split {data.split}: leaves no tokens of {dataset.prefix} for {wanted.name}, of {len(dataset)} "
+                f"--split {data.split}: leaves no tokens of {dataset.prefix} for {requested.name}, of {len(dataset)} "
                 "documents in all; change the shares or give --valid-data-path"
             )
-        parts.append(dataset.part(first, last))
-    return parts
+        splits.append(dataset.part(first, last))
+    return splits
 
 
-def _suffices(wanted: DataSet, opened: dict[str, IndexedDataset], data: DataConfig) -> bool:
-    """Return whether a set can be read; of --split's test part, which few ask for, nothing may be left."""
-    if wanted.part != 2:
+def _suffices(requested: DataSet, opened: dict[str, IndexedDataset], data: DataConfig) -> bool:
+    """Return whether a set holds at least one sample; only the test split of --split may be smaller."""
+    if requested.part != 2:
         return True
-    for dataset in (opened[prefix] for prefix in wanted.prefixes):
+    for dataset in (opened[prefix] for prefix in requested.prefixes):
         first, last = split_edges(data.split_shares, len(dataset))[2:]
         if dataset.sizes[first:last].sum(dtype=np.int64) <= data.seq_length:
-            logger.info("--split %s: its test part holds too little for one sample and is left out", data.split)
+            logger.info("--split %s: the test split holds less than one sample and is skipped", data.split)
             return False
     return True
 
 
-def _fingerprint(wanted: DataSet, members: list[IndexedDataset]) -> str:
-    return combined_hash([member.fingerprint() for member in members], wanted.weights)
+def _fingerprint(requested: DataSet, members: list[IndexedDataset]) -> str:
+    return combined_hash([member.fingerprint() for member in members], requested.weights)
 
 
-def _training(wanted: DataSet, members: list[IndexedDataset], config: Config) -> TrainSamples | TrainBlend:
+def _training(requested: DataSet, members: list[IndexedDataset], config: Config) -> TrainSamples | TrainBlend:
     data = config.data
     if len(members) > 1 and data.train_unique_tokens:
         raise ConfigurationError(
             f"--train-unique-tokens {data.train_unique_tokens}: cuts one data set, and --train-data-path blends "
-            f"{len(members)}; drop it, or cut the members when they are made"
+            f"{len(members)}; drop it, or cut the members in preprocessing"
         )
     if len(members) == 1 and data.blend_order != DataConfig.blend_order:
         raise ConfigurationError(
@@ -111,13 +114,13 @@ def _training(wanted: DataSet, members: list[IndexedDataset], config: Config) ->
         )
     arguments = (data.seq_length, config.training.seed, data.epoch_order, data.train_unique_tokens)
     samples = [TrainSamples(member, *arguments) for member in members]
-    return samples[0] if len(samples) == 1 else TrainBlend(samples, wanted.weights, data.blend_order)
+    return samples[0] if len(samples) == 1 else TrainBlend(samples, requested.weights, data.blend_order)
 
 
-def _tokenizer(data: DataConfig, made: dict[str, dict]) -> Tokenizer:
-    """Return the tokenizer, after a check that it made all the data."""
-    tokenizer = tokenizer_beside(data, *next(iter(made.items())))
-    for prefix, recorded in made.items():
+def _tokenizer(data: DataConfig, metadata: dict[str, dict]) -> Tokenizer:
+    """Return the tokenizer after checking that it tokenised all the data."""
+    tokenizer = tokenizer_of_data(data, *next(iter(metadata.items())))
+    for prefix, recorded in metadata.items():
         size = recorded.get("vocabulary_size", tokenizer.vocabulary_size)
         if size != tokenizer.vocabulary_size:
             fault = f"was tokenised with {size} ids, the tokenizer has {tokenizer.vocabulary_size}"
@@ -126,23 +129,23 @@ def _tokenizer(data: DataConfig, made: dict[str, dict]) -> Tokenizer:
         else:
             continue
         raise ConfigurationError(
-            f"{prefix}: {fault}; give the tokenizer that made the data "
+            f"{prefix}: {fault}; give the tokenizer of the data "
             "(--tokenizer-type, --tokenizer-model, --vocab-file, --merge-file, --vocab-size)"
         )
     return tokenizer
 
 
-def _log_changed_text(made: dict[str, dict], tokenizer: Tokenizer) -> None:
-    """Name the data sets whose documents do not come back from their tokens, as preprocessing counted."""
-    for prefix, recorded in made.items():
+def _log_changed_text(metadata: dict[str, dict], tokenizer: Tokenizer) -> None:
+    """Log the data sets whose documents did not survive the tokenizer round trip in preprocessing."""
+    for prefix, recorded in metadata.items():
         changes = recorded.get("round_trip")
         if changes and changes["changed_documents"]:
             effect = "" if tokenizer.token_bytes() is None else "; bits per byte count the bytes that are left"
             logger.info("%s: %s%s", prefix, describe_changes(recorded["documents"], changes), effect)
 
 
-def tokenizer_beside(data: DataConfig, prefix: str, recorded: dict) -> Tokenizer:
-    """Return the tokenizer that flags name, else the file beside the data set `prefix`, as its metadata `recorded`."""
+def tokenizer_of_data(data: DataConfig, prefix: str, recorded: dict) -> Tokenizer:
+    """Return the tokenizer given by flags, else the one next to the data `prefix` that `recorded` metadata names."""
     model = data.tokenizer_model
     if model is None and recorded.get("tokenizer_model"):
         model = str(Path(prefix).parent / recorded["tokenizer_model"])
@@ -150,18 +153,18 @@ def tokenizer_beside(data: DataConfig, prefix: str, recorded: dict) -> Tokenizer
 
 
 def _validation_set(
-    wanted: DataSet, members: list[IndexedDataset], config: Config, tokenizer: Tokenizer
+    requested: DataSet, members: list[IndexedDataset], config: Config, tokenizer: Tokenizer
 ) -> ValidationSet:
     limit = config.validation.eval_samples
     if len(members) == 1:
         windows = ValidationWindows(members[0], config.data.seq_length, limit)
     else:
-        parts = [ValidationWindows(member, config.data.seq_length) for member in members]
-        windows = ValidationBlend(parts, wanted.weights, limit)
-    return ValidationSet(wanted.name, windows, windows.documents, tokenizer.token_bytes())
+        member_windows = [ValidationWindows(member, config.data.seq_length) for member in members]
+        windows = ValidationBlend(member_windows, requested.weights, limit)
+    return ValidationSet(requested.name, windows, windows.documents, tokenizer.token_bytes())
 
 
-def _shared_13grams(held_out: list[DataSet], made: dict[str, dict]) -> dict[str, dict]:
-    """Return how much of each held-out set stands in its training split too, where its preparation measured it."""
-    alone = {wanted.name: made[wanted.prefixes[0]] for wanted in held_out if len(wanted.prefixes) == 1}
-    return {name: recorded["shared_13grams"] for name, recorded in alone.items() if "shared_13grams" in recorded}
+def _shared_13grams(held_out: list[DataSet], metadata: dict[str, dict]) -> dict[str, dict]:
+    """Return the contamination of each held-out set that is not a blend, if preprocessing measured it."""
+    single = {requested.name: metadata[requested.prefixes[0]] for requested in held_out if len(requested.prefixes) == 1}
+    return {name: recorded["shared_13grams"] for name, recorded in single.items() if "shared_13grams" in recorded}

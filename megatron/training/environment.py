@@ -1,4 +1,4 @@
-"""What the machine decides, and what config.json says of it: precision, compilation, versions."""
+"""Settings that depend on the machine (precision, kernels, compilation), and the description in config.json."""
 
 import logging
 import os
@@ -23,22 +23,22 @@ logger = logging.getLogger(__name__)
 
 
 def choose_precision(config: Config, device: torch.device) -> str:
-    """Return "bf16" or "fp32", what is computed in: by the flags, else bf16 where the device has it natively."""
+    """Return "bf16" or "fp32": as the flags state, else bf16 if the device supports it natively."""
     return stated_precision(config) or ("bf16" if native_bf16(device) else "fp32")
 
 
 def stated_precision(config: Config) -> str | None:
-    """Return "bf16" or "fp32" as the flags say, or None where the device decides."""
+    """Return "bf16" or "fp32" as the flags state, or None if the device decides."""
     training = config.training
     if training.fp8_recipe:
-        return "bf16"  # what 8-bit products give
+        return "bf16"  # the output type of fp8 matrix products
     if training.bf16 is None and training.fp32 is None:
         return None
     return "bf16" if (not training.fp32 if training.bf16 is None else training.bf16) else "fp32"
 
 
 def native_bf16(device: torch.device) -> bool:
-    """Return whether the device computes in bf16 itself."""
+    """Return whether the device has native bf16 arithmetic."""
     if device.type == "cuda":
         with torch.cuda.device(device):
             return torch.cuda.is_bf16_supported(including_emulation=False)
@@ -51,96 +51,104 @@ def cpp_compiler() -> str | None:
 
 
 def prepare_device(config: Config, device: torch.device) -> None:
-    """Have PyTorch use the kernels that `config` asks for; raise ConfigurationError where this device has none."""
-    rule = "moves states between a GPU and the host, and there is no GPU; leave it out"
-    offloads = config.parallel.cpu_offload and not config.parallel.deepspeed  # which does without a GPU
-    require(not offloads or device.type == "cuda", "cpu_offload", True, rule)
+    """Make PyTorch use the kernels that `config` requests.
+
+    Raises: ConfigurationError if this device does not support them.
+    """
+    message = "moves states between a GPU and the host, and there is no GPU; leave it out"
+    offloads = config.parallel.cpu_offload and not config.parallel.deepspeed  # DeepSpeed offloads without a GPU too
+    require(not offloads or device.type == "cuda", "cpu_offload", True, message)
     check_float8(config, device)
     if config.training.deterministic:
-        _be_deterministic(device)
+        _use_deterministic_kernels(device)
     if config.training.flash_attention:
-        _take_flash_attention(config, device)
+        _use_flash_attention(config, device)
 
 
-def _be_deterministic(device: torch.device) -> None:
-    """Have every kernel add up in a fixed order, so that equal inputs give equal bits; a CPU does so anyway.
+def _use_deterministic_kernels(device: torch.device) -> None:
+    """Use CUDA kernels with a fixed summation order, so that equal inputs give equal bits; on a CPU they always do.
 
-    PyTorch raises RuntimeError, which names the operator, where there is no such kernel.
+    PyTorch later raises a RuntimeError that names the operator if one has no deterministic kernel.
     """
     if device.type == "cuda":
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its first product
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its first matrix product
         torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # nothing reads what was not written
+        torch.utils.deterministic.fill_uninitialized_memory = False  # no kernel here reads uninitialised memory
         if hasattr(inductor := import_module("torch._inductor.config"), "deterministic"):
-            inductor.deterministic = True  # it chooses no kernel by the clock then
+            inductor.deterministic = True  # disables autotuning by timing
 
 
-# generations of GPUs that PyTorch calls each version on
+# major compute capabilities on which PyTorch supports each version
 FLASH_ATTENTION = {"FA3": (9,), "FA4": (9, 10)}
 
 
-def _take_flash_attention(config: Config, device: torch.device) -> None:
-    """Put FlashAttention 3 or 4 in the place of PyTorch's own version, and before cuDNN's attention."""
+def _use_flash_attention(config: Config, device: torch.device) -> None:
+    """Replace PyTorch's FlashAttention with version 3 or 4 and disable cuDNN attention, which takes precedence."""
     name, version = "flash_attention", config.training.flash_attention
-    rule = "needs an NVIDIA GPU, and this is a CPU; leave it out"
-    require(device.type == "cuda", name, version, rule)
+    message = "needs an NVIDIA GPU, and this is a CPU; leave it out"
+    require(device.type == "cuda", name, version, message)
     generation = torch.cuda.get_device_capability(device)[0]
-    rule = f"has no kernels for compute capability {generation}.x; leave it out"
-    require(generation in FLASH_ATTENTION[version], name, version, rule)
-    rule = f"needs --bf16, and this GPU's default is fp32; give --bf16, or leave {typed(name, version)} out"
-    require(choose_precision(config, device) == "bf16", name, version, rule)
+    message = f"has no kernels for compute capability {generation}.x; leave it out"
+    require(generation in FLASH_ATTENTION[version], name, version, message)
+    message = f"needs --bf16, and this GPU's default is fp32; give --bf16, or leave {typed(name, version)} out"
+    require(choose_precision(config, device) == "bf16", name, version, message)
     check_kernels(config)
     try:
         torch.nn.attention.activate_flash_attention_impl(version)
     except (ImportError, OSError, RuntimeError, ValueError) as error:
         fault = str(error).strip().partition("\n")[0]
-        rule = f"cannot be loaded ({fault}); install its package for this GPU, or leave the flag out"
-        raise ConfigurationError(f"{typed(name, version)}: {rule}") from None
-    torch.backends.cuda.enable_cudnn_sdp(False)  # PyTorch would prefer it
+        message = f"cannot be loaded ({fault}); install its package for this GPU, or leave the flag out"
+        raise ConfigurationError(f"{typed(name, version)}: {message}") from None
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def check_kernels(config: Config) -> None:
-    """Raise ConfigurationError for a --flash-attention whose kernels cannot compute this model on any device."""
+    """Check that the kernels of --flash-attention support this model; no device is needed.
+
+    Raises: ConfigurationError if they do not.
+    """
     name, version = "flash_attention", config.training.flash_attention
     if version is None:
         return
     size = config.model.head_size
-    rule = f"needs heads of 8 to 256, in eights, not {size}; leave it out"
-    require(size % 8 == 0 and size <= 256, name, version, rule)
+    message = f"needs a head size of 8 to 256, a multiple of 8, not {size}; leave it out"
+    require(size % 8 == 0 and size <= 256, name, version, message)
     objective = config.objective
-    asked = {
+    unsupported = {
         "attention_dropout": config.model.attention_dropout,
         "reset_attention_mask": config.data.reset_attention_mask,
         "randmask_ratio": objective.randmask_ratio,
         "objective": objective.objective == "block-diffusion" and objective.objective,
     }
-    reasons = [typed(flag, value) for flag, value in asked.items() if value]
-    rule = f"has no dropout and no masks, which {' and '.join(reasons)} needs; leave it out"
-    require(not reasons, name, version, rule)
+    reasons = [typed(flag, value) for flag, value in unsupported.items() if value]
+    message = f"has no dropout and no masks, which {' and '.join(reasons)} needs; leave it out"
+    require(not reasons, name, version, message)
 
 
-# On two CPU cores compiling cost 9 to 15 s and then took an eighth off a step (0.46M parameters, bf16, torch 2.13),
-# so a run of some minutes gets it back; for CUDA, a minute of one device is assumed.
+# On two CPU cores compiling took 9 to 15 s and shortened a step by an eighth (0.46M parameters, bf16, torch 2.13),
+# so it pays off in runs of several minutes; for CUDA, one minute of one device is assumed.
 COMPILE_PAYS_AFTER_FLOPS = {"cuda": 1e16, "cpu": 3e13}
 
 
 def choose_compile(config: Config, plan: Plan, ranks: ParallelContext) -> bool:
-    """Return whether to compile the blocks: as asked, else where a long run pays for the warm-up."""
-    wanted = config.training.compile
-    kind = ranks.device.type
-    if wanted is None:
+    """Return whether to compile the blocks: as --compile states, else if the run is long enough to pay for it."""
+    compile = config.training.compile
+    if compile is None:
         flops = plan.flops(plan.train_samples, config.data.seq_length) / ranks.size
-        wanted = flops > COMPILE_PAYS_AFTER_FLOPS[kind] and config.parallel.compiles
-    if wanted and ranks.sum(cpp_compiler() is None) != [0]:  # on any node
-        logger.info("no C++ compiler is installed: training runs eager; install g++ to compile")
+        compile = flops > COMPILE_PAYS_AFTER_FLOPS[ranks.device.type] and config.parallel.compiles
+    if compile and ranks.sum(cpp_compiler() is None) != [0]:  # missing on any node
+        logger.info("no C++ compiler is installed: training runs uncompiled; install g++ to compile")
         return False
-    return wanted
+    return compile
 
 
 def describe(objective, config, plan, sources, vocabulary, ranks, precision, compiled, command) -> dict:
-    """Return what config.json says: everything that is needed to repeat the run."""
-    packages = ("torch", "numpy", "tokenizers", "safetensors", *["deepspeed"] * config.parallel.deepspeed)
-    packages += ("torchao",) * (config.training.fp8_recipe is not None)
+    """Return the contents of config.json: everything that is needed to repeat the run."""
+    packages = ["torch", "numpy", "tokenizers", "safetensors"]
+    if config.parallel.deepspeed:
+        packages.append("deepspeed")
+    if config.training.fp8_recipe is not None:
+        packages.append("torchao")
     return {
         "objective_name": objective,
         "recipe": config.training.recipe,
@@ -170,16 +178,16 @@ def describe(objective, config, plan, sources, vocabulary, ranks, precision, com
 
 
 def device_name(device: torch.device) -> str:
-    """Return what the device calls itself; for the CPU with the number of its cores."""
+    """Return the model name of the device; for a CPU, with its number of cores."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    told = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    names = [line.partition(":")[2].strip() for line in told.splitlines() if line.startswith("model name")]
+    cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    names = [line.partition(":")[2].strip() for line in cpuinfo.splitlines() if line.startswith("model name")]
     return f"{len(names)} x {names[0]}" if names else platform.machine()
 
 
 def _commit() -> str | None:
-    """Return the commit of this code, marked where the tree differs from it."""
+    """Return the git commit of this code, with "-dirty" if the tree has changes; None outside a git checkout."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

@@ -1,4 +1,4 @@
-"""Reasons to save and leave: a signal, a time limit, a kill switch, a chosen step."""
+"""Reasons to save and exit before the end: a signal, a time limit, a kill switch, a given step."""
 
 import time
 from pathlib import Path
@@ -8,19 +8,20 @@ from megatron.config.sections import TrainingConfig
 from megatron.parallel.mesh import ParallelContext
 
 
-class Stopping:
-    """Collects the reasons; asked once a step, answered the same by every process."""
+class ExitConditions:
+    """Checks once per step whether to exit early; all ranks get the same answer."""
 
     def __init__(self, config: TrainingConfig):
         self.config = config
-        self.began = time.monotonic()
+        self.start_time = time.monotonic()
 
     def reason(self, iteration: int, ranks: ParallelContext) -> str | None:
-        """Return why to leave after this step, or None."""
+        """Return why to exit after this step, or None. A collective call."""
         return on_any_rank(self._local_reason(iteration), ranks)
 
     def _local_reason(self, iteration: int) -> str | None:
-        config, minutes = self.config, (time.monotonic() - self.began) / 60
+        config = self.config
+        minutes = (time.monotonic() - self.start_time) / 60
         if reason := signal_reason():
             return reason
         if config.exit_duration_in_mins is not None and minutes > config.exit_duration_in_mins:
@@ -33,12 +34,12 @@ class Stopping:
 
 
 def signal_reason() -> str | None:
-    """Return the stop signal of this rank as a reason, or None."""
+    """Return the stop signal that this rank received as a reason, or None."""
     name = stop_signals.requested()
     return name and f"signal {name}"
 
 
 def on_any_rank(reason: str | None, ranks: ParallelContext) -> str | None:
-    """Return this rank's `reason`, or that another rank has one; None where no rank has. All ranks call this."""
-    (ranks,) = ranks.sum(reason is not None)
-    return (reason or "requested on another rank") if ranks else None
+    """Return this rank's `reason`, or that another rank has one; None if no rank has. A collective call."""
+    (count,) = ranks.sum(reason is not None)
+    return (reason or "requested on another rank") if count else None

@@ -1,4 +1,4 @@
-"""Trained runs: what a later tool reads of one, at one of its checkpoints, whatever layout wrote it."""
+"""Loads a finished or running training run at one of its checkpoints, saved under any layout, for other tools."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,34 +14,35 @@ from megatron.errors import ConfigurationError
 from megatron.model.transformer import Transformer
 from megatron.training import checkpoint
 from megatron.training.command_line import parse
-from megatron.training.datasets import tokenizer_beside
+from megatron.training.datasets import tokenizer_of_data
 from megatron.training.resume import recorded_config
 from megatron.training.run_folder import read_json
 
 
 @dataclass(frozen=True)
 class Trained:
-    """One trained run, at one of its checkpoints."""
+    """A training run at one of its checkpoints."""
 
     name: str  # as the user names it
-    config: Config  # as --skip-train takes it over
+    config: Config  # the recorded one, as --skip-train reads it
     recorded: dict  # config.json of the run
     checkpoint: Path
-    meta: dict  # of the checkpoint
+    meta: dict  # meta.json of the checkpoint
 
     @property
     def vocabulary(self) -> Vocabulary:
+        """The vocabulary of the run's tokenizer."""
         return Vocabulary(self.recorded["vocabulary_size"])
 
     def model(self, average: bool = False, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Transformer:
-        """Return the whole model on one device, in evaluation mode: its weights, or their average.
+        """Return the whole model on one device, in evaluation mode, with its weights or their average.
 
-        Raises ConfigurationError where the run kept no average.
+        Raises: ConfigurationError if the checkpoint has no averaged weights.
         """
         if average and not self.meta.get("averaged_steps"):
             raise ConfigurationError(
                 f"{self.name}: holds no average of its weights at step {self.meta['iteration']}; train with "
-                "--ema-decay or --average-from-samples, or take the weights themselves"
+                "--ema-decay or --average-from-samples, or use the model weights"
             )
         with torch.device(device):
             model = Transformer(self.config.model, self.vocabulary)
@@ -51,59 +52,63 @@ class Trained:
         return model.to(dtype).eval()
 
     def tokenizer(self) -> Tokenizer:
-        """Return the tokenizer of its training data, which lies beside them unless a flag of the run names it.
+        """Return the tokenizer of the run: the one its flags name, else the file next to its training data.
 
-        Raises ConfigurationError where it is gone, or is another one.
+        Raises: ConfigurationError if the file is missing or is another tokenizer.
         """
-        data, prefix, made = self.config.data, "", {}
-        # the data themselves may be gone, and some tokenizers need nothing that lies beside them
+        data, prefix, metadata = self.config.data, "", {}
+        # the training data may have been deleted, and some tokenizers need no file
         if data.tokenizer_model is None and data.tokenizer_type in ("HFTokenizer", *SENTENCE_PIECE):
             prefix = requested_sets(data, with_test=False)[0].prefixes[0]
-            made = read_metadata(prefix)
-            if not made.get("tokenizer_model"):
+            metadata = read_metadata(prefix)
+            if not metadata.get("tokenizer_model"):
                 raise ConfigurationError(
-                    f"{prefix}.json: is gone, or names no tokenizer, and that of {self.name} lies beside its training "
-                    "data; put their folder back, or give --tokenizer-model where a command takes it"
+                    f"{prefix}.json: is missing or names no tokenizer, and the tokenizer of {self.name} is next to its "
+                    "training data; restore their folder, or give --tokenizer-model if the command has it"
                 )
-        tokenizer = tokenizer_beside(data, prefix, made)
-        expected = made.get("tokenizer_hash", tokenizer.hash)
+        tokenizer = tokenizer_of_data(data, prefix, metadata)
+        expected = metadata.get("tokenizer_hash", tokenizer.hash)
         if (tokenizer.vocabulary_size, tokenizer.hash) != (self.vocabulary.size, expected):
             raise ConfigurationError(
-                f"{tokenizer.named}: is not the tokenizer of {self.name}, which knows {self.vocabulary.size} ids; give "
-                "the one that made its training data"
+                f"{tokenizer.named}: is not the tokenizer of {self.name}, which has {self.vocabulary.size} ids; give "
+                "the tokenizer of its training data"
             )
         return tokenizer
 
 
 def open_trained(run: str, which: str = "latest", flags: Sequence[str] = ()) -> Trained:
-    """Return a run at its `which` ("latest" or "best") checkpoint, or at the checkpoint that `run` is.
+    """Return a run at its `which` ("latest" or "best") checkpoint; `run` may also be a checkpoint folder.
 
-    `flags` are of pretrain_gpt.py and win over what the run recorded. Raises ConfigurationError where there is no run,
-    no such checkpoint, or a damaged one.
+    `flags` are those of pretrain_gpt.py and override the recorded settings.
+
+    Raises: ConfigurationError if there is no run or no such checkpoint, or if it is damaged.
     """
     config, folder = trained_config(run, flags), find_checkpoint(Path(run), which)
     return Trained(run, config, recorded_config(Path(run)), folder, read_json(folder / "meta.json"))
 
 
 def trained_config(run: str, flags: Sequence[str] = ()) -> Config:
-    """Return the configuration of a run, or of the run of a checkpoint, as --skip-train beside `flags` takes it over.
+    """Return the recorded configuration of a run or of a checkpoint's run, as --skip-train with `flags` reads it.
 
-    Raises ConfigurationError where there is no run.
+    Raises: ConfigurationError if there is no run.
     """
     if recorded_config(Path(run)) is None:
         raise ConfigurationError(f"{run}: holds no run and is no checkpoint; give a folder that --save wrote")
-    return parse("ar", ["--skip-train", "--load", run, *flags])  # the run says which objective is its own
+    return parse("ar", ["--skip-train", "--load", run, *flags])  # the recorded objective replaces "ar"
 
 
 def find_checkpoint(run: Path, which: str) -> Path:
-    """Return the folder of the checkpoint that `run` is, or of its own the "latest" or "best" one."""
+    """Return the folder of a run's "latest" or "best" checkpoint, or `run` itself if it is a checkpoint.
+
+    Raises: ConfigurationError if there is none or it is damaged.
+    """
     if (run / "meta.json").exists():
         folder = run
     elif which == "latest":
-        found = checkpoint.newest(run / "checkpoints", mend=False)
-        if found is None:
+        newest = checkpoint.newest(run / "checkpoints", mend=False)
+        if newest is None:
             raise ConfigurationError(f"{run}: holds no checkpoint; train it first")
-        return found[0]
+        return newest[0]
     else:
         pointer = run / "checkpoints" / "best.json"
         if not pointer.exists():

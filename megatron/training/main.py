@@ -1,8 +1,8 @@
-"""From a command line to a run: parse, resolve, put together, train, and say plainly what went wrong."""
+"""Entry point of a training run: parse, resolve, build, train, and report errors."""
 
 import os
 
-# libgomp reads this when torch is loaded: spinning threads make a busy machine many times slower
+# libgomp reads this when torch is loaded: spinning threads slow a busy machine down by a large factor
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import json
@@ -51,57 +51,57 @@ from megatron.training.trainer import DivergedError, Progress, Trainer
 
 logger = logging.getLogger(__name__)
 
-SILENCE = 5.0  # seconds that a process with nothing new to say stays
+SILENCE = 5.0  # seconds that other local ranks wait before they repeat the error of local rank 0
 
 
 def main(objective: str, arguments: list[str] | None = None) -> None:
-    """Run one training from the command line, of `objective` unless it names another one.
+    """Start a training run from the command line; `objective` is the default of --objective.
 
-    Exit code: 0 finished, --exit-code-when-stopped stopped by a request, 2 a user's mistake, 75 another process writes
-    the run, 1 anything else.
+    Exit codes: 0 finished, --exit-code-when-stopped stopped on request, 2 user error, 75 another process writes the
+    run, 1 anything else.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     command = shlex.join([sys.argv[0], *arguments])
     try:
-        start(lambda: parse_run(objective, arguments), lambda config, watch: run(config, command, watch))
+        start(lambda: parse_run(objective, arguments), lambda config, detector: run(config, command, detector))
     finally:
         stop_signals.ignore()
 
 
 def start(read: Callable[[], Config], work: Callable[[Config, FailureDetector | None], int | None]) -> None:
-    """Join the processes of a job, whose configuration `read` returns, do its `work`, and leave as `main` says.
+    """Join the ranks of the job, do its `work` and exit with the codes of `main`.
 
-    `work` returns the exit code; None is 0.
+    `read` returns the configuration and `work` the exit code, where None means 0.
     """
-    watch, code = None, 0
+    detector, code = None, 0
     try:
         adopt_launcher()
         configure_logging()
         config = read()
         minutes = config.parallel.distributed_timeout_minutes
         if not config.training.dry_run:
-            watch = join(minutes)
-        code = work(config, watch) or 0
-        if watch:
-            watch.leave(minutes)
+            detector = join(minutes)
+        code = work(config, detector) or 0
+        if detector:
+            detector.leave(minutes)
             destroy_parallel()
     except (ConfigurationError, DivergedError, RankError) as error:
-        code = say(error, 2 if isinstance(error, ConfigurationError) else 1, watch)
+        code = say(error, 2 if isinstance(error, ConfigurationError) else 1, detector)
     except LockError as error:
-        code = say(error, os.EX_TEMPFAIL, watch)
+        code = say(error, os.EX_TEMPFAIL, detector)
     except OSError as error:
-        code = say(error, 1, watch, PATIENCE)
+        code = say(error, 1, detector, PATIENCE)
     except BaseException as error:
-        if watch is None:
+        if detector is None:
             raise
-        time.sleep(PATIENCE)  # a peer's death may be what made a collective fail: then the watch ends this process
+        time.sleep(PATIENCE)  # if another rank's death made a collective fail, the detector ends this process meanwhile
         traceback.print_exc()
-        watch.report(_what_failed(error, watch.rank, minutes), 1)
+        detector.report(_describe_failure(error, detector.rank, minutes), 1)
     finally:
-        if watch is None:
+        if detector is None:
             destroy_parallel()
     if os.environ.get("WORLD_SIZE", "1") != "1":
-        # a thread of gloo may outlive its group and abort the interpreter on its way out
+        # a gloo thread may outlive its group and abort the interpreter at exit
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -109,32 +109,32 @@ def start(read: Callable[[], Config], work: Callable[[Config, FailureDetector | 
         sys.exit(code)
 
 
-def _what_failed(error: BaseException, rank: int, minutes: float) -> str:
+def _describe_failure(error: BaseException, rank: int, minutes: float) -> str:
     first_line = str(error).strip().partition("\n")[0]
-    if "Timed out waiting" in first_line:  # gloo's words
+    if "Timed out waiting" in first_line:  # message of gloo
         return (
-            f"--distributed-timeout-minutes {minutes:g}: rank {rank} waited that long for another process; one stands "
-            "still, or the time is too short for what it does"
+            f"--distributed-timeout-minutes {minutes:g}: rank {rank} waited that long for another rank; one hangs, "
+            "or the timeout is too short for its work"
         )
     return f"rank {rank} failed with {type(error).__name__}: {first_line}"
 
 
-def say(error: BaseException, code: int, watch: FailureDetector | None = None, patience: float = 0.0) -> int:
-    """Say what went wrong, once a node; return the exit code, or leave with all the others where there are any."""
-    if watch:
+def say(error: BaseException, code: int, detector: FailureDetector | None = None, patience: float = 0.0) -> int:
+    """Print an error once per node and return the exit code; with a `detector`, end all ranks instead."""
+    if detector:
         time.sleep(patience)
-        watch.report(str(error), code)
-    with suppress(ConfigurationError):  # a launcher's variables may be the mistake
+        detector.report(str(error), code)
+    with suppress(ConfigurationError):  # the launcher's variables may be the error
         if isinstance(error, ConfigurationError) and local_rank() > 0:
-            time.sleep(SILENCE)  # if the first process of this node says the same, its launcher ends this one meanwhile
+            time.sleep(SILENCE)  # if local rank 0 prints the same error, the launcher ends this process meanwhile
     print(f"error: {error}", file=sys.stderr)
     return code
 
 
-def run(config: Config, command: str, watch: FailureDetector | None) -> int:
-    """Put one run together and train it; return the exit code."""
+def run(config: Config, command: str, detector: FailureDetector | None) -> int:
+    """Build a run and train it; return the exit code."""
     try:
-        finished = train(config, command, watch)
+        finished = train(config, command, detector)
     except StopRequested as request:  # on every rank
         finished = False
         if rank() == 0:
@@ -142,10 +142,10 @@ def run(config: Config, command: str, watch: FailureDetector | None) -> int:
     return 0 if finished else config.training.exit_code_when_stopped
 
 
-def train(config: Config, command: str, watch: FailureDetector | None) -> bool:
-    """Put one run together and train it, or evaluate it; return whether it is finished.
+def train(config: Config, command: str, detector: FailureDetector | None) -> bool:
+    """Build a run and train or evaluate it; return whether it finished.
 
-    Raises StopRequested where a signal came before the first step.
+    Raises: StopRequested if a signal arrived before the first step; ConfigurationError for user errors.
     """
     objective = config.objective.objective
     check_packages(config)
@@ -155,11 +155,11 @@ def train(config: Config, command: str, watch: FailureDetector | None) -> bool:
     vocabulary = Vocabulary(sources.tokenizer.vocabulary_size)
     plan = resolve(config, vocabulary, sources.train.unique_tokens)
     documents = document_rules(config.data, config.objective, sources.tokenizer.eod)
-    made = partial(build_objective, config.objective, vocabulary, documents=documents)
-    made(config.training.global_batch_size)  # refuses what has no meaning, before anything is started
+    objective_for = partial(build_objective, config.objective, vocabulary, documents=documents)
+    objective_for(config.training.global_batch_size)  # rejects invalid settings before anything is started
     parallel = config.parallel
-    known = "WORLD_SIZE" in os.environ or not config.training.dry_run
-    size = world_size() if known else parallel.fewest_ranks
+    size_known = "WORLD_SIZE" in os.environ or not config.training.dry_run
+    size = world_size() if size_known else parallel.fewest_ranks
     check_layout(config, size)
     if not config.validation.skip_train:
         check_batch(config, size)
@@ -167,7 +167,7 @@ def train(config: Config, command: str, watch: FailureDetector | None) -> bool:
         check_float8(config, None)
         check_kernels(config)
         precision = stated_precision(config)
-        check_engine(config, size if known else None, precision and precision == "bf16")
+        check_engine(config, size if size_known else None, precision and precision == "bf16")
         check_run(config, plan, objective, sources, precision)
         if rank() == 0:
             print(json.dumps(resolved(config, plan, vocabulary, sources), indent=1))
@@ -181,12 +181,12 @@ def train(config: Config, command: str, watch: FailureDetector | None) -> bool:
     prepare_device(config, ranks.device)
     if not config.validation.skip_train:
         sources.train.request(plan.train_samples)
-    # nodes may differ in what they have natively
+    # nodes may differ in native bf16 support
     precision = ranks.from_rank_0(lambda: choose_precision(config, ranks.device))
     compiled = choose_compile(config, plan, ranks)
     if not config.validation.skip_train:
-        stop_signals.defer()  # from here on all ranks stop together: the first one is about to hold the folder
-        ranks.sum(0)  # a barrier: no rank ends by itself any more
+        stop_signals.defer()  # from here on all ranks stop together: rank 0 is about to lock the run folder
+        ranks.sum(0)  # a barrier: no rank exits alone after it
     folder, origin = open_run(config, plan, objective, sources, precision, ranks)
 
     steps = origin.meta["iteration"] if origin else 0
@@ -197,15 +197,15 @@ def train(config: Config, command: str, watch: FailureDetector | None) -> bool:
         state = engine.tensors(optimizer)
         checkpoint.load(origin.checkpoint, state)
         engine.load(state, steps)
-        kept = ("iteration", "consumed_samples", "seconds", "time_block")
-        progress = Progress(*(origin.meta[name] for name in kept))
+        fields = ("iteration", "consumed_samples", "seconds", "time_block")
+        progress = Progress(*(origin.meta[name] for name in fields))
     average = start_average(engine, config.optimizer, origin)
-    before = origin.records if origin else []
+    past_records = origin.records if origin else []
     description = describe(objective, config, plan, sources, vocabulary, ranks, precision, compiled, command)
     description["branched_from"] = origin.branched_from if origin else None
     data = MicroBatches(
         sources.train,
-        made(progress.time_block),
+        objective_for(progress.time_block),
         build_input_noise(config.objective, vocabulary, config.model.num_layers),
         config.training.seed,
         progress.consumed_samples,
@@ -221,9 +221,9 @@ def train(config: Config, command: str, watch: FailureDetector | None) -> bool:
             folder.status("stopped", reason, progress.iteration, progress.consumed_samples)
         raise StopRequested(reason)
     if folder:
-        folder.start(description, before, origin.run if origin else folder.path)
-    validated = {record["iteration"]: record["loss"] for record in before if _selects(record, sources)}
-    trackers = start_trackers(config, folder, description, before) if ranks.rank == 0 else Trackers({})
+        folder.start(description, past_records, origin.run if origin else folder.path)
+    validated = {record["iteration"]: record["loss"] for record in past_records if _selects(record, sources)}
+    trackers = start_trackers(config, folder, description, past_records) if ranks.rank == 0 else Trackers({})
     trainer = Trainer(
         config,
         plan,
@@ -243,41 +243,41 @@ def train(config: Config, command: str, watch: FailureDetector | None) -> bool:
         _announce(config, plan, vocabulary, trainer, precision, compiled, origin)
     if config.validation.skip_train:
         results = trainer.evaluate()
-        stop_signals.defer()  # there is nothing left to stop
+        stop_signals.defer()  # nothing is left to stop
         for record in results if ranks.rank == 0 else ():
             print(json.dumps(record))
         return True
 
     def failed(reason: str) -> None:
-        with suppress(LockError):  # status.json is another process's by now
+        with suppress(LockError):  # status.json belongs to another process now
             folder.status("failed", reason, progress.iteration, progress.consumed_samples)
 
-    if watch and folder:
-        watch.on_failure = failed
+    if detector and folder:
+        detector.on_failure = failed
     with trackers:
         try:
             reason = trainer.train()
         except BaseException as error:
-            if watch is None and folder:
+            if detector is None and folder:
                 failed(str(error) or type(error).__name__)
             raise
-    if watch:
-        watch.on_failure = None
+    if detector:
+        detector.on_failure = None
     if ranks.rank == 0:
         logger.info("%s at step %d of %d", reason, progress.iteration, trainer.steps)
     return reason == "finished"
 
 
 def resolved(config: Config, plan: Plan, vocabulary: Vocabulary, sources: Sources) -> dict:
-    """Return what a dry run prints."""
+    """Return the resolved configuration that --dry-run prints."""
     objective = config.objective.objective
     return {"objective_name": objective, "plan": amounts(config, plan, vocabulary, sources), **asdict(config)}
 
 
 def amounts(config: Config, plan: Plan, vocabulary: Vocabulary, sources: Sources) -> dict:
-    """Return the plan, and what the run amounts to in tokens, epochs and FLOPs by every convention.
+    """Return the plan and the run's totals: tokens, epochs and FLOPs by every convention.
 
-    In a blend each member has epochs of its own; the run's count the tokens of all members together.
+    Members of a blend have separate epochs; those of the run count the tokens of all members together.
     """
     tokens = plan.train_samples * config.data.seq_length
     flops = flops_per_token(config.model, vocabulary, config.data.seq_length)
@@ -285,13 +285,13 @@ def amounts(config: Config, plan: Plan, vocabulary: Vocabulary, sources: Sources
         "train_tokens": tokens,
         "epochs": tokens / plan.unique_tokens,
         "epochs_by_data_set": dict(zip(sources.train_prefixes, sources.train.epochs(plan.train_samples))),
-        "flops": {convention: each * tokens * plan.passes for convention, each in flops.items()},
+        "flops": {convention: per_token * tokens * plan.passes for convention, per_token in flops.items()},
     }
 
 
 def _selects(record: dict, sources: Sources) -> bool:
-    """Return whether a record is of the set that decides which checkpoint is best: the first one."""
-    return record["kind"] == "valid" and record["set"] in [found.name for found in sources.validation[:1]]
+    """Return whether a record belongs to the first validation set, whose loss selects the best checkpoint."""
+    return record["kind"] == "valid" and record["set"] in [data.name for data in sources.validation[:1]]
 
 
 def _announce(config, plan, vocabulary, trainer, precision, compiled, origin) -> None:
@@ -300,24 +300,24 @@ def _announce(config, plan, vocabulary, trainer, precision, compiled, origin) ->
     for line in idle_flags(config, exact=all(likelihood.exact for likelihood in objective.likelihoods)):
         logger.info(line)
     if not config.checkpoint.save and not config.validation.skip_train:
-        logger.info("nothing is kept: no --save names a run folder")
+        logger.info("nothing is saved: no --save names a run folder")
     if origin:
         logger.info("continuing from %s at step %d", origin.checkpoint, origin.meta["iteration"])
-        before, model = origin.meta["config"], config.model
+        recorded, model = origin.meta["config"], config.model
         dropout = (model.attention_dropout, model.hidden_dropout, model.mlp_dropout, model.embedding_dropout)
-        moved = (before["processes"], before.get("parallel")) != (ranks.size, asdict(config.parallel))
-        if moved and any(dropout):
-            logger.info("the layout is another one: dropout draws other numbers, and losses agree statistically")
+        layout_changed = (recorded["processes"], recorded.get("parallel")) != (ranks.size, asdict(config.parallel))
+        if layout_changed and any(dropout):
+            logger.info("the parallel layout changed: dropout masks differ, and losses agree statistically")
     axes = {"tensor": "tp", "pipeline": "pp", "replicas": "replicate", "shards": "shard"}
     layout = [f"{ranks.along(axis)[1]} {name}" for name, axis in axes.items() if ranks.along(axis)[1] > 1]
-    sharing = f"{'DeepSpeed ' if config.parallel.deepspeed else ''}ZeRO {engine.zero_stage}"
+    zero_stage = f"{'DeepSpeed ' if config.parallel.deepspeed else ''}ZeRO {engine.zero_stage}"
     logger.info(
         "%s: %.2fM parameters, %s unique tokens, %d samples of %d tokens in %d steps (%.1f epochs), %s%s on %s x%d%s",
         objective.name, plan.parameters / 1e6, f"{plan.unique_tokens:,}", plan.train_samples, config.data.seq_length,
         plan.steps, plan.train_samples * config.data.seq_length / plan.unique_tokens,
         f"{precision} and {fp8_recipe} fp8" if fp8_recipe else precision, ", compiled" if compiled else "",
         ranks.device.type, ranks.size,
-        f" ({', '.join([*layout, sharing])})" if ranks.size > 1 else "",
+        f" ({', '.join([*layout, zero_stage])})" if ranks.size > 1 else "",
     )  # fmt: skip
     for line in () if config.validation.skip_train else parameter_table(config, vocabulary):
         logger.info(line)

@@ -1,4 +1,4 @@
-"""From sample indices to batches: reads samples, lets the objective corrupt them, ahead of the step."""
+"""Builds micro-batches from sample indices, in worker processes ahead of the step."""
 
 import os
 import signal
@@ -27,10 +27,10 @@ LARGER = "make /dev/shm larger (docker run --shm-size)"
 
 @dataclass(frozen=True)
 class MicroBatches(Dataset):
-    """The micro-batches of one process from sample index `first_sample` on; item n is a pure function of n.
+    """The micro-batches of one data-parallel rank, from sample index `first_sample` on; item n is a pure function of n.
 
-    A step takes `global_batch_size` consecutive sample indices; its micro-batch m on process r takes the m-th share
-    of all processes, and of that the r-th part. Positions beyond the budget are padding without weight.
+    A step takes `global_batch_size` consecutive sample indices, split into consecutive blocks of `micro_batch_size`:
+    micro-batch m of rank r is block m * size + r. Samples beyond the budget are padding with weight 0.
     """
 
     samples: TrainSamples
@@ -46,42 +46,45 @@ class MicroBatches(Dataset):
 
     def sample_indices(self, index: int) -> np.ndarray:
         """Return the sample indices [B] of micro-batch `index`."""
-        steps, micro = divmod(index, self.per_step)
-        start = self.first_sample + steps * self.global_batch_size
-        start += (micro * self.size + self.rank) * self.micro_batch_size
+        step, micro_batch = divmod(index, self.per_step)
+        start = self.first_sample + step * self.global_batch_size
+        start += (micro_batch * self.size + self.rank) * self.micro_batch_size
         return np.arange(start, start + self.micro_batch_size)
 
     @property
     def per_step(self) -> int:
-        """Micro-batches of one step."""
+        """Micro-batches per step on this rank: the number of gradient accumulation steps."""
         return self.global_batch_size // (self.micro_batch_size * self.size)
 
     @property
     def steps(self) -> int:
-        """Steps to the end of the budget, the last one perhaps short."""
+        """Steps to the end of the budget; the last one may be short."""
         return -(-(self.train_samples - self.first_sample) // self.global_batch_size)
 
     def __getitem__(self, index: int) -> list[Batch]:
-        """Return the batches of micro-batch `index`: one, or two where a sample takes two passes."""
+        """Return the batches of micro-batch `index`: one, or two if the objective needs two passes per sample."""
         sample_indices = self.sample_indices(index)
-        ids = np.stack([self.samples[int(position)] for position in sample_indices])
+        ids = np.stack([self.samples[int(i)] for i in sample_indices])  # [B, S + 1]
         batches = self.noise(self.objective.prepare(ids, sample_indices, self.seed), sample_indices, self.seed)
         return [without_padding(batch, torch.from_numpy(sample_indices < self.train_samples)) for batch in batches]
 
 
 class Loader:
-    """An iterator over the micro-batches to the end of the budget, in order, which worker processes read ahead.
+    """An iterator over the micro-batches to the end of the budget, in order; worker processes prefetch them.
 
-    Used as a context: no worker outlives it, however it ends. Errors of a worker are raised here as without workers.
-    Raises ChildProcessError where a worker dies or cannot start, OSError where shared memory or open files run out.
+    Used as a context manager: no worker outlives it. Errors in a worker are raised here as they would be without
+    workers.
+
+    Raises: ChildProcessError if a worker dies or cannot start; OSError if shared memory or open files run out.
     """
 
     def __init__(self, dataset: MicroBatches, num_workers: int, device: torch.device):
-        self.num_workers, others = num_workers, set(active_children())
-        # workers are forked, on every version of Python: they inherit the memory map and touch no device
+        self.num_workers = num_workers
+        other_children = set(active_children())
+        # fork on every Python version: workers inherit the memory map and do not touch the device
         loader = DataLoader(
             _Shared(dataset, num_workers) if num_workers else dataset,
-            batch_size=None,  # an item is a batch already
+            batch_size=None,  # an item is already a batch
             sampler=range(dataset.steps * dataset.per_step),
             num_workers=num_workers,
             multiprocessing_context="fork" if num_workers else None,
@@ -93,13 +96,13 @@ class Loader:
         try:
             self._batches = iter(loader)
         except OSError as error:
-            _kill(set(active_children()) - others)
+            _kill(set(active_children()) - other_children)
             raise ChildProcessError(
                 f"{typed('num_workers', num_workers)}: a data loader worker cannot start ({error.strerror}); lower it"
             ) from None
-        self._workers = set(active_children()) - others
+        self._workers = set(active_children()) - other_children
         if self._workers:
-            # torch's handler raises wherever the main thread is when a worker dies; __next__ looks for that itself
+            # torch's handler raises anywhere in the main thread when a worker dies; __next__ checks the workers
             signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
 
     def __enter__(self) -> "Loader":
@@ -107,7 +110,7 @@ class Loader:
 
     def __exit__(self, kind, error, traceback) -> None:
         if kind is None:
-            self._batches = iter(())  # torch ends its workers with the last reference to its iterator
+            self._batches = iter(())  # torch stops its workers when the last reference to its iterator goes
         _kill(self._workers)
 
     def __iter__(self) -> Iterator[list[Batch]]:
@@ -118,14 +121,14 @@ class Loader:
         try:
             item = next(self._batches)
         except (RuntimeError, OSError, EOFError) as error:
-            # torch's error may be of what a dying worker has left, or 5 s after its death
+            # the error may come from a dying worker's half-sent data, or up to 5 s after its death
             closed = wait([worker.sentinel for worker in self._workers], timeout=1)
             for worker in self._workers:
                 worker.join(None if worker.sentinel in closed else 0)
             self._check_workers()
-            if "open files" in str(error):  # each tensor of a batch on its way is one
-                rule = "batches on their way need more open files than the system allows; raise ulimit -n, or lower it"
-                raise OSError(f"{typed('num_workers', self.num_workers)}: {rule}") from None
+            if "open files" in str(error):  # every tensor of a prefetched batch needs a file descriptor
+                message = "prefetched batches need more open files than the system allows; raise ulimit -n, or lower it"
+                raise OSError(f"{typed('num_workers', self.num_workers)}: {message}") from None
             raise
         if isinstance(item, Exception):
             raise item
@@ -136,10 +139,10 @@ class Loader:
         if dead is None:
             return
         number = -dead.exitcode
-        ending = f"was killed by {signal.Signals(number).name}" if number > 0 else f"ended with code {dead.exitcode}"
+        ending = f"was killed by {signal.Signals(number).name}" if number > 0 else f"exited with code {dead.exitcode}"
         cause = {
             signal.SIGKILL: "the machine may have run out of memory; lower",
-            signal.SIGBUS: f"shared memory ran out, or a data file was cut; {LARGER}, or lower",
+            signal.SIGBUS: f"shared memory ran out, or a data file was truncated; {LARGER}, or lower",
         }.get(number, "lower")
         raise ChildProcessError(
             f"data loader worker (process {dead.pid}) {ending}: {cause} {typed('num_workers', self.num_workers)} and "
@@ -149,10 +152,10 @@ class Loader:
 
 @dataclass(frozen=True)
 class _Shared(Dataset):
-    """Micro-batches in shared memory, or the error that a user can put right: what a worker sends.
+    """Micro-batches in shared memory, or an error for the user: the items that a worker sends.
 
-    torch would copy them there in a thread of the worker, where an error is printed and the batch never arrives, and
-    would wrap errors in a traceback.
+    By default torch copies batches there in a thread of the worker, in which an error is only printed and the batch
+    never arrives, and it wraps errors in a traceback.
     """
 
     dataset: MicroBatches
@@ -168,7 +171,7 @@ class _Shared(Dataset):
         except (RuntimeError, OSError) as error:
             reason = str(error).partition("\n")[0]
             return OSError(
-                f"{typed('num_workers', self.num_workers)}: a batch could not be put into shared memory ({reason}); "
+                f"{typed('num_workers', self.num_workers)}: a batch could not be copied to shared memory ({reason}); "
                 f"{LARGER}, lower --num-workers, or give 0"
             )
 
@@ -179,13 +182,13 @@ def _start_worker(parent: int, worker: int) -> None:
 
 
 def _ignore_signals(worker: int) -> None:
-    """A signal to the whole job asks the training process to save and leave; its workers must live until then."""
+    """Ignore stop signals, which reach the whole job: the training process saves and exits, and needs its workers."""
     for number in stop_signals.SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 def _kill(workers: set[BaseProcess]) -> None:
-    """End workers at once: they ignore every other signal, and Python waits for them when it ends."""
+    """Kill workers: they ignore other signals, and Python waits for them at exit."""
     for worker in workers:
         worker.kill()
         worker.join()

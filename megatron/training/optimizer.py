@@ -1,6 +1,6 @@
-"""AdamW, or Muon beside it, over groups of parameters by what they are, some of which decay.
+"""Builds AdamW, or Muon with AdamW, over parameter groups by kind; weight decay applies to some kinds.
 
-On CUDA AdamW's update is NVIDIA apex's where that is installed, else PyTorch's own fused one.
+On CUDA the AdamW update is NVIDIA apex's if that is installed, else PyTorch's fused one.
 """
 
 from collections.abc import Iterator
@@ -20,40 +20,40 @@ DECAYING = {"hidden": (MATRICES,), "matrices": (MATRICES, TABLES), "all": KINDS}
 
 
 def kind(name: str, parameter: torch.Tensor) -> str:
-    """Return which of KINDS a parameter is, by its name in the whole model; vectors are norms and biases."""
+    """Return the kind (of KINDS) of a parameter by its name in the whole model; vectors are norms and biases."""
     if parameter.dim() < 2:
         return VECTORS
     return MATRICES if name.startswith("layers.") else TABLES
 
 
 def parameter_groups(model: nn.Module | Engine, config: OptimizerConfig) -> list[dict]:
-    """Return a group for each kind of parameter held here.
+    """Return one parameter group per kind of parameter on this rank.
 
-    "moments" names what the optimizer keeps of each parameter, "decays" says whether weight decay applies.
+    "moments" names the optimizer's state per parameter, "decays" is whether weight decay applies.
     """
     named = list(model.named_parameters())
-    members = {each: [parameter for name, parameter in named if kind(name, parameter) == each] for each in KINDS}
+    members = {group: [parameter for name, parameter in named if kind(name, parameter) == group] for group in KINDS}
     decaying = DECAYING[config.weight_decay_parameters]
     return [
         {
-            "params": found,
+            "params": parameters,
             "lr": config.lr,
-            "moments": ("momentum_buffer",) if updates(each, config) == "muon" else MOMENTS,
-            "decays": each in decaying,
-            "weight_decay": config.weight_decay if each in decaying else 0.0,
+            "moments": ("momentum_buffer",) if optimizer_of(group, config) == "muon" else MOMENTS,
+            "decays": group in decaying,
+            "weight_decay": config.weight_decay if group in decaying else 0.0,
         }
-        for each, found in members.items()
-        if found  # a stage may have no embedding
+        for group, parameters in members.items()
+        if parameters  # a pipeline stage may have no embedding
     ]
 
 
-def updates(kind: str, config: OptimizerConfig) -> str:
-    """Return which optimizer updates parameters of this kind: Muon is for matrices that map hidden states."""
+def optimizer_of(kind: str, config: OptimizerConfig) -> str:
+    """Return the optimizer of a kind of parameters: Muon is only for matrices that map hidden states."""
     return config.optimizer if kind == MATRICES else "adamw"
 
 
 def parameter_table(config: Config, vocabulary: Vocabulary) -> Iterator[str]:
-    """Yield the lines of a table of the whole model: which parameters, how many, what updates them, how they decay."""
+    """Yield the lines of a table over the whole model: kind of parameters, count, optimizer and weight decay."""
     optimizer, counts = config.optimizer, dict.fromkeys(KINDS, 0)
     with torch.device("meta"):
         model = Transformer(config.model, vocabulary)
@@ -64,13 +64,13 @@ def parameter_table(config: Config, vocabulary: Vocabulary) -> Iterator[str]:
         ends = f"{optimizer.start_weight_decay:g} to {optimizer.end_weight_decay:g}"
         decay = f"{ends}, {optimizer.weight_decay_incr_style}"
     yield f"{'parameters':<24}{'number':>16}  {'optimizer':<9}  weight decay"
-    for each, count in counts.items():
-        shown = decay if each in DECAYING[optimizer.weight_decay_parameters] else "none"
-        yield f"{each:<24}{count:>16,}  {updates(each, optimizer):<9}  {shown}"
+    for group, count in counts.items():
+        group_decay = decay if group in DECAYING[optimizer.weight_decay_parameters] else "none"
+        yield f"{group:<24}{count:>16,}  {optimizer_of(group, optimizer):<9}  {group_decay}"
 
 
 def build_optimizer(model: nn.Module | Engine, config: OptimizerConfig) -> Optimizer:
-    """Return the optimizer of the parameters held here; learning rate and weight decay are set at every step."""
+    """Return the optimizer of the parameters on this rank; learning rate and weight decay are set at every step."""
     groups = parameter_groups(model, config)
     matrices = groups.pop(0) if config.optimizer == "muon" else None
     first = groups[0]["params"][0]
@@ -82,7 +82,7 @@ def build_optimizer(model: nn.Module | Engine, config: OptimizerConfig) -> Optim
 
 
 def apex_adam() -> type | None:
-    """Return NVIDIA apex's FusedAdam, or None. PyPI's package of that name is another one and has no optimizers."""
+    """Return NVIDIA apex's FusedAdam, or None; the PyPI package named apex is unrelated and has no optimizers."""
     try:
         from apex.optimizers import FusedAdam
     except ImportError:
@@ -91,21 +91,21 @@ def apex_adam() -> type | None:
 
 
 def start_state(optimizer: Optimizer, steps: int) -> None:
-    """Give every parameter zero moments and the step count, ready for a checkpoint to be loaded into."""
+    """Set zero moments and the step count of every parameter, so that a checkpoint can be loaded into them."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             optimizer.state[parameter] = {moment: torch.zeros_like(parameter) for moment in group["moments"]}
             if group["moments"] == MOMENTS:  # the fused kernel reads the count on the parameter's device
                 optimizer.state[parameter]["step"] = torch.tensor(float(steps), device=parameter.device)
-    adamw = optimizer.others if isinstance(optimizer, Muon) else optimizer
+    adamw = optimizer.adamw if isinstance(optimizer, Muon) else optimizer
     if isinstance(adamw, ShardedApexAdam):
         adamw.attach(steps)
 
 
 class ShardedApexAdam(Optimizer):
-    """Apex's FusedAdam on the local shards of DTensor parameters, which its kernels do not know.
+    """Apex's FusedAdam on the local shards of DTensor parameters, which its kernels do not support directly.
 
-    Parameters, gradients and moments stay DTensors outside, as for every optimizer here; apex updates their
+    Parameters, gradients and moments remain DTensors outside, as for every optimizer here; apex updates their
     storage. `start_state` must be called before the first step.
     """
 
@@ -120,7 +120,7 @@ class ShardedApexAdam(Optimizer):
         self._apex = fused_adam(local_groups, **options, adam_w_mode=True)
 
     def attach(self, steps: int) -> None:
-        """Let apex work on the moments of `self.state`, `steps` steps old."""
+        """Make apex use the moments of `self.state`, and `steps` as the step count."""
         for parameter, local in self._local.items():
             self._apex.state[local] = {moment: self.state[parameter][moment].to_local() for moment in MOMENTS}
         for group in self._apex.param_groups:
@@ -128,6 +128,7 @@ class ShardedApexAdam(Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:
+        """Update all parameters from their gradients."""
         for outer, inner in zip(self.param_groups, self._apex.param_groups, strict=True):
             inner["lr"], inner["weight_decay"] = outer["lr"], outer["weight_decay"]
             for parameter in outer["params"]:

@@ -1,4 +1,4 @@
-"""Where a run begins: anew, at a checkpoint of its own, or at another run's (a branch)."""
+"""Where a run starts: from scratch, at its own newest checkpoint, or at another run's checkpoint (a branch)."""
 
 import math
 from dataclasses import dataclass
@@ -16,46 +16,48 @@ from megatron.training.run_folder import RunFolder, check_writable, read_json, r
 
 @dataclass(frozen=True)
 class Origin:
-    """The checkpoint a run continues from, and what was recorded until then."""
+    """The checkpoint that a run resumes from, and the records up to it."""
 
-    run: Path
+    run: Path  # its run folder
     checkpoint: Path
-    meta: dict
+    meta: dict  # meta.json of the checkpoint
     records: list[dict]
-    branched_from: str | None
+    branched_from: str | None  # the other run's checkpoint; None if no branch
 
 
 def open_run(
     config: Config, plan: Plan, objective: str, sources: Sources, precision: str, ranks: ParallelContext
 ) -> tuple[RunFolder | None, Origin | None]:
-    """Return the folder to write to, on the first process, and the origin, on all of them.
+    """Return the run folder (on rank 0; None on other ranks, without --save and with --skip-train) and the origin.
 
-    Without --save, or to evaluate only, there is nothing to write to. Raises LockError where another process writes
-    there, and StopRequested where a signal ends the wait for it.
+    Raises: LockError if another process writes to the folder; StopRequested if a signal ends the wait for its lock;
+    ConfigurationError if the checkpoint does not fit the configuration.
     """
-    opened = []
+    folders = []
 
     def find() -> Origin | None:
-        _source(config)  # refuses before a folder is made
+        _source(config)  # fails before a folder is created
         if config.checkpoint.save and not config.validation.skip_train:
-            opened.append(RunFolder(config.checkpoint.save, config.checkpoint.wait_for_lock))
+            folders.append(RunFolder(config.checkpoint.save, config.checkpoint.wait_for_lock))
         return find_origin(config, plan, objective, sources, precision)
 
     origin = ranks.from_rank_0(find)
-    return (opened[0] if opened else None), origin
+    return (folders[0] if folders else None), origin
 
 
 def recorded_config(path: Path) -> dict | None:
-    """Return the configuration of a run's folder, or of one of its checkpoints; None where there is no such thing."""
+    """Return the recorded configuration of a run folder or a checkpoint folder; None if `path` is neither."""
     if (path / "meta.json").exists():
         return read_json(path / "meta.json")["config"]
     return read_json(path / "config.json") if (path / "config.json").exists() else None
 
 
 def check_run(config: Config, plan: Plan, objective: str, sources: Sources, precision: str | None) -> None:
-    """Raise the ConfigurationError of `open_run`, if any, but for a lock that another job holds; nothing is written.
+    """Make the checks of `open_run` without writing anything, except for the lock of the run folder.
 
-    `precision` is None where only the device decides it.
+    `precision` is None if the device decides it.
+
+    Raises: ConfigurationError as `open_run` does.
     """
     if config.checkpoint.save and not config.validation.skip_train:
         check_writable(Path(config.checkpoint.save))
@@ -65,25 +67,28 @@ def check_run(config: Config, plan: Plan, objective: str, sources: Sources, prec
 def find_origin(
     config: Config, plan: Plan, objective: str, sources: Sources, precision: str | None, read_only: bool = False
 ) -> Origin | None:
-    """Return the checkpoint to continue from, or None to begin; raise ConfigurationError where it does not fit."""
+    """Return the checkpoint to resume from, or None to start from scratch.
+
+    Raises: ConfigurationError if it does not fit the configuration.
+    """
     only_evaluate = config.validation.skip_train
     source, branched = _source(config)
-    found = source and _checkpoint(source, mend=not (branched or only_evaluate or read_only))
-    if not found:
+    start = source and _checkpoint(source, rename_damaged=not (branched or only_evaluate or read_only))
+    if not start:
         return None
-    run, folder, meta = found
+    run, folder, meta = start
     recorded = recorded_config(source)
     if recorded is None:
         raise ConfigurationError(
-            f"--save {source}: holds checkpoints and no config.json; restore it from meta.json of the newest, whose "
-            '"config" it is, or choose another folder'
+            f"--save {source}: has checkpoints but no config.json; restore it from meta.json of the newest one (key "
+            '"config"), or choose another folder'
         )
-    # what is only evaluated may be evaluated in other ways than it was trained with
+    # an evaluation may use other settings than the training run
     check_resume(recorded, config, plan, objective, branched or only_evaluate)
     if only_evaluate:
         split = recorded["data"].get("split")
-        rule = f"the run in {source} was begun with {typed('split', split)}; leave the flag out"
-        require(config.data.split == split, "split", config.data.split, rule)
+        message = f"the run in {source} was started with {typed('split', split)}; leave the flag out"
+        require(config.data.split == split, "split", config.data.split, message)
     if branched and not only_evaluate:
         _check_branch(recorded, meta, config, plan, source)
     elif not only_evaluate:
@@ -114,74 +119,76 @@ def _source(config: Config) -> tuple[Path | None, bool]:
         raise ConfigurationError(
             f"--load {source}: holds no run (no config.json) and is no checkpoint; give a folder that --save wrote"
         )
-    if branched and settings.save and checkpoint.begun(save / "checkpoints"):
-        return save, False  # the branch has checkpoints of its own: resume it
+    if branched and settings.save and checkpoint.has_any(save / "checkpoints"):
+        return save, False  # the branch already has checkpoints: resume it
     required = branched or only_evaluate or settings.exit_on_missing_checkpoint
-    if required and not ((source / "meta.json").exists() or checkpoint.begun(source / "checkpoints")):
+    if required and not ((source / "meta.json").exists() or checkpoint.has_any(source / "checkpoints")):
         remedy = "" if branched or only_evaluate else ", or leave out --exit-on-missing-checkpoint"
         flag = "--load" if settings.load else "--save"
         raise ConfigurationError(f"{flag} {source}: holds no checkpoint; train it first{remedy}")
     return source, branched
 
 
-def _checkpoint(source: Path, mend: bool) -> tuple[Path, Path, dict] | None:
-    """Return run, folder and meta.json of the checkpoint that `source` is, or of the newest that the run has."""
+def _checkpoint(source: Path, rename_damaged: bool) -> tuple[Path, Path, dict] | None:
+    """Return run, folder and meta.json of a run's newest checkpoint, or of `source` if it is a checkpoint."""
     if (source / "meta.json").exists():
         fault = checkpoint.damage(source)
         if fault:
             raise ConfigurationError(f"--load {source}: is damaged ({fault}); give another checkpoint of that run")
         return source.resolve().parents[1], source, read_json(source / "meta.json")
-    found = checkpoint.newest(source / "checkpoints", mend)
-    return found and (source, *found)
+    newest = checkpoint.newest(source / "checkpoints", rename_damaged)
+    return newest and (source, *newest)
 
 
 def _check_branch(recorded: dict, meta: dict, config: Config, plan: Plan, source: Path) -> None:
-    """Refuse a branch whose clock, which counts samples, would lie or has already run out."""
-    before = recorded["data"]["seq_length"]
+    """Reject a branch whose sample count would be wrong or has already reached the budget."""
+    recorded_length = recorded["data"]["seq_length"]
     require(
-        config.data.seq_length == before,
+        config.data.seq_length == recorded_length,
         "seq_length",
         config.data.seq_length,
-        f"the run in {source} counts samples of {before} tokens, and a branch goes on counting; give {before}",
+        f"the run in {source} counts samples of {recorded_length} tokens, and a branch continues its count; "
+        f"give {recorded_length}",
     )
     if config.data.epoch_order == "megatron" and plan.train_samples != recorded["plan"]["train_samples"]:
         raise ConfigurationError(
             f"--epoch-order megatron: depends on the budget, {recorded['plan']['train_samples']} samples in {source} "
-            f"and {plan.train_samples} here; keep the budget or begin anew with another order"
+            f"and {plan.train_samples} here; keep the budget or start a new run with another order"
         )
     if meta["consumed_samples"] >= plan.train_samples:
         raise ConfigurationError(
-            f"--load {source}: has seen {meta['consumed_samples']} samples, and the budget of the branch is "
-            f"{plan.train_samples} in all; raise it above that"
+            f"--load {source}: has trained on {meta['consumed_samples']} samples, and the branch has a total "
+            f"budget of {plan.train_samples}; raise it above that"
         )
 
 
 def _check_kinds(meta: dict, config: Config, source: Path) -> None:
-    """Refuse to go on with the dual objective where a micro-batch would be of both kinds: a last batch may be short."""
-    micro, block, seen = config.training.micro_batch_size, meta["time_block"], meta["consumed_samples"]
+    """Reject a dual run that would mix both kinds of samples in a micro-batch, as after a short last batch."""
+    micro = config.training.micro_batch_size
+    block, consumed = meta["time_block"], meta["consumed_samples"]
     causal = config.objective.causal_samples(block)
     require(
-        not any(count % micro for count in (seen, block, causal)),
+        not any(count % micro for count in (consumed, block, causal)),
         "micro_batch_size",
         micro,
-        f"the run in {source} has seen {seen} samples, of each {block} of which {causal} predict the next token, and a "
-        f"micro-batch is of one kind; give {math.gcd(seen, block, causal)} or a divisor of it",
+        f"the run in {source} has trained on {consumed} samples, {causal} of every {block} predict the next token, and "
+        f"a micro-batch is of one kind; give {math.gcd(consumed, block, causal)} or a divisor of it",
     )
 
 
 def _check_surroundings(recorded: dict, sources: Sources, precision: str | None, config: Config, source: Path) -> None:
-    """Refuse other data under the same name, and a device that would silently compute otherwise."""
+    """Reject other data under the same name, and a device whose default precision differs from the run's."""
     remedy = f"or branch: --load {source} --save ANOTHER_DIR"
-    for name, before in recorded["fingerprints"].items():
-        if sources.fingerprints.get(name, before) != before:
-            named = _data_flag(name, config)
+    for name, fingerprint in recorded["fingerprints"].items():
+        if sources.fingerprints.get(name, fingerprint) != fingerprint:
+            flag = _data_flag(name, config)
             raise ConfigurationError(
-                f"{named}: holds other tokens, or in other shares, than the run in {source} was begun with; "
+                f"{flag}: has other tokens or other shares than the data that the run in {source} was started with; "
                 f"give the same data, {remedy}"
             )
     if precision and recorded["precision"] != precision:
         raise ConfigurationError(
-            f"--{precision}: is asked for, or this device's default; the run in {source} was begun in "
+            f"--{precision}: is given, or this device's default; the run in {source} was started in "
             f"{recorded['precision']}; give --{recorded['precision']}, {remedy}"
         )
 

@@ -1,4 +1,4 @@
-"""One run, one folder: configuration, records, state and the lock. Every later tool reads only this.
+"""The run folder: configuration, records, status, checkpoints and the lock of one run; other tools read only this.
 
 DIR/config.json, metrics.jsonl, status.json, validation/<set>/<iteration>.npz, checkpoints/, wandb.json
 """
@@ -28,12 +28,15 @@ LOCK_RETRY = 1.0  # seconds
 
 
 class LockError(OSError):
-    """Another process writes this run: at the start, or since it took over the lock of this one."""
+    """Another process writes this run: it holds the lock at the start, or has taken it over since."""
 
 
 @contextmanager
 def writing(path: Path):
-    """Name the file in the error of a failed write, which by itself says only why."""
+    """Add the path to the error of a failed write.
+
+    Raises: OSError for a failed write.
+    """
     try:
         yield
     except OSError as error:
@@ -43,16 +46,20 @@ def writing(path: Path):
 
 
 def write_json(path: Path, value: dict) -> None:
-    """Write `value` so that a reader sees the old file or the new one, never half of it."""
-    aside = path.with_name(path.name + ".partial")
-    with writing(path), open(aside, "w") as file:
+    """Write JSON atomically: a reader sees the old file or the new one."""
+    temporary = path.with_name(path.name + ".partial")
+    with writing(path), open(temporary, "w") as file:
         json.dump(value, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
-    aside.replace(path)
+    temporary.replace(path)
 
 
 def read_json(path: Path) -> dict:
+    """Return the content of a JSON file.
+
+    Raises: ConfigurationError if it is missing or not JSON.
+    """
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -62,7 +69,10 @@ def read_json(path: Path) -> dict:
 
 
 def check_writable(path: Path) -> None:
-    """Raise the ConfigurationError of a run folder that cannot be made or written to; nothing is made."""
+    """Check that a run folder can be created or written to, without creating it.
+
+    Raises: ConfigurationError if it cannot.
+    """
     existing = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         reason = "Permission denied" if existing.is_dir() else f"{existing} is a file"
@@ -70,24 +80,25 @@ def check_writable(path: Path) -> None:
 
 
 class RunFolder:
-    """The folder of one run, held by one job at a time. Only the first process opens it.
+    """The folder of one run, locked by one job at a time; only rank 0 opens it.
 
-    Every method that writes raises LockError where another process has taken over the lock.
+    Every method that writes raises LockError if another process has taken over the lock.
     """
 
     def __init__(self, path: str, wait_minutes: float = 0.0):
-        """Make or open the folder; raise LockError where another process still holds it after `wait_minutes`.
+        """Create or open the folder and lock it, waiting up to `wait_minutes` for another holder.
 
-        Raises StopRequested where a signal ends the wait, and ConfigurationError where nothing can be written.
+        Raises: LockError if another process still holds the lock then; StopRequested if a signal ends the wait;
+        ConfigurationError if the folder cannot be written to.
         """
-        self.path, self._owner = Path(path), _who()
+        self.path, self._owner = Path(path), _owner_name()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = self._wait_for_lock(wait_minutes)
             self._lock.truncate(0)
             self._lock.write(self._owner)
             self._lock.flush()
-            os.fsync(self._lock.fileno())  # so that other nodes read it too
+            os.fsync(self._lock.fileno())  # so that other nodes can read it
         except LockError:
             raise
         except OSError as error:
@@ -97,29 +108,30 @@ class RunFolder:
         self._records = None
 
     def _wait_for_lock(self, minutes: float) -> TextIO:
-        """Return the lock file, open and locked; waits for another holder up to `minutes`."""
-        until, lock = time.monotonic() + 60 * minutes, self._try_lock()
+        """Return the lock file, open and locked; wait for another holder up to `minutes`."""
+        deadline = time.monotonic() + 60 * minutes
+        lock = self._try_lock()
         if isinstance(lock, str) and minutes:
             logger.info("--save %s: %s is writing this run; waiting up to %g minutes for it", self.path, lock, minutes)
         while isinstance(lock, str):
             if stop_signals.requested():
                 raise StopRequested(f"signal {stop_signals.requested()}")
-            if time.monotonic() >= until:
-                waited = f", also after --wait-for-lock {minutes:g}" if minutes else ""
+            if time.monotonic() >= deadline:
+                waited = f", even after --wait-for-lock {minutes:g}" if minutes else ""
                 raise LockError(
                     f"--save {self.path}: {lock} is writing this run{waited}; wait for it (--wait-for-lock MINUTES), "
                     "stop it or choose another folder"
                 )
-            time.sleep(min(LOCK_RETRY, max(0.0, until - time.monotonic())))
+            time.sleep(min(LOCK_RETRY, max(0.0, deadline - time.monotonic())))
             lock = self._try_lock()
         return lock
 
     def _try_lock(self) -> TextIO | str:
         """Return the lock file, open and locked, or the name of the process that holds the lock."""
-        # the kernel lets go of the lock when the process dies, however it dies
-        lock = open(self.path / "lock", "a+")
+        # the kernel releases the lock when the process dies, however it dies
+        lock = open(self.path / "lock", "a+")  # noqa: SIM115  open for as long as it is locked
         try:
-            # this kind of lock is not inherited by the loader's workers, which may outlive a killed run for seconds
+            # POSIX locks are not inherited by the loader's workers, which may outlive a killed run by seconds
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return lock
         except BlockingIOError:
@@ -130,11 +142,14 @@ class RunFolder:
     def check_lock(self) -> None:
         """Raise LockError unless this process still holds the lock.
 
-        A network file system gives the lock of a node that was cut off to the next process that wants it, which writes
-        its own name. The descriptor that holds the lock is read: closing any other one of the file would release it.
+        A network file system may give the lock of a disconnected node to the next process that requests it, which
+        writes its own name. The name is read through the descriptor that holds the lock: closing any other descriptor
+        of the file would release the lock.
+
+        Raises: LockError if it does not.
         """
         holder = "another process"
-        with suppress(OSError):  # the file is gone, or the file system knows that the lock was lost
+        with suppress(OSError):  # the file was removed, or the file system reports that the lock was lost
             holder = os.pread(self._lock.fileno(), 4096, 0).decode(errors="replace")
             if os.path.samestat(os.fstat(self._lock.fileno()), os.stat(self.path / "lock")) and holder == self._owner:
                 return
@@ -146,19 +161,20 @@ class RunFolder:
 
     @property
     def checkpoints(self) -> Path:
+        """The folder of the checkpoints."""
         return self.path / "checkpoints"
 
     def start(self, config: dict, records: list[dict], source: Path) -> None:
-        """Write the configuration, and the records that the loaded checkpoint of the run `source` had already made."""
+        """Write the configuration and the `records` up to the loaded checkpoint, which is one of the run `source`."""
         self.check_lock()
         if source.resolve() != self.path.resolve():
             self._inherit_evaluations(records, source)
         write_json(self.path / "config.json", config)
-        aside = self.path / "metrics.jsonl.partial"
+        temporary = self.path / "metrics.jsonl.partial"
         with writing(self.path / "metrics.jsonl"):
-            aside.write_text("".join(json.dumps(record) + "\n" for record in records))
-            aside.replace(self.path / "metrics.jsonl")
-        self._records = open(self.path / "metrics.jsonl", "a")
+            temporary.write_text("".join(json.dumps(record) + "\n" for record in records))
+            temporary.replace(self.path / "metrics.jsonl")
+        self._records = open(self.path / "metrics.jsonl", "a")  # noqa: SIM115  open until the run ends
 
     def _inherit_evaluations(self, records: list[dict], source: Path) -> None:
         for record in records:
@@ -169,26 +185,28 @@ class RunFolder:
                     shutil.copyfile(source / file, self.path / file)
 
     def record(self, record: dict) -> None:
-        """Append one record; it is on its way to the disk when this returns."""
+        """Append a record to metrics.jsonl and flush it, without fsync."""
         self.check_lock()
         with writing(self.path / "metrics.jsonl"):
             self._records.write(json.dumps(record) + "\n")
             self._records.flush()
 
     def save_evaluation(self, set_name: str, iteration: int, evaluation: Evaluation) -> None:
-        """Keep the sums by document, for paired comparisons."""
+        """Save the per-document sums, for paired comparisons."""
         self.check_lock()
         folder = self.path / "validation" / set_name
         count = len(evaluation.tokens)
         text = np.zeros(count) if evaluation.bytes is None else evaluation.bytes
-        aside = folder / f"{iteration}.partial.npz"
+        temporary = folder / f"{iteration}.partial.npz"
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            np.savez_compressed(aside, id=np.arange(count), nats=evaluation.nats, tokens=evaluation.tokens, bytes=text)
-            aside.replace(folder / f"{iteration}.npz")
+            np.savez_compressed(
+                temporary, id=np.arange(count), nats=evaluation.nats, tokens=evaluation.tokens, bytes=text
+            )
+            temporary.replace(folder / f"{iteration}.npz")
 
     def status(self, state: str, reason: str, iteration: int, consumed_samples: int) -> None:
-        """Say how the run stands: running, finished, stopped or failed, and why."""
+        """Write status.json: `state` is running, finished, stopped or failed, and `reason` says why."""
         self.check_lock()
         host, process, job = self._owner.split()
         value = {"state": state, "reason": reason, "iteration": iteration, "consumed_samples": consumed_samples}
@@ -197,7 +215,7 @@ class RunFolder:
 
 
 def read_records(folder: Path, up_to_iteration: float = math.inf) -> list[dict]:
-    """Return the records of a run, up to a checkpoint's step; a last line cut by a crash is dropped."""
+    """Return the records of a run up to a step; a last line truncated by a crash is dropped."""
     path, records = folder / "metrics.jsonl", []
     if not path.exists():
         return records
@@ -211,8 +229,8 @@ def read_records(folder: Path, up_to_iteration: float = math.inf) -> list[dict]:
     return records
 
 
-def _who() -> str:
-    """Return host, process and job, as squeue names it: a task of a job array is 40_0."""
+def _owner_name() -> str:
+    """Return host, process id and Slurm job, as squeue names it: a task of a job array is 40_0."""
     job = os.environ.get("SLURM_JOB_ID", "none")
     if "SLURM_ARRAY_JOB_ID" in os.environ and "SLURM_ARRAY_TASK_ID" in os.environ:
         job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"

@@ -1,10 +1,10 @@
-"""Saving beside training: the loop waits for a copy of the tensors in memory, a thread writes the copy.
+"""Asynchronous checkpointing: the training loop waits only for a host copy of the tensors, a thread writes it to disk.
 
-    main thread   copy, train on ...                                    copy, train on ...
-    thread             shard of each process | gather | meta.json, rename, point      shard ...
+    main thread   copy, train ...                                                copy, train ...
+    thread             one shard per rank | gather | meta.json, rename, pointers      shard ...
 
-DCP plans who writes what and gathers the results. Its own writer for safetensors makes two more copies of everything
-while no other thread of Python can run, so the file, which is a header and bytes, is written here.
+DCP (torch.distributed.checkpoint) plans which rank writes what and gathers the results. Its safetensors writer makes
+two more copies of all tensors while holding the GIL, so the files (a header and raw bytes) are written here.
 """
 
 import json
@@ -32,19 +32,24 @@ from megatron.training.run_folder import LockError, write_json
 
 logger = logging.getLogger(__name__)
 
-DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64"}  # of safetensors
+DTYPES = {
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+}  # names in safetensors
 
 
 class Saver:
-    """Writes checkpoints below `root`, one at a time; all processes make, call and leave it together.
+    """Writes checkpoints to `root`, one at a time; all ranks create, call and close it together.
 
-    Used as a context: leaving it waits for what is still being written.
+    Used as a context manager: on exit it waits for the checkpoint that is being written.
     """
 
     def __init__(self, root: Path, ranks: ParallelContext, check_lock: Callable[[], None] | None = None):
-        """Prepare to write below `root`; rank 0 calls `check_lock` before it makes or publishes a checkpoint."""
+        """Prepare to write to `root`; rank 0 calls `check_lock` before it creates or publishes a checkpoint."""
         self.root, self.ranks, self.check_lock = root, ranks, check_lock
-        # the thread's collectives must not fall between those of the training
+        # a separate group: the thread's collectives must not interleave with those of training
         self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
         on_cuda = ranks.device.type == "cuda"
         start = (torch.cuda.set_device, (ranks.device,)) if on_cuda else (None, ())
@@ -62,12 +67,12 @@ class Saver:
             if error is None:
                 raise
             if str(failure) != str(error):
-                logger.error(failure)  # what ends the run already is what it is told to have ended by
+                logger.error(failure)  # `error`, which ends the run, is reported as its cause
         finally:
             self._thread.shutdown()
 
     def reserve(self, state: dict[str, Tensor]) -> None:
-        """Make the memory for copies of `state`, in the thread: fresh memory is many times slower than a copy."""
+        """Allocate the host copies of `state` in the thread: first-touch allocation is much slower than a copy."""
         self.wait()
         self._pending = self._thread.submit(self._reserve, state)
 
@@ -77,9 +82,10 @@ class Saver:
     def save(self, state: dict[str, Tensor], meta: dict, then: Callable[[], None]) -> None:
         """Copy `state` and return; the thread writes the checkpoint of meta["iteration"].
 
-        Names, shapes and layouts are the same at every call, and may differ between processes. The first process
-        calls `then`, in its thread, when the checkpoint is complete. Waits for the one before, and raises what `wait`
-        raises.
+        Names, shapes and layouts must be the same at every call, but may differ between ranks. Rank 0 calls `then` in
+        its thread when the checkpoint is complete. Waits for the previous checkpoint first.
+
+        Raises: OSError, LockError or RuntimeError as `wait` does.
         """
         self.wait()
         if not self._copies:
@@ -93,10 +99,10 @@ class Saver:
         self._pending = self._thread.submit(_write, writer, self._copies, self._group)
 
     def wait(self) -> None:
-        """Return when nothing is being written any more.
+        """Wait until no checkpoint is being written.
 
-        Raises OSError (a full disk), on every process, with the half-written files removed and every older checkpoint
-        untouched, LockError where another process has taken over the run, and RuntimeError where a peer is gone.
+        Raises: OSError (such as a full disk) on every rank, with the partial files removed and older checkpoints
+        untouched; LockError if another process has taken over the run; RuntimeError if another rank died.
         """
         pending, self._pending = self._pending, None
         if pending:
@@ -108,25 +114,25 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 def _host_copy(tensor: Tensor) -> Tensor:
-    """Return zeros in the host's memory that stand for `tensor`: of its shape, and laid out over processes like it."""
+    """Return zeros in host memory, with the shape and sharding of `tensor`."""
     local = _local(tensor)
-    # written to, or the system would hand the memory out at the first copy only
+    # zero_() touches the pages; otherwise the system would allocate them at the first copy
     zeros = torch.empty(local.shape, dtype=local.dtype, pin_memory=local.device.type == "cuda").zero_()
     if not isinstance(tensor, DTensor):
         return zeros
-    names, layout = tensor.__tensor_flatten__()  # from_local would move the copy to the device of the mesh
-    parts = {name: getattr(tensor, name) for name in names} | {"_local_tensor": zeros}
-    return DTensor.__tensor_unflatten__(parts, layout, tensor.size(), tensor.stride())
+    names, layout = tensor.__tensor_flatten__()  # from_local would move the copy to the mesh's device
+    inner = {name: getattr(tensor, name) for name in names} | {"_local_tensor": zeros}
+    return DTensor.__tensor_unflatten__(inner, layout, tensor.size(), tensor.stride())
 
 
 def _write(writer: "_Writer", state: dict[str, Tensor], group: dist.ProcessGroup) -> None:
-    """Write one checkpoint; all processes take part. Raises as `Saver.wait` does."""
+    """Write one checkpoint; a collective call. Raises: OSError, LockError or RuntimeError as `Saver.wait` does."""
     try:
         dcp.save(state, storage_writer=writer, process_group=group)
-    except (Exception, CheckpointException) as error:  # the latter is no Exception
+    except (Exception, CheckpointException) as error:  # CheckpointException derives from BaseException
         if isinstance(_cause(error), (RuntimeError, LockError)):
-            raise _cause(error)  # the disk is not to blame: a peer is gone, or the files are another process's by now
-        shutil.rmtree(writer.aside, ignore_errors=True)
+            raise _cause(error)  # noqa: B904  not a disk error: another rank died or another process took over the run
+        shutil.rmtree(writer.temporary, ignore_errors=True)
         raise OSError(
             f"{writer.folder}: could not be written ({_cause(error)}); older checkpoints are untouched, "
             "free space and start the same command again"
@@ -134,7 +140,7 @@ def _write(writer: "_Writer", state: dict[str, Tensor], group: dist.ProcessGroup
 
 
 def _cause(error: BaseException) -> BaseException:
-    """Return what a writer met: DCP wraps it, by rank, and the user needs to know it."""
+    """Return the error of the first rank that failed, which DCP wraps."""
     failures = getattr(error, "failures", None)
     if failures:
         first = next(iter(failures.values()))
@@ -143,30 +149,32 @@ def _cause(error: BaseException) -> BaseException:
 
 
 class _Writer(HuggingFaceStorageWriter):
-    """What DCP calls on the way of one checkpoint: written aside, and renamed when complete.
+    """DCP's storage writer of one checkpoint: writes to a temporary folder and renames it when complete.
 
-    The first process prepares and finishes; an exception in any of these ends `dcp.save` on every process.
+    Rank 0 prepares and finishes; an exception in any of the methods ends `dcp.save` on every rank.
     """
 
     def __init__(self, folder: Path, meta: dict, then: Callable[[], None], check_lock: Callable[[], None]):
-        self.folder, self.aside = folder, folder.with_name(folder.name + ".partial")
+        self.folder, self.temporary = folder, folder.with_name(folder.name + ".partial")
         self.meta, self.then, self.check_lock = meta, then, check_lock
-        super().__init__(str(self.aside), save_distributed=True)
+        super().__init__(str(self.temporary), save_distributed=True)
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         self.check_lock()
-        shutil.rmtree(self.aside, ignore_errors=True)  # of an earlier start; no process writes before it has a plan
-        self.aside.mkdir(parents=True)
+        shutil.rmtree(
+            self.temporary, ignore_errors=True
+        )  # left by an earlier start; no rank writes before it has a plan
+        self.temporary.mkdir(parents=True)
         return super().prepare_global_plan(plans)
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> torch.futures.Future:
-        """Write what this process holds into one file; the result is [(name, bytes, checksum)], or []."""
+        """Write this rank's shards into one file; the result is [(name, size in bytes, checksum)], or []."""
         files = []
         if plan.items:
-            path = self.aside / f"shard-{plan.storage_data['shard_index']:05d}-model-00001-of-00001.safetensors"
+            path = self.temporary / f"shard-{plan.storage_data['shard_index']:05d}-model-00001-of-00001.safetensors"
             tensors = {item.index.fqn: planner.resolve_data(item) for item in plan.items}
-            begins = {item.index.fqn: list(item.tensor_data.chunk.offsets) for item in plan.items}
-            files.append((path.name, *write_safetensors(path, tensors, begins)))
+            offsets = {item.index.fqn: list(item.tensor_data.chunk.offsets) for item in plan.items}
+            files.append((path.name, *write_safetensors(path, tensors, offsets)))
         done = torch.futures.Future()
         done.set_result(files)
         return done
@@ -174,28 +182,30 @@ class _Writer(HuggingFaceStorageWriter):
     def finish(self, metadata: Metadata, results: list[list[tuple[str, int, int]]]) -> None:
         self.check_lock()
         files = {name: (size, checksum) for result in results for name, size, checksum in result}
-        write_json(self.aside / "meta.json", self.meta | {"files": files})
+        write_json(self.temporary / "meta.json", self.meta | {"files": files})
         shutil.rmtree(self.folder, ignore_errors=True)
-        self.aside.rename(self.folder)
+        self.temporary.rename(self.folder)
         self.then()
 
 
-def write_safetensors(path: Path, tensors: dict[str, Tensor], begins: dict[str, list[int]]) -> tuple[int, int]:
-    """Write `tensors` of the host, each the part of a larger one that begins at `begins`; return size and CRC-32.
+def write_safetensors(path: Path, tensors: dict[str, Tensor], offsets: dict[str, list[int]]) -> tuple[int, int]:
+    """Write host tensors, each a shard of a larger tensor that starts at `offsets`; return size in bytes and CRC-32.
 
-    The size is in bytes; the file is on the disk when this returns. Raises OSError.
+    The file is synced to disk on return.
+
+    Raises: OSError if writing fails.
     """
-    layout = json.dumps({name: {SAVED_OFFSETS_KEY: begin} for name, begin in begins.items()})
+    layout = json.dumps({name: {SAVED_OFFSETS_KEY: offset} for name, offset in offsets.items()})
     header, end = {"__metadata__": {"format": "pt", CUSTOM_METADATA_KEY: layout}}, 0
     for name, tensor in tensors.items():
         begin, end = end, end + tensor.nbytes
         header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8
+    text += b" " * (-len(text) % 8)  # tensor data start at a multiple of 8
     checksum, size = 0, 0
     with open(path, "wb") as file:
         for block in (len(text).to_bytes(8, "little"), text, *_blocks(tensors)):
-            # training goes on meanwhile: both release the interpreter's lock
+            # training continues meanwhile: both calls release the GIL
             checksum, size = zlib.crc32(block, checksum), size + len(block)
             file.write(block)
         file.flush()

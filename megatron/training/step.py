@@ -1,4 +1,4 @@
-"""One optimizer step: count, accumulate, clip, update."""
+"""One optimizer step with gradient accumulation: count, accumulate, clip, update."""
 
 from dataclasses import dataclass
 
@@ -13,16 +13,16 @@ from megatron.randomness import stream
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step leaves on the device: this process's share of the loss, and the global gradient norm."""
+    """Results of a step, on the device: this rank's share of the loss, and the global gradient norm."""
 
     loss: Tensor  # []
     grad_norm: Tensor  # []
 
 
 def reseed(seed: int, iteration: int, ranks: ParallelContext) -> None:
-    """Set the ambient generators, which only dropout reads, so that no generator state is ever saved.
+    """Seed the global generators, which only dropout reads, so that checkpoints need no generator state.
 
-    Each process has its own key: what dropout acts on differs between any two of them.
+    The key contains the rank: dropout acts on different activations on every rank.
     """
     torch.manual_seed(int(stream(seed, "dropout", iteration, ranks.rank).integers(2**62)))
 
@@ -36,14 +36,14 @@ def train_step(
     weight_decay: float,
     clip_grad: float,
 ) -> StepResult:
-    """Update the engine's model on the mean loss of this step's micro-batches over all processes.
+    """Update the engine's model on the mean loss of this step's micro-batches over all ranks.
 
     The loss is sum(weights * nll) / count with one global count, known before the forward pass, so the
-    result does not depend on how the step is cut into micro-batches and processes.
+    result does not depend on how the step is split into micro-batches and ranks.
     """
     ranks = engine.ranks
-    # of the processes that read the same samples one counts them
-    (count,) = ranks.sum(sum(batch.count for batch in micro_batches) * ranks.is_loss_rank)
+    # several ranks read the same samples; only the loss rank counts them
+    (count,) = ranks.sum(sum(batch.count for batch in micro_batches) if ranks.is_loss_rank else 0)
     loss = engine.backward(micro_batches, count)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate

@@ -1,4 +1,4 @@
-"""A few training steps on random text: how fast a configuration is on this machine, and what it needs."""
+"""Benchmarks a few training steps on random text: speed and peak memory of a configuration on this machine."""
 
 import gc
 import time
@@ -20,41 +20,42 @@ from megatron.training.environment import choose_precision, prepare_device
 from megatron.training.microbatches import MicroBatches
 from megatron.training.step import train_step
 
-WARM_UP = 3  # steps that are not timed: the first compiles, the next ones fill caches
+WARM_UP = 3  # untimed steps: the first compiles, the next two fill caches
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What some steps of a configuration showed; times in seconds, on the clock of the wall."""
+    """Measurements of a configuration over some steps; times are wall-clock seconds."""
 
     seconds_per_step: float
-    tokens_per_second: float  # of all processes
+    tokens_per_second: float  # over all ranks
     first_step_seconds: float
-    memory_bytes: int  # at its peak, of this process: on the device, or resident on the CPU
-    loss: float  # of the last step
+    memory_bytes: int  # peak of this rank: allocated on the GPU, or resident on the CPU
+    loss: float  # of the last step, as is the gradient norm
     grad_norm: float
 
 
 @dataclass(frozen=True)
 class RandomText:
-    """Samples by run position, as training reads them."""
+    """Random samples [S + 1] by sample index, in the form that training reads."""
 
-    size: int
+    vocabulary_size: int
     seq_length: int
 
-    def __getitem__(self, position: int) -> np.ndarray:
-        return np.random.default_rng(position).integers(0, self.size, self.seq_length + 1)
+    def __getitem__(self, sample_index: int) -> np.ndarray:
+        return np.random.default_rng(sample_index).integers(0, self.vocabulary_size, self.seq_length + 1)
 
 
 def attempt(config: Config, vocabulary: Vocabulary, steps: int) -> Trial | str:
-    """Take `steps` timed steps after `WARM_UP` others; return what they showed, or in a line why they cannot be.
+    """Run `steps` timed steps after `WARM_UP` untimed ones; return the measurements, or one line on why it failed.
 
-    All processes take part. A process group is started, and left as it is. Raises torch.OutOfMemoryError in one of
-    several processes.
+    A collective call. It initialises the process group and does not destroy it.
+
+    Raises: torch.OutOfMemoryError on the rank that runs out of memory, if there are several ranks.
     """
     parallel, training, seq_length = config.parallel, config.training, config.data.seq_length
     try:
-        # documents end where the random text happens to have id 0
+        # id 0 serves as the end-of-document token
         documents = document_rules(config.data, config.objective, eod=0)
         check_layout(config, world_size())
         check_batch(config, world_size())
@@ -66,8 +67,8 @@ def attempt(config: Config, vocabulary: Vocabulary, steps: int) -> Trial | str:
         prepare_device(config, ranks.device)
     except ConfigurationError as error:
         return f"refused: {error}"
-    torch._dynamo.reset()  # what was compiled for others would count against the limit of recompilations
-    gc.collect()  # sharded modules refer to one another in circles
+    torch._dynamo.reset()  # code compiled for other configurations counts towards the recompilation limit
+    gc.collect()  # sharded modules contain reference cycles
     if ranks.device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -90,15 +91,15 @@ def attempt(config: Config, vocabulary: Vocabulary, steps: int) -> Trial | str:
         for step in range(data.steps):
             batches = [batch for index in range(data.per_step) for batch in data[step * data.per_step + index]]
             if ranks.device.type == "cuda":
-                batches = [batch.pin_memory() for batch in batches]  # as the loader of a training does
-            begin = time.perf_counter()
+                batches = [batch.pin_memory() for batch in batches]  # as the training loader does
+            start = time.perf_counter()
             result = train_step(engine, optimizer, batches, learning_rate=1e-4, weight_decay=0.1, clip_grad=1.0)
-            (loss,) = ranks.sum(float(result.loss))  # waits for the device
-            seconds.append(time.perf_counter() - begin)
+            (loss,) = ranks.sum(float(result.loss))  # synchronises with the device
+            seconds.append(time.perf_counter() - start)
     except torch.OutOfMemoryError as error:
         if ranks.size > 1:
-            raise  # the others wait for this one, and the launcher ends them
+            raise  # other ranks wait in a collective; the launcher ends them
         return f"out of memory: {str(error).splitlines()[0]}"
-    step = ranks.from_rank_0(lambda: median(seconds[WARM_UP:]))  # so that all decide alike
-    speed = training.global_batch_size * seq_length / step
-    return Trial(step, speed, seconds[0], peak_memory(ranks.device), loss, float(result.grad_norm))
+    seconds_per_step = ranks.from_rank_0(lambda: median(seconds[WARM_UP:]))  # so that all ranks decide alike
+    speed = training.global_batch_size * seq_length / seconds_per_step
+    return Trial(seconds_per_step, speed, seconds[0], peak_memory(ranks.device), loss, float(result.grad_norm))

@@ -1,4 +1,4 @@
-"""The loop: feed, step, record, validate, save, leave. It never asks which objective runs."""
+"""The training loop: read micro-batches, step, record, validate, save, exit. It is independent of the objective."""
 
 import logging
 import math
@@ -20,7 +20,7 @@ from megatron.parallel.mesh import ParallelContext
 from megatron.training import checkpoint
 from megatron.training.averaging import Average
 from megatron.training.device_info import peak_flops, peak_memory
-from megatron.training.exit_conditions import Stopping
+from megatron.training.exit_conditions import ExitConditions
 from megatron.training.microbatches import Loader, MicroBatches
 from megatron.training.run_folder import RunFolder, read_json, write_json
 from megatron.training.saver import Saver
@@ -33,21 +33,21 @@ logger = logging.getLogger(__name__)
 
 
 class DivergedError(RuntimeError):
-    """The loss is no longer a number."""
+    """The loss or the gradient norm is not finite."""
 
 
 @dataclass
 class Progress:
-    """Where a run stands. `consumed_samples` is the clock; the rest is kept for the records."""
+    """Progress of a run. Schedules are functions of `consumed_samples`."""
 
     iteration: int = 0
     consumed_samples: int = 0
     seconds: float = 0.0  # of training, without validation and saving
-    time_block: int = 1  # run positions that are stratified together: the batch of the first start
+    time_block: int = 1  # consecutive sample indices with stratified times: the first start's global batch size
 
 
 class Trainer:
-    """Everything one run needs, put together by `main`; `train` runs it to its end."""
+    """All components of a run, assembled by `main`; `train` runs it to the end."""
 
     def __init__(
         self,
@@ -69,50 +69,54 @@ class Trainer:
         self.engine, self.optimizer, self.average, self.data = engine, optimizer, average, data
         self.validation_sets, self.folder, self.progress = validation_sets, folder, progress
         self.trackers = trackers
-        self.description = description  # what config.json says; every checkpoint carries it
+        self.description = description  # contents of config.json; also in every checkpoint's meta.json
         self.objective = data.objective
         self.steps = progress.iteration + data.steps  # of the whole run
         self.diverged_at = torch.zeros((), dtype=torch.int64, device=ranks.device)  # 0: never
-        # of the newest checkpoint, which may still be being written
+        # of the newest checkpoint, which the saver may still be writing
         self.saved_at, self.saved_samples = progress.iteration or None, progress.consumed_samples
         self.rate = self.decay = 0.0  # learning rate and weight decay of the last step
-        self.validated = validated  # loss on the first set by iteration: it decides which checkpoint is best
-        self._recorded = (progress.consumed_samples, progress.seconds)  # at the last training record
+        self.validated = validated  # loss on the first set by iteration; selects the best checkpoint
+        self._last_record = (progress.consumed_samples, progress.seconds)  # at the last training record
         self._bar = None
 
     def train(self) -> str:
-        """Run until the budget is spent or a reason to leave appears; return that reason, or "finished"."""
-        stopping, reason = Stopping(self.config.training), None
+        """Train until the budget is used up or an exit condition holds; return "finished" or the reason."""
+        exit_conditions, reason = ExitConditions(self.config.training), None
         progress = self.progress
         self._status("running", "")
         if self.saved_at:
-            self._point(self.validated)  # a kill may have come between a checkpoint and the files that point at it
-        # leaving the last of these waits for what is still being written, whatever ends the run
+            self._point(
+                self.validated
+            )  # the run may have been killed after the checkpoint and before the pointers were written
+        # on exit the saver waits for the checkpoint that is being written, however the run ends
         with (
-            Loader(self.data, self.config.data.num_workers, self.ranks.device) as batches,  # forks before threads
+            Loader(
+                self.data, self.config.data.num_workers, self.ranks.device
+            ) as batches,  # forks, so before any thread starts
             logging_redirect_tqdm(),
             self._progress_bar() as self._bar,
             self._start_saver() as self._saver,
         ):
-            clock = time.monotonic()
+            last_time = time.monotonic()
             while progress.iteration < self.steps and not reason:
                 result = self._step([batch for _ in range(self.data.per_step) for batch in next(batches)])
                 self._bar.update()
                 due = self._due()
                 if due["log"] or due["evaluate"] or due["save"]:
                     self._check_finite()
-                    progress.seconds += time.monotonic() - clock
+                    progress.seconds += time.monotonic() - last_time
                     if due["log"]:
                         self._record_training(result)
                     if due["evaluate"]:
                         self.evaluate()
                     if due["save"]:
                         self.save()
-                    clock = time.monotonic()
-                reason = stopping.reason(progress.iteration, self.ranks)
+                    last_time = time.monotonic()
+                reason = exit_conditions.reason(progress.iteration, self.ranks)
             if self.saved_at != progress.iteration:
                 self._check_finite()
-                progress.seconds += time.monotonic() - clock
+                progress.seconds += time.monotonic() - last_time
                 self.save()
         finished = progress.iteration == self.steps
         self._status("finished" if finished else "stopped", "finished" if finished else reason)
@@ -121,9 +125,9 @@ class Trainer:
     def _step(self, micro_batches) -> StepResult:
         progress, training = self.progress, self.config.training
         reseed(training.seed, progress.iteration, self.ranks)
-        after = min(progress.consumed_samples + training.global_batch_size, self.plan.train_samples)
-        self.rate = learning_rate(self.config.optimizer, self.plan, after)
-        self.decay = weight_decay(self.config.optimizer, self.plan, after)
+        samples = min(progress.consumed_samples + training.global_batch_size, self.plan.train_samples)
+        self.rate = learning_rate(self.config.optimizer, self.plan, samples)
+        self.decay = weight_decay(self.config.optimizer, self.plan, samples)
         result = train_step(
             self.engine,
             self.optimizer,
@@ -133,18 +137,18 @@ class Trainer:
             clip_grad=self.config.optimizer.clip_grad,
         )
         if self.average:
-            self.average.update(after)
-        progress.iteration, progress.consumed_samples = progress.iteration + 1, after
-        # noted on the device, so that no step waits for it
-        bad = ~(torch.isfinite(result.loss) & torch.isfinite(result.grad_norm)) & (self.diverged_at == 0)
-        self.diverged_at = torch.where(bad, progress.iteration, self.diverged_at)
+            self.average.update(samples)
+        progress.iteration, progress.consumed_samples = progress.iteration + 1, samples
+        # stored on the device, so that no step synchronises
+        diverged = ~(torch.isfinite(result.loss) & torch.isfinite(result.grad_norm)) & (self.diverged_at == 0)
+        self.diverged_at = torch.where(diverged, progress.iteration, self.diverged_at)
         return result
 
     def _due(self) -> dict[str, bool]:
         step, last = self.progress.iteration, self.progress.iteration == self.steps
-        every = self.config.training.log_interval
+        interval = self.config.training.log_interval
         return {
-            "log": step % every == 0 or step == 1 or last,
+            "log": step % interval == 0 or step == 1 or last,
             "evaluate": bool(self.validation_sets) and (step % self.plan.eval_interval == 0 or last),
             "save": self.config.checkpoint.save is not None and (step % self.plan.save_interval == 0 or last),
         }
@@ -154,7 +158,7 @@ class Trainer:
         if step:
             step = int(self.diverged_at) or "unknown"
             newest = (
-                f"the newest checkpoint is from step {self.saved_at}" if self.saved_at else "no checkpoint was made"
+                f"the newest checkpoint is from step {self.saved_at}" if self.saved_at else "no checkpoint was saved"
             )
             raise DivergedError(
                 f"step {step}: loss or gradient norm is not finite; nothing was overwritten, {newest}; "
@@ -162,10 +166,10 @@ class Trainer:
             )
 
     def _record(self, record: dict) -> dict:
-        """Write a record with its clocks, and return it; the keys are the contract of every later tool."""
+        """Add the x axes to a record, write it and return it; other tools rely on the keys."""
         progress, seq_length = self.progress, self.config.data.seq_length
         tokens = progress.consumed_samples * seq_length
-        clocks = {
+        axes = {
             "iteration": progress.iteration,
             "consumed_samples": progress.consumed_samples,
             "consumed_tokens": tokens,
@@ -173,7 +177,7 @@ class Trainer:
             "flops": self.plan.flops(progress.consumed_samples, seq_length),
             "seconds": progress.seconds,
         }
-        record = {"kind": record.pop("kind"), **clocks, **record}
+        record = {"kind": record.pop("kind"), **axes, **record}
         if self.folder:
             self.folder.record(record)
         self.trackers.record(record)
@@ -182,10 +186,11 @@ class Trainer:
     def _record_training(self, result: StepResult) -> None:
         progress, seq_length = self.progress, self.config.data.seq_length
         (loss,) = self.ranks.sum(float(result.loss))
-        samples, seconds = progress.consumed_samples - self._recorded[0], progress.seconds - self._recorded[1]
-        self._recorded = (progress.consumed_samples, progress.seconds)
+        last_samples, last_seconds = self._last_record
+        samples, seconds = progress.consumed_samples - last_samples, progress.seconds - last_seconds
+        self._last_record = (progress.consumed_samples, progress.seconds)
         speed = samples * seq_length / seconds
-        # a share of the peak of bf16 would flatter 8-bit products
+        # no MFU with fp8: relative to the bf16 peak it would be too high
         peak = 0 if self.config.training.fp8_recipe else peak_flops(self.ranks.device) * self.ranks.size
         record = {
             "kind": "train",
@@ -197,18 +202,18 @@ class Trainer:
             "mfu": self.plan.flops(1, 1) * speed / peak if peak else None,
             "memory_bytes": peak_memory(self.ranks.device),
         }
-        share = f"  MFU {record['mfu']:.1%}" if peak else ""
-        self._bar.set_postfix_str(f"loss {loss:.3f}, {speed / 1000:.1f}k tok/s{share}")
-        self._say(
+        mfu = f"  MFU {record['mfu']:.1%}" if peak else ""
+        self._bar.set_postfix_str(f"loss {loss:.3f}, {speed / 1000:.1f}k tok/s{mfu}")
+        self._log(
             f"step {progress.iteration}  samples {progress.consumed_samples}  loss {loss:.4f}  "
-            f"norm {record['grad_norm']:.2f}  lr {self.rate:.1e}  {speed / 1000:.1f}k tok/s{share}"
+            f"norm {record['grad_norm']:.2f}  lr {self.rate:.1e}  {speed / 1000:.1f}k tok/s{mfu}"
         )
         self._record(record)
 
     def evaluate(self) -> list[dict]:
-        """Evaluate every validation set by every likelihood, with the averaged weights too; return the records.
+        """Evaluate model and averaged weights on every validation set with every likelihood; return the records.
 
-        The raw weights on the first set by the first likelihood decide which checkpoint is best.
+        The loss of the model weights on the first set with the first likelihood selects the best checkpoint.
         """
         records = self._evaluate_all("")
         self.validated[self.progress.iteration] = records[0]["loss"]
@@ -245,7 +250,7 @@ class Trainer:
         record |= {"alignment": validation.eval_alignment, "num_mc": replicates}
         error = "" if summary["mc_se"] is None else f", mc_se {summary['mc_se']:.4f}"
         bound = "" if likelihood.exact else f" (upper bound{error})"
-        self._say(f"step {iteration}  {name} loss {summary['loss']:.4f}{bound}")
+        self._log(f"step {iteration}  {name} loss {summary['loss']:.4f}{bound}")
         return self._record(record | summary)
 
     def _start_saver(self) -> Saver:
@@ -256,13 +261,13 @@ class Trainer:
         return saver
 
     def _tensors(self) -> dict[str, torch.Tensor]:
-        """Return what a checkpoint holds, by name."""
+        """Return the tensors of a checkpoint by name."""
         return self.engine.tensors(self.optimizer) | (self.average.tensors() if self.average else {})
 
     def save(self) -> None:
-        """Copy what a checkpoint holds; when it is written, point latest.json (and best.json) at it, and prune.
+        """Start saving a checkpoint; when it is complete, update latest.json and best.json and prune old checkpoints.
 
-        Raises OSError where the one before could not be written.
+        Raises: OSError if the previous checkpoint could not be written.
         """
         progress = self.progress
         if self.config.checkpoint.save is None:
@@ -276,35 +281,35 @@ class Trainer:
             "permanent": self._permanent(),
             "config": self.description,
         }
-        # by then the run may have been validated again
+        # a copy: the run may be validated again before the checkpoint is written
         point = partial(self._point, dict(self.validated))
         self._saver.save(self._tensors(), meta, then=point)
         self.saved_at, self.saved_samples = progress.iteration, progress.consumed_samples
 
     def _point(self, validated: dict[int, float]) -> None:
-        """Point latest.json at the newest checkpoint and best.json at the best one that is kept, and prune the rest."""
+        """Point latest.json at the newest checkpoint and best.json at the best one left; prune other checkpoints."""
         if self.folder is None:
             return
         self.folder.check_lock()
         root = self.folder.checkpoints
-        kept = {int(path.name[5:]): path for path in checkpoint.complete(root)}
-        chosen = {"latest": max(kept, default=None)}
-        chosen["best"] = min(validated.keys() & kept.keys(), key=validated.get, default=None)
-        for name, iteration in chosen.items():
+        folders = {int(path.name[5:]): path for path in checkpoint.complete(root)}
+        pointers = {"latest": max(folders, default=None)}
+        pointers["best"] = min(validated.keys() & folders.keys(), key=validated.get, default=None)
+        for name, iteration in pointers.items():
             if iteration is not None:
-                meta = read_json(kept[iteration] / "meta.json")
-                pointer = {"folder": kept[iteration].name, "iteration": iteration}
+                meta = read_json(folders[iteration] / "meta.json")
+                pointer = {"folder": folders[iteration].name, "iteration": iteration}
                 pointer |= {"consumed_samples": meta["consumed_samples"], "loss": validated.get(iteration)}
                 pointer |= {"set": self.validation_sets[0].name if iteration in validated else None}
                 write_json(root / f"{name}.json", pointer)
-        checkpoint.prune(root, keep={chosen["latest"], chosen["best"]})
+        checkpoint.prune(root, keep={pointers["latest"], pointers["best"]})
 
     def _permanent(self) -> bool:
-        """The first checkpoint of every n-th epoch stays."""
-        every = self.config.checkpoint.keep_every_epochs
+        """Return whether this is the first checkpoint of an n-th epoch, which is never pruned."""
+        interval = self.config.checkpoint.keep_every_epochs
         return (
-            bool(every)
-            and self._epoch(self.progress.consumed_samples) // every > self._epoch(self.saved_samples) // every
+            bool(interval)
+            and self._epoch(self.progress.consumed_samples) // interval > self._epoch(self.saved_samples) // interval
         )
 
     def _epoch(self, samples: int) -> float:
@@ -320,7 +325,7 @@ class Trainer:
             disable=self.ranks.rank != 0 or not sys.stderr.isatty(),
         )
 
-    def _say(self, line: str) -> None:
+    def _log(self, line: str) -> None:
         if self.ranks.rank == 0:
             logger.info(line)
 

@@ -1,0 +1,1 @@
+"""Validation: losses of a model on held-out data."""

@@ -168,7 +168,7 @@ def test_a_run_whose_data_are_gone_is_exported_by_the_file_of_its_tokenizer(runs
     done = convert("to-hf", gone, "--output", tmp_path / "hf", check=False)
     assert done.returncode == 2 and not (tmp_path / "hf").exists()
     assert done.stderr.startswith(
-        f"error: {tmp_path}/gone/train.json: is gone, or names no tokenizer, and that of {gone}"
+        f"error: {tmp_path}/gone/train.json: is missing or names no tokenizer, and the tokenizer of {gone}"
     )
     done = convert("to-hf", gone, "--output", tmp_path / "hf", "--tokenizer-model", tmp_path / "x", check=False)
     assert done.stderr.startswith(f"error: --tokenizer-model {tmp_path}/x: no such file")

@@ -1,4 +1,4 @@
-"""A real SLURM on this machine: a controller and two nodes under one folder, which ends with its context."""
+"""A real SLURM on this machine: a controller and two nodes in one folder, stopped on exit of the context."""
 
 import os
 import shutil
@@ -12,7 +12,7 @@ from tests.forked import free_port
 PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge")
 NODES = ("n1", "n2")
 FINAL = {"COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL", "PREEMPTED"}
-# As on clusters, a signal to a step reaches its tasks alone (proctrack/cgroup), not what they started.
+# As on clusters, a signal to a step reaches only its tasks (proctrack/cgroup), not their child processes.
 CONFIGURATION = """
 ClusterName=toy
 SlurmctldHost=localhost(127.0.0.1)
@@ -51,7 +51,7 @@ CgroupAutomount=no
 
 
 def missing() -> str | None:
-    """Return what keeps SLURM from running here, or None; installs its packages where apt-get can."""
+    """Return why SLURM cannot run here, or None; install its packages with apt-get if it is available."""
     if os.geteuid() or not Path("/sys/fs/cgroup/freezer").is_dir():
         return "SLURM's daemons need root and cgroup v1"
     if not all(map(shutil.which, ("slurmctld", "slurmd", "munged"))):
@@ -68,7 +68,7 @@ def missing() -> str | None:
 
 
 class Cluster(ExitStack):
-    """The daemons, and what a user does with them. Everything it writes is below `root`."""
+    """The SLURM daemons and a user's commands; all files are in `root`."""
 
     def __init__(self, root: Path):
         super().__init__()
@@ -79,7 +79,7 @@ class Cluster(ExitStack):
         ports = [free_port() for _ in range(3)]
         (root / "slurm.conf").write_text(CONFIGURATION.format(root=root, ports=ports))
         (root / "cgroup.conf").write_text(CGROUP)
-        # each node sees names for both, which jobs take from `scontrol show hostnames`
+        # each node resolves both names, which jobs get from `scontrol show hostnames`
         (root / "hosts").write_text(Path("/etc/hosts").read_text() + f"\n127.0.0.1 {' '.join(NODES)}\n")
         (root / "munge.key").write_bytes(os.urandom(128))
         (root / "munge.key").chmod(0o400)
@@ -113,10 +113,10 @@ class Cluster(ExitStack):
         return super().__exit__(*error)
 
     def _wait(self, condition, what: str, seconds: float = 60, fail: bool = True) -> None:
-        until = time.monotonic() + seconds
+        deadline = time.monotonic() + seconds
         while not condition():
-            if time.monotonic() > until:
-                assert not fail, f"{what} did not come in {seconds} s; see {self.root}"
+            if time.monotonic() > deadline:
+                assert not fail, f"{what}: not reached in {seconds} s; see {self.root}"
                 return
             time.sleep(0.1)
 
@@ -138,19 +138,19 @@ class Cluster(ExitStack):
         subprocess.run(["scancel", *options, job], env=self.env, check=True, capture_output=True)
 
     def describe(self, job: str) -> dict[str, str]:
-        """Return what `scontrol show job` says: JobState, ExitCode, Restarts, ..."""
-        words = self.output("scontrol", "--oneliner", "show", "job", job).split()
-        return dict(word.split("=", 1) for word in words if "=" in word)
+        """Return the fields of `scontrol show job`: JobState, ExitCode, Restarts, ..."""
+        fields = self.output("scontrol", "--oneliner", "show", "job", job).split()
+        return dict(word.split("=", 1) for word in fields if "=" in word)
 
     def start_requeued(self, job: str) -> None:
-        """Start a requeued job soon; SLURM would wait two minutes from the end of its last process."""
-        time.sleep(3)  # a node refuses a job that it ended within the same second: "Job credential revoked"
+        """Start a requeued job now; SLURM would wait two minutes after the end of its last process."""
+        time.sleep(3)  # a node rejects a job that it ended in the same second: "Job credential revoked"
         while self.describe(job).get("JobState") == "PENDING":
             self.output("scontrol", "update", f"JobId={job}", "StartTime=now")
             time.sleep(1)
 
     def wait_for(self, job: str, *states: str, seconds: float = 180) -> dict[str, str]:
-        """Return the description of a job in one of `states`; by default one in which it ends."""
-        wanted = set(states) or FINAL
-        self._wait(lambda: self.describe(job).get("JobState") in wanted, f"job {job}: {wanted}", seconds)
+        """Wait until a job is in one of `states`, by default a final one; return its description."""
+        targets = set(states) or FINAL
+        self._wait(lambda: self.describe(job).get("JobState") in targets, f"job {job}: {targets}", seconds)
         return self.describe(job)

@@ -1,4 +1,4 @@
-"""The batch scripts of docs/running.md on a real SLURM: signalled, preempted, requeued, equal to an unbroken run."""
+"""The batch scripts of docs/running.md on SLURM: signalled, preempted and requeued jobs equal an uninterrupted run."""
 
 import json
 import re
@@ -41,15 +41,15 @@ def flags(corpus):
 
 @pytest.fixture(scope="module")
 def unbroken(flags, tmp_path_factory):
-    """The records of the same run on two ranks, without SLURM."""
+    """The records of the same run on two ranks without SLURM."""
     folder = tmp_path_factory.mktemp("unbroken")
     run("mdm", *flags, "--save", folder, processes=2)
     return records(folder)
 
 
 def adapt(script: str, flags: list, folder: Path, tasks: int = 1) -> Path:
-    """Write a documented script for this machine: its python, the flags of a test, `tasks` of one core on a node."""
-    for pattern, here in (
+    """Write a documented script adapted to this machine: its python, test flags, `tasks` of one core per node."""
+    for pattern, replacement in (
         (r"--gpus-per-node \d+ --cpus-per-task \d+ --mem 0", "--cpus-per-task 1"),
         (r"--ntasks-per-node \d+", f"--ntasks-per-node {tasks}"),
         (r"--nproc-per-node \d+", f"--nproc-per-node {tasks}"),
@@ -58,7 +58,7 @@ def adapt(script: str, flags: list, folder: Path, tasks: int = 1) -> Path:
         (r"pretrain_mdm.py \.\.\.", " ".join([entry("mdm"), *map(str, flags)])),
         (r"runs/mine", str(folder / "run")),
     ):
-        script, count = re.subn(pattern, here, script)
+        script, count = re.subn(pattern, replacement, script)
         assert count or pattern.startswith((r"\b", "--nproc")), pattern
     path = folder / "job.sh"
     path.write_text(script)
@@ -75,10 +75,10 @@ class Submitted:
 
     def train_until(self, count: int, seconds: float = 180) -> None:
         """Return when the run has `count` records and is running."""
-        until = time.monotonic() + seconds
+        deadline = time.monotonic() + seconds
         while lines(self.folder / "run") < count or status(self.folder / "run")["state"] != "running":
             state = self.cluster.describe(self.id).get("JobState")
-            assert state not in FINAL and time.monotonic() < until, f"{state}\n{self.log}"
+            assert state not in FINAL and time.monotonic() < deadline, f"{state}\n{self.log}"
             time.sleep(0.05)
 
     def requeued(self) -> None:
@@ -126,9 +126,9 @@ def test_a_cancelled_job_saves_and_is_not_requeued(cluster, flags, tmp_path):
     job.train_until(4)
     cluster.signal(job.id)
     ended = cluster.wait_for(job.id)
-    until = time.monotonic() + 40  # the processes of a cancelled job have KillWait seconds
+    deadline = time.monotonic() + 40  # processes of a cancelled job have KillWait seconds
     while status(tmp_path / "run")["state"] != "stopped":
-        assert time.monotonic() < until, job.log
+        assert time.monotonic() < deadline, job.log
         time.sleep(0.1)
     assert (ended["JobState"], ended["Restarts"]) == ("CANCELLED", "0")
     assert status(tmp_path / "run")["iteration"] == newest(tmp_path / "run") >= 4
@@ -139,9 +139,9 @@ def test_tasks_of_an_array_share_a_node_and_are_named_as_squeue_names_them(clust
     script.write_text(script.read_text().replace(f"{tmp_path}/run", f"{tmp_path}/run-$SLURM_ARRAY_TASK_ID"))
     options = ("--nodes", "1", "--ntasks-per-node", "1", "--nodelist", "n1", "--array", "0-1")
     job = cluster.submit(script, "--chdir", str(tmp_path), "--output", "%a.log", *options)
-    until = time.monotonic() + 180
+    deadline = time.monotonic() + 180
     while set(states(cluster, job)) != {"COMPLETED"}:
-        assert time.monotonic() < until, cluster.output("scontrol", "show", "job", job)
+        assert time.monotonic() < deadline, cluster.output("scontrol", "show", "job", job)
         time.sleep(0.2)
     for task in (0, 1):
         finished = json.loads((tmp_path / f"run-{task}" / "status.json").read_text())

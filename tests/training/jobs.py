@@ -1,4 +1,4 @@
-"""Jobs of several processes for tests: started with torchrun or by hand, one rank found and killed, the end timed."""
+"""Jobs of several ranks for tests: start them with torchrun or by hand, kill one rank, time the end."""
 
 import os
 import signal
@@ -19,10 +19,10 @@ LAYOUTS = {
 
 
 class Job:
-    """One start of a training on several processes; what they and the launcher say goes to `log`.
+    """One start of a training run on several ranks; their output and the launcher's goes to `log`.
 
-    By hand nothing looks after the processes; with `slurm` they find their places as under srun. `prefix` stands
-    before the launcher's command.
+    With `by_hand` there is no launcher; with `slurm` the ranks get the variables of srun. `prefix` precedes the
+    launcher's command.
     """
 
     def __init__(
@@ -43,10 +43,10 @@ class Job:
                 master = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
                 self.started = []
                 for rank in range(size):
-                    place = dict(zip(names, (str(rank), str(size)))) | ({"SLURM_LOCALID": str(rank)} if slurm else {})
-                    surroundings = environment() | master | place
-                    command_line = [sys.executable, *command]
-                    self.started.append(subprocess.Popen(command_line, env=surroundings, stdout=out, stderr=out))
+                    variables = master | dict(zip(names, (str(rank), str(size))))
+                    variables |= {"SLURM_LOCALID": str(rank)} if slurm else {}
+                    command_line, env = [sys.executable, *command], environment() | variables
+                    self.started.append(subprocess.Popen(command_line, env=env, stdout=out, stderr=out))
             else:
                 run = ["-m", "torch.distributed.run", f"--nproc-per-node={size}", *launcher]
                 command = [*prefix, sys.executable, *run, *command]
@@ -54,7 +54,7 @@ class Job:
         self.by_hand = by_hand
 
     def pid(self, rank: int) -> int | None:
-        """Return the process id of a rank, or None where it is not there (yet)."""
+        """Return the process id of a rank, or None if it is not running (yet)."""
         if self.by_hand:
             return self.started[rank].pid if self.started[rank].poll() is None else None
         agent = self.started[0].pid
@@ -72,31 +72,31 @@ class Job:
 
     def wait_until(self, condition, timeout: float = 120) -> bool:
         """Return whether `condition` came true while the job ran."""
-        until = time.monotonic() + timeout
+        deadline = time.monotonic() + timeout
         while not self.ended():
             if condition():
                 return True
-            if time.monotonic() > until:
+            if time.monotonic() > deadline:
                 raise TimeoutError(f"nothing happened in {timeout} s:\n{self.text()[-3000:]}")
             time.sleep(0.002)
         return False
 
     def kill(self, rank: int, number: int = signal.SIGKILL) -> bool:
-        """Return whether the rank was there to be killed."""
+        """Kill a rank; return whether it was running."""
         pid = self.pid(rank)
         if pid:
             os.kill(pid, number)
         return bool(pid)
 
     def wait(self, timeout: float = 120) -> tuple[float, list[int]]:
-        """Return the seconds until all have ended, and their exit codes; end them and raise TimeoutError after that."""
-        began = time.monotonic()
+        """Return the seconds until all processes ended, and their exit codes; after `timeout` kill them and raise."""
+        start = time.monotonic()
         while not self.ended():
-            if time.monotonic() - began > timeout:
+            if time.monotonic() - start > timeout:
                 self.end()
                 raise TimeoutError(f"still running after {timeout} s:\n{self.text()[-3000:]}")
             time.sleep(0.01)
-        return time.monotonic() - began, [process.returncode for process in self.started]
+        return time.monotonic() - start, [process.returncode for process in self.started]
 
     def end(self) -> None:
         for rank in range(self.size):
@@ -119,13 +119,13 @@ def lines(folder: Path) -> int:
 
 
 def newest(folder: Path) -> int:
-    """Return the step of a run's newest complete checkpoint, 0 where it has none."""
-    found = [path.name[5:] for path in folder.glob("checkpoints/iter_*")]
-    return max((int(name) for name in found if name.isdigit()), default=0)
+    """Return the step of a run's newest complete checkpoint, 0 if it has none."""
+    names = [path.name[5:] for path in folder.glob("checkpoints/iter_*")]
+    return max((int(name) for name in names if name.isdigit()), default=0)
 
 
 def alive(pid: int) -> bool:
-    """Return whether a process runs; nobody may have waited for one that has ended."""
+    """Return whether a process is running and not a zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:

@@ -4,12 +4,12 @@
     python tests/training/kill_loop.py --data DIR --processes 4 --minutes 30 --output results/kill_loop_4.jsonl
 
 DIR is what tools/preprocess_data.py wrote with --tokenizer-type ByteTokenizer. Each line of the output is one
-kill: variant, compile on or off, seed of the moment, phase the run was in, what the moment was, and the first
-record that differs from the uninterrupted run ("none" when every record is equal to the last bit, and the same
-checkpoints are kept and pointed at).
+kill: variant, compile on or off, seed of the moment, phase of the run, description of the moment, and the first
+record that differs from the uninterrupted run ("none" if all records are bitwise equal and checkpoints and pointers
+are the same).
 
-With --processes 4 a run is killed again and again, a random one of its processes each time, and goes on in another
-layout or with another launcher, until it is finished; `kill_processes` has the rest.
+With --processes 4 a run is killed repeatedly, a random rank each time, and resumes in another layout or with another
+launcher until it is finished; see `kill_processes`.
 """
 
 import argparse
@@ -24,9 +24,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
-from tests.conftest import entry, environment, records  # noqa: E402
-from tests.training import kill_processes  # noqa: E402
-from tests.training.jobs import lines  # noqa: E402
+from tests.conftest import entry, environment, records
+from tests.training import kill_processes
+from tests.training.jobs import lines
 
 VARIANTS = {
     "ar": ("ar", []),
@@ -94,18 +94,20 @@ def kill(objective: str, arguments: list[str], folder: Path, phase: str, draw: r
     return moment
 
 
-def first_difference(one: Path, two: Path) -> str:
-    left, right = records(one), records(two)
+def first_difference(expected: Path, actual: Path) -> str:
+    """Return the first difference between two runs as text, or "none"."""
+    left, right = records(expected), records(actual)
     for a, b in zip(left, right):
         if a != b:
             return json.dumps({"expected": a, "found": b})
     if len(left) != len(right):
         return f"{len(left)} records against {len(right)}"
-    return "none" if kept(one) == kept(two) else json.dumps({"expected": kept(one), "found": kept(two)})
+    left, right = checkpoints(expected), checkpoints(actual)
+    return "none" if left == right else json.dumps({"expected": left, "found": right})
 
 
-def kept(folder: Path) -> dict:
-    """Return which checkpoints a run keeps, and which it calls the newest and the best."""
+def checkpoints(folder: Path) -> dict:
+    """Return the checkpoints of a run, and its pointers to the newest and the best one."""
     root = folder / "checkpoints"
     pointers = {name: json.loads((root / name).read_text()) for name in ("latest.json", "best.json")}
     return {"checkpoints": sorted(path.name for path in root.glob("iter_*"))} | pointers
@@ -116,8 +118,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--moments", type=int, default=20)
     parser.add_argument("--processes", type=int, choices=(1, 4), default=1)
-    parser.add_argument("--minutes", type=float, default=0, help="begin runs to be killed for so long (4 processes)")
-    parser.add_argument("--kills", type=int, default=8, help="largest number of kills of one run (4 processes)")
+    parser.add_argument("--minutes", type=float, default=0, help="start new runs for this long (4 processes)")
+    parser.add_argument("--kills", type=int, default=8, help="maximum number of kills per run (4 processes)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
@@ -137,7 +139,7 @@ def main() -> None:
 
 
 def loop(data: Path, scratch: Path, seed: int, moments: int, log) -> int:
-    """Return how many of the runs differ from an uninterrupted one."""
+    """Return the number of runs that differ from an uninterrupted one."""
     differing, whole = 0, {}
     for moment in range(moments):
         draw = random.Random(seed + moment)

@@ -1,10 +1,10 @@
-"""What kill_loop.py does with --processes 4: a run loses a random process again and again, until it is finished.
+"""kill_loop.py with --processes 4: random ranks of a run are killed repeatedly until it is finished.
 
-Every start has a layout and a launcher of its own: torchrun, or four processes started by hand. A line of the log is
-one kill: seed of the run, layout, launcher, the rank, the moment and the phase the run was found in, whether a line
-named the rank (by the run's "error:" or in torchrun's summary), the seconds until every process had left, what
-status.json said then, and the newest checkpoint before and the one the next start went on from. At the end of a run
-stands a line with the number of kills and the largest relative difference of any record from an uninterrupted run.
+Every start has a random layout and launcher: torchrun, or four processes started by hand. A line of the log is one
+kill: seed of the run, layout, launcher, rank, moment, phase of the run, whether a line named the rank (in the run's
+"error:" or torchrun's summary), seconds until all processes had exited, state in status.json then, the newest
+checkpoint before, and the checkpoint from which the next start resumed. The last line of a run has the number of kills
+and the largest relative difference of any record from an uninterrupted run.
 """
 
 import random
@@ -18,7 +18,7 @@ from tests.training.jobs import LAYOUTS, Job, newest
 
 PHASES = ("starting", "loading", "step", "step", "saving", "saving", "leaving")
 TOLERANCE = 1e-4
-LIMIT = 120.0  # seconds in which a job must have ended after a kill
+LIMIT = 120.0  # seconds within which a job must end after a kill
 
 
 def flags(data: Path) -> list[str]:
@@ -32,11 +32,11 @@ def flags(data: Path) -> list[str]:
 
 
 class Start:
-    """One start of a run, and what can be seen of how far it is."""
+    """One start of a run, and its progress as seen in its files."""
 
     def __init__(self, arguments: list[str], folder: Path, layout: str, by_hand: bool):
         self.folder = folder
-        self.began = {name: self._written(name) for name in ("lock", "status.json")}
+        self.initial = {name: self._written(name) for name in ("lock", "status.json")}
         self.newest = newest(folder)
         command = [*arguments, *LAYOUTS[layout], "--save", str(folder)]
         self.job = Job(command, folder.with_suffix(".log"), by_hand=by_hand)
@@ -46,10 +46,10 @@ class Start:
         return path.stat().st_mtime_ns if path.exists() else 0
 
     def has_written(self, name: str) -> bool:
-        return self._written(name) != self.began[name]
+        return self._written(name) != self.initial[name]
 
     def phase(self) -> str:
-        """Return what the run is doing: it takes the lock, loads, says that it runs, and says that it has finished."""
+        """Return the phase of the run, derived from its lock, status.json and partial checkpoints."""
         if not self.has_written("lock"):
             return "starting"
         if not self.has_written("status.json"):
@@ -59,8 +59,9 @@ class Start:
         return "saving" if any(self.folder.glob("checkpoints/iter_*.partial")) else "step"
 
     def kill(self, rank: int, aim: str, draw: random.Random) -> dict | None:
-        """Kill `rank` in the phase `aim` or, where the run has passed it, later; return None where it had ended."""
-        job, longest = self.job, {"starting": 6.0, "loading": 0.3, "step": 1.5, "saving": 0.03, "leaving": 0.1}[aim]
+        """Kill `rank` in the phase `aim`, or later if the run has passed it; return None if it has ended."""
+        job = self.job
+        longest = {"starting": 6.0, "loading": 0.3, "step": 1.5, "saving": 0.03, "leaving": 0.1}[aim]
         saves = draw.randrange(1, 3)
         seen = set()
 
@@ -75,7 +76,7 @@ class Start:
             return None
         delay = draw.uniform(0, longest)
         time.sleep(delay)
-        found, saved = self.phase(), newest(self.folder)
+        phase, saved = self.phase(), newest(self.folder)
         if not job.kill(rank, signal.SIGKILL):
             return None
         seconds, codes = job.wait(LIMIT)
@@ -85,19 +86,19 @@ class Start:
         path = self.folder / "status.json"
         state = re.search(r'"state": "(\w+)"', path.read_text())[1] if path.exists() else None
         moment = f"{1000 * delay:.0f} ms after {'the process was there' if aim == 'starting' else aim + ' began'}"
-        line = {"rank": rank, "moment": moment, "phase": found, "seconds": round(seconds, 2), "named_by": by}
+        line = {"rank": rank, "moment": moment, "phase": phase, "seconds": round(seconds, 2), "named_by": by}
         return line | {"codes": codes, "status": state, "saved": saved}
 
-    def went_on_from(self) -> int | None:
-        """Return the step of the checkpoint that this start went on from, or None where it did not come so far."""
+    def resumed_step(self) -> int | None:
+        """Return the step of the checkpoint from which this start resumed, or None if it ended before that."""
         text = self.job.text()
-        found = re.search(r"continuing from .* at step (\d+)", text)
-        return int(found[1]) if found else 0 if "parameters," in text else None
+        match = re.search(r"continuing from .* at step (\d+)", text)
+        return int(match[1]) if match else 0 if "parameters," in text else None
 
 
-def difference(one: Path, two: Path) -> float:
-    """Return the largest relative difference of any number in the records; infinite where other things differ."""
-    left, right = records(one), records(two)
+def difference(expected: Path, actual: Path) -> float:
+    """Return the largest relative difference of any number in the records; infinite if anything else differs."""
+    left, right = records(expected), records(actual)
     largest = 0.0 if len(left) == len(right) else float("inf")
     for a, b in zip(left, right):
         for key in a.keys() | b.keys():
@@ -109,9 +110,9 @@ def difference(one: Path, two: Path) -> float:
 
 
 def loop(data: Path, scratch: Path, seed: int, minutes: float, kills: int, log) -> int:
-    """Kill one run after another, at least one, and for `minutes`; return the number of faults found."""
-    until, faults, whole, count = time.monotonic() + 60 * minutes, 0, {}, 0
-    while count == 0 or time.monotonic() < until:
+    """Kill runs for `minutes`, at least one; return the number of faults."""
+    deadline, faults, whole, count = time.monotonic() + 60 * minutes, 0, {}, 0
+    while count == 0 or time.monotonic() < deadline:
         draw = random.Random(seed + count)
         objective = ("mdm", "ar")[count % 2]
         arguments = [entry(objective), *flags(data)]
@@ -131,26 +132,26 @@ def finish(start: Start) -> None:
 
 
 def journey(arguments: list[str], folder: Path, whole: Path, seed: int, draw: random.Random, kills: int, log) -> int:
-    """Kill one run up to `kills` times, let it finish, and compare it with `whole`; return the number of faults."""
+    """Kill a run up to `kills` times, let it finish, and compare it with `whole`; return the number of faults."""
     faults, done, layout = 0, 0, draw.choice(list(LAYOUTS))
     while True:
-        layout = draw.choice([layout, *LAYOUTS])  # the same one more often than not
+        layout = draw.choice([layout, *LAYOUTS])  # the previous one more often
         by_hand = draw.random() < 0.3
         rank, aim = draw.randrange(4), draw.choice(PHASES)
         start = Start(arguments, folder, layout, by_hand)
         line = start.kill(rank, aim, draw) if done < kills else None
         if line is None:
             finish(start)
-        went_on = start.went_on_from()
-        lost = went_on is not None and went_on < start.newest
+        resumed_step = start.resumed_step()
+        lost = resumed_step is not None and resumed_step < start.newest
         faults += lost
         if line is None:
             break
         done += 1
-        # a process that had nothing left to do ends nobody
+        # a rank that had finished its work does not end other ranks
         faults += not line["named_by"] and line["phase"] != "leaving"
         base = {"seed": seed, "kill": done, "layout": layout, "launcher": "by hand" if by_hand else "torchrun"}
-        log(base | line | {"went_on_from": went_on, "of": start.newest})
+        log(base | line | {"went_on_from": resumed_step, "of": start.newest})
     largest = difference(whole, folder)
     equal = largest <= TOLERANCE
     log({"seed": seed, "kills": done, "difference": largest, "outcome": "equal" if equal else "differs"})

@@ -1,4 +1,4 @@
-"""One training run in processes of its own that a test looks into, signals and waits for while it runs."""
+"""A training run in subprocesses that a test inspects, signals and waits for."""
 
 import json
 import os
@@ -11,15 +11,17 @@ from tests.forked import free_port, start_script
 
 
 class Run:
-    """A started run of `size` ranks, forked from a process that has loaded torch; ends with the context."""
+    """A started run of `size` ranks, forked from a process that has loaded torch; killed on exit of the context."""
 
     def __init__(self, objective: str, flags: list, folder: Path, size: int = 1, **variables):
         folder.mkdir(parents=True, exist_ok=True)
         self.outputs = [folder / name for name in ("stdout", "stderr")]
         launcher = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(size)}
-        places = [launcher | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size)] if size > 1 else [{}]
+        variables_by_rank = (
+            [launcher | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size)] if size > 1 else [{}]
+        )
         command = [entry(objective), *map(str, flags)]
-        self.ranks = start_script(command, environment() | variables, self.outputs, places)
+        self.ranks = start_script(command, environment() | variables, self.outputs, variables_by_rank)
 
     def __enter__(self) -> "Run":
         return self
@@ -30,10 +32,10 @@ class Run:
             rank.join()
 
     def wait_until(self, condition, timeout: float = 60) -> None:
-        """Return when `condition` holds; fail where the run ends, or nothing happens, before that."""
-        until = time.monotonic() + timeout
+        """Return when `condition` holds; fail if the run ends or the time is up before that."""
+        deadline = time.monotonic() + timeout
         while not condition():
-            assert all(rank.is_alive() for rank in self.ranks) and time.monotonic() < until, self.stderr[-3000:]
+            assert all(rank.is_alive() for rank in self.ranks) and time.monotonic() < deadline, self.stderr[-3000:]
             time.sleep(0.001)
 
     def signal(self, *names: str, pause: float = 0.013, rank: int | None = None) -> None:
@@ -45,10 +47,10 @@ class Run:
             time.sleep(pause)
 
     def codes(self, timeout: float = 60) -> list[int | None]:
-        """Return the exit codes, in order of rank, when all ranks have ended; None for one that has not."""
-        until = time.monotonic() + timeout
+        """Return the exit codes by rank when all ranks have ended; None for a rank that is still running."""
+        deadline = time.monotonic() + timeout
         for process in self.ranks:
-            process.join(max(0.0, until - time.monotonic()))
+            process.join(max(0.0, deadline - time.monotonic()))
         return [process.exitcode for process in self.ranks]
 
     @property

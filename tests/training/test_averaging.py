@@ -16,12 +16,12 @@ from megatron.training.step import train_step
 from tests.distributed import joined
 from tests.steps import GLOBAL_BATCH, Case, batches_of_step, build, patched, whole
 
-STEPS, BEGIN = 6, 3 * GLOBAL_BATCH  # the third step is the first that a mean takes in
+STEPS, BEGIN = 6, 3 * GLOBAL_BATCH  # the mean starts with the third step
 KINDS = {"ema": {"ema_decay": 0.8}, "mean": {"average_from_samples": BEGIN}}
 
 
 class Training:
-    """A training with an average beside it; `weights` are those at the start and after each of its steps."""
+    """A training run with averaged weights; `weights` are the model weights at the start and after each step."""
 
     def __init__(self, ranks, kind: str, origin=None):
         self.engine, self.optimizer, self.data = build(ranks, Case("ar"), ParallelConfig(), STEPS)
@@ -33,7 +33,7 @@ class Training:
         self.weights = [self._weights()]
 
     def _weights(self) -> dict[str, np.ndarray]:
-        return {name: found.astype(np.float64) for name, found in whole(self.engine.named_parameters()).items()}
+        return {name: weights.astype(np.float64) for name, weights in whole(self.engine.named_parameters()).items()}
 
     def run(self, steps: range, *, average_first: bool = False) -> "Training":
         for step in steps:
@@ -57,18 +57,18 @@ class Training:
 
 def expected(weights: list[dict], kind: str) -> dict[str, np.ndarray]:
     if kind == "mean":
-        return {name: np.mean([each[name] for each in weights[3:]], axis=0) for name in weights[0]}
+        return {name: np.mean([step_weights[name] for step_weights in weights[3:]], axis=0) for name in weights[0]}
     average = weights[0]
-    for each in weights[1:]:
-        average = {name: 0.8 * average[name] + 0.2 * each[name] for name in average}
+    for step_weights in weights[1:]:
+        average = {name: 0.8 * average[name] + 0.2 * step_weights[name] for name in average}
     return average
 
 
 def check(training: Training, kind: str) -> None:
     for name, average in expected(training.weights, kind).items():
-        found = training.average.tensors()[f"average.{name}"].full_tensor().numpy()
-        assert found.dtype == np.float32
-        np.testing.assert_allclose(found, average, rtol=1e-5, atol=1e-6, err_msg=name)
+        tensor = training.average.tensors()[f"average.{name}"].full_tensor().numpy()
+        assert tensor.dtype == np.float32
+        np.testing.assert_allclose(tensor, average, rtol=1e-5, atol=1e-6, err_msg=name)
 
 
 @pytest.fixture(scope="module")
@@ -99,34 +99,34 @@ def test_an_average_taken_before_the_step_is_found(ranks, kind):
 def test_swapped_weights_are_the_average_and_come_back_to_the_bit(ranks, kind):
     training = Training(ranks, kind).run(range(4))
     engine, average = training.engine, training.average
-    before, kept = whole(engine.named_parameters()), whole(average.tensors().items())
+    before, averaged_before = whole(engine.named_parameters()), whole(average.tensors().items())
 
-    def nll():
+    def losses():
         with torch.no_grad():
-            found = engine.nll(training.data[0][0]).numpy().copy()
+            nll = engine.nll(training.data[0][0]).numpy().copy()
         engine.reshard()
-        return found
+        return nll
 
-    raw = nll()
+    raw = losses()
     with pytest.raises(RuntimeError, match="planted"), average.swapped():
         inside = whole(engine.named_parameters())
-        averaged = nll()
+        averaged = losses()
         raise RuntimeError("planted")
     for name in before:
-        np.testing.assert_array_equal(inside[name], kept[f"average.{name}"])
+        np.testing.assert_array_equal(inside[name], averaged_before[f"average.{name}"])
     assert np.abs(averaged - raw).max() > 1e-3
-    np.testing.assert_array_equal(nll(), raw)
+    np.testing.assert_array_equal(losses(), raw)
     np.testing.assert_equal(whole(engine.named_parameters()), before)
-    np.testing.assert_equal(whole(average.tensors().items()), kept)
+    np.testing.assert_equal(whole(average.tensors().items()), averaged_before)
 
 
 def resumed(ranks, kind: str, folder: Path, stop: int) -> dict[str, np.ndarray]:
-    """Return the average of a training that was stopped after `stop` steps and went on."""
+    """Return the average of a training run that was stopped after `stop` steps and resumed."""
     origin = Training(ranks, kind).run(range(stop)).save(folder, stop)
     return whole(Training(ranks, kind, origin).run(range(stop, STEPS)).average.tensors().items())
 
 
-@pytest.mark.parametrize("kind, stop", [("ema", 3), ("mean", 2), ("mean", 4)])  # a mean has not begun, or has
+@pytest.mark.parametrize("kind, stop", [("ema", 3), ("mean", 2), ("mean", 4)])  # before and after the mean starts
 def test_a_resumed_average_is_the_same_to_the_bit(ranks, uninterrupted, kind, stop, tmp_path):
     unstopped = whole(uninterrupted[kind].average.tensors().items())
     np.testing.assert_equal(resumed(ranks, kind, tmp_path, stop), unstopped)

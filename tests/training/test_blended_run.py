@@ -1,4 +1,4 @@
-"""Blends, path files and --split in whole runs: resumed, evaluated, and accounted for."""
+"""Blends, path files and --split in whole runs: resume, evaluation and token counts."""
 
 import json
 
@@ -10,7 +10,7 @@ from megatron.training.command_line import parse
 from megatron.training.datasets import open_sources
 from megatron.training.main import main
 from tests.conftest import records, run
-from tests.test_errors import told
+from tests.test_errors import check_error
 
 
 def replaced(tiny, *flags) -> list[str]:
@@ -33,24 +33,24 @@ def blended(tiny, corpus, tmp_path):
 def test_a_blend_from_a_path_file_is_interrupted_and_resumed(order, blended, tiny, corpus, tmp_path):
     flags = [*blended, "--epoch-order", order, *(["--blend-order", "megatron"] if order == "megatron" else [])]
     done = run("mdm", *flags, "--save", tmp_path / "whole")
-    assert "has no effect" not in done.stderr  # there is a held-out set, although no --valid-data-path names it
+    assert "has no effect" not in done.stderr  # there is a held-out set, although not by --valid-data-path
     run("mdm", *flags, "--save", tmp_path / "cut", "--exit-interval", 5)
     run("mdm", *flags, "--save", tmp_path / "cut", processes=2)
     assert [record["iteration"] for record in records(tmp_path / "cut")] == [
         record["iteration"] for record in records(tmp_path / "whole")
     ]
-    for one, other in zip(records(tmp_path / "cut"), records(tmp_path / "whole")):
-        assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
-    if order == "documents":  # the same blend by flags is the same run; another share is another one
+    for resumed, whole in zip(records(tmp_path / "cut"), records(tmp_path / "whole")):
+        assert resumed["loss"] == pytest.approx(whole["loss"], rel=1e-4)
+    if order == "documents":  # the same blend given by flags is the same run; other weights are not
         typed = ["--train-data-path", "1", f"{corpus}/train", "3", f"{corpus}/tuning"]
         same = replaced(tiny, *typed, "--valid-data-path", f"{corpus}/validation")
         run("mdm", *same, "--save", tmp_path / "whole")
         typed[1] = "2"
         other = run("mdm", *replaced(tiny, *typed), "--save", tmp_path / "whole", check=False)
-        told(other.stderr, "--train-data-path", "holds other tokens, or in other shares", "branch")
+        check_error(other.stderr, "--train-data-path", "has other tokens or other shares", "branch")
         (tmp_path / "train.txt").write_text(f"1 {corpus}/train\n2 {corpus}/tuning\n")
         other = run("mdm", *flags, "--save", tmp_path / "whole", check=False)
-        told(other.stderr, f"--train-data-path-file {tmp_path}/train.txt", "or in other shares", "branch")
+        check_error(other.stderr, f"--train-data-path-file {tmp_path}/train.txt", "or other shares", "branch")
 
 
 def test_split_cuts_whole_documents_and_leaves_the_test_part_for_evaluation(tiny, corpus, tmp_path):
@@ -74,21 +74,21 @@ def test_split_cuts_whole_documents_and_leaves_the_test_part_for_evaluation(tiny
     ]
     (line,) = run("ar", *other).stdout.splitlines()
     assert json.loads(line)["set"] == "other" and json.loads(line)["epoch"] == records(tmp_path)[-1]["epoch"]
-    assert parse("ar", other).validation.eval_samples == 8  # one batch of the run's own size
+    assert parse("ar", other).validation.eval_samples == 8  # one batch of the run's size
     sources = open_sources(parse("ar", [*map(str, flags), "--skip-train"]))
-    assert [found.documents for found in sources.validation] == [edges[2] - edges[1], edges[3] - edges[2]]
+    assert [data.documents for data in sources.validation] == [edges[2] - edges[1], edges[3] - edges[2]]
     ids, documents = sources.validation[0].windows[0]
     assert ids.tolist() == whole.stream(*(config["unique_tokens"] + edge for edge in (0, 33))).tolist()
     assert documents[0] == 0
     moved = run("ar", "--skip-train", "--load", tmp_path, "--split", "90,5,5", check=False)
-    told(moved.stderr, "--split 90,5,5", "begun with --split 80,10,10", "leave the flag out")
+    check_error(moved.stderr, "--split 90,5,5", "started with --split 80,10,10", "leave the flag out")
 
 
 def test_a_test_part_of_nothing_does_not_keep_the_others_from_being_evaluated(tiny, corpus, tmp_path):
     run("ar", *replaced(tiny, "--data-path", f"{corpus}/train", "--split", "90,9.9,0.1"), "--save", tmp_path)
     done = run("ar", "--skip-train", "--load", tmp_path)
     assert [json.loads(line)["set"] for line in done.stdout.splitlines()] == ["validation"]
-    assert "--split 90,9.9,0.1: its test part holds too little" in done.stderr
+    assert "--split 90,9.9,0.1: the test split holds less than one sample" in done.stderr
 
 
 def test_a_held_out_set_may_be_named_train(tiny, corpus):

@@ -1,4 +1,4 @@
-"""What the machine cannot do is refused before anything is computed."""
+"""Settings that the device does not support are refused before anything is computed."""
 
 import pytest
 import torch

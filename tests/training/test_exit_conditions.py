@@ -1,4 +1,4 @@
-"""Every reason to stop saves, is in status.json, and ends with --exit-code-when-stopped, by default 0."""
+"""Every exit condition saves, is recorded in status.json, and exits with --exit-code-when-stopped (default 0)."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Jobs of several processes on a machine that fails them: who is named, how soon all have left, what is lost."""
+"""Jobs of several ranks under machine faults: which rank is named, how soon all ranks exit, what is lost."""
 
 import json
 import os
@@ -22,7 +22,7 @@ def flags(tiny):
 
 @pytest.fixture
 def long(flags):
-    """The same, and so long that it is still running whenever it is looked at."""
+    """The same, but long enough to be running whenever a test looks at it."""
     return [*flags, "--train-samples", "100000", "--eval-interval", "100000", "--save-interval", "4"]
 
 
@@ -31,7 +31,7 @@ def test_a_killed_rank_ends_the_job_with_its_name_and_nothing_saved_is_lost(flag
     job = Job([*flags, *LAYOUTS["tp2 x pp2"], "--save", folder], tmp_path / "log")
     assert job.wait_until(lambda: newest(folder) >= 4)
     assert job.kill(2)
-    seconds, _ = job.wait(30)
+    job.wait(30)
     saved = newest(folder)
     (line,) = job.errors()
     assert line.startswith("error: rank 2 ") and "is gone" in line and "the same command" in line
@@ -71,36 +71,36 @@ def test_without_a_launcher_the_others_end_too(victim, slurm, long, tmp_path):
     (line,) = job.errors()
     assert f"rank {victim}" in line and "is gone" in line
     state = json.loads((folder / "status.json").read_text())["state"]
-    assert state == ("running" if victim == 0 else "failed")  # who would have to say it is gone himself
-    run("mdm", *long[1:], "--save", folder, "--exit-interval", 1)  # and yet the next start is not refused
+    assert state == ("running" if victim == 0 else "failed")  # rank 0 writes the status, and it is gone
+    run("mdm", *long[1:], "--save", folder, "--exit-interval", 1)  # the next start is not refused
 
 
 @pytest.mark.slow
-def test_torchrun_starts_a_job_anew_by_itself(flags, tmp_path):
+def test_torchrun_restarts_a_job_by_itself(flags, tmp_path):
     folder, restarts = tmp_path / "run", ("--standalone", "--max-restarts=2")
     job = Job([*flags, *LAYOUTS["tp2 x dp2"], "--save", folder], tmp_path / "log", launcher=restarts)
     for rank, step in ((1, 2), (0, 6)):
-        assert job.wait_until(lambda: newest(folder) >= step and job.pid(rank))
+        assert job.wait_until(lambda rank=rank, step=step: newest(folder) >= step and job.pid(rank))
         before = job.pid(rank)
         job.kill(rank)
-        assert job.wait_until(lambda: job.pid(rank) not in (None, before))
+        assert job.wait_until(lambda rank=rank, before=before: job.pid(rank) not in (None, before))
     assert job.wait(120)[1] == [0], job.text()[-3000:]
     run("mdm", *flags[1:], "--save", tmp_path / "whole")
     assert difference(tmp_path / "whole", folder) < 1e-4
 
 
 @pytest.mark.slow
-def test_a_peer_that_stands_still_is_not_waited_for_for_ever(long, tmp_path):
+def test_a_rank_that_hangs_is_not_waited_for_for_ever(long, tmp_path):
     folder = tmp_path / "run"
     flags = [*long, *LAYOUTS["tp2 x dp2"], "--distributed-timeout-minutes", "0.1", "--save", folder]
     job = Job(flags, tmp_path / "log", by_hand=True)
     assert job.wait_until(lambda: lines(folder) > 5)
     job.kill(1, signal.SIGSTOP)
     try:
-        others = [job.started[rank] for rank in (0, 2, 3)]
-        assert job.wait_until(lambda: all(other.poll() is not None for other in others), timeout=40)
+        running = [job.started[rank] for rank in (0, 2, 3)]
+        assert job.wait_until(lambda: all(process.poll() is not None for process in running), timeout=40)
         (line,) = job.errors()
-        assert "--distributed-timeout-minutes 0.1: rank" in line and "stands still" in line
+        assert "--distributed-timeout-minutes 0.1: rank" in line and "one hangs" in line
         assert json.loads((folder / "status.json").read_text())["state"] == "failed"
     finally:
         job.end()
@@ -126,10 +126,10 @@ def test_ranks_end_with_a_killed_torchrun(size, long, tmp_path):
     workers = [child(pid) for pid in ranks]
     job.started[0].kill()
     job.started[0].wait()
-    until = time.monotonic() + 15
+    deadline = time.monotonic() + 15
     try:
         while any(map(alive, ranks + workers)):
-            assert time.monotonic() < until
+            assert time.monotonic() < deadline
             time.sleep(0.05)
     finally:
         for pid in filter(alive, ranks):
@@ -155,11 +155,11 @@ def test_a_killed_data_loader_worker_ends_the_run_with_one_line(number, long, tm
             time.sleep(0.01)
         status = json.loads((folder / "status.json").read_text())
         os.kill(child(int(status["process"].removeprefix("process-"))), number)
-        began = time.monotonic()
+        start = time.monotonic()
         done = ended.result()
-    assert done.returncode == 1 and time.monotonic() - began < 30 and "Traceback" not in done.stderr
-    written = done.stderr.replace("\0", "")  # which torch ends its own line with
-    (line,) = [line for line in written.splitlines() if line.startswith("error:")]
+    assert done.returncode == 1 and time.monotonic() - start < 30 and "Traceback" not in done.stderr
+    stderr = done.stderr.replace("\0", "")  # torch ends its own line with it
+    (line,) = [line for line in stderr.splitlines() if line.startswith("error:")]
     assert f"was killed by {number.name}" in line and "lower --num-workers 2" in line
     status = json.loads((folder / "status.json").read_text())
     assert status["state"] == "failed" and line == f"error: {status['reason']}"
@@ -171,7 +171,7 @@ def test_a_killed_data_loader_worker_of_one_rank_ends_all(long, tmp_path):
     job = Job([*long, "--num-workers", "1", "--save", folder], tmp_path / "log", size=2, by_hand=True)
     assert job.wait_until(lambda: lines(folder) > 5)
     os.kill(child(job.pid(1)), signal.SIGKILL)
-    seconds, codes = job.wait(30)
+    _, codes = job.wait(30)
     assert codes == [1, 1], job.text()[-3000:]
     (line,) = job.errors()
     assert "data loader worker" in line and "killed by SIGKILL" in line and "Traceback" not in job.text()

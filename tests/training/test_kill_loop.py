@@ -1,4 +1,4 @@
-"""Kills at random moments; single ones stand in test_resume.py and test_jobs.py."""
+"""Kills at random moments; test_resume.py and test_jobs.py have single kills."""
 
 import subprocess
 import sys
@@ -11,7 +11,7 @@ from tests.conftest import ROOT, environment
 
 @pytest.mark.slow
 def test_runs_killed_at_random_moments_equal_uninterrupted_ones(corpus):
-    seed = str(int(time.time()))  # other moments every time; the output names them
+    seed = str(int(time.time()))  # other moments in every test run; the output names them
     command = [sys.executable, "tests/training/kill_loop.py", "--data", str(corpus), "--moments", "20", "--seed", seed]
     done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,4 +1,4 @@
-"""Noise follows the run position: new in every epoch, the same after a resume and however a step is cut."""
+"""Noise is a function of the sample index: new in every epoch, equal after a resume and for any micro-batch size."""
 
 import bisect
 import fnmatch
@@ -40,7 +40,7 @@ NOISY = [name for name in VARIANTS if name != "ar"]
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
-    """A few modules of the standard library, a document each, a byte a token."""
+    """A few modules of the standard library: one document per module, one token per byte."""
     prefix = str(tmp_path_factory.mktemp("data") / "text")
     with IndexedDatasetWriter(prefix, VOCABULARY.size) as writer:
         for module in (bisect, heapq, fnmatch):
@@ -55,19 +55,19 @@ def samples(dataset):
 
 @pytest.fixture(scope="module")
 def recurring(dataset):
-    """Samples of one cut document of four windows: the ids of position i come again at i + 4."""
+    """Samples of a truncated document of four windows: the ids of sample i occur again at i + 4."""
     return TrainSamples(dataset, SEQ_LENGTH, SEED, unique_tokens=4 * SEQ_LENGTH)
 
 
 @dataclass(frozen=True)
 class Stretch:
-    """What a run feeds to its model from `first` on, gathered over its processes in the order of run positions."""
+    """The model inputs of a run from sample index `first` on, gathered over ranks and ordered by sample index."""
 
     first: int
     tokens: Tensor  # [N, S], N a multiple of the global batch size
     targets: Tensor  # [N, S]
     weights: Tensor  # [N, S]
-    counts: list[int]  # of each step, over all processes
+    counts: list[int]  # of each step, over all ranks
 
 
 def feed(
@@ -81,12 +81,12 @@ def feed(
     workers=0,
     global_batch=GLOBAL_BATCH,
 ) -> Stretch:
-    """Read a run to its end as `size` processes do, one after another."""
+    """Read a run to its end like `size` data-parallel ranks, one after another."""
     name, settings = VARIANTS[variant]
     config = ObjectiveConfig(objective=name, **settings)
     objective = build_objective(config, VOCABULARY, time_block=GLOBAL_BATCH)
     noise = build_input_noise(config, VOCABULARY, num_layers=2)
-    rows, counts = {}, []
+    samples_by_index, counts = {}, []
     for rank in range(size):
         data = MicroBatches(samples, objective, noise, SEED, first, budget, micro_batch, global_batch, rank, size)
         counts = counts or [0] * data.steps
@@ -94,33 +94,36 @@ def feed(
             for index, (batch,) in enumerate(batches):
                 counts[index // data.per_step] += batch.count
                 assert torch.equal(batch.scored_positions, batch.weights.flatten().nonzero().flatten())
-                for position, *row in zip(data.sample_indices(index), batch.tokens, batch.targets, batch.weights):
-                    assert position not in rows, f"run position {position} came twice"
-                    rows[int(position)] = row
-    assert sorted(rows) == list(range(first, first + len(counts) * global_batch)), "run positions were lost"
-    return Stretch(first, *(torch.stack(part) for part in zip(*(rows[i] for i in sorted(rows)))), counts)
+                indices = data.sample_indices(index)
+                for sample_index, *sample in zip(indices, batch.tokens, batch.targets, batch.weights):
+                    assert sample_index not in samples_by_index, f"sample index {sample_index} occurs twice"
+                    samples_by_index[int(sample_index)] = sample
+    indices = sorted(samples_by_index)
+    assert indices == list(range(first, first + len(counts) * global_batch)), "sample indices are missing"
+    tensors = (torch.stack(tensors) for tensors in zip(*(samples_by_index[i] for i in indices)))
+    return Stretch(first, *tensors, counts)
 
 
-def check_same(one: Stretch, other: Stretch, budget: int = BUDGET) -> None:
-    """Check that two stretches are equal to the bit where they overlap, and that padding counts for nothing."""
-    start = max(one.first, other.first)
+def check_same(expected: Stretch, actual: Stretch, budget: int = BUDGET) -> None:
+    """Check that two stretches are bitwise equal where they overlap, and that padding has no weight and no count."""
+    start = max(expected.first, actual.first)
     assert start < budget
     for name in ("tokens", "targets", "weights"):
-        left, right = (getattr(s, name)[start - s.first : budget - s.first] for s in (one, other))
+        left, right = (getattr(s, name)[start - s.first : budget - s.first] for s in (expected, actual))
         assert torch.equal(left, right), f"{name} differ"
-    for stretch in (one, other):
+    for stretch in (expected, actual):
         assert not stretch.weights[budget - stretch.first :].any(), "padding has weight"
         assert sum(stretch.counts) == (budget - stretch.first) * SEQ_LENGTH, "padding counts"
 
 
 def check_new_noise_every_epoch(samples, variant: str) -> None:
-    """Check that the same ids come again in the next epoch, and every sequence with other tokens hidden."""
+    """Check that the same ids occur again in the next epoch, every sequence with other masked tokens."""
     read = feed(samples, variant, budget=8, micro_batch=4)
     assert torch.equal(read.targets[:4], read.targets[4:])
     assert len({tuple(row.tolist()) for row in read.targets[:4]}) == 4
-    hidden = read.tokens == VOCABULARY.mask_id
+    masked = read.tokens == VOCABULARY.mask_id
     for window in range(4):
-        assert not torch.equal(hidden[window], hidden[window + 4]), f"window {window} is hidden alike in both epochs"
+        assert not torch.equal(masked[window], masked[window + 4]), f"window {window} has the same mask in both epochs"
 
 
 @pytest.mark.parametrize("variant", NOISY)
@@ -136,8 +139,8 @@ def test_processes_and_micro_batches_change_nothing(samples, variant, size, micr
     assert whole.counts == cut.counts == [8 * SEQ_LENGTH] * 3 + [5 * SEQ_LENGTH]
 
 
-def test_a_micro_batch_of_all_processes_is_one_stretch_of_run_positions(samples):
-    """Any stretch is nearly stratified, so what is computed at one time holds times of all sizes."""
+def test_a_micro_batch_of_all_ranks_is_one_stretch_of_sample_indices(samples):
+    """Times of consecutive samples are nearly stratified, so every global micro-batch covers all of [0, 1)."""
     data = [MicroBatches(samples, None, None, SEED, 5, BUDGET, 2, GLOBAL_BATCH, rank, 2) for rank in (0, 1)]
     assert [rank.sample_indices(1).tolist() for rank in data] == [[9, 10], [11, 12]]
     assert [rank.sample_indices(2).tolist() for rank in data] == [[13, 14], [15, 16]]
@@ -158,7 +161,7 @@ def test_a_resume_changes_nothing(samples, variant, first):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_another_global_batch_keeps_the_noise(samples, variant):
-    """A branch may change the batch; the block of stratified times is kept from the first start."""
+    """A branch may change the batch size; the block of stratified times stays that of the first start."""
     check_same(feed(samples, variant), feed(samples, variant, global_batch=4, micro_batch=2))
 
 
@@ -168,42 +171,46 @@ def test_a_branch_from_a_short_last_batch_loses_and_repeats_nothing(samples, var
     whole, branch = feed(samples, variant, budget=longer), feed(samples, variant, first=BUDGET, budget=longer)
     assert branch.counts == [8 * SEQ_LENGTH] * 2
     check_same(whole, branch, budget=longer)
-    begun = feed(samples, variant)
-    assert torch.equal(torch.cat([begun.tokens[:BUDGET], branch.tokens]), whole.tokens[:longer])
+    trunk = feed(samples, variant)
+    assert torch.equal(torch.cat([trunk.tokens[:BUDGET], branch.tokens]), whole.tokens[:longer])
 
 
 def test_positions_beyond_32_bits(samples):
     first = 2**40 + 3
     far = feed(samples, first=first, budget=first + 13, size=2, micro_batch=2)
     check_same(feed(samples, first=first, budget=first + 13), far, budget=first + 13)
-    near = feed(samples, first=3, budget=16)  # 2**40 less: the same low words of the key
+    near = feed(samples, first=3, budget=16)  # 2**40 lower: the same low words of the key
     assert not torch.equal(near.tokens == VOCABULARY.mask_id, far.tokens[:13] == VOCABULARY.mask_id)
 
 
 def rekey(monkeypatch, key) -> None:
-    """Plant a fault: noise is keyed by key(positions) in place of the run positions."""
+    """Plant a fault: noise is keyed by key(indices) in place of the sample indices."""
     prepare, drop = MaskedDiffusion.prepare, TokenDropout.__call__
-    monkeypatch.setattr(MaskedDiffusion, "prepare", lambda self, ids, at, seed: prepare(self, ids, key(at), seed))
-    monkeypatch.setattr(TokenDropout, "__call__", lambda self, batch, at, seed: drop(self, batch, key(at), seed))
+    monkeypatch.setattr(
+        MaskedDiffusion, "prepare", lambda self, ids, indices, seed: prepare(self, ids, key(indices), seed)
+    )
+    monkeypatch.setattr(
+        TokenDropout, "__call__", lambda self, batch, indices, seed: drop(self, batch, key(indices), seed)
+    )
 
 
 @pytest.mark.parametrize("variant", NOISY)
 def test_a_mask_shared_by_ranks_is_found(samples, variant, monkeypatch):
-    rekey(monkeypatch, lambda positions: np.arange(len(positions)))
+    rekey(monkeypatch, lambda indices: np.arange(len(indices)))
     with pytest.raises(AssertionError, match="tokens differ"):
         check_same(feed(samples, variant), feed(samples, variant, size=2, micro_batch=4))
 
 
 @pytest.mark.parametrize("variant", NOISY)
 def test_noise_keyed_by_the_index_in_the_data_set_is_found(recurring, variant, monkeypatch):
-    rekey(monkeypatch, lambda positions: positions % 4)
-    with pytest.raises(AssertionError, match="hidden alike"):
+    rekey(monkeypatch, lambda indices: indices % 4)
+    with pytest.raises(AssertionError, match="the same mask"):
         check_new_noise_every_epoch(recurring, variant)
 
 
-def test_noise_keyed_by_the_place_since_the_resume_is_found(samples, monkeypatch):
+def test_noise_keyed_by_the_index_since_the_resume_is_found(samples, monkeypatch):
     whole = feed(samples)
-    rekey(monkeypatch, lambda positions: positions - 8)
+    rekey(monkeypatch, lambda indices: indices - 8)
     with pytest.raises(AssertionError, match="tokens differ"):
         check_same(whole, feed(samples, first=8))
 
@@ -218,15 +225,15 @@ def test_padding_with_weight_is_found(samples, monkeypatch):
 
 
 class Failing:
-    """Samples of which some cannot be read; `fault` is raised, or called, at the positions from 40 on."""
+    """Samples that cannot be read from index 40 on: there `fault` is raised or called."""
 
     def __init__(self, fault=None):
         self.fault = fault
 
-    def __getitem__(self, position: int) -> np.ndarray:
-        if position >= 40 and callable(self.fault):
+    def __getitem__(self, index: int) -> np.ndarray:
+        if index >= 40 and callable(self.fault):
             self.fault()
-        elif position >= 40 and self.fault:
+        elif index >= 40 and self.fault:
             raise self.fault
         return np.arange(SEQ_LENGTH + 1)
 
@@ -249,13 +256,13 @@ def limit(name: int, value: int):
 
 
 def read_to_the_fault(samples, workers: int) -> tuple[Exception, float]:
-    """Return what ends the reading, and after how many seconds; no worker may be left."""
-    others, began = set(active_children()), time.monotonic()
+    """Return the error that ends reading, and after how many seconds; no worker may be left."""
+    children, start = set(active_children()), time.monotonic()
     with pytest.raises(Exception) as caught, open_loader(samples, workers) as batches:
         for _ in batches:
             pass
-    assert set(active_children()) == others
-    return caught.value, time.monotonic() - began
+    assert set(active_children()) == children
+    return caught.value, time.monotonic() - start
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGBUS, signal.SIGSEGV])
@@ -268,7 +275,7 @@ def test_a_worker_that_is_killed_ends_the_reading_with_its_signal(number):
 
 def test_a_worker_that_ends_by_itself_is_named_with_its_code():
     error, _ = read_to_the_fault(Failing(lambda: os._exit(3)), 1)
-    assert isinstance(error, ChildProcessError) and " ended with code 3: lower --num-workers 1 " in str(error)
+    assert isinstance(error, ChildProcessError) and " exited with code 3: lower --num-workers 1 " in str(error)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -280,24 +287,24 @@ def test_errors_are_the_same_with_and_without_workers(fault, workers):
 
 def test_too_little_shared_memory_is_named():
     class Long:
-        def __getitem__(self, position):
+        def __getitem__(self, index):
             return np.zeros(20_000, dtype=np.int64)
 
-    with limit(resource.RLIMIT_FSIZE, 100_000):  # of files in /dev/shm too
+    with limit(resource.RLIMIT_FSIZE, 100_000):  # also limits files in /dev/shm
         error, seconds = read_to_the_fault(Long(), 2)
     assert isinstance(error, OSError) and seconds < 10 and "\n" not in str(error)
-    assert "--num-workers 2: a batch could not be put into shared memory" in str(error) and "/dev/shm" in str(error)
+    assert "--num-workers 2: a batch could not be copied to shared memory" in str(error) and "/dev/shm" in str(error)
 
 
 def test_too_few_open_files_are_named():
     opened = len(os.listdir("/proc/self/fd"))
-    with limit(resource.RLIMIT_NOFILE, opened + 60), pytest.raises(OSError, match="raise ulimit -n, or lower it"):
-        with open_loader(Failing(), 2) as batches:
-            list(islice(batches, 100))  # batches that are held keep their files
+    refused = pytest.raises(OSError, match="raise ulimit -n, or lower it")
+    with limit(resource.RLIMIT_NOFILE, opened + 60), refused, open_loader(Failing(), 2) as batches:
+        list(islice(batches, 100))  # batches that are referenced keep their files open
 
 
 def test_workers_that_cannot_start_leave_none_behind(monkeypatch):
-    started, fork, others = [], os.fork, set(active_children())
+    started, fork, children = [], os.fork, set(active_children())
 
     def few():
         if len(started) == 2:
@@ -308,16 +315,16 @@ def test_workers_that_cannot_start_leave_none_behind(monkeypatch):
     monkeypatch.setattr(os, "fork", few)
     with pytest.raises(ChildProcessError, match="--num-workers 4: a data loader worker cannot start .Resource temp"):
         open_loader(Failing(), 4)
-    assert set(active_children()) == others
+    assert set(active_children()) == children
 
 
 @pytest.mark.parametrize("raised", [None, OSError("the disk is full")])
 def test_no_worker_outlives_the_loop_though_it_ignores_signals(raised):
-    others = set(active_children())
+    children = set(active_children())
     try:
         with open_loader(Failing(), 2) as batches:
-            list(islice(batches, 4))  # of both
-            workers = set(active_children()) - others
+            list(islice(batches, 4))  # of both workers
+            workers = set(active_children()) - children
             for worker in workers:
                 for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
                     os.kill(worker.pid, number)
@@ -327,4 +334,4 @@ def test_no_worker_outlives_the_loop_though_it_ignores_signals(raised):
                 raise raised
     except OSError as error:
         assert error is raised
-    assert set(active_children()) == others
+    assert set(active_children()) == children

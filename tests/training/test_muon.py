@@ -1,4 +1,4 @@
-"""Muon against torch.optim.Muon, against a decomposition into singular values, and what it keeps."""
+"""Muon against torch.optim.Muon and against a singular value decomposition, and its state."""
 
 import numpy as np
 import pytest
@@ -23,20 +23,20 @@ def test_singular_values_follow_the_polynomial_and_vectors_stay(shape):
     a, b, c = COEFFICIENTS
     for _ in range(STEPS):
         values = a * values + b * values**3 + c * values**5
-    found = orthogonalise(torch.tensor(matrix, dtype=torch.float32)).numpy()
-    np.testing.assert_allclose(found, left * values @ right, atol=1e-4)
-    assert 0.6 < values.min() and values.max() < 1.3
+    orthogonal = orthogonalise(torch.tensor(matrix, dtype=torch.float32)).numpy()
+    np.testing.assert_allclose(orthogonal, left * values @ right, atol=1e-4)
+    assert values.min() > 0.6 and values.max() < 1.3
 
 
-def test_a_matrix_of_zeros_stays_one():
+def test_a_matrix_of_zeros_stays_zero():
     assert not orthogonalise(torch.zeros(3, 5)).any()
 
 
 def test_five_steps_are_those_of_torch():
-    """On matrices of the blocks those of torch.optim.Muon, here in fp32; on the rest those of torch's AdamW."""
-    with joined() as processes, patched(torch.Tensor, "bfloat16", torch.Tensor.float):
-        network, parallel = ModelConfig(**MODEL, untie_embeddings_and_output_weights=True), ParallelConfig()
-        engine = build_engine(network, Vocabulary(20), 1, processes, parallel, bf16=False, compile=False)
+    """Equal to torch.optim.Muon (in fp32) on matrices of the blocks, and to torch's AdamW on other parameters."""
+    with joined() as ranks, patched(torch.Tensor, "bfloat16", torch.Tensor.float):
+        model, parallel = ModelConfig(**MODEL, untie_embeddings_and_output_weights=True), ParallelConfig()
+        engine = build_engine(model, Vocabulary(20), 1, ranks, parallel, bf16=False, compile=False)
         optimizer = build_optimizer(engine, CONFIG)
         start_state(optimizer, 0)
         copies = {name: p.full_tensor().detach().clone().requires_grad_() for name, p in engine.named_parameters()}
@@ -56,12 +56,12 @@ def test_five_steps_are_those_of_torch():
                 )
             for group in (*optimizer.param_groups, *muon.param_groups, *adamw.param_groups):
                 group["lr"] = CONFIG.lr / (1 + step)
-            for each in (optimizer, muon, adamw):
-                each.step()
+            for reference in (optimizer, muon, adamw):
+                reference.step()
         for name, parameter in engine.named_parameters():
             torch.testing.assert_close(parameter.full_tensor(), copies[name], rtol=1e-5, atol=1e-6, msg=name)
         state = engine.tensors(optimizer)
     assert len(matrices) == 14 and len(copies) == 14 + 2 + 5
     for name in copies:
-        kept = {key.split(".")[1] for key in state if key.startswith("optimizer.") and key.endswith(f".{name}")}
-        assert kept == ({"momentum_buffer"} if name in matrices else {"exp_avg", "exp_avg_sq"})
+        state_names = {key.split(".")[1] for key in state if key.startswith("optimizer.") and key.endswith(f".{name}")}
+        assert state_names == ({"momentum_buffer"} if name in matrices else {"exp_avg", "exp_avg_sq"})

@@ -1,7 +1,7 @@
 """AdamW: which parameters decay, and apex's kernel on local shards.
 
-Apex runs on CUDA only. What is ours is the plumbing around it, tested here with a stand-in of the documented
-interface: `state` by parameter, `step` counted in the group, moments made only where they are missing.
+Apex runs on CUDA only. The code around it is tested here with a stand-in of the documented interface: `state` by
+parameter, `step` counted in the group, moments created only if they are missing.
 """
 
 from dataclasses import replace
@@ -28,7 +28,7 @@ CONFIG = OptimizerConfig(lr=1e-2, weight_decay=0.3)
 
 
 class FusedAdam(torch.optim.Optimizer):
-    """AdamW in five lines, behind the interface of apex.optimizers.FusedAdam."""
+    """AdamW in five lines, with the interface of apex.optimizers.FusedAdam."""
 
     def __init__(self, groups, lr, betas, eps, adam_w_mode):
         assert adam_w_mode
@@ -86,14 +86,15 @@ def train(model, optimizer, steps):
 
 
 def test_apex_on_local_shards_equals_torch(ranks):
-    """Also from a state that is some steps old, as after a resume."""
-    (expected, one), (found, two) = build(ranks, steps=3), build(ranks, FusedAdam, steps=3)
-    for optimizer in (one, two):
-        train(expected if optimizer is one else found, optimizer, 5)
-    for (name, a), b in zip(expected.named_parameters(), found.parameters(), strict=True):
+    """Also from a state of several steps, as after a resume."""
+    expected, adamw = build(ranks, steps=3)
+    model, apex = build(ranks, FusedAdam, steps=3)
+    train(expected, adamw, 5)
+    train(model, apex, 5)
+    for (name, a), b in zip(expected.named_parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(b.full_tensor(), a.full_tensor(), rtol=1e-5, atol=1e-6, msg=name)
-        for moment in MOMENTS:  # what a checkpoint would hold
-            torch.testing.assert_close(two.state[b][moment].full_tensor(), one.state[a][moment].full_tensor())
+        for moment in MOMENTS:  # part of a checkpoint
+            torch.testing.assert_close(apex.state[b][moment].full_tensor(), adamw.state[a][moment].full_tensor())
 
 
 def test_the_apex_of_pypi_is_not_taken_for_nvidias(monkeypatch, tmp_path):
@@ -103,7 +104,7 @@ def test_the_apex_of_pypi_is_not_taken_for_nvidias(monkeypatch, tmp_path):
     assert optimizers.apex_adam() is None
 
 
-DECAYING = {  # --weight-decay-parameters: which decay, by their name in the model
+DECAYING = {  # --weight-decay-parameters: whether a parameter decays, by its name in the model
     "hidden": lambda name: name.startswith("layers.") and "proj.weight" in name,
     "matrices": lambda name: "proj.weight" in name or "embed" in name or "head" in name,
     "all": lambda name: True,

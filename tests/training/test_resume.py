@@ -21,7 +21,7 @@ VARIANTS = {
     ),
     "ar-averaged": ("ar", ["--ema-decay", "0.9"]),
     "mdm": ("mdm", []),
-    # 40 samples are seen at the stop: the average begins after it
+    # the run stops at 40 samples, before the average starts
     "mdm-muon-averaged": ("mdm", ["--optimizer", "muon", "--average-from-samples", "60"]),
     "dual": ("ar", ["--objective", "dual"]),
     "block-diffusion": ("mdm", ["--objective", "block-diffusion", "--diffusion-block-size", "4"]),
@@ -38,19 +38,19 @@ VARIANTS = {
 
 @pytest.fixture(scope="module")
 def uninterrupted(tiny, tmp_path_factory):
-    made = {}
+    folders = {}
 
     def folder(variant):
-        if variant not in made:
+        if variant not in folders:
             objective, flags = VARIANTS[variant]
-            made[variant] = tmp_path_factory.mktemp(variant)
-            run(objective, *tiny, *flags, "--save", made[variant])
-        return made[variant]
+            folders[variant] = tmp_path_factory.mktemp(variant)
+            run(objective, *tiny, *flags, "--save", folders[variant])
+        return folders[variant]
 
     return folder
 
 
-@pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "ar-averaged"])  # which is killed below
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "ar-averaged"])  # it is killed below
 def test_stopped_and_resumed_equals_uninterrupted(variant, uninterrupted, tiny, tmp_path):
     objective, flags = VARIANTS[variant]
     run(objective, *tiny, *flags, "--save", tmp_path, "--exit-interval", 5)
@@ -61,7 +61,7 @@ def test_stopped_and_resumed_equals_uninterrupted(variant, uninterrupted, tiny, 
 
 
 def test_one_command_that_saves_and_loads_begins_and_resumes(uninterrupted, tiny, tmp_path):
-    command = [*tiny, "--save", tmp_path / "run", "--load", f"{tmp_path}/./run/"]  # as Megatron's scripts do
+    command = [*tiny, "--save", tmp_path / "run", "--load", f"{tmp_path}/./run/"]  # like Megatron's scripts
     run("ar", *command, "--exit-interval", 5)
     run("ar", *command, "--exit-on-missing-checkpoint")
     assert records(tmp_path / "run") == records(uninterrupted("ar"))
@@ -91,27 +91,27 @@ def test_a_changing_weight_decay_is_recorded(uninterrupted):
 def test_two_processes_give_the_losses_of_one(variant, uninterrupted, tiny, tmp_path):
     objective, flags = VARIANTS[variant]
     run(objective, *tiny, *flags, "--save", tmp_path, processes=2)
-    for one, two in zip(records(uninterrupted(variant)), records(tmp_path), strict=True):
-        assert two["loss"] == pytest.approx(one["loss"], rel=1e-6 if one["iteration"] == 1 else 1e-4)
-        assert two["consumed_samples"] == one["consumed_samples"]
+    for expected, actual in zip(records(uninterrupted(variant)), records(tmp_path), strict=True):
+        assert actual["loss"] == pytest.approx(expected["loss"], rel=1e-6 if expected["iteration"] == 1 else 1e-4)
+        assert actual["consumed_samples"] == expected["consumed_samples"]
 
 
 def test_micro_batch_and_workers_change_nothing(uninterrupted, tiny, tmp_path):
     run("mdm", *tiny, "--save", tmp_path, "--micro-batch-size", 2, "--num-workers", 1, "--eval-batch-size", 4)
-    for one, two in zip(records(uninterrupted("mdm")), records(tmp_path), strict=True):
-        assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
+    for expected, actual in zip(records(uninterrupted("mdm")), records(tmp_path), strict=True):
+        assert actual["loss"] == pytest.approx(expected["loss"], rel=1e-5)
 
 
-def test_a_dual_run_goes_on_only_where_every_micro_batch_is_of_one_kind(uninterrupted, tiny, tmp_path):
+def test_a_dual_run_resumes_only_if_every_micro_batch_is_of_one_kind(uninterrupted, tiny, tmp_path):
     branch = [*tiny, "--objective", "dual", "--load", uninterrupted("dual"), "--save", tmp_path, "--train-samples", 109]
-    refused = run("ar", *branch, check=False)  # 93 samples are seen, and a step deals out 4 of 8
+    refused = run("ar", *branch, check=False)  # 93 samples are consumed, and 4 of every 8 are causal
     assert refused.returncode == 2 and "--micro-batch-size 4: the run in" in refused.stderr
-    assert "has seen 93 samples" in refused.stderr and "give 1 or" in refused.stderr
+    assert "has trained on 93 samples" in refused.stderr and "give 1 or" in refused.stderr
     run("ar", *branch, "--micro-batch-size", 1)
     assert records(tmp_path, "train")[-1]["consumed_samples"] == 109
 
 
-def test_averages_are_evaluated_beside_the_weights_and_change_nothing_else(uninterrupted):
+def test_averages_are_evaluated_with_the_weights_and_change_nothing_else(uninterrupted):
     plain, averaged = records(uninterrupted("ar")), records(uninterrupted("ar-averaged"))
     extra = [record for record in averaged if record.get("set", "").endswith(".average")]
     assert [record for record in averaged if record not in extra] == plain
@@ -122,7 +122,7 @@ def test_averages_are_evaluated_beside_the_weights_and_change_nothing_else(unint
         (uninterrupted("ar-averaged") / "validation" / r["set"] / f"{r['iteration']}.npz").exists() for r in extra
     )
     best = [json.loads((uninterrupted(v) / "checkpoints" / "best.json").read_text()) for v in ("ar", "ar-averaged")]
-    assert best[0] == best[1]  # the raw weights decide
+    assert best[0] == best[1]  # the model weights decide
     late = [record for record in records(uninterrupted("mdm-muon-averaged")) if ".average" in record.get("set", "")]
     assert {record["iteration"] for record in late} == {8, 12}
 
@@ -130,28 +130,28 @@ def test_averages_are_evaluated_beside_the_weights_and_change_nothing_else(unint
 def test_an_evaluation_alone_reads_the_average_too(uninterrupted):
     folder = uninterrupted("mdm-muon-averaged")
     done = run("mdm", "--skip-train", "--load", folder)
-    found = {record["set"]: record["loss"] for record in map(json.loads, done.stdout.splitlines())}
-    assert found == {record["set"]: record["loss"] for record in records(folder, "valid") if record["iteration"] == 12}
-    assert len(found) == 4
+    losses = {record["set"]: record["loss"] for record in map(json.loads, done.stdout.splitlines())}
+    assert losses == {record["set"]: record["loss"] for record in records(folder, "valid") if record["iteration"] == 12}
+    assert len(losses) == 4
 
 
 def test_muon_and_an_average_move_between_layouts(uninterrupted, tiny, tmp_path):
     command = ["mdm", *tiny, *VARIANTS["mdm-muon-averaged"][1], "--save", tmp_path]
     run(*command, "--exit-interval", 9, "--tensor-model-parallel-size", 2, processes=2)
     run(*command)
-    for one, two in zip(records(uninterrupted("mdm-muon-averaged")), records(tmp_path), strict=True):
-        assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
+    for expected, actual in zip(records(uninterrupted("mdm-muon-averaged")), records(tmp_path), strict=True):
+        assert actual["loss"] == pytest.approx(expected["loss"], rel=1e-4)
 
 
 def test_a_checkpoint_of_two_processes_resumes_on_one(uninterrupted, tiny, tmp_path):
     run("mdm", *tiny, "--save", tmp_path, "--exit-interval", 5, processes=2)
     run("mdm", *tiny, "--save", tmp_path)
-    for one, two in zip(records(uninterrupted("mdm")), records(tmp_path), strict=True):
-        assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
+    for expected, actual in zip(records(uninterrupted("mdm")), records(tmp_path), strict=True):
+        assert actual["loss"] == pytest.approx(expected["loss"], rel=1e-4)
 
 
 def test_a_run_killed_with_loader_workers_restarts_at_once(tiny, tmp_path):
-    """The workers outlive it for seconds; they must not hold its lock."""
+    """Workers outlive a killed run by seconds; they must not hold its lock."""
     longer = [flag if flag != "93" else "100000" for flag in tiny] + ["--num-workers", "2", "--save", str(tmp_path)]
     process = subprocess.Popen([sys.executable, entry("mdm"), *longer], env=environment(), stderr=subprocess.DEVNULL)
     while not (tmp_path / "checkpoints" / "latest.json").exists():

@@ -1,4 +1,4 @@
-"""The lock of a run: who waits for it and how long, and what a process does that has lost it."""
+"""The lock of a run: waiting for it, and what a process does that has lost it."""
 
 import json
 import os
@@ -23,41 +23,41 @@ lock = open(sys.argv[1], "a+")
 fcntl.lockf(lock, fcntl.LOCK_EX)
 lock.write("node-1 process-17 job-40_0")
 lock.flush()
-print("held", flush=True)
+print("locked", flush=True)
 time.sleep(600)
 """
 
 
 @pytest.fixture
-def held(tmp_path):
+def locked(tmp_path):
     """A run folder whose lock another process holds; killing that process releases it."""
     folder = tmp_path / "run"
     folder.mkdir()
     command = [sys.executable, "-c", HOLDER, str(folder / "lock")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
-        assert holder.stdout.readline() == "held\n"
+        assert holder.stdout.readline() == "locked\n"
         yield folder, holder
         holder.kill()
 
 
-# -------------------------------------------------------------------------------- held by another one
+# ------------------------------------------------------------------------- locked by another process
 
 
 @pytest.mark.parametrize("flags, expected", [([], ()), (["--wait-for-lock", "0.02"], ("after --wait-for-lock 0.02",))])
-def test_a_run_that_another_process_writes_is_refused_with_75(flags, expected, held, tiny, capsys):
-    folder, _ = held
-    began = time.monotonic()
+def test_a_run_that_another_process_writes_is_refused_with_75(flags, expected, locked, tiny, capsys):
+    folder, _ = locked
+    start = time.monotonic()
     with pytest.raises(SystemExit) as refused:
         main("ar", [*map(str, tiny), "--save", str(folder), *flags])
-    assert refused.value.code == 75 and time.monotonic() - began < 30
+    assert refused.value.code == 75 and time.monotonic() - start < 30
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     for part in (f"--save {folder}", "node-1 process-17 job-40_0", "--wait-for-lock MINUTES", *expected):
         assert part in line
     assert contents(folder) == {"lock": b"node-1 process-17 job-40_0"}
 
 
-def test_a_run_waits_until_the_other_process_has_ended(held, tiny, tmp_path):
-    folder, holder = held
+def test_a_run_waits_until_the_other_process_has_ended(locked, tiny, tmp_path):
+    folder, holder = locked
     with Run("ar", [*tiny, "--save", folder, "--wait-for-lock", "5"], tmp_path, size=2) as training:
         training.wait_until(lambda: "waiting up to 5 minutes" in training.stderr)
         assert list(contents(folder)) == ["lock"]
@@ -67,8 +67,8 @@ def test_a_run_waits_until_the_other_process_has_ended(held, tiny, tmp_path):
     assert status(folder)["state"] == "finished"
 
 
-def test_a_signal_ends_the_wait(held, tiny, tmp_path):
-    folder, _ = held
+def test_a_signal_ends_the_wait(locked, tiny, tmp_path):
+    folder, _ = locked
     flags = [*tiny, "--save", folder, "--wait-for-lock", "5", "--exit-code-when-stopped", "85"]
     with Run("ar", flags, tmp_path, size=2) as training:
         training.wait_until(lambda: "waiting up to 5 minutes" in training.stderr)
@@ -79,7 +79,7 @@ def test_a_signal_ends_the_wait(held, tiny, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "flags, rule",
+    "flags, message",
     [
         ("--save x --wait-for-lock -1", "--wait-for-lock -1.0: .*from 0 to 720"),
         ("--save x --wait-for-lock 1440", "--wait-for-lock 1440.0: .*from 0 to 720"),
@@ -88,12 +88,12 @@ def test_a_signal_ends_the_wait(held, tiny, tmp_path):
         ("--exit-code-when-stopped -1", "--exit-code-when-stopped -1: .*from 0 to 255"),
     ],
 )
-def test_values_that_cannot_be_are_refused(flags, rule):
-    with pytest.raises(ConfigurationError, match=rule):
+def test_values_that_cannot_be_are_refused(flags, message):
+    with pytest.raises(ConfigurationError, match=message):
         parse("ar", f"--num-layers 2 --hidden-size 32 --num-attention-heads 2 {flags}".split())
 
 
-# --------------------------------------------------------------------------------- lost to another one
+# --------------------------------------------------------------------------- lost to another process
 
 
 def rewrite(lock: Path) -> None:
@@ -116,7 +116,7 @@ def long(tiny):
 
 
 def take_over(training: Run, folder: Path, takeover) -> dict[str, bytes]:
-    """Take the lock of a run away from it while it stands still; return the files of its folder after that."""
+    """Take the lock from a run while it is stopped; return the files of its folder after that."""
     training.signal("SIGSTOP", pause=0.1)
     takeover(folder / "lock")
     files = contents(folder)
@@ -152,9 +152,9 @@ def test_a_run_that_lost_its_lock_while_saving_publishes_no_checkpoint(size, lon
         files = take_over(training, folder, rewrite)
         assert training.codes() == [75] * size, training.stderr[-3000:]
         assert training.stderr.count("error:") == 1 and "node-2 process-18 job-41" in training.stderr
-    left = contents(folder)
-    assert files.keys() <= left.keys()  # what is half-written may be the other process's by now
-    assert complete(left) == complete(files)
+    remaining = contents(folder)
+    assert files.keys() <= remaining.keys()  # partial files may belong to the other process now
+    assert complete(remaining) == complete(files)
 
 
 def test_every_write_asks_for_the_lock(tmp_path):
@@ -173,7 +173,7 @@ def test_every_write_asks_for_the_lock(tmp_path):
     assert contents(tmp_path) == files
 
 
-# ------------------------------------------------------------------------------------- who holds it
+# ------------------------------------------------------------------------------ the name in the lock
 
 
 @pytest.mark.parametrize(

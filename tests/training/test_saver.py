@@ -1,4 +1,4 @@
-"""What is saved beside training is what was there when it was asked for, complete or not there at all."""
+"""Asynchronous checkpoints contain the state at the call of `save`, and are complete or absent."""
 
 import json
 import signal
@@ -19,9 +19,9 @@ from tests.distributed import joined, spawn
 
 
 def values(seed: int) -> dict[str, torch.Tensor]:
-    """Rows that divide by two, that do not, and a single one."""
+    """Tensors [N, 5] with N even, odd and 1."""
     generator = torch.Generator().manual_seed(seed)
-    return {f"rows.{rows}": torch.randn(rows, 5, generator=generator) for rows in (4, 3, 1)}
+    return {f"rows.{count}": torch.randn(count, 5, generator=generator) for count in (4, 3, 1)}
 
 
 def sharded(ranks, whole: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -36,36 +36,36 @@ def nothing() -> None:
     pass
 
 
-# ------------------------------------------------------------------------------------ two processes
+# ---------------------------------------------------------------------------------------- two ranks
 
 
 def save_and_train_on(ranks, root):
-    """Save twice, change everything right after each call, and return what a load of each finds."""
+    """Save twice, change all tensors right after each call, and return what is loaded from each checkpoint."""
     state = sharded(ranks, values(0))
     if ranks.rank == 1:
-        state["only of the second"] = torch.full((2, 3), 7.0)  # as a stage of a pipeline holds its own layers
+        state["only of the second"] = torch.full((2, 3), 7.0)  # like the layers of a pipeline stage
     with Saver(root, ranks) as saving:
         saving.reserve(state)
         for iteration in (1, 2):
             saving.save(state, meta(iteration), nothing)
             for tensor in state.values():
                 tensor.add_(1)  # the next step, while the thread writes
-    found = []
+    loaded_states = []
     for iteration in (1, 2):
         loaded = sharded(ranks, {name: torch.zeros_like(tensor) for name, tensor in values(0).items()})
         loaded["only of the second"] = torch.zeros(2, 3)
         checkpoint.load(root / checkpoint.folder_name(iteration), loaded)
         whole = {name: loaded[name].full_tensor().tolist() for name in values(0)}
-        found.append(whole | {"only of the second": loaded["only of the second"].tolist()})
-    return found
+        loaded_states.append(whole | {"only of the second": loaded["only of the second"].tolist()})
+    return loaded_states
 
 
 def fail_once(ranks, root):
-    """Let the second process meet a full disk at the second save; return what is told where, and what is left."""
-    state, told, completed = sharded(ranks, values(0)), [], []
+    """Simulate a full disk on rank 1 at the second save; return error messages, remaining files and completed saves."""
+    state, messages, completed = sharded(ranks, values(0)), [], []
     write = saver.write_safetensors
 
-    def full(path, tensors, begins):
+    def full(path, tensors, offsets):
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
@@ -77,12 +77,12 @@ def fail_once(ranks, root):
         try:
             saving.save(state, meta(3), lambda: completed.append(3))
         except OSError as error:
-            told.append(str(error))
-        left = sorted(path.name for path in root.iterdir())
+            messages.append(str(error))
+        remaining = sorted(path.name for path in root.iterdir())
         saver.write_safetensors = write
-        torch.distributed.barrier()  # both have looked
+        torch.distributed.barrier()  # both ranks have listed the folder
         saving.save(state, meta(4), lambda: completed.append(4))
-    return told, left, completed
+    return messages, remaining, completed
 
 
 def cases(ranks, folder):
@@ -90,20 +90,20 @@ def cases(ranks, folder):
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory):
+def two_ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
     return folder, spawn(cases, 2, folder)
 
 
-def test_steps_after_the_call_are_not_in_the_checkpoint(two):
-    for found, _ in two[1]:
-        for number, loaded in enumerate(found):
+def test_steps_after_the_call_are_not_in_the_checkpoint(two_ranks):
+    for loaded_states, _ in two_ranks[1]:
+        for number, loaded in enumerate(loaded_states):
             assert torch.equal(torch.tensor(loaded.pop("only of the second")), torch.full((2, 3), 7.0 + number))
             assert loaded == {name: (tensor + number).tolist() for name, tensor in values(0).items()}
 
 
-def test_every_file_is_listed_with_its_size_and_checksum(two):
-    for folder in checkpoint.complete(two[0] / "equal"):
+def test_every_file_is_listed_with_its_size_and_checksum(two_ranks):
+    for folder in checkpoint.complete(two_ranks[0] / "equal"):
         listed = json.loads((folder / "meta.json").read_text())["files"]
         assert set(listed) == {path.name for path in folder.glob("*.safetensors")} and len(listed) == 2
         for name, (size, checksum) in listed.items():
@@ -111,30 +111,30 @@ def test_every_file_is_listed_with_its_size_and_checksum(two):
             assert (size, checksum) == (len(data), zlib.crc32(data))
 
 
-def test_a_full_disk_of_one_process_is_told_to_both_at_the_next_save(two):
-    for rank, (_, (told, left, completed)) in enumerate(two[1]):
-        (line,) = told
+def test_a_full_disk_on_one_rank_is_raised_on_both_at_the_next_save(two_ranks):
+    for rank, (_, (messages, remaining, completed)) in enumerate(two_ranks[1]):
+        (line,) = messages
         assert "iter_0000002" in line and "No space left on device" in line and "older checkpoints" in line
-        assert left == ["iter_0000001"]
-        assert completed == ([1, 4] if rank == 0 else [])  # the third was never begun
-    names = [path.name for path in checkpoint.complete(two[0] / "full")]
+        assert remaining == ["iter_0000001"]
+        assert completed == ([1, 4] if rank == 0 else [])  # the third was never started
+    names = [path.name for path in checkpoint.complete(two_ranks[0] / "full")]
     assert names == ["iter_0000001", "iter_0000004"]
-    assert all(checkpoint.damage(two[0] / "full" / name) is None for name in names)
+    assert all(checkpoint.damage(two_ranks[0] / "full" / name) is None for name in names)
 
 
-# -------------------------------------------------------------------------------------- one process
+# ----------------------------------------------------------------------------------------- one rank
 
 
 @pytest.fixture
 def slow(monkeypatch):
-    """A writer that waits to be released; each call begins a list entry and ends one."""
+    """A writer that waits to be released; each call appends "begin" and "end" to a list."""
     released, log = threading.Event(), []
 
-    def write(path, tensors, begins):
+    def write(path, tensors, offsets):
         log.append("begin")
         assert released.wait(60)
         log.append("end")
-        return write_safetensors(path, tensors, begins)
+        return write_safetensors(path, tensors, offsets)
 
     monkeypatch.setattr(saver, "write_safetensors", write)
     return released, log
@@ -149,7 +149,7 @@ def test_a_save_returns_while_its_file_is_being_written_and_the_next_one_waits(s
         assert "end" not in log and not checkpoint.complete(tmp_path) and not completed
         threading.Timer(0.3, released.set).start()
         saving.save(state, meta(2), lambda: completed.append(2))
-        assert completed[0] == 1 and [path.name for path in checkpoint.complete(tmp_path)][0] == "iter_0000001"
+        assert completed[0] == 1 and next(path.name for path in checkpoint.complete(tmp_path)) == "iter_0000001"
     assert log == ["begin", "end"] * 2 and completed == [1, 2]
 
 
@@ -165,19 +165,18 @@ def test_memory_is_reused(tmp_path):
 
 
 @pytest.mark.parametrize("ended_by", [None, KeyError("the run")])
-def test_what_cannot_be_written_is_told_on_leaving(ended_by, tmp_path, monkeypatch, caplog):
-    def full(path, tensors, begins):
+def test_a_failed_write_is_reported_on_exit(ended_by, tmp_path, monkeypatch, caplog):
+    def full(path, tensors, offsets):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(saver, "write_safetensors", full)
-    with joined() as ranks:
-        with pytest.raises(KeyError if ended_by else OSError) as caught:
-            with Saver(tmp_path, ranks) as saving:
-                saving.save(values(0), meta(1), nothing)
-                if ended_by:
-                    raise ended_by
-    said = caplog.text if ended_by else str(caught.value)
-    assert "iter_0000001: could not be written ([Errno 28] No space left on device)" in said
+    expected_error = pytest.raises(KeyError if ended_by else OSError)
+    with joined() as ranks, expected_error as caught, Saver(tmp_path, ranks) as saving:
+        saving.save(values(0), meta(1), nothing)
+        if ended_by:
+            raise ended_by
+    text = caplog.text if ended_by else str(caught.value)
+    assert "iter_0000001: could not be written ([Errno 28] No space left on device)" in text
     assert not any(tmp_path.iterdir())
 
 
@@ -196,8 +195,8 @@ def test_a_file_is_what_safetensors_reads(tmp_path):
     with safe_open(path, "pt") as file:
         assert set(file.keys()) == set(tensors)
         for name, tensor in tensors.items():
-            found = file.get_tensor(name)
-            assert found.dtype == tensor.dtype and torch.equal(found, tensor)
+            loaded = file.get_tensor(name)
+            assert loaded.dtype == tensor.dtype and torch.equal(loaded, tensor)
 
 
 # ------------------------------------------------------------------------------------------ the run
@@ -216,14 +215,14 @@ def recorded(step):
 SLOW = (
     BEFORE
     + """
-def slow(path, tensors, begins):
+def slow(path, tensors, offsets):
     if "iter_0000004" in str(path):
         end = time.monotonic() + 60
         while not recorded(7):
             assert time.monotonic() < end, "the run waits for its checkpoint"
             time.sleep(0.01)
         assert not (folder / "checkpoints" / "latest.json").exists()
-    return write(path, tensors, begins)
+    return write(path, tensors, offsets)
 
 saver.write_safetensors = slow
 main("ar", sys.argv[2:])
@@ -232,8 +231,8 @@ main("ar", sys.argv[2:])
 KILLED = (
     BEFORE
     + """
-def killed(path, tensors, begins):
-    written = write(path, tensors, begins)
+def killed(path, tensors, offsets):
+    written = write(path, tensors, offsets)
     if "iter_0000008" in str(path):
         while not recorded(10):
             time.sleep(0.01)
@@ -252,7 +251,7 @@ def run_with(planted: str, folder, flags) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
 
 
-def test_training_goes_on_while_a_checkpoint_is_written(tiny, tmp_path):
+def test_training_continues_while_a_checkpoint_is_written(tiny, tmp_path):
     """The checkpoint of step 4 is not written before the run has recorded step 7."""
     done = run_with(SLOW, tmp_path, tiny)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -262,7 +261,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(tiny, tmp_path):
 
 
 def test_a_run_killed_while_its_checkpoint_is_written_resumes_from_the_one_before(tiny, tmp_path):
-    """Step 8 is half written, and step 10 recorded, when the kill comes."""
+    """When the run is killed, step 8 is half written and step 10 recorded."""
     assert run_with(KILLED, tmp_path / "killed", tiny).returncode == -signal.SIGKILL
     root = tmp_path / "killed" / "checkpoints"
     assert sorted(path.name for path in root.glob("iter_*")) == ["iter_0000004", "iter_0000008.partial"]

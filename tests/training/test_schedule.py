@@ -1,4 +1,4 @@
-"""Learning rate and weight decay at the corners of every shape."""
+"""Learning rate and weight decay at the corners of every decay style."""
 
 from math import cos, pi
 from types import SimpleNamespace
@@ -13,7 +13,7 @@ WARMUP, END, WSD = 100, 1000, 300
 
 
 def rate(samples, style="cosine", *, warmup=WARMUP, end=END, wsd=WSD, low=LOW) -> float:
-    low = None if style == "constant" else low  # which it refuses: it has no final rate
+    low = None if style == "constant" else low  # refused for "constant": it has no final rate
     config = OptimizerConfig(lr=PEAK, min_lr=low, lr_decay_style=style)
     plan = SimpleNamespace(lr_warmup_samples=warmup, lr_decay_samples=end, lr_wsd_decay_samples=wsd)
     return learning_rate(config, plan, samples)
@@ -21,15 +21,15 @@ def rate(samples, style="cosine", *, warmup=WARMUP, end=END, wsd=WSD, low=LOW) -
 
 @pytest.mark.parametrize("style", ["cosine", "linear", "constant"])
 def test_a_step_has_the_rate_of_megatrons_next_step(style):
-    """Megatron sets the rate of a step from the samples before it, and counts these up afterwards."""
-    batch, before, theirs = 20, 0, []
+    """Megatron computes the rate of a step from the samples before it, and increments the count afterwards."""
+    batch, before, megatron_rates = 20, 0, []
     for _ in range(60):
-        done = min(1.0, max(0.0, (before - WARMUP) / (END - WARMUP)))
-        left = {"cosine": (1 + cos(pi * done)) / 2, "linear": 1 - done, "constant": 1.0}[style]
-        theirs.append(PEAK * before / WARMUP if before <= WARMUP else LOW + (PEAK - LOW) * left)
+        fraction = min(1.0, max(0.0, (before - WARMUP) / (END - WARMUP)))
+        factor = {"cosine": (1 + cos(pi * fraction)) / 2, "linear": 1 - fraction, "constant": 1.0}[style]
+        megatron_rates.append(PEAK * before / WARMUP if before <= WARMUP else LOW + (PEAK - LOW) * factor)
         before += batch
-    ours = [rate((step + 1) * batch, style) for step in range(60)]
-    assert theirs[0] == 0.0 and ours[:-1] == pytest.approx(theirs[1:], abs=1e-15)
+    rates = [rate((step + 1) * batch, style) for step in range(60)]
+    assert megatron_rates[0] == 0.0 and rates[:-1] == pytest.approx(megatron_rates[1:], abs=1e-15)
 
 
 CORNERS = {  # style: (samples, rate)
@@ -50,14 +50,14 @@ def formula(samples: int, style: str) -> float:
     """Return the rate in closed form."""
     if samples < WARMUP:
         return PEAK * samples / WARMUP
-    done = (samples - WARMUP) / (END - WARMUP)
-    left = {
+    fraction = (samples - WARMUP) / (END - WARMUP)
+    factor = {
         "constant": 1.0,
-        "linear": 1 - done,
-        "cosine": cos(pi / 2 * min(done, 1)) ** 2,
+        "linear": 1 - fraction,
+        "cosine": cos(pi / 2 * min(fraction, 1)) ** 2,
         "WSD": (END - samples) / WSD,
     }[style]
-    return LOW + (PEAK - LOW) * min(1, max(0, left))
+    return LOW + (PEAK - LOW) * min(1, max(0, factor))
 
 
 @pytest.mark.parametrize("style", CORNERS)
@@ -97,7 +97,7 @@ DECAYS = {  # style: (samples, weight decay)
 
 
 @pytest.mark.parametrize("style", DECAYS)
-def test_weight_decay_goes_from_its_start_to_its_end_over_the_budget(style):
+def test_weight_decay_changes_from_start_to_end_value_over_the_budget(style):
     config = OptimizerConfig(weight_decay_incr_style=style, start_weight_decay=0.5, end_weight_decay=0.1)
     for samples, expected in DECAYS[style]:
         assert weight_decay(config, SimpleNamespace(train_samples=1000), samples) == pytest.approx(expected)

@@ -1,4 +1,4 @@
-"""A step is the same however it is cut: loss, gradient norm and every gradient, for one process and for two."""
+"""A step is the same for any micro-batch size and number of ranks: loss, gradient norm and every gradient."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -20,34 +20,36 @@ CASES = {
     "ar-token-dropout": Case("ar", {"token_dropout": 0.4}),
     "ar-short": Case("ar", samples=5),
     "mdm-short": Case("mdm", samples=5),
-    "mdm-padding-only": Case("mdm", samples=3),  # the second process gets padding and nothing else
+    "mdm-padding-only": Case("mdm", samples=3),  # rank 1 gets only padding
     "mdm-nothing-masked": Case("mdm", nothing_masked=True),
     "mdm-untied": Case("mdm", model={"untie_embeddings_and_output_weights": True}),
     "mdm-clipped": Case("mdm", clip=0.05),
 }
-CUT = ("ar", "mdm", "ar-token-dropout", "mdm-short")  # two processes take these in several micro-batches too
-# both processes read the same text, so only dropout can tell them apart
+CUT = ("ar", "mdm", "ar-token-dropout", "mdm-short")  # also run with several micro-batches on two ranks
+# both ranks read the same text, so that only dropout differs
 DROPOUT = Case("ar", period=4, model={"hidden_dropout": 0.3, "attention_dropout": 0.2})
 
 
 def noise_of_the_local_index():
-    """All processes hide the same places: noise is keyed by the index inside the local batch."""
+    """All ranks mask the same positions: noise is keyed by the index in the local batch."""
     prepare = MaskedDiffusion.prepare
-    return patched(MaskedDiffusion, "prepare", lambda self, ids, at, seed: prepare(self, ids, np.arange(len(at)), seed))
+    return patched(
+        MaskedDiffusion, "prepare", lambda self, ids, indices, seed: prepare(self, ids, np.arange(len(indices)), seed)
+    )
 
 
 def mean_of_local_means():
-    """Each process divides by its own count, and the results are averaged."""
+    """Each rank divides by its local count, and the results are averaged."""
     return patched(ParallelContext, "sum", lambda self, *values: [value * self.size for value in values])
 
 
 def local_count():
-    """The count is not summed over the processes."""
+    """The count is not summed over ranks."""
     return patched(ParallelContext, "sum", lambda self, *values: list(values))
 
 
 def local_norm():
-    """The gradient norm is taken over this process's shards and not reduced."""
+    """The gradient norm is that of the local shards and not reduced."""
     return patched(engine.dist, "all_reduce", lambda tensor, *_, **__: tensor)
 
 
@@ -63,8 +65,8 @@ PLANTED = [
 ]
 
 
-def two_processes(ranks: ParallelContext) -> dict:
-    """Return all steps that this module asks of two processes, by what is unusual about them."""
+def all_steps(ranks: ParallelContext) -> dict:
+    """Return all steps of this module on two ranks, by case and variation or fault."""
     steps = {name: take(ranks, case) for name, case in CASES.items()}
     steps |= {(name, "cut"): take(ranks, replace(CASES[name], micro_batch=2)) for name in CUT}
     for fault, name in PLANTED:
@@ -77,15 +79,15 @@ def two_processes(ranks: ParallelContext) -> dict:
 
 
 @pytest.fixture(scope="module")
-def two():
-    """The steps of two processes: name -> [step of rank 0, step of rank 1]."""
-    ranks = spawn(two_processes, 2)
+def two_ranks():
+    """The steps on two ranks: name -> [step of rank 0, step of rank 1]."""
+    ranks = spawn(all_steps, 2)
     return {name: [steps[name] for steps in ranks] for name in ranks[0]}
 
 
 @pytest.fixture(scope="module")
-def one():
-    """The steps of one process: name -> [step]."""
+def single_rank():
+    """The steps on one rank: name -> [step]."""
     with joined() as ranks:
         steps = {name: [take(ranks, case)] for name, case in CASES.items()}
         for micro_batch in (1, 8):
@@ -95,42 +97,42 @@ def one():
 
 
 def check_dropout_differs(ranks: list[Step]) -> None:
-    assert ranks[0].loss != ranks[1].loss, "two processes dropped the same units"
+    assert ranks[0].loss != ranks[1].loss, "two ranks dropped the same units"
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_micro_batches_change_nothing(one, name):
-    assert one[name][0].norm > 0.1
-    check_equal(one[name], one[name, 1])
-    check_equal(one[name], one[name, 8])
+def test_micro_batches_change_nothing(single_rank, name):
+    assert single_rank[name][0].norm > 0.1
+    check_equal(single_rank[name], single_rank[name, 1])
+    check_equal(single_rank[name], single_rank[name, 8])
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_two_processes_take_the_step_of_one(one, two, name):
-    check_equal(one[name], two[name])
+def test_two_ranks_take_the_step_of_one(single_rank, two_ranks, name):
+    check_equal(single_rank[name], two_ranks[name])
     if name in CUT:
-        check_equal(one[name], two[name, "cut"])
+        check_equal(single_rank[name], two_ranks[name, "cut"])
 
 
 @pytest.mark.parametrize("fault, name", PLANTED)
-def test_a_planted_fault_is_found(one, two, fault, name):
+def test_a_planted_fault_is_found(single_rank, two_ranks, fault, name):
     with pytest.raises(AssertionError):
-        check_equal(one[name], two[name, fault.__name__])
+        check_equal(single_rank[name], two_ranks[name, fault.__name__])
 
 
-def test_clipping_uses_the_global_norm(one, two):
-    free, clip = one["mdm"][0], CASES["mdm-clipped"].clip
+def test_clipping_uses_the_global_norm(single_rank, two_ranks):
+    free, clip = single_rank["mdm"][0], CASES["mdm-clipped"].clip
     norm = np.sqrt(sum((gradient.astype(np.float64) ** 2).sum() for gradient in free.gradients.values()))
     assert norm > 2 * clip
-    for step in (*one["mdm-clipped"], *two["mdm-clipped"]):
+    for step in (*single_rank["mdm-clipped"], *two_ranks["mdm-clipped"]):
         assert step.norm == pytest.approx(norm, rel=1e-5)
         for name, gradient in free.gradients.items():
             np.testing.assert_allclose(step.gradients[name], gradient * clip / norm, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("name", ["ar", "mdm-untied", "mdm-clipped"])
-def test_the_update_is_adamw_with_decay_on_matrices_only(one, two, name):
-    for step in (*one[name], *two[name]):
+def test_the_update_is_adamw_with_decay_on_matrices_only(single_rank, two_ranks, name):
+    for step in (*single_rank[name], *two_ranks[name]):
         for parameter, before in step.before.items():
             decay = WEIGHT_DECAY if before.ndim == 2 else 0.0
             gradient = step.gradients[parameter]
@@ -139,14 +141,14 @@ def test_the_update_is_adamw_with_decay_on_matrices_only(one, two, name):
             np.testing.assert_allclose(step.after[parameter], expected, rtol=1e-4, atol=1e-5, err_msg=parameter)
 
 
-def test_dropout_differs_between_processes_and_comes_again(two):
-    check_dropout_differs(two["dropout"])
-    assert [step.loss for step in two["dropout"]] == [step.loss for step in two["dropout", "again"]]
+def test_dropout_differs_between_ranks_and_is_reproducible(two_ranks):
+    check_dropout_differs(two_ranks["dropout"])
+    assert [step.loss for step in two_ranks["dropout"]] == [step.loss for step in two_ranks["dropout", "again"]]
     with pytest.raises(AssertionError):
-        check_dropout_differs(two["dropout", "shared"])
+        check_dropout_differs(two_ranks["dropout", "shared"])
 
 
-def test_the_ambient_generator_is_keyed_by_seed_iteration_and_rank():
+def test_the_global_generator_is_keyed_by_seed_iteration_and_rank():
     def draw(*key) -> float:
         seed, iteration, rank = key
         reseed(seed, iteration, SimpleNamespace(rank=rank))

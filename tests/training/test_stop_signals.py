@@ -1,4 +1,4 @@
-"""Stop signals at every moment of a run: one request, nothing lost, the chosen exit code."""
+"""Stop signals at every moment of a run: one request, no data lost, the configured exit code."""
 
 import os
 import shutil
@@ -20,7 +20,7 @@ LINE = "stopped by {}: nothing was trained, nothing was written\n"
 
 @pytest.fixture
 def long(tiny):
-    """A run that does not end by itself, of a model whose checkpoint takes some tenths of a second to write."""
+    """A run that does not end by itself, with a checkpoint that takes some tenths of a second to write."""
     size = "--hidden-size 512 --num-layers 4 --micro-batch-size 1 --global-batch-size 2".split()
     return [*tiny, *size, *"--train-samples 1000000 --eval-interval 100000 --save-interval 100000".split(), *CODE]
 
@@ -97,18 +97,18 @@ def test_a_signal_while_torch_is_imported_ends_the_process_at_once(delay, names,
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("given, code", [([], 0), (["--exit-code-when-stopped=7"], 7), ([*CODE, *CODE[:1], "9"], 9)])
-def test_the_exit_code_is_read_before_the_command_line_is_parsed(given, code):
+@pytest.mark.parametrize("flags, code", [([], 0), (["--exit-code-when-stopped=7"], 7), ([*CODE, *CODE[:1], "9"], 9)])
+def test_the_exit_code_is_read_before_the_command_line_is_parsed(flags, code):
     stopped = "from megatron import stop_signals as s; s.install(); import os; os.kill(os.getpid(), 15)"
-    command = [sys.executable, "-c", stopped, "--num-layers", "2", *given, "--lr"]
+    command = [sys.executable, "-c", stopped, "--num-layers", "2", *flags, "--lr"]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (code, LINE.format("SIGTERM"))
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_signal_while_a_rank_waits_for_the_others_ends_it_at_once(rank, long, tmp_path):
-    place = {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": str(free_port())}
-    with Run("ar", [*long, "--save", tmp_path / "run"], tmp_path, MASTER_ADDR="127.0.0.1", **place) as training:
+    variables = {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": str(free_port())}
+    with Run("ar", [*long, "--save", tmp_path / "run"], tmp_path, MASTER_ADDR="127.0.0.1", **variables) as training:
         time.sleep(3)
         training.signal("SIGTERM", "SIGTERM")
         assert training.codes(10) == [85]
@@ -117,13 +117,16 @@ def test_a_signal_while_a_rank_waits_for_the_others_ends_it_at_once(rank, long, 
 
 
 def test_a_signal_while_a_rank_waits_for_the_address_of_the_first_one_ends_it_at_once(long, tmp_path):
-    """Under torchrun the store is there before rank 0 is."""
+    """With torchrun the store exists before rank 0 does."""
     store = "import sys, time, torch.distributed as d; s = d.TCPStore('127.0.0.1', 0, is_master=True); "
     store = [sys.executable, "-c", store + "print(s.port, flush=True); time.sleep(60)"]
     with subprocess.Popen(store, stdout=subprocess.PIPE, text=True) as agent:
         try:
-            place = {"RANK": "1", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": agent.stdout.readline().strip()}
-            with Run("ar", [*long, "--save", tmp_path / "run"], tmp_path, MASTER_ADDR="127.0.0.1", **place) as training:
+            port = agent.stdout.readline().strip()
+            variables = {"RANK": "1", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": port}
+            with Run(
+                "ar", [*long, "--save", tmp_path / "run"], tmp_path, MASTER_ADDR="127.0.0.1", **variables
+            ) as training:
                 time.sleep(3)
                 training.signal("SIGTERM")
                 assert training.codes(10) == [85] and training.stderr == LINE.format("SIGTERM")

@@ -1,4 +1,4 @@
-"""Validation: the stated tokens, the same every time, with honest errors."""
+"""Validation: which tokens are scored, reproducibility, and standard errors."""
 
 import bisect
 import inspect
@@ -32,7 +32,7 @@ OBJECTIVES, ALIGNMENTS = ("ar", "mdm"), ("common", "published")
 
 @pytest.fixture(scope="module")
 def prefix(tmp_path_factory):
-    """Lines of the standard library, a document each, a byte a token: shorter and longer than a window."""
+    """Lines of the standard library, one document per line, one token per byte: shorter and longer than a window."""
     prefix = str(tmp_path_factory.mktemp("data") / "text")
     with IndexedDatasetWriter(prefix, VOCABULARY.size) as writer:
         for line in inspect.getsource(bisect).splitlines()[:20]:
@@ -41,9 +41,9 @@ def prefix(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def processes():
-    with joined() as processes:
-        yield processes
+def ranks():
+    with joined() as ranks:
+        yield ranks
 
 
 def validation_set(prefix: str, limit: int | None = None) -> ValidationSet:
@@ -59,8 +59,8 @@ def plain_model() -> Transformer:
     return model.eval()
 
 
-def sharded_model(processes) -> Engine:
-    return build_engine(CONFIG, VOCABULARY, 3, processes, ParallelConfig(), bf16=False, compile=False)
+def sharded_model(ranks) -> Engine:
+    return build_engine(CONFIG, VOCABULARY, 3, ranks, ParallelConfig(), bf16=False, compile=False)
 
 
 def objective(name: str):
@@ -73,11 +73,11 @@ def run(model, name, data, *, seed=1, replicates=4, batch_size=4, alignment="com
     return evaluation
 
 
-def check_equal(one: Evaluation, other: Evaluation) -> None:
-    assert np.array_equal(one.tokens, other.tokens) and np.array_equal(one.bytes, other.bytes)
-    np.testing.assert_allclose(other.nats, one.nats, rtol=1e-6)
-    for figure, value in one.summary().items():
-        assert other.summary()[figure] == (value if value is None else pytest.approx(value, rel=1e-6))
+def check_equal(expected: Evaluation, actual: Evaluation) -> None:
+    assert np.array_equal(expected.tokens, actual.tokens) and np.array_equal(expected.bytes, actual.bytes)
+    np.testing.assert_allclose(actual.nats, expected.nats, rtol=1e-6)
+    for figure, value in expected.summary().items():
+        assert actual.summary()[figure] == (value if value is None else pytest.approx(value, rel=1e-6))
 
 
 # the figures of a summary
@@ -86,7 +86,7 @@ def check_equal(one: Evaluation, other: Evaluation) -> None:
 def simulated(documents=7, replicates=5, seed=0) -> Evaluation:
     draw = np.random.default_rng(seed)
     tokens = draw.integers(1, 50, documents).astype(float)
-    tokens[2] = 0  # a document that no window saw
+    tokens[2] = 0  # a document in no window
     nats = tokens * draw.gamma(4, 1, (replicates, documents))
     return Evaluation(nats, tokens, 3 * tokens)
 
@@ -97,7 +97,7 @@ def test_summary_against_brute_force():
     total = sum(evaluation.tokens)
     losses = [sum(evaluation.nats[r]) / total for r in range(replicates)]
     loss = sum(losses) / replicates
-    spread = sum((found - loss) ** 2 for found in losses) / (replicates - 1)
+    spread = sum((replicate_loss - loss) ** 2 for replicate_loss in losses) / (replicates - 1)
     seen = [d for d in range(documents) if evaluation.tokens[d]]
     squares = [(sum(evaluation.nats[:, d]) / replicates - loss * evaluation.tokens[d]) ** 2 for d in seen]
     assert evaluation.summary() == pytest.approx(
@@ -119,10 +119,10 @@ def test_a_figure_that_cannot_be_known_is_null():
 
 
 def check_coverage(standard_error) -> None:
-    """Check that loss +- 1.96 standard errors holds the population's loss in about 95% of simulated sets.
+    """Check that loss +- 1.96 standard errors contains the population's loss in about 95% of simulated sets.
 
-    Documents have a difficulty of their own, and long ones are easier, so the loss is no plain mean; every
-    replicate adds noise of its own to every document.
+    Documents differ in difficulty, and long ones are easier, so the loss is not a plain mean; every replicate adds
+    independent noise to every document.
     """
     draw, hits, sets, documents, replicates = np.random.default_rng(0), 0, 2000, 80, 4
 
@@ -145,7 +145,7 @@ def test_data_se_covers_the_population():
     check_coverage(lambda evaluation: evaluation.summary()["data_se"])
 
 
-def test_an_error_that_takes_tokens_for_independent_is_found():
+def test_an_error_that_treats_tokens_as_independent_is_found():
     with pytest.raises(AssertionError):
         check_coverage(lambda evaluation: 1 / np.sqrt(evaluation.tokens.sum()))
 
@@ -161,24 +161,24 @@ def plain_nll(tokens: np.ndarray, targets: np.ndarray, causal: bool) -> np.ndarr
 
 
 @pytest.mark.parametrize("alignment, last", [("common", SEQ_LENGTH - 1), ("published", SEQ_LENGTH)])
-def test_ar_is_the_cross_entropy_of_the_scored_tokens_by_document(processes, prefix, alignment, last):
+def test_ar_is_the_cross_entropy_of_the_scored_tokens_by_document(ranks, prefix, alignment, last):
     data = validation_set(prefix)
     nats, tokens, text = (np.zeros(data.documents) for _ in range(3))
     for window in range(len(data.windows)):
         ids, owners = data.windows[window]
         nll = plain_nll(ids[None, :-1], ids[None, 1:], causal=True)[0]
-        for place in range(1, last + 1):  # of the target in the window
-            nats[owners[place]] += nll[place - 1]
-            tokens[owners[place]] += 1
-            text[owners[place]] += ids[place] < 256
-    found = run(sharded_model(processes), "ar", data, alignment=alignment)
-    assert np.array_equal(found.tokens, tokens) and np.array_equal(found.bytes, text)
-    np.testing.assert_allclose(found.nats, nats[None], rtol=1e-5)
-    assert found.summary()["loss"] == pytest.approx(nats.sum() / tokens.sum(), rel=1e-6)
+        for position in range(1, last + 1):  # of the target in the window
+            nats[owners[position]] += nll[position - 1]
+            tokens[owners[position]] += 1
+            text[owners[position]] += ids[position] < 256
+    evaluation = run(sharded_model(ranks), "ar", data, alignment=alignment)
+    assert np.array_equal(evaluation.tokens, tokens) and np.array_equal(evaluation.bytes, text)
+    np.testing.assert_allclose(evaluation.nats, nats[None], rtol=1e-5)
+    assert evaluation.summary()["loss"] == pytest.approx(nats.sum() / tokens.sum(), rel=1e-6)
 
 
 @pytest.mark.parametrize("alignment, first", [("common", 1), ("published", 0)])
-def test_mdm_gives_each_document_its_own_hidden_tokens(processes, prefix, alignment, first):
+def test_mdm_attributes_masked_tokens_to_their_documents(ranks, prefix, alignment, first):
     data = validation_set(prefix)
     windows = np.arange(len(data.windows))
     ids, owners = (np.stack(part) for part in zip(*(data.windows[int(window)] for window in windows)))
@@ -187,19 +187,19 @@ def test_mdm_gives_each_document_its_own_hidden_tokens(processes, prefix, alignm
         batch = objective("mdm").evaluation(ids, EvaluationNoise(1, "text", replicate), windows, alignment)
         nll = plain_nll(batch.tokens.numpy(), ids[:, :-1], causal=False)
         for window in windows:
-            hidden = np.flatnonzero(batch.tokens[window] == VOCABULARY.mask_id)
-            assert hidden.min() >= first
-            for place in hidden:
-                nats[replicate, owners[window, place]] += nll[window, place] * (SEQ_LENGTH - first) / len(hidden)
-    found = run(sharded_model(processes), "mdm", data, replicates=2, alignment=alignment)
-    assert np.array_equal(found.tokens, np.bincount(owners[:, first:-1].ravel(), minlength=data.documents))
-    np.testing.assert_allclose(found.nats, nats, rtol=1e-5)
+            masked = np.flatnonzero(batch.tokens[window] == VOCABULARY.mask_id)
+            assert masked.min() >= first
+            for position in masked:
+                nats[replicate, owners[window, position]] += nll[window, position] * (SEQ_LENGTH - first) / len(masked)
+    evaluation = run(sharded_model(ranks), "mdm", data, replicates=2, alignment=alignment)
+    assert np.array_equal(evaluation.tokens, np.bincount(owners[:, first:-1].ravel(), minlength=data.documents))
+    np.testing.assert_allclose(evaluation.nats, nats, rtol=1e-5)
 
 
 @pytest.mark.parametrize("alignment", ALIGNMENTS)
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_a_uniform_model_scores_log_v(processes, prefix, name, alignment):
-    model = sharded_model(processes)
+def test_a_uniform_model_scores_log_v(ranks, prefix, name, alignment):
+    model = sharded_model(ranks)
     torch.nn.init.zeros_(model.models[0].lm_weight().to_local())
     summary = run(model, name, validation_set(prefix), alignment=alignment, batch_size=5).summary()
     assert summary["loss"] == pytest.approx(np.log(VOCABULARY.size), rel=1e-6)
@@ -210,8 +210,8 @@ def test_a_uniform_model_scores_log_v(processes, prefix, name, alignment):
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_batch_size_changes_nothing_and_repetition_less(processes, prefix, name):
-    data, model = validation_set(prefix), sharded_model(processes)
+def test_batch_size_changes_nothing_and_repetition_less(ranks, prefix, name):
+    data, model = validation_set(prefix), sharded_model(ranks)
     windows = len(data.windows)
     expected = run(model, name, data)
     again = run(model, name, data)
@@ -220,36 +220,36 @@ def test_batch_size_changes_nothing_and_repetition_less(processes, prefix, name)
         check_equal(expected, run(model, name, data, batch_size=batch_size))
 
 
-def evaluations(processes, prefix: str) -> dict[tuple, Evaluation]:
-    data, model = validation_set(prefix), sharded_model(processes)
+def evaluations(ranks, prefix: str) -> dict[tuple, Evaluation]:
+    data, model = validation_set(prefix), sharded_model(ranks)
     return {
         (name, alignment, batch_size): run(model, name, data, alignment=alignment, batch_size=batch_size)
         for name in OBJECTIVES
         for alignment in ALIGNMENTS
-        for batch_size in (3, 64)  # 64: all windows are the first process's, and the second one has padding only
+        for batch_size in (3, 64)  # 64: rank 0 gets all windows, and rank 1 only padding
     }
 
 
-def test_two_processes_score_as_one(processes, prefix):
-    expected = evaluations(processes, prefix)
-    for found in spawn(evaluations, 2, prefix):
+def test_two_processes_score_as_one(ranks, prefix):
+    expected = evaluations(ranks, prefix)
+    for evaluated in spawn(evaluations, 2, prefix):
         for key, evaluation in expected.items():
-            check_equal(evaluation, found[key])
+            check_equal(evaluation, evaluated[key])
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_evaluation_does_not_touch_training(processes, prefix, name):
+def test_evaluation_does_not_touch_training(ranks, prefix, name):
     data = validation_set(prefix)
 
     def losses(evaluated: bool) -> list[float]:
-        model = sharded_model(processes)
+        model = sharded_model(ranks)
         optimizer = build_optimizer(model, OptimizerConfig())
         samples = TrainSamples(IndexedDataset(prefix), SEQ_LENGTH, seed=1)
         noise = build_input_noise(ObjectiveConfig(), VOCABULARY, 1)
         feed = MicroBatches(samples, objective(name), noise, 1, 0, 20, 4, 4, 0, 1)
-        found = []
+        step_losses = []
         for step in range(feed.steps):
-            reseed(1, step, processes)
+            reseed(1, step, ranks)
             if evaluated:
                 before = torch.get_rng_state(), np.random.get_state()[1]
                 run(model, name, data)
@@ -258,8 +258,8 @@ def test_evaluation_does_not_touch_training(processes, prefix, name):
                 assert model.models[0].training
                 assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
             result = train_step(model, optimizer, feed[step], learning_rate=0.01, weight_decay=0.1, clip_grad=1.0)
-            found.append(float(result.loss))
-        return found
+            step_losses.append(float(result.loss))
+        return step_losses
 
     assert losses(evaluated=True) == losses(evaluated=False)
 
@@ -267,9 +267,9 @@ def test_evaluation_does_not_touch_training(processes, prefix, name):
 # the Monte-Carlo error
 
 
-def reseeded(processes, prefix: str, windows: int = 6) -> list[dict]:
+def reseeded(ranks, prefix: str, windows: int = 6) -> list[dict]:
     """Return the summaries of 200 evaluations of a few windows that differ in their seed."""
-    data, model = validation_set(prefix, windows), sharded_model(processes)
+    data, model = validation_set(prefix, windows), sharded_model(ranks)
     return [run(model, "mdm", data, seed=seed, batch_size=windows).summary() for seed in range(200)]
 
 
@@ -280,36 +280,36 @@ def check_mc_se(summaries: list[dict]) -> None:
 
 
 def mean_over_orders(prefix: str, windows: int, orders: int) -> tuple[float, float]:
-    """Return another estimate of the bound per token and its standard error: chain rules along random orders."""
+    """Return another estimate of the bound per token and its standard error, by the chain rule in random orders."""
     data, draw = validation_set(prefix, windows).windows, np.random.default_rng(0)
     totals = np.zeros((windows, orders))
     for window in range(windows):
         ids = data[window][0][:-1]
         for order in range(orders):
-            places = 1 + draw.permutation(SEQ_LENGTH - 1)  # token 0 is given
-            tokens = np.repeat(ids[None], len(places), axis=0)
-            for step in range(len(places)):
-                tokens[step, places[step:]] = VOCABULARY.mask_id
-            nll = plain_nll(tokens, np.repeat(ids[None], len(places), axis=0), causal=False)
-            totals[window, order] = nll[np.arange(len(places)), places].mean()
+            positions = 1 + draw.permutation(SEQ_LENGTH - 1)  # token 0 is not masked
+            tokens = np.repeat(ids[None], len(positions), axis=0)
+            for step in range(len(positions)):
+                tokens[step, positions[step:]] = VOCABULARY.mask_id
+            nll = plain_nll(tokens, np.repeat(ids[None], len(positions), axis=0), causal=False)
+            totals[window, order] = nll[np.arange(len(positions)), positions].mean()
     return totals.mean(), np.sqrt(totals.var(axis=1, ddof=1).mean() / totals.size)
 
 
-def test_mc_se_is_the_spread_of_reseeded_evaluations_around_the_bound(processes, prefix):
-    summaries = reseeded(processes, prefix)
+def test_mc_se_is_the_spread_of_reseeded_evaluations_around_the_bound(ranks, prefix):
+    summaries = reseeded(ranks, prefix)
     check_mc_se(summaries)
     losses = np.array([summary["loss"] for summary in summaries])
     bound, error = mean_over_orders(prefix, windows=6, orders=40)
     assert abs(losses.mean() - bound) < 4 * np.hypot(error, losses.std(ddof=1) / np.sqrt(len(losses)))
-    assert losses.std() < 0.1 * bound  # or the comparison would say little
+    assert losses.std() < 0.1 * bound  # otherwise the comparison would be weak
 
 
-def test_replicates_that_share_their_masks_are_found(processes, prefix, monkeypatch):
-    """Their spread knows nothing of the noise they have in common."""
+def test_replicates_that_share_their_masks_are_found(ranks, prefix, monkeypatch):
+    """Their spread does not include the noise that they share."""
 
     def keyed(seed, purpose, *key):
         return stream(seed, purpose, *(key[1:] if "mask" in purpose else key))  # the replicate is left out
 
     monkeypatch.setattr("megatron.objectives.masked_diffusion.stream", keyed)
     with pytest.raises(AssertionError):
-        check_mc_se(reseeded(processes, prefix, windows=2))
+        check_mc_se(reseeded(ranks, prefix, windows=2))
