@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Evaluate trained runs together: each alone, and the ensembles of the first 1, 2, ... of them.
+"""Evaluate ensembles of training runs: each run alone, and the first 1, 2, ... of them together.
 
     python tools/ensemble.py runs/seed_1 runs/seed_2 runs/seed_3
     python tools/ensemble.py runs/seed_* --checkpoint best --json runs/ensemble.json --plot runs/ensemble.png
@@ -10,10 +10,10 @@ autoregressive runs is exact. That of masked diffusion is an upper bound, as for
 is a denoiser, evaluated with the same masks for all members.
 
 Data, noise and alignment are those that the first run recorded, as with --skip-train; flags of data and validation
-behind the runs win over them: --num-mc, --eval-seed, --eval-samples, --eval-batch-size, --eval-alignment,
+after the runs override them: --num-mc, --eval-seed, --eval-samples, --eval-batch-size, --eval-alignment,
 --valid-data-path, --train-data-path, --tokenizer-model (see pretrain_gpt.py --help). Members share objective,
-tokenizer, alignment and validation text; sizes, budgets and regularisers may differ, and any layout may have trained
-them. All are in memory at once, shared by the processes of torchrun.
+tokenizer, alignment and validation text; sizes, budgets, regularisers and parallel layouts may differ. All members are
+in memory at once, sharded over the ranks of torchrun.
 """
 
 import argparse
@@ -25,13 +25,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from megatron.training.main import start
 
 # isort: split
-# libgomp has been told how to wait: before that nothing may load torch
+# OMP_WAIT_POLICY is set by the import above and must precede torch
 from megatron.evaluation.ensemble import evaluate_members, open_members, plot, settings, table
 from megatron.parallel.mesh import initialize_parallel
 from megatron.training.run_folder import write_json, writing
 
 
 def main() -> None:
+    """Run the command."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -40,13 +41,13 @@ def main() -> None:
         "--checkpoint",
         choices=("latest", "best"),
         default="latest",
-        help="which checkpoint of each run: the newest, or that of the lowest loss on its first set (default: latest)",
+        help="the newest checkpoint of each run, or that of the lowest loss on the first set (default: latest)",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures for a machine too")
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw loss against the number of members")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the record as JSON")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="plot loss against the number of members")
     options, flags = parser.parse_known_args()
 
-    def work(config, watch) -> None:
+    def work(config, detector) -> None:
         ranks = initialize_parallel(minutes=config.parallel.distributed_timeout_minutes)
         members = ranks.from_rank_0(lambda: open_members(options.runs, options.checkpoint, flags))
         ranks.from_rank_0(make_folders)
@@ -61,7 +62,7 @@ def main() -> None:
 
     def make_folders() -> None:
         for path in filter(None, (options.json, options.plot)):
-            with writing(path):  # before the work, not after it
+            with writing(path):  # fail before the evaluation, not after it
                 path.parent.mkdir(parents=True, exist_ok=True)
 
     start(lambda: settings(options.runs[0], flags), work)

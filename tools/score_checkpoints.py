@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
-"""Score every checkpoint of a run on downstream tasks, and draw scores against epochs.
+"""Score every checkpoint of a run on downstream tasks, and plot the scores against epochs.
 
     python tools/score_checkpoints.py runs/mdm --tasks hellaswag,piqa --limit 200 --output runs/mdm_scores
 
     torchrun --standalone --nproc-per-node 8 tools/score_checkpoints.py runs/mdm --tasks piqa --output runs/mdm_scores
 
-Writes DIR/scores.json and DIR/scores.png; a damaged checkpoint is named and left out. Answers are kept in DIR/answers_*
-as they come, so that the same command goes on where it was stopped. Training with --keep-every-epochs leaves more
-checkpoints than the newest two and the best. Settings of scoring are those of python -m megatron.evaluation.harness.
+Writes DIR/scores.json and DIR/scores.png; damaged checkpoints are logged and left out. Answers are written to
+DIR/answers_* as they are computed, so that the same command resumes where it was stopped. Training with
+--keep-every-epochs keeps more checkpoints than the newest two and the best. The settings of scoring are those of
+python -m megatron.evaluation.harness.
 """
 
 import argparse
@@ -19,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from megatron.training.main import start
 
 # isort: split
-# libgomp has been told how to wait: before that nothing may load torch
+# OMP_WAIT_POLICY is set by the import above and must precede torch
 from megatron.config.flags import DescribedFormatter, Parser, add_section, build
 from megatron.config.sections import Config
 from megatron.evaluation.lm_eval_errors import leave_without_lm_eval
@@ -35,34 +36,38 @@ except ImportError as missing:
 
 
 def main() -> None:
+    """Run the command."""
     parser = Parser(description=__doc__, formatter_class=DescribedFormatter, allow_abbrev=False)
     parser.add_argument("run", metavar="RUN", help="a folder that --save wrote")
     parser.add_argument("--tasks", required=True, metavar="NAME,NAME", help="tasks of lm-eval")
-    parser.add_argument("--include_path", metavar="DIR", help="folder of further tasks")
-    parser.add_argument("--limit", type=float, metavar="N", help="documents of each task, or their share")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="where scores.json and .png go")
+    parser.add_argument("--include_path", metavar="DIR", help="folder of additional tasks")
+    parser.add_argument("--limit", type=float, metavar="N", help="documents of each task, or a fraction of them")
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="DIR", help="folder of scores.json and scores.png"
+    )
     add_section(parser, Scoring, {})
     options = argparse.Namespace()
 
     def read() -> Config:
         vars(options).update(vars(parser.parse_known(sys.argv[1:])))
         options.scoring = build(Scoring, options)
-        with writing(options.output):  # before the work, not after it
+        with writing(options.output):  # fail before scoring, not after it
             options.output.mkdir(parents=True, exist_ok=True)
         return trained_config(options.run)
 
-    def work(config: Config, watch) -> None:
-        if watch:
+    def work(config: Config, detector) -> None:
+        if detector:
             initialize_parallel(minutes=config.parallel.distributed_timeout_minutes)
-        tasks, cache = options.tasks.split(","), options.output / "answers"
+        tasks = options.tasks.split(",")
+        cache = options.output / "answers"
         record = score_checkpoints(options.run, tasks, options.scoring, options.include_path, options.limit, cache)
         if not record["points"]:
-            return  # the first process has them
+            return  # rank 0 has them
         write_json(options.output / "scores.json", record)
         plot(record, options.output / "scores.png")
         for point in record["points"]:
-            best = [f"{task} {each[first_metric(each)]:.4f}" for task, each in point["results"].items()]
-            print(f"epoch {point['epoch']:.2f}  step {point['iteration']}  {'  '.join(best)}")
+            scores = [f"{task} {results[first_metric(results)]:.4f}" for task, results in point["results"].items()]
+            print(f"epoch {point['epoch']:.2f}  step {point['iteration']}  {'  '.join(scores)}")
 
     start(read, work)
 

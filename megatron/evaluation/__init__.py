@@ -1,0 +1,1 @@
+"""Scoring under lm-eval, text generation, and ensembles of training runs."""

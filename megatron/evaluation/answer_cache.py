@@ -1,55 +1,62 @@
-"""Answers that outlive the command that found them, for --use_cache.
+"""Scores and generated texts that outlive a command, for --use_cache.
 
-PATH_rankR.jsonl, one for each process, has a line for each document: the hash of all that decides its answers, and the
-answers. So those of another checkpoint, setting or text are never found, and any number of processes goes on from what
-others have kept. (lm-eval's own cache knows an answer by its text alone.)
+PATH_rankR.jsonl, one file per rank, has one line per document: a hash of everything that determines its answers, and
+the answers. Answers of another checkpoint, setting or text therefore never match, and a command resumes on any number
+of ranks from what others have written. (lm-eval's own cache is keyed by the text alone.)
 """
 
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 from megatron.training.run_folder import writing
 
 
-class Kept:
-    """What is kept under a path, or nothing without one; `settings` decide all answers of this model."""
+class AnswerCache:
+    """Answers under a path, or an empty cache that stores nothing where the path is None.
+
+    `settings` is everything that determines the answers of this model, apart from the request.
+    """
 
     def __init__(self, path: str | None, rank: int, settings: dict):
-        self._settings, self._answers, self._file = settings, {}, None
+        self._settings = settings
+        self._answers: dict[str, list] = {}
+        self._file = None
         if path is None:
             return
-        place = Path(path)
-        for file in place.parent.glob("*.jsonl"):
-            if file.name.startswith(f"{place.name}_rank"):
+        prefix = Path(path)
+        for file in prefix.parent.glob("*.jsonl"):
+            if file.name.startswith(f"{prefix.name}_rank"):
                 self._read(file)
-        file = place.with_name(f"{place.name}_rank{rank}.jsonl")
+        file = prefix.with_name(f"{prefix.name}_rank{rank}.jsonl")
         with writing(file):
-            place.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(file, "a", encoding="utf-8")
+            prefix.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(file, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the cache
 
     def _read(self, file: Path) -> None:
         for line in file.read_text(encoding="utf-8", errors="replace").split("\n"):
             try:
-                found = json.loads(line)
-                self._answers[found["key"]] = found["answers"]
+                entry = json.loads(line)
+                self._answers[entry["key"]] = entry["answers"]
             except (ValueError, KeyError, TypeError):
-                continue  # a kill has cut it short
+                continue  # truncated by a kill
 
-    def key(self, *asked) -> str:
-        """Return what the answers to `asked` are known by."""
-        content = json.dumps([self._settings, *asked], sort_keys=True, default=str)
-        return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
+    def key(self, *content: Any) -> str:
+        """Return the cache key of some content under this model and its settings."""
+        text = json.dumps([self._settings, *content], sort_keys=True, default=str)
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
     def get(self, key: str) -> list | None:
+        """Return the cached answers, or None."""
         return self._answers.get(key)
 
     def add(self, key: str, answers: list) -> None:
-        """Keep answers; they are on their way to the disk when this returns."""
+        """Store answers; they are flushed to the operating system when this returns."""
         if self._file is None or key in self._answers:
             return
         self._answers[key] = answers
         with writing(Path(self._file.name)):
-            # the line end comes first: what a kill left of a line must not swallow the next
+            # the newline comes first, so that a line truncated by a kill does not swallow the next one
             self._file.write("\n" + json.dumps({"key": key, "answers": answers}))
             self._file.flush()

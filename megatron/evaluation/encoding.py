@@ -1,10 +1,10 @@
-"""Token ids of requests: how a context and its continuation are encoded, and how often the usual way was left."""
+"""Token ids of contexts and continuations, and counts of those that were truncated or encoded alone."""
 
 from dataclasses import dataclass
 
 from megatron.data.tokenizer import NullTokenizer, Tokenizer
 
-MARK = "\u241f"  # a character that tokenizers merge with no other
+MARK = "\u241f"  # a character that tokenizers do not merge with others
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> Encode
     if not continuation:
         return EncodedPair(context_ids, ids)
     if (moved or not ids) and not tokenizer.encode(continuation):
-        return EncodedPair(context_ids, [])  # moved whitespace is no token of the continuation's own
+        return EncodedPair(context_ids, [])  # moved whitespace alone is not a continuation
     if ids and joined_ids[: len(context_ids)] == context_ids:
         return EncodedPair(context_ids, ids)
     return EncodedPair(context_ids, _encode_alone(tokenizer, context_ids, moved + continuation, joined_ids), True)
@@ -43,7 +43,7 @@ def _encode_alone(tokenizer: Tokenizer, context_ids: list[int], text: str, joine
     """Return the ids of a text alone, without the space that some tokenizers put before every text."""
     ids = tokenizer.encode(text)
     if isinstance(tokenizer, NullTokenizer):
-        return ids  # numbers: a mark is none
+        return ids  # encodes numbers only, and MARK is not a number
     joined_text = tokenizer.decode(joined_ids)
     if tokenizer.decode([*context_ids, *ids]) != joined_text:
         mark_ids, marked_ids = tokenizer.encode(MARK), tokenizer.encode(MARK + text)
@@ -55,7 +55,7 @@ def _encode_alone(tokenizer: Tokenizer, context_ids: list[int], text: str, joine
 
 @dataclass(frozen=True)
 class EncodingCounts:
-    """How many requests there were, and of how many the context was truncated or the continuation encoded alone."""
+    """Numbers of requests, of truncated contexts and their tokens, and of continuations that were encoded alone."""
 
     requests: int = 0
     truncated: int = 0
@@ -65,6 +65,7 @@ class EncodingCounts:
 
     @classmethod
     def of_request(cls, truncated_tokens: int, encoded_alone: bool = False) -> "EncodingCounts":
+        """Return the counts of one request."""
         return cls(1, int(truncated_tokens > 0), truncated_tokens, truncated_tokens, int(encoded_alone))
 
     def __add__(self, other: "EncodingCounts") -> "EncodingCounts":
@@ -77,17 +78,17 @@ class EncodingCounts:
         )
 
     def lines(self, seq_length: int) -> list[str]:
-        """Return a line for each count that is not 0."""
+        """Return a log line for truncated contexts and one for continuations encoded alone, where there are any."""
         lines = []
         if self.truncated:
             lines.append(
-                f"{self.truncated} of {self.requests} requests lose the beginning of their context, which does not fit "
-                f"into --seq-length {seq_length}: {self.truncated_tokens} tokens in total, at most "
+                f"{self.truncated} of {self.requests} requests have a context that is truncated on the left to fit "
+                f"--seq-length {seq_length}: {self.truncated_tokens} tokens in total, at most "
                 f"{self.max_truncated_tokens} in one request"
             )
         if self.encoded_alone:
             lines.append(
-                f"{self.encoded_alone} of {self.requests} requests have a token that spans context and answer: their "
-                "answers are encoded alone"
+                f"{self.encoded_alone} of {self.requests} requests have a token that spans context and continuation: "
+                "their continuations are encoded alone"
             )
         return lines

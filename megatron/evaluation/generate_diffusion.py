@@ -1,8 +1,8 @@
-"""Text from masked diffusion: places that hold [MASK] are filled in, some at each reading of the whole.
+"""Text by masked diffusion: [MASK] positions are filled over several steps, each a bidirectional forward pass.
 
-A reading gives, at every hidden place, the probabilities of its token given all that is visible. Some places are
-chosen, and a token is drawn for each of them. With one place a step, chosen at random, and temperature 1, texts come
-from the any-order model itself; more places a step are drawn as if they were independent of one another.
+A forward pass gives, at every masked position, the distribution of its token given all visible tokens. Some positions
+are selected, and a token is sampled for each of them. One position per step, in random order and at temperature 1,
+samples from the any-order model exactly; several positions per step are sampled as if they were independent.
 """
 
 from collections import defaultdict
@@ -17,9 +17,9 @@ from megatron.evaluation.sampling import Sampling, choose
 from megatron.model.transformer import Transformer
 from megatron.randomness import stream
 
-ROWS = 1024  # places whose logits exist at one time
+LOGITS_ROWS = 1024  # positions whose logits exist at one time
 
-# told after each step: its number from 1, the rows of the call that were read, and their tokens [R, T]
+# called after each step: its number from 1, the indices of the texts in this step, and their tokens [R, T]
 OnStep = Callable[[int, list[int], Tensor], None]
 
 
@@ -29,151 +29,167 @@ def fill(
     texts: list[list[int]],
     sampling: Sampling,
     batch_size: int,
-    keyed: list[tuple[int, int]],
+    keys: list[tuple[int, int]],
     eod: int,
     open_end: bool,
     advance: Callable[[int], None] = lambda tokens: None,
     on_step: OnStep | None = None,
 ) -> list[list[int]]:
-    """Return `texts` with every [MASK] replaced by a token of the tokenizer; what stands there already stays.
+    """Return `texts` with every [MASK] replaced by a token of the tokenizer; all other tokens stay.
 
-    `keyed` is what the draws of each text are keyed by, beside the seed. With an `open_end` what comes behind the first
-    `eod` that is filled in does not matter, and may be left as it is; else a text goes on behind its gaps, and no `eod`
-    is filled in. `advance` is told how many places are decided.
+    With the seed, `keys` are the keys of each text's draws. With an `open_end` tokens after the first new `eod` do not
+    matter and may stay [MASK]. Otherwise the text continues after its gaps, and `eod` is never filled in. `advance(n)`
+    is called after n positions are decided.
     """
     mask_id = model.vocabulary.mask_id
-    groups, filled = defaultdict(list), [list(text) for text in texts]
+    groups = defaultdict(list)
+    filled = [list(text) for text in texts]
     for index, text in enumerate(texts):
-        # texts of one shape are read together, so that no filler is ever seen
+        # texts of the same length and number of masked tokens share a batch, so nothing is padded
         groups[len(text), text.count(mask_id)].append(index)
-    for (_, gaps), members in sorted(groups.items(), reverse=True):
-        for start in range(0, len(members) if gaps else 0, batch_size):
-            rows = members[start : start + batch_size]
-            told = on_step and (lambda step, alive, tokens: on_step(step, [rows[row] for row in alive], tokens))
-            chosen = [texts[row] for row in rows], [keyed[row] for row in rows]
-            batch = _Filling(model, *chosen, sampling, eod, open_end)
-            for row, text in zip(rows, batch.run(advance, told), strict=True):
-                filled[row] = text
+    for (_, num_masked), members in sorted(groups.items(), reverse=True):
+        for start in range(0, len(members) if num_masked else 0, batch_size):
+            indices = members[start : start + batch_size]
+
+            def on_batch_step(step: int, active: list[int], tokens: Tensor, indices: list[int] = indices) -> None:
+                on_step(step, [indices[row] for row in active], tokens)
+
+            filling = _Filling(
+                model, [texts[index] for index in indices], [keys[index] for index in indices], sampling, eod, open_end
+            )
+            batch = filling.run(advance, on_batch_step if on_step else None)
+            for index, text in zip(indices, batch, strict=True):
+                filled[index] = text
     return filled
 
 
 class _Filling:
-    """The filling of B texts of T tokens, of which each hides L."""
+    """The state of B texts of T tokens, each with L masked positions."""
 
     def __init__(
-        self, model: Transformer, texts: list[list[int]], keyed: list, sampling: Sampling, eod: int, open_end: bool
+        self, model: Transformer, texts: list[list[int]], keys: list, sampling: Sampling, eod: int, open_end: bool
     ):
-        self.model, self.sampling, self.keyed, self.eod, self.open_end = model, sampling, keyed, eod, open_end
-        self.device, self.mask_id = model.embed_tokens.weight.device, model.vocabulary.mask_id
+        self.model = model
+        self.sampling = sampling
+        self.keys = keys
+        self.eod = eod
+        self.open_end = open_end
+        self.device = model.embed_tokens.weight.device
+        self.mask_id = model.vocabulary.mask_id
         self.tokens = torch.tensor(texts, device=self.device)  # [B, T]
-        gaps = self.tokens == self.mask_id
-        self.places = gaps.nonzero()[:, 1].view(len(texts), -1)  # [B, L], from left to right
-        self.length = self.places.shape[1]
+        masked = self.tokens == self.mask_id
+        self.positions = masked.nonzero()[:, 1].view(len(texts), -1)  # [B, L], from left to right
+        self.length = self.positions.shape[1]
         self.steps = sampling.steps or self.length
         size = sampling.block_length or self.length
         self.blocks = torch.arange(self.length, device=self.device) // size  # [L]
-        self.alive = torch.arange(len(texts), device=self.device)
+        self.active = torch.arange(len(texts), device=self.device)  # [R], texts that are not decided yet
 
     def run(self, advance: Callable[[int], None], on_step: OnStep | None) -> list[list[int]]:
         """Return the filled texts."""
         for step in range(self.steps):
-            before, after = (self.length * turn // self.steps for turn in (step, step + 1))
+            before, after = (self.length * count // self.steps for count in (step, step + 1))
             self._step(step, before, after)
-            alive = self.alive.tolist()
-            advance(len(alive) * (after - before))
+            active = self.active.tolist()
+            advance(len(active) * (after - before))
             if on_step:
-                on_step(step + 1, alive, self.tokens[self.alive])
-            self._leave(advance, after)
-            if not len(self.alive):
+                on_step(step + 1, active, self.tokens[self.active])
+            self._drop_decided(advance, after)
+            if not len(self.active):
                 break
         return self.tokens.tolist()
 
     def _step(self, step: int, before: int, after: int) -> None:
-        """Read the texts and fill as many of their places that `after` of L hold tokens, where `before` of L did."""
+        """Run one step, after which `after` of the L positions are filled; `before` of them were.
+
+        1. Select the filled positions that are masked again (--remask).
+        2. Select as many masked positions as are to be filled, by --order.
+        3. Sample a token for each of them.
+        """
         draws = self._draws(step)  # [3, R, L]
-        tokens, places = self.tokens[self.alive], self.places[self.alive]
-        answers = tokens.gather(1, places)  # [R, L]
-        hidden = answers == self.mask_id
-        again = self._hidden_again(~hidden, draws[2], before, after)
-        counts = after - before + again.sum(1)
+        tokens, positions = self.tokens[self.active], self.positions[self.active]
+        answers = tokens.gather(1, positions)  # [R, L]
+        masked = answers == self.mask_id
+        remasked = self._remasked(~masked, draws[2], before, after)
+        counts = after - before + remasked.sum(1)  # [R]
         if counts.any():
             states = self.model.hidden_states(Batch.unscored(tokens, causal=False))
-            states = states.gather(1, places[..., None].expand(-1, -1, states.shape[-1]))  # [R, L, H]
-            chosen = self._first(self._scores(states, hidden, counts, draws[1]), counts)
-            answers[chosen] = self._choose(states[chosen], draws[0][chosen])
-            answers[again] = self.mask_id
-            self.tokens[self.alive] = tokens.scatter(1, places, answers)
+            states = states.gather(1, positions[..., None].expand(-1, -1, states.shape[-1]))  # [R, L, H]
+            selected = self._highest(self._scores(states, masked, counts, draws[1]), counts)
+            answers[selected] = self._choose(states[selected], draws[0][selected])
+            answers[remasked] = self.mask_id
+            self.tokens[self.active] = tokens.scatter(1, positions, answers)
 
     def _draws(self, step: int) -> Tensor:
-        """Return a uniform number for the token, the turn and the hiding of each place, fp64 [3, R, L]."""
-        keyed = [self.keyed[row] for row in self.alive.tolist()]
-        if not self.sampling.draws:
-            return torch.zeros((3, len(keyed), self.length), dtype=torch.float64, device=self.device)
-        drawn = [stream(self.sampling.seed, "filling", *key, step).random((3, self.length)) for key in keyed]
-        return torch.from_numpy(np.stack(drawn, axis=1)).to(self.device)
+        """Return uniform numbers for the token, the order and the remasking of each position, fp64 [3, R, L]."""
+        keys = [self.keys[row] for row in self.active.tolist()]
+        if not self.sampling.is_random:
+            return torch.zeros((3, len(keys), self.length), dtype=torch.float64, device=self.device)
+        draws = [stream(self.sampling.seed, "filling", *key, step).random((3, self.length)) for key in keys]
+        return torch.from_numpy(np.stack(draws, axis=1)).to(self.device)
 
-    def _hidden_again(self, filled: Tensor, draws: Tensor, before: int, after: int) -> Tensor:
-        """Return which of the filled places [R, L] lose their token in this step, to be filled anew in a later one.
+    def _remasked(self, filled: Tensor, draws: Tensor, before: int, after: int) -> Tensor:
+        """Return which of the filled positions [R, L] are masked again in this step, to be filled in a later one.
 
-        Each does with the probability of --remask, lowered where more could be lost than may be hidden after the step
-        (ReMDM-cap, 2503.00307, with exact numbers of hidden places in place of their means).
+        Each is with the probability of --remask, or a lower one where the expected number would exceed the number of
+        masked positions after the step (ReMDM-cap, 2503.00307, with exact counts instead of expectations).
         """
         room = self.length - after
         if not self.sampling.remask or not before or not room:
             return torch.zeros_like(filled)
-        share = min(self.sampling.remask, room / before)
-        lost = filled & (draws < share)
-        return lost & self._first(torch.where(lost, -draws, float("-inf")), lost.sum(1).clamp(max=room))
+        probability = min(self.sampling.remask, room / before)
+        remasked = filled & (draws < probability)
+        return remasked & self._highest(torch.where(remasked, -draws, float("-inf")), remasked.sum(1).clamp(max=room))
 
-    def _scores(self, states: Tensor, hidden: Tensor, counts: Tensor, draws: Tensor) -> Tensor:
-        """Return how early each place [R, L] is to be filled: highest first, -inf where it is not."""
-        # the last block that the next places reach
-        ordinal = hidden.cumsum(1)
-        reached = torch.where(hidden & (ordinal <= counts[:, None]), self.blocks, -1).amax(1)
-        open_blocks = hidden & (self.blocks <= reached[:, None])
+    def _scores(self, states: Tensor, masked: Tensor, counts: Tensor, draws: Tensor) -> Tensor:
+        """Return the priority of each position [R, L]: the highest are filled first, -inf is not filled."""
+        ordinal = masked.cumsum(1)
+        # [R], the last block that the next `counts` positions reach
+        last_block = torch.where(masked & (ordinal <= counts[:, None]), self.blocks, -1).amax(1)
+        candidates = masked & (self.blocks <= last_block[:, None])
         scores = torch.full_like(draws, float("-inf"))
         if self.sampling.order == "random":
-            scores[open_blocks] = draws[open_blocks]
+            scores[candidates] = draws[candidates]
         else:
-            pieces = states[open_blocks].split(ROWS)
-            found = [certainty(self._logits(piece), self.sampling.order) for piece in pieces]
-            scores[open_blocks] = torch.cat(found).double()
-        # an earlier block goes before a later one, however certain
-        earlier = open_blocks & (self.blocks < reached[:, None])
+            chunks = states[candidates].split(LOGITS_ROWS)
+            certainties = [certainty(self._logits(chunk), self.sampling.order) for chunk in chunks]
+            scores[candidates] = torch.cat(certainties).double()
+        # earlier blocks have priority
+        earlier = candidates & (self.blocks < last_block[:, None])
         return scores.masked_fill(earlier, float("inf"))
 
     def _choose(self, states: Tensor, draws: Tensor) -> Tensor:
-        """Return the tokens [N] of what the head reads, [N, H]; `draws` [N] decide them."""
-        pieces = zip(states.split(ROWS), draws.split(ROWS), strict=True)
-        return torch.cat([choose(self._logits(piece), self.sampling, drawn) for piece, drawn in pieces])
+        """Return tokens [N] sampled from hidden states [N, H] with uniform `draws` [N]."""
+        chunks = zip(states.split(LOGITS_ROWS), draws.split(LOGITS_ROWS), strict=True)
+        return torch.cat([choose(self._logits(chunk), self.sampling, uniforms) for chunk, uniforms in chunks])
 
     def _logits(self, states: Tensor) -> Tensor:
-        """Return fp32 logits [N, V] of what the head reads, [N, H]."""
+        """Return fp32 logits [N, V] of hidden states [N, H]."""
         logits = self.model.head(states)
         if not self.open_end:
             logits[:, self.eod] = float("-inf")
         return logits
 
-    def _first(self, scores: Tensor, counts: Tensor) -> Tensor:
-        """Return where in each row of `scores` [R, L] its `counts` [R] highest are; of equals the leftmost."""
+    def _highest(self, scores: Tensor, counts: Tensor) -> Tensor:
+        """Return which elements of each row of `scores` [R, L] are its `counts` [R] highest; ties go to the left."""
         ranks = scores.argsort(dim=1, descending=True, stable=True).argsort(1)
         return ranks < counts[:, None]
 
-    def _leave(self, advance: Callable[[int], None], after: int) -> None:
-        """Read texts no more that are decided: nothing is hidden before their first `eod`."""
+    def _drop_decided(self, advance: Callable[[int], None], after: int) -> None:
+        """Remove texts that are decided from the batch: those with no masked token before their first `eod`."""
         if not self.open_end or self.sampling.remask:
             return
-        answers = self.tokens[self.alive].gather(1, self.places[self.alive])
-        open_before_end = ((answers == self.mask_id) & ((answers == self.eod).cumsum(1) == 0)).any(1)
-        advance(int((~open_before_end).sum()) * (self.length - after))
-        self.alive = self.alive[open_before_end]
+        answers = self.tokens[self.active].gather(1, self.positions[self.active])
+        undecided = ((answers == self.mask_id) & ((answers == self.eod).cumsum(1) == 0)).any(1)
+        advance(int((~undecided).sum()) * (self.length - after))
+        self.active = self.active[undecided]
 
 
 def certainty(logits: Tensor, order: str) -> Tensor:
-    """Return how sure the model is of each row of `logits` [N, V], [N]; higher is surer.
+    """Return the certainty of the model at each row of `logits` [N, V], [N]; higher is more certain.
 
-    confidence: the largest probability (LLaDA, 2502.09992); margin: how far it is above the second (2502.06768);
-    entropy: that of the distribution, negated. By the model's own distribution, at temperature 1.
+    confidence: the highest probability (LLaDA, 2502.09992); margin: the difference of the highest two (2502.06768);
+    entropy: the negative entropy. All are of the model's own distribution, at temperature 1.
     """
     if order == "entropy":
         return -torch.special.entr(logits.softmax(-1)).sum(-1)

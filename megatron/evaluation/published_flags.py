@@ -1,4 +1,4 @@
-"""Flags of the published scorers: what they are here, and those of the model and its training, which the run knows."""
+"""Flags of the published scorers: their translation, and flags of the model and its training, which a run records."""
 
 import argparse
 import difflib
@@ -41,19 +41,22 @@ PUBLISHED = one_table(
 
 
 def translate_published(arguments: list[str]) -> list[str]:
-    """Return a command line in which spellings of the published scorers are ours and lm-eval's.
+    """Return a command line with the published scorers' flags replaced by ours and lm-eval's.
 
-    What has no effect is logged and dropped. Raises ConfigurationError where a value is missing or is none of those.
+    No-op flags are logged and dropped.
+
+    Raises: ConfigurationError for missing and unknown values.
     """
-    words, rest = [], list(arguments)
-    while rest:
-        word = rest.pop(0)
+    words = []
+    remaining = list(arguments)
+    while remaining:
+        word = remaining.pop(0)
         if word == "--eval_method":
-            method = rest.pop(0) if rest and not rest[0].startswith("--") else None
+            method = remaining.pop(0) if remaining and not remaining[0].startswith("--") else None
             if method not in EVAL_METHODS:
                 problem = "is not followed by a value" if method is None else "is not one of ar, mc"
-                shown = word if method is None else f"{word} {method}"
-                raise ConfigurationError(f"{shown}: {problem}; give one, or --method chain or bound")
+                flag = word if method is None else f"{word} {method}"
+                raise ConfigurationError(f"{flag}: {problem}; give one, or --method chain or bound")
             words += ["--method", EVAL_METHODS[method]]
         else:
             words.append(word)
@@ -63,15 +66,14 @@ def translate_published(arguments: list[str]) -> list[str]:
 def split_training_flags(
     words: list[str], lm_eval_flags: set[str], scoring_flags: set[str]
 ) -> tuple[list[str], list[str]]:
-    """Return the words of a command line for lm-eval, and those of flags, with their values, that only training has.
+    """Return the words of a command line for lm-eval, and those of flags, with their values, of training alone.
 
-    Raises ConfigurationError for a flag that neither has; lm-eval understands the beginnings of its own.
+    Raises: ConfigurationError for unknown flags; prefixes of lm-eval's flags are valid.
     """
     training_flags = set(training_parser("ar")._option_string_actions) | set(TABLE)
-    training_flags -= {
-        spelling(name.removeprefix("--")) for name in lm_eval_flags
-    }  # --batch-size is meant as lm-eval's
-    lm_eval_words, training_words = [], []
+    training_flags -= {spelling(name.removeprefix("--")) for name in lm_eval_flags}  # --batch-size is lm-eval's
+    lm_eval_words = []
+    training_words = []
     target = lm_eval_words
     for word in words:
         if word in lm_eval_flags:
@@ -89,14 +91,14 @@ def split_training_flags(
 
 
 def check_training_flags(run: str, words: list[str]) -> None:
-    """Log that flags of a training run have no effect in scoring it.
+    """Log that training flags have no effect in scoring.
 
-    Raises ConfigurationError where they are wrong, or the run was trained with another model, sequence length or
+    Raises: ConfigurationError where their values are invalid, or the run has another model, sequence length or
     objective.
     """
     parser = training_parser("ar")
     for action in parser._actions:
-        action.default = argparse.SUPPRESS  # what was typed, and nothing else
+        action.default = argparse.SUPPRESS  # keep only flags on the command line
     flags = vars(parser.parse_known(translate(words, 1)))
     size = ladder_settings(flags["model_size"]) if "model_size" in flags else {}
     recorded = _recorded_values(trained_config(run))
@@ -113,7 +115,7 @@ def check_training_flags(run: str, words: list[str]) -> None:
 
 
 def _recorded_values(config: Config) -> dict:
-    """Return what a flag in scoring may not contradict, by field; what follows from others has its value."""
+    """Return the values that a flag must not contradict, by field, with derived values filled in."""
     model = config.model
     values = asdict(model) | {
         "kv_channels": model.head_size,

@@ -1,8 +1,9 @@
-"""Likelihoods of continuations behind contexts, by trained models: what every downstream task is made of.
+"""Log-likelihoods of continuations given contexts, by trained models: what every downstream task is made of.
 
-Next-token prediction gives them exactly. Masked diffusion gives a bound, the mean over all orders of the tokens, with
-its Monte-Carlo error, or the chain rule in one order. Text that is longer than the model has read in training is cut as
-lm-eval cuts it: contexts on the left, continuations into windows that see what fits of the text before them.
+Next-token prediction gives exact values. Masked diffusion gives an upper bound of the negative log-likelihood (the mean
+over all orders of the tokens) with its Monte-Carlo error, or the exact chain rule in one order. Sequences longer than
+the model was trained on are split as in lm-eval: contexts are truncated on the left, and long continuations are scored
+in rolling windows.
 """
 
 import logging
@@ -16,20 +17,18 @@ from megatron.config.sections import DataConfig
 from megatron.evaluation.batched_forward import Limits
 from megatron.evaluation.generate import CAUSAL, check_empty_prompt, check_objective
 from megatron.evaluation.requests import Request, Score, Scoring
-from megatron.evaluation.score_causal import Pair, score_causal
-from megatron.evaluation.score_masked import Answer, MaskedScorer, key_of
+from megatron.evaluation.score_causal import Finished, Pair, score_causal
+from megatron.evaluation.score_masked import MaskedScorer, PendingRequest, content_key
 from megatron.model.transformer import Transformer
 
 logger = logging.getLogger(__name__)
 
-QUESTIONS = 128  # of masked diffusion that are under way at one time
-
-Finished = Callable[[int, Score], None]
+PENDING_DOCUMENTS = 128  # documents that masked diffusion scores at one time
 
 
 @dataclass
 class Job:
-    """A distinct request: where it stands among all, the windows it is read in, and what is known of them."""
+    """A distinct request, the indices of all requests equal to it, its windows and their scores so far."""
 
     request: Request
     indices: list[int]
@@ -48,50 +47,55 @@ def score(
     data: DataConfig | None = None,
     finished: Finished = lambda index, score: None,
 ) -> list[Score]:
-    """Return the score of every request; `finished` is told of each by its index.
+    """Return the score of every request; `finished(index, score)` is called as soon as each is known.
 
-    Equal requests are scored once, and the likelihood of a whole text is that of a continuation of nothing. A model
-    that was trained to read causally and both ways (dual) is scored causally. Raises ConfigurationError for objectives
-    and settings that have no meaning here and, where `data` says that a run kept its documents apart, for an empty
-    context, behind which it has never read on.
+    Equal requests are scored once. The likelihood of a whole text is that of a continuation of the empty context. A
+    model that was trained both causally and bidirectionally (dual) is scored causally.
+
+    Raises: ConfigurationError for objectives that cannot be scored, settings without effect and, where `data` is the
+    configuration of a run that masked attention across documents or the first token after an end of document, for an
+    empty context.
     """
     check_objective(objective_name)
     scoring.check(objective_name)
     if data is not None and any(not request.context for request in requests):
         check_empty_prompt(data)
     causal = objective_name in CAUSAL
-    jobs = _jobs(requests, eod, seq_length if causal else seq_length - 1)  # a causal model reads all but the last
-    cut = sum(len(job.windows) > 1 for job in jobs)
-    if cut:
-        logger.info("%d of %d texts are longer than --seq-length %d: windows", cut, len(jobs), seq_length)
-    found: list[Score | None] = [None] * len(requests)
+    jobs = _jobs(
+        requests, eod, seq_length if causal else seq_length - 1
+    )  # the last token is no input of a causal model
+    split_jobs = sum(len(job.windows) > 1 for job in jobs)
+    if split_jobs:
+        logger.info("%d of %d texts are longer than --seq-length %d: windows", split_jobs, len(jobs), seq_length)
+    scores: list[Score | None] = [None] * len(requests)
 
-    def told(job: Job, one: Score) -> None:
-        job.scores.append(one)
+    def add_window(job: Job, window_score: Score) -> None:
+        job.scores.append(window_score)
         if len(job.scores) >= len(job.windows):
-            total = replace(together(job.scores), truncated_tokens=job.truncated_tokens)
+            total = replace(sum_windows(job.scores), truncated_tokens=job.truncated_tokens)
             for index in job.indices:
-                found[index] = total
-                finished(index, found[index])
+                scores[index] = total
+                finished(index, total)
 
     limits = Limits(scoring.batch_tokens, scoring.batch_rows)
     for job in jobs:
         if not job.windows:
-            told(job, Score(0.0, True))  # nothing is certain to follow
+            add_window(job, Score(0.0, True))  # an empty continuation has log-likelihood 0
     if causal:
         owners = [(job, pair) for job in jobs for pair in job.windows]
         pairs = [pair for _, pair in owners]
-        score_causal(model, pairs, limits, lambda index, one: told(owners[index][0], one))
+        score_causal(model, pairs, limits, lambda index, window_score: add_window(owners[index][0], window_score))
     else:
-        _score_masked(MaskedScorer(model, scoring, limits), jobs, told)
-    return found
+        _score_masked(MaskedScorer(model, scoring, limits), jobs, add_window)
+    return scores
 
 
 def _jobs(requests: Sequence[Request], eod: int, longest: int) -> list[Job]:
     jobs: dict[tuple, Job] = {}
     for index, request in enumerate(requests):
-        context, continuation = tuple(request.context) or (eod,), tuple(request.continuation)
-        content = (context, continuation, request.question)
+        context = tuple(request.context) or (eod,)
+        continuation = tuple(request.continuation)
+        content = (context, continuation, request.doc_key)
         if content not in jobs:
             pairs = list(windows(context, continuation, longest))
             jobs[content] = Job(request, [], pairs, truncated_tokens(context, continuation, longest))
@@ -100,25 +104,26 @@ def _jobs(requests: Sequence[Request], eod: int, longest: int) -> list[Job]:
 
 
 def windows(context: tuple[int, ...], continuation: tuple[int, ...], longest: int) -> Iterator[Pair]:
-    """Yield the pairs whose likelihoods add up to that of `continuation`, of at most `longest` + 1 tokens each.
+    """Yield pairs of at most `longest` + 1 tokens whose log-likelihoods sum to that of `continuation`.
 
-    Every token is said once. The first window says as many as it can behind what fits of the context, or behind its
-    last token where the continuation alone does not fit; of those that follow, the last sees all that fits before it.
+    Every token of the continuation is a target once. A continuation that fits keeps as much of the context as fits.
+    Otherwise the windows are lm-eval's rolling windows: the first has the last token of the context as its context, and
+    the last one has as many tokens before its targets as fit.
     """
     size = len(continuation)
     if 0 < size <= longest:
         yield Pair(context[-(longest + 1 - size) :], continuation)
         return
-    text, said = (*context[-1:], *continuation), 1
-    while said <= size:
-        end = min(said + longest, size + 1)
-        begin = end - longest - 1
-        yield Pair(text[begin:said], text[said:end])
-        said = end
+    tokens = (*context[-1:], *continuation)
+    start = 1  # of the next targets
+    while start <= size:
+        end = min(start + longest, size + 1)
+        yield Pair(tokens[end - longest - 1 : start], tokens[start:end])
+        start = end
 
 
 def truncated_tokens(context: Sequence[int], continuation: Sequence[int], longest: int) -> int:
-    """Return how many tokens at the beginning of the context no window has."""
+    """Return the number of tokens at the beginning of the context that are in no window."""
     size = len(continuation)
     if size == 0:
         return 0
@@ -126,55 +131,57 @@ def truncated_tokens(context: Sequence[int], continuation: Sequence[int], longes
     return max(0, len(context) - room)
 
 
-def together(scores: list[Score]) -> Score:
-    """Return the score of a continuation from those of its windows, whose errors are independent."""
-    greedy = [each.is_greedy for each in scores]
+def sum_windows(scores: list[Score]) -> Score:
+    """Return the score of a continuation from the scores of its windows, whose errors are independent."""
+    greedy = [score.is_greedy for score in scores]
     return Score(
-        sum(each.log_likelihood for each in scores),
+        sum(score.log_likelihood for score in scores),
         None if None in greedy else all(greedy),
-        math.hypot(*(each.standard_error for each in scores)),
-        sum(each.samples for each in scores),
-        sum(each.forward_tokens for each in scores),
-        any(each.upper_bound for each in scores),
+        math.hypot(*(score.standard_error for score in scores)),
+        sum(score.samples for score in scores),
+        sum(score.forward_tokens for score in scores),
+        any(score.upper_bound for score in scores),
     )
 
 
-def _score_masked(scorer: MaskedScorer, jobs: list[Job], told: Callable[[Job, Score], None]) -> None:
-    """Score question by question, those of about one length together."""
-    questions = []
-    for rivals in _rivals(jobs):
-        each = [(job, answer) for job in rivals for answer in _answers(job)]
-        questions += [each] if len(rivals) > 1 else [[one] for one in each]  # windows of one text are no rivals
-    questions.sort(key=lambda each: -max(len(answer.sequence) for _, answer in each))
-    for start in range(0, len(questions), QUESTIONS):
-        under_way = questions[start : start + QUESTIONS]
-        scorer.score([[answer for _, answer in question] for question in under_way])
-        for job, answer in (pair for question in under_way for pair in question):
-            told(job, scorer.result(answer))
+def _score_masked(scorer: MaskedScorer, jobs: list[Job], add_window: Callable[[Job, Score], None]) -> None:
+    """Score PENDING_DOCUMENTS documents at a time, those of similar length together."""
+    documents: list[list[tuple[Job, PendingRequest]]] = []
+    for choices in _choices(jobs):
+        pending = [(job, request) for job in choices for request in _pending_requests(job)]
+        documents += [pending] if len(choices) > 1 else [[item] for item in pending]  # windows of a text do not compete
+    documents.sort(key=lambda pending: -max(len(request.sequence) for _, request in pending))
+    for start in range(0, len(documents), PENDING_DOCUMENTS):
+        chunk = documents[start : start + PENDING_DOCUMENTS]
+        scorer.score([[request for _, request in pending] for pending in chunk])
+        for job, request in (item for pending in chunk for item in pending):
+            add_window(job, scorer.result(request))
 
 
-def _rivals(jobs: list[Job]) -> list[list[Job]]:
-    """Return the jobs by question; a job stands alone that has no question, or is not what its rivals are.
+def _choices(jobs: list[Job]) -> list[list[Job]]:
+    """Return the jobs grouped as choices of one document.
 
-    That is so where one is read in several windows, and where one has no context and others have: there the task
-    compares each answer with itself.
+    A job is alone where it has no document, and where the jobs of a document are not comparable: one has several
+    windows, or only some have a context (there the task compares each choice with itself without the context).
     """
-    groups: dict[str, list[Job]] = {}
+    documents: dict[str, list[Job]] = {}
     for number, job in enumerate(job for job in jobs if job.windows):
-        groups.setdefault(f"alone {number}" if job.request.question is None else job.request.question, []).append(job)
-    found = []
-    for rivals in groups.values():
-        alike = len({bool(job.request.context) for job in rivals}) == 1 and all(len(job.windows) == 1 for job in rivals)
-        found += [rivals] if alike else [[job] for job in rivals]
-    return found
+        doc_key = job.request.doc_key
+        documents.setdefault(f"alone {number}" if doc_key is None else doc_key, []).append(job)
+    groups = []
+    for choices in documents.values():
+        same_kind = len({bool(job.request.context) for job in choices}) == 1
+        comparable = same_kind and all(len(job.windows) == 1 for job in choices)
+        groups += [choices] if comparable else [[job] for job in choices]
+    return groups
 
 
-def _answers(job: Job) -> list[Answer]:
+def _pending_requests(job: Job) -> list[PendingRequest]:
     request = job.request
-    key = request.question or key_of([*request.context, -1, *request.continuation])
+    key = request.doc_key or content_key([*request.context, -1, *request.continuation])
     length = len(request.continuation) if request.length is None else request.length
     return [
-        Answer(
+        PendingRequest(
             np.array([*pair.context, *pair.continuation], np.int64),
             len(pair.context),
             f"{key}/{number}" if number else key,

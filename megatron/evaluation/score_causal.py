@@ -1,13 +1,14 @@
-"""Likelihoods of continuations under next-token prediction: a context is read once for all of its answers."""
+"""Log-likelihoods by next-token prediction, with a KV cache for contexts that several requests share."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from megatron.batch import Batch
-from megatron.evaluation.batched_forward import Limits, Prediction, answers, batches, fill_up, select, split
+from megatron.evaluation.batched_forward import Limits, Prediction, batches, pad, predict, select, split
 from megatron.evaluation.requests import Score
 from megatron.model.kv_cache import KVCache
 from megatron.model.transformer import Transformer
@@ -15,86 +16,111 @@ from megatron.model.transformer import Transformer
 
 @dataclass(frozen=True)
 class Pair:
-    """Token ids of a context, at least one, and of what follows it, at least one."""
+    """Token ids of a context and of its continuation, at least one token each."""
 
     context: tuple[int, ...]
     continuation: tuple[int, ...]
 
 
+Pairs = Sequence[Pair]
+Finished = Callable[[int, Score], None]
+
+
 @torch.no_grad()
-def score_causal(
-    model: Transformer, pairs: Sequence[Pair], limits: Limits, finished: Callable[[int, Score], None]
-) -> None:
-    """Tell `finished` the exact score of each pair, by its index; those of one context one after another."""
+def score_causal(model: Transformer, pairs: Pairs, limits: Limits, finished: Finished) -> None:
+    """Call `finished(index, score)` with the exact score of every pair.
+
+    Pairs with the same context are scored from one forward pass over the context.
+    """
     groups: dict[tuple, list[int]] = {}
     for index, pair in enumerate(pairs):
         groups.setdefault(pair.context, []).append(index)
-    alone = [indices[0] for indices in groups.values() if len(indices) == 1]
+    single = [indices[0] for indices in groups.values() if len(indices) == 1]
     shared = [indices for indices in groups.values() if len(indices) > 1]
-    _score_alone(model, pairs, alone, limits, finished)
+    _score_single(model, pairs, single, limits, finished)
     _score_shared(model, pairs, shared, limits, finished)
 
 
-def _score_alone(model, pairs, indices, limits, finished) -> None:
-    """Score answers that share their context with no other: one read each."""
-    texts = [(*pairs[index].context, *pairs[index].continuation[:-1]) for index in indices]
-    for chosen in batches([len(text) for text in texts], limits):
-        tokens = _tensor(model, fill_up([texts[row] for row in chosen]))
-        # what fills a row up stands behind all its tokens, which do not see it
+def _score_single(model: Transformer, pairs: Pairs, indices: list[int], limits: Limits, finished: Finished) -> None:
+    """Score the pairs at `indices`, whose contexts differ: one forward pass over context and continuation each."""
+    sequences = [(*pairs[index].context, *pairs[index].continuation[:-1]) for index in indices]
+    for rows in batches([len(sequence) for sequence in sequences], limits):
+        tokens = _tensor(model, pad([sequences[row] for row in rows]))
+        # padding comes after all tokens of a row, which do not attend to it
         hidden = model.hidden_states(Batch.unscored(tokens, causal=True))
-        asked = [pairs[indices[row]] for row in chosen]
-        places = [len(pair.context) - 1 + np.arange(len(pair.continuation)) for pair in asked]
-        for row, pair, said in zip(chosen, asked, _said(model, hidden, places, asked, slice(None)), strict=True):
-            finished(indices[row], _result(pair, [said], len(texts[row])))
+        batch_pairs = [pairs[indices[row]] for row in rows]
+        positions = [len(pair.context) - 1 + np.arange(len(pair.continuation)) for pair in batch_pairs]
+        predictions = _predictions(model, hidden, positions, batch_pairs, slice(None))
+        for row, pair, prediction in zip(rows, batch_pairs, predictions, strict=True):
+            finished(indices[row], _score(pair, [prediction], len(sequences[row])))
 
 
-def _score_shared(model, pairs, groups, limits, finished) -> None:
+def _score_shared(
+    model: Transformer, pairs: Pairs, groups: list[list[int]], limits: Limits, finished: Finished
+) -> None:
+    """Score groups of pairs that share a context, which is processed once per group.
+
+    1. The contexts of a batch go through the model and into a KV cache.
+    2. Their last hidden states predict the first token of every continuation.
+    3. The longer continuations go through the model with their context's part of the cache.
+    """
     contexts = [pairs[indices[0]].context for indices in groups]
-    for chosen in batches([len(context) for context in contexts], limits):
-        tokens = fill_up([contexts[row] for row in chosen])
-        lengths = np.array([len(contexts[row]) for row in chosen])
-        past = KVCache()
-        hidden = model.read(_tensor(model, tokens), past)
-        # what fills a row up was read behind all its tokens; what is read from here on must not see it
-        past.present = _tensor(model, np.arange(tokens.shape[1]) < lengths[:, None])
-        owners = [(row, index) for row, group in enumerate(chosen) for index in groups[group]]
-        asked = [pairs[index] for _, index in owners]
-        at_end = [lengths[row, None] - 1 for row, _ in owners]
-        firsts = _said(model, hidden[[row for row, _ in owners]], at_end, asked, slice(1))
-        later = _read_answers(model, past, tokens.shape[1], owners, pairs, limits)
-        for place, ((row, index), first) in enumerate(zip(owners, firsts, strict=True)):
-            said = [first, later[place]] if place in later else [first]
-            read = lengths[row] / len(groups[chosen[row]]) + len(pairs[index].continuation) - 1
-            finished(index, _result(pairs[index], said, round(read)))
+    for batch_groups in batches([len(context) for context in contexts], limits):
+        tokens = pad([contexts[group] for group in batch_groups])  # [B, T]
+        lengths = np.array([len(contexts[group]) for group in batch_groups])
+        cache = KVCache()
+        hidden = model.read(_tensor(model, tokens), cache)
+        # the padding is in the cache: mask it for all later tokens
+        cache.present = _tensor(model, np.arange(tokens.shape[1]) < lengths[:, None])
+        owners = [(row, index) for row, group in enumerate(batch_groups) for index in groups[group]]
+        rows = [row for row, _ in owners]
+        batch_pairs = [pairs[index] for _, index in owners]
+        last_positions = [lengths[row, None] - 1 for row in rows]
+        firsts = _predictions(model, hidden[rows], last_positions, batch_pairs, slice(1))
+        later = _predict_later_tokens(model, cache, tokens.shape[1], owners, pairs, limits)
+        for number, ((row, index), first) in enumerate(zip(owners, firsts, strict=True)):
+            predictions = [first, later[number]] if number in later else [first]
+            forward_tokens = lengths[row] / len(groups[batch_groups[row]]) + len(pairs[index].continuation) - 1
+            finished(index, _score(pairs[index], predictions, round(forward_tokens)))
 
 
-def _read_answers(model, past, width, owners, pairs, limits) -> dict[int, Prediction]:
-    """Return what is said of all but the first tokens of the longer answers, by their place in `owners`."""
-    found, long = {}, [place for place, (_, index) in enumerate(owners) if len(pairs[index].continuation) > 1]
-    texts = [pairs[owners[place][1]].continuation[:-1] for place in long]
-    for chosen in batches([width + len(text) for text in texts], limits):
-        tokens = fill_up([texts[row] for row in chosen])
-        present = np.arange(tokens.shape[1]) < np.array([[len(texts[row])] for row in chosen])
-        own = past.select(_tensor(model, np.array([owners[long[row]][0] for row in chosen])))
-        hidden = model.read(_tensor(model, tokens), own, _tensor(model, present))
-        asked = [pairs[owners[long[row]][1]] for row in chosen]
-        places = [np.arange(len(texts[row])) for row in chosen]
-        for row, said in zip(chosen, _said(model, hidden, places, asked, slice(1, None)), strict=True):
-            found[long[row]] = said
-    return found
+def _predict_later_tokens(
+    model: Transformer, cache: KVCache, width: int, owners: list[tuple[int, int]], pairs: Pairs, limits: Limits
+) -> dict[int, Prediction]:
+    """Return the predictions of all but the first token of the longer continuations, by index into `owners`.
+
+    `owners` are (row of the cache, index of the pair); `width` is the length of the cache.
+    """
+    predictions = {}
+    longer = [number for number, (_, index) in enumerate(owners) if len(pairs[index].continuation) > 1]
+    inputs = [pairs[owners[number][1]].continuation[:-1] for number in longer]
+    for rows in batches([width + len(tokens) for tokens in inputs], limits):
+        tokens = pad([inputs[row] for row in rows])
+        present = np.arange(tokens.shape[1]) < np.array([[len(inputs[row])] for row in rows])
+        row_cache = cache.select(_tensor(model, np.array([owners[longer[row]][0] for row in rows])))
+        hidden = model.read(_tensor(model, tokens), row_cache, _tensor(model, present))
+        batch_pairs = [pairs[owners[longer[row]][1]] for row in rows]
+        positions = [np.arange(len(inputs[row])) for row in rows]
+        later = _predictions(model, hidden, positions, batch_pairs, slice(1, None))
+        predictions |= {longer[row]: prediction for row, prediction in zip(rows, later, strict=True)}
+    return predictions
 
 
-def _said(model, hidden, places, asked: list[Pair], part: slice) -> list[Prediction]:
-    """Return what is said of a part of each continuation, at the `places` of its row of `hidden`."""
-    targets = np.array([token for pair in asked for token in pair.continuation[part]], np.int64)
-    return split(answers(model, select(hidden, places), targets), [len(each) for each in places])
+def _predictions(
+    model: Transformer, hidden: Tensor, positions: list[np.ndarray], pairs: list[Pair], tokens: slice
+) -> list[Prediction]:
+    """Return the predictions of some `tokens` of each continuation, at `positions` of its row of `hidden` [B, T, H]."""
+    targets = np.array([token for pair in pairs for token in pair.continuation[tokens]], np.int64)
+    prediction = predict(model, select(hidden, positions), targets)
+    return split(prediction, [len(row_positions) for row_positions in positions])
 
 
-def _result(pair: Pair, said: list[Prediction], tokens: int) -> Score:
-    nats = sum(float(each.nll.sum()) for each in said)
-    best = np.concatenate([each.best for each in said])
-    return Score(-nats, bool((best == np.array(pair.continuation)).all()), samples=1, forward_tokens=tokens)
+def _score(pair: Pair, predictions: list[Prediction], forward_tokens: int) -> Score:
+    nats = sum(float(prediction.nll.sum()) for prediction in predictions)
+    best = np.concatenate([prediction.best for prediction in predictions])
+    is_greedy = bool((best == np.array(pair.continuation)).all())
+    return Score(-nats, is_greedy, samples=1, forward_tokens=forward_tokens)
 
 
-def _tensor(model: Transformer, array: np.ndarray) -> torch.Tensor:
+def _tensor(model: Transformer, array: np.ndarray) -> Tensor:
     return torch.from_numpy(array).to(model.embed_tokens.weight.device)

@@ -1,6 +1,6 @@
-"""Likelihoods of continuations under masked diffusion: the bound over all orders, the chain rule in one, and greedy.
+"""Log-likelihoods of continuations under masked diffusion: the bound over all orders, the chain rule in one, greedy.
 
-Of a sequence, context and continuation, only tokens of the continuation are hidden, and nothing stands behind it.
+Only tokens of the continuation are masked. The sequence ends with the continuation; nothing is appended.
 """
 
 import hashlib
@@ -10,276 +10,327 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from megatron.evaluation.batched_forward import Limits, Prediction, Row, ask
-from megatron.evaluation.mask_designs import Design, all_sets, balanced, everything
+from megatron.evaluation.mask_designs import Design, balanced_design, exhaustive_design, full_mask
 from megatron.evaluation.requests import REPLICATES, Score, Scoring
 from megatron.model.transformer import Transformer
 from megatron.randomness import stream
 
-ROWS = 4096  # of the chain rule that are made at one time
+CHAIN_ROWS = 4096  # sequences of the chain rule that exist at one time
+
+Choices = Sequence["PendingRequest"]  # of one document
 
 
 @dataclass(eq=False)
-class Answer:
-    """A continuation under way: what is known of its likelihood so far."""
+class PendingRequest:
+    """A request that is being scored: its sequence, and what is known of its likelihood so far.
+
+    A sampling round has REPLICATES independent replicates, and each estimates the bound of the whole continuation.
+    """
 
     sequence: np.ndarray  # [T] ids of context and continuation
-    start: int  # where the continuation begins
-    key: str  # what its noise is keyed by; rivals have the same
-    length: float
-    first: Prediction | None = None  # when all of it is hidden
-    exact: float | None = None  # nats
-    rounds: list[np.ndarray] = field(default_factory=list)  # [replicates] nats each
-    sizes: list[int] = field(default_factory=list)  # rows of each round
-    known: dict[bytes, float] = field(default_factory=dict)  # mean nll of hidden sets, where all may be listed
+    start: int  # index of the first token of the continuation
+    key: str  # key of its Monte-Carlo noise, the same for all choices of a document
+    length: float  # divisor of the length-normalised score
+    full_mask: Prediction | None = None  # predictions where the whole continuation is masked
+    exact: float | None = None  # nats, where no sampling is needed
+    rounds: list[np.ndarray] = field(default_factory=list)  # [REPLICATES] nats each
+    round_sizes: list[int] = field(default_factory=list)  # samples of each round
+    mean_nll: dict[bytes, float] = field(default_factory=dict)  # by mask, where the continuation is short
     greedy: bool | None = None
     samples: int = 0
-    tokens: int = 0
+    forward_tokens: int = 0
 
     @property
     def size(self) -> int:
         """The number of tokens of the continuation."""
         return len(self.sequence) - self.start
 
-    def nats(self, rounds: int) -> np.ndarray:
-        """Return its replicates of every round, [rounds, replicates]; all the same where it is known exactly."""
+    def replicates(self, rounds: int) -> np.ndarray:
+        """Return the nats of the first rounds, [rounds, REPLICATES]; constant where the value is exact."""
         if self.exact is not None:
             return np.full((rounds, REPLICATES), self.exact)
         return np.array(self.rounds[:rounds])
 
 
-def combined(replicates: np.ndarray, sizes: Sequence[int]) -> tuple[float, float]:
-    """Return the mean of `replicates` [rounds, R] and its standard error; a round counts as its rows do."""
+def combine_rounds(replicates: np.ndarray, sizes: Sequence[int]) -> tuple[float, float]:
+    """Return the mean of `replicates` [rounds, R], weighted by the sizes of the rounds, and its standard error."""
     share = np.array(sizes) / np.sum(sizes)
     variances = replicates.var(axis=1, ddof=1) / replicates.shape[1]
     return float(share @ replicates.mean(axis=1)), float(np.sqrt(share**2 @ variances))
 
 
 class MaskedScorer:
-    """Scores continuations with a masked-diffusion model."""
+    """Scores continuations with a masked-diffusion model.
+
+    The bound of a document's choices:
+
+    1. One sequence per choice with the whole continuation masked. It is exact for one token, and it is the control
+       variate of all later samples.
+    2. Sampling rounds with balanced mask designs; all choices of a document share the noise. A continuation with fewer
+       masks than samples is evaluated at every mask instead, which is exact.
+    3. After each round, choices that are clearly worse stop sampling (successive elimination), see `undecided`.
+    """
 
     def __init__(self, model: Transformer, scoring: Scoring, limits: Limits):
-        self.model, self.scoring, self.limits = model, scoring, limits
+        self.model = model
+        self.scoring = scoring
+        self.limits = limits
 
-    def score(self, questions: Sequence[Sequence[Answer]]) -> None:
-        """Find out of every answer what the settings ask for."""
-        answers = [answer for question in questions for answer in question]
+    def score(self, documents: Sequence[Choices]) -> None:
+        """Evaluate what the settings ask for, for all choices of all documents; `result` returns it."""
+        requests = [request for choices in documents for request in choices]
         scoring = self.scoring
         if not scoring.only_generate:
             if scoring.method == "chain":
-                for answer in answers:
-                    self._chain(answer)
+                for request in requests:
+                    self._chain(request)
             else:
-                self._bounds(questions)
+                self._bounds(documents)
         if not scoring.only_mc_nll and (scoring.only_generate or scoring.method == "bound"):
-            self._greedy(answers)
+            self._greedy(requests)
 
-    def result(self, answer: Answer) -> Score:
-        """Return what was found."""
-        scoring, nats, error = self.scoring, answer.exact, 0.0
-        if scoring.only_generate:
-            return Score(float("nan"), answer.greedy, 0.0, 0, answer.tokens)
+    def result(self, request: PendingRequest) -> Score:
+        """Return the score of a request after `score`."""
+        if self.scoring.only_generate:
+            return Score(float("nan"), request.greedy, 0.0, 0, request.forward_tokens)
+        nats = request.exact
+        error = 0.0
         if nats is None:
-            nats, error = combined(np.array(answer.rounds), answer.sizes)
-        bound = scoring.method == "bound" and answer.size > 1
-        return Score(-nats, answer.greedy, error, answer.samples, answer.tokens, bound)
+            nats, error = combine_rounds(np.array(request.rounds), request.round_sizes)
+        bound = self.scoring.method == "bound" and request.size > 1
+        return Score(-nats, request.greedy, error, request.samples, request.forward_tokens, bound)
 
     # ------------------------------------------------------------------------------------ the bound
 
-    def _bounds(self, questions: Sequence[Sequence[Answer]]) -> None:
-        """Estimate the bounds: those of rivals in rounds, until it is known which is the best."""
-        answers = [answer for question in questions for answer in question]
-        self._hide_all(answers)
-        most, decide_at = self.scoring.num_mc, self.scoring.decide_at
-        contests = [question for question in questions if len(question) > 1 and decide_at]
-        contested = {id(answer) for question in contests for answer in question}
-        self._sample([answer for answer in answers if id(answer) not in contested], 0, most)
-        for turn, total in enumerate(self._totals()):
-            waiting = [each for question in contests for each in (undecided(question, decide_at) if turn else question)]
-            self._sample(waiting, turn, total)
+    def _bounds(self, documents: Sequence[Choices]) -> None:
+        """Estimate the bounds; choices of one document are sampled in rounds, until the best one is known."""
+        requests = [request for choices in documents for request in choices]
+        self._evaluate_full_masks(requests)
+        decide_at = self.scoring.decide_at
+        contested_documents = [choices for choices in documents if len(choices) > 1 and decide_at]
+        contested = {id(request) for choices in contested_documents for request in choices}
+        self._sample([request for request in requests if id(request) not in contested], 0, self.scoring.num_mc)
+        for round_index, total in enumerate(self._round_totals()):
+            open_requests = [
+                request
+                for choices in contested_documents
+                for request in (undecided(choices, decide_at) if round_index else choices)
+            ]
+            self._sample(open_requests, round_index, total)
 
-    def _totals(self) -> list[int]:
-        """Return how many samples an undecided answer has had after each round: twice as many as before."""
+    def _round_totals(self) -> list[int]:
+        """Return the total samples of an undecided request after each round: twice those of the round before."""
         totals = [1 + 2 * REPLICATES]
         while 2 * totals[-1] < self.scoring.num_mc:
             totals.append(2 * totals[-1])
-        # a round has a row for each replicate
+        # the last round has at least one sample per replicate
         return [total for total in totals if total + REPLICATES <= self.scoring.num_mc] + [self.scoring.num_mc]
 
-    def _hide_all(self, answers: list[Answer]) -> None:
-        for answer, said in zip(answers, self._read(answers, [everything(each.size) for each in answers]), strict=True):
-            answer.first = said[0]
-            answer.known[everything(answer.size).hidden[0].tobytes()] = float(said[0].nll.mean())
-            if answer.size == 1:
-                answer.exact = float(said[0].nll.sum())
+    def _evaluate_full_masks(self, requests: list[PendingRequest]) -> None:
+        designs = [full_mask(request.size) for request in requests]
+        for request, design, (prediction,) in zip(requests, designs, self._evaluate(requests, designs), strict=True):
+            request.full_mask = prediction
+            request.mean_nll[design.masked[0].tobytes()] = float(prediction.nll.mean())
+            if request.size == 1:
+                request.exact = float(prediction.nll.sum())
 
-    def _sample(self, answers: list[Answer], turn: int, total: int) -> None:
-        """Bring every answer to `total` samples: all hidden sets of a short one, else a round of replicates."""
-        answers = [answer for answer in answers if answer.exact is None]
-        short = [answer for answer in answers if 2**answer.size - 1 <= total]
-        designs = [all_sets(answer.size) for answer in short]
-        for answer, means, design in zip(short, self._means(short, designs), designs, strict=True):
-            answer.exact = float(design.weights @ means)
-        long = [answer for answer in answers if answer.exact is None]
-        plans = []
-        for answer in long:
-            rows = (total - sum(answer.sizes) - (turn == 0)) // REPLICATES
-            plans.append([self._design(answer, turn, replicate, rows) for replicate in range(REPLICATES)])
-        joined = [
-            Design(*(np.concatenate([getattr(one, part) for one in plan]) for part in ("hidden", "weights")))
-            for plan in plans
-        ]
-        for answer, design, means in zip(long, joined, self._means(long, joined), strict=True):
-            # how hard the tokens are when all are hidden is known: what that explains is no noise
-            hardness = design.hidden @ answer.first.nll / design.hidden.sum(1) - answer.first.nll.mean()
-            counted = (design.weights * (means - hardness)).reshape(REPLICATES, -1)
-            answer.rounds.append(answer.first.nll.mean() + counted.sum(1))
-            answer.sizes.append(len(design.weights) + (turn == 0))
+    def _sample(self, requests: list[PendingRequest], round_index: int, total: int) -> None:
+        """Bring every request to `total` samples: every mask of a short continuation, else a round of replicates."""
+        requests = [request for request in requests if request.exact is None]
+        short = [request for request in requests if 2**request.size - 1 <= total]
+        designs = [exhaustive_design(request.size) for request in short]
+        for request, means, design in zip(short, self._mean_nlls(short, designs), designs, strict=True):
+            request.exact = float(design.weights @ means)
+        long = [request for request in requests if request.exact is None]
+        first_round = 1 if round_index == 0 else 0  # which includes the fully masked sequence
+        round_designs = []
+        for request in long:
+            samples = (total - sum(request.round_sizes) - first_round) // REPLICATES
+            replicates = [self._design(request, round_index, index, samples) for index in range(REPLICATES)]
+            masked = np.concatenate([design.masked for design in replicates])
+            round_designs.append(Design(masked, np.concatenate([design.weights for design in replicates])))
+        for request, design, means in zip(long, round_designs, self._mean_nlls(long, round_designs), strict=True):
+            # control variate: the fully masked pass tells how difficult the tokens of a mask are; its mean is known
+            full_nll = request.full_mask.nll
+            difficulty = design.masked @ full_nll / design.masked.sum(1) - full_nll.mean()
+            weighted = (design.weights * (means - difficulty)).reshape(REPLICATES, -1)
+            request.rounds.append(full_nll.mean() + weighted.sum(1))
+            request.round_sizes.append(len(design.weights) + first_round)
 
-    def _design(self, answer: Answer, turn: int, replicate: int, rows: int) -> Design:
-        """Return the hidden sets of one replicate: the same for rivals of one length, and alike for others."""
-        draw = stream(self.scoring.eval_seed, f"score {answer.key}", turn, replicate)
+    def _design(self, request: PendingRequest, round_index: int, replicate: int, samples: int) -> Design:
+        """Return the design of one replicate: equal for choices of one length, and similar for the others."""
+        draw = stream(self.scoring.eval_seed, f"score {request.key}", round_index, replicate)
         shift = draw.random()
-        return balanced(answer.size, rows, shift, np.argsort(np.argsort(draw.random(answer.size))))
+        return balanced_design(request.size, samples, shift, np.argsort(np.argsort(draw.random(request.size))))
 
-    def _means(self, answers: list[Answer], designs: list[Design]) -> list[np.ndarray]:
-        """Return the mean nll of the hidden sets of each design, [R]; no set of a short answer is read twice."""
-        asked = []
-        for answer, design in zip(answers, designs, strict=True):
-            if 2**answer.size - 1 <= self.scoring.num_mc:
-                fresh = [row for row in np.unique(design.hidden, axis=0) if row.tobytes() not in answer.known]
-                asked.append(Design(np.array(fresh, bool).reshape(-1, answer.size), np.ones(len(fresh))))
+    def _mean_nlls(self, requests: list[PendingRequest], designs: list[Design]) -> list[np.ndarray]:
+        """Return the mean NLL of each mask of each design, [R]; no mask of a short continuation is evaluated twice."""
+        new_designs = []
+        for request, design in zip(requests, designs, strict=True):
+            if 2**request.size - 1 <= self.scoring.num_mc:
+                masks = [mask for mask in np.unique(design.masked, axis=0) if mask.tobytes() not in request.mean_nll]
+                new_designs.append(Design(np.array(masks, bool).reshape(-1, request.size), np.ones(len(masks))))
             else:
-                asked.append(design)
-        found = []
-        for answer, design, new, said in zip(answers, designs, asked, self._read(answers, asked), strict=True):
-            means = [float(each.nll.mean()) for each in said]
+                new_designs.append(design)
+        results = []
+        evaluations = self._evaluate(requests, new_designs)
+        for request, design, new, predictions in zip(requests, designs, new_designs, evaluations, strict=True):
+            means = [float(prediction.nll.mean()) for prediction in predictions]
             if new is not design:
-                answer.known |= {row.tobytes(): mean for row, mean in zip(new.hidden, means, strict=True)}
-                means = [answer.known[row.tobytes()] for row in design.hidden]
-            found.append(np.array(means))
-        return found
+                request.mean_nll |= {mask.tobytes(): mean for mask, mean in zip(new.masked, means, strict=True)}
+                means = [request.mean_nll[mask.tobytes()] for mask in design.masked]
+            results.append(np.array(means))
+        return results
 
     # ------------------------------------------------------------------------------------ one order, and greedy
 
-    def _chain(self, answer: Answer) -> None:
-        """Score an answer exactly in one order: a row a token, which sees the context and what came before it."""
-        size, nats, greedy = answer.size, 0.0, True
-        order = self._order(answer)
-        turns = np.argsort(order)  # when each token comes
-        for begin in range(0, size, ROWS):
-            block = order[begin : begin + ROWS]
-            hidden = turns >= np.arange(begin, begin + len(block))[:, None]
-            rows = [self._row(answer, mask, place) for mask, place in zip(hidden, block[:, None], strict=True)]
-            for token, said in zip(block, self._ask(rows), strict=True):
-                nats += float(said.nll[0])
-                greedy &= bool(said.best[0] == answer.sequence[answer.start + token])
-            self._count(answer, len(rows), samples=True)
-        answer.exact = nats
-        answer.greedy = None if self.scoring.only_mc_nll else greedy
+    def _chain(self, request: PendingRequest) -> None:
+        """Score a request exactly in one order: a sequence per token, with the context and earlier tokens visible."""
+        size = request.size
+        order = self._chain_order(request)
+        turns = np.argsort(order)  # [n], when each token is predicted
+        nats = 0.0
+        greedy = True
+        for start in range(0, size, CHAIN_ROWS):
+            tokens = order[start : start + CHAIN_ROWS]
+            masks = turns >= np.arange(start, start + len(tokens))[:, None]  # [R, n]
+            rows = [self._row(request, mask, index) for mask, index in zip(masks, tokens[:, None], strict=True)]
+            for token, prediction in zip(tokens, self._predict(rows), strict=True):
+                nats += float(prediction.nll[0])
+                greedy &= bool(prediction.best[0] == request.sequence[request.start + token])
+            self._count(request, len(rows), samples=True)
+        request.exact = nats
+        request.greedy = None if self.scoring.only_mc_nll else greedy
 
-    def _order(self, answer: Answer) -> np.ndarray:
-        size = answer.size
+    def _chain_order(self, request: PendingRequest) -> np.ndarray:
         if self.scoring.chain_order == "random":
-            return np.argsort(stream(self.scoring.eval_seed, f"order {answer.key}").random(size))
-        return np.arange(size)[:: 1 if self.scoring.chain_order == "left-to-right" else -1]
+            return np.argsort(stream(self.scoring.eval_seed, f"order {request.key}").random(request.size))
+        return np.arange(request.size)[:: 1 if self.scoring.chain_order == "left-to-right" else -1]
 
-    def _greedy(self, answers: list[Answer]) -> None:
-        """Find out which answers the model gives itself, if it says the token that it is surest of, one at a time.
+    def _greedy(self, requests: list[PendingRequest]) -> None:
+        """Determine which continuations are greedy: the model unmasks its most confident token, one at a time.
 
-        As long as what it says is the answer, what is seen is the answer's; the first other token ends it.
+        As long as the unmasked tokens equal those of the continuation, the next input is a mask of the continuation
+        itself; the first other token ends it.
         """
-        hidden = [np.ones(answer.size, bool) for answer in answers]
-        going = list(range(len(answers)))
-        fresh = [index for index in going if answers[index].first is None]
-        for index, said in zip(fresh, self._read_rows(answers, hidden, fresh), strict=True):
-            answers[index].first = said
-        said = {index: answers[index].first for index in going}
-        while going:
-            for index in going:
-                answer, surest = answers[index], int(said[index].confidence.argmax())
-                place = hidden[index].nonzero()[0][surest]
-                hidden[index][place] = False
-                if said[index].best[surest] != answer.sequence[answer.start + place]:
-                    answer.greedy = False
-                elif not hidden[index].any():
-                    answer.greedy = True
-            going = [index for index in going if answers[index].greedy is None]
-            said = dict(zip(going, self._read_rows(answers, hidden, going), strict=True))
+        masks = [np.ones(request.size, bool) for request in requests]
+        active = list(range(len(requests)))
+        missing = [index for index in active if requests[index].full_mask is None]
+        for index, prediction in zip(missing, self._predict_masked(requests, masks, missing), strict=True):
+            requests[index].full_mask = prediction
+        predictions = {index: requests[index].full_mask for index in active}
+        while active:
+            for index in active:
+                request, prediction = requests[index], predictions[index]
+                most_confident = int(prediction.confidence.argmax())
+                token = masks[index].nonzero()[0][most_confident]
+                masks[index][token] = False
+                if prediction.best[most_confident] != request.sequence[request.start + token]:
+                    request.greedy = False
+                elif not masks[index].any():
+                    request.greedy = True
+            active = [index for index in active if requests[index].greedy is None]
+            predictions = dict(zip(active, self._predict_masked(requests, masks, active), strict=True))
 
-    def _read_rows(self, answers, hidden, chosen) -> list[Prediction]:
-        rows = [self._row(answers[index], hidden[index]) for index in chosen]
-        for index in chosen:
-            self._count(answers[index], 1, samples=False)
-        return self._ask(rows)
+    def _predict_masked(
+        self, requests: list[PendingRequest], masks: list[np.ndarray], indices: list[int]
+    ) -> list[Prediction]:
+        """Return the predictions at all masked tokens of the requests at `indices`."""
+        rows = [self._row(requests[index], masks[index]) for index in indices]
+        for index in indices:
+            self._count(requests[index], 1, samples=False)
+        return self._predict(rows)
 
-    # ------------------------------------------------------------------------------------ rows
+    # ------------------------------------------------------------------------------------ sequences of the model
 
-    def _read(self, answers: list[Answer], designs: list[Design]) -> list[list[Prediction]]:
-        """Return what is said in every row of the design of each answer; all answers are read together."""
+    def _evaluate(self, requests: list[PendingRequest], designs: list[Design]) -> list[list[Prediction]]:
+        """Return the predictions at every mask of the design of each request; all requests share batches."""
         rows = [
-            self._row(answer, mask) for answer, design in zip(answers, designs, strict=True) for mask in design.hidden
+            self._row(request, mask)
+            for request, design in zip(requests, designs, strict=True)
+            for mask in design.masked
         ]
-        said, found = iter(self._ask(rows)), []
-        for answer, design in zip(answers, designs, strict=True):
-            found.append([next(said) for _ in design.hidden])
-            self._count(answer, len(design.hidden), samples=True)
-        return found
+        predictions = iter(self._predict(rows))
+        results = []
+        for request, design in zip(requests, designs, strict=True):
+            results.append([next(predictions) for _ in design.masked])
+            self._count(request, len(design.masked), samples=True)
+        return results
 
-    def _row(self, answer: Answer, hidden: np.ndarray, asked: np.ndarray | None = None) -> Row:
-        """Return the sequence of an answer with `hidden` [n] masked; `asked` are places of [n], default the hidden."""
-        masked = answer.start + hidden.nonzero()[0]
-        places = masked if asked is None else answer.start + asked
-        tokens, mask_id = answer.sequence.copy(), self.model.vocabulary.mask_id
-        tokens[masked] = mask_id
-        other = None
+    def _row(self, request: PendingRequest, mask: np.ndarray, targets: np.ndarray | None = None) -> Row:
+        """Return the model's input for one `mask` [n] of a continuation of n tokens.
+
+        `targets` are indices in [0, n), by default all masked tokens. A context of three tokens and a continuation of
+        four, two of them masked:
+
+            index in the sequence    0    1    2  |  3     4     5     6
+            sequence                c0   c1   c2  |  x0    x1    x2    x3
+            mask                                  |  0     1     0     1
+            tokens                  c0   c1   c2  |  x0  [MASK]  x2  [MASK]
+            positions, targets                    |      4: x1       6: x3
+            unconditional (--cfg)    M    M    M  |  x0  [MASK]  x2  [MASK]     M = [MASK]
+        """
+        masked_positions = request.start + mask.nonzero()[0]
+        positions = masked_positions if targets is None else request.start + targets
+        mask_id = self.model.vocabulary.mask_id
+        tokens = request.sequence.copy()
+        tokens[masked_positions] = mask_id
+        unconditional = None
         if self.scoring.cfg:
-            other = tokens.copy()
-            other[: answer.start] = mask_id
-        return Row(tokens, places, answer.sequence[places], other)
+            unconditional = tokens.copy()
+            unconditional[: request.start] = mask_id
+        return Row(tokens, positions, request.sequence[positions], unconditional)
 
-    def _ask(self, rows: list[Row]) -> list[Prediction]:
+    def _predict(self, rows: list[Row]) -> list[Prediction]:
         return ask(self.model, rows, self.limits, self.scoring.cfg)
 
-    def _count(self, answer: Answer, rows: int, samples: bool) -> None:
-        answer.samples += rows if samples else 0
-        answer.tokens += rows * len(answer.sequence) * (2 if self.scoring.cfg else 1)
+    def _count(self, request: PendingRequest, sequences: int, samples: bool) -> None:
+        request.samples += sequences if samples else 0
+        request.forward_tokens += sequences * len(request.sequence) * (2 if self.scoring.cfg else 1)
 
 
-def undecided(question: Sequence[Answer], decide_at: float) -> list[Answer]:
-    """Return the answers that may yet be the best, by nats or by nats a length, unless it is known which one is.
+def undecided(choices: Choices, decide_at: float) -> list[PendingRequest]:
+    """Return the choices that may still be the best, or none where the best one is known.
 
-    The difference of two answers has less noise than each, as they share their masks; it is that of the rounds which
-    both have had.
+    The best choice has the lowest nats, or nats divided by length; a choice stays where either is undecided. The
+    difference of two choices has less noise than each of them, since they share their masks; it is taken over the
+    rounds that both have had.
     """
-    if len(question) == 1:
-        return list(question)
-    left: list[Answer] = []
-    for lengths in ([1.0] * len(question), [answer.length for answer in question]):
-        values = [_estimate(answer) / length for answer, length in zip(question, lengths, strict=True)]
+    if len(choices) == 1:
+        return list(choices)
+    open_choices: list[PendingRequest] = []
+    for lengths in ([1.0] * len(choices), [choice.length for choice in choices]):
+        values = [_estimate(choice) / length for choice, length in zip(choices, lengths, strict=True)]
         best = int(np.argmin(values))
-        rivals = [
+        contenders = [
             index
-            for index in range(len(question))
-            if index != best and not _behind(question[index], question[best], lengths[index], lengths[best], decide_at)
+            for index in range(len(choices))
+            if index != best and not _is_worse(choices[index], choices[best], lengths[index], lengths[best], decide_at)
         ]
-        left += [question[index] for index in [best, *rivals] if rivals and question[index] not in left]
-    return left
+        if contenders:
+            open_choices += [choices[index] for index in [best, *contenders] if choices[index] not in open_choices]
+    return open_choices
 
 
-def _estimate(answer: Answer) -> float:
-    return answer.exact if answer.exact is not None else combined(np.array(answer.rounds), answer.sizes)[0]
+def _estimate(request: PendingRequest) -> float:
+    if request.exact is not None:
+        return request.exact
+    return combine_rounds(np.array(request.rounds), request.round_sizes)[0]
 
 
-def _behind(rival: Answer, best: Answer, rival_length: float, best_length: float, decide_at: float) -> bool:
-    """Return whether `rival` is known to be worse than `best`."""
-    if rival.exact is not None and best.exact is not None:
-        return True  # nothing more can be known
-    rounds = min(len(answer.rounds) for answer in (rival, best) if answer.exact is None)
-    sizes = (rival if rival.exact is None else best).sizes[:rounds]
-    gap, error = combined(rival.nats(rounds) / rival_length - best.nats(rounds) / best_length, sizes)
+def _is_worse(
+    choice: PendingRequest, best: PendingRequest, choice_length: float, best_length: float, decide_at: float
+) -> bool:
+    """Return whether `choice` is worse than `best` by more than `decide_at` standard errors of the difference."""
+    if choice.exact is not None and best.exact is not None:
+        return True  # no sample can change it
+    rounds = min(len(request.rounds) for request in (choice, best) if request.exact is None)
+    sizes = (choice if choice.exact is None else best).round_sizes[:rounds]
+    differences = choice.replicates(rounds) / choice_length - best.replicates(rounds) / best_length
+    gap, error = combine_rounds(differences, sizes)
     return gap > decide_at * error
 
 
-def key_of(tokens: Sequence[int]) -> str:
-    """Return what the noise of a request is keyed by: its content."""
+def content_key(tokens: Sequence[int]) -> str:
+    """Return a key of the Monte-Carlo noise of a request without a document: a hash of its tokens."""
     return hashlib.blake2b(np.array(tokens, np.int64).tobytes(), digest_size=16).hexdigest()

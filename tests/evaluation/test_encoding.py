@@ -1,4 +1,4 @@
-"""Token ids of contexts and continuations: lm-eval's where the text splits between them, the answer's own elsewhere."""
+"""Token ids of contexts and continuations: lm-eval's, or encoded alone where a token spans both."""
 
 import random
 
@@ -20,7 +20,7 @@ from megatron.evaluation.encoding import EncodingCounts, encode_pair
 
 WORDS = "bo bak baka bakari naka kana sofu 12 121 it's, (naïve) 日本".split()
 LINES = [" ".join(random.Random(seed).choices(WORDS, k=9)) for seed in range(60)]
-# as Llama's: no normalisation, unknown characters are bytes, and a space before every text
+# like Llama's: no normalisation, byte fallback, and a space before every text
 LLAMA = {
     "model_type": "bpe",
     "byte_fallback": True,
@@ -44,14 +44,14 @@ def build(tmp_path_factory):
         SentencePieceTrainer.train(sentence_iterator=iter(LINES), model_prefix=prefix, **settings)
         return kind(f"{prefix}.model")
 
-    makers = {
+    constructors = {
         "bpe": bpe,
         "unigram": lambda: pieces(GPTSentencePieceTokenizer),
         "pieces": lambda: pieces(SentencePieceTokenizer, model_type="bpe"),
         "llama": lambda: pieces(GPTSentencePieceTokenizer, **LLAMA),
         "bytes": ByteTokenizer,
     }
-    return lambda name: makers[name]()
+    return lambda name: constructors[name]()
 
 
 @pytest.mark.parametrize("name", ["bpe", "unigram", "pieces", "llama", "bytes"])
@@ -59,8 +59,8 @@ def test_an_answer_has_tokens_that_spell_it_wherever_it_begins(build, name):
     tokenizer, spanning = build(name), 0
     text = LINES[0]
     for cut in range(1, len(text)):
-        context, rest = text[:cut], text[cut:]
-        for answer in {rest, rest[:2], rest[:1]} - {" "}:
+        context, suffix = text[:cut], text[cut:]
+        for answer in {suffix, suffix[:2], suffix[:1]} - {" "}:
             pair = encode_pair(tokenizer, context, answer)
             joined, before = tokenizer.encode(context + answer), tokenizer.encode(context.rstrip())
             assert pair.continuation and pair.context == before
@@ -78,7 +78,7 @@ def test_an_answer_alone_is_that_of_the_tokenizer_or_lacks_its_first_space(build
     tokenizer = build("llama")
     alone = encode_pair(tokenizer, "bo bak", "a").continuation
     assert [tokenizer._library.IdToPiece(index) for index in alone] == ["a"]
-    assert encode_pair(NullTokenizer(200), "5 12", "1").continuation == [1]  # joined they are 5 and 121
+    assert encode_pair(NullTokenizer(200), "5 12", "1").continuation == [1]  # the joined text is 5 and 121
 
 
 def test_whitespace_between_context_and_answer_belongs_to_the_answer(build):
@@ -113,8 +113,10 @@ def test_counts_add_up_and_are_said_where_there_are_any():
     assert total == EncodingCounts(3, 2, 12, 7, 1)
     truncated, alone = total.lines(64)
     assert truncated == (
-        "2 of 3 requests lose the beginning of their context, which does not fit into --seq-length 64: "
+        "2 of 3 requests have a context that is truncated on the left to fit --seq-length 64: "
         "12 tokens in total, at most 7 in one request"
     )
-    assert alone == "1 of 3 requests have a token that spans context and answer: their answers are encoded alone"
+    assert alone == (
+        "1 of 3 requests have a token that spans context and continuation: their continuations are encoded alone"
+    )
     assert counts[0].lines(64) == []

@@ -1,4 +1,4 @@
-"""Next tokens: equal to transformers, to reading everything anew and to enumeration; a text is its prompt's alone."""
+"""Causal generation: equal to transformers, to no KV cache and to enumeration; independent of the batch."""
 
 import logging
 from collections import Counter
@@ -16,7 +16,7 @@ from tests.frequencies import chi_square
 from tests.model.test_reference import theirs
 
 SIZE, EOD = 97, 96
-NEVER = -1  # no id: a text then has no end
+NEVER = -1  # an eod that no token equals
 PROMPTS = [[5, 3, 9, 60], [7], [11, 12, 13, 14, 15, 16, 17, 18, 19], [20, 21], [5, 3, 9, 60]]
 DRAWN = Sampling(max_new_tokens=12, temperature=1.0, seed=3)
 FORMS = {
@@ -30,139 +30,145 @@ def model(size: int = SIZE, **form) -> Transformer:
     config = ModelConfig(
         **{"num_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "init_method_std": 0.3, **form}
     )
-    made = Transformer(config, Vocabulary(size))
-    initialise(made, config, seed=1)
-    return made.eval()
+    transformer = Transformer(config, Vocabulary(size))
+    initialise(transformer, config, seed=1)
+    return transformer.eval()
 
 
-def greedy_by_rereading(network: Transformer, prompt: list[int], count: int) -> list[int]:
-    """Return greedy tokens, by reading all tokens anew for each."""
+def greedy_by_rereading(transformer: Transformer, prompt: list[int], count: int) -> list[int]:
+    """Return greedy tokens without a KV cache."""
     tokens = list(prompt)
     for _ in range(count):
         with torch.no_grad():
-            tokens.append(int(network.logits(torch.tensor([tokens]), causal=True)[0, -1].argmax()))
+            tokens.append(int(transformer.logits(torch.tensor([tokens]), causal=True)[0, -1].argmax()))
     return tokens[len(prompt) :]
 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 def test_greedy_texts_equal_those_of_transformers(form):
-    network = model(**form)
-    twin = theirs(network, "llama")
-    found = generate(network, "ar", PROMPTS, Sampling(max_new_tokens=20), EOD)
-    never = list(range(SIZE, network.vocabulary.padded_size))  # theirs has a logit for [MASK] and the rows behind it
-    settings = {"do_sample": False, "max_new_tokens": 20, "suppress_tokens": never, "eos_token_id": EOD}
-    for prompt, text in zip(PROMPTS, found, strict=True):
+    transformer = model(**form)
+    twin = theirs(transformer, "llama")
+    texts = generate(transformer, "ar", PROMPTS, Sampling(max_new_tokens=20), EOD)
+    excluded_ids = list(
+        range(SIZE, transformer.vocabulary.padded_size)
+    )  # transformers has logits for [MASK] and padding rows
+    settings = {"do_sample": False, "max_new_tokens": 20, "suppress_tokens": excluded_ids, "eos_token_id": EOD}
+    for prompt, text in zip(PROMPTS, texts, strict=True):
         tokens = torch.tensor([prompt])
         expected = twin.generate(tokens, attention_mask=torch.ones_like(tokens), pad_token_id=0, **settings)
         expected = expected[0, len(prompt) :].tolist()
         assert text == (expected[: expected.index(EOD)] if EOD in expected else expected)
-        assert len(set(text)) > 3  # else any two would agree
+        assert len(set(text)) > 3  # equality would be trivial otherwise
 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 def test_greedy_texts_equal_reading_anew(form):
-    network = model(**form)
-    found = generate(network, "dual", PROMPTS, Sampling(max_new_tokens=15), eod=NEVER, batch_size=3)
-    assert found == [greedy_by_rereading(network, prompt, 15) for prompt in PROMPTS]
+    transformer = model(**form)
+    texts = generate(transformer, "dual", PROMPTS, Sampling(max_new_tokens=15), eod=NEVER, batch_size=3)
+    assert texts == [greedy_by_rereading(transformer, prompt, 15) for prompt in PROMPTS]
 
 
 @pytest.mark.parametrize("objective", ["ar", "mdm"])
 def test_a_text_does_not_depend_on_its_batch(objective):
-    network = model()
-    found = generate(network, objective, PROMPTS, DRAWN, EOD)
-    assert found[0] != found[4]  # equal prompts, other draws
+    transformer = model()
+    texts = generate(transformer, objective, PROMPTS, DRAWN, EOD)
+    assert texts[0] != texts[4]  # equal prompts have different draws
     for size in (1, 2):
-        assert generate(network, objective, PROMPTS, DRAWN, EOD, batch_size=size) == found
-    assert generate(network, objective, PROMPTS[::-1][1:], DRAWN, EOD) == [*found[1:4][::-1], found[0]]
-    for prompt, text in zip(PROMPTS[:4], found):
-        assert generate(network, objective, [prompt], DRAWN, EOD) == [text]
+        assert generate(transformer, objective, PROMPTS, DRAWN, EOD, batch_size=size) == texts
+    assert generate(transformer, objective, PROMPTS[::-1][1:], DRAWN, EOD) == [*texts[1:4][::-1], texts[0]]
+    for prompt, text in zip(PROMPTS[:4], texts):
+        assert generate(transformer, objective, [prompt], DRAWN, EOD) == [text]
     other = Sampling(max_new_tokens=12, temperature=1.0, seed=4)
-    assert generate(network, objective, PROMPTS, other, EOD) != found
+    assert generate(transformer, objective, PROMPTS, other, EOD) != texts
 
 
 def test_a_longer_text_begins_as_a_shorter_one():
-    network = model()
-    long = generate(network, "ar", PROMPTS, DRAWN, EOD)
-    short = generate(network, "ar", PROMPTS, Sampling(max_new_tokens=5, temperature=1.0, seed=3), EOD)
+    transformer = model()
+    long = generate(transformer, "ar", PROMPTS, DRAWN, EOD)
+    short = generate(transformer, "ar", PROMPTS, Sampling(max_new_tokens=5, temperature=1.0, seed=3), EOD)
     assert short == [text[:5] for text in long]
 
 
 @pytest.mark.parametrize("objective", ["ar", "mdm"])
 def test_a_text_ends_before_the_end_of_its_document(objective):
-    network = model()
-    whole = generate(network, objective, PROMPTS, DRAWN, eod=NEVER)
-    end = whole[2][4]  # let a token that comes up be the end
-    told = []
-    found = generate(network, objective, PROMPTS, DRAWN, eod=end, advance=told.append)
-    assert found == [text[: text.index(end)] if end in text else text for text in whole]
-    assert len(found[2]) <= 4 and sum(told) == len(PROMPTS) * 12
+    transformer = model()
+    whole = generate(transformer, objective, PROMPTS, DRAWN, eod=NEVER)
+    end = whole[2][4]  # a token that was sampled becomes the eod
+    advances = []
+    texts = generate(transformer, objective, PROMPTS, DRAWN, eod=end, advance=advances.append)
+    assert texts == [text[: text.index(end)] if end in text else text for text in whole]
+    assert len(texts[2]) <= 4 and sum(advances) == len(PROMPTS) * 12
 
 
 def test_a_text_ends_where_it_is_enough():
-    network, told = model(), []
-    whole = generate(network, "ar", PROMPTS, DRAWN, eod=NEVER)
+    transformer, advances = model(), []
+    whole = generate(transformer, "ar", PROMPTS, DRAWN, eod=NEVER)
     end = whole[2][4]
-    settings = {"eod": NEVER, "advance": told.append, "finished": lambda tokens: tokens[-1] == end}
-    found = generate(network, "ar", PROMPTS, DRAWN, **settings)
-    assert found == [text[: text.index(end) + 1] if end in text else text for text in whole]
-    assert sum(told) == len(PROMPTS) * 12
+    settings = {"eod": NEVER, "advance": advances.append, "finished": lambda tokens: tokens[-1] == end}
+    texts = generate(transformer, "ar", PROMPTS, DRAWN, **settings)
+    assert texts == [text[: text.index(end) + 1] if end in text else text for text in whole]
+    assert sum(advances) == len(PROMPTS) * 12
 
 
 def test_finished_rows_are_read_no_more(monkeypatch):
-    network, read = model(), []
-    whole = generate(network, "ar", PROMPTS, DRAWN, eod=NEVER)
+    transformer, batch_sizes = model(), []
+    whole = generate(transformer, "ar", PROMPTS, DRAWN, eod=NEVER)
     ends = [text.index(whole[2][4]) if whole[2][4] in text else 99 for text in whole]
-    plain = network.read
-    monkeypatch.setattr(network, "read", lambda tokens, *rest: read.append(len(tokens)) or plain(tokens, *rest))
-    generate(network, "ar", PROMPTS, DRAWN, eod=whole[2][4])
-    assert read == [sum(end >= turn for end in ends) for turn in range(12)] and min(read) < len(PROMPTS)
+    plain = transformer.read
+    monkeypatch.setattr(
+        transformer, "read", lambda tokens, *arguments: batch_sizes.append(len(tokens)) or plain(tokens, *arguments)
+    )
+    generate(transformer, "ar", PROMPTS, DRAWN, eod=whole[2][4])
+    assert batch_sizes == [sum(end >= turn for end in ends) for turn in range(12)] and min(batch_sizes) < len(PROMPTS)
 
 
 def test_draws_follow_the_model():
-    """All texts of two tokens, and those that end before, as often as the product of their probabilities says."""
-    network, count, end = model(5), 3000, 4
-    found = Counter(map(tuple, generate(network, "ar", [[1, 2]] * count, replaced(2), eod=end, batch_size=count)))
+    """Frequencies of all texts of up to two tokens equal the products of their probabilities."""
+    transformer, count, end = model(5), 3000, 4
+    frequencies = Counter(
+        map(tuple, generate(transformer, "ar", [[1, 2]] * count, temperature_1(2), eod=end, batch_size=count))
+    )
     expected = {}
     with torch.no_grad():
-        first = network.logits(torch.tensor([[1, 2]]), causal=True)[0, -1].double().softmax(-1)
+        first = transformer.logits(torch.tensor([[1, 2]]), causal=True)[0, -1].double().softmax(-1)
         for token in range(5):
-            second = network.logits(torch.tensor([[1, 2, token]]), causal=True)[0, -1].double().softmax(-1)
+            second = transformer.logits(torch.tensor([[1, 2, token]]), causal=True)[0, -1].double().softmax(-1)
             for last in range(5):
                 text = () if token == end else (token,) if last == end else (token, last)
                 expected[text] = expected.get(text, 0) + float(first[token] * second[last])
-    assert chi_square(found, expected, count) > 1e-3
+    assert chi_square(frequencies, expected, count) > 1e-3
 
 
-def replaced(tokens: int, **settings) -> Sampling:
+def temperature_1(tokens: int, **settings) -> Sampling:
     return Sampling(**{"max_new_tokens": tokens, "temperature": 1.0, "seed": 11, **settings})
 
 
 @pytest.mark.parametrize("objective", ["ar", "mdm"])
 def test_what_is_no_token_never_comes_out(objective):
-    network = model()
+    transformer = model()
     with torch.no_grad():
-        network.embed_tokens.weight[SIZE:] *= 50  # [MASK] and the rows behind it would win every draw
-    for sampling in (replaced(16), replaced(16, temperature=0.0)):
-        found = generate(network, objective, PROMPTS, sampling, EOD)
-        assert all(0 <= token < SIZE for text in found for token in text)
+        transformer.embed_tokens.weight[SIZE:] *= 50  # [MASK] and padding rows would have the largest logits
+    for sampling in (temperature_1(16), temperature_1(16, temperature=0.0)):
+        texts = generate(transformer, objective, PROMPTS, sampling, EOD)
+        assert all(0 <= token < SIZE for text in texts for token in text)
 
 
 @pytest.mark.parametrize("objective", ["ar", "mdm"])
 def test_an_empty_prompt_is_the_start_of_a_document(objective):
-    network = model()
-    empty, told = (generate(network, objective, [prompt], DRAWN, EOD) for prompt in ([], [EOD]))
-    assert empty == told
+    transformer = model()
+    empty, explicit = (generate(transformer, objective, [prompt], DRAWN, EOD) for prompt in ([], [EOD]))
+    assert empty == explicit
 
 
 @pytest.mark.parametrize("objective", ["ar", "mdm"])
 def test_a_long_prompt_loses_its_beginning(objective, caplog):
-    network = model()
+    transformer = model()
     with caplog.at_level(logging.INFO):
-        found = generate(network, objective, [PROMPTS[2], [7]], DRAWN, EOD, seq_length=16)
-    assert "1 of 2 prompts lose their beginning: with 12 new tokens, 4 fit into the 16" in caplog.text
-    assert found == generate(network, objective, [PROMPTS[2][-4:], [7]], DRAWN, EOD)
+        texts = generate(transformer, objective, [PROMPTS[2], [7]], DRAWN, EOD, seq_length=16)
+    assert "1 of 2 prompts are truncated on the left: with 12 new tokens, 4 fit into the 16" in caplog.text
+    assert texts == generate(transformer, objective, [PROMPTS[2][-4:], [7]], DRAWN, EOD)
     with pytest.raises(ConfigurationError, match="^--max-new-tokens 12: leaves no room for a prompt in the 12 tokens"):
-        generate(network, objective, [[7]], DRAWN, EOD, seq_length=12)
+        generate(transformer, objective, [[7]], DRAWN, EOD, seq_length=12)
 
 
 @pytest.mark.parametrize("objective", ["ar", "mdm"])
@@ -171,10 +177,10 @@ def test_no_prompts_are_no_texts(objective):
 
 
 def test_what_cannot_generate_is_refused():
-    network = model()
-    for name, settings, said in (
-        ("any-order", {}, "--objective any-order: such a model is told the place of each token"),
-        ("block-diffusion", {}, "--objective block-diffusion: such a model reads a text twice"),
+    transformer = model()
+    for name, settings, message in (
+        ("any-order", {}, "--objective any-order: such a model is given the position of each target"),
+        ("block-diffusion", {}, "--objective block-diffusion: such a model processes a text twice"),
         ("ar", {"steps": 4}, "--steps 4: acts in masked diffusion, and --objective ar generates one token after"),
         ("dual", {"block_length": 4}, "--block-length 4: acts in masked diffusion, and --objective dual"),
         ("ar", {"order": "random"}, "--order random: acts in masked diffusion"),
@@ -182,19 +188,23 @@ def test_what_cannot_generate_is_refused():
         ("mdm", {"steps": 13}, "--steps 13: is more than --max-new-tokens 12"),
     ):
         with pytest.raises(ConfigurationError) as caught:
-            generate(network, name, PROMPTS, replaced(12, **settings), EOD)
-        assert str(caught.value).startswith(said) and "\n" not in str(caught.value)
-    with pytest.raises(ConfigurationError, match="^--target-positions: such a model is told the place"):
+            generate(transformer, name, PROMPTS, temperature_1(12, **settings), EOD)
+        assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
+    with pytest.raises(ConfigurationError, match="^--target-positions: such a model is given the position"):
         check_objective("ar", ObjectiveConfig(target_positions=True))
-    with pytest.raises(ConfigurationError, match="^--objective ar: such a model knows what comes next"):
-        infill(network, "ar", [[1, SIZE, 2]], DRAWN, EOD)
-    with pytest.raises(ConfigurationError, match="^--objective dual: such a model says at a position what stands at"):
-        infill(network, "dual", [[1, SIZE, 2]], DRAWN, EOD)
+    with pytest.raises(
+        ConfigurationError, match="^--objective ar: such a model predicts the next token from the tokens before it"
+    ):
+        infill(transformer, "ar", [[1, SIZE, 2]], DRAWN, EOD)
+    with pytest.raises(
+        ConfigurationError, match="^--objective dual: such a model predicts the token of the next position"
+    ):
+        infill(transformer, "dual", [[1, SIZE, 2]], DRAWN, EOD)
 
 
-@pytest.mark.parametrize("rule", ["reset_attention_mask", "reset_position_ids", "eod_mask_loss"])
-def test_documents_that_never_follow_one_another_cannot_begin_empty(rule):
-    data = DataConfig(train_data_path=("text",), **{rule: True})
-    with pytest.raises(ConfigurationError, match=f"^--{rule.replace('_', '-')}: this model has never read on"):
+@pytest.mark.parametrize("setting", ["reset_attention_mask", "reset_position_ids", "eod_mask_loss"])
+def test_documents_that_never_follow_one_another_cannot_begin_empty(setting):
+    data = DataConfig(train_data_path=("text",), **{setting: True})
+    with pytest.raises(ConfigurationError, match=f"^--{setting.replace('_', '-')}: this model was not trained to"):
         check_empty_prompt(data)
     check_empty_prompt(DataConfig(train_data_path=("text",)))

@@ -1,4 +1,4 @@
-"""Trained runs under lm-eval: numbers equal to its own model of transformers, its command line, several processes."""
+"""Training runs under lm-eval: scores equal to its own transformers model, its command line, several ranks."""
 
 import json
 import logging
@@ -25,7 +25,7 @@ from megatron.evaluation.checkpoints import plot, score_checkpoints
 from megatron.evaluation.encoding import encode_pair
 from megatron.evaluation.harness import main as harness
 from megatron.evaluation.harness import prepare, read
-from megatron.evaluation.language_model import MegatronLM, cut, question_of, read_generation
+from megatron.evaluation.language_model import MegatronLM, cut, doc_key, read_generation
 from megatron.evaluation.requests import Scoring
 from megatron.training.load_run import open_trained
 from megatron.training.main import main as train
@@ -38,7 +38,7 @@ SEQ_LENGTH = 512
 
 @pytest.fixture(scope="module")
 def runs(corpus, tmp_path_factory):
-    """An AR and an MDM run of six steps, whose tokenizer transformers can read too."""
+    """An AR and an MDM run of six steps, with a tokenizer that transformers can also load."""
     root = tmp_path_factory.mktemp("runs")
     command = [sys.executable, "tools/preprocess_data.py", "--output-dir", root / "data"]
     command += ["--input", corpus.parent / "text.jsonl", "--train-tokenizer", "300", "--splits", "90", "5", "5"]
@@ -55,7 +55,7 @@ def runs(corpus, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def twin(runs, tmp_path_factory):
-    """The AR run as a folder that transformers reads."""
+    """The AR run in transformers' format."""
     pytest.importorskip("accelerate", reason="lm-eval's own model of transformers needs it: the extra test")
     folder, trained = tmp_path_factory.mktemp("twin"), open_trained(str(runs / "ar"))
     rows = {"rows": trained.vocabulary.size, "positions": SEQ_LENGTH}
@@ -93,9 +93,9 @@ def tasks(tmp_path_factory):
     texts = [{"context": text} for text in (TEXT[:200], "é", TEXT[:4000])]
     metrics = "word_perplexity byte_perplexity bits_per_byte"
     _task(folder, "rolling", texts, "loglikelihood_rolling", "doc_to_target: '{{context}}'\n", metrics, text="''")
-    asked = [{"context": TEXT[:100], "answer": "x"}, {"context": "import", "answer": "x"}]
+    prompts = [{"context": TEXT[:100], "answer": "x"}, {"context": "import", "answer": "x"}]
     extra = "doc_to_target: '{{answer}}'\ngeneration_kwargs: {until: ['e'], max_gen_toks: 12}\n"
-    _task(folder, "writing", asked, "generate_until", extra, "exact_match")
+    _task(folder, "writing", prompts, "generate_until", extra, "exact_match")
     return folder
 
 
@@ -113,7 +113,7 @@ def evaluated(model, tasks, names, **options):
     return lm_eval.simple_evaluate(model=model, tasks=names, task_manager=manager, bootstrap_iters=0, **options)
 
 
-def asked(*pairs, kind="loglikelihood"):
+def instances_of(*pairs, kind="loglikelihood"):
     return [Instance(kind, {"pair": pair}, pair, 0, ("task", index, 1)) for index, pair in enumerate(pairs)]
 
 
@@ -122,7 +122,7 @@ def asked(*pairs, kind="loglikelihood"):
 
 @torch.no_grad()
 def reference(model: MegatronLM, context: str, continuation: str) -> float:
-    """Return the log-likelihood that the logits of one plain pass give, normalised and added up in float64."""
+    """Return the log-likelihood from the logits of one forward pass, normalised and summed in float64."""
     ids = ([], model.tok_encode(continuation)) if context == "" else model._encode_pair(context, continuation)
     text = [*(ids[0] or [model.eot_token_id]), *ids[1]][-SEQ_LENGTH - 1 :]
     logits = model.model.logits(torch.tensor([text[:-1]]), True)[0, -len(ids[1]) :]
@@ -130,7 +130,7 @@ def reference(model: MegatronLM, context: str, continuation: str) -> float:
 
 
 def test_likelihoods_equal_lm_eval_and_transformers(runs, twin):
-    from lm_eval.models.huggingface import HFLM  # after the fixture, which knows whether it can be imported
+    from lm_eval.models.huggingface import HFLM  # after the fixture, which skips where it cannot be imported
 
     ours, theirs = (
         MegatronLM(pretrained=str(runs / "ar")),
@@ -155,15 +155,15 @@ def test_likelihoods_equal_lm_eval_and_transformers(runs, twin):
         (text[2], "y"),
     ]
     assert [len(ours.tok_encode(pairs[index][1])) for index in (8, 9, 10)] == [1, 33, 500]
-    expected = theirs.loglikelihood(asked(*pairs), disable_tqdm=True)
-    found = ours.loglikelihood(asked(*pairs))
-    for pair, (nats, _), (other, _) in zip(pairs, found, expected, strict=True):
+    expected = theirs.loglikelihood(instances_of(*pairs), disable_tqdm=True)
+    scores = ours.loglikelihood(instances_of(*pairs))
+    for pair, (nats, _), (other, _) in zip(pairs, scores, expected, strict=True):
         assert nats == pytest.approx(reference(ours, *pair), rel=0, abs=1e-4)
-        # lm-eval's model adds up in fp32, whose steps are 2.4e-4 wide where 500 tokens amount to
+        # lm-eval's model sums in fp32, whose spacing is 2.4e-4 at the sum of 500 tokens
         assert nats == pytest.approx(other, rel=0, abs=max(1e-4, 2 * float(np.spacing(np.float32(abs(nats))))))
-    assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
-    assert found[3] == found[4]
-    rolling = asked((TEXT[:300],), (TEXT * 2,), ("é",), kind="loglikelihood_rolling")
+    assert [greedy for _, greedy in scores] == [greedy for _, greedy in expected]
+    assert scores[3] == scores[4]
+    rolling = instances_of((TEXT[:300],), (TEXT * 2,), ("é",), kind="loglikelihood_rolling")
     expected = theirs.loglikelihood_rolling(rolling, disable_tqdm=True)
     np.testing.assert_allclose(ours.loglikelihood_rolling(rolling), expected, rtol=1e-5)
 
@@ -174,14 +174,16 @@ def test_tasks_equal_lm_eval_and_transformers(runs, twin, tasks):
     model, spanning = MegatronLM(pretrained=str(runs / "ar")), []
     ours = evaluated(model, tasks, names)
     for name in names:
-        for one, other in zip(ours["samples"][name], theirs["samples"][name], strict=True):
-            assert one["doc_id"] == other["doc_id"]
+        for sample, reference_sample in zip(ours["samples"][name], theirs["samples"][name], strict=True):
+            assert sample["doc_id"] == reference_sample["doc_id"]
             if name == "writing":
-                assert one["resps"] == other["resps"] and "e" not in one["resps"][0][0]
+                assert sample["resps"] == reference_sample["resps"] and "e" not in sample["resps"][0][0]
                 continue
-            for arguments, response, expected in zip(one["arguments"], one["resps"], other["resps"], strict=True):
+            for arguments, response, expected in zip(
+                sample["arguments"], sample["resps"], reference_sample["resps"], strict=True
+            ):
                 if name == "choices" and encode_pair(model._tokenizer, *arguments).encoded_alone:
-                    spanning.append(arguments)  # lm-eval leaves out the token that spans context and answer
+                    spanning.append(arguments)  # lm-eval leaves out the token that spans context and continuation
                     response, expected = response[0][0], reference(model, *arguments)
                 np.testing.assert_allclose(np.array(response, float), np.array(expected, float), atol=2e-3)
         for metric, value in theirs["results"][name].items():
@@ -194,14 +196,14 @@ def test_tasks_equal_lm_eval_and_transformers(runs, twin, tasks):
 
 
 def spanning_pair(model: MegatronLM) -> tuple[str, str]:
-    """Return a context and an answer that together have no more tokens than the context."""
+    """Return a context and a continuation that together have no more tokens than the context."""
     tokens = sorted(token for token in model._tokenizer._library.get_vocab() if token.isascii() and token.isalpha())
     pairs = [(f"x {token[:cut]}", token[cut:]) for token in tokens for cut in range(1, len(token))]
     encode = model.tok_encode
     return next(pair for pair in pairs if len(encode("".join(pair))) <= len(encode(pair[0])))
 
 
-def rivals(context: str, *answers: str, doc_id: int = 0) -> list[Instance]:
+def choices_of(context: str, *answers: str, doc_id: int = 0) -> list[Instance]:
     document = {"context": context, "answers": answers}
     return [
         Instance("loglikelihood", document, (context, answer), index, ("task", doc_id, 1))
@@ -213,16 +215,18 @@ def rivals(context: str, *answers: str, doc_id: int = 0) -> list[Instance]:
 def test_an_answer_that_merges_with_its_context_is_scored_by_its_own_tokens(runs, objective, caplog):
     model = MegatronLM(pretrained=str(runs / objective))
     context, answer = spanning_pair(model)
-    instances = rivals(context, answer, "zz")
-    found = model.loglikelihood([*instances, instances[0]])  # lm-eval repeats some
+    instances = choices_of(context, answer, "zz")
+    scores = model.loglikelihood([*instances, instances[0]])  # lm-eval repeats some requests
     (alone,) = model._loglikelihood_tokens([((), model.tok_encode(context), model.tok_encode(answer))])
-    assert found[0] == found[2] and found[0] != (0.0, True) and found[0][0] < -0.01
+    assert scores[0] == scores[2] and scores[0] != (0.0, True) and scores[0][0] < -0.01
     if len(model.tok_encode(answer)) == 1:  # exact in masked diffusion too
-        assert found[0] == pytest.approx(alone)
+        assert scores[0] == pytest.approx(alone)
     assert model.get_model_info()["answers_encoded_alone"] == 1
     (line,) = [line for line in caplog.messages if "encoded alone" in line]
-    assert line == "1 of 2 requests have a token that spans context and answer: their answers are encoded alone"
-    (nats,) = model.loglikelihood_rolling(asked((answer[:1],), kind="loglikelihood_rolling"))
+    assert line == (
+        "1 of 2 requests have a token that spans context and continuation: their continuations are encoded alone"
+    )
+    (nats,) = model.loglikelihood_rolling(instances_of((answer[:1],), kind="loglikelihood_rolling"))
     assert nats < 0
 
 
@@ -235,26 +239,26 @@ def test_a_text_that_the_tokenizer_drops_is_refused(runs, objective, tmp_path):
     model._tokenizer = HFTokenizer(str(tmp_path / "tokenizer.json"))
     for context in ("x", "x ", ""):
         with pytest.raises(ConfigurationError) as caught:
-            model.loglikelihood(rivals(context, "o", "日本", doc_id=7))
+            model.loglikelihood(choices_of(context, "o", "日本", doc_id=7))
         line = str(caught.value)
         assert line.startswith("--tasks task: the tokenizer (--tokenizer-model ") and "\n" not in line
         assert "drops all of '日本' in document 7, so that it has no likelihood; leave the task out, or" in line
     with pytest.raises(ConfigurationError, match="drops all of '日本' in document 0"):
-        model.loglikelihood_rolling(asked(("日本",), kind="loglikelihood_rolling"))
-    assert model.loglikelihood_rolling(asked(("",), kind="loglikelihood_rolling")) == [0.0]
+        model.loglikelihood_rolling(instances_of(("日本",), kind="loglikelihood_rolling"))
+    assert model.loglikelihood_rolling(instances_of(("",), kind="loglikelihood_rolling")) == [0.0]
 
 
 def test_what_an_older_tokenisation_left_in_a_cache_is_not_reused(runs, tmp_path):
     settings = {"pretrained": str(runs / "ar"), "use_cache": str(tmp_path / "cache")}
     model = MegatronLM(**settings)
-    instances = rivals(*spanning_pair(model))
-    old_key = model._kept.key("loglikelihood", question_of(instances[0]), [instances[0].args])
-    model._kept.add(old_key, [{"log_likelihood": 0.0, "is_greedy": True}])
-    (found,) = MegatronLM(**settings).loglikelihood(instances)
-    assert found[0] < 0
+    instances = choices_of(*spanning_pair(model))
+    old_key = model._cache.key("loglikelihood", doc_key(instances[0]), [instances[0].args])
+    model._cache.add(old_key, [{"log_likelihood": 0.0, "is_greedy": True}])
+    (answer,) = MegatronLM(**settings).loglikelihood(instances)
+    assert answer[0] < 0
     again = MegatronLM(**settings)
-    again._ask = None  # what the new one left is
-    assert again.loglikelihood(instances) == [found]
+    again._compute = None  # the answer of the current tokenization is cached
+    assert again.loglikelihood(instances) == [answer]
 
 
 # ------------------------------------------------------------------------------------ contexts that do not fit
@@ -272,17 +276,17 @@ def test_contexts_that_lose_their_beginning_are_counted(runs, objective, tmp_pat
             model._tokenizer.decode(model.tok_encode(TEXT)[: SEQ_LENGTH + 9]),
         )
         short, answers = "import", (" os", " sys", f" {whole}")
-        instances = [request for text in (context, short) for request in rivals(text, *answers, doc_id=len(text))]
-        model.loglikelihood([*instances, instances[0]])  # lm-eval repeats some
+        instances = [request for text in (context, short) for request in choices_of(text, *answers, doc_id=len(text))]
+        model.loglikelihood([*instances, instances[0]])  # lm-eval repeats some requests
         expected = []
         for request in instances:
             before, after = model._encode_pair(*request.args)
             expected.append(max(0, len(before) - (room - len(after) if len(after) < room else 1)))
         assert expected[0] > 80 and expected[2] == len(model.tok_encode(context)) - 1 and expected[3:5] == [0, 0]
         truncated = [tokens for tokens in expected if tokens]
-        lines = [line for line in caplog.messages if "lose the beginning" in line]
+        lines = [line for line in caplog.messages if "truncated on the left" in line]
         assert lines == [
-            f"{len(truncated)} of 6 requests lose the beginning of their context, which does not fit into --seq-length "
+            f"{len(truncated)} of 6 requests have a context that is truncated on the left to fit --seq-length "
             f"512: {sum(truncated)} tokens in total, at most {max(truncated)} in one request"
         ]
         records = [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
@@ -300,16 +304,16 @@ def test_prompts_that_lose_their_beginning_are_counted_and_whole_texts_are_not(r
         caplog.clear()
         model = MegatronLM(**settings, records=str(tmp_path / name))
         pairs = [(text, {"max_gen_toks": 2, "until": ["e"]}) for text in (TEXT, "import", TEXT[:3000])]
-        model.generate_until(asked(*pairs, kind="generate_until"))
+        model.generate_until(instances_of(*pairs, kind="generate_until"))
         expected = [max(0, len(model.tok_encode(text)) - (SEQ_LENGTH - 2)) for text, _ in pairs]
-        (line,) = [line for line in caplog.messages if "beginning" in line]
-        assert line.startswith("2 of 3 requests lose the beginning of their context") and expected[1] == 0
+        (line,) = [line for line in caplog.messages if "truncated" in line]
+        assert line.startswith("2 of 3 requests have a context that is truncated on the left") and expected[1] == 0
         assert f"{sum(expected)} tokens in total, at most {max(expected)} in one request" in line
         records = [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
         assert sorted(record["truncated_tokens"] for record in records) == sorted(expected)
         caplog.clear()
-        model.loglikelihood_rolling(asked((TEXT[:3000],), kind="loglikelihood_rolling"))
-        assert not any("beginning" in line for line in caplog.messages)
+        model.loglikelihood_rolling(instances_of((TEXT[:3000],), kind="loglikelihood_rolling"))
+        assert not any("truncated" in line for line in caplog.messages)
         assert model.get_model_info()["truncated_contexts"] == 2
 
 
@@ -318,32 +322,36 @@ def test_prompts_that_lose_their_beginning_are_counted_and_whole_texts_are_not(r
 
 def test_masked_diffusion_is_marked_as_a_bound(runs, tasks, tmp_path):
     model = MegatronLM(pretrained=str(runs / "mdm"), num_mc=9, records=str(tmp_path / "new" / "scores.jsonl"))
-    found = evaluated(model, tasks, ["choices", "rolling", "writing"])
-    config = found["config"]
+    results = evaluated(model, tasks, ["choices", "rolling", "writing"])
+    config = results["config"]
     assert config["upper_bound"] and config["objective"] == "mdm" and config["num_mc"] == 9
     assert config["standard_error_per_request"] > 0 and 1 < config["samples_per_request"] <= 9 * 9  # in windows
     lines = [json.loads(line) for line in (tmp_path / "new" / "scores.jsonl").read_text().splitlines()]
-    written = [line for line in lines if line["request"] == "generate_until"]
-    assert len(lines) - len(written) == config["requests"] == 11 * 3 + 2 + 3 and len(written) == 2
+    generated = [line for line in lines if line["request"] == "generate_until"]
+    assert len(lines) - len(generated) == config["requests"] == 11 * 3 + 2 + 3 and len(generated) == 2
     assert all(line["truncated_tokens"] == 0 for line in lines)
-    for sample in found["samples"]["choices"]:
-        mine = [line for line in lines if line["task"] == "choices" and line["doc_id"] == sample["doc_id"]]
-        mine.sort(key=lambda line: line["index"])
-        assert [line["log_likelihood"] for line in mine] == [float(answer[0][0]) for answer in sample["resps"]]
-        assert all(line["upper_bound"] == (line["samples"] > 1) for line in mine)
+    for sample in results["samples"]["choices"]:
+        records = [line for line in lines if line["task"] == "choices" and line["doc_id"] == sample["doc_id"]]
+        records.sort(key=lambda line: line["index"])
+        assert [line["log_likelihood"] for line in records] == [float(answer[0][0]) for answer in sample["resps"]]
+        assert all(line["upper_bound"] == (line["samples"] > 1) for line in records)
     rolling = [line for line in lines if line["request"] == "loglikelihood_rolling"]
     assert len(rolling) == 3 and all(line["is_greedy"] is None for line in rolling)
     # one token is exact, and a bound has an error
-    assert all((line["standard_error"] > 0) <= line["upper_bound"] for line in lines if line not in written)
+    assert all((line["standard_error"] > 0) <= line["upper_bound"] for line in lines if line not in generated)
 
 
 def test_a_model_that_only_generates_gives_no_likelihood(runs, tasks):
     model = MegatronLM(pretrained=str(runs / "mdm"), only_generate=True)
-    ((nats, greedy),) = model.loglikelihood(asked(("import", " os")))
+    ((nats, greedy),) = model.loglikelihood(instances_of(("import", " os")))
     assert math.isnan(nats) and greedy in (True, False)
-    with pytest.raises(ConfigurationError, match="--only_generate: a task asks for the likelihood of whole texts"):
-        model.loglikelihood_rolling(asked(("x",), kind="loglikelihood_rolling"))
-    ((nats, greedy),) = MegatronLM(pretrained=str(runs / "mdm"), only_mc_nll=True).loglikelihood(asked(("a", "b")))
+    with pytest.raises(
+        ConfigurationError, match="--only_generate: evaluates no likelihood, and a task needs that of whole texts"
+    ):
+        model.loglikelihood_rolling(instances_of(("x",), kind="loglikelihood_rolling"))
+    ((nats, greedy),) = MegatronLM(pretrained=str(runs / "mdm"), only_mc_nll=True).loglikelihood(
+        instances_of(("a", "b"))
+    )
     assert nats < 0 and greedy is False
 
 
@@ -360,19 +368,19 @@ def test_two_processes_give_what_one_gives(runs, tasks):
         assert shared["config"][key] == pytest.approx(alone["config"][key], rel=1e-4), key
     assert shared["config"]["answers_encoded_alone"] == alone["config"]["answers_encoded_alone"] == 2
     assert shared["truncated"] == (3, sum(shared["tokens"]), max(shared["tokens"]))  # 1 of rank 0, 2 of rank 1
-    (line,) = [line for line in shared["lines"] if "lose the beginning" in line]
-    assert line.startswith("3 of 5 requests lose")
+    (line,) = [line for line in shared["lines"] if "truncated on the left" in line]
+    assert line.startswith("3 of 5 requests have a context that is truncated")
 
 
-def _share(processes, run, tasks, names):
-    os.environ |= {"RANK": str(processes.rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(processes.rank)}
+def _share(ranks, run, tasks, names):
+    os.environ |= {"RANK": str(ranks.rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(ranks.rank)}
     model, lines = MegatronLM(pretrained=run, num_mc=9, only_mc_nll=True), []
-    found = evaluated(model, tasks, names)
+    results = evaluated(model, tasks, names)
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())
     logging.getLogger("megatron").addHandler(handler)
-    texts = [TEXT, "a"] if processes.rank == 0 else [TEXT * 2, "b", TEXT * 3]
-    model.loglikelihood([request for text in texts for request in rivals(text, " x")])
+    texts = [TEXT, "a"] if ranks.rank == 0 else [TEXT * 2, "b", TEXT * 3]
+    model.loglikelihood([request for text in texts for request in choices_of(text, " x")])
     model.barrier()
     info = model.get_model_info()
     truncated = tuple(
@@ -380,8 +388,8 @@ def _share(processes, run, tasks, names):
     )
     pairs = [model._encode_pair(TEXT * times, " x") for times in (1, 2, 3)]
     lengths = [len(context) + len(continuation) - SEQ_LENGTH for context, continuation in pairs]
-    shown = {"truncated": truncated, "tokens": lengths, "lines": lines}
-    return found and {key: found[key] for key in ("results", "config")} | shown
+    statistics = {"truncated": truncated, "tokens": lengths, "lines": lines}
+    return results and {key: results[key] for key in ("results", "config")} | statistics
 
 
 # ------------------------------------------------------------------------------------ the command line
@@ -393,107 +401,111 @@ def test_the_command_writes_what_lm_eval_writes_and_goes_on_from_its_cache(runs,
     command = ["--load", str(runs / "mdm"), "--task_list", "choices", "--include_path", str(tasks), "--num-mc", "9"]
     command += [
         "--output_path",
-        str(tmp_path / "found"),
+        str(tmp_path / "first_results"),
         "--log_samples",
         "--use_cache",
-        str(tmp_path / "kept" / "cache"),
+        str(tmp_path / "cached" / "cache"),
     ]
     harness(command)
     first = capsys.readouterr().out
     assert "acc_norm" in first
-    (folder,) = (tmp_path / "found").iterdir()
+    (folder,) = (tmp_path / "first_results").iterdir()
     (results,) = folder.glob("results_*.json")
     (samples,) = folder.glob("samples_choices_*.jsonl")
     (scores,) = folder.glob("scores_*.jsonl")
-    found = json.loads(results.read_text())
+    first_results = json.loads(results.read_text())
     assert (
-        found["config"]["upper_bound"]
-        and found["config"]["model"] == "megatron"
-        and "acc,none" in found["results"]["choices"]
+        first_results["config"]["upper_bound"]
+        and first_results["config"]["model"] == "megatron"
+        and "acc,none" in first_results["results"]["choices"]
     )
     assert len(samples.read_text().splitlines()) == 12 and len(scores.read_text().splitlines()) == 35
-    monkeypatch.setattr(MegatronLM, "_ask", None)  # everything is kept
+    monkeypatch.setattr(MegatronLM, "_compute", None)  # everything is cached
     harness(command)
     table = [line for line in first.splitlines() if "acc" in line]
     assert [line for line in capsys.readouterr().out.splitlines() if "acc" in line] == table
     repeated = max(folder.glob("results_*.json"), key=lambda path: path.stat().st_mtime_ns)
     figures = ("upper_bound", "requests", "forward_tokens", "samples_per_request", "standard_error_per_request")
-    again = json.loads(repeated.read_text())["config"]
+    repeated_config = json.loads(repeated.read_text())["config"]
     assert repeated != results
-    assert [again[name] for name in figures] == pytest.approx([found["config"][name] for name in figures])
+    assert [repeated_config[name] for name in figures] == pytest.approx(
+        [first_results["config"][name] for name in figures]
+    )
 
 
 @pytest.mark.parametrize("objective", ["ar", "mdm"])
 def test_what_a_kill_left_in_a_cache_is_gone_on_from(runs, tasks, tmp_path, monkeypatch, objective):
-    names, cache, noted = ["choices", "rolling", "writing"], tmp_path / "kept" / "cache", []
+    names, cache, scores = ["choices", "rolling", "writing"], tmp_path / "cached" / "cache", []
     settings = {"pretrained": str(runs / objective), "use_cache": str(cache)}
     whole = evaluated(MegatronLM(pretrained=settings["pretrained"]), tasks, names)
-    plain = MegatronLM._note
+    plain = MegatronLM._add_score
 
     def stopped(self, *arguments):
         plain(self, *arguments)
-        noted.append(arguments)
-        if len(noted) == 20:  # in the middle of a document's answers
+        scores.append(arguments)
+        if len(scores) == 20:  # between the choices of a document
             raise InterruptedError
 
     with monkeypatch.context() as patch:
-        patch.setattr(MegatronLM, "_note", stopped)
+        patch.setattr(MegatronLM, "_add_score", stopped)
         with pytest.raises(InterruptedError):
             evaluated(MegatronLM(**settings), tasks, names)
     (file,) = cache.parent.iterdir()
     assert file.name == "cache_rank0.jsonl" and len(file.read_text().splitlines()) > 4
-    file.write_text(file.read_text()[:-20])  # a line that was being written
-    file.rename(file.with_name("cache_rank1.jsonl"))  # by another process
-    found = evaluated(MegatronLM(**settings), tasks, names)
+    file.write_text(file.read_text()[:-20])  # the last line is truncated
+    file.rename(file.with_name("cache_rank1.jsonl"))  # of another rank
+    resumed = evaluated(MegatronLM(**settings), tasks, names)
     for name in names:
-        for one, other in zip(found["samples"][name], whole["samples"][name], strict=True):
+        for sample, whole_sample in zip(resumed["samples"][name], whole["samples"][name], strict=True):
             if name == "writing":
-                assert one["resps"] == other["resps"]
+                assert sample["resps"] == whole_sample["resps"]
             else:
-                np.testing.assert_allclose(*(np.array(each["resps"], float) for each in (one, other)), atol=1e-4)
-    assert found["config"]["upper_bound"] == (objective == "mdm")
-    assert found["config"]["requests"] == whole["config"]["requests"] == 38
+                np.testing.assert_allclose(
+                    *(np.array(values["resps"], float) for values in (sample, whole_sample)), atol=1e-4
+                )
+    assert resumed["config"]["upper_bound"] == (objective == "mdm")
+    assert resumed["config"]["requests"] == whole["config"]["requests"] == 38
     for name in ("samples_per_request", "standard_error_per_request") if objective == "mdm" else ():
-        assert found["config"][name] == pytest.approx(whole["config"][name], rel=1e-4)
-    for name in ("_ask", "_texts"):
-        monkeypatch.setattr(MegatronLM, name, None)  # everything is kept
-    assert evaluated(MegatronLM(**settings), tasks, names)["samples"].keys() == found["samples"].keys()
+        assert resumed["config"][name] == pytest.approx(whole["config"][name], rel=1e-4)
+    for name in ("_compute", "_generate"):
+        monkeypatch.setattr(MegatronLM, name, None)  # everything is cached
+    assert evaluated(MegatronLM(**settings), tasks, names)["samples"].keys() == resumed["samples"].keys()
 
 
 def test_a_cache_answers_for_its_own_model_and_settings_only(runs, tasks, tmp_path, monkeypatch):
     cache = {"use_cache": str(tmp_path / "cache")}
     evaluated(MegatronLM(pretrained=str(runs / "mdm"), **cache), tasks, ["choices"])
-    anew = tmp_path / "anew"  # the same steps and name, other weights
-    shutil.copytree(runs / "mdm", anew)
-    meta = anew / "checkpoints" / "iter_0000006" / "meta.json"
+    retrained = tmp_path / "retrained"  # the same steps and name, different weights
+    shutil.copytree(runs / "mdm", retrained)
+    meta = retrained / "checkpoints" / "iter_0000006" / "meta.json"
     changed = json.loads(meta.read_text())
     changed["files"] = {name: [size, checksum ^ 1] for name, (size, checksum) in changed["files"].items()}
     meta.write_text(json.dumps(changed))
     monkeypatch.setattr("megatron.training.checkpoint.damage", lambda folder: None)
     moved = tmp_path / "moved"
     shutil.copytree(runs / "mdm", moved)
-    asked = []
-    monkeypatch.setattr(MegatronLM, "_ask", lambda self, requests, *_: asked.extend(requests))
+    computed = []
+    monkeypatch.setattr(MegatronLM, "_compute", lambda self, requests, *_: computed.extend(requests))
     for changes in (
         {"num_mc": 31},
         {"eval_seed": 1},
         {"decide_at": 0.0},
         {"dtype": "bfloat16"},
-        {"pretrained": str(anew)},
+        {"pretrained": str(retrained)},
         {"pretrained": str(runs / "mdm" / "checkpoints" / "iter_0000005")},
     ):
-        asked.clear()
-        with pytest.raises(KeyError):  # nothing is kept, and nothing was answered
+        computed.clear()
+        with pytest.raises(KeyError):  # nothing is cached, and nothing was computed
             evaluated(MegatronLM(**{"pretrained": str(runs / "mdm"), **cache, **changes}), tasks, ["choices"])
-        assert len(asked) == 35, changes
-    asked.clear()
+        assert len(computed) == 35, changes
+    computed.clear()
     evaluated(MegatronLM(pretrained=str(moved), batch_size=3, **cache), tasks, ["choices"])
-    assert not asked
+    assert not computed
 
 
 def test_the_cache_of_lm_eval_is_refused(runs, tasks, tmp_path):
     model = MegatronLM(pretrained=str(runs / "mdm"))
-    with pytest.raises(ConfigurationError, match="use_cache: lm-eval's own knows neither checkpoints nor settings"):
+    with pytest.raises(ConfigurationError, match="use_cache: lm-eval's own cache ignores checkpoints and settings"):
         evaluated(model, tasks, ["choices"], use_cache=str(tmp_path / "cache"))
 
 
@@ -509,13 +521,13 @@ def test_checkpoints_are_scored_along_a_run(runs, tasks, tmp_path):
     json.dumps(record)
     plot(record, tmp_path / "scores.png")
     assert (tmp_path / "scores.png").read_bytes().startswith(b"\x89PNG") and len(list(tmp_path.iterdir())) == 1
-    for run, names, said in (
-        (tmp_path, ["choices"], f"{tmp_path}: holds no sound checkpoint"),
+    for run, names, message in (
+        (tmp_path, ["choices"], f"{tmp_path}: has no intact checkpoint"),
         (runs / "ar", ["x"], "--tasks x: is"),
     ):
         with pytest.raises(ConfigurationError) as caught:
             score_checkpoints(str(run), names, Scoring(), str(tasks), None)
-        assert str(caught.value).startswith(said)
+        assert str(caught.value).startswith(message)
     missing = tmp_path / "tasks"
     missing.mkdir()
     (missing / "choices.yaml").write_text((tasks / "choices.yaml").read_text().replace("choices.jsonl", "gone.jsonl"))
@@ -533,8 +545,10 @@ def test_a_damaged_checkpoint_is_named_and_the_others_are_scored(runs, tasks, tm
         caplog.clear()
         record = score_checkpoints(str(tmp_path / "run"), ["choices"], Scoring(), str(tasks), 3, cache)
         assert [point["iteration"] for point in record["points"]] == [6]
-        (said,) = [line for line in caplog.messages if "is damaged (" in line]
-        assert said.startswith(f"checkpoint {folder} is damaged ({file.name} ") and said.endswith(") and left out")
+        (message,) = [line for line in caplog.messages if "is damaged (" in line]
+        assert message.startswith(f"checkpoint {folder} is damaged ({file.name} ") and message.endswith(
+            ") and left out"
+        )
     file.write_bytes(whole)
     record = score_checkpoints(str(tmp_path / "run"), ["choices"], Scoring(), str(tasks), 3, cache)
     assert [point["iteration"] for point in record["points"]] == [5, 6]
@@ -553,10 +567,10 @@ def test_without_lm_eval_one_line_says_what_installs_it(program, tmp_path):
     (tmp_path / "lm_eval.py").write_text("raise ImportError('not here')")
     command = [sys.executable, *program.split(), "--tasks", "x"]
     surroundings = environment() | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
-    done = subprocess.run(command, cwd=ROOT, env=surroundings, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2
-    (said,) = done.stderr.splitlines()
-    assert said == "error: scoring needs the package lm-eval (not here); bash install.sh --with-eval"
+    completed = subprocess.run(command, cwd=ROOT, env=surroundings, capture_output=True, text=True, timeout=120)
+    assert completed.returncode == 2
+    (message,) = completed.stderr.splitlines()
+    assert message == "error: scoring needs the package lm-eval (not here); bash install.sh --with-eval"
 
 
 def test_unknown_tasks_and_missing_data_are_said_in_one_line(runs, tasks, tmp_path, monkeypatch, capsys):
@@ -567,12 +581,12 @@ def test_unknown_tasks_and_missing_data_are_said_in_one_line(runs, tasks, tmp_pa
         text = (tasks / name).read_text().replace("choices.jsonl", "gone.jsonl")
         (broken / name).write_text(text)
     for name in ("choices", "chices"):
-        with pytest.raises(SystemExit) as left:
+        with pytest.raises(SystemExit) as exit_info:
             harness(["--pretrained", str(runs / "ar"), "--tasks", name, "--include_path", str(broken)])
-        assert left.value.code == 2
-        said = capsys.readouterr().err.splitlines()[-1]
-        assert said.startswith(f"error: --tasks {name}: ") and (
-            "gone.jsonl" in said or "Tasks not found: chices" in said
+        assert exit_info.value.code == 2
+        message = capsys.readouterr().err.splitlines()[-1]
+        assert message.startswith(f"error: --tasks {name}: ") and (
+            "gone.jsonl" in message or "Tasks not found: chices" in message
         )
 
 
@@ -597,7 +611,7 @@ def test_what_is_wrong_is_said_before_any_work(runs, command, tmp_path):
     shutil.copytree(mdm, stranger)
     recorded = json.loads((stranger / "config.json").read_text())
     (stranger / "config.json").write_text(json.dumps(recorded | {"vocabulary_size": 299}))
-    for words, said in (
+    for words, message in (
         (["--tasks", "x"], "--pretrained: required and not given; name a folder that --save wrote"),
         (["--pretrained", tmp_path, "--tasks", "x"], f"{tmp_path}: holds no run and is no checkpoint"),
         (["--pretrained", damaged, "--tasks", "x"], f"{damaged}: is damaged ("),
@@ -613,7 +627,10 @@ def test_what_is_wrong_is_said_before_any_work(runs, command, tmp_path):
             ["--model_args", f"pretrained={mdm},num_mcc=9", "--tasks", "x"],
             "--model_args num_mcc=9: unknown name; did you",
         ),
-        (["--model_args", f"pretrained={mdm},num_mc=many", "--tasks", "x"], "--model_args num_mc=many: is no int"),
+        (
+            ["--model_args", f"pretrained={mdm},num_mc=many", "--tasks", "x"],
+            "--model_args num_mc=many: is not of type int",
+        ),
         (["--pretrained", mdm, "--method", "x", "--tasks", "x"], "--method x: is not one of bound, chain"),
         (
             ["--pretrained", mdm, "--tasks", "x", "--include_path", tmp_path / "x"],
@@ -628,21 +645,27 @@ def test_what_is_wrong_is_said_before_any_work(runs, command, tmp_path):
     ):
         with pytest.raises(ConfigurationError) as caught:
             command(*words)
-        assert str(caught.value).startswith(said) and "\n" not in str(caught.value), words
+        assert str(caught.value).startswith(message) and "\n" not in str(caught.value), words
 
 
 def test_spellings_of_the_published_scorers(runs, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["harness"])
     words = f"--load {runs}/mdm --task_list a,b --results_path out --eval_method=ar --eval_fp32 --adaptive_seq_len"
-    found = read([*words.split(), "--max_chunk_size", "32", "--limit", "3"])
-    assert found.tasks == ["a", "b"] and found.output_path == "out" and found.limit == 3 and found.batch_size == "auto"
-    assert found.model_args == {"pretrained": f"{runs}/mdm", "method": "chain", "dtype": "float32"}
-    found = read(f"--run {runs}/mdm --tasks a --eval_method mc --only_mc_nll --num_mc 64 --batch_size 8".split())
+    options = read([*words.split(), "--max_chunk_size", "32", "--limit", "3"])
     assert (
-        found.model_args == {"pretrained": f"{runs}/mdm", "only_mc_nll": True, "num_mc": 64} and found.batch_size == "8"
+        options.tasks == ["a", "b"]
+        and options.output_path == "out"
+        and options.limit == 3
+        and options.batch_size == "auto"
     )
-    found = read(["--model_args", f"run={runs}/mdm,checkpoint=best", "--tasks", "a"])
-    assert found.model_args == {"pretrained": f"{runs}/mdm", "checkpoint": "best"} and found.model == "megatron"
+    assert options.model_args == {"pretrained": f"{runs}/mdm", "method": "chain", "dtype": "float32"}
+    options = read(f"--run {runs}/mdm --tasks a --eval_method mc --only_mc_nll --num_mc 64 --batch_size 8".split())
+    assert (
+        options.model_args == {"pretrained": f"{runs}/mdm", "only_mc_nll": True, "num_mc": 64}
+        and options.batch_size == "8"
+    )
+    options = read(["--model_args", f"run={runs}/mdm,checkpoint=best", "--tasks", "a"])
+    assert options.model_args == {"pretrained": f"{runs}/mdm", "checkpoint": "best"} and options.model == "megatron"
 
 
 def test_generation_is_read_as_tasks_write_it():
@@ -650,26 +673,26 @@ def test_generation_is_read_as_tasks_write_it():
         {"until": "\n", "max_gen_toks": 5, "do_sample": False, "temperature": 0.7, "top_p": 0.9}, "ar", 32
     )
     assert (greedy.max_new_tokens, greedy.temperature, greedy.top_p, until) == (5, 0.0, 1.0, ("\n",))
-    drawn, until = read_generation({"do_sample": True, "top_k": 4, "max_gen_toks": 5, "until": ["a", "b"]}, "mdm", 32)
-    assert (drawn.temperature, drawn.top_k, until) == (1.0, 4, ("a", "b"))
+    random, until = read_generation({"do_sample": True, "top_k": 4, "max_gen_toks": 5, "until": ["a", "b"]}, "mdm", 32)
+    assert (random.temperature, random.top_k, until) == (1.0, 4, ("a", "b"))
     assert read_generation({"steps": 2, "max_gen_toks": 5}, "mdm", 32)[0].steps == 2
-    for given, said in (
+    for settings, message in (
         ({"steps": 2, "max_gen_toks": 5}, "--gen_kwargs steps=2: acts in masked diffusion only"),
-        ({"num_beams": 4, "max_gen_toks": 5}, "--gen_kwargs num_beams=4: is nothing that these models know"),
+        ({"num_beams": 4, "max_gen_toks": 5}, "--gen_kwargs num_beams=4: is not supported by these models"),
         ({}, "max_gen_toks 256 of a task: leaves no room for a prompt in the 32 tokens of --seq-length"),
     ):
         with pytest.raises(ConfigurationError) as caught:
-            read_generation(given, "ar", 32)
-        assert str(caught.value).startswith(said)
+            read_generation(settings, "ar", 32)
+        assert str(caught.value).startswith(message)
     assert cut("one two three", ["three", "two", ""]) == "one " and cut("one", ["x"]) == "one"
 
 
 def test_devices_and_rows_that_are_none(runs):
-    for options, said in (
-        ({"device": "cuda:9"}, "--device cuda:9: there is no such device here"),
-        ({"batch_size": "auto:4"}, "--batch_size auto:4: is neither auto nor a number of rows"),
+    for options, message in (
+        ({"device": "cuda:9"}, "--device cuda:9: this machine has no such device"),
+        ({"batch_size": "auto:4"}, "--batch_size auto:4: is neither auto nor a number of sequences"),
     ):
         with pytest.raises(ConfigurationError) as caught:
             MegatronLM(pretrained=str(runs / "ar"), **options)
-        assert str(caught.value).startswith(said)
+        assert str(caught.value).startswith(message)
     assert MegatronLM(pretrained=str(runs / "ar"), batch_size="8", max_batch_size=4).scoring.batch_rows == 4

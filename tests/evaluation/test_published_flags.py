@@ -1,4 +1,4 @@
-"""Flags of the published scorers, and of training, on the command line that scores."""
+"""Flags of the published scorers and of training on the command line of scoring."""
 
 import json
 import logging
@@ -11,10 +11,10 @@ from megatron.errors import ConfigurationError
 from megatron.evaluation.harness import main, read
 from megatron.training.command_line import parse
 
-NETWORK = "--num-layers 2 --hidden-size 32 --num-attention-heads 2 --kv-channels 16 --seq-length 64"
-# what the four published lists have in common, and then what each of them adds
+MODEL = "--num-layers 2 --hidden-size 32 --num-attention-heads 2 --kv-channels 16 --seq-length 64"
+# the flags that all four published lists have, and below those of each list
 PUBLISHED = f"""
-    --tensor-model-parallel-size 1 --pipeline-model-parallel-size 1 {NETWORK} --use-rotary-position-embeddings
+    --tensor-model-parallel-size 1 --pipeline-model-parallel-size 1 {MODEL} --use-rotary-position-embeddings
     --max-position-embeddings 64 --micro-batch-size 32 --global-batch-size 256 --train-samples 1000
     --vocab-file no/vocab.json --merge-file no/merges.txt --disable-bias-linear --kill-switch-file no/kill
     --normalization rmsnorm --swiglu --bf16 --load RUN --load-tag latest --data-impl mmap --deepspeed
@@ -31,10 +31,10 @@ LISTS = {
 
 @pytest.fixture
 def run(tmp_path):
-    """Return what writes the folder of a run, as far as flags are compared with it."""
+    """Return a function that writes a run folder with the values that flags are compared with."""
 
     def write(objective="mdm", flags=""):
-        config = asdict(parse(objective, [*NETWORK.replace("--kv-channels 16 ", "").split(), *flags.split()]))
+        config = asdict(parse(objective, [*MODEL.replace("--kv-channels 16 ", "").split(), *flags.split()]))
         recorded = {"objective_name": objective, "precision": "bf16", **config}
         (tmp_path / "config.json").write_text(json.dumps(recorded))
         return str(tmp_path)
@@ -66,13 +66,13 @@ def test_the_published_lists_are_understood_and_what_has_no_effect_is_named(run,
     (line,) = [line for line in caplog.messages if line.endswith("a run records its own model, data and training")]
     names = line.partition(": have no effect")[0].split(", ")
     assert {"--num-layers", "--train-samples", "--deepspeed_config", "--bf16", "--vocab-file"} <= set(names)
-    shown = " ".join(caplog.messages)
+    log = " ".join(caplog.messages)
     for word in words:
         if (
             word.startswith("--")
             and word not in "--load --eval_fp32 --task_list --results_path".split() + added.split()
         ):
-            assert word in shown
+            assert word in log
 
 
 def test_the_command_shows_what_has_no_effect_while_it_reads_flags(monkeypatch, caplog, capsys):
@@ -87,11 +87,11 @@ def test_the_command_shows_what_has_no_effect_while_it_reads_flags(monkeypatch, 
 
 @pytest.mark.parametrize("flag", "--load --run --task_list --results_path --eval_method --max_chunk_size".split())
 def test_a_spelling_without_its_value_is_refused_wherever_it_stands(run, flag):
-    others = ["--load", run(), "--task_list", "a"]
-    for words in ([*others, flag], [*others, flag, "--limit", "3"], [flag, *others], [flag]):
+    other_words = ["--load", run(), "--task_list", "a"]
+    for words in ([*other_words, flag], [*other_words, flag, "--limit", "3"], [flag, *other_words], [flag]):
         assert refusal(*words).startswith(f"{flag}: is not followed by a value; give one")
-    for own in ("--pretrained", "--num-mc", "--num-layers", "--encoder-num-layers", "--micro-batch-size"):
-        assert refusal(*others, own).startswith(f"{own}: is not followed by a value; give one")
+    for name in ("--pretrained", "--num-mc", "--num-layers", "--encoder-num-layers", "--micro-batch-size"):
+        assert refusal(*other_words, name).startswith(f"{name}: is not followed by a value; give one")
 
 
 @pytest.mark.parametrize("switch", "--eval_fp32 --adaptive_seq_len --inference --no-load-optim --swiglu".split())

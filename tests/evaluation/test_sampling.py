@@ -1,4 +1,4 @@
-"""Tokens are drawn from what transformers' own filters leave, and settings that cannot act are refused."""
+"""Tokens are sampled from the distribution of transformers' filters; settings without effect are refused."""
 
 import itertools
 
@@ -7,9 +7,9 @@ import torch
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from megatron.errors import ConfigurationError
-from megatron.evaluation.sampling import Sampling, choose, keys, probabilities
+from megatron.evaluation.sampling import Sampling, choose, draw_keys, probabilities
 
-SMALLEST, LARGEST = 0.0, 1 - 2**-53  # what a uniform number may be
+SMALLEST, LARGEST = 0.0, 1 - 2**-53  # uniform numbers in [0, 1)
 
 
 def logits(*shape):
@@ -20,64 +20,64 @@ def logits(*shape):
     "temperature, top_k, top_p", list(itertools.product((0.3, 1.0, 2.0), (0, 1, 7, 100), (1.0, 0.9, 0.4, 1e-6)))
 )
 def test_probabilities_are_those_of_transformers(temperature, top_k, top_p):
-    given = logits(16, 40)
-    given[3, 10:20] = given[3, 5]  # tokens that are equally probable
+    inputs = logits(16, 40)
+    inputs[3, 10:20] = inputs[3, 5]  # ties
     warpers = LogitsProcessorList([TemperatureLogitsWarper(temperature)])
     warpers += [TopKLogitsWarper(top_k)] if top_k else []
     warpers += [TopPLogitsWarper(top_p)] if top_p < 1 else []
-    expected = warpers(None, given.double()).softmax(-1)
-    found = probabilities(given, Sampling(temperature=temperature, top_k=top_k, top_p=top_p))
-    sizes = found.count_nonzero(-1)
+    expected = warpers(None, inputs.double()).softmax(-1)
+    probs = probabilities(inputs, Sampling(temperature=temperature, top_k=top_k, top_p=top_p))
+    sizes = probs.count_nonzero(-1)
     assert torch.equal(sizes, expected.count_nonzero(-1))
-    # which of several equally probable tokens are kept by top-p is the sort's affair
+    # the sort decides which of several equally probable tokens top-p keeps
     rows = [row for row in range(16) if row != 3]
-    torch.testing.assert_close(found[rows], expected[rows])
-    torch.testing.assert_close(found[3].sort().values, expected[3].sort().values)
+    torch.testing.assert_close(probs[rows], expected[rows])
+    torch.testing.assert_close(probs[3].sort().values, expected[3].sort().values)
 
 
 @pytest.mark.parametrize("settings", [{}, {"top_k": 5}, {"top_p": 0.7}, {"temperature": 0.5}], ids=str)
 def test_draws_follow_the_probabilities(settings):
     sampling = Sampling(**{"temperature": 1.0, **settings})
-    (given,), count = logits(1, 12), 20000
+    (inputs,), count = logits(1, 12), 20000
     uniforms = (torch.arange(count, dtype=torch.float64) + 0.5) / count
-    drawn = choose(given.expand(count, -1), sampling, uniforms)
-    found = torch.bincount(drawn, minlength=12) / count
-    torch.testing.assert_close(found.double(), probabilities(given[None], sampling)[0], rtol=0, atol=2 / count)
+    tokens = choose(inputs.expand(count, -1), sampling, uniforms)
+    frequencies = torch.bincount(tokens, minlength=12) / count
+    torch.testing.assert_close(frequencies.double(), probabilities(inputs[None], sampling)[0], rtol=0, atol=2 / count)
 
 
 def test_a_token_that_is_filtered_out_is_never_drawn():
-    given = logits(64, 40)
-    for uniform in (SMALLEST, LARGEST, 1.0):  # 1: where it was rounded
+    inputs = logits(64, 40)
+    for uniform in (SMALLEST, LARGEST, 1.0):  # 1 by rounding
         sampling = Sampling(temperature=1.0, top_k=3, top_p=0.99)
-        drawn = choose(given, sampling, torch.full((64,), uniform, dtype=torch.float64))
-        assert (probabilities(given, sampling).gather(1, drawn[:, None]) > 0).all()
+        tokens = choose(inputs, sampling, torch.full((64,), uniform, dtype=torch.float64))
+        assert (probabilities(inputs, sampling).gather(1, tokens[:, None]) > 0).all()
 
 
 def test_without_a_temperature_the_most_probable_token_is_taken():
-    given = logits(8, 40)
-    assert torch.equal(choose(given, Sampling(), torch.rand(8)), given.argmax(-1))
-    assert torch.equal(choose(given, Sampling(temperature=1.0, top_k=1), torch.rand(8)), given.argmax(-1))
+    inputs = logits(8, 40)
+    assert torch.equal(choose(inputs, Sampling(), torch.rand(8)), inputs.argmax(-1))
+    assert torch.equal(choose(inputs, Sampling(temperature=1.0, top_k=1), torch.rand(8)), inputs.argmax(-1))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_logits_that_are_not_finite_are_refused(value, temperature):
-    given = logits(8, 40)
-    given[3, 7] = value
+    inputs = logits(8, 40)
+    inputs[3, 7] = value
     with pytest.raises(ConfigurationError, match="are not finite"):
-        choose(given, Sampling(temperature=temperature), torch.rand(8))
+        choose(inputs, Sampling(temperature=temperature), torch.rand(8))
 
 
 def test_draws_are_keyed_by_the_prompt():
-    found = keys([[1, 2], [3], [1, 2], [], [1, 2]])
-    assert len(set(found)) == 5 and [copy for _, copy in found] == [0, 0, 1, 0, 2]
-    assert len({key for key, _ in found}) == 3 and all(0 <= key < 2**64 for key, _ in found)
-    assert keys([[3], [1, 2]]) == [found[1], found[0]]
-    assert keys([[1], [0, 1], [1, 0]]) != keys([[1], [1, 0], [0, 1]])
+    keys = draw_keys([[1, 2], [3], [1, 2], [], [1, 2]])
+    assert len(set(keys)) == 5 and [copy for _, copy in keys] == [0, 0, 1, 0, 2]
+    assert len({key for key, _ in keys}) == 3 and all(0 <= key < 2**64 for key, _ in keys)
+    assert draw_keys([[3], [1, 2]]) == [keys[1], keys[0]]
+    assert draw_keys([[1], [0, 1], [1, 0]]) != draw_keys([[1], [1, 0], [0, 1]])
 
 
 @pytest.mark.parametrize(
-    "settings, said",
+    "settings, message",
     [
         ({"max_new_tokens": 0}, "--max-new-tokens 0: must be at least 1"),
         ({"temperature": -1.0}, "--temperature -1.0: must not be negative"),
@@ -89,12 +89,12 @@ def test_draws_are_keyed_by_the_prompt():
         ({"block_length": 0}, "--block-length 0: must be at least 1"),
         ({"order": "best"}, "--order best: is not one of confidence, margin, entropy, random"),
         ({"remask": 1.0}, "--remask 1.0: is a probability below 1"),
-        ({"top_k": 4}, "--top-k 4: acts on what is drawn, and nothing is at --temperature 0"),
-        ({"top_p": 0.9}, "--top-p 0.9: acts on what is drawn"),
+        ({"top_k": 4}, "--top-k 4: has no effect on greedy decoding (--temperature 0)"),
+        ({"top_p": 0.9}, "--top-p 0.9: has no effect on greedy decoding"),
         ({"remask": 0.1, "block_length": 4}, "--remask 0.1 --block-length 4: a block is finished before"),
     ],
 )
-def test_settings_are_checked(settings, said):
+def test_settings_are_checked(settings, message):
     with pytest.raises(ConfigurationError) as caught:
         Sampling(**settings)
-    assert str(caught.value).startswith(said) and "\n" not in str(caught.value)
+    assert str(caught.value).startswith(message) and "\n" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""The command that writes texts, on trained runs: what it prints and writes, and what it refuses in one line."""
+"""tools/generate.py on training runs: its output, its records and its one-line errors."""
 
 import codecs
 import gzip
@@ -16,7 +16,7 @@ from megatron.data.tokenizer import ByteTokenizer
 from megatron.errors import ConfigurationError
 from megatron.evaluation.generate import generate
 from megatron.evaluation.sampling import Sampling
-from megatron.evaluation.texts import HIDDEN, Asked, Request, read_request, visible
+from megatron.evaluation.texts import MASK_SYMBOL, Prompt, Request, read_request, visible
 from megatron.training.load_run import open_trained
 from megatron.training.main import main
 from tests.conftest import ROOT, environment
@@ -27,23 +27,23 @@ from tools.generate import work
 
 @pytest.fixture(scope="module")
 def runs(tiny, tmp_path_factory):
-    """An AR run that keeps an average, an MDM run, and two that nothing can be generated from."""
+    """An AR run with averaged weights, an MDM run, and two runs that generation does not support."""
     root = tmp_path_factory.mktemp("runs")
     main("ar", [*tiny, "--ema-decay", "0.9", "--save", str(root / "ar")])
     main("mdm", [*tiny, "--save", str(root / "mdm")])
     main("ar", [*tiny, "--objective", "any-order", "--train-samples", "8", "--save", str(root / "any")])
-    main("ar", [*tiny, "--target-positions", "--train-samples", "8", "--save", str(root / "told")])
+    main("ar", [*tiny, "--target-positions", "--train-samples", "8", "--save", str(root / "targets")])
     return root
 
 
-def command(*arguments, given: str | None = None) -> subprocess.CompletedProcess:
+def command(*arguments, standard_input: str | None = None) -> subprocess.CompletedProcess:
     words = list(map(str, [sys.executable, ROOT / "tools" / "generate.py", *arguments]))
-    return subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=300, input=given)
+    return subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=300, input=standard_input)
 
 
 @pytest.fixture
 def written(capsys, monkeypatch):
-    """Run the command in this process; return its exit code, what it prints and what it says."""
+    """Run the command in this process; return its exit code, standard output and standard error."""
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, arguments)])
@@ -51,55 +51,61 @@ def written(capsys, monkeypatch):
         try:
             write()
             code = 0
-        except SystemExit as left:
-            code = left.code
+        except SystemExit as exit_info:
+            code = exit_info.code
         return code, *capsys.readouterr()
 
     return run
 
 
 def test_next_tokens_of_standard_input_and_of_a_file(runs, tmp_path, written):
-    done = command(runs / "ar", "--max-new-tokens", "10", given="def main(")
-    assert done.returncode == 0, done.stderr
+    completed = command(runs / "ar", "--max-new-tokens", "10", standard_input="def main(")
+    assert completed.returncode == 0, completed.stderr
     trained = open_trained(str(runs / "ar"))
-    network, tokenizer = trained.model(), trained.tokenizer()
-    ids = generate(network, "ar", [tokenizer.encode("def main(")], Sampling(max_new_tokens=10), tokenizer.eod)[0]
-    assert done.stdout == f"def main({tokenizer.decode(ids)}\n" and done.stderr == ""
+    model, tokenizer = trained.model(), trained.tokenizer()
+    ids = generate(model, "ar", [tokenizer.encode("def main(")], Sampling(max_new_tokens=10), tokenizer.eod)[0]
+    assert completed.stdout == f"def main({tokenizer.decode(ids)}\n" and completed.stderr == ""
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "import "}\n{"prompt": "def f(x):\\n"}\n')
     flags = "--max-new-tokens 12 --temperature 1 --top-k 50 --top-p 0.95 --num-samples 2 --seed 7 --average".split()
     flags += ["--checkpoint", "best", "--prompt-file", tmp_path / "prompts.jsonl"]
-    code, printed, said = written(
+    code, printed, errors = written(
         runs / "ar", *flags, "--output", tmp_path / "new" / "texts.jsonl", "--batch-size", "3"
     )
-    assert code == 0 and not said
+    assert code == 0 and not errors
     records = [json.loads(line) for line in (tmp_path / "new" / "texts.jsonl").read_text().splitlines()]
     assert not [*tmp_path.rglob("*.partial")]
-    assert [(each["prompt"], each["sample"]) for each in records] == [
+    assert [(record["prompt"], record["sample"]) for record in records] == [
         *[("import ", sample) for sample in (0, 1)],
         *[("def f(x):\n", sample) for sample in (0, 1)],
     ]
     model = open_trained(str(runs / "ar"), "best").model(average=True)
-    prompts = [tokenizer.encode(each["prompt"]) for each in records]
+    prompts = [tokenizer.encode(record["prompt"]) for record in records]
     sampling = Sampling(max_new_tokens=12, temperature=1.0, top_k=50, top_p=0.95, seed=7)
-    assert [each["ids"] for each in records] == generate(model, "ar", prompts, sampling, tokenizer.eod)
-    for each in records:
-        assert each["text"] == tokenizer.decode(each["ids"])
-        assert each["settings"]["top_k"] == 50 and each["settings"]["average"] and each["settings"]["iteration"] == 12
-    assert "".join(re.split(r"--- text \d of 4\n", printed)) == "".join(f"{each['whole']}\n" for each in records)
-    assert len({each["text"] for each in records}) > 2
+    assert [record["ids"] for record in records] == generate(model, "ar", prompts, sampling, tokenizer.eod)
+    for record in records:
+        assert record["text"] == tokenizer.decode(record["ids"])
+        assert (
+            record["settings"]["top_k"] == 50
+            and record["settings"]["average"]
+            and record["settings"]["iteration"] == 12
+        )
+    assert "".join(re.split(r"--- text \d of 4\n", printed)) == "".join(f"{record['whole']}\n" for record in records)
+    assert len({record["text"] for record in records}) > 2
 
 
 def test_gaps_are_filled_step_by_step(runs, tmp_path, written):
     flags = ["--infill", "def f(x):\n    return {{5}}\n{{3}}", "--steps", "4", "--show-steps"]
-    code, printed, said = written(runs / "mdm", *flags, "--output", tmp_path / "texts.jsonl")
+    code, printed, errors = written(runs / "mdm", *flags, "--output", tmp_path / "texts.jsonl")
     (record,) = [json.loads(line) for line in (tmp_path / "texts.jsonl").read_text().splitlines()]
-    steps = said.splitlines()
-    assert [step.count(HIDDEN) for step in steps] == [6, 4, 2, 0] and steps[0].startswith("step    1: def f(x):\\n    ")
+    steps = errors.splitlines()
+    assert [step.count(MASK_SYMBOL) for step in steps] == [6, 4, 2, 0] and steps[0].startswith(
+        "step    1: def f(x):\\n    "
+    )
     assert printed == f"{record['text']}\n" and len(record["ids"]) == len("def f(x):\n    return \n") + 8
     first, second = record["gaps"]
     assert code == 0 and record["text"] == f"def f(x):\n    return {first}\n{second}"
     assert record["settings"]["steps"] == 4 and "max_new_tokens" not in record["settings"]
-    # what stands in braces beside a --gap is text
+    # with --gap, braces are text
     code, printed, _ = written(runs / "mdm", "--prompt", "def {{2}}", "--gap", "4", "--suffix", "(x):")
     assert code == 0 and printed.startswith("def {{2}}") and printed.endswith("(x):\n")
 
@@ -109,8 +115,8 @@ def test_masked_diffusion_answers_a_prompt(runs, written):
     texts = [written(*flags, *more)[1] for more in ([], ["--seed", "1"], ["--steps", "3"])]
     assert len(set(texts)) == 3 and all(text.startswith("import ") for text in texts)
     assert written(*flags)[1] == texts[0]
-    shown = written(*flags, "--show-steps", "--block-length", "4", "--order", "margin")[2]
-    assert shown.splitlines()[0].count(HIDDEN) == 11
+    errors = written(*flags, "--show-steps", "--block-length", "4", "--order", "margin")[2]
+    assert errors.splitlines()[0].count(MASK_SYMBOL) == 11
     code, printed, _ = written(runs / "mdm", "--prompt", "", "--max-new-tokens", "8", "--dtype", "bfloat16")
     assert code == 0 and printed.endswith("\n")
 
@@ -121,8 +127,8 @@ def test_a_file_of_text_is_one_prompt_as_it_stands(runs, tmp_path, written):
     assert written(runs / "ar", *flags)[1].startswith("def f():\r\n    x\n")
     (tmp_path / "lines.jsonl").write_text('{"prompt": "a\u2028b"}\n\n{"infill": "a{{1}}{{0}}b"}\n')
     first, second = read_request(Request(prompt_file=str(tmp_path / "lines.jsonl")))
-    assert first == Asked("a\u2028b", ("a\u2028b",), False)
-    assert second == Asked("a{{1}}{{0}}b", ("a", 1, "", 0, "b"), True)
+    assert first == Prompt("a\u2028b", ("a\u2028b",), False)
+    assert second == Prompt("a{{1}}{{0}}b", ("a", 1, "", 0, "b"), True)
 
 
 @pytest.mark.parametrize("ending", ["", ".gz", ".GZ", ".zst"])
@@ -142,8 +148,11 @@ def test_standard_input_may_begin_with_a_byte_order_mark(monkeypatch):
 
 
 def test_what_is_not_there_yet_is_shown():
-    assert visible([97, 257, 257, 98, 10, 99, 257], ByteTokenizer(), 257) == f"a{HIDDEN}{HIDDEN}b\\nc{HIDDEN}"
-    assert visible([257], ByteTokenizer(), 257) == HIDDEN
+    assert (
+        visible([97, 257, 257, 98, 10, 99, 257], ByteTokenizer(), 257)
+        == f"a{MASK_SYMBOL}{MASK_SYMBOL}b\\nc{MASK_SYMBOL}"
+    )
+    assert visible([257], ByteTokenizer(), 257) == MASK_SYMBOL
 
 
 def test_what_would_not_act_is_refused(runs, tmp_path, monkeypatch, written):
@@ -163,45 +172,48 @@ def test_what_would_not_act_is_refused(runs, tmp_path, monkeypatch, written):
     recorded["data"]["eod_mask_loss"] = True
     (ruled / "config.json").write_text(json.dumps(recorded))
     masked = "acts in masked diffusion, and"
-    for arguments, said in (
+    for arguments, message in (
         ([], "RUN: required and not given; name a folder"),
         ([str(tmp_path), *prompt], f"{tmp_path}: holds no run and is no checkpoint"),
         ([ar, "--promt", "a"], "unknown flag --promt; did you mean --prompt?"),
         ([ar, *prompt, "--temperature", "warm"], "--temperature warm: is not a number"),
-        ([ar, *prompt, "--top-k", "4"], "--top-k 4: acts on what is drawn"),
-        ([ar, *prompt, "--seed", "4"], "--seed 4: nothing is drawn; give a --temperature"),
-        ([ar, *prompt, "--num-samples", "2"], "--num-samples 2: all would be the same"),
+        ([ar, *prompt, "--top-k", "4"], "--top-k 4: has no effect on greedy decoding"),
+        ([ar, *prompt, "--seed", "4"], "--seed 4: has no effect on greedy decoding; give a --temperature"),
+        ([ar, *prompt, "--num-samples", "2"], "--num-samples 2: all would be equal"),
         ([ar, *prompt, "--num-samples", "0"], "--num-samples 0: must be at least 1"),
         ([ar, *prompt, "--batch-size", "0"], "--batch-size 0: must be at least 1"),
         ([ar, *prompt, "--steps", "4"], f"--steps: {masked} {ar} was trained with --objective ar"),
         ([ar, *prompt, "--order", "confidence"], f"--order: {masked}"),
         ([ar, *prompt, "--remask=0.0"], f"--remask: {masked}"),
         ([ar, *prompt, "--show-steps"], f"--show-steps: {masked}"),
-        ([ar, "--infill", "a{{2}}"], "--objective ar: such a model knows what comes next"),
-        ([ar, "--prompt", "a", "--gap", "2", "--suffix", "b"], "--objective ar: such a model knows what comes next"),
-        ([ar, *prompt, "--infill", "a{{2}}"], "--prompt and --infill: both say what to write"),
+        ([ar, "--infill", "a{{2}}"], "--objective ar: such a model predicts the next token"),
+        ([ar, "--prompt", "a", "--gap", "2", "--suffix", "b"], "--objective ar: such a model predicts the next token"),
+        ([ar, *prompt, "--infill", "a{{2}}"], "--prompt and --infill: both are the text to continue"),
         ([ar, *prompt, "--gap", "2"], "--prompt, --gap and --suffix: are given together"),
         ([mdm, "--suffix", "b", "--gap", "2"], "--prompt, --gap and --suffix: are given together"),
         ([mdm, "--prompt", "a", "--suffix", "b", "--gap", "0"], "--gap 0: must be at least 1"),
-        ([mdm, "--infill", "a{{2}}", "--max-new-tokens", "8"], "--max-new-tokens: a gap says itself how many tokens"),
+        (
+            [mdm, "--infill", "a{{2}}", "--max-new-tokens", "8"],
+            "--max-new-tokens: has no effect, the gaps have their own lengths",
+        ),
         ([mdm, "--infill", "a"], "--infill: a text has no gap"),
         (
             [mdm, "--infill", "a{{40}}"],
-            "--infill: a text has 41 tokens, gaps counted, and this model",
+            "--infill: a text has 41 tokens, gaps included, and this model",
         ),
         ([mdm, *prompt, "--steps", "9"], "--steps 9: is more than --max-new-tokens 8"),
         ([mdm, "--prompt", "a"], "--max-new-tokens 128: leaves no room for a prompt in the 32 tokens of --seq-length"),
         ([mdm, *prompt, "--show-steps", "--num-samples", "2", "--temperature", "1"], "--show-steps: shows one text"),
         ([mdm, *prompt, "--average"], f"{mdm}: holds no average of its weights"),
-        ([ar, *prompt, "--device", "tpu"], "--device tpu: is not here, where there are cpu and 0 cuda"),
-        ([ar, *prompt, "--device", "cuda"], "--device cuda: is not here"),
-        ([ar, *prompt, "--device", "cuda:0"], "--device cuda:0: is not here"),
-        ([ar, *prompt, "--device", "cuda:x"], "--device cuda:x: is not here"),
+        ([ar, *prompt, "--device", "tpu"], "--device tpu: is not available; this machine has cpu and 0 cuda"),
+        ([ar, *prompt, "--device", "cuda"], "--device cuda: is not available"),
+        ([ar, *prompt, "--device", "cuda:0"], "--device cuda:0: is not available"),
+        ([ar, *prompt, "--device", "cuda:x"], "--device cuda:x: is not available"),
         ([ar, *prompt, "--dtype", "int8"], "--dtype int8: is not one of float32, bfloat16"),
         ([ar, *prompt, "--checkpoint", "first"], "--checkpoint first: is not one of latest, best"),
-        ([str(runs / "any"), *prompt], "--objective any-order: such a model is told the place"),
-        ([str(runs / "told"), *prompt], "--target-positions: such a model is told the place"),
-        ([str(ruled), "--prompt", "", "--max-new-tokens", "8"], "--eod-mask-loss: this model has never read on"),
+        ([str(runs / "any"), *prompt], "--objective any-order: such a model is given the position"),
+        ([str(runs / "targets"), *prompt], "--target-positions: such a model is given the position"),
+        ([str(ruled), "--prompt", "", "--max-new-tokens", "8"], "--eod-mask-loss: this model was not trained to"),
         ([ar, "--prompt-file", f"{tmp_path}/no.txt"], f"--prompt-file {tmp_path}/no.txt: cannot be read"),
         ([ar, "--prompt-file", f"{tmp_path}/bytes.txt"], f"--prompt-file {tmp_path}/bytes.txt: is not UTF-8"),
         ([ar, "--prompt-file", f"{tmp_path}/late.txt"], f"--prompt-file {tmp_path}/late.txt: is not UTF-8"),
@@ -216,7 +228,7 @@ def test_what_would_not_act_is_refused(runs, tmp_path, monkeypatch, written):
             [ar, "--prompt-file", f"{tmp_path}/broken.jsonl"],
             f"--prompt-file {tmp_path}/broken.jsonl: line 1 is not JSON",
         ),
-        ([ar, "--prompt-file", f"{tmp_path}/none.jsonl"], f"--prompt-file {tmp_path}/none.jsonl: holds no line"),
+        ([ar, "--prompt-file", f"{tmp_path}/none.jsonl"], f"--prompt-file {tmp_path}/none.jsonl: has no line"),
         (
             [mdm, "--prompt-file", f"{tmp_path}/both.jsonl"],
             f"--prompt-file {tmp_path}/both.jsonl: has prompts and",
@@ -224,7 +236,7 @@ def test_what_would_not_act_is_refused(runs, tmp_path, monkeypatch, written):
     ):
         with pytest.raises(ConfigurationError) as caught:
             work(arguments)
-        assert str(caught.value).startswith(said) and "\n" not in str(caught.value)
+        assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
     terminal = io.StringIO()
     terminal.isatty = lambda: True
     monkeypatch.setattr(sys, "stdin", terminal)
@@ -233,27 +245,27 @@ def test_what_would_not_act_is_refused(runs, tmp_path, monkeypatch, written):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff")))
     with pytest.raises(ConfigurationError, match="^standard input: is not UTF-8"):
         work([ar])
-    code, printed, said = written(ar, *prompt, "--steps", "4")
-    assert code == 2 and said.startswith("error: --steps: acts in masked") and not printed
+    code, printed, message = written(ar, *prompt, "--steps", "4")
+    assert code == 2 and message.startswith("error: --steps: acts in masked") and not printed
 
 
 def test_a_folder_that_cannot_be_written_to_is_told_before_the_work(runs, tmp_path, written):
     (tmp_path / "file").write_text("")
     flags = ["--prompt", "a", "--max-new-tokens", "8", "--output", tmp_path / "file" / "texts.jsonl"]
-    code, printed, said = written(runs / "ar", *flags)
-    assert code == 1 and said.startswith("error: ") and "could not be written" in said and not printed
+    code, printed, message = written(runs / "ar", *flags)
+    assert code == 1 and message.startswith("error: ") and "could not be written" in message and not printed
 
 
 @pytest.mark.parametrize("program", [write, convert])
 def test_several_processes_are_refused(program, runs, tmp_path, monkeypatch, capsys):
-    """Each of them would print every text, and all would write the same folder."""
+    """Every process would print all texts and write the same folder."""
     before, after = (["x"], ["--prompt", "x"]) if program is write else (["x", "to-hf"], [])
     output = tmp_path / "written.jsonl"
     monkeypatch.setattr(sys, "argv", [*before, str(runs / "ar"), *after, "--output", str(output)])
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(SystemExit) as left:
+    with pytest.raises(SystemExit) as exit_info:
         program()
-    printed, said = capsys.readouterr()
-    assert left.value.code == 2 and not printed and not output.exists()
-    assert said.startswith("error: WORLD_SIZE=2: this command runs in one process; start it with python, ")
-    assert said.count("\n") == 1
+    printed, message = capsys.readouterr()
+    assert exit_info.value.code == 2 and not printed and not output.exists()
+    assert message.startswith("error: WORLD_SIZE=2: this command runs in one process; start it with python, ")
+    assert message.count("\n") == 1
