@@ -301,7 +301,7 @@ def test_a_dry_run_refuses_what_the_start_refuses(refused, tiny, whole, tmp_path
     settings.write_text(json.dumps({"bf16": {"enabled": True}}))
     dry(["--deepspeed", "--deepspeed-config", settings], "bf16.enabled true contradicts computing in fp32")
     dry([*save, "--load", tmp_path / "none"], f"--load {tmp_path}/none: holds no run")
-    dry([*save, "--load", whole, "--num-layers", 3], "a branch keeps the network")
+    dry([*save, "--load", whole, "--num-layers", 3], "a branch keeps the model")
     dry(["--save", whole, "--lr", 1e-3], "--lr 0.001", "--lr 0.01")
     dry(["--save", whole, "--bf16", "--no-fp32"], "the run in", "was begun in fp32")
     dry(["--save", settings / "run"], f"--save {settings}/run: cannot be written to", "another folder")
@@ -349,7 +349,7 @@ def test_a_run_of_another_kind_is_not_continued(refused, tiny, whole):
     before = {name: data for name, data in contents(whole).items() if name != "lock"}
     refused("mdm", [*tiny, "--save", whole], f"--save {whole}", "objective ar, not mdm", "give --objective ar")
     branch = f"--load {whole} --save"
-    refused("ar", [*tiny, "--save", whole, "--train-samples", 94], "--train-samples 94", "begun with 93", branch)
+    refused("ar", [*tiny, "--save", whole, "--train-samples", 94], "--train-samples 94", "started with 93", branch)
     decay = [*tiny, "--save", whole, "--lr-decay-samples", 90]
     refused("ar", decay, "--lr-decay-samples 90", "no --lr-decay-samples", branch)
     refused("ar", [*tiny, "--save", whole, "--lr", 1e-3], "--lr 0.001", "--lr 0.01", branch)
@@ -360,8 +360,8 @@ def test_a_run_of_another_kind_is_not_continued(refused, tiny, whole):
 
 def test_a_branch_keeps_the_network(refused, tiny, whole, tmp_path):
     flags = [*tiny, "--load", whole, "--save", tmp_path / "branch"]
-    refused("ar", [*flags, "--num-layers", 3], "--num-layers 3", "--num-layers 2", "a branch keeps the network")
-    refused("ar", [*flags, "--no-swiglu"], "--no-swiglu", "begun with --swiglu", "a branch keeps the network")
+    refused("ar", [*flags, "--num-layers", 3], "--num-layers 3", "--num-layers 2", "a branch keeps the model")
+    refused("ar", [*flags, "--no-swiglu"], "--no-swiglu", "started with --swiglu", "a branch keeps the model")
     refused("mdm", flags, f"--load {whole}", "objective ar, not mdm")
     recorded = json.loads((whole / "config.json").read_text())
     other = copy(whole, tmp_path / "other")

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from megatron.config.compatibility import TABLE, Idle, Refused
+from megatron.config.compatibility import TABLE, NoOp, Refused
 from megatron.config.deepspeed_config import deepspeed_config
 from megatron.config.resolve import BUDGETS, check_batch, check_layout, resolve
 from megatron.config.sections import Vocabulary
@@ -55,7 +55,7 @@ VALUES = {
 def refusals() -> dict[str, str]:
     """Return the command lines that the table refuses, each with the reason."""
     refused = {name: rule.reason for name, rule in TABLE.items() if isinstance(rule, Refused)}
-    values = {name: rule for name, rule in TABLE.items() if isinstance(rule, Idle) and rule.only}
+    values = {name: rule for name, rule in TABLE.items() if isinstance(rule, NoOp) and rule.only}
     return refused | {f"{name} 7": rule.otherwise for name, rule in values.items()}
 
 

@@ -115,7 +115,7 @@ def test_cpu_offload_is_offload_optimizer_and_agrees_with_the_file(stage, tmp_pa
             {"zero_stage": 2},
             "zero_optimization.stage 1 contradicts --zero-stage 2",
         ),
-        ({"zero_optimization": {"stage": 4}}, {}, "zero_optimization.stage 4 is none; give 0, 1, 2 or 3"),
+        ({"zero_optimization": {"stage": 4}}, {}, "zero_optimization.stage 4 is not a ZeRO stage; give 0, 1, 2 or 3"),
         ({"bf16": {"enabled": False}}, {}, "bf16.enabled false contradicts computing in bf16 (--bf16)"),
         ({"bf16": {"enabled": True}}, {"bf16": False}, "bf16.enabled true contradicts computing in fp32 (--fp32)"),
         ({"fp16": {"enabled": True}}, {}, "fp16.enabled true contradicts computing in bf16 (--bf16)"),
@@ -168,7 +168,7 @@ def test_cpu_offload_is_offload_optimizer_and_agrees_with_the_file(stage, tmp_pa
         ({"curriculum_learning": {"enabled": True}}, {}, "curriculum_learning.enabled true is not supported"),
         ({"zero_optimisation": {"stage": 1}}, {}, "zero_optimisation.stage 1 is not supported; leave it out"),
         ("{", {}, "is not JSON"),
-        ("[]", {}, "holds no object"),
+        ("[]", {}, "is not a JSON object"),
     ],
 )
 def test_a_contradiction_is_refused_in_one_line_that_names_both(file, options, said, tmp_path):

@@ -21,7 +21,7 @@ from megatron.config.sections import SECTIONS
 from megatron.errors import ConfigurationError
 from megatron.training.command_line import parse, parser
 
-NETWORK = "--num-layers 2 --hidden-size 32 --num-attention-heads 2".split()
+MODEL = "--num-layers 2 --hidden-size 32 --num-attention-heads 2".split()
 FIELDS = [(section, field) for section in SECTIONS.values() for field in dataclasses.fields(section)]
 
 
@@ -185,7 +185,7 @@ def test_help_is_printed_and_leaves_with_0(objective, capsys):
 
 
 def test_parse_returns_typed_sections():
-    config = parse("mdm", [*NETWORK, "--data-path", "a", "--lr", "1e-3", "--no-fp32", "--seq-length", "1e2"])
+    config = parse("mdm", [*MODEL, "--data-path", "a", "--lr", "1e-3", "--no-fp32", "--seq-length", "1e2"])
     assert config.model.num_layers == 2 and config.data.train_data_path == ("a",) and config.optimizer.lr == 1e-3
     assert config.training.fp32 is False and config.training.bf16 is None and config.data.seq_length == 100
     with pytest.raises(dataclasses.FrozenInstanceError):

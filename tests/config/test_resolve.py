@@ -13,12 +13,12 @@ from megatron.errors import ConfigurationError
 from megatron.model.transformer import Transformer
 from megatron.training.command_line import parse
 
-NETWORK = "--num-layers 2 --hidden-size 32 --num-attention-heads 2 --seq-length 100 --global-batch-size 8".split()
+MODEL = "--num-layers 2 --hidden-size 32 --num-attention-heads 2 --seq-length 100 --global-batch-size 8".split()
 VOCABULARY = Vocabulary(257)
 
 
 def config(line: str):
-    return parse("ar", [*NETWORK, *line.split()])
+    return parse("ar", [*MODEL, *line.split()])
 
 
 def plan(line: str, unique_tokens: int = 12_345):
@@ -119,9 +119,9 @@ def test_a_step_divides_into_micro_batches_of_all_processes():
     for micro, size in ((8, 1), (4, 2), (1, 8), (2, 1)):
         check_batch(config(f"--micro-batch-size {micro}"), size)
     said = refusal(check_batch, config("--micro-batch-size 3"), 1)
-    assert said == "--global-batch-size 8: is not a multiple of --micro-batch-size 3 times 1 process = 3; take 6 or 9"
+    assert said == "--global-batch-size 8: is not a multiple of --micro-batch-size 3 times 1 rank = 3; take 6 or 9"
     said = refusal(check_batch, config("--micro-batch-size 4"), 4)
-    assert said.endswith("--micro-batch-size 4 times 4 processes = 16; take 16")
+    assert said.endswith("--micro-batch-size 4 times 4 ranks = 16; take 16")
 
 
 # --------------------------------------------------------------------------------------- resuming
@@ -142,7 +142,7 @@ def test_a_layout_that_fits_passes(size, line):
 
 @pytest.mark.parametrize("size, line, said", [
     (6, "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2",
-     "--tensor-model-parallel-size 2: makes groups of 4 processes (2 tensor-parallel x 2 stages), and 6 were started; "
+     "--tensor-model-parallel-size 2: makes groups of 4 ranks (2 tensor-parallel x 2 stages), and 6 were started; "
      "start a multiple of 4"),
     (1, "--pipeline-model-parallel-size 2", "--pipeline-model-parallel-size 2: makes groups of 2"),
     (4, "--tensor-model-parallel-size 4",
@@ -158,11 +158,11 @@ def test_a_layout_that_fits_passes(size, line):
      "--num-layers-per-virtual-pipeline-stage 2: times 2 stages does not divide --num-layers 6"),
     (2, "--tensor-model-parallel-size 2 --recompute-granularity full --compile", "--compile: cannot"),
     (2, "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1",
-     "--num-layers-per-virtual-pipeline-stage 1: gives every process one stage"),
+     "--num-layers-per-virtual-pipeline-stage 1: gives every rank one stage"),
     (2, "--pipeline-model-parallel-size 2 --recompute-granularity full --recompute-num-layers 2",
      "--recompute-num-layers 2: is more than the 1 layer of a stage; lower"),
     (3, "--num-distributed-optimizer-instances 2",
-     "--num-distributed-optimizer-instances 2: does not divide the 3 data-parallel processes"),
+     "--num-distributed-optimizer-instances 2: does not divide the 3 data-parallel ranks"),
 ])  # fmt: skip
 def test_a_layout_that_does_not_fit_is_refused(size, line, said):
     assert refusal(check_layout, config(line), size).startswith(said)
@@ -216,21 +216,21 @@ def test_one_budget_may_be_written_as_another():
 
 
 REFUSED_ON_RESUME = {
-    "--train-samples 94": "--train-samples 94 makes train samples 94, and the run in run was begun with 93",
-    "--optimizer muon": "--optimizer muon: the run in run was begun with --optimizer adamw",
-    "--ema-decay 0.9": "--ema-decay 0.9: the run in run was begun with no --ema-decay",
-    "--weight-decay-parameters all": "--weight-decay-parameters all: the run in run was begun with "
+    "--train-samples 94": "--train-samples 94 makes train samples 94, and the run in run was started with 93",
+    "--optimizer muon": "--optimizer muon: the run in run was started with --optimizer adamw",
+    "--ema-decay 0.9": "--ema-decay 0.9: the run in run was started with no --ema-decay",
+    "--weight-decay-parameters all": "--weight-decay-parameters all: the run in run was started with "
     "--weight-decay-parameters matrices",
-    "--lr 0.1": "--lr 0.1: the run in run was begun with --lr 0.0002",
-    "--lr-decay-samples 50": "--lr-decay-samples 50: the run in run was begun with no --lr-decay-samples",
-    "--lr-warmup-samples 5": "--lr-warmup-samples 5: the run in run was begun with no --lr-warmup-samples",
-    "--no-swiglu": "--no-swiglu: the run in run was begun with --swiglu",
-    "--global-batch-size 16": "--global-batch-size 16: the run in run was begun with --global-batch-size 8",
-    "--seed 1": "--seed 1: the run in run was begun with --seed 1234",
-    "--num-mc 8": "--num-mc 8: the run in run was begun with --num-mc 4",
-    "--mask-times iid": "--mask-times iid: the run in run was begun with --mask-times stratified",
-    "--epoch-order windows": "--epoch-order windows: the run in run was begun with --epoch-order documents",
-    "--blend-order megatron": "--blend-order megatron: the run in run was begun with --blend-order due-time",
+    "--lr 0.1": "--lr 0.1: the run in run was started with --lr 0.0002",
+    "--lr-decay-samples 50": "--lr-decay-samples 50: the run in run was started with no --lr-decay-samples",
+    "--lr-warmup-samples 5": "--lr-warmup-samples 5: the run in run was started with no --lr-warmup-samples",
+    "--no-swiglu": "--no-swiglu: the run in run was started with --swiglu",
+    "--global-batch-size 16": "--global-batch-size 16: the run in run was started with --global-batch-size 8",
+    "--seed 1": "--seed 1: the run in run was started with --seed 1234",
+    "--num-mc 8": "--num-mc 8: the run in run was started with --num-mc 4",
+    "--mask-times iid": "--mask-times iid: the run in run was started with --mask-times stratified",
+    "--epoch-order windows": "--epoch-order windows: the run in run was started with --epoch-order documents",
+    "--blend-order megatron": "--blend-order megatron: the run in run was started with --blend-order due-time",
 }
 
 
@@ -242,10 +242,10 @@ def test_a_change_is_refused_and_the_remedy_is_a_branch(changed):
 
 def test_other_data_is_named_by_the_flag_that_chose_it():
     said = refusal(lambda: resume(BEGUN, unique=999))
-    assert said.startswith("--train-data-path data makes unique tokens 999, and the run in run was begun with 12345")
+    assert said.startswith("--train-data-path data makes unique tokens 999, and the run in run was started with 12345")
     before = recorded("--train-epochs 2 --save run")
     said = refusal(lambda: resume("--train-epochs 3 --save run", before=before))
-    assert said.startswith("--train-epochs 3.0 makes train samples 370, and the run in run was begun with 246")
+    assert said.startswith("--train-epochs 3.0 makes train samples 370, and the run in run was started with 246")
 
 
 @pytest.mark.parametrize("objective", ["ar", "mdm"])
@@ -267,10 +267,10 @@ def test_a_branch_may_change_all_but_the_network():
     line = "--load run --save branch --train-samples 500 --lr 0.1 --seed 5 --lr-decay-style WSD --global-batch-size 16"
     resume(line, branch=True)
     said = refusal(lambda: resume(f"{line} --num-layers 3", branch=True))
-    assert said.startswith("--num-layers 3: the run in run was begun with --num-layers 2; a branch keeps the network")
+    assert said.startswith("--num-layers 3: the run in run was started with --num-layers 2; a branch keeps the model")
     said = refusal(lambda: resume(f"{line} --optimizer muon", branch=True))
     assert said == (
-        "--optimizer muon: the run in run was begun with --optimizer adamw, whose moments a branch goes on "
+        "--optimizer muon: the run in run was started with --optimizer adamw, whose moments a branch continues "
         "with; keep it"
     )
 

@@ -149,5 +149,5 @@ def test_split_names_its_parts():
 
 @pytest.mark.parametrize("split", ["", "a", "1,2,3,4", "0,1", "-1,2", "nan,1", "inf", "1;2", "1.2.3"])
 def test_a_split_that_is_none_is_refused(split):
-    with pytest.raises(ConfigurationError, match="give up to three shares"):
+    with pytest.raises(ConfigurationError, match="give up to three proportions"):
         DataConfig(split=split)
