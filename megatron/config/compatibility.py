@@ -103,7 +103,7 @@ TABLE = one_table(
         "--deepspeed_config": Same("--deepspeed-config"),
         "--recompute-activations": Same("--recompute-granularity selective"),
         "--checkpoint-activations": Same("--recompute-granularity full"),
-        "--cpu-optimizer": Same("--cpu-offload"),
+        "--cpu-optimizer": Same("--cpu-offload", switch=True),
     },
     # ------------------------------------------------------------------ model
     no_op("--use-rotary-position-embeddings", "positions are always rotary"),
