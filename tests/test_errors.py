@@ -160,18 +160,18 @@ def test_a_corpus_smaller_than_a_sample(refused, tiny, corpus):
     refused("ar", [*tiny, "--seq-length", 1_000_000], "--seq-length 1000000", "shorten it or add text")
     unique = [*tiny, "--train-unique-tokens", 20]
     refused("ar", unique, "--seq-length 32", "20", "shorten it or add text")
-    refused("ar", [*tiny, "--train-unique-tokens", 10**9], "--train-unique-tokens 1000000000", "ask for fewer")
+    refused("ar", [*tiny, "--train-unique-tokens", 10**9], "--train-unique-tokens 1000000000", "lower it or add text")
 
 
 DAMAGED_DATA = {
     "no index": (".idx", lambda path: path.unlink(), "no such file"),
     "no tokens": (".bin", lambda path: path.unlink(), "no such file"),
-    "empty index": (".idx", lambda path: path.write_bytes(b""), "write it anew"),
-    "foreign index": (".idx", lambda path: path.write_bytes(b"PK" * 100), "write it anew"),
-    "cut index": (".idx", lambda path: os.truncate(path, path.stat().st_size // 2), "it was cut"),
+    "empty index": (".idx", lambda path: path.write_bytes(b""), "write it again"),
+    "foreign index": (".idx", lambda path: path.write_bytes(b"PK" * 100), "write it again"),
+    "cut index": (".idx", lambda path: os.truncate(path, path.stat().st_size // 2), "truncated"),
     "no documents": (".idx", lambda path: path.write_bytes(HEADER.pack(MAGIC, 1, 8, 0, 0)), "holds no tokens"),
-    "empty tokens": (".bin", lambda path: path.write_bytes(b""), "it was cut"),
-    "cut tokens": (".bin", lambda path: os.truncate(path, path.stat().st_size // 2), "it was cut"),
+    "empty tokens": (".bin", lambda path: path.write_bytes(b""), "truncated"),
+    "cut tokens": (".bin", lambda path: os.truncate(path, path.stat().st_size // 2), "truncated"),
     "more tokens": (".bin", lambda path: path.write_bytes(path.read_bytes() * 2), "do not belong together"),
     "broken description": (".json", lambda path: path.write_text("{"), "is not JSON"),
 }
@@ -207,7 +207,7 @@ def test_ids_beyond_the_vocabulary_are_named_where_they_are_read(workers, refuse
     flags = [*tiny, "--train-data-path", data / "train", "--tokenizer-type", "NullTokenizer", "--vocab-size", 50]
     flags += ["--num-workers", workers]
     index = flags.index("--valid-data-path")
-    refused("ar", flags[:index] + flags[index + 3 :], f"{data}/train.bin", "holds the token id", "ids 0 to 50")
+    refused("ar", flags[:index] + flags[index + 3 :], f"{data}/train.bin", "contains the token id", "ids 0 to 50")
 
 
 @pytest.mark.parametrize("code, said", [(6, "dtype code 6"), (7, "dtype code 7"), (9, "dtype code 9"), (0, "code 0")])
@@ -216,7 +216,7 @@ def test_a_wrong_dtype_is_refused(code, said, refused, tiny, corpus, tmp_path):
     index = bytearray((data / "train.idx").read_bytes())
     index[17] = code
     (data / "train.idx").write_bytes(index)
-    refused("ar", [*tiny, "--train-data-path", data / "train"], data / "train.idx", said, "write it anew")
+    refused("ar", [*tiny, "--train-data-path", data / "train"], data / "train.idx", said, "write it again")
 
 
 @pytest.mark.parametrize("order", ["documents", "windows", "megatron"])

@@ -139,7 +139,7 @@ class DataConfig:
 
     train_data_path: tuple[str, ...] = flag(
         (),
-        "training data: a data prefix (of PREFIX.bin and PREFIX.idx), or a blend: WEIGHT PREFIX WEIGHT PREFIX ...",
+        "training data: a data prefix (of PREFIX.bin and PREFIX.idx), or pairs of weight and data prefix for a blend",
         metavar="[WEIGHT] PREFIX",
     )
     train_data_path_file: str | None = flag(
@@ -482,7 +482,7 @@ class TrainingConfig:
         choices=tuple(RECIPES),
     )
     train_epochs: float | None = flag(
-        None, "budget in epochs over the unique tokens; give exactly one of the four budgets --train-..."
+        None, "budget in epochs over the unique tokens; give exactly one budget: epochs, samples, iterations or FLOPs"
     )
     train_samples: int | None = flag(None, "budget in samples")
     train_iters: int | None = flag(None, "budget in iterations, steps of --global-batch-size samples")
@@ -725,7 +725,7 @@ class CheckpointConfig:
             value = getattr(self, name)
             require(value is None or value > 0, name, value, "must be positive")
         minutes = self.wait_for_lock
-        require(0 <= minutes <= 720, "wait_for_lock", minutes, "is not a number of minutes from 0 to 720 (12 hours)")
+        require(0 <= minutes <= 720, "wait_for_lock", minutes, "is not from 0 to 720 minutes (12 hours); change it")
         require(minutes == 0 or self.save, "wait_for_lock", minutes, "does nothing without --save; give both")
 
 

@@ -108,7 +108,7 @@ def test_help_shows_the_defaults_of_the_recipe(objective, capsys):
     published = "dropout of attention probabilities (default: 0.1)"
     assert published in shown["published"] and published not in shown["default"]
     assert "(default: megatron)" in shown["published"] and "(default: documents)" in shown["default"]
-    assert "steps between two checkpoints; default --eval-interval (default: 1000)" in shown["published"]
+    assert "steps between checkpoints; default --eval-interval (default: 1000)" in shown["published"]
 
 
 def test_every_name_of_a_recipe_is_a_field():

@@ -36,8 +36,16 @@ REFUSED = [
     (ModelConfig, {"label_smoothing": -0.1}, "--label-smoothing -0.1: must be in [0, 1)"),
     (ModelConfig, {"z_loss": -1e-4}, "--z-loss -0.0001: must not be negative"),
     (ModelConfig, {"hidden_size": 33}, "--hidden-size 33: is not a multiple of --num-attention-heads 4; change one"),
-    (ModelConfig, {"hidden_size": 12}, "--hidden-size 12: gives heads of dimension 3, and rotary embeddings need an even"),
-    (ModelConfig, {"kv_channels": 5}, "--kv-channels 5: gives heads of dimension 5, and rotary embeddings need an even"),
+    (
+        ModelConfig,
+        {"hidden_size": 12},
+        "--hidden-size 12: gives heads of dimension 3, and rotary embeddings need an even",
+    ),
+    (
+        ModelConfig,
+        {"kv_channels": 5},
+        "--kv-channels 5: gives heads of dimension 5, and rotary embeddings need an even",
+    ),
     (ModelConfig, {"num_query_groups": 2}, "--num-query-groups 2: needs --group-query-attention"),
     (ModelConfig, {"group_query_attention": True}, "--group-query-attention: needs --num-query-groups"),
     (
@@ -165,6 +173,11 @@ REFUSED = [
     ),
     (TrainingConfig, {"exit_interval": 0}, "--exit-interval 0: must be positive"),
     (TrainingConfig, {"exit_duration_in_mins": 0.0}, "--exit-duration-in-mins 0.0: must be positive"),
+    (
+        TrainingConfig,
+        {"exit_code_when_stopped": 256},
+        "--exit-code-when-stopped 256: is not an exit code; give one from",
+    ),
     (TrainingConfig, {"bf16": True, "fp32": True}, "--bf16: excludes --fp32; give one of them"),
     (TrainingConfig, {"bf16": False, "fp32": False}, "--no-bf16: excludes --no-fp32; give one of them"),
     (ParallelConfig, {"tensor_model_parallel_size": 0}, "--tensor-model-parallel-size 0: must be at least 1"),
@@ -214,6 +227,8 @@ REFUSED = [
     (ValidationConfig, {"eval_batch_size": 0}, "--eval-batch-size 0: must be positive"),
     (CheckpointConfig, {"save_interval": 0}, "--save-interval 0: must be positive"),
     (CheckpointConfig, {"keep_every_epochs": 0.0}, "--keep-every-epochs 0.0: must be positive"),
+    (CheckpointConfig, {"wait_for_lock": 721.0}, "--wait-for-lock 721.0: is not from 0 to 720 minutes (12 hours)"),
+    (CheckpointConfig, {"wait_for_lock": 5.0}, "--wait-for-lock 5.0: does nothing without --save; give both"),
     (TrackingConfig, {"tensorboard_queue_size": 0}, "--tensorboard-queue-size 0: must be at least 1"),
     (
         TrackingConfig,

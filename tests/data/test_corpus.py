@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 
 import pytest
 
-from megatron.data.contamination import HeldOut, run_hashes
+from megatron.data.contamination import HeldOut, ngram_hashes
 from megatron.data.corpus import SPLITS, Document, Fingerprint, split_of, standard_library
 
 SHARES = (80, 10, 10)
@@ -112,7 +112,7 @@ def shared(train: list[str], other: list[str], **limit) -> dict:
     for text in other:
         held.add(text)
     for text in train:
-        held.compare([run_hashes(text)])
+        held.compare([ngram_hashes(text)])
     return held.shared()
 
 

@@ -59,11 +59,11 @@ def test_the_largest_ids_survive(data_set):
 @pytest.mark.parametrize(
     "wrong, parts",
     [
-        (lambda data, index: (data, b""), ["data.idx", "empty or foreign"]),
-        (lambda data, index: (data, index[:20]), ["data.idx", "empty or foreign"]),
-        (lambda data, index: (data, b"TNTIDX\x00\x00" + index[8:]), ["data.idx", "empty or foreign"]),
-        (lambda data, index: (data, index[:9] + b"\x02" + index[10:]), ["data.idx", "version 2", "write it anew"]),
-        (lambda data, index: (data, index[:17] + b"\x07" + index[18:]), ["data.idx", "dtype code 7", "write it anew"]),
+        (lambda data, index: (data, b""), ["data.idx", "empty or has another format"]),
+        (lambda data, index: (data, index[:20]), ["data.idx", "empty or has another format"]),
+        (lambda data, index: (data, b"TNTIDX\x00\x00" + index[8:]), ["data.idx", "empty or has another format"]),
+        (lambda data, index: (data, index[:9] + b"\x02" + index[10:]), ["data.idx", "version 2", "write it again"]),
+        (lambda data, index: (data, index[:17] + b"\x07" + index[18:]), ["data.idx", "dtype code 7", "write it again"]),
         (lambda data, index: (data, index[:17] + b"\x63" + index[18:]), ["data.idx", "dtype code 99"]),
         (lambda data, index: (data, index[:-3]), ["data.idx", f"has {34 + 12 * 4 + 8 * 5 - 3} bytes", "needs 122"]),
         (lambda data, index: (data, index + b"\x00"), ["data.idx", "has 123 bytes", "needs 122"]),
@@ -172,7 +172,7 @@ def test_metadata_is_read_where_there_is_some(tmp_path, refused):
     assert read_metadata(tmp_path / "data") == {}
     for text in ('{"eod": 1', "\udcff", "[1]", "7"):
         (tmp_path / "data.json").write_bytes(text.encode(errors="surrogateescape"))
-        with refused("data.json", "is not", "write the data anew"):
+        with refused("data.json", "is not", "write the data again"):
             read_metadata(tmp_path / "data")
     (tmp_path / "data.json").write_text('{"eod": 1}')
     assert read_metadata(tmp_path / "data") == {"eod": 1}

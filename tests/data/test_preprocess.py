@@ -13,7 +13,7 @@ import time
 import pytest
 
 from megatron.data import preprocess as preparing
-from megatron.data.contamination import HeldOut, run_hashes
+from megatron.data.contamination import HeldOut, ngram_hashes
 from megatron.data.corpus import SPLITS, split_of
 from megatron.data.indexed import IndexedDataset, read_metadata
 from megatron.data.preprocess import preprocess
@@ -96,7 +96,7 @@ def test_text_to_token_files_end_to_end(text, tmp_path):
         held = HeldOut()
         for document in expected[name]:
             held.add(document)
-        held.compare([run_hashes(document) for document in expected["train"]])
+        held.compare([ngram_hashes(document) for document in expected["train"]])
         assert record["shared_13grams"][name] == held.shared()
         assert 0 < held.shared()["ngrams"] < 1
     assert record["shared_13grams"]["tuning"] == read_metadata(tmp_path / "data" / "tuning")["shared_13grams"]
@@ -281,7 +281,7 @@ def test_a_second_writer_waits_for_the_first(text, tmp_path):
     second = subprocess.Popen(
         command(*flags), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    assert "another process writes there" in second.stderr.readline()
+    assert "another process writes to it" in second.stderr.readline()
     time.sleep(0.1)
     assert second.poll() is None
     os.close(held)
@@ -305,7 +305,7 @@ def test_text_that_changes_while_it_is_read_is_refused(text, tmp_path, monkeypat
 @pytest.mark.parametrize(
     "changes, parts",
     [
-        ({"splits": (80, 20)}, ["--splits 80 20", "three shares"]),
+        ({"splits": (80, 20)}, ["--splits 80 20", "three proportions"]),
         ({"splits": (80, -10, 30)}, ["--splits 80 -10 30", "none negative"]),
         ({"splits": (0, 0, 0)}, ["--splits 0 0 0", "one above 0"]),
         ({"splits": (float("nan"), 1, 1)}, ["--splits nan 1 1"]),
@@ -336,7 +336,7 @@ def test_flags_that_cannot_be_are_refused(text, tmp_path, refused, changes, part
     [
         ({"input": ("nowhere.txt",)}, ["--input nowhere.txt", "no such file"]),
         ({"json_key": "body"}, ['line 1 has no field "body"', "--json-key"]),
-        ({"splits": (98, 1, 1)}, ["--splits 98 1 1", "split holds no document", "--txt-separator"]),
+        ({"splits": (98, 1, 1)}, ["--splits 98 1 1", "split has no document", "--txt-separator"]),
         ({"tokenizer_type": "NullTokenizer", "vocab_size": 9}, ["NullTokenizer", "0 to 8"]),
         ({"tokenizer_type": "HFTokenizer", "train_tokenizer": 9999}, ["--train-tokenizer 9999", "this text gives"]),
         (
@@ -356,9 +356,9 @@ def test_input_without_text_and_a_folder_that_cannot_be_made(text, tmp_path, ref
     (tmp_path / "empty.txt").write_text(" \n")
     with refused(f"--input {tmp_path / 'empty.txt'}: holds no text", "give files"):
         preprocess(asked(tmp_path / "empty.txt", tmp_path / "data"))
-    with refused(f"--output-dir {text}", "cannot be made", "name another"):
+    with refused(f"--output-dir {text}", "cannot be created", "name another"):
         preprocess(asked(text, text))
-    with refused(f"--output-dir {text / 'below'}", "cannot be made"):
+    with refused(f"--output-dir {text / 'below'}", "cannot be created"):
         preprocess(asked(text, text / "below"))
 
 
@@ -368,7 +368,7 @@ def test_mistakes_on_the_command_line_are_one_line(tmp_path):
     assert "did you mean --splits?" in call(*folder, "--split", 1, code=2).stderr
     for flags in (["--input"], ["--train-tokenizer", "many"], ["--tokenizer-type", "BPE"], ["--splits", "a", "b", "c"]):
         assert flags[0] in call(*folder, *flags, code=2).stderr
-    assert "--splits -1 1 1: give three shares" in call(*folder, "--splits", -1, 1, 1, code=2).stderr
+    assert "--splits -1 1 1: give three proportions" in call(*folder, "--splits", -1, 1, 1, code=2).stderr
     assert not (tmp_path / "data").exists()
 
 

@@ -159,7 +159,7 @@ def test_the_summary_and_the_start_of_training_name_the_loss(tmp_path, monkeypat
     flags = ["--input", tmp_path / "text.jsonl", "--output-dir", tmp_path / "data", "--splits", "1", "0", "0"]
     monkeypatch.setattr(sys, "argv", ["preprocess_data.py", *map(str, flags), "--tokenizer-model", model])
     main()
-    counts = "1 of 2 documents do not come back from their tokens as they were, 21.43% of the characters are missing"
+    counts = "1 of 2 documents are not the same after encoding and decoding, 21.43% of the characters are missing"
     example = f"{tmp_path}/text.jsonl:1, character 4: 'CAT' comes back as 'cat'"
     assert f"train: {counts}; {example}\n" in capsys.readouterr().out
     assert len(IndexedDataset(tmp_path / "data" / "train")) == 2

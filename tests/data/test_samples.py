@@ -116,7 +116,7 @@ def test_a_corpus_smaller_than_a_sample_is_refused(data_set, refused):
             build()
     with refused("--seq-length 3", "needs 4 tokens", "--train-unique-tokens leaves 3"):
         TrainSamples(dataset, 3, 0, unique_tokens=3)
-    with refused("--train-unique-tokens 5", "data.bin holds 4", "ask for fewer"):
+    with refused("--train-unique-tokens 5", "data.bin holds 4", "lower it"):
         TrainSamples(dataset, 3, 0, unique_tokens=5)
 
 

@@ -93,7 +93,9 @@ def test_a_text_file_is_cut_at_its_separator(file):
 @pytest.mark.parametrize("left", [0.3, 0.9, 0.999])
 def test_a_cut_file_is_refused(file, refused, name, left):
     whole = compressed(name, LINES.encode())
-    with refused(f"--input {file(name, whole[: int(len(whole) * left)], pack=False)}", "is damaged or cut", "again"):
+    with refused(
+        f"--input {file(name, whole[: int(len(whole) * left)], pack=False)}", "is damaged or truncated", "again"
+    ):
         found(str(file(name, whole[: int(len(whole) * left)], pack=False)))
 
 
@@ -102,7 +104,7 @@ def test_a_damaged_or_foreign_file_is_refused(file, refused, name):
     whole = bytearray(compressed(name, LINES.encode()))
     whole[len(whole) // 2 : len(whole) // 2 + 40] = bytes(40)
     for data in (bytes(whole), compressed(name, b"x") + b"more"):
-        with refused("--input", name, "is damaged or cut"):
+        with refused("--input", name, "is damaged or truncated"):
             found(file(name, data, pack=False))
     with refused("--input", f"{name}: is not in ", "rename it if it is decompressed already"):
         found(file(name, b"plain text", pack=False))
@@ -125,9 +127,9 @@ def test_a_long_window_is_read_and_its_damage_named(file, refused, window_log):
     whole = streamed(window_log, LINES.encode())
     assert zstandard.get_frame_parameters(whole).window_size == 1 << window_log
     assert len(found(file("a.jsonl.zst", whole, pack=False))) == 2000
-    with refused("is damaged or cut (the file ends inside a frame)"):
+    with refused("is damaged or truncated (the file ends inside a frame)"):
         found(file("a.jsonl.zst", whole[:-1], pack=False))
-    with refused("is damaged or cut", "doesn't match checksum"):
+    with refused("is damaged or truncated", "doesn't match checksum"):
         found(file("a.jsonl.zst", whole[:-1] + bytes([whole[-1] ^ 1]), pack=False))
 
 
@@ -136,7 +138,7 @@ def test_skippable_frames_are_left_out(file, refused):
     for data in (skippable(9) + one + skippable(0) + two, one + skippable(300_000) + two + skippable(1)):
         assert found(file("a.txt.zst", data, pack=False)) == ["one two"]
     assert found(file("a.txt.zst", skippable(9), pack=False)) == []
-    with refused("is damaged or cut (the file ends inside a frame)"):
+    with refused("is damaged or truncated (the file ends inside a frame)"):
         found(file("a.txt.zst", one + skippable(9)[:-1], pack=False))
 
 
