@@ -18,7 +18,7 @@ DEFAULT_TRAINED = 512  # vocabulary size of a trained tokenizer
 class PreprocessOptions:
     """Text and tokens."""
 
-    output_dir: Path = flag(
+    output_dir: Path = flag(  # noqa: RUF009
         help="folder for {train,tuning,validation}.{bin,idx,json} and tokenizer.json", metavar="DIR"
     )
     input: tuple[str, ...] = flag(

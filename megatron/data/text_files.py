@@ -143,6 +143,7 @@ def _field(where: str, record: object, key: str) -> str:
     text = record[key]
     if not isinstance(text, str):
         raise ConfigurationError(
-            f'{where} has a {type(text).__name__} in "{key}", not a string; name another field with --json-key'
+            f'{where} has a value of type {type(text).__name__} in "{key}", not a string; name another field with '
+            "--json-key"
         )
     return check_encodable(text, where)

@@ -1,4 +1,4 @@
-"""Tokenizers under Megatron's names. Encoding text never gives a special token, such as the end-of-document token."""
+"""Tokenizers under Megatron's names. Encoding text never gives the end-of-document token or another special token."""
 
 import hashlib
 import json
@@ -12,12 +12,12 @@ from megatron.errors import ConfigurationError
 
 END = "<|endoftext|>"
 SMALLEST_TRAINED = 257  # ids: all bytes, and END
-# bytes; longer words (lines of dashes, DNA, no spaces) are split for BPE training, whose time is quadratic
+# bytes; longer words (lines of dashes, DNA) are split for BPE training, whose time is quadratic
 LONGEST_WORD = 1000
 
 
 class HFTokenizer:
-    """A tokenizer.json of the `tokenizers` library; the token it appends to a text, or <|endoftext|>, ends a document."""
+    """A tokenizer.json of the `tokenizers` library; it ends a document with the token it appends, or <|endoftext|>."""
 
     lossless = False  # a normalizer may change text, and a model may drop characters
 

@@ -165,6 +165,6 @@ def test_the_sample_does_not_prefer_short_documents():
     for text in other:
         held.add(text)
         points.append(zlib.crc32(text.encode()))
-        found = sorted(-point for point, _, _ in held._held)
+        found = sorted(-point for point, _, _ in held._sampled)
         assert found == sorted(points)[: len(found)]
     assert 20 < len(found) < 150

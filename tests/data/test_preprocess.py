@@ -317,7 +317,7 @@ def test_text_that_changes_while_it_is_read_is_refused(text, tmp_path, monkeypat
         ({"tokenizer_type": "HFTokenizer", "train_tokenizer": 256}, ["--train-tokenizer 256", "at least 257"]),
         (
             {"tokenizer_type": "HFTokenizer", "train_tokenizer": 300, "tokenizer_model": "x"},
-            ["--train-tokenizer 300", "--tokenizer-model x is given", "drop one"],
+            ["--train-tokenizer 300", "excludes --tokenizer-model x", "drop one"],
         ),
         ({"train_tokenizer": 300}, ["--train-tokenizer 300", "--tokenizer-type is ByteTokenizer", "leave it out"]),
         ({"tokenizer_model": "x"}, ["--tokenizer-model x", "--tokenizer-type is ByteTokenizer"]),

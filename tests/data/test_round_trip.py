@@ -160,7 +160,7 @@ def test_the_summary_and_the_start_of_training_name_the_loss(tmp_path, monkeypat
     monkeypatch.setattr(sys, "argv", ["preprocess_data.py", *map(str, flags), "--tokenizer-model", model])
     main()
     counts = "1 of 2 documents are not the same after encoding and decoding, 21.43% of the characters are missing"
-    example = f"{tmp_path}/text.jsonl:1, character 4: 'CAT' comes back as 'cat'"
+    example = f"{tmp_path}/text.jsonl:1, character 4: 'CAT' becomes 'cat'"
     assert f"train: {counts}; {example}\n" in capsys.readouterr().out
     assert len(IndexedDataset(tmp_path / "data" / "train")) == 2
 
