@@ -524,7 +524,7 @@ class TrainingConfig:
         metavar="CODE",
     )
     dry_run: bool = flag(
-        False, "print the resolved configuration as JSON and exit, after all checks that need no device"
+        False, "print the resolved configuration and plan as JSON and exit, after all checks that need no device"
     )
 
     def __post_init__(self):
@@ -700,8 +700,8 @@ class CheckpointConfig:
     save: str | None = flag(None, "run folder, created or resumed: configuration, records, checkpoints", metavar="DIR")
     load: str | None = flag(
         None,
-        "run folder whose newest checkpoint to branch from, into --save, or to evaluate with --skip-train; the folder "
-        "of --save resumes it",
+        "run folder whose newest checkpoint to branch from, into --save, or to evaluate with --skip-train; the same "
+        "folder as --save resumes that run",
         metavar="DIR",
     )
     exit_on_missing_checkpoint: bool = flag(

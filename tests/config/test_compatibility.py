@@ -1,4 +1,4 @@
-"""Every flag of the published scripts has a rule, and every rule does what it says."""
+"""Every flag of the published scripts is in the table, and every entry has its effect."""
 
 import logging
 
@@ -11,7 +11,7 @@ from megatron.training.command_line import parse, parser
 from tests.conftest import ROOT
 
 MODEL = "--num-layers 2 --hidden-size 32 --num-attention-heads 2".split()
-# what the 18 runnable scripts of the published system pass to its entry points and evaluators
+# flags that the 18 runnable scripts of the published system pass to its entry points and evaluators
 PUBLISHED = """
     --adam-beta1 --adam-beta2 --adam-eps --bf16 --clip-grad --cpu-optimizer --data-impl --deepspeed --deepspeed_config
     --disable-bias-linear --eval-interval --eval-iters --eval_fp32 --eval_method --global-batch-size --hidden-size
@@ -27,11 +27,11 @@ PUBLISHED = """
 DOCUMENTED = """
     --append-eod --ar-ratio --attention-dropout --num-order-list --randmask-ratio --tokenizer-type --use-order-list
     --use-predefined-order
-""".split()[1:]  # the first is its preprocessing tool's
+""".split()[1:]  # the first belongs to its preprocessing tool
 
 
 def of_kind(kind) -> list[str]:
-    return sorted(name for name, rule in TABLE.items() if isinstance(rule, kind))
+    return sorted(name for name, entry in TABLE.items() if isinstance(entry, kind))
 
 
 def test_every_published_flag_is_known_and_none_has_two_meanings():
@@ -45,7 +45,7 @@ def test_a_flag_of_two_rules_is_a_programming_error():
         one_table(refused("--a --b", "no"), refused("--c --a", "no"))
 
 
-DEFAULTS = ("--disable-bias-linear",)  # it asks for what is so without it
+DEFAULTS = ("--disable-bias-linear",)  # sets the default
 SWITCHES = (
     *DEFAULTS,
     "--deterministic-mode",
@@ -64,12 +64,12 @@ VALUES = {
 
 @pytest.mark.parametrize("name", of_kind(Same))
 def test_an_alias_is_the_same_as_what_it_stands_for(name):
-    rule = TABLE[name]
+    entry = TABLE[name]
     takes_value = name not in SWITCHES
     value = VALUES.get(name, "3") if takes_value else None
-    ours = str(int(value) * 8) if rule.batches else value
+    ours = str(int(value) * 8) if entry.batches else value
     base = [*MODEL, "--global-batch-size", "8", "--micro-batch-size", "8", "--lr-decay-style", "WSD", "--deepspeed"]
-    expected = parse("ar", base + rule.words.split() + ([ours] if takes_value else []))
+    expected = parse("ar", base + entry.words.split() + ([ours] if takes_value else []))
     assert parse("ar", base + [name] + ([value] if takes_value else [])) == expected
     assert expected != parse("ar", base) or name in DEFAULTS
     if takes_value:
@@ -81,10 +81,10 @@ def test_an_alias_is_the_same_as_what_it_stands_for(name):
 @pytest.mark.parametrize("line", ["--zero-stage 3 {}", "{} --zero-stage=3"])
 def test_an_alias_beside_another_value_of_its_flag_is_refused(line):
     alias = "--use-distributed-optimizer"
-    said = f"{alias}: is --zero-stage 1, and --zero-stage 3 is given too; leave one out"
+    message = f"{alias}: is --zero-stage 1, and --zero-stage 3 is given too; leave one out"
     with pytest.raises(ConfigurationError) as caught:
         parse("ar", [*MODEL, *line.format(alias).split()])
-    assert str(caught.value) == said
+    assert str(caught.value) == message
     assert parse("ar", [*MODEL, alias, "--zero-stage", "1"]).parallel.zero_stage == 1
 
 
@@ -94,8 +94,10 @@ def test_the_alias_of_a_switch_undoes_it():
 
 @pytest.mark.parametrize("name", of_kind(NoOp))
 def test_what_has_no_effect_says_so_with_its_reason(name, caplog):
-    rule = TABLE[name]
-    values = rule.only or ("anything",) if rule.takes_value else (None, "anything") if rule.may_take_value else (None,)
+    entry = TABLE[name]
+    values = (
+        entry.only or ("anything",) if entry.takes_value else (None, "anything") if entry.may_take_value else (None,)
+    )
     for value in values:
         for spelled in ([name] if value is None else [name, value], [name] if value is None else [f"{name}={value}"]):
             caplog.clear()
@@ -103,17 +105,17 @@ def test_what_has_no_effect_says_so_with_its_reason(name, caplog):
                 assert parse("ar", [*MODEL, *spelled, "--lr", "0.5"]) == parse("ar", [*MODEL, "--lr", "0.5"])
             (line,) = caplog.messages
             typed = name if value is None else f"{name} {value}"
-            assert line == f"{typed}: has no effect, {rule.reason}" and len(rule.reason) > 8
-    if rule.only:
+            assert line == f"{typed}: has no effect, {entry.reason}" and len(entry.reason) > 8
+    if entry.only:
         with pytest.raises(ConfigurationError) as caught:
             parse("ar", [*MODEL, name, "7"])
-        assert str(caught.value) == f"{name} 7: {rule.otherwise}" and len(rule.otherwise) > 8
-    if rule.takes_value:
+        assert str(caught.value) == f"{name} 7: {entry.otherwise}" and len(entry.otherwise) > 8
+    if entry.takes_value:
         with pytest.raises(ConfigurationError, match=f"{name}: is not followed by a value"):
             parse("ar", [*MODEL, name])
         with pytest.raises(ConfigurationError, match=f"{name}: is not followed by a value"):
             parse("ar", [*MODEL, name, "--lr", "0.5"])
-    elif not rule.may_take_value:
+    elif not entry.may_take_value:
         with pytest.raises(ConfigurationError, match=f"{name}: takes no value"):
             parse("ar", [*MODEL, f"{name}=1"])
 

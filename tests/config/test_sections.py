@@ -1,4 +1,4 @@
-"""Each section checks its own fields; every message is provoked."""
+"""Each section checks its own fields; every message is tested."""
 
 import ast
 from pathlib import Path
@@ -251,15 +251,15 @@ def build(section, fields):
     return section(**(MODEL if section is ModelConfig else {}) | fields)
 
 
-@pytest.mark.parametrize("section, fields, said", REFUSED, ids=[said.split(":")[0] for _, _, said in REFUSED])
-def test_a_wrong_value_is_refused_in_one_line(section, fields, said):
+@pytest.mark.parametrize("section, fields, message", REFUSED, ids=[message.split(":")[0] for _, _, message in REFUSED])
+def test_a_wrong_value_is_refused_in_one_line(section, fields, message):
     with pytest.raises(ConfigurationError) as caught:
         build(section, fields)
-    assert str(caught.value).startswith(said) and "\n" not in str(caught.value)
+    assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
 
 
 def test_every_rule_of_every_section_is_provoked(monkeypatch):
-    """Count the `require` calls in the file, and those that the table above makes fail: they must be equal."""
+    """The table above makes every `require` call of the file fail."""
     calls = [
         node.lineno
         for node in ast.walk(ast.parse(Path(sections.__file__).read_text()))
@@ -274,7 +274,7 @@ def test_every_rule_of_every_section_is_provoked(monkeypatch):
 
 
 def test_edges_that_are_allowed():
-    ModelConfig(**MODEL | {"hidden_size": 33, "kv_channels": 6})  # head width free of hidden size / heads
+    ModelConfig(**MODEL | {"hidden_size": 33, "kv_channels": 6})  # head dimension independent of hidden size / heads
     ModelConfig(**MODEL, group_query_attention=True, num_query_groups=4)
     DataConfig(tokenizer_type="NullTokenizer", vocab_size=1)
     DataConfig(valid_data_path=("data/validation", "tuning=/data/lr=3/tuning", "c4-en_2=x"))
