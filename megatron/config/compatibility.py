@@ -181,14 +181,14 @@ TABLE = one_table(
     # --------------------------------------------------------- parallel layout
     no_op_value(
         "--context-parallel-size --ds-sequence-parallel-size",
-        "it is 1 without the flag",
+        "1 is the default",
         "1",
         f"not supported, only 1 is available; give --tensor-model-parallel-size, which splits the sequence too, "
         f"{PLAIN}",
     ),
     no_op_value(
         "--expert-model-parallel-size --moe-expert-parallel-size",
-        "it is 1 without the flag",
+        "1 is the default",
         "1",
         f"not supported, {EXPERTS}; leave it out",
     ),
@@ -239,7 +239,7 @@ TABLE = one_table(
     ),
     no_op_value(
         "--remote-device",
-        "it is none without the flag",
+        "none is the default",
         "none",
         "not supported; leave it out and set zero_optimization.offload_param in the file of --deepspeed-config",
     ),
@@ -321,7 +321,7 @@ TABLE = one_table(
     ),
     # ------------------------------------------------------------ checkpoints
     no_op("--exit-signal-handler", "SIGTERM, SIGUSR1, SIGUSR2 and SIGINT always stop a run, and save"),
-    no_op("--no-load-rng --no-save-rng", "no generator state is saved: noise is a function of seed and sample index"),
+    no_op("--no-load-rng --no-save-rng", "no generator state is saved; noise is a function of seed and sample index"),
     no_op("--use-checkpoint-args", "the recorded configuration is checked on resume, and used with --skip-train"),
     no_op("--use-dist-ckpt --auto-detect-ckpt-format", "checkpoints are safetensors"),
     no_op_value("--ckpt-format --dist-ckpt-format", "checkpoints are safetensors"),
@@ -353,7 +353,7 @@ TABLE = one_table(
     later(
         "--log-params-norm --log-num-zeros-in-grad --log-optimizer-states-to-tensorboard --profile --profile_steps "
         "--profile-ranks",
-        "these records",
+        "these metrics and profiles",
     ),
     # ------------------------------------------------- the fork's objectives
     # of type bool: a value may follow, and in the published system any value means True
