@@ -141,8 +141,11 @@ def _described(help: str, default) -> str:
     if default is REQUIRED:
         help = f"{help} (required)"
     elif default not in (None, ()):
-        text = {True: "on", False: "off"}[default] if isinstance(default, bool) else default
-        help = f"{help} (default: {text})"
+        if isinstance(default, bool):
+            default = "on" if default else "off"
+        elif isinstance(default, tuple):
+            default = " ".join(map(str, default))
+        help = f"{help} (default: {default})"
     return help.replace("%", "%%")
 
 
