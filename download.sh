@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Fetch GPT-2's vocabulary and the published C4 set of 100M tokens, with its validation set, into data/.
+# Download GPT-2's vocabulary and the published C4 set of 100M tokens, with its validation set, into data/.
 #   bash download.sh [--dir DIR] [--help]
-# The same command skips what is complete and goes on where it broke off. A file gets its name only when its size is
-# right, its hash where one is known, and a .bin is as long as its .idx says. A relative DIR is inside this clone.
+# The same command skips complete files and resumes interrupted ones. A file gets its name only if its size is right,
+# its hash too if one is known, and a .bin has the length that its .idx gives. A relative DIR is inside this clone.
 # Environment:
-#   DRY_RUN=1         print what would be fetched, with addresses and sizes
-#   GPT2_URL, C4_URL  other base addresses, such as a mirror's
-#   MANIFEST=FILE     fetch other files, a line each: NAME ADDRESS BYTES SHA256 [LIST], with - for what is not known;
+#   DRY_RUN=1         print the files to download, with URLs and sizes
+#   GPT2_URL, C4_URL  other base URLs, such as a mirror's
+#   MANIFEST=FILE     download other files, one a line: NAME URL BYTES SHA256 [LIST], with - for unknown values;
 #                     a .bin comes after its .idx, and LIST is the file to write for --train-data-path-file
-# Exit codes: 0 all is there; 1 something could not be had; 2 a mistake in the command, or a tool is missing.
+# Exit codes: 0 all files are complete; 1 a download failed; 2 wrong arguments, or a tool is missing.
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -29,8 +29,8 @@ for tool in curl python3 sha256sum; do
     command -v "$tool" >/dev/null || fail "$tool: not found; install it and run this again"
 done
 
-# The sizes follow from the published counts of documents and tokens; the tokens of the validation set were not counted.
-# Nor is any hash of the C4 files known: a wrong byte inside a .bin of the right size is not seen here.
+# The sizes follow from the published counts of documents and tokens; the token count of the validation set and the hashes
+# of the C4 files are not known, so that a wrong byte inside a .bin of the right size is not detected.
 table() {
     local gpt2=${GPT2_URL:-https://huggingface.co/openai-community/gpt2/resolve/main}
     local c4=${C4_URL:-https://huggingface.co/datasets/ZahlenReal/diffusion_data_constraint_quickstart/resolve/main}
@@ -46,7 +46,7 @@ $valid.bin $c4/$valid.bin - - val_c4.txt
 END
 }
 
-# Print how long an .idx says that its .bin is; fail if it is no sound index (its format: megatron/data/indexed.py).
+# Print the length of a .bin by its .idx; fail if the index is invalid (its format: megatron/data/index_file.py).
 bytes_by_index() {
     python3 - "$1" 2>/dev/null <<'END'
 import struct, sys
@@ -60,46 +60,46 @@ print(end if complete and end == sum(sizes) * width else sys.exit(1))
 END
 }
 
-# Print what is wrong with FILE BYTES SHA256; nothing when it is complete.
+# Print the fault of FILE BYTES SHA256; nothing if it is complete.
 fault() {
-    local name=${1%.partial} found promised hash=-
-    found=$(wc -c <"$1")
+    local name=${1%.partial} size expected hash=-
+    size=$(wc -c <"$1")
     [[ "$3" == - ]] || read -r hash _ < <(sha256sum <"$1")
-    if [[ "$2" != - && "$found" != "$2" ]]; then
-        echo "has $found bytes, expected $2"
+    if [[ "$2" != - && "$size" != "$2" ]]; then
+        echo "has $size bytes, expected $2"
     elif [[ "$hash" != "$3" ]]; then
         echo "has sha256 $hash, expected $3"
     elif [[ "$name" == *.idx ]]; then
-        bytes_by_index "$1" >/dev/null || echo "is no sound Megatron index"
+        bytes_by_index "$1" >/dev/null || echo "is not a valid Megatron index"
     elif [[ "$name" == *.bin ]]; then
-        promised=$(bytes_by_index "${name%.bin}.idx")
-        [[ "$found" == "$promised" ]] || echo "has $found bytes, and its .idx says $promised"
+        expected=$(bytes_by_index "${name%.bin}.idx")
+        [[ "$size" == "$expected" ]] || echo "has $size bytes, and its .idx gives $expected"
     fi
 }
 
-# Fetch ADDRESS into FILE; each try goes on where the last one broke off, and what a try cannot change ends them.
+# Download URL to FILE; each attempt resumes the one before, and an error that cannot change ends them.
 curl=(curl --fail --location --connect-timeout 15 --speed-limit 1000 --speed-time 30 --continue-at -)
 [[ -t 2 ]] && curl+=(--progress-bar) || curl+=(--silent)
 fetch() {
-    local try code said
+    local try code output
     for try in 1 2 3 4; do
-        said=$("${curl[@]}" --write-out '%{http_code} %{errormsg}' --output "$2" "$1") && return
+        output=$("${curl[@]}" --write-out '%{http_code} %{errormsg}' --output "$2" "$1") && return
         code=$?
-        case "$code $said" in
+        case "$code $output" in
             33* | "22 416"*) rm -f "$2" ;; # the server cannot resume: from the start
             16* | 18* | 52* | 55* | 56* | 92* | "28 2"* | "22 408"* | "22 429"* | "22 5"*) sleep "$try" ;;
             *) break ;;
         esac
     done
-    said=${said#* } # empty where curl is too old to explain itself
-    why="$1: ${said:-curl ended with code $code}"
+    output=${output#* } # empty if curl is too old for errormsg
+    why="$1: ${output:-curl exited with code $code}"
     return 1
 }
 
-# Have FILE from ADDRESS with BYTES and SHA256 complete; return 1 and set `why` if that cannot be.
+# Download FILE from URL with BYTES and SHA256 unless it is complete; return 1 and set `why` if that fails.
 obtain() {
     local partial=$1.partial resumed=
-    why="needs a sound ${1%.bin}.idx first"
+    why="needs a valid ${1%.bin}.idx first"
     [[ "$1" != *.bin ]] || bytes_by_index "${1%.bin}.idx" >/dev/null || return 1
     if [[ -e "$1" ]]; then
         why=$(fault "$1" "${@:3}")
@@ -108,13 +108,13 @@ obtain() {
         return 1
     fi
     [[ ! -s "$partial" ]] || resumed=", resumed"
-    echo "$1: fetching from $2$resumed"
+    echo "$1: downloading from $2$resumed"
     fetch "$2" "$partial" || return 1
     why=$(fault "$partial" "${@:3}")
     [[ -n "$why" ]] || { mv "$partial" "$1"; return; }
     rm "$partial"
-    [[ -z "$resumed" ]] || { obtain "$@"; return; } # it may have been the start of another file
-    why+="; it was removed: run this again, and if it stays so, $2 is not what was published"
+    [[ -z "$resumed" ]] || { obtain "$@"; return; } # it may have been a part of another file
+    why+="; it was removed: run this again; if this repeats, $2 is not the published file"
     return 1
 }
 
@@ -122,10 +122,10 @@ rows=$(table 2>/dev/null) || fail "MANIFEST=$MANIFEST: cannot be read"
 failures=()
 while read -r name address bytes sha256 list; do
     [[ -n "$name" && "$name" != \#* ]] || continue
-    [[ "$bytes" =~ ^([0-9]+|-)$ && -n "$sha256" ]] || fail "MANIFEST=$MANIFEST: $name: --help tells the form of a line"
+    [[ "$bytes" =~ ^([0-9]+|-)$ && -n "$sha256" ]] || fail "MANIFEST=$MANIFEST: $name: --help has the form of a line"
     file=$directory/$name
     if [[ "${DRY_RUN:-0}" == 1 ]]; then
-        [[ -e "$file" ]] || echo "would fetch $file (${bytes/#-/unknown} bytes) from $address"
+        [[ -e "$file" ]] || echo "would download $file (${bytes/#-/unknown} bytes) from $address"
         continue
     fi
     mkdir -p "$directory"
@@ -134,6 +134,6 @@ while read -r name address bytes sha256 list; do
 done <<<"$rows"
 ((${#failures[@]})) || exit 0
 printf 'error: %s\n' "${failures[@]}" >&2
-echo "Run this again: it goes on where it stopped. Or fetch what is missing on another machine (DRY_RUN=1 prints" \
-    "names and addresses) and put it into $directory/." >&2
+echo "Run this again: it resumes where it stopped. Or download the missing files on another machine (DRY_RUN=1 prints" \
+    "names and URLs) and copy them to $directory/." >&2
 exit 1

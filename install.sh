@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Install into .venv. Idempotent: no login, no prompt, no compilation.
-#   bash install.sh [--with-EXTRA ...] [--help]; EXTRA: one of setup.py's, such as test or wandb
-# PYTHON names the interpreter to build on (default: python3, 3.10 or newer).
+# Install into .venv. Idempotent; no login, no prompt, no compilation.
+#   bash install.sh [--with-EXTRA ...] [--help]; EXTRA: an extra of setup.py, such as test or wandb
+# PYTHON: the interpreter of the virtual environment (default: python3, 3.10 or newer).
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -11,13 +11,13 @@ fail() {
 }
 
 known=$(sed -n '/extras_require/,/}/s/^ *"\([a-z0-9-]*\)": \[.*/\1/p' setup.py)
-asked=""
+requested=""
 for argument in "$@"; do
     case "$argument" in
         --with-*)
             grep -qx -- "${argument#--with-}" <<< "$known" ||
                 fail "install.sh $argument: unknown extra; give one of ${known//$'\n'/, }"
-            asked+=",${argument#--with-}"
+            requested+=",${argument#--with-}"
             ;;
         --help) sed -n '2,4s/^# \?//p' "$0"; exit 0 ;;
         *) fail "install.sh $argument: unknown flag; --help lists them" ;;
@@ -29,16 +29,16 @@ command -v "$python" >/dev/null || fail "$python: not found; install Python 3.10
 version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || fail "$python is Python $version; this needs 3.10 or newer"
 
-# The stamp says what was installed, and on which interpreter: nothing is done twice, and an extra that is there stays.
+# The stamp records what was installed, and for which interpreter: nothing is installed twice, and extras stay.
 stamp=.venv/installed
-if [[ -f "$stamp" ]]; then asked+=",$(sed -n '2s/.*\[\(.*\)\]/\1/p' "$stamp")"; fi
+if [[ -f "$stamp" ]]; then requested+=",$(sed -n '2s/.*\[\(.*\)\]/\1/p' "$stamp")"; fi
 extras=""
 for extra in $known; do
-    if [[ "$asked," == *",$extra,"* ]]; then extras+="${extras:+,}$extra"; fi
+    if [[ "$requested," == *",$extra,"* ]]; then extras+="${extras:+,}$extra"; fi
 done
 extras=${extras:+[$extras]}
-wanted=$(cat install.sh setup.py constraints.txt | sha256sum; echo "$version $extras")
-if [[ -f "$stamp" && "$(cat "$stamp")" == "$wanted" ]]; then exit 0; fi
+fingerprint=$(cat install.sh setup.py constraints.txt | sha256sum; echo "$version $extras")
+if [[ -f "$stamp" && "$(cat "$stamp")" == "$fingerprint" ]]; then exit 0; fi
 
 "$python" -c 'import venv, ensurepip' 2>/dev/null ||
     fail "$python has no venv module; install its package (Debian, Ubuntu: apt-get install python$version-venv)"
@@ -47,11 +47,11 @@ echo "installing torch, then this package$extras, into .venv"
     "$python" -m venv --clear .venv
 pip=(.venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt)
 if ! .venv/bin/python -c 'import torch' 2>/dev/null; then
-    # without an NVIDIA driver the CPU build is enough; where its index cannot be reached, take the default build
+    # without an NVIDIA driver the CPU build is enough; if its index cannot be reached, the default build
     if command -v nvidia-smi >/dev/null || [[ -e /proc/driver/nvidia ]] ||
         ! "${pip[@]}" --retries 0 --timeout 10 --index-url https://download.pytorch.org/whl/cpu torch 2>/dev/null; then
         "${pip[@]}" torch
     fi
 fi
 "${pip[@]}" --editable ".$extras"
-echo "$wanted" > "$stamp"
+echo "$fingerprint" > "$stamp"

@@ -203,11 +203,11 @@ def test_a_server_that_is_busy_is_asked_again(clone, server, published):
     [
         (VOCAB, lambda body: body.replace(b"t", b"x", 1), r"has sha256 [0-9a-f]{64}, expected [0-9a-f]{64}"),
         (MERGES, lambda body: body[:-5], r"has \d+ bytes, expected \d+"),
-        (f"{VALID}.bin", lambda body: body[:-10], "has 20000 bytes, and its .idx says 20010"),
-        (f"{VALID}.bin", lambda body: body + b"x", "has 20011 bytes, and its .idx says 20010"),
-        (f"{VALID}.idx", lambda body: b"<html>".ljust(len(body)), "is no sound Megatron index"),
+        (f"{VALID}.bin", lambda body: body[:-10], "has 20000 bytes, and its .idx gives 20010"),
+        (f"{VALID}.bin", lambda body: body + b"x", "has 20011 bytes, and its .idx gives 20010"),
+        (f"{VALID}.idx", lambda body: b"<html>".ljust(len(body)), "is not a valid Megatron index"),
         # sizes and offsets of the documents contradict each other
-        (f"{VALID}.idx", lambda body: body[:34] + b"\7" + body[35:], "is no sound Megatron index"),
+        (f"{VALID}.idx", lambda body: body[:34] + b"\7" + body[35:], "is not a valid Megatron index"),
     ],
 )
 def test_a_wrong_file_is_removed_and_named(clone, server, published, name, change, said):
@@ -215,7 +215,7 @@ def test_a_wrong_file_is_removed_and_named(clone, server, published, name, chang
     done = download(clone)
     named = errors(done)[0]
     assert done.returncode == 1 and named.startswith(f"error: data/{name}: ") and re.search(said, named)
-    assert "it was removed: run this again" in named and f"{server.url}/{name} is not what was published" in named
+    assert "it was removed: run this again" in named and f"{server.url}/{name} is not the published file" in named
     assert not list((clone / "data").glob(f"{name}*"))
 
 
@@ -224,7 +224,7 @@ def test_a_bin_beside_another_index_than_its_own_is_refused(clone, server, publi
     manifest = clone / "manifest"
     manifest.write_text(manifest.read_text().replace(" 60010 - train", " 60008 - train"))
     done = download(clone)
-    assert done.returncode == 1 and "has 60008 bytes, and its .idx says 60010" in errors(done)[0]
+    assert done.returncode == 1 and "has 60008 bytes, and its .idx gives 60010" in errors(done)[0]
     assert not (clone / "data" / "train_c4_100m.txt").exists() and (clone / "data" / "val_c4.txt").exists()
 
 
@@ -243,7 +243,7 @@ def test_a_missing_file_does_not_keep_the_others_back(clone, server):
     assert done.returncode == 1
     assert [line.split(": ")[1] for line in errors(done)] == [f"data/{name}" for name in NAMES[1:4]]
     assert f"{server.url}/{MERGES}: The requested URL returned error: 404" in errors(done)[0]
-    assert f"needs a sound data/{TRAIN}.idx first" in errors(done)[2]
+    assert f"needs a valid data/{TRAIN}.idx first" in errors(done)[2]
     assert {path.name for path in (clone / "data").iterdir()} == {VOCAB, *NAMES[4:], "val_c4.txt"}
     assert len([name for name, _ in server.requests if name == MERGES]) == 1  # asking again would not help
 
@@ -257,7 +257,7 @@ def test_a_server_that_cannot_be_reached(clone):
         done = download(clone)
     assert done.returncode == 1 and len(errors(done)) == len(NAMES) and not list((clone / "data").iterdir())
     assert f"error: data/{VOCAB}: {address}/{VOCAB}: Failed to connect" in errors(done)[0]
-    assert "on another machine (DRY_RUN=1 prints names and addresses)" in done.stderr.splitlines()[-1]
+    assert "on another machine (DRY_RUN=1 prints names and URLs)" in done.stderr.splitlines()[-1]
 
 
 def test_a_full_disk_leaves_a_partial_file_that_resumes(clone, server, published):
@@ -312,7 +312,7 @@ def test_a_terminal_sees_a_progress_bar(clone):
         (["--fast"], {}, "download.sh --fast: unknown flag; --help lists them"),
         (["--dir"], {}, "download.sh --dir: needs a folder"),
         ([], {"MANIFEST": "nowhere"}, "MANIFEST=nowhere: cannot be read"),
-        ([], {"MANIFEST": "download.sh"}, "--help tells the form of a line"),
+        ([], {"MANIFEST": "download.sh"}, "--help has the form of a line"),
     ],
 )
 def test_a_mistake_is_told_in_one_line(clone, server, flags, more, said):
@@ -351,7 +351,7 @@ def rehearsed(clone, **more) -> dict:
     done = download(clone, DRY_RUN="1", MANIFEST="", **more)
     assert (done.returncode, done.stderr) == (0, "") and not (clone / "data").exists()
     lines = [
-        re.fullmatch(r"would fetch data/(\S+) \((\S+) bytes\) from (\S+)", line) for line in done.stdout.splitlines()
+        re.fullmatch(r"would download data/(\S+) \((\S+) bytes\) from (\S+)", line) for line in done.stdout.splitlines()
     ]
     return {line[1]: (line[3], line[2]) for line in lines}
 

@@ -160,18 +160,18 @@ def test_a_corpus_smaller_than_a_sample(refused, tiny, corpus):
     refused("ar", [*tiny, "--seq-length", 1_000_000], "--seq-length 1000000", "shorten it or add text")
     unique = [*tiny, "--train-unique-tokens", 20]
     refused("ar", unique, "--seq-length 32", "20", "shorten it or add text")
-    refused("ar", [*tiny, "--train-unique-tokens", 10**9], "--train-unique-tokens 1000000000", "ask for fewer")
+    refused("ar", [*tiny, "--train-unique-tokens", 10**9], "--train-unique-tokens 1000000000", "lower it or add text")
 
 
 DAMAGED_DATA = {
     "no index": (".idx", lambda path: path.unlink(), "no such file"),
     "no tokens": (".bin", lambda path: path.unlink(), "no such file"),
-    "empty index": (".idx", lambda path: path.write_bytes(b""), "write it anew"),
-    "foreign index": (".idx", lambda path: path.write_bytes(b"PK" * 100), "write it anew"),
-    "cut index": (".idx", lambda path: os.truncate(path, path.stat().st_size // 2), "it was cut"),
+    "empty index": (".idx", lambda path: path.write_bytes(b""), "write it again"),
+    "foreign index": (".idx", lambda path: path.write_bytes(b"PK" * 100), "write it again"),
+    "cut index": (".idx", lambda path: os.truncate(path, path.stat().st_size // 2), "truncated"),
     "no documents": (".idx", lambda path: path.write_bytes(HEADER.pack(MAGIC, 1, 8, 0, 0)), "holds no tokens"),
-    "empty tokens": (".bin", lambda path: path.write_bytes(b""), "it was cut"),
-    "cut tokens": (".bin", lambda path: os.truncate(path, path.stat().st_size // 2), "it was cut"),
+    "empty tokens": (".bin", lambda path: path.write_bytes(b""), "truncated"),
+    "cut tokens": (".bin", lambda path: os.truncate(path, path.stat().st_size // 2), "truncated"),
     "more tokens": (".bin", lambda path: path.write_bytes(path.read_bytes() * 2), "do not belong together"),
     "broken description": (".json", lambda path: path.write_text("{"), "is not JSON"),
 }
@@ -207,7 +207,7 @@ def test_ids_beyond_the_vocabulary_are_named_where_they_are_read(workers, refuse
     flags = [*tiny, "--train-data-path", data / "train", "--tokenizer-type", "NullTokenizer", "--vocab-size", 50]
     flags += ["--num-workers", workers]
     index = flags.index("--valid-data-path")
-    refused("ar", flags[:index] + flags[index + 3 :], f"{data}/train.bin", "holds the token id", "ids 0 to 50")
+    refused("ar", flags[:index] + flags[index + 3 :], f"{data}/train.bin", "contains the token id", "ids 0 to 50")
 
 
 @pytest.mark.parametrize(
@@ -218,7 +218,7 @@ def test_a_wrong_dtype_is_refused(code, message, refused, tiny, corpus, tmp_path
     index = bytearray((data / "train.idx").read_bytes())
     index[17] = code
     (data / "train.idx").write_bytes(index)
-    refused("ar", [*tiny, "--train-data-path", data / "train"], data / "train.idx", message, "write it anew")
+    refused("ar", [*tiny, "--train-data-path", data / "train"], data / "train.idx", message, "write it again")
 
 
 @pytest.mark.parametrize("order", ["documents", "windows", "megatron"])
@@ -303,7 +303,7 @@ def test_a_dry_run_refuses_what_the_start_refuses(refused, tiny, whole, tmp_path
     settings.write_text(json.dumps({"bf16": {"enabled": True}}))
     dry(["--deepspeed", "--deepspeed-config", settings], "bf16.enabled true contradicts computing in fp32")
     dry([*save, "--load", tmp_path / "none"], f"--load {tmp_path}/none: holds no run")
-    dry([*save, "--load", whole, "--num-layers", 3], "a branch keeps the network")
+    dry([*save, "--load", whole, "--num-layers", 3], "a branch keeps the model")
     dry(["--save", whole, "--lr", 1e-3], "--lr 0.001", "--lr 0.01")
     dry(["--save", whole, "--bf16", "--no-fp32"], "the run in", "was started in fp32")
     dry(["--save", settings / "run"], f"--save {settings}/run: cannot be written to", "another folder")
@@ -351,7 +351,7 @@ def test_a_run_of_another_kind_is_not_continued(refused, tiny, whole):
     before = {name: data for name, data in contents(whole).items() if name != "lock"}
     refused("mdm", [*tiny, "--save", whole], f"--save {whole}", "objective ar, not mdm", "give --objective ar")
     branch = f"--load {whole} --save"
-    refused("ar", [*tiny, "--save", whole, "--train-samples", 94], "--train-samples 94", "begun with 93", branch)
+    refused("ar", [*tiny, "--save", whole, "--train-samples", 94], "--train-samples 94", "started with 93", branch)
     decay = [*tiny, "--save", whole, "--lr-decay-samples", 90]
     refused("ar", decay, "--lr-decay-samples 90", "no --lr-decay-samples", branch)
     refused("ar", [*tiny, "--save", whole, "--lr", 1e-3], "--lr 0.001", "--lr 0.01", branch)
@@ -362,8 +362,8 @@ def test_a_run_of_another_kind_is_not_continued(refused, tiny, whole):
 
 def test_a_branch_keeps_the_network(refused, tiny, whole, tmp_path):
     flags = [*tiny, "--load", whole, "--save", tmp_path / "branch"]
-    refused("ar", [*flags, "--num-layers", 3], "--num-layers 3", "--num-layers 2", "a branch keeps the network")
-    refused("ar", [*flags, "--no-swiglu"], "--no-swiglu", "begun with --swiglu", "a branch keeps the network")
+    refused("ar", [*flags, "--num-layers", 3], "--num-layers 3", "--num-layers 2", "a branch keeps the model")
+    refused("ar", [*flags, "--no-swiglu"], "--no-swiglu", "started with --swiglu", "a branch keeps the model")
     refused("mdm", flags, f"--load {whole}", "objective ar, not mdm")
     recorded = json.loads((whole / "config.json").read_text())
     other = copy(whole, tmp_path / "other")

@@ -1,15 +1,15 @@
 #!/usr/bin/env python3
-"""Turn text into token files: train a tokenizer, then write train, tuning and validation.
+"""Preprocess text into token files: train a tokenizer, then write the train, tuning and validation splits.
 
-Without --input the text is the source of the running Python's standard library, about 10 MB, on every machine.
-Your own text may be larger than the memory. A document falls into a split by its hash, wherever it stands.
+Without --input the text is the source of the running Python's standard library, about 10 MB.
+Your own text may be larger than RAM. The split of a document depends on its hash only.
 
     python tools/preprocess_data.py --output-dir data/quickstart --train-tokenizer 512
     python tools/preprocess_data.py --output-dir data/mine --input a.jsonl.gz b.jsonl.gz --train-tokenizer 8192
     python tools/preprocess_data.py --output-dir data/book --input book.txt --txt-separator ''
 
 Then: pretrain_gpt.py --train-data-path data/mine/train --valid-data-path data/mine/validation
-Called again with the same text and flags it writes nothing.
+With the same text and flags, a second call writes nothing.
 """
 
 import sys
@@ -27,22 +27,23 @@ from megatron.log import configure_logging
 
 
 def main() -> None:
+    """Preprocess as the command line says, and print a summary."""
     configure_logging()
     try:
         parser = Parser(description=__doc__, formatter_class=DescribedFormatter, allow_abbrev=False)
         add_section(parser, PreprocessOptions, defaults=implied_tokenizer(typed_flags(sys.argv[1:])))
-        asked = build(PreprocessOptions, parser.parse_known(sys.argv[1:]))
-        report(asked.output_dir, preprocess(asked))
+        options = build(PreprocessOptions, parser.parse_known(sys.argv[1:]))
+        report(options.output_dir, preprocess(options))
     except ConfigurationError as error:
-        leave(error, 2)
+        fail(error, 2)
     except OSError as error:
-        leave(error, 1)
+        fail(error, 1)
     except KeyboardInterrupt:
-        leave("interrupted; nothing was changed", 130)
+        fail("interrupted; nothing was changed", 130)
 
 
 def report(folder: Path, summary: dict | None) -> None:
-    """Say what was written."""
+    """Print the splits, the changes of the round trip, and the contamination."""
     if summary is None:
         print(f"{folder}: holds this corpus already")
         return
@@ -53,13 +54,14 @@ def report(folder: Path, summary: dict | None) -> None:
             print(f"{name}: {describe_changes(summary['splits'][name]['documents'], changes)}", end="; ")
             example = changes["example"]
             print(f"{example['document']}, character {example['character']:,}: {example['text']!r}", end=" ")
-            print(f"comes back as {example['decoded']!r}")
+            print(f"becomes {example['decoded']!r}")
     for name, shared in summary["shared_13grams"].items():
         share = f" (measured on {shared['sampled']:.1%} of its documents)" if shared["sampled"] < 1 else ""
-        print(f"{shared['ngrams']:.2%} of the 13-word runs of {name} are in train too{share}")
+        print(f"{shared['ngrams']:.2%} of the 13-grams of {name} are also in train{share}")
 
 
-def leave(error: object, code: int) -> None:
+def fail(error: object, code: int) -> None:
+    """Print an error and exit."""
     print(f"error: {error}", file=sys.stderr)
     sys.exit(code)
 

@@ -4,8 +4,8 @@
     python tools/rebuild_index.py data/foreign/train
 
 For files of Megatron-DeepSpeed's --append-eod, whose index does not count the end-of-document token that it appends,
-and for pointers that overflowed 32 bits in a merge. The old index stays as PREFIX.idx.bak. Where neither explains the
-tokens, nothing is changed.
+and for pointers that overflowed 32 bits in a merge. The old index is kept as PREFIX.idx.bak. If neither error explains
+the tokens, nothing is changed.
 """
 
 import argparse
@@ -19,8 +19,9 @@ from megatron.errors import ConfigurationError
 
 
 def main() -> None:
+    """Rebuild the index of the command line's prefix, and print what changed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("prefix", metavar="PREFIX", help="of PREFIX.bin and PREFIX.idx")
+    parser.add_argument("prefix", metavar="PREFIX", help="data prefix, of PREFIX.bin and PREFIX.idx")
     prefix = parser.parse_args().prefix
     try:
         rebuilt = rebuild_index(prefix)
@@ -29,7 +30,7 @@ def main() -> None:
     except OSError as error:
         sys.exit(print(f"error: {prefix}.idx: cannot be written ({error.strerror})", file=sys.stderr) or 1)
     if rebuilt is None:
-        print(f"{prefix}.idx: fits its tokens already; nothing was changed")
+        print(f"{prefix}.idx: matches its tokens already; nothing was changed")
         return
     change = "pointers recomputed" if rebuilt.end_id is None else f"every document now ends in its id {rebuilt.end_id}"
     print(

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Print the published ladder of sizes with the counts of each, and the papers' budgets.
+"""Print the published ladder of model sizes with parameter counts, and the papers' budgets.
 
     python tools/sizes.py
     python tools/sizes.py --train-flops 1e19
 
-With --train-flops: the tokens and the epochs of --unique-tokens that this compute buys at each size.
+With --train-flops it adds the tokens, and the epochs over --unique-tokens, of that compute at each size.
 """
 
 import sys
@@ -31,6 +31,7 @@ from megatron.errors import ConfigurationError
 
 
 def main() -> None:
+    """Print the ladder and the budgets."""
     parser = Parser(description=__doc__, formatter_class=DescribedFormatter, allow_abbrev=False)
     parser.add_argument("--train-flops", type=float, metavar="C", help="training compute, 6ND")
     parser.add_argument("--unique-tokens", default="100M", metavar="SET", help="published subset (default: 100M)")
@@ -39,7 +40,7 @@ def main() -> None:
         if options.unique_tokens not in UNIQUE_TOKENS:
             known = ", ".join(UNIQUE_TOKENS)
             raise ConfigurationError(
-                f"--unique-tokens {options.unique_tokens}: is no published subset; take one of {known}"
+                f"--unique-tokens {options.unique_tokens}: is not a published subset; give one of {known}"
             )
         print_ladder(options.train_flops, UNIQUE_TOKENS[options.unique_tokens])
     except ConfigurationError as error:
@@ -48,7 +49,7 @@ def main() -> None:
 
 
 def print_ladder(flops: float | None, unique_tokens: int) -> None:
-    """Print one line a size: its shape, its parameters in millions by three counts, and what the compute buys."""
+    """Print one line per size: shape, three parameter counts in millions, and tokens and epochs of `flops`."""
     vocabulary = Vocabulary(GPT2_VOCABULARY)
     head = f"{'size':>7}{'layers':>8}{'hidden':>8}{'heads':>7}{'head':>6}{'MLP':>7}"
     head += f"{'N':>11}{'no embed':>11}{'published':>11}"
@@ -66,10 +67,11 @@ def print_ladder(flops: float | None, unique_tokens: int) -> None:
 
 
 def print_budgets() -> None:
+    """Print the published budgets and best runs."""
     print("Best size by training FLOPs (2507.15857):")
     for (objective, flops), name in COMPUTE_OPTIMAL.items():
         print(f"  {objective.upper():4}{flops:.0e}  {name}")
-    print("Unique tokens, in millions, of the published sets that are read so many times at that compute:")
+    print("Unique tokens, in millions, of the published sets for each number of epochs at that compute:")
     print("  epochs  " + "".join(f"{epochs:>9}" for epochs in DATA_VALUE_EPOCHS))
     for (objective, flops), sets in DATA_VALUE_TOKENS.items():
         amounts = "".join(f"{tokens / 1e6:>9.1f}" if tokens else f"{'-':>9}" for tokens in sets)

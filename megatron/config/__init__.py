@@ -1,0 +1,1 @@
+"""Configuration: sections, flags, recipes, compatibility and the plan of a run."""

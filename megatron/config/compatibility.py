@@ -1,7 +1,7 @@
-"""Flags of Megatron-LM, Megatron-DeepSpeed, DeepSpeed and the published fork that this project spells otherwise.
+"""Flags of Megatron-LM, Megatron-DeepSpeed, DeepSpeed and the published fork that this project spells differently.
 
-Each is the same as flags of ours, accepted without effect (told in one line, with the reason), or refused with the
-reason: none is ignored in silence. What both spell alike stands in `sections.py` and not here.
+Each flag is an alias of flags of ours, a no-op (logged in one line, with the reason), or refused with a reason: none is
+ignored silently. Flags that are spelled alike are in `sections.py` only.
 """
 
 import logging
@@ -14,9 +14,9 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Same:
-    """The same as `words`, which take its place; its value follows them unless they end in one, or it is a `switch`.
+    """An alias of `words`; the value of the flag follows them, unless `words` end in one or the flag is a `switch`.
 
-    With `batches` its value counts batches and ours counts samples.
+    With `batches` the value counts batches and ours counts samples.
     """
 
     words: str
@@ -25,10 +25,10 @@ class Same:
 
 
 @dataclass(frozen=True)
-class Idle:
-    """Accepted without effect; with `only`, just these values are, and any other is refused for `otherwise`.
+class NoOp:
+    """Accepted without effect; with `only`, values other than these are refused with the message `otherwise`.
 
-    A value is required where `takes_value`, and may be given where `may_take_value`.
+    A value is required with `takes_value`, and optional with `may_take_value`.
     """
 
     reason: str
@@ -40,45 +40,50 @@ class Idle:
 
 @dataclass(frozen=True)
 class Refused:
-    """Refused: `reason` is the rest of the sentence that the flag begins."""
+    """Refused with the message `FLAG: reason`."""
 
     reason: str
 
 
-def idle(names: str, reason: str) -> dict:
-    """Switches without effect."""
-    return {name: Idle(reason) for name in names.split()}
+def no_op(names: str, reason: str) -> dict:
+    """Return table entries of switches without effect."""
+    return {name: NoOp(reason) for name in names.split()}
 
 
-def idle_value(names: str, reason: str, only: str = "", otherwise: str = "") -> dict:
-    """Flags with one value and without effect."""
-    return {name: Idle(reason, True, tuple(only.split()), otherwise) for name in names.split()}
+def no_op_value(names: str, reason: str, only: str = "", otherwise: str = "") -> dict:
+    """Return table entries of flags with one value and without effect."""
+    return {name: NoOp(reason, True, tuple(only.split()), otherwise) for name in names.split()}
 
 
 def refused(names: str, reason: str) -> dict:
+    """Return table entries of refused flags."""
     return {name: Refused(reason) for name in names.split()}
 
 
-def later(names: str, part: str) -> dict:
-    return refused(names, f"is not available yet ({part}); leave it out")
+def later(names: str, feature: str) -> dict:
+    """Return table entries of flags of a feature that does not exist yet."""
+    return refused(names, f"not supported yet ({feature}); leave it out")
 
 
 def one_table(*groups: dict) -> dict:
-    """Return all groups as one; raise TypeError where two of them claim one flag."""
+    """Return all groups as one table.
+
+    Raises: TypeError if two of them claim one flag.
+    """
     table = {}
     for group in groups:
-        if twice := table.keys() & group.keys():
-            raise TypeError(f"claimed twice: {', '.join(twice)}")
+        if duplicates := table.keys() & group.keys():
+            raise TypeError(f"claimed twice: {', '.join(duplicates)}")
         table |= group
     return table
 
 
-KERNELS = "kernels are chosen by PyTorch, for the same result"
-SPLIT = "is not supported: between layers activations are always split over the tensor-parallel ranks; leave it out"
+KERNELS = "PyTorch chooses the kernels, with the same result"
+SPLIT = "not supported, activations between layers are always sharded over the tensor-parallel ranks; leave it out"
 PLAIN = "without --deepspeed and --deepspeed-config"
-EXPERTS = "there are no mixtures of experts"
+EXPERTS = "there is no mixture of experts"
 ENGINE = "data parallelism is FSDP2, or DeepSpeed's with --deepspeed"
-MASK_ROW = "[MASK] is the id after the tokenizer's, and there are no others"
+MASK_ROW = "[MASK] is the only id after the tokenizer's"
 TABLE = one_table(
     {
         "--data-path": Same("--train-data-path"),
@@ -100,260 +105,288 @@ TABLE = one_table(
         "--checkpoint-activations": Same("--recompute-granularity full"),
         "--cpu-optimizer": Same("--cpu-offload", switch=True),
     },
-    # ---------------------------------------------------------------- network
-    idle("--use-rotary-position-embeddings", "positions are always rotary"),
-    idle("--no-position-embedding", "there are no learned positions"),
-    idle_value("--position-embedding-type", "positions are always rotary", "rope", "is always rope; leave it out"),
-    idle_value("--max-position-embeddings", "rotary positions have no largest one"),
-    idle_value("--rotary-percent", "all channels are rotated", "1 1.0", "all channels are rotated; leave it out"),
-    idle_value(
+    # ------------------------------------------------------------------ model
+    no_op("--use-rotary-position-embeddings", "positions are always rotary"),
+    no_op("--no-position-embedding", "there are no learned positions"),
+    no_op_value(
+        "--position-embedding-type",
+        "positions are always rotary",
+        "rope",
+        "not supported, positions are always rotary; leave it out",
+    ),
+    no_op_value("--max-position-embeddings", "rotary positions have no maximum"),
+    no_op_value(
+        "--rotary-percent",
+        "all channels are rotated",
+        "1 1.0",
+        "not supported, all channels are rotated; leave it out",
+    ),
+    no_op_value(
         "--make-vocab-size-divisible-by",
         "the multiple is always 128",
         "128",
-        "the multiple is always 128; leave it out",
+        "not supported, the multiple is always 128; leave it out",
     ),
-    idle(
+    no_op(
         "--apply-query-key-layer-scaling --no-query-key-layer-scaling",
         "it changes no result, only the range of fp16, which is not used",
     ),
-    idle("--attention-softmax-in-fp32", "the softmax is always computed in fp32"),
-    idle("--use-cpu-initialization", "weights are always drawn on the CPU, keyed by seed and name"),
+    no_op("--attention-softmax-in-fp32", "the softmax is always computed in fp32"),
+    no_op("--use-cpu-initialization", "weights are always initialised on the CPU, keyed by seed and name"),
     refused(
         "--openai-gelu --squared-relu",
-        "is not supported: the MLP is SwiGLU or, with --no-swiglu, exact GELU; leave it out",
+        "not supported, the MLP is SwiGLU or, with --no-swiglu, exact GELU; leave it out",
     ),
-    refused("--onnx-safe", "is not supported: there is no ONNX export; leave it out"),
+    refused("--onnx-safe", "not supported, there is no ONNX export; leave it out"),
     refused(
         "--apply-layernorm-1p --apply-residual-connection-post-layernorm",
-        "is not supported: norms come before attention and MLP, in their plain form; leave it out",
+        "not supported, norms come before attention and MLP, in their plain form; leave it out",
     ),
     refused(
         "--init-method-xavier-uniform",
-        "is not supported: weights are drawn from N(0, --init-method-std); leave it out",
+        "not supported, weights are initialised from N(0, --init-method-std^2); leave it out",
     ),
-    refused("--no-initialization", "is not supported: a run starts from weights drawn by --seed; leave it out"),
+    refused("--no-initialization", "not supported, a run starts from weights initialised with --seed; leave it out"),
     refused(
         "--decoder-num-layers --decoder-seq-length",
-        "is refused: the model is a decoder without an encoder; give --num-layers and --seq-length",
+        "not supported, the model is a decoder without an encoder; give --num-layers and --seq-length",
     ),
     # -------------------------------------------------------------- precision
-    idle("--accumulate-allreduce-grads-in-fp32", "gradients are always summed in fp32"),
-    refused("--fp16", "is not supported: training computes in bf16 or fp32; give --bf16 or --fp32"),
+    no_op("--accumulate-allreduce-grads-in-fp32", "gradients are always accumulated and reduced in fp32"),
+    refused("--fp16", "not supported, training computes in bf16 or fp32; give --bf16 or --fp32"),
     refused(
         "--loss-scale --initial-loss-scale --min-loss-scale --loss-scale-window --hysteresis",
-        "is refused: only fp16 needs a loss scale; leave it out",
+        "not supported, only fp16 needs a loss scale; leave it out",
     ),
-    refused("--fp16-lm-cross-entropy", "is refused: the loss is always computed in fp32; leave it out"),
+    refused("--fp16-lm-cross-entropy", "not supported, the loss is always computed in fp32; leave it out"),
     refused(
         "--fp32-residual-connection --embedding-weights-in-fp32",
-        "is not supported: blocks compute in the run's precision, norms and softmax in fp32; leave it out, or give "
+        "not supported, blocks compute in the run's precision, norms and softmax in fp32; leave it out, or give "
         "--fp32 in place of --bf16",
     ),
     refused(
         "--fp8-e4m3 --fp8-hybrid --fp8-format --no-fp8-wgrad --fp8-margin --fp8-interval --fp8-amax-history-len "
         "--fp8-amax-compute-algo",
-        "is not supported: 8-bit matrix products are torchao's; give --fp8-recipe tensorwise or rowwise",
+        "not supported, FP8 matrix products are torchao's; give --fp8-recipe tensorwise or rowwise",
     ),
     # ---------------------------------------------------------------- kernels
-    idle(
+    no_op(
         "--use-flash-attn --use-flash-attn-v1 --use-flash-attn-v2 --use-flash-attn-triton --use-flash-attn-builder "
         "--no-masked-softmax-fusion --no-bias-gelu-fusion --no-bias-swiglu-fusion --no-bias-dropout-fusion "
         "--no-rope-fusion --cross-entropy-loss-fusion --no-persist-layer-norm --disable-mem-efficient-ln "
         "--no-gradient-accumulation-fusion --use-mcore-models --use-legacy-models",
         KERNELS,
     ),
-    idle_value("--transformer-impl --attention-backend", KERNELS),
+    no_op_value("--transformer-impl --attention-backend", KERNELS),
     # --------------------------------------------------------- parallel layout
-    idle_value(
+    no_op_value(
         "--context-parallel-size --ds-sequence-parallel-size",
-        "it is 1 without the flag",
+        "1 is the default",
         "1",
-        f"only 1 is available; give --tensor-model-parallel-size, which splits the sequence too, {PLAIN}",
+        f"not supported, only 1 is available; give --tensor-model-parallel-size, which splits the sequence too, "
+        f"{PLAIN}",
     ),
-    idle_value(
+    no_op_value(
         "--expert-model-parallel-size --moe-expert-parallel-size",
-        "it is 1 without the flag",
+        "1 is the default",
         "1",
-        f"only 1 is available: {EXPERTS}; leave it out",
+        f"not supported, {EXPERTS}; leave it out",
     ),
-    refused("--model-parallel-size", f"is refused: give --tensor-model-parallel-size, {PLAIN}"),
-    idle("--sequence-parallel", "the sequence is always split where --tensor-model-parallel-size is above 1"),
+    refused("--model-parallel-size", f"not supported; give --tensor-model-parallel-size, {PLAIN}"),
+    no_op("--sequence-parallel", "sequence parallelism is always on where --tensor-model-parallel-size is above 1"),
     refused(
         "--no-sequence-parallel",
-        "is not supported: tensor-parallel ranks always split the sequence too; leave it out",
+        "not supported, tensor parallelism always includes sequence parallelism; leave it out",
     ),
-    idle("--no-pipeline-parallel", "there are as many stages as --pipeline-model-parallel-size says"),
-    idle("--use-torch-fsdp2", ENGINE),
-    idle(
+    no_op("--no-pipeline-parallel", "--pipeline-model-parallel-size sets the number of stages"),
+    no_op("--use-torch-fsdp2", ENGINE),
+    no_op(
         "--no-async-tensor-model-parallel-allreduce --no-contiguous-buffers-in-local-ddp --overlap-grad-reduce "
         "--no-scatter-gather-tensors-in-pipeline --overlap-p2p-communication --overlap-param-gather "
         "--use-ring-exchange-p2p",
-        "the engine, FSDP2 or DeepSpeed, arranges its own communication",
+        "the engine, FSDP2 or DeepSpeed, schedules its own communication",
     ),
-    idle_value("--DDP-impl", ENGINE),
-    idle_value("--distributed-backend", "it is nccl between GPUs and gloo between CPUs"),
-    idle_value("--local-rank --local_rank", "torchrun tells it through the environment"),
-    idle_value("--lazy-mpu-init --empty-unused-memory-level", "PyTorch manages devices and their memory"),
+    no_op_value("--DDP-impl", ENGINE),
+    no_op_value("--distributed-backend", "it is nccl between GPUs and gloo between CPUs"),
+    no_op_value("--local-rank --local_rank", "torchrun sets it in the environment"),
+    no_op_value("--lazy-mpu-init --empty-unused-memory-level", "PyTorch manages devices and their memory"),
     refused(
         "--pipeline-model-parallel-split-rank --standalone-embedding-stage --force-ds-sequence-parallel",
-        "is not supported: stages are consecutive layers, the embedding with the first; leave it out",
+        "not supported, stages are consecutive layers, the embedding with the first; leave it out",
     ),
-    idle_value(
+    no_op_value(
         "--recompute-method",
-        "--recompute-num-layers blocks of each stage recompute",
+        "--recompute-num-layers blocks of each stage are recomputed",
         "block",
-        "is refused: each block recomputes for itself; leave it out and give --recompute-granularity full",
+        "not supported, each block is recomputed on its own; leave it out and give --recompute-granularity full",
     ),
     refused(
         "--checkpoint-num-layers",
-        "is refused: leave it out, or give --recompute-granularity full with --recompute-num-layers",
+        "not supported; leave it out, or give --recompute-granularity full with --recompute-num-layers",
     ),
     refused("--distribute-saved-activations --distribute-checkpointed-activations", SPLIT),
     refused(
         "--enable-zbh1-pipeline --enable-zbh1-exact-semantics",
-        "is refused: zero-bubble schedules give wrong gradients with sharded parameters; leave it out",
+        "not supported, zero-bubble schedules give wrong gradients with sharded parameters; leave it out",
     ),
-    refused("--data-parallel-random-init", "is refused: every rank starts from the same weights; leave it out"),
+    refused("--data-parallel-random-init", "not supported, every rank starts from the same weights; leave it out"),
     # -------------------------------------------------------------- DeepSpeed
-    refused("--deepspeed_mpi", "is not supported: torchrun, deepspeed or srun start a run; leave it out"),
-    refused("--deepscale --deepscale_config", "is refused: give --deepspeed and --deepspeed-config"),
+    refused("--deepspeed_mpi", "not supported, torchrun, deepspeed or srun start a run; leave it out"),
+    refused("--deepscale --deepscale_config", "not supported; give --deepspeed and --deepspeed-config"),
     refused(
         "--zero-reduce-scatter --zero-contigious-gradients --zero-reduce-bucket-size --zero-allgather-bucket-size",
-        "is refused: leave it out and set it under zero_optimization in the file of --deepspeed-config",
+        "not supported; leave it out and set it under zero_optimization in the file of --deepspeed-config",
     ),
-    idle_value(
+    no_op_value(
         "--remote-device",
-        "it is none without the flag",
+        "none is the default",
         "none",
-        "is refused: leave it out and set zero_optimization.offload_param in the file of --deepspeed-config",
+        "not supported; leave it out and set zero_optimization.offload_param in the file of --deepspeed-config",
     ),
     refused(
         "--use-pin-memory",
-        "is refused: leave it out and set pin_memory under zero_optimization.offload_optimizer in the file of "
+        "not supported; leave it out and set pin_memory under zero_optimization.offload_optimizer in the file of "
         "--deepspeed-config",
     ),
-    idle("--cpu_torch_adam --ds_fused_adam", "the optimizer is PyTorch's AdamW, on whatever device its states are"),
+    no_op("--cpu_torch_adam --ds_fused_adam", "the optimizer is PyTorch's AdamW, on the device of its states"),
     refused(
         "--scattered-embeddings --split-transformers --memory-centric-tiled-linear --tile-factor "
         "--synchronize-each-layer --profile-backward --ds-inference --ds-sequence-parallel-fpdt "
         "--ds-sequence-parallel-fpdt-chunk-size --ds-sequence-parallel-fpdt-offloading",
-        "is not supported: DeepSpeed shards the plain model by ZeRO; leave it out",
+        "not supported, DeepSpeed shards the plain model by ZeRO; leave it out",
     ),
     refused(
         "--deepspeed-activation-checkpointing --partition-activations --contigious-checkpointing --checkpoint-in-cpu",
-        "is refused: recomputation is PyTorch's, with DeepSpeed too; give --recompute-granularity",
+        "not supported, activation checkpointing is PyTorch's, with DeepSpeed too; give --recompute-granularity",
     ),
     # ------------------------------------------------------- batch and budget
-    refused("--batch-size", "is refused: give --micro-batch-size"),
-    refused("--train-tokens", "is refused: give --train-samples, tokens / --seq-length"),
-    refused("--train-data-exact-num-epochs", "is refused: leave it out, or give --train-epochs as the budget"),
-    later("--rampup-batch-size", "a growing batch"),
+    refused("--batch-size", "not supported; give --micro-batch-size"),
+    refused("--train-tokens", "not supported; give --train-samples, tokens / --seq-length"),
+    refused("--train-data-exact-num-epochs", "not supported; leave it out, or give --train-epochs as the budget"),
+    later("--rampup-batch-size", "batch size ramp-up"),
     # --------------------------------------------------- optimizer, schedule
-    refused("--sgd-momentum", "is refused: the optimizer is AdamW or, with --optimizer muon, Muon; leave it out"),
-    idle("--muon-use-nesterov", "Muon's momentum is always Nesterov's"),
-    idle_value("--muon-num-ns-steps", "Muon takes 5 Newton-Schulz steps", "5", "Muon takes 5 of them; leave it out"),
-    idle_value("--muon-tp-mode", "Muon orthogonalises whole matrices in every layout"),
-    refused("--muon-no-split-qkv", "is refused: queries, keys and values have matrices of their own; leave it out"),
+    refused("--sgd-momentum", "not supported, the optimizer is AdamW or, with --optimizer muon, Muon; leave it out"),
+    no_op("--muon-use-nesterov", "Muon's momentum is always Nesterov's"),
+    no_op_value(
+        "--muon-num-ns-steps",
+        "Muon takes 5 Newton-Schulz steps",
+        "5",
+        "not supported, Muon takes 5 of them; leave it out",
+    ),
+    no_op_value("--muon-tp-mode", "Muon orthogonalises whole matrices in every layout"),
+    refused("--muon-no-split-qkv", "not supported, queries, keys and values have separate matrices; leave it out"),
     refused(
         "--muon-scale-mode --muon-extra-scale-factor",
-        "is refused: Muon's updates have the size of AdamW's, 0.2 of the learning rate; leave it out",
+        "not supported, Muon's updates have the RMS of AdamW's, 0.2 times the learning rate; leave it out",
     ),
     refused(
         "--lr-decay-tokens --lr-warmup-tokens",
-        "is refused: the clock is samples; give --lr-decay-samples and --lr-warmup-samples",
+        "not supported, the schedule counts samples; give --lr-decay-samples and --lr-warmup-samples",
     ),
-    refused("--lr-warmup-fraction --warmup", "is refused: give --lr-warmup-samples, by default 1% of the budget"),
+    refused("--lr-warmup-fraction --warmup", "not supported; give --lr-warmup-samples, by default 1% of the budget"),
     refused(
         "--override-opt_param-scheduler --use-checkpoint-opt_param-scheduler --no-load-lr-state",
-        "is refused: a run keeps its schedule, and a branch (--load A --save B) takes that of its flags; leave it out",
+        "not supported, a run keeps its schedule, and a branch (--load A --save B) takes the schedule of its flags; "
+        "leave it out",
     ),
     # ------------------------------------------------------------------- data
-    idle_value("--data-impl", "token files are always memory-mapped", "mmap infer", "is always mmap; leave it out"),
-    idle_value("--dataloader-type", "samples come in the order of --epoch-order", "single", "give --epoch-order"),
-    idle_value("--data-cache-path", "orders are computed from the seed; nothing is cached"),
-    idle("--mmap-warmup", "pages are read when they are needed"),
-    idle("--repeated-dataloader", "the order of samples has no end"),
-    idle("--no-create-attention-mask-in-dataloader", "the model makes its attention masks where it needs any"),
+    no_op_value(
+        "--data-impl",
+        "token files are always memory-mapped",
+        "mmap infer",
+        "not supported, it is always mmap; leave it out",
+    ),
+    no_op_value(
+        "--dataloader-type", "samples come in the order of --epoch-order", "single", "not supported; give --epoch-order"
+    ),
+    no_op_value("--data-cache-path", "the order of samples is computed from the seed; nothing is cached"),
+    no_op("--mmap-warmup", "pages are read on demand"),
+    no_op("--repeated-dataloader", "the order of samples is infinite"),
+    no_op("--no-create-attention-mask-in-dataloader", "the model builds its attention masks"),
     refused(
         "--test-data-path --test-data-path-file",
-        "is refused: leave it out and evaluate the finished run: --skip-train --load RUN --valid-data-path test=PREFIX",
+        "not supported; leave it out and evaluate the finished run: --skip-train --load RUN --valid-data-path "
+        "test=PREFIX",
     ),
-    idle_value("--vocab-extra-ids", MASK_ROW, "0", f"is not supported: {MASK_ROW}; leave it out"),
+    no_op_value("--vocab-extra-ids", MASK_ROW, "0", f"not supported, {MASK_ROW}; leave it out"),
     refused(
         "--trust-remote-code",
-        "is refused: no code from a hub is ever run; leave it out and give --tokenizer-model FILE",
+        "not supported, code from a hub is never run; leave it out and give --tokenizer-model FILE",
     ),
     refused(
         "--use-dataset-only --return-data-index --train-idx-path --train-desc-path --train-doc-idx-path "
         "--train-sample-idx-path --train-shuffle-idx-path --aml-data-download-path --sample-rate "
         "--data-efficiency-curriculum-learning --random-ltd --mock-data",
-        "is not supported: data are token files, read in full; leave it out",
+        "not supported, the data are token files, read in full; leave it out",
     ),
     # ------------------------------------------------------------ checkpoints
-    idle("--exit-signal-handler", "SIGTERM, SIGUSR1, SIGUSR2 and SIGINT always stop a run, and save"),
-    idle("--no-load-rng --no-save-rng", "no generator is kept: noise follows from the seed and the place in the run"),
-    idle("--use-checkpoint-args", "a run's settings are checked on resume, and taken with --skip-train"),
-    idle("--use-dist-ckpt --auto-detect-ckpt-format", "checkpoints are safetensors"),
-    idle_value("--ckpt-format --dist-ckpt-format", "checkpoints are safetensors"),
-    refused("--no-save-optim", "is refused: a run could not be resumed; leave it out"),
-    later("--finetune --reset-iteration", "weights without their run"),
+    no_op("--exit-signal-handler", "SIGTERM, SIGUSR1, SIGUSR2 and SIGINT always stop a run, and save"),
+    no_op("--no-load-rng --no-save-rng", "no generator state is saved; noise is a function of seed and sample index"),
+    no_op("--use-checkpoint-args", "the recorded configuration is checked on resume, and used with --skip-train"),
+    no_op("--use-dist-ckpt --auto-detect-ckpt-format", "checkpoints are safetensors"),
+    no_op_value("--ckpt-format --dist-ckpt-format", "checkpoints are safetensors"),
+    refused("--no-save-optim", "not supported, the run could not resume; leave it out"),
+    later("--finetune --reset-iteration", "weights without optimizer state and progress"),
     refused(
         "--no-load-optim",
-        "is refused: a run resumes with its optimizer's state, and --skip-train reads none; leave it out",
+        "not supported, a run resumes with its optimizer state, and --skip-train reads none; leave it out",
     ),
     refused(
-        "--load-tag", "is refused: --load takes the folder of a checkpoint too; give --load RUN/checkpoints/iter_N"
+        "--load-tag", "not supported, --load also takes the folder of a checkpoint; give --load RUN/checkpoints/iter_N"
     ),
-    idle("--async-save", "checkpoints are always written in the background"),
-    idle("--universal-checkpoint", "every checkpoint can be read in any layout"),
-    refused("--adlr-autoresume --adlr-autoresume-interval", "is refused: give --exit-duration-in-mins"),
+    no_op("--async-save", "checkpoints are always written in the background"),
+    no_op("--universal-checkpoint", "every checkpoint can be loaded in any parallel layout"),
+    refused("--adlr-autoresume --adlr-autoresume-interval", "not supported; give --exit-duration-in-mins"),
     # ---------------------------------------------------------------- records
-    idle("--log-validation-ppl-to-tensorboard", "validation perplexity is always written"),
-    idle("--log-timers-to-tensorboard --log-throughput", "speed is in every training record"),
-    idle("--log-memory-to-tensorboard", "memory is in every training record"),
-    idle("--log-batch-size-to-tensorboard", "the batch never changes; config.json holds it"),
-    idle("--log-world-size-to-tensorboard", "config.json holds the number of processes"),
-    idle("--no-log-learnig-rate-to-tensorboard", "the learning rate is in every training record"),
-    idle("--no-log-loss-scale-to-tensorboard", "there is no loss scale"),
-    idle("--log-progress --no-barrier-with-level-1-timing", "status.json and metrics.jsonl tell how a run stands"),
-    idle_value("--timing-log-level --timing-log-option", "speed is in every training record"),
-    refused("--tensorboard-log-interval", "is refused: give --log-interval"),
+    no_op("--log-validation-ppl-to-tensorboard", "validation perplexity is always written"),
+    no_op("--log-timers-to-tensorboard --log-throughput", "throughput is in every training record"),
+    no_op("--log-memory-to-tensorboard", "memory is in every training record"),
+    no_op("--log-batch-size-to-tensorboard", "the batch size is constant, and in config.json"),
+    no_op("--log-world-size-to-tensorboard", "the world size is in config.json"),
+    no_op("--no-log-learnig-rate-to-tensorboard", "the learning rate is in every training record"),
+    no_op("--no-log-loss-scale-to-tensorboard", "there is no loss scale"),
+    no_op(
+        "--log-progress --no-barrier-with-level-1-timing", "status.json and metrics.jsonl show the progress of a run"
+    ),
+    no_op_value("--timing-log-level --timing-log-option", "throughput is in every training record"),
+    refused("--tensorboard-log-interval", "not supported; give --log-interval"),
     later(
         "--log-params-norm --log-num-zeros-in-grad --log-optimizer-states-to-tensorboard --profile --profile_steps "
         "--profile-ranks",
-        "these records",
+        "these metrics and profiles",
     ),
     # ------------------------------------------------- the fork's objectives
-    # of type bool, so that a value follows it, which in the published system always means True
-    {"--use-order-list": Idle("--num-order-list above 1 switches orders on", may_take_value=True)},
+    # of type bool: a value may follow, and in the published system any value means True
+    {"--use-order-list": NoOp("--num-order-list above 1 enables orders", may_take_value=True)},
     refused(
         "--low-noise-start",
-        "is refused: --low-noise-iter alone switches it on; leave it out and give that (1000 in the published system)",
+        "not supported, --low-noise-iter alone enables it; leave it out and give that (1000 in the published system)",
     ),
-    idle("--untie-with-additional-mask", "[MASK] always has a row of its own"),
+    no_op("--untie-with-additional-mask", "[MASK] always has its own embedding row"),
     refused(
         "--target-random-ratio --use-target-position-embeddings --block-size --order-list",
-        "is refused: it does nothing in the published system; leave it out",
+        "not supported, it has no effect in the published system; leave it out",
     ),
     # ---------------------------------------------------------------- scoring
     refused(
         "--task_list --results_path --eval_method --eval_fp32 --only_generate --only_mc_nll --sampling_eps "
         "--max_chunk_size --adaptive_seq_len --num_fewshot --inference --inference-batch-times-seqlen-threshold "
         "--max-tokens-to-oom",
-        "is refused: downstream tasks are run by python -m megatron.evaluation.harness, not by training; leave it out",
+        "not supported, downstream tasks are run by python -m megatron.evaluation.harness, not by training; leave it "
+        "out",
     ),
-    # ---------------------------------------------------- what is left out
+    # ------------------------------------------------- features left out
     refused(
         "--num-experts --num-experts-switch --mlp-type --topk --expert-interval --disable-moe-token-dropping "
         "--moe-train-capacity-factor --moe-eval-capacity-factor --moe-min-capacity --moe-loss-coeff "
         "--create-moe-param-group --disable-moe-top2-2nd-expert-sampling --use-tutel "
         "--enable-expert-tensor-parallelism",
-        f"is not supported: {EXPERTS}; leave it out",
+        f"not supported, {EXPERTS}; leave it out",
     ),
     refused(
         "--num-layers-teacher --num-experts-teacher --hidden-size-teacher --num-attention-heads-teacher --mos --kd "
         "--kd-alpha-ce --kd-beta-ce --kd-temp --load-teacher",
-        "is not supported: there is no distillation; leave it out",
+        "not supported, there is no distillation; leave it out",
     ),
     refused(
         "--retro-workdir --retro-add-retriever --retro-cyclic-train-iters --retro-encoder-layers "
@@ -363,11 +396,11 @@ TABLE = one_table(
         "--ict-head-size --ict-load --biencoder-projection-dim --biencoder-shared-query-context-model "
         "--titles-data-path --evidence-data-path --block-data-path --embedding-path --query-in-block-prob "
         "--use-one-sent-docs",
-        "is not supported: there is no retrieval; leave it out",
+        "not supported, there is no retrieval; leave it out",
     ),
     refused(
         "--bert-no-binary-head --bert-load --output-bert-embeddings --bert-embedder-type --mask-prob --short-seq-prob",
-        "is not supported: there is no BERT; leave it out, and train masked diffusion with pretrain_mdm.py",
+        "not supported, there is no BERT; leave it out, and train masked diffusion with pretrain_mdm.py",
     ),
     refused(
         "--num-classes --img-h --img-w --num-channels --patch-dim --classes-fraction --data-per-class-fraction "
@@ -375,84 +408,89 @@ TABLE = one_table(
         "--swin-backbone-type --mask-type --mask-factor --iter-per-epoch --dino-local-img-size "
         "--dino-local-crops-number --dino-head-hidden-size --dino-bottleneck-size --dino-freeze-last-layer "
         "--dino-norm-last-layer --dino-warmup-teacher-temp --dino-teacher-temp --dino-warmup-teacher-temp-epochs",
-        "is not supported: there are no vision models; leave it out",
+        "not supported, there are no vision models; leave it out",
     ),
 )
 
 
-# flags that Megatron spells alike, and that differ from its own
+# flags that are spelled as in Megatron and differ in meaning
 DIFFERENCES = {
     "--lr-warmup-samples, --lr-decay-samples, --lr-decay-style, --weight-decay-incr-style": (
-        "learning rate and weight decay of a step follow from the samples consumed at its end, and Megatron's "
-        "from those before it: our step k has the values of Megatron's step k + 1, whose first step has a rate of 0."
+        "the learning rate and weight decay of a step are functions of the samples consumed after it, Megatron's of "
+        "those consumed before it: our step k has the values of Megatron's step k + 1, whose first step has a rate of "
+        "0."
     ),
 }
-# values of our own flags that Megatron calls otherwise
+# values of our own flags that Megatron spells differently
 VALUES = {"--optimizer": {"adam": "adamw"}}
 
 
-def translate(arguments: list[str], batch: int, table: dict[str, Same | Idle | Refused] = TABLE) -> list[str]:
-    """Return a command line in our own spellings, with the rules of `table`; `batch` is --global-batch-size.
+def translate(arguments: list[str], batch: int, table: dict[str, Same | NoOp | Refused] = TABLE) -> list[str]:
+    """Return a command line in our own spellings, by the entries of `table`; `batch` is --global-batch-size.
 
-    What is accepted without effect is logged and dropped. Raises ConfigurationError for what is refused.
+    No-op flags are logged and dropped.
+
+    Raises: ConfigurationError for a refused flag.
     """
-    translated, rest = [], list(arguments)
-    while rest:
-        word = rest.pop(0)
+    translated, remaining = [], list(arguments)
+    while remaining:
+        word = remaining.pop(0)
         name, joined, value = word.partition("=")
-        rule = table.get(name)
+        entry = table.get(name)
         if name in VALUES:
-            given = _value(name, rest, joined, value)
-            translated += [name, VALUES[name].get(given, given)]
-        elif rule is None:
+            typed_value = _value(name, remaining, joined, value)
+            translated += [name, VALUES[name].get(typed_value, typed_value)]
+        elif entry is None:
             translated.append(word)
-        elif isinstance(rule, Refused):
-            raise ConfigurationError(f"{name}: {rule.reason}")
-        elif isinstance(rule, Idle):
-            follows = rule.may_take_value and (joined or (rest and not rest[0].startswith("--")))
-            _accept(name, rule, _value(name, rest, joined, value) if rule.takes_value or follows else None, joined)
+        elif isinstance(entry, Refused):
+            raise ConfigurationError(f"{name}: {entry.reason}")
+        elif isinstance(entry, NoOp):
+            has_value = entry.may_take_value and (joined or (remaining and not remaining[0].startswith("--")))
+            takes_value = entry.takes_value or has_value
+            _accept(name, entry, _value(name, remaining, joined, value) if takes_value else None, joined)
         else:
-            *words, last = rule.words.split()
+            *words, last = entry.words.split()
             if not last.startswith("--"):
                 _agree(name, *words, last, arguments)
-            elif rule.batches:
-                value, joined = _in_samples(name, _value(name, rest, joined, value), batch), "="
-            elif not rule.switch:
-                _value(name, list(rest), joined, value)  # refuses a missing one; there may be several
+            elif entry.batches:
+                value, joined = _in_samples(name, _value(name, remaining, joined, value), batch), "="
+            elif not entry.switch:
+                _value(name, list(remaining), joined, value)  # refuses a missing value; there may be several
             translated += [*words, last + joined + value]
     return translated
 
 
 def is_foreign(arguments: list[str]) -> bool:
-    """Return whether a command line uses spellings of Megatron, DeepSpeed or the published system."""
+    """Return whether a command line has flags that only Megatron, DeepSpeed or the published system spell so."""
     return any(word.partition("=")[0] in TABLE for word in arguments)
 
 
 def _agree(name: str, flag: str, value: str, arguments: list[str]) -> None:
-    """Raise ConfigurationError where `name`, which is `flag` with a value, stands beside that flag with another."""
+    """Raise ConfigurationError if `flag` is given with another value than that for which `name` is an alias."""
     for word, after in zip(arguments, [*arguments[1:], ""]):
-        typed, joined, given = word.partition("=")
-        given = given if joined else after
-        if typed == flag and given != value:
-            raise ConfigurationError(f"{name}: is {flag} {value}, and {flag} {given} is given too; leave one out")
+        typed, joined, other_value = word.partition("=")
+        other_value = other_value if joined else after
+        if typed == flag and other_value != value:
+            raise ConfigurationError(f"{name}: is {flag} {value}, and {flag} {other_value} is given too; leave one out")
 
 
-def _accept(name: str, rule: Idle, value: str | None, joined: str) -> None:
+def _accept(name: str, entry: NoOp, value: str | None, joined: str) -> None:
+    """Log a no-op flag, or refuse its value."""
     if joined and value is None:
         raise ConfigurationError(f"{name}: takes no value; write the flag alone")
     typed = name if value is None else f"{name} {value}"
-    if rule.only and value not in rule.only:
-        raise ConfigurationError(f"{typed}: {rule.otherwise}")
-    logger.info("%s: has no effect, %s", typed, rule.reason)
+    if entry.only and value not in entry.only:
+        raise ConfigurationError(f"{typed}: {entry.otherwise}")
+    logger.info("%s: has no effect, %s", typed, entry.reason)
 
 
-def _value(name: str, rest: list[str], joined: str, value: str) -> str:
-    """Return the one value of a flag, taken from `rest` where it was not joined by =."""
+def _value(name: str, remaining: list[str], joined: str, value: str) -> str:
+    """Return the single value of a flag; remove it from `remaining` unless it was joined by =."""
     if joined:
         return value
-    if not rest or rest[0].startswith("--"):
+    if not remaining or remaining[0].startswith("--"):
         raise ConfigurationError(f"{name}: is not followed by a value; give one")
-    return rest.pop(0)
+    return remaining.pop(0)
 
 
 def _in_samples(name: str, value: str, batch: int) -> str:
@@ -466,31 +504,31 @@ def markdown() -> str:
     lines = [
         "# Flags of Megatron and DeepSpeed",
         "",
-        "Flags that are spelled as in Megatron-LM are in `--help`. These are spelled otherwise, have no effect, or",
-        "are refused; a flag in neither place is unknown and refused.",
-        "Written by `python -m megatron.config.compatibility`.",
+        "Flags that are spelled as in Megatron-LM are in `--help`. The flags below are aliases, have no effect, or are",
+        "refused; a flag in neither list is unknown and refused.",
+        "Generated by `python -m megatron.config.compatibility`.",
         "",
         "| flag | here |",
         "|---|---|",
     ]
-    rows = {name: _described(rule) for name, rule in TABLE.items()}
+    rows = {name: _described(entry) for name, entry in TABLE.items()}
     for name, values in VALUES.items():
-        rows |= {f"{name} {theirs}": f"the same as `{name} {ours}`" for theirs, ours in values.items()}
+        rows |= {f"{name} {theirs}": f"same as `{name} {ours}`" for theirs, ours in values.items()}
     lines += [f"| `{name}` | {rows[name]} |" for name in sorted(rows)]
-    lines += ["", "## Spelled alike, with a difference", ""]
+    lines += ["", "## Same spelling, different meaning", ""]
     for names, difference in DIFFERENCES.items():
         lines.append(f"* {', '.join(f'`{name}`' for name in names.split(', '))}: {difference}")
     return "\n".join(lines) + "\n"
 
 
-def _described(rule: Same | Idle | Refused) -> str:
-    if isinstance(rule, Same):
-        return f"the same as `{rule.words}`" + (", times `--global-batch-size`" if rule.batches else "")
-    if isinstance(rule, Refused):
-        return rule.reason
-    values = " or ".join(f"`{value}`" for value in rule.only)
-    return f"{values + ' ' if values else ''}has no effect: {rule.reason}" + (
-        f"; other values: {rule.otherwise}" if values else ""
+def _described(entry: Same | NoOp | Refused) -> str:
+    if isinstance(entry, Same):
+        return f"same as `{entry.words}`" + (", times `--global-batch-size`" if entry.batches else "")
+    if isinstance(entry, Refused):
+        return entry.reason
+    values = " or ".join(f"`{value}`" for value in entry.only)
+    return f"{values + ' ' if values else ''}has no effect: {entry.reason}" + (
+        f"; other values: {entry.otherwise}" if values else ""
     )
 
 

@@ -1,8 +1,8 @@
-"""A DeepSpeed configuration file beside the flags: both may say a thing, but not two things.
+"""Reconciles a DeepSpeed configuration file with the flags.
 
-What only DeepSpeed knows (buckets, overlap, offload) comes from the file, the rest from the flags, and where the
-file repeats a flag the two must agree. No key is passed over in silence: one is used, has no effect, which a line
-says, or is refused with the reason.
+Settings that only DeepSpeed has (buckets, overlap, offload) come from the file, all others from the flags, and where
+the file repeats a flag the two must agree. No key is ignored silently: it is used, logged as having no effect, or
+refused with the reason.
 """
 
 import json
@@ -18,8 +18,8 @@ logger = logging.getLogger(__name__)
 
 ZERO = "zero_optimization."
 OFFLOAD_OPTIMIZER, OFFLOAD_PARAM = ZERO + "offload_optimizer.device", ZERO + "offload_param."
-# What a file may hold and nothing here reads: what is said and measured, and what DeepSpeed must be told anyway.
-IDLE = {
+# Keys without effect: logging and profiling, and settings that DeepSpeed gets from here in any case.
+NO_OP = {
     "steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state", "log_level", "dataloader_drop_last",
     "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "optimizer.params.torch_adam",
     "optimizer.params.fused", "prescale_gradients",
@@ -33,24 +33,24 @@ REFUSED = {
     "wandb": TRACKERS,
     "csv_monitor": TRACKERS,
     "comet": TRACKERS,
-    "activation_checkpointing": "recomputation is not DeepSpeed's here",
-    "gradient_allreduce_op": "gradients are averaged, and the loss is scaled for that",
+    "activation_checkpointing": "activation checkpointing is PyTorch's here",
+    "gradient_allreduce_op": "gradients are averaged, and the loss is scaled accordingly",
     ZERO + "zero_quantized_weights": "it changes what is computed",
     ZERO + "zero_quantized_nontrainable_weights": "it changes what is computed",
     ZERO + "zero_quantized_gradients": "it changes what is computed",
     ZERO + "zenflow": "it changes what is computed",
-    # link_hp_params is given the parameters in another order than they lie in (DeepSpeed 0.19.8)
-    ZERO + "round_robin_gradients": "DeepSpeed mistakes one parameter for another with it when they are read by name",
+    # link_hp_params gets the parameters in another order than that of the flat buffer (DeepSpeed 0.19.8)
+    ZERO + "round_robin_gradients": "with it DeepSpeed mistakes one parameter for another when they are read by name",
     ZERO + "compute_grad_norm": "the gradient norm is always recorded",
     ZERO + "zero_hpz_partition_size": "it is not tested here",
-    ZERO + "elastic_checkpoint": "checkpoints are not DeepSpeed's, and are read by any number of processes",
+    ZERO + "elastic_checkpoint": "checkpoints are not DeepSpeed's, and load at any world size",
     ZERO + "legacy_stage1": "DeepSpeed has removed it",
     ZERO + "cpu_offload": 'DeepSpeed has replaced it by offload_optimizer {"device": "cpu"}',
     ZERO + "cpu_offload_param": 'DeepSpeed has replaced it by offload_param {"device": "cpu"}',
-    ZERO + "offload_optimizer.ratio": "all of the optimizer is offloaded or nothing",
+    ZERO + "offload_optimizer.ratio": "the optimizer is offloaded entirely or not at all",
     ZERO + "offload_optimizer.super_offload": "it changes the optimizer",
 }
-# values that ask for nothing, where that is not false
+# values that leave a refused key off, where that is not false
 OFF = {
     ZERO + "compute_grad_norm": True,
     ZERO + "offload_optimizer.ratio": 1.0,
@@ -68,46 +68,48 @@ def deepspeed_config(
     zero_stage: int | None,
     cpu_offload: bool = False,
 ) -> dict:
-    """Return what DeepSpeed is given: the file at `path`, which may be None, reconciled with the flags.
+    """Return DeepSpeed's configuration: the file at `path`, which may be None, reconciled with the flags.
 
-    `processes` or `bf16` is None in a check before it is known: then it agrees with the file. `zero_stage` is
-    --zero-stage, None where it was not given, and `cpu_offload` is --cpu-offload.
+    `world_size` or `bf16` is None in a check before it is known; it then agrees with the file. `zero_stage` is
+    --zero-stage, None if it was not given, and `cpu_offload` is --cpu-offload.
 
     Raises: ConfigurationError for a contradiction.
     """
-    given = dict(_flat(_read(path))) if path else {}
+    file_values = dict(_flat(_read(path))) if path else {}
 
     def agree(key: str, value, flag: str):
-        """Take a key out of the file: it says what the flag says, or nothing."""
-        found = given.pop(key, value)
-        if found != value:
+        """Remove a key from the file's values; return the flag's `value`, which it must equal if present."""
+        file_value = file_values.pop(key, value)
+        if file_value != value:
             raise ConfigurationError(
-                f"--deepspeed-config {path}: {key} {json.dumps(found)} contradicts {flag}; "
+                f"--deepspeed-config {path}: {key} {json.dumps(file_value)} contradicts {flag}; "
                 "let them agree, or leave it out"
             )
         return value
 
-    micro, whole = training.micro_batch_size, training.global_batch_size
-    steps = max(1, whole // (micro * world_size)) if world_size else given.get("gradient_accumulation_steps", 1)
+    micro_batch, global_batch = training.micro_batch_size, training.global_batch_size
+    steps = file_values.get("gradient_accumulation_steps", 1)
+    if world_size:
+        steps = max(1, global_batch // (micro_batch * world_size))
     if bf16 is None:
-        bf16 = given.get("bf16.enabled", given.get("bfloat16.enabled", True)) is True
-    cut = f"--global-batch-size {whole}, --micro-batch-size {micro} and {world_size} processes, which make it {steps}"
-    agree("train_batch_size", whole, f"--global-batch-size {whole}")
+        bf16 = file_values.get("bf16.enabled", file_values.get("bfloat16.enabled", True)) is True
+    sizes = f"--global-batch-size {global_batch}, --micro-batch-size {micro_batch} and {world_size} ranks"
+    agree("train_batch_size", global_batch, f"--global-batch-size {global_batch}")
     settings = {
         "train_micro_batch_size_per_gpu": agree(
-            "train_micro_batch_size_per_gpu", micro, typed("micro_batch_size", micro)
+            "train_micro_batch_size_per_gpu", micro_batch, typed("micro_batch_size", micro_batch)
         ),
-        "gradient_accumulation_steps": agree("gradient_accumulation_steps", steps, cut),
+        "gradient_accumulation_steps": agree("gradient_accumulation_steps", steps, f"{sizes}, which make it {steps}"),
         "gradient_clipping": agree("gradient_clipping", optimizer.clip_grad, typed("clip_grad", optimizer.clip_grad)),
     }
     settings |= _precision(agree, bf16)
-    _check_optimizer(agree, path, given, optimizer)
+    _check_optimizer(agree, path, file_values, optimizer)
     if cpu_offload:
-        given[OFFLOAD_OPTIMIZER] = agree(OFFLOAD_OPTIMIZER, "cpu", "--cpu-offload")
-    zero = _zero(path, given, zero_stage)
-    for key, value in given.items():
-        _judge(path, key, value)
-    # our own AdamW works on DeepSpeed's partitions, on the CPU too: nothing is compiled
+        file_values[OFFLOAD_OPTIMIZER] = agree(OFFLOAD_OPTIMIZER, "cpu", "--cpu-offload")
+    zero = _zero(path, file_values, zero_stage)
+    for key, value in file_values.items():
+        _log_or_refuse(path, key, value)
+    # our own AdamW updates DeepSpeed's partitions, on the CPU too, so that DeepSpeed compiles no optimizer
     return settings | {
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
@@ -116,7 +118,7 @@ def deepspeed_config(
 
 
 def _precision(agree, bf16: bool) -> dict:
-    """Return the types: bf16 weights beside fp32 masters, or fp32; gradients are summed and sent in fp32."""
+    """Return the dtypes: bf16 with fp32 master weights, or fp32; gradients are accumulated and reduced in fp32."""
     computing = "computing in bf16 (--bf16)" if bf16 else "computing in fp32 (--fp32)"
     settings = {"bf16": {"enabled": agree("bf16.enabled", bf16, computing)}}
     agree("bfloat16.enabled", bf16, computing)
@@ -126,9 +128,9 @@ def _precision(agree, bf16: bool) -> dict:
     return settings | {"communication_data_type": agree("communication_data_type", "fp32", summing)}
 
 
-def _check_optimizer(agree, path: str | None, given: dict, optimizer: OptimizerConfig) -> None:
+def _check_optimizer(agree, path: str | None, file_values: dict, optimizer: OptimizerConfig) -> None:
     """Check that an optimizer section describes the AdamW of the flags."""
-    kind = given.pop("optimizer.type", "AdamW")
+    kind = file_values.pop("optimizer.type", "AdamW")
     if str(kind).lower() not in ("adam", "adamw"):
         raise ConfigurationError(
             f"--deepspeed-config {path}: optimizer.type {json.dumps(kind)} contradicts AdamW, the only optimizer that "
@@ -140,7 +142,7 @@ def _check_optimizer(agree, path: str | None, given: dict, optimizer: OptimizerC
     style, decay = optimizer.weight_decay_incr_style, optimizer.weight_decay
     if style == "constant":
         agree("optimizer.params.weight_decay", decay, typed("weight_decay", decay))
-    else:  # it is set at every step, and the file has no word for that
+    else:  # the schedule sets it at every step, and the file has no key for that
         agree("optimizer.params.weight_decay", None, typed("weight_decay_incr_style", style))
     betas = [optimizer.adam_beta1, optimizer.adam_beta2]
     agree("optimizer.params.betas", betas, f"--adam-beta1 {betas[0]} --adam-beta2 {betas[1]}")
@@ -148,24 +150,25 @@ def _check_optimizer(agree, path: str | None, given: dict, optimizer: OptimizerC
         agree(f"optimizer.params.{name}", True, "AdamW, the only optimizer here with DeepSpeed")
 
 
-def _zero(path: str | None, given: dict, asked: int | None) -> dict:
-    """Return DeepSpeed's section zero_optimization, the stage settled."""
-    stage = given.pop(ZERO + "stage", None)
+def _zero(path: str | None, file_values: dict, zero_stage: int | None) -> dict:
+    """Return DeepSpeed's section zero_optimization, with its stage; `zero_stage` is --zero-stage."""
+    stage = file_values.pop(ZERO + "stage", None)
     if stage is not None and (isinstance(stage, bool) or stage not in range(4)):
         raise ConfigurationError(
-            f"--deepspeed-config {path}: zero_optimization.stage {json.dumps(stage)} is none; give 0, 1, 2 or 3"
+            f"--deepspeed-config {path}: zero_optimization.stage {json.dumps(stage)} is not a ZeRO stage; "
+            "give 0, 1, 2 or 3"
         )
-    if None not in (stage, asked) and stage != asked:
+    if None not in (stage, zero_stage) and stage != zero_stage:
         raise ConfigurationError(
-            f"--deepspeed-config {path}: zero_optimization.stage {stage} contradicts {typed('zero_stage', asked)}; "
-            "let them agree, or leave one out"
+            f"--deepspeed-config {path}: zero_optimization.stage {stage} contradicts "
+            f"{typed('zero_stage', zero_stage)}; let them agree, or leave one out"
         )
-    stage = next((found for found in (stage, asked) if found is not None), 1)
+    stage = next((number for number in (stage, zero_stage) if number is not None), 1)
     section = {"stage": stage}
-    for key in [key for key in given if key.startswith(ZERO)]:
-        value = given.pop(key)
+    for key in [key for key in file_values if key.startswith(ZERO)]:
+        value = file_values.pop(key)
         if key in REFUSED:
-            _judge(path, key, value)
+            _log_or_refuse(path, key, value)
             continue
         if key.startswith(OFFLOAD_PARAM) and stage < 3:
             if key == OFFLOAD_PARAM + "device" and value != "none":
@@ -173,14 +176,15 @@ def _zero(path: str | None, given: dict, asked: int | None) -> dict:
             continue
         _check_offload(path, key, value, stage)
         *parents, name = key.removeprefix(ZERO).split(".")
-        inner = section
+        subsection = section
         for parent in parents:
-            inner = inner.setdefault(parent, {})
-        inner[name] = value
+            subsection = subsection.setdefault(parent, {})
+        subsection[name] = value
     return section
 
 
 def _check_offload(path: str | None, key: str, value, stage: int) -> None:
+    """Check that the device of an offload is the CPU, and that the ZeRO stage has something to offload."""
     if key not in (OFFLOAD_OPTIMIZER, OFFLOAD_PARAM + "device") or value in (None, "none"):
         return
     if value != "cpu":
@@ -194,9 +198,9 @@ def _check_offload(path: str | None, key: str, value, stage: int) -> None:
         )
 
 
-def _judge(path: str | None, key: str, value) -> None:
-    """Say what becomes of a key that is not used, or refuse it."""
-    if key in IDLE:
+def _log_or_refuse(path: str | None, key: str, value) -> None:
+    """Log a key without effect, accept a refused key that is off, and refuse all others."""
+    if key in NO_OP:
         logger.info("--deepspeed-config %s: %s has no effect", path, key)
         return
     prefixes = [key[:end] for end, letter in enumerate(key + ".") if letter == "."]
@@ -211,18 +215,18 @@ def _judge(path: str | None, key: str, value) -> None:
 
 def _read(path: str) -> dict:
     try:
-        found = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        values = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ConfigurationError(f"--deepspeed-config {path}: {error.strerror}; name a JSON file") from None
     except ValueError as error:
-        raise ConfigurationError(f"--deepspeed-config {path}: is not JSON ({error}); mend it") from None
-    if not isinstance(found, dict):
-        raise ConfigurationError(f"--deepspeed-config {path}: holds no object; DeepSpeed's keys stand in {{...}}")
-    return found
+        raise ConfigurationError(f"--deepspeed-config {path}: is not JSON ({error}); fix it") from None
+    if not isinstance(values, dict):
+        raise ConfigurationError(f"--deepspeed-config {path}: is not a JSON object; write DeepSpeed's keys in {{...}}")
+    return values
 
 
 def _flat(section: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
-    """Yield (dotted key, value) of everything that a file asks for: not "auto" or null, nor a section not enabled."""
+    """Yield (dotted key, value) of every setting of a file, except "auto", null and sections that are not enabled."""
     for name, value in section.items():
         if not isinstance(value, dict):
             if value not in ("auto", None):

@@ -1,8 +1,8 @@
 """Command-line flags generated from dataclass fields: name, type, default and help are written once.
 
-A section is a frozen dataclass whose fields are made by `flag`. `num_layers: int` becomes `--num-layers`,
+A section is a frozen dataclass whose fields are declared with `flag`. `num_layers: int` becomes `--num-layers`,
 `bool` becomes `--x / --no-x`, a tuple takes several values, `choices` are checked, and a field without a
-default is required. Two sections with one flag are a programming error: flags share one namespace.
+default is required. All flags share one namespace, so the same field name in two sections is a programming error.
 """
 
 import argparse
@@ -19,7 +19,7 @@ REQUIRED = dataclasses.MISSING
 
 
 def flag(default=REQUIRED, help: str = "", *, choices=None, metavar=None):
-    """Declare one field of a section together with its command-line flag."""
+    """Return the dataclass field of a section, with the metadata of its command-line flag."""
     metadata = {"help": help, "choices": choices, "metavar": metavar}
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -30,7 +30,7 @@ def spelling(name: str) -> str:
 
 
 def typed(name: str, value) -> str:
-    """Return how a user types a field with this value: `--lr 0.1`, `--fp32`, `--no-fp32`, `no --lr`."""
+    """Return a field and its value as a user types them: `--lr 0.1`, `--fp32`, `--no-fp32`; `no --lr` if unset."""
     if isinstance(value, bool):
         return spelling(name) if value else spelling("no_" + name)
     if value in (None, (), []):
@@ -39,12 +39,15 @@ def typed(name: str, value) -> str:
 
 
 def typed_flags(arguments: list[str]) -> set[str]:
-    """Return the flags among the words of a command line, `--no-x` as `--x`."""
+    """Return the flags of a command line, `--no-x` as `--x`."""
     return {argument.split("=")[0].replace("--no-", "--") for argument in arguments if argument.startswith("--")}
 
 
 def one_namespace(sections: dict[str, type]) -> dict[str, type]:
-    """Return `sections`; raise TypeError where two of their fields claim one flag."""
+    """Return `sections`.
+
+    Raises: TypeError if two of their fields claim one flag.
+    """
     owners = {}
     for section in sections.values():
         for field in dataclasses.fields(section):
@@ -57,13 +60,16 @@ def one_namespace(sections: dict[str, type]) -> dict[str, type]:
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose mistakes are `ConfigurationError`s with a remedy."""
+    """An argument parser that raises `ConfigurationError` with a remedy."""
 
     def __init__(self, **options):
         super().__init__(exit_on_error=False, **options)
 
     def parse_known(self, arguments):
-        """Return the namespace of a command line in which every flag is known and has a value that fits."""
+        """Return the namespace of a command line.
+
+        Raises: ConfigurationError for an unknown or missing flag or an invalid value.
+        """
         namespace, unknown = self.parse_some(arguments)
         if unknown:
             raise ConfigurationError(self._suggestion(unknown[0].split("=")[0]))
@@ -73,45 +79,49 @@ class Parser(argparse.ArgumentParser):
         return namespace
 
     def parse_some(self, arguments):
-        """Return the namespace of the known flags, and all other words; raise ConfigurationError for a wrong value."""
+        """Return the namespace of the known flags, and all other words.
+
+        Raises: ConfigurationError for an invalid value.
+        """
         try:
             return self.parse_known_args(arguments)
         except argparse.ArgumentError as error:
             raise ConfigurationError(_in_our_words(error)) from None
 
-    def _suggestion(self, asked: str) -> str:
-        if not asked.startswith("-"):
-            return f"{asked}: belongs to no flag; each flag is followed by its own values"
-        close = difflib.get_close_matches(asked, self._option_string_actions, n=1)
-        return f"unknown flag {asked}; " + (f"did you mean {close[0]}?" if close else "--help lists every flag")
+    def _suggestion(self, word: str) -> str:
+        if not word.startswith("-"):
+            return f"{word}: belongs to no flag; each flag is followed by its own values"
+        close = difflib.get_close_matches(word, self._option_string_actions, n=1)
+        return f"unknown flag {word}; " + (f"did you mean {close[0]}?" if close else "--help lists every flag")
 
 
 class HelpFormatter(argparse.HelpFormatter):
-    """Help of 110 columns, whose usage line names only what is required."""
+    """Help of 110 columns, whose usage line names only the required flags."""
 
     def __init__(self, prog):
         super().__init__(prog, max_help_position=38, width=110)
 
     def add_usage(self, usage, actions, groups, prefix=None):
-        needed = [f"{action.option_strings[0]} {action.metavar}" for action in actions if action.default is REQUIRED]
-        super().add_usage(usage or " ".join(["%(prog)s", *needed, "[FLAG ...]"]), actions, groups, prefix)
+        """Add the usage line."""
+        required = [f"{action.option_strings[0]} {action.metavar}" for action in actions if action.default is REQUIRED]
+        super().add_usage(usage or " ".join(["%(prog)s", *required, "[FLAG ...]"]), actions, groups, prefix)
 
     def _split_lines(self, text, width):
-        return textwrap.wrap(text, width, break_on_hyphens=False)  # no flag is torn apart
+        return textwrap.wrap(text, width, break_on_hyphens=False)  # flags are not broken at hyphens
 
 
 class DescribedFormatter(HelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Help of a command whose description stays as it is written, with its examples."""
+    """Help of a command that keeps the line breaks of its description."""
 
 
 def add_section(parser: argparse.ArgumentParser, section: type, defaults: dict) -> None:
-    """Add the flags of one dataclass as a group; `defaults` (a recipe's) win over the fields' own."""
+    """Add the flags of a section as an argument group; `defaults` (of a recipe) override those of the fields."""
     title, _, description = (section.__doc__ or section.__name__).strip().partition("\n")
     group = parser.add_argument_group(title.rstrip("."), description.strip() or None)
     hints = typing.get_type_hints(section)
     for field in dataclasses.fields(section):
         kind, default = _plain(hints[field.name]), defaults.get(field.name, field.default)
-        # `parse_known` asks for what is required, all at once and in our words
+        # `parse_known` checks required flags, all at once and with our message
         options = {"dest": field.name, "default": default}
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
@@ -127,24 +137,27 @@ def add_section(parser: argparse.ArgumentParser, section: type, defaults: dict) 
 
 
 def _described(help: str, default) -> str:
-    """Return the help with its default; argparse formats it with %, so a literal percent sign is doubled."""
+    """Return the help with its default; argparse formats it with %, so percent signs are doubled."""
     if default is REQUIRED:
         help = f"{help} (required)"
     elif default not in (None, ()):
-        shown = {True: "on", False: "off"}[default] if isinstance(default, bool) else default
-        help = f"{help} (default: {shown})"
+        if isinstance(default, bool):
+            default = "on" if default else "off"
+        elif isinstance(default, tuple):
+            default = " ".join(map(str, default))
+        help = f"{help} (default: {default})"
     return help.replace("%", "%%")
 
 
 def _plain(kind):
-    """`X | None` is X: None only says that there is no value yet."""
+    """Return X for `X | None`."""
     if isinstance(kind, types.UnionType):
-        return next(part for part in typing.get_args(kind) if part is not type(None))
+        return next(member for member in typing.get_args(kind) if member is not type(None))
     return kind
 
 
 def _reader(kind: type, choices):
-    """Return what reads one value of a flag; its error is the end of a line that begins with flag and value."""
+    """Return the function that parses one value of a flag; its error message follows the name of the flag."""
 
     def read(text: str):
         if choices and text not in choices:
@@ -155,7 +168,7 @@ def _reader(kind: type, choices):
 
 
 def _number(kind: type, text: str) -> int | float:
-    """Return a finite number; integers may be written 100000, 100_000 or 1e5."""
+    """Return a finite number; integers may be written as 100000, 100_000 or 1e5."""
     try:
         value = float(text)
     except ValueError:
@@ -174,7 +187,7 @@ def _number(kind: type, text: str) -> int | float:
 
 
 def _in_our_words(error: argparse.ArgumentError) -> str:
-    """Return what argparse met as one line: flag, value, rule, remedy."""
+    """Return an error of argparse as one line: flag, value, requirement, remedy."""
     if "expected" in error.message:
         return f"{error.argument_name}: is not followed by a value; give one"
     if "explicit argument" in error.message:
@@ -187,12 +200,15 @@ def _enumerate(names: list[str]) -> str:
 
 
 def build(section: type, namespace: argparse.Namespace):
-    """Construct one section from parsed flags; the section checks its own fields."""
+    """Return a section built from parsed flags; the section checks its own fields."""
     values = {field.name: getattr(namespace, field.name) for field in dataclasses.fields(section)}
     return section(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 
-def require(condition: bool, name: str, value, rule: str) -> None:
-    """Raise the one-line error of a field: `--name value` and the rule it must satisfy."""
+def require(condition: bool, name: str, value, message: str) -> None:
+    """Check a field of a section.
+
+    Raises: ConfigurationError with the line `--name value: message` unless `condition` holds.
+    """
     if not condition:
-        raise ConfigurationError(f"{typed(name, value)}: {rule}")
+        raise ConfigurationError(f"{typed(name, value)}: {message}")

@@ -1,9 +1,9 @@
-"""Recipes: defaults of many flags at once, which every flag that is given wins over.
+"""Recipes: defaults of many flags at once; explicit flags win.
 
-`default` is what the sections say. `published` is the published system of 2507.15857: what its scripts pass, and what
-its parser assumes where they say nothing, such as a dropout of 0.1 in all runs. It keeps the mathematics and not the
-faults: noise still differs between processes and between epochs, and every validation reads the same windows with the
-same noise, in exact counts of masked tokens.
+`default` leaves the defaults of the sections. `published` is the published system of 2507.15857: the flags of its
+scripts and, where they pass none, the defaults of its parser, such as a dropout of 0.1 in all runs. It reproduces the
+mathematics and not the bugs: noise still differs between ranks and between epochs, and every validation reads the same
+windows with the same noise, in exact counts of masked tokens.
 """
 
 RECIPES: dict[str, dict] = {
@@ -12,7 +12,7 @@ RECIPES: dict[str, dict] = {
         "softmax_over_padding": True,
         "attention_dropout": 0.1,
         "hidden_dropout": 0.1,
-        "embedding_dropout": 0.1,  # its --hidden-dropout acts on the embedded tokens too
+        "embedding_dropout": 0.1,  # its --hidden-dropout applies to the token embeddings too
         "seq_length": 2048,
         "epoch_order": "megatron",
         "tokenizer_type": "GPT2BPETokenizer",

@@ -1,4 +1,4 @@
-"""The published ladder of sizes, parameter and FLOPs counts, and the papers' budgets: once, here.
+"""The published ladder of model sizes, parameter and FLOPs counts, and the papers' budgets.
 
 Sources: 2507.15857 (Diffusion Beats Autoregressive in Data-Constrained Settings) and its published scripts, whose
 sizes come from 2305.16264 (Scaling Data-Constrained Language Models).
@@ -9,8 +9,8 @@ from math import prod
 from megatron.config.sections import ModelConfig, Vocabulary
 from megatron.errors import ConfigurationError
 
-# name: layers, hidden size, heads, channels of a head. The names are those of a 4h GELU network; the published
-# runs, and --model-size, use SwiGLU of width floor(8h/3/64)*64. In six rows heads x channels differ from the width.
+# name: layers, hidden size, heads, head dimension. The names count a 4h GELU model; the published runs, and
+# --model-size, use SwiGLU of hidden size floor(8h/3/64)*64. For six sizes heads x head dimension differs from h.
 LADDER = {
     "7M": (3, 128, 4, 32),
     "14M": (4, 224, 7, 32),
@@ -67,9 +67,9 @@ LADDER = {
     "14940M": (49, 4992, 32, 128),
     "16183M": (47, 5120, 40, 128),
 }
-GPT2_VOCABULARY = 50257  # ids of the papers' tokenizer
+GPT2_VOCABULARY = 50257  # vocabulary size of the papers' tokenizer
 
-# tokens of the published subsets of C4 (and SlimPajama), one end-of-document a document included, GPT-2 BPE
+# GPT-2 BPE tokens of the published subsets of C4 and SlimPajama, with one end-of-document token per document
 UNIQUE_TOKENS = {
     "25M": 24_743_247,
     "50M": 49_874_872,
@@ -80,7 +80,7 @@ UNIQUE_TOKENS = {
     "SLIM_1B": 999_536_648,
     "SLIM_1B5": 1_463_840_091,
 }
-# (objective, training FLOPs by the published convention): the size that the papers found best
+# (objective, training FLOPs by the published convention): the best size of the papers
 COMPUTE_OPTIMAL = {
     ("ar", 1e19): "217M",
     ("ar", 3e19): "425M",
@@ -89,7 +89,7 @@ COMPUTE_OPTIMAL = {
     ("mdm", 3e19): "217M",
     ("mdm", 1e20): "425M",
 }
-# the same: unique tokens of the published set that is read so many times, so that every run has the same compute
+# (objective, training FLOPs): unique tokens of the published set read for that many epochs, all at the same compute
 DATA_VALUE_EPOCHS = (1, 2, 4, 10, 20, 50, 100)
 DATA_VALUE_TOKENS = {
     ("ar", 1e19): (7659172026, 3828933780, 1912366531, 765785518, 382715500, 153236635, 76353846),
@@ -104,7 +104,10 @@ BEST_ON_100M = {"ar": ("140M", 50, 3.71), "mdm": ("425M", 500, 3.55)}
 
 
 def ladder_settings(name: str) -> dict[str, int]:
-    """Return the flags that --model-size stands for; raise ConfigurationError for a name that is not on the ladder."""
+    """Return the fields that --model-size sets.
+
+    Raises: ConfigurationError for a name that is not on the ladder.
+    """
     if name not in LADDER:
         millions = int(name[:-1]) if name[:-1].isdigit() and name.endswith("M") else 0
         nearest = min(LADDER, key=lambda known: abs(int(known[:-1]) - millions))
@@ -116,12 +119,12 @@ def ladder_settings(name: str) -> dict[str, int]:
 
 
 def ladder_model(name: str) -> ModelConfig:
-    """Return the network of one size, in the published form: RMSNorm, SwiGLU, no biases, tied."""
+    """Return the model of one size in the published form: RMSNorm, SwiGLU, no biases, tied embeddings."""
     return ModelConfig(**ladder_settings(name))
 
 
 def block_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every parameter of one block, by its name in the block."""
+    """Return the shape of every parameter of a block by its name in the block."""
     width, head, mlp = model.hidden_size, model.head_size, model.mlp_size
     query, key_value = model.num_attention_heads * head, model.key_value_heads * head
     layers = {
@@ -141,47 +144,47 @@ def block_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes | {f"{name}.bias": (size,) for name, size in norms.items() if model.normalization == "layernorm"}
 
 
-# which layers of a block tensor parallelism splits: by their output, or by their input
+# the column-parallel and the row-parallel layers of a block
 COLUMNS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 ROWS = ("o_proj", "down_proj")
 
 
 def layers_of(stage: int, stages: int, num_layers: int) -> range:
-    """Return the layers of a pipeline stage: even shares, and what is left over one each for the first stages."""
-    share, more = divmod(num_layers, stages)
-    start = stage * share + min(stage, more)
-    return range(start, start + share + (stage < more))
+    """Return the layers of a pipeline stage: even shares, with one layer more for the first stages if need be."""
+    share, remainder = divmod(num_layers, stages)
+    start = stage * share + min(stage, remainder)
+    return range(start, start + share + (1 if stage < remainder else 0))
 
 
 def parameter_count(model: ModelConfig, vocabulary: Vocabulary) -> int:
-    """Return N: every parameter of the model, the embedding (padded rows included) counted once."""
+    """Return N: all parameters of the model, the embedding (padding rows included) counted once."""
     block = sum(prod(shape) for shape in block_shapes(model).values())
-    vectors = 1 if model.normalization == "rmsnorm" else 2  # of the last norm
+    vectors = 1 if model.normalization == "rmsnorm" else 2  # of the final norm
     tables = 2 if model.untie_embeddings_and_output_weights else 1
     return model.num_layers * block + (vectors + tables * vocabulary.padded_size) * model.hidden_size
 
 
 def non_embedding_count(model: ModelConfig, vocabulary: Vocabulary) -> int:
-    """Return the parameters without the input embedding; an untied output head is counted."""
+    """Return the number of parameters without the input embedding; an untied output head is counted."""
     return parameter_count(model, vocabulary) - vocabulary.padded_size * model.hidden_size
 
 
 def published_count(model: ModelConfig) -> int:
     """Return N as the published scripts compute it: 4Lh^2 + 3Lhf + 6Lh + 50257h.
 
-    It takes heads x channels for the width and so overcounts the six sizes where they differ.
+    It takes heads x head dimension for the hidden size, and so overcounts the six sizes where they differ.
     """
     layers, width = model.num_layers, model.hidden_size
     return layers * (4 * width**2 + 3 * width * model.mlp_size + 6 * width) + GPT2_VOCABULARY * width
 
 
 def flops_per_token(model: ModelConfig, vocabulary: Vocabulary, seq_length: int) -> dict[str, float]:
-    """Return the training FLOPs of one token by each convention in use, the same for every objective.
+    """Return the training FLOPs per token by each convention, the same for every objective.
 
     - "6nd": 6N, the embedding counted once. Budgets (--train-flops) and records use it.
     - "6nd_published": 6N with the published scripts' N.
-    - "6nd_no_embedding": 6 x non-embedding parameters, what the published system logs.
-    - "hardware": what the matrix products of forward and backward take, attention over the whole [S, S] square, the
+    - "6nd_no_embedding": 6 x non-embedding parameters, which the published system logs.
+    - "hardware": the matrix products of forward and backward, with attention over the whole [S, S] matrix and the
       head at every position (Megatron's throughput formula, 2104.04473, section 5.1, with SwiGLU's third matrix).
     """
     width, query = model.hidden_size, model.num_attention_heads * model.head_size

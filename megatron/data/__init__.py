@@ -1,0 +1,1 @@
+"""Data: text, tokenizers, token files, and the order of samples."""

@@ -1,4 +1,4 @@
-"""The bytes of a file, decompressed where its name ends in .gz or .zst. Only a damaged file is called damaged."""
+"""Reads files, decompressed if their name ends in .gz or .zst; errors tell damaged files from unsupported ones."""
 
 import gzip
 import io
@@ -13,11 +13,11 @@ from megatron.errors import ConfigurationError
 
 SUFFIXES = (".gz", ".zst")
 GZIP_MAGIC = b"\x1f\x8b"
-LARGEST_WINDOW = 1 << 31  # bytes, of zstd --long=31, the largest that zstd writes and its library reads
-# what zstd's library says of a sound file -> what it means
+LARGEST_WINDOW = 1 << 31  # bytes, zstd --long=31: the largest window of zstd
+# part of zstd's error message for an undamaged file: our message
 ZSTD_LIMITS = {
     "requires too much memory": "needs a window of more than 2 GiB; compress it again with zstd --long=31 at most",
-    "not enough memory": "needs a larger window than memory has room for; compress it again without zstd's --long",
+    "not enough memory": "needs a window larger than the free memory; compress it again without zstd's --long",
     "Dictionary mismatch": "was compressed with a dictionary; decompress it with zstd -d -D and give the result",
     "Unsupported frame parameter": "has a frame of a newer zstd; update the package zstandard, or decompress it",
 }
@@ -25,11 +25,11 @@ ZSTD_LIMITS = {
 
 @contextmanager
 def open_decompressed(path: Path, named: str) -> Iterator[BinaryIO]:
-    """Yield the file, which is read in order and need not fit into memory.
+    """Yield the file for sequential reading; it need not fit into memory.
 
-    `named` begins each message, as "--input FILE".
+    Messages start with `named`, such as "--input FILE".
 
-    Raises: ConfigurationError.
+    Raises: ConfigurationError for a file that is damaged, unsupported or cannot be read.
     """
     suffix = path.suffix.lower()
     try:
@@ -43,7 +43,7 @@ def open_decompressed(path: Path, named: str) -> Iterator[BinaryIO]:
                 file = stack.enter_context(io.BufferedReader(_ZstdFrames(file, named)))
             yield file
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ConfigurationError(f"{named}: is damaged or cut ({error}); fetch or compress it again") from None
+        raise ConfigurationError(f"{named}: is damaged or truncated ({error}); download or compress it again") from None
     except OSError as error:
         raise ConfigurationError(
             f"{named}: cannot be read ({error.strerror}); check the path, its permissions and the disk"
@@ -52,7 +52,7 @@ def open_decompressed(path: Path, named: str) -> Iterator[BinaryIO]:
 
 def _not_as_named(named: str, form: str) -> ConfigurationError:
     return ConfigurationError(
-        f"{named}: is not in {form}'s format; rename it if it is decompressed already, else fetch it again"
+        f"{named}: is not in {form}'s format; rename it if it is decompressed already, else download it again"
     )
 
 
@@ -67,11 +67,11 @@ def _zstandard(named: str) -> ModuleType:
 
 
 class _ZstdFrames(io.RawIOBase):
-    """All frames of a .zst file, skippable ones left out. The library's own reader ignores a missing end."""
+    """All frames of a .zst file except skippable ones; the library's own reader does not notice a truncated file."""
 
     def __init__(self, file: BinaryIO, named: str):
         self._file, self._named, self._library = file, named, _zstandard(named)
-        self._frame = None  # the decompressor of a frame that has not ended
+        self._frame = None  # decompressor of the current frame
         self._frames_read = 0
         self._input, self._output = b"", b""  # not yet decompressed; not yet read by the caller
 
@@ -103,12 +103,12 @@ class _ZstdFrames(io.RawIOBase):
             self._frames_read += 1
 
     def _fault(self, message: str) -> Exception:
-        """Return what is wrong with the file: EOFError where it is damaged."""
+        """Return the exception for an error of the library: EOFError if the file is damaged."""
         for text, meaning in ZSTD_LIMITS.items():
             if text in message:
                 return ConfigurationError(f"{self._named}: {meaning}")
         if "Unknown frame descriptor" not in message:
             return EOFError(message)
         if self._frames_read:
-            return EOFError("bytes that begin no frame follow its last one")
+            return EOFError("bytes after the last frame start no frame")
         return _not_as_named(self._named, "zstd")

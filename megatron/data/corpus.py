@@ -1,4 +1,4 @@
-"""Documents, the split each falls into, and the fingerprint of a whole corpus."""
+"""Documents, their assignment to splits, and the fingerprint of a corpus."""
 
 import hashlib
 import sysconfig
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SPLITS = ("train", "tuning", "validation")
-# tests, generated tables, other people's packages
+# tests, generated tables, third-party packages
 LEFT_OUT = {
     "test",
     "tests",
@@ -19,13 +19,13 @@ LEFT_OUT = {
     "lib-dynload",
     "__pycache__",
 }
-# how this one Python was built: generated, and different on every machine
+# build configuration of this Python: generated, and different on every machine
 BUILD_RECORDS = ("config-", "_sysconfigdata")
 
 
 @dataclass(frozen=True)
 class Document:
-    """One text; documents of one group stay in one split."""
+    """A text; all documents of a group are in the same split."""
 
     name: str
     group: str
@@ -35,7 +35,7 @@ class Document:
 def standard_library() -> Iterator[Document]:
     """Yield the source files of the running Python's standard library; a group is a top-level package.
 
-    They come in the order of their names' hashes, so that the first N tokens are a fair sample of the library.
+    They are ordered by the hashes of their names, so that the first N tokens are a fair sample of the library.
     """
     root = Path(sysconfig.get_path("stdlib"))
     for path in sorted(root.rglob("*.py"), key=lambda path: _digest(path.relative_to(root).as_posix())):
@@ -51,9 +51,9 @@ def standard_library() -> Iterator[Document]:
 
 
 def split_of(document: Document, shares: tuple[float, float, float]) -> str:
-    """Return the split that the hash of a document's group (of its text, where it has none) points to.
+    """Return the split of a document by the hash of its group, or of its text if it has no group.
 
-    Nothing else is looked at, so adding text moves no other text, and equal texts never face each other.
+    Nothing else matters, so adding text moves no other text, and equal texts are never in different splits.
     """
     point = int.from_bytes(_digest(document.group or document.text)[:6], "big") / 2**48 * sum(shares)
     return SPLITS[(point >= shares[0]) + (point >= shares[0] + shares[1])]
@@ -64,14 +64,14 @@ def _digest(text: str) -> bytes:
 
 
 class Fingerprint:
-    """Size of each split and one hash over its text: runs on different text are never compared in one table."""
+    """Sizes of the splits and a hash of their text, so that runs on different text are not compared in one table."""
 
     def __init__(self):
         self.sizes = {name: {"documents": 0, "bytes": 0} for name in SPLITS}
         self._digests = {name: hashlib.sha256() for name in SPLITS}
 
     def add(self, split: str, text: str) -> int:
-        """Count one document and return its bytes."""
+        """Add one document and return its bytes."""
         data = text.encode()
         self._digests[split].update(len(data).to_bytes(8, "big"))
         self._digests[split].update(data)
@@ -81,4 +81,5 @@ class Fingerprint:
 
     @property
     def hash(self) -> str:
+        """SHA-256 of the text of all splits."""
         return hashlib.sha256(b"".join(digest.digest() for digest in self._digests.values())).hexdigest()

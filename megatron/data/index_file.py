@@ -1,4 +1,4 @@
-"""The index of Megatron's token files, PREFIX.idx, little endian: read, checked and written.
+"""Reads, checks and writes the index of Megatron's token files, PREFIX.idx, little endian:
 
 "MMIDIDX\\0\\0" | u64 1 | u8 dtype code | u64 N | u64 M
 | i32[N] tokens of each document | i64[N] byte offset in .bin | i64[M] document boundaries
@@ -14,18 +14,19 @@ from megatron.errors import ConfigurationError
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
-# Megatron's codes 6 and 7 are floats, which are no token ids
+# Megatron's codes 6 and 7 are floats, which cannot be token ids
 DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
 CODES = {np.dtype(dtype): code for code, dtype in DTYPES.items()}
-CHUNK = 1 << 20  # sequences whose pointers are checked at a time
+CHUNK = 1 << 20  # pointers checked at a time
 
 
 @dataclass(frozen=True)
 class Index:
-    """An index file as it is, memory-mapped; `check` says whether it can be right.
+    """The content of an index file, memory-mapped and unchecked; `check` validates it.
 
-    sizes: tokens of each document [N]; offsets: where it begins in the .bin file, in bytes [N]; boundaries: where
-    Megatron's documents begin and end, counted in entries of `sizes` [M]: it may index sentences.
+    sizes: tokens of each entry, int32 [N]. An entry is a document, or a sentence in some of Megatron's files.
+    offsets: start of each entry in the .bin file in bytes, int64 [N].
+    boundaries: first entry of each document and the end of the last one, int64 [M].
     """
 
     path: Path
@@ -38,22 +39,24 @@ class Index:
     def open(cls, path: Path) -> "Index":
         """Return the index in a file.
 
-        Raises: ConfigurationError where it is no Megatron index of integers, or was cut.
+        Raises: ConfigurationError if it is not a Megatron index of integers, or is truncated.
         """
         with open(path, "rb") as file:
             header = file.read(HEADER.size)
         if len(header) < HEADER.size or header[:9] != MAGIC:
-            raise ConfigurationError(f"{path}: is not a Megatron index (it is empty or foreign); write it anew")
+            raise ConfigurationError(
+                f"{path}: is not a Megatron index (it is empty or has another format); write it again"
+            )
         _, version, code, count, boundaries = HEADER.unpack(header)
         if version != 1 or code not in DTYPES:
             raise ConfigurationError(
                 f"{path}: has version {version} and dtype code {code}; only version 1 and integers (1 to 5 and 8) "
-                "are read; write it anew"
+                "are supported; write it again"
             )
         expected = HEADER.size + 12 * count + 8 * boundaries
         size = path.stat().st_size
         if size != expected:
-            raise ConfigurationError(f"{path}: has {size} bytes and needs {expected}; it was cut, write it anew")
+            raise ConfigurationError(f"{path}: has {size} bytes and needs {expected}; it is truncated, write it again")
         mapped = np.memmap(path, mode="r", dtype=np.uint8)
         return cls(
             path,
@@ -64,9 +67,9 @@ class Index:
         )
 
     def check(self) -> int:
-        """Return the tokens that the index covers.
+        """Return the number of tokens of the index.
 
-        Raises: ConfigurationError where no writer can have meant it.
+        Raises: ConfigurationError if the index is inconsistent.
         """
         total = 0
         for first in range(0, len(self.sizes), CHUNK):
@@ -89,9 +92,12 @@ class Index:
         return total
 
     def check_boundaries(self) -> None:
-        """Raises: ConfigurationError where the document boundaries cannot be right."""
+        """Check the document boundaries.
+
+        Raises: ConfigurationError if they are inconsistent.
+        """
         boundaries = self.boundaries
-        # some writers leave only the first, so the last need not be N
+        # some writers store only the first boundary, so the last need not be N
         if len(boundaries) and (
             boundaries[0] < 0 or boundaries[-1] > len(self.sizes) or (boundaries[1:] < boundaries[:-1]).any()
         ):
@@ -101,18 +107,18 @@ class Index:
             )
 
     def document_ends(self) -> np.ndarray:
-        """Return the entry of `sizes` after each document that has any; each entry where the index does not say."""
+        """Return the entry after the last of each document that is not empty; without boundaries each entry is one."""
         count = len(self.sizes)
-        known = len(self.boundaries) and self.boundaries[-1] == count
-        ends = np.unique(self.boundaries) if known else np.arange(1, count + 1)
+        complete = len(self.boundaries) and self.boundaries[-1] == count
+        ends = np.unique(self.boundaries) if complete else np.arange(1, count + 1)
         return ends[ends > 0]
 
 
 def uncounted_end(index: Index, data: Path) -> int | None:
-    """Return the id that ends every document if each has one token more than `index` counts; None where none does.
+    """Return the id at the end of every document if each has one token more than `index` counts, else None.
 
-    So does --append-eod of Megatron-DeepSpeed, and of Megatron-LM in early 2023: the last sentence of a document has
-    one token more than the index says.
+    --append-eod of Megatron-DeepSpeed, and of Megatron-LM in early 2023, writes such files: it does not count the
+    token that it appends to the last sentence of a document.
     """
     sizes, ends = index.sizes.astype(np.int64), index.document_ends()
     if data.stat().st_size != (int(sizes.sum()) + len(ends)) * index.dtype.itemsize or not len(ends):
@@ -123,16 +129,16 @@ def uncounted_end(index: Index, data: Path) -> int | None:
 
 
 def rebuild_command(index: Path) -> str:
-    """Return the advice that an error about a damaged index ends with."""
+    """Return the remedy in messages about a damaged index."""
     return f"rebuild it: python tools/rebuild_index.py {index.with_suffix('')}"
 
 
 def write_index(path: Path, dtype: np.dtype, sizes: np.ndarray, boundaries: np.ndarray) -> None:
-    """Write an index file; the pointers follow from `sizes`, int [N]."""
+    """Write an index file; the offsets are computed from `sizes`, int [N]."""
     sizes = np.asarray(sizes, np.int32)
     offsets = np.zeros(len(sizes), np.int64)
     np.cumsum(sizes[:-1].astype(np.int64) * dtype.itemsize, out=offsets[1:])
     with open(path, "wb") as index:
         index.write(HEADER.pack(MAGIC, 1, CODES[dtype], len(sizes), len(boundaries)))
-        for part in (sizes, offsets, np.asarray(boundaries, np.int64)):
-            index.write(part.tobytes())
+        for array in (sizes, offsets, np.asarray(boundaries, np.int64)):
+            index.write(array.tobytes())

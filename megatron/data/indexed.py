@@ -1,8 +1,8 @@
-"""Megatron's memory-mapped token files, byte for byte.
+"""Megatron's indexed dataset, byte for byte: the memory-mapped token files of a data prefix.
 
-PREFIX.bin   token ids of all documents, one after another (little endian)
-PREFIX.idx   where each document lies in it, see `index_file`
-PREFIX.json  what wrote them: tokenizer, corpus hash (ours; optional)
+PREFIX.bin   token ids of all documents, concatenated (little endian)
+PREFIX.idx   size and offset of each document, see `index_file`
+PREFIX.json  metadata: tokenizer, corpus hash (ours; optional)
 """
 
 import hashlib
@@ -19,10 +19,10 @@ from megatron.errors import ConfigurationError
 
 
 class IndexedDataset:
-    """Documents of token ids, read through a memory map.
+    """Documents of token ids, memory-mapped.
 
-    With a `vocabulary_size`, `read` and `stream` raise ConfigurationError for an id outside it: data made with
-    another tokenizer must not pass for text. An index that does not fit its tokens is refused on opening.
+    With a `vocabulary_size`, `read` and `stream` raise ConfigurationError for an id outside it, which data of another
+    tokenizer may have. The constructor refuses an index that does not match its .bin file.
     """
 
     def __init__(self, prefix: str, vocabulary_size: int | None = None):
@@ -41,7 +41,7 @@ class IndexedDataset:
         return len(self.sizes)
 
     def __getitem__(self, document: int) -> np.ndarray:
-        """Return a view of the ids of one document."""
+        """Return a view of the token ids of one document."""
         start = int(self._offsets[document]) // self.dtype.itemsize
         return self._tokens[start : start + int(self.sizes[document])]
 
@@ -50,20 +50,21 @@ class IndexedDataset:
         return self._checked(self[document][start:stop])
 
     def stream(self, start: int, stop: int) -> np.ndarray:
-        """Return a view of tokens start .. stop-1 of all documents, one after another."""
+        """Return a view of tokens start .. stop-1 of the concatenated documents."""
         return self._checked(self._tokens[start:stop])
 
     def part(self, first: int, last: int) -> "IndexedDataset":
-        """Return documents first .. last-1 as a data set of their own; they hold at least one token."""
-        part = copy(self)
-        part.sizes, part._offsets = self.sizes[first:last], self._offsets[first:last] - self._offsets[first]
+        """Return documents first .. last-1, which have at least one token, as a data set."""
+        subset = copy(self)
+        subset.sizes = self.sizes[first:last]
+        subset._offsets = self._offsets[first:last] - self._offsets[first]
         start = int(self._offsets[first]) // self.dtype.itemsize
-        part.total_tokens = int(part._offsets[-1]) // self.dtype.itemsize + int(part.sizes[-1])
-        part._tokens = self._tokens[start : start + part.total_tokens]
-        return part
+        subset.total_tokens = int(subset._offsets[-1]) // self.dtype.itemsize + int(subset.sizes[-1])
+        subset._tokens = self._tokens[start : start + subset.total_tokens]
+        return subset
 
     def fingerprint(self) -> str:
-        """Return a hash of the sizes and of blocks spread over the tokens, in the same time at any size."""
+        """Return a hash of blocks of the sizes and of the tokens, in constant time."""
         digest = hashlib.sha256(f"{self.dtype} {len(self)} {self.total_tokens}".encode())
         for values, count in ((self.sizes, 64), (self._tokens, 256)):
             for start in np.linspace(0, max(0, len(values) - 512), count).astype(np.int64):
@@ -71,11 +72,12 @@ class IndexedDataset:
         return digest.hexdigest()
 
     def _checked(self, ids: np.ndarray) -> np.ndarray:
+        """Return `ids`, which must be in the vocabulary."""
         if self._vocabulary_size is not None and len(ids):
             worst = int(ids.max() if ids.min() >= 0 else ids.min())
             if not 0 <= worst < self._vocabulary_size:
                 raise ConfigurationError(
-                    f"{self.prefix}.bin: holds the token id {worst}, and the tokenizer has ids 0 to "
+                    f"{self.prefix}.bin: contains the token id {worst}, and the tokenizer has ids 0 to "
                     f"{self._vocabulary_size - 1}; give the tokenizer that made the data "
                     "(--tokenizer-type, --tokenizer-model, --vocab-size)"
                 )
@@ -83,9 +85,9 @@ class IndexedDataset:
 
 
 def data_files(prefix: str) -> tuple[Path, Path]:
-    """Return PREFIX.idx and PREFIX.bin.
+    """Return the paths PREFIX.idx and PREFIX.bin.
 
-    Raises: ConfigurationError where one is missing.
+    Raises: ConfigurationError if one is missing.
     """
     paths = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
     for path in paths:
@@ -97,12 +99,12 @@ def data_files(prefix: str) -> tuple[Path, Path]:
 
 
 def _check_data_size(data: Path, index: Index, tokens: int) -> None:
-    """Refuse a .bin file that does not end where its index does."""
+    """Check that a .bin file ends where its index does."""
     size, end = data.stat().st_size, tokens * index.dtype.itemsize
     if size < end:
         raise ConfigurationError(
-            f"{data}: has {size} bytes and its index points to {end}; it was cut, or made with another dtype or "
-            "tokenizer, write both again"
+            f"{data}: has {size} bytes and its index points to {end}; it is truncated, or was written with another "
+            "dtype or tokenizer, write both again"
         )
     end_id = uncounted_end(index, data) if size > end else None
     if end_id is not None:
@@ -119,7 +121,7 @@ def _check_data_size(data: Path, index: Index, tokens: int) -> None:
 
 
 class IndexedDatasetWriter:
-    """Writes a data set aside and renames it when it is complete. Use as a context manager."""
+    """Writes a data set to temporary files and renames them when they are complete. Use as a context manager."""
 
     def __init__(self, prefix: str, vocabulary_size: int):
         self._prefix, self._vocabulary_size = Path(prefix), vocabulary_size
@@ -132,9 +134,10 @@ class IndexedDatasetWriter:
         return self
 
     def add_document(self, ids) -> None:
+        """Append one document."""
         ids = np.asarray(ids, np.int64)
-        # a cast would wrap them round in silence
-        assert not len(ids) or 0 <= ids.min() and ids.max() < self._vocabulary_size, "ids outside the vocabulary"
+        # the cast below would wrap around silently
+        assert not len(ids) or (ids.min() >= 0 and ids.max() < self._vocabulary_size), "ids outside the vocabulary"
         self._data.write(ids.astype(self._dtype).tobytes())
         self._sizes.append(len(ids))
 
@@ -150,23 +153,26 @@ class IndexedDatasetWriter:
                 Path(f"{self._prefix}{suffix}.partial").unlink(missing_ok=True)
 
     def _publish(self) -> None:
-        # an index beside other tokens than its own would be read without complaint, so the old one goes first
+        # an index next to the tokens of another one could be read without an error, so the old index is removed first
         Path(f"{self._prefix}.idx").unlink(missing_ok=True)
         for suffix in (".bin", ".idx"):
             os.replace(f"{self._prefix}{suffix}.partial", f"{self._prefix}{suffix}")
 
 
 def read_metadata(prefix: str) -> dict:
-    """Return what PREFIX.json says of the data, {} for data that another system wrote."""
+    """Return the content of PREFIX.json, {} if there is none, as for data of other systems.
+
+    Raises: ConfigurationError if it is not a JSON object.
+    """
     path = Path(f"{prefix}.json")
     try:
-        found = json.loads(path.read_bytes()) if path.exists() else {}
+        metadata = json.loads(path.read_bytes()) if path.exists() else {}
     except ValueError as error:
         raise ConfigurationError(
-            f"{path}: is not JSON ({error}); write the data anew, or remove it to give the tokenizer by flags"
+            f"{path}: is not JSON ({error}); write the data again, or remove it to give the tokenizer by flags"
         ) from None
-    if not isinstance(found, dict):
+    if not isinstance(metadata, dict):
         raise ConfigurationError(
-            f"{path}: is not a JSON object; write the data anew, or remove it to give the tokenizer by flags"
+            f"{path}: is not a JSON object; write the data again, or remove it to give the tokenizer by flags"
         )
-    return found
+    return metadata

@@ -1,4 +1,4 @@
-"""Which data sets a run reads: what --train-data-path, --valid-data-path, their files and --split say together."""
+"""The data sets of a run, from --train-data-path, --valid-data-path, their files and --split."""
 
 import math
 import re
@@ -16,7 +16,7 @@ PUBLISHED_LINE = re.compile(r'\s*"[^"]*"(\s+"[^"]*")*\s*')
 
 @dataclass(frozen=True)
 class DataSet:
-    """One set: its members' prefixes with their weights in the blend, and which part of --split it is."""
+    """A set: the data prefixes of its members with their weights in the blend, and its part of --split."""
 
     name: str
     prefixes: tuple[str, ...]
@@ -25,7 +25,10 @@ class DataSet:
 
 
 def requested_sets(data: DataConfig, with_test: bool) -> tuple[DataSet, list[DataSet]]:
-    """Return the training set and the held-out sets; `with_test` includes the third part of --split."""
+    """Return the training set and the held-out sets; `with_test` includes the test set of --split.
+
+    Raises: ConfigurationError if the flags name no training set or contradict each other.
+    """
     train_items, train_source = _items(data, "train")
     if not train_items:
         raise ConfigurationError("--train-data-path is required; tools/preprocess_data.py writes one from text")
@@ -34,14 +37,16 @@ def requested_sets(data: DataConfig, with_test: bool) -> tuple[DataSet, list[Dat
     if valid_items or not data.split:
         return train, _held_out(valid_items, valid_source)
     shares = [*data.split_shares, 0.0, 0.0]
-    parts = [("validation", 1)] + ([("test", 2)] if with_test else [])
-    return train, [DataSet(name, train.prefixes, train.weights, part) for name, part in parts if shares[part] > 0]
+    names = {1: "validation", 2: "test"} if with_test else {1: "validation"}
+    return train, [
+        DataSet(name, train.prefixes, train.weights, part) for part, name in names.items() if shares[part] > 0
+    ]
 
 
 def split_edges(shares: Sequence[float], documents: int) -> list[int]:
-    """Return where training, validation and test begin and end, [4] document numbers.
+    """Return the document numbers at which training, validation and test begin and end, [4].
 
-    Rounded as Megatron's get_train_valid_test_split_ does: what rounding adds or leaves is taken from every edge.
+    Rounded as in Megatron's get_train_valid_test_split_: the rounding error of the sum is subtracted from every edge.
     """
     shares, edges = [*shares, 0.0, 0.0][:3], [0]
     for share in shares:
@@ -51,7 +56,7 @@ def split_edges(shares: Sequence[float], documents: int) -> list[int]:
 
 
 def _items(data: DataConfig, kind: str) -> tuple[list[str], str]:
-    """Return the words of a path flag or of its file, and how an error names them."""
+    """Return the words of a path flag or of its file, and their name in messages."""
     path, words = getattr(data, f"{kind}_data_path_file"), getattr(data, f"{kind}_data_path")
     if path is None:
         return list(words), f"--{kind}-data-path {' '.join(words)}"
@@ -59,11 +64,13 @@ def _items(data: DataConfig, kind: str) -> tuple[list[str], str]:
 
 
 def read_path_file(path: str, named: str) -> list[str]:
-    """Return the words of a path file, as they would follow the flag.
+    """Return the words of a path file, in the form of the values of the flag.
 
-    The published form is one line of quoted pairs, "0.3 a" "0.7 b". The plain one holds one entry a line: a prefix,
-    a weight and a prefix, or name=prefix, and a prefix may have spaces; several pairs may share a line as they would
-    follow the flag. Empty lines and those that begin with # are left out.
+    The published form is one line of quoted pairs, "0.3 a" "0.7 b". The plain form has one entry a line: PREFIX,
+    WEIGHT PREFIX, or NAME=PREFIX, and a prefix may contain spaces; or several pairs in one line. Empty lines and
+    lines that begin with # are ignored.
+
+    Raises: ConfigurationError for a file that cannot be read, a malformed line, or no entry.
     """
     text = read_text(Path(path), named)
     lines = [line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
@@ -76,7 +83,7 @@ def read_path_file(path: str, named: str) -> list[str]:
         if not PUBLISHED_LINE.fullmatch(line) or any(len(entry) != 2 for entry in entries):
             raise ConfigurationError(
                 f'{named}: the line {line.strip()[:60]!r} is not of the form "WEIGHT PREFIX" "WEIGHT PREFIX" ...; '
-                "mend it, or write one WEIGHT PREFIX a line without quotes"
+                "fix it, or write one WEIGHT PREFIX a line without quotes"
             )
         words += [word for entry in entries for word in entry]
     if not words:
@@ -89,12 +96,12 @@ def _entry(line: str) -> list[str]:
     words = line.split()
     if len(words) % 2 == 0 and all(_number(word) is not None for word in words[::2]):
         return words
-    weight, *rest = line.split(maxsplit=1)
-    return [weight, rest[0].strip()] if rest and _number(weight) is not None else [line.strip()]
+    weight, *prefix = line.split(maxsplit=1)
+    return [weight, prefix[0].strip()] if prefix and _number(weight) is not None else [line.strip()]
 
 
 def _held_out(words: list[str], named: str) -> list[DataSet]:
-    """Return the sets of --valid-data-path: named ones, or one prefix or blend called "validation"."""
+    """Return the sets of --valid-data-path: named sets, or one data prefix or blend with the name "validation"."""
     if not words:
         return []
     if not all(re.fullmatch(r"[\w-]+=.+", word) for word in words):
@@ -106,14 +113,14 @@ def _held_out(words: list[str], named: str) -> list[DataSet]:
 
 
 def _blend(name: str, words: list[str], named: str, part: int | None) -> DataSet:
-    """Return a set from a prefix, or from pairs of weight and prefix."""
+    """Return a set of one data prefix, or of pairs of weight and prefix."""
     if len(words) == 1:
         words = ["1", *words]
     weights, prefixes = words[::2], words[1::2]
     form = PAIRS + (", or NAME=PREFIX of every set" if name == "validation" else "")
-    strange = [word for word in weights if _number(word) is None]
-    if strange or len(weights) != len(prefixes):
-        fault = f"{strange[0]} stands where a weight should" if strange else "a weight has no prefix"
+    invalid = [word for word in weights if _number(word) is None]
+    if invalid or len(weights) != len(prefixes):
+        fault = f"{invalid[0]} is not a weight" if invalid else "a weight has no prefix"
         raise ConfigurationError(f"{named}: {fault}; {form}")
     for weight, prefix in zip(weights, prefixes):
         if not 0 < _number(weight) < math.inf:
@@ -121,8 +128,8 @@ def _blend(name: str, words: list[str], named: str, part: int | None) -> DataSet
                 f"{named}: the weight {weight} of {prefix} is not a positive number; change it or leave the set out"
             )
     if len(set(prefixes)) < len(prefixes):
-        twice = next(prefix for prefix in prefixes if prefixes.count(prefix) > 1)
-        raise ConfigurationError(f"{named}: names {twice} twice; add its weights")
+        duplicate = next(prefix for prefix in prefixes if prefixes.count(prefix) > 1)
+        raise ConfigurationError(f"{named}: names {duplicate} twice; add its weights")
     return DataSet(name, tuple(prefixes), tuple(_number(weight) for weight in weights), part)
 
 

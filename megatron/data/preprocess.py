@@ -1,8 +1,8 @@
-"""From text to token files: read once to measure, once to train a tokenizer, once to tokenise and write.
+"""Preprocesses text into token files: a training split, a tuning split and a validation split.
 
-Nothing is held but a batch of documents and samples of bounded size, so the text may be larger than the memory.
-Files are written aside, in OUTPUT_DIR/.partial, and moved into place when all are complete; corpus.json, which
-says that they are, comes last.
+The text is read once for its sizes and hash, once to train a tokenizer, and once to tokenise and write. Only a batch of
+documents and samples of bounded size are in memory, so the text may be larger than RAM. Files are written to
+OUTPUT_DIR/.partial and moved when all are complete, corpus.json last, which marks them as complete.
 """
 
 import fcntl
@@ -18,7 +18,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from megatron.data.contamination import HeldOut, run_hashes
+from megatron.data.contamination import HeldOut, ngram_hashes
 from megatron.data.corpus import SPLITS, Document, Fingerprint, split_of
 from megatron.data.indexed import IndexedDataset, IndexedDatasetWriter, read_metadata
 from megatron.data.preprocess_options import PreprocessOptions
@@ -26,27 +26,30 @@ from megatron.data.round_trip import RoundTrip
 from megatron.data.tokenizer import Tokenizer, build_tokenizer, file_hash, train_tokenizer
 from megatron.errors import ConfigurationError
 
-BATCH_CHARACTERS = 1 << 21  # tokenised together, on all cores
-TOKENIZER_BYTES = 1 << 30  # a tokenizer learns from a sample of this size where there is more text
+BATCH_CHARACTERS = 1 << 21  # of a batch, tokenised on all cores
+TOKENIZER_BYTES = 1 << 30  # a tokenizer is trained on at most this much text, a sample
 
 logger = logging.getLogger(__name__)
 
 
-def preprocess(asked: PreprocessOptions) -> dict | None:
-    """Write all splits and return what corpus.json says of them; None if they are there already."""
-    text, held_out = survey(asked)
-    settings, folder = asked.settings(text.hash), asked.output_dir
+def preprocess(options: PreprocessOptions) -> dict | None:
+    """Write all splits and return the content of corpus.json; None if they are written already.
+
+    Raises: ConfigurationError for unusable text or tokenizers, OSError if the files cannot be written.
+    """
+    text, held_out = survey(options)
+    settings, folder = options.settings(text.hash), options.output_dir
     with _only_writer(folder):
-        if _complete(folder, settings, asked.tokenizer_file):
+        if _complete(folder, settings, options.tokenizer_file):
             return None
         stage = folder / ".partial"
         try:
-            shutil.rmtree(stage, ignore_errors=True)  # of a writer that was killed
+            shutil.rmtree(stage, ignore_errors=True)  # left by a killed process
             stage.mkdir()
-            tokenizer = _make_tokenizer(asked, stage, text.sizes["train"]["bytes"])
-            tokens, round_trips = _tokenise(asked, stage, tokenizer, text, held_out)
-            summary = _describe(asked, stage, tokenizer, settings, text, tokens, held_out, round_trips)
-            _publish(stage, folder, asked.source)
+            tokenizer = _make_tokenizer(options, stage, text.sizes["train"]["bytes"])
+            tokens, round_trips = _tokenise(options, stage, tokenizer, text, held_out)
+            summary = _describe(options, stage, tokenizer, settings, text, tokens, held_out, round_trips)
+            _publish(stage, folder, options.source)
         except OSError as error:
             raise OSError(
                 f"--output-dir {folder}: cannot be written ({error.strerror}); free space or name another"
@@ -56,85 +59,92 @@ def preprocess(asked: PreprocessOptions) -> dict | None:
     return summary
 
 
-def survey(asked: PreprocessOptions) -> tuple[Fingerprint, dict[str, HeldOut]]:
-    """Read everything once: sizes and hash, and the held-out splits' word runs to be looked for in train."""
-    found = Fingerprint()
-    held_out = {name: HeldOut() for name in asked.written if name != "train" and "train" in asked.written}
+def survey(options: PreprocessOptions) -> tuple[Fingerprint, dict[str, HeldOut]]:
+    """Read all text; return its sizes and hash, and the n-grams of the held-out splits to compare with train."""
+    fingerprint = Fingerprint()
+    held_out = {name: HeldOut() for name in options.written if name != "train" and "train" in options.written}
     with _bar("reading") as bar:
-        for document in asked.documents():
-            name = split_of(document, asked.splits)
-            bar.update(found.add(name, document.text))
+        for document in options.documents():
+            name = split_of(document, options.splits)
+            bar.update(fingerprint.add(name, document.text))
             if name in held_out:
                 held_out[name].add(document.text)
-    if not any(size["documents"] for size in found.sizes.values()):
-        raise ConfigurationError(f"{asked.named}: holds no text; give files that do")
-    for name in asked.written:
-        if not found.sizes[name]["documents"]:
+    if not any(size["documents"] for size in fingerprint.sizes.values()):
+        raise ConfigurationError(f"{options.named}: holds no text; give files that do")
+    for name in options.written:
+        if not fingerprint.sizes[name]["documents"]:
             raise ConfigurationError(
-                f"--splits {asked.shares}: the {name} split holds no document; add some, change the shares, "
+                f"--splits {options.shares}: the {name} split has no document; add some, change the proportions, "
                 "or cut .txt files into documents with --txt-separator"
             )
-    return found, held_out
+    return fingerprint, held_out
 
 
-def _make_tokenizer(asked: PreprocessOptions, stage: Path, train_bytes: int) -> Tokenizer:
-    """Return the tokenizer, its file copied or trained into `stage`."""
-    path = stage / asked.tokenizer_file
-    if asked.trained_ids:
-        train_tokenizer(_training_texts(asked, train_bytes), asked.trained_ids, path)
-    model = asked.tokenizer_model or path
-    tokenizer = build_tokenizer(asked.tokenizer_type, model, asked.vocab_size, asked.vocab_file, asked.merge_file)
+def _make_tokenizer(options: PreprocessOptions, stage: Path, train_bytes: int) -> Tokenizer:
+    """Return the tokenizer; its file is copied to or trained in `stage`."""
+    path = stage / options.tokenizer_file
+    if options.trained_ids:
+        train_tokenizer(_training_texts(options, train_bytes), options.trained_ids, path)
+    model = options.tokenizer_model or path
+    tokenizer = build_tokenizer(
+        options.tokenizer_type, model, options.vocab_size, options.vocab_file, options.merge_file
+    )
     if tokenizer.source is not None:
-        path.write_bytes(tokenizer.source)  # so that training finds it next to the data, without a flag
+        path.write_bytes(tokenizer.source)  # so that training reads it next to the data, without a flag
     return tokenizer
 
 
-def _training_texts(asked: PreprocessOptions, train_bytes: int) -> Iterator[str]:
-    """Yield the texts of the train split, or of those that their hash samples where there are too many."""
+def _training_texts(options: PreprocessOptions, train_bytes: int) -> Iterator[str]:
+    """Yield the texts of the train split, or a sample of them by hash if there are more than TOKENIZER_BYTES."""
     threshold = (1 << 32) * TOKENIZER_BYTES / train_bytes
     with _bar("training the tokenizer", min(train_bytes, TOKENIZER_BYTES)) as bar:
-        for document in asked.documents():
+        for document in options.documents():
             data = document.text.encode()
-            if split_of(document, asked.splits) == "train" and zlib.crc32(data) < threshold:
+            if split_of(document, options.splits) == "train" and zlib.crc32(data) < threshold:
                 bar.update(len(data))
                 yield document.text
 
 
 def _tokenise(
-    asked: PreprocessOptions, stage: Path, tokenizer: Tokenizer, text: Fingerprint, held_out: dict[str, HeldOut]
+    options: PreprocessOptions, stage: Path, tokenizer: Tokenizer, text: Fingerprint, held_out: dict[str, HeldOut]
 ) -> tuple[dict[str, int], dict[str, RoundTrip]]:
-    """Write all splits at once, each document ended by `eod`; return the tokens of each and what they do not give back.
+    """Write all splits, each document with `eod` at its end; return the tokens and the round trip of each split.
 
-    Raises: ConfigurationError.
+    Raises: ConfigurationError if the text changed since the survey or a document cannot be encoded.
     """
-    again, tokens = Fingerprint(), dict.fromkeys(asked.written, 0)
-    round_trips = {name: RoundTrip(tokenizer.named) for name in asked.written}
+    fingerprint = Fingerprint()
+    tokens = dict.fromkeys(options.written, 0)
+    round_trips = {name: RoundTrip(tokenizer.named) for name in options.written}
     with ExitStack() as stack:
         bar = stack.enter_context(_bar("tokenising", sum(size["bytes"] for size in text.sizes.values())))
         writers = {
             name: stack.enter_context(IndexedDatasetWriter(stage / name, tokenizer.vocabulary_size))
-            for name in asked.written
+            for name in options.written
         }
-        for batch in _batches(asked.documents()):
-            runs, texts = [], [document.text for document in batch]
+        for batch in _batches(options.documents()):
+            train_ngrams = []
+            texts = [document.text for document in batch]
             encoded = tokenizer.encode_batch(texts)
             decoded = texts if tokenizer.lossless else tokenizer.decode_batch(encoded)
             for document, ids, decoded_text in zip(batch, encoded, decoded, strict=True):
-                name = split_of(document, asked.splits)
+                name = split_of(document, options.splits)
                 round_trips[name].compare(document, decoded_text)
                 writers[name].add_document([*ids, tokenizer.eod])
                 tokens[name] += len(ids) + 1
-                bar.update(again.add(name, document.text))
+                bar.update(fingerprint.add(name, document.text))
                 if name == "train" and held_out:
-                    runs.append(run_hashes(document.text))
-            for held in held_out.values():
-                held.compare(runs)
-        if again.hash != text.hash:
-            raise ConfigurationError(f"{asked.named}: changed while it was read; start again when it is still")
+                    train_ngrams.append(ngram_hashes(document.text))
+            for split in held_out.values():
+                split.compare(train_ngrams)
+        if fingerprint.hash != text.hash:
+            raise ConfigurationError(
+                f"{options.named}: changed while it was read; start again when nothing writes to it"
+            )
     return tokens, round_trips
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    """Yield lists of documents of at least BATCH_CHARACTERS characters, except the last."""
     batch, size = [], 0
     for document in documents:
         batch.append(document)
@@ -147,7 +157,7 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
 
 
 def _describe(
-    asked: PreprocessOptions,
+    options: PreprocessOptions,
     stage: Path,
     tokenizer: Tokenizer,
     settings: dict,
@@ -156,26 +166,26 @@ def _describe(
     held_out: dict[str, HeldOut],
     round_trips: dict[str, RoundTrip],
 ) -> dict:
-    """Write SPLIT.json beside each split and corpus.json; return the latter."""
-    path = stage / asked.tokenizer_file
+    """Write SPLIT.json of each split and corpus.json; return the latter."""
+    path = stage / options.tokenizer_file
     origin = {
-        "source": asked.source,
+        "source": options.source,
         "python_version": platform.python_version(),
         "tokenizer_hash": file_hash(path) if path.exists() else None,
     }
-    made = {
-        "tokenizer_type": asked.tokenizer_type,
+    encoding = {
+        "tokenizer_type": options.tokenizer_type,
         "tokenizer_model": path.name if path.exists() else None,
-        "vocab_size": asked.vocab_size,
+        "vocab_size": options.vocab_size,
         "vocabulary_size": tokenizer.vocabulary_size,
         "eod": tokenizer.eod,
         "corpus_hash": settings["hash"],
     }
-    sizes = {name: {**text.sizes[name], "tokens": tokens[name]} for name in asked.written}
-    shared = {name: held.shared() for name, held in held_out.items()}
+    sizes = {name: {**text.sizes[name], "tokens": tokens[name]} for name in options.written}
+    shared = {name: split.shared() for name, split in held_out.items()}
     changes = {name: round_trip.summary() for name, round_trip in round_trips.items()}
     for name, size in sizes.items():
-        metadata = made | origin | size | {"round_trip": changes[name]}
+        metadata = encoding | origin | size | {"round_trip": changes[name]}
         metadata |= {"shared_13grams": shared[name]} if name in shared else {}
         (stage / f"{name}.json").write_text(json.dumps(metadata, indent=1))
     summary = {"settings": settings, **origin, "splits": sizes, "round_trip": changes, "shared_13grams": shared}
@@ -184,10 +194,10 @@ def _describe(
 
 
 def _publish(stage: Path, folder: Path, source: str | list[str]) -> None:
-    """Move all files into place. Between the first and the last, no index and no corpus.json vouch for a mixture.
+    """Move all files to `folder`; in between, no index and no corpus.json is there, so that a mixture is never valid.
 
-    A split that an earlier call wrote from the same text, and this one does not write, goes: its documents now
-    stand in another split.
+    A split of an earlier call from the same text that this call does not write is removed, since its documents are now
+    in other splits.
     """
     written = [path.name for path in stage.iterdir()]
     (folder / "corpus.json").unlink(missing_ok=True)
@@ -201,40 +211,42 @@ def _publish(stage: Path, folder: Path, source: str | list[str]) -> None:
 
 
 def _complete(folder: Path, settings: dict, tokenizer_file: str) -> bool:
-    """Return whether the files of these settings are all there, and whole."""
+    """Return whether the files of these settings exist and are complete."""
     try:
         record = json.loads((folder / "corpus.json").read_bytes())
         if record["settings"] != settings:
             return False
         for name, size in record["splits"].items():
             dataset = IndexedDataset(folder / name)
-            found = (len(dataset), dataset.total_tokens, read_metadata(folder / name).get("corpus_hash"))
-            if found != (size["documents"], size["tokens"], settings["hash"]):
+            corpus_hash = read_metadata(folder / name).get("corpus_hash")
+            if (len(dataset), dataset.total_tokens) != (size["documents"], size["tokens"]):
+                return False
+            if corpus_hash != settings["hash"]:
                 return False
         tokenizer = record["tokenizer_hash"]
         return tokenizer is None or file_hash(folder / tokenizer_file) == tokenizer
-    except (OSError, ValueError, KeyError, TypeError):  # whatever is wrong there, writing anew puts it right
+    except (OSError, ValueError, KeyError, TypeError):  # anything unreadable is written again
         return False
 
 
 @contextmanager
 def _only_writer(folder: Path) -> Iterator[None]:
-    """Hold the folder, made where missing; wait while another process writes there."""
+    """Lock the folder, created if missing; wait while another process writes to it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        held = os.open(folder, os.O_RDONLY)
+        descriptor = os.open(folder, os.O_RDONLY)
     except OSError as error:
-        raise ConfigurationError(f"--output-dir {folder}: cannot be made ({error.strerror}); name another") from None
+        raise ConfigurationError(f"--output-dir {folder}: cannot be created ({error.strerror}); name another") from None
     try:
         try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            logger.info("%s: another process writes there; waiting for it", folder)
-            fcntl.flock(held, fcntl.LOCK_EX)
+            logger.info("%s: another process writes to it; waiting", folder)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
-        os.close(held)
+        os.close(descriptor)
 
 
-def _bar(what: str, total: int | None = None) -> tqdm:
-    return tqdm(desc=what, total=total, unit="B", unit_scale=True, disable=None)  # None: only on a terminal
+def _bar(description: str, total: int | None = None) -> tqdm:
+    return tqdm(desc=description, total=total, unit="B", unit_scale=True, disable=None)  # None: only on a terminal

@@ -1,9 +1,9 @@
-"""A new index for a .bin file whose own does not fit it, where the tokens show what the index must say.
+"""Rebuilds the index of a .bin file that does not match it, where the tokens determine the correct index.
 
-Two faults leave the tokens whole:
+Two errors leave the tokens intact:
 
 1. The pointers overflowed 32 bits while files were merged (Megatron-LM with numpy 2). The sizes are right, and the
-   pointers follow from them.
+   pointers are computed from them.
 2. --append-eod did not count the token that it appended (`uncounted_end`).
 """
 
@@ -21,18 +21,18 @@ from megatron.errors import ConfigurationError
 
 @dataclass(frozen=True)
 class Rebuilt:
-    """What an index was rebuilt to."""
+    """Summary of a rebuilt index."""
 
     documents: int
     tokens: int
-    end_id: int | None  # that each document ends in and that its index did not count; None where only pointers changed
-    backup: Path  # the index as it was
+    end_id: int | None  # uncounted last id of every document; None if only pointers changed
+    backup: Path  # the old index
 
 
 def rebuild_index(prefix: str) -> Rebuilt | None:
-    """Write PREFIX.idx again and keep the old one as PREFIX.idx.bak; return None where it already fits PREFIX.bin.
+    """Rewrite PREFIX.idx and keep the old one as PREFIX.idx.bak; return None if it already matches PREFIX.bin.
 
-    Raises: ConfigurationError where the tokens contradict both faults, with nothing changed.
+    Raises: ConfigurationError if neither error explains the tokens; nothing is changed then.
     """
     path, data = data_files(prefix)
     index, backup = Index.open(path), path.with_name(path.name + ".bak")
@@ -41,7 +41,7 @@ def rebuild_index(prefix: str) -> Rebuilt | None:
     if sizes is None:
         return None
     if backup.exists():
-        raise ConfigurationError(f"{backup}: exists, and the old index would be kept there; move it away")
+        raise ConfigurationError(f"{backup}: exists, and the old index would be saved there; move it away")
     partial = path.with_name(path.name + ".partial")
     try:
         write_index(partial, index.dtype, sizes, index.boundaries)
@@ -53,18 +53,18 @@ def rebuild_index(prefix: str) -> Rebuilt | None:
 
 
 def _fitting_sizes(index: Index, data: Path) -> tuple[np.ndarray | None, int | None]:
-    """Return the sizes that fit the tokens, int64 [N], None where the index does, and the id that was not counted."""
+    """Return the sizes that match the tokens, int64 [N], or None if the index does, and the uncounted id or None."""
     sizes = index.sizes.astype(np.int64)
     ends = np.cumsum(sizes) * index.dtype.itemsize
     negative, size = sizes.min(initial=0) < 0, data.stat().st_size
     if not negative and len(ends) and ends[-1] == size:
-        sound = np.array_equal(ends - sizes * index.dtype.itemsize, index.offsets)
-        return (None if sound else sizes), None
+        valid = np.array_equal(ends - sizes * index.dtype.itemsize, index.offsets)
+        return (None if valid else sizes), None
     end_id = None if negative else uncounted_end(index, data)
     if end_id is None:
         raise ConfigurationError(
             f"{index.path}: counts {int(sizes.sum())} tokens, and {data} has {size} bytes of {index.dtype}; neither "
-            "the sizes fit, nor one token more for each document with the same id at its end; write both again"
+            "the sizes match, nor one token more for each document with the same id at its end; write both again"
         )
     sizes[index.document_ends() - 1] += 1
     return sizes, end_id

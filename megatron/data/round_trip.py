@@ -1,28 +1,27 @@
-"""Whether documents come back from their tokens: decode(encode(text)) == text."""
+"""Checks the round trip of documents through a tokenizer: decode(encode(text)) == text."""
 
-import os
 from collections import Counter
 
 from megatron.data.corpus import Document
 from megatron.errors import ConfigurationError
 
-SHOWN_CHARACTERS = 20  # of a document that an example shows
+EXAMPLE_CHARACTERS = 20
 
 
 class RoundTrip:
-    """Counts, over the documents of a split, of what its tokens do not give back."""
+    """Counts the documents of a split that the round trip changes, and the characters that it drops."""
 
     def __init__(self, tokenizer_named: str):
         self._tokenizer_named = tokenizer_named
         self.changed_documents = 0
         self.characters = 0  # of all documents
-        self.missing_characters = 0  # wherever they were in their document
+        self.missing_characters = 0
         self._example: dict | None = None
 
     def compare(self, document: Document, decoded: str) -> None:
-        """Count one document, whose tokens decode to `decoded`.
+        """Add one document, whose tokens decode to `decoded`.
 
-        Raises: ConfigurationError where nothing is left of the text.
+        Raises: ConfigurationError if `decoded` is blank.
         """
         text = document.text
         self.characters += len(text)
@@ -31,14 +30,15 @@ class RoundTrip:
         if not decoded.strip():
             raise ConfigurationError(
                 f"{self._tokenizer_named}: leaves nothing of {document.name}, which begins "
-                f"{text.strip()[:SHOWN_CHARACTERS]!r}; give a tokenizer that covers this text, or remove the document"
+                f"{text.strip()[:EXAMPLE_CHARACTERS]!r}; give a tokenizer that covers this text, or remove the document"
             )
         missing = (Counter(text) - Counter(decoded)).total()
         self.changed_documents += 1
         self.missing_characters += missing
         if self._example is None or missing > self._example["missing_characters"]:
-            start = len(os.path.commonprefix([text, decoded]))
-            end = start + SHOWN_CHARACTERS
+            pairs = enumerate(zip(text, decoded))
+            start = next((index for index, (a, b) in pairs if a != b), min(len(text), len(decoded)))
+            end = start + EXAMPLE_CHARACTERS
             self._example = {
                 "document": document.name,
                 "missing_characters": missing,
@@ -48,7 +48,7 @@ class RoundTrip:
             }
 
     def summary(self) -> dict:
-        """Return the counts and, where a document is changed, the first of those that miss most as the example."""
+        """Return the counts and, as an example, the first of the changed documents that miss most characters."""
         return {
             "changed_documents": self.changed_documents,
             "characters": self.characters,
@@ -58,9 +58,9 @@ class RoundTrip:
 
 
 def describe_changes(documents: int, changes: dict) -> str:
-    """Return a RoundTrip's summary of `documents` documents in words; the summary counts some that are changed."""
+    """Return the summary of a `RoundTrip` over `documents` documents as text; some of them are changed."""
     share = changes["missing_characters"] / max(1, changes["characters"])
     return (
-        f"{changes['changed_documents']:,} of {documents:,} documents do not come back from their tokens as they were, "
+        f"{changes['changed_documents']:,} of {documents:,} documents are not the same after encoding and decoding, "
         f"{share:.2%} of the characters are missing"
     )

@@ -1,7 +1,7 @@
-"""From a run position to token ids: arithmetic on (seed, epoch), nothing remembered but a cache.
+"""Maps a sample index to token ids, as a function of seed and epoch, without state except a cache.
 
-Epochs are strict, in all orders but Megatron's: every token of the unique set is read once before any is read twice.
-The stream of an epoch order is endless, sample i is its tokens i*S .. i*S + S, and the last of them is only a target.
+Epochs are strict, in all orders except Megatron's: every unique token is read once before any is read twice. The token
+stream is infinite: sample i is its tokens i*S .. i*S + S, the last of which is only a target.
 """
 
 from copy import copy
@@ -16,9 +16,9 @@ from megatron.randomness import stream
 
 
 class _Documents:
-    """The documents of the first `total` tokens of a data set in file order, the last one cut.
+    """The documents of the first `total` tokens of a data set in file order, the last document cut.
 
-    With `trailing`, those without tokens at the end of the whole data set too, which Megatron shuffles with the others.
+    `trailing` includes empty documents at the end of the data set, which Megatron shuffles with the others.
     """
 
     def __init__(self, dataset: IndexedDataset, total: int, trailing: bool = False):
@@ -33,23 +33,28 @@ class _Documents:
         self._dataset = dataset
 
     def gather(self, order, ends: np.ndarray, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return tokens start .. start+count-1 of the documents laid out in `order`, and the document of each.
+        """Return tokens start .. start+count-1 of the documents concatenated in `order`, and the document of each.
 
-        `ends` are the cumulative sizes in that order; the range lies within them.
+        `ends` are the cumulative sizes in that order; the range is within them. Both results are int64 [count].
         """
-        tokens, owners = np.empty(count, np.int64), np.empty(count, np.int64)
-        slot, done = int(np.searchsorted(ends, start, side="right")), 0
-        while done < count:
+        tokens = np.empty(count, np.int64)
+        documents = np.empty(count, np.int64)
+        slot = int(np.searchsorted(ends, start, side="right"))
+        filled = 0
+        while filled < count:
             document = int(order[slot])
-            offset = start + done - (int(ends[slot]) - int(self.sizes[document]))
-            part = self._dataset.read(document, offset, min(int(self.sizes[document]), offset + count - done))
-            tokens[done : done + len(part)], owners[done : done + len(part)] = part, document
-            done, slot = done + len(part), slot + 1
-        return tokens, owners
+            size = int(self.sizes[document])
+            offset = start + filled - (int(ends[slot]) - size)
+            chunk = self._dataset.read(document, offset, min(size, offset + count - filled))
+            tokens[filled : filled + len(chunk)] = chunk
+            documents[filled : filled + len(chunk)] = document
+            filled += len(chunk)
+            slot += 1
+        return tokens, documents
 
 
 class TrainSamples:
-    """Training samples by run position: `samples[i]` is int64 [S+1]."""
+    """Training samples by sample index: `samples[i]` is int64 [S+1]."""
 
     def __init__(
         self,
@@ -62,85 +67,94 @@ class TrainSamples:
         if unique_tokens is not None and unique_tokens > dataset.total_tokens:
             raise ConfigurationError(
                 f"--train-unique-tokens {unique_tokens}: {dataset.prefix}.bin holds {dataset.total_tokens}; "
-                "ask for fewer or add text"
+                "lower it or add text"
             )
         self.unique_tokens, self.seq_length, self._seed = unique_tokens or dataset.total_tokens, seq_length, seed
         _check_length(dataset, self.unique_tokens, seq_length)
         self._dataset = dataset
         if epoch_order != "windows":
-            # the other order leaves empty documents at the end out, and what a seed draws there must not change
+            # "documents" leaves out empty documents at the end, so that the order that a seed gives does not change
             self._source = _Documents(dataset, self.unique_tokens, trailing=epoch_order == "megatron")
-            self._epoch = lru_cache(maxsize=2)(self._lay_out)
+            self._epoch = lru_cache(maxsize=2)(self._shuffled_documents)
         orders = {"documents": self._documents, "windows": self._windows, "megatron": self._megatron}
         self.epoch_order, self._read = epoch_order, orders[epoch_order]
 
     def request(self, samples: int) -> None:
-        """Say how many samples the run reads in all, before the first is read: Megatron's order depends on it."""
+        """Set the number of samples of the run, before the first is read: Megatron's order depends on it."""
         if self.epoch_order == "megatron":
             self._order = MegatronOrder(self._source.sizes, self.seq_length, self._seed, samples)
 
-    def __getitem__(self, position: int) -> np.ndarray:
-        return self._read(position)
+    def __getitem__(self, sample_index: int) -> np.ndarray:
+        return self._read(sample_index)
 
     def epochs(self, samples: int) -> list[float]:
-        """Return how often the data set has been read after so many samples; a list, as of a blend."""
+        """Return [epochs after `samples` samples], a list as for a blend."""
         return [samples * self.seq_length / self.unique_tokens]
 
-    def _lay_out(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    def _shuffled_documents(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the documents of an epoch in shuffled order, and their cumulative sizes."""
         order = stream(self._seed, "documents", epoch).permutation(self._source.documents)
         return order, np.cumsum(self._source.sizes[order])
 
-    def _documents(self, position: int) -> np.ndarray:
-        """Documents shuffled anew every epoch and packed; the stream runs on across epochs."""
-        start, wanted, parts = position * self.seq_length, self.seq_length + 1, []
-        while wanted:
+    def _documents(self, sample_index: int) -> np.ndarray:
+        """Documents are shuffled again every epoch and packed; a sample may span two epochs."""
+        start = sample_index * self.seq_length
+        remaining = self.seq_length + 1
+        chunks = []
+        while remaining:
             epoch, offset = divmod(start, self.unique_tokens)
-            count = min(wanted, self.unique_tokens - offset)
-            parts.append(self._source.gather(*self._epoch(epoch), offset, count)[0])
-            start, wanted = start + count, wanted - count
-        return np.concatenate(parts)
+            count = min(remaining, self.unique_tokens - offset)
+            chunks.append(self._source.gather(*self._epoch(epoch), offset, count)[0])
+            start += count
+            remaining -= count
+        return np.concatenate(chunks)
 
-    def _megatron(self, position: int) -> np.ndarray:
-        # what fills up a short last batch lies beyond the order; it has no weight
-        start = int(self._order.shuffle[position % len(self._order.shuffle)]) * self.seq_length
+    def _megatron(self, sample_index: int) -> np.ndarray:
+        """Megatron's order; samples that only pad a short last batch have no weight, and any sample serves."""
+        start = int(self._order.shuffle[sample_index % len(self._order.shuffle)]) * self.seq_length
         return self._source.gather(self._order.documents, self._order.ends, start, self.seq_length + 1)[0]
 
-    def _windows(self, position: int) -> np.ndarray:
-        """Cuts of the file as a ring, at an offset redrawn every epoch, in a keyed order: no start-up cost.
+    def _windows(self, sample_index: int) -> np.ndarray:
+        """Windows of the file as a ring, cut at an offset drawn every epoch, in a keyed order: no start-up cost.
 
-        Where the length does not divide the unique tokens, an epoch leaves out less than one window, elsewhere
-        each time.
+        Where the sequence length does not divide the unique tokens, an epoch leaves out less than one window, at
+        another place in each epoch.
         """
-        count = self.unique_tokens // self.seq_length
-        epoch, turn = divmod(position, count)
+        windows = self.unique_tokens // self.seq_length
+        epoch, index = divmod(sample_index, windows)
         first = int(stream(self._seed, "window offset", epoch).integers(self.unique_tokens))
-        window = _shuffled(turn, count, self._seed, epoch)
-        start, wanted, parts = (first + window * self.seq_length) % self.unique_tokens, self.seq_length + 1, []
-        while wanted:
-            part = min(wanted, self.unique_tokens - start)
-            parts.append(self._dataset.stream(start, start + part))
-            start, wanted = 0, wanted - part
-        return np.concatenate(parts).astype(np.int64)
+        window = _shuffled(index, windows, self._seed, epoch)
+        start = (first + window * self.seq_length) % self.unique_tokens
+        remaining = self.seq_length + 1
+        chunks = []
+        while remaining:
+            count = min(remaining, self.unique_tokens - start)
+            chunks.append(self._dataset.stream(start, start + count))
+            start = 0
+            remaining -= count
+        return np.concatenate(chunks).astype(np.int64)
 
 
 class ValidationWindows:
-    """Windows side by side in file order: `windows[w]` is (ids, document of each id), both int64 [S+1].
+    """Consecutive windows in file order: `windows[w]` is (ids, document of each id), both int64 [S+1].
 
-    With a limit they are spread evenly over the file, so that few windows still see many documents.
+    With a limit they are spread evenly over the file, so that few windows still cover many documents.
     """
 
     def __init__(self, dataset: IndexedDataset, seq_length: int, limit: int | None = None):
         _check_length(dataset, dataset.total_tokens, seq_length)
         self._source = _Documents(dataset, dataset.total_tokens)
         available = (self._source.total - 1) // seq_length
-        self.seq_length, self._available, self._length = seq_length, available, min(limit or available, available)
+        self.seq_length = seq_length
+        self._available = available
+        self._length = min(limit or available, available)
         self.documents = len(dataset)
 
     def limited(self, count: int) -> "ValidationWindows":
-        """Return the same with another limit."""
-        other = copy(self)
-        other._length = min(count, self._available)
-        return other
+        """Return the same windows with another limit."""
+        windows = copy(self)
+        windows._length = min(count, self._available)
+        return windows
 
     def __len__(self) -> int:
         return self._length
@@ -160,9 +174,9 @@ def _check_length(dataset: IndexedDataset, tokens: int, seq_length: int) -> None
 
 
 def _shuffled(index: int, count: int, seed: int, epoch: int) -> int:
-    """Return where `index` goes in a keyed permutation of range(count), in constant time and memory.
+    """Return the image of `index` under a keyed permutation of range(count), in constant time and memory.
 
-    A four-round Feistel network over the next power of four, walked until it falls inside the range
+    A four-round Feistel network over the next power of four, applied until the result is in the range: cycle walking
     (Black and Rogaway, 2002, "Ciphers with arbitrary finite domains").
     """
     half = max(1, (count - 1).bit_length() + 1 >> 1)

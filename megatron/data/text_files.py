@@ -1,4 +1,4 @@
-"""The user's own text: .txt and .jsonl, each also as .gz or .zst, in UTF-8 with or without a byte order mark."""
+"""Reads the user's text: .txt and .jsonl, also as .gz or .zst, in UTF-8 with or without a byte order mark."""
 
 import codecs
 import json
@@ -11,14 +11,16 @@ from megatron.data.compressed import SUFFIXES, open_decompressed
 from megatron.data.corpus import Document
 from megatron.errors import ConfigurationError
 
-LONGEST_DOCUMENT = 64 << 20  # bytes; tokenising takes many times as much memory
+LONGEST_DOCUMENT = 64 << 20  # bytes; tokenisation takes a multiple of that in memory
 
 
 def read_documents(paths: Iterable[str], key: str = "text", separator: str | None = None) -> Iterator[Document]:
-    """Yield the documents that hold more than white space.
+    """Yield the documents that are not blank.
 
-    A line of a .jsonl file is one, its field `key`. A .txt file is one, or several that end at each line equal to
-    `separator` ("" is an empty line).
+    Each line of a .jsonl file is a document, its field `key`. A .txt file is one document, or with a `separator`
+    several, each ended by a line equal to it ("" is an empty line).
+
+    Raises: ConfigurationError for a file or a line that cannot be read.
     """
     for path in map(Path, paths):
         if not path.is_file():
@@ -29,20 +31,20 @@ def read_documents(paths: Iterable[str], key: str = "text", separator: str | Non
                 f"--input {path}: is neither .txt nor .jsonl, nor one of them with .gz or .zst; rename it"
             )
         with open_text(path, f"--input {path}") as file:
-            for name, text in _lines(path, file, key) if kind == ".jsonl" else _parts(path, file, separator):
+            for name, text in _json_texts(path, file, key) if kind == ".jsonl" else _txt_texts(path, file, separator):
                 if text.strip():
                     yield Document(name, "", text)
 
 
 def text_kind(path: Path) -> str:
-    """Return the ending that says what a file holds, in lower case: ".jsonl" of "A.JSONL.gz"."""
+    """Return the suffix of a text file without that of a compression, in lower case: ".jsonl" for "A.JSONL.gz"."""
     return Path(path.stem if path.suffix.lower() in SUFFIXES else path.name).suffix.lower()
 
 
 def read_text(path: Path, named: str) -> str:
-    """Return all text of a file, its line ends as they are.
+    """Return the text of a file, with its line ends unchanged.
 
-    Raises: ConfigurationError.
+    Raises: ConfigurationError if it cannot be read or is not UTF-8.
     """
     with open_text(path, named) as file:
         return decode_text(file.read(), named)
@@ -52,7 +54,7 @@ def read_text(path: Path, named: str) -> str:
 def open_text(path: Path, named: str) -> Iterator[BinaryIO]:
     """Yield the decompressed bytes of a text file.
 
-    Raises: ConfigurationError.
+    Raises: ConfigurationError if it cannot be read or is UTF-16.
     """
     with open_decompressed(path, named) as file:
         start = file.peek(2)[:2]
@@ -65,9 +67,9 @@ def open_text(path: Path, named: str) -> Iterator[BinaryIO]:
 
 
 def decode_text(data: bytes, named: str) -> str:
-    """Return the text of UTF-8, without the byte order mark that may precede it.
+    """Return UTF-8 bytes as text, without a byte order mark.
 
-    Raises: ConfigurationError.
+    Raises: ConfigurationError if they are not UTF-8.
     """
     try:
         return data.decode("utf-8-sig")
@@ -76,9 +78,9 @@ def decode_text(data: bytes, named: str) -> str:
 
 
 def json_lines(file: BinaryIO, named: str) -> Iterator[tuple[int, object]]:
-    """Yield the number and the value of each line that is not empty.
+    """Yield (line number, value) of each line that is not blank.
 
-    Raises: ConfigurationError.
+    Raises: ConfigurationError for a line that is not JSON.
     """
     for number, line in enumerate(file, 1):
         if not line.removeprefix(codecs.BOM_UTF8).strip():
@@ -91,9 +93,9 @@ def json_lines(file: BinaryIO, named: str) -> Iterator[tuple[int, object]]:
 
 
 def check_encodable(text: str, where: str) -> str:
-    """Return `text`; it may hold half a character, which has no UTF-8, in JSON's escapes or a command line's bytes.
+    """Return `text`, which may contain lone surrogates from JSON escapes or from the bytes of a command line.
 
-    Raises: ConfigurationError.
+    Raises: ConfigurationError if it cannot be encoded as UTF-8.
     """
     try:
         text.encode()
@@ -102,22 +104,22 @@ def check_encodable(text: str, where: str) -> str:
     return text
 
 
-def _parts(path: Path, file: BinaryIO, separator: str | None) -> Iterator[tuple[str, str]]:
-    """Yield name and text of each document of a .txt file."""
+def _txt_texts(path: Path, file: BinaryIO, separator: str | None) -> Iterator[tuple[str, str]]:
+    """Yield (name, text) of each document of a .txt file."""
     if separator is None:
         yield str(path), _decoded(str(path), file.read(LONGEST_DOCUMENT + 1))
         return
-    held, size, first = [], 0, 1
+    lines, size, first = [], 0, 1
     for number, line in enumerate(file, 1):
         if line.rstrip(b"\r\n") == separator.encode():
-            yield f"{path}:{first}", _decoded(f"{path}:{first}", b"".join(held))
-            held, size, first = [], 0, number + 1
+            yield f"{path}:{first}", _decoded(f"{path}:{first}", b"".join(lines))
+            lines, size, first = [], 0, number + 1
             continue
-        held.append(line)
+        lines.append(line)
         size += len(line)
         if size > LONGEST_DOCUMENT:
             break
-    yield f"{path}:{first}", _decoded(f"{path}:{first}", b"".join(held))
+    yield f"{path}:{first}", _decoded(f"{path}:{first}", b"".join(lines))
 
 
 def _decoded(name: str, data: bytes) -> str:
@@ -129,8 +131,8 @@ def _decoded(name: str, data: bytes) -> str:
     return decode_text(data, f"--input {name}")
 
 
-def _lines(path: Path, file: BinaryIO, key: str) -> Iterator[tuple[str, str]]:
-    """Yield name and text of each line of a .jsonl file."""
+def _json_texts(path: Path, file: BinaryIO, key: str) -> Iterator[tuple[str, str]]:
+    """Yield (name, text) of each line of a .jsonl file."""
     for number, record in json_lines(file, f"--input {path}"):
         yield f"{path}:{number}", _field(f"--input {path}: line {number}", record, key)
 
@@ -141,6 +143,7 @@ def _field(where: str, record: object, key: str) -> str:
     text = record[key]
     if not isinstance(text, str):
         raise ConfigurationError(
-            f'{where} holds in "{key}" a {type(text).__name__}, no text; name another field with --json-key'
+            f'{where} has a value of type {type(text).__name__} in "{key}", not a string; name another field with '
+            "--json-key"
         )
     return check_encodable(text, where)

@@ -1,4 +1,4 @@
-"""Tokenizers under Megatron's names. Special ids never come out of text."""
+"""Tokenizers under Megatron's names. Encoding text never gives the end-of-document token or another special token."""
 
 import hashlib
 import json
@@ -11,35 +11,35 @@ import numpy as np
 from megatron.errors import ConfigurationError
 
 END = "<|endoftext|>"
-SMALLEST_TRAINED = 257  # a byte each, and END
-# bytes; a longer word (a rule of dashes, DNA, text without spaces) is cut to train on, as time grows with its square
+SMALLEST_TRAINED = 257  # ids: all bytes, and END
+# bytes; longer words (lines of dashes, DNA) are split for BPE training, whose time is quadratic
 LONGEST_WORD = 1000
 
 
 class HFTokenizer:
-    """A tokenizer.json of the `tokenizers` library; what it puts after a text, or <|endoftext|>, ends a document."""
+    """A tokenizer.json of the `tokenizers` library; it ends a document with the token it appends, or <|endoftext|>."""
 
-    lossless = False  # a normalizer may change text, and a model drop what it has no token for
+    lossless = False  # a normalizer may change text, and a model may drop characters
 
     def __init__(self, path: str | None):
         from tokenizers import Tokenizer as Library
 
         self.named, self.hash = f"--tokenizer-model {path}", file_hash(path, "tokenizer.json")
-        self.source = Path(path).read_bytes()  # the same tokenizer once more, wherever the file goes
+        self.source = Path(path).read_bytes()  # to write the same tokenizer next to the data
         try:
             self._library = Library.from_buffer(self.source)
         except Exception as error:  # the library raises bare Exception
             raise ConfigurationError(
                 f"--tokenizer-model {path}: is not a tokenizer.json ({error}); give the one that made the data"
             ) from None
-        # a file may ask for either, and a document is neither cut nor filled up
+        # the file may enable either, but documents are neither truncated nor padded
         self._library.no_truncation()
         self._library.no_padding()
         self._find_end(appended_token(json.loads(self.source)) or END)
 
     def _find_end(self, end: str = END) -> None:
-        """Set the id of the token that ends a document, and the number of ids."""
-        self._library.encode_special_tokens = True  # literal special text stays text
+        """Set the id of the end-of-document token, and the vocabulary size."""
+        self._library.encode_special_tokens = True  # the text of a special token is encoded as text
         self.vocabulary_size = max(self._library.get_vocab().values(), default=-1) + 1  # ids may have gaps
         self.eod = self._library.token_to_id(end)
         if self.eod is None or self.eod in self.encode(end):
@@ -47,13 +47,14 @@ class HFTokenizer:
             raise ConfigurationError(f'{self.named}: {fault}; give it one, as an added token with "special": true')
 
     def encode(self, text: str) -> list[int]:
+        """Return the ids of a text, without special tokens."""
         with self._encoding():
             return self._library.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the ids of each text, worked out on all cores."""
+        """Return the ids of each text, computed on all cores."""
         with self._encoding():
-            return [found.ids for found in self._library.encode_batch_fast(texts, add_special_tokens=False)]
+            return [encoding.ids for encoding in self._library.encode_batch_fast(texts, add_special_tokens=False)]
 
     @contextmanager
     def _encoding(self) -> Iterator[None]:
@@ -65,6 +66,7 @@ class HFTokenizer:
             ) from None
 
     def decode(self, ids) -> str:
+        """Return the text of ids, special tokens included."""
         return self._library.decode(list(ids), skip_special_tokens=False)
 
     def decode_batch(self, documents: Sequence[list[int]]) -> list[str]:
@@ -72,9 +74,9 @@ class HFTokenizer:
         return self._library.decode_batch(documents, skip_special_tokens=False)
 
     def token_bytes(self) -> np.ndarray | None:
-        """Return the bytes of text each id stands for, int64 [V]; None where the ids do not spell bytes.
+        """Return the bytes of text of each id, int64 [V]; None if the tokenizer is not byte-level.
 
-        Byte-level BPE spells a byte as one character; tokens added to it are spelled as they are.
+        Byte-level BPE writes each byte as one character; added tokens are written as they are.
         """
         from tokenizers import decoders
 
@@ -113,10 +115,10 @@ class GPT2BPETokenizer(HFTokenizer):
 
 
 class GPTSentencePieceTokenizer:
-    """A tokenizer.model of the `sentencepiece` library; its own end-of-sentence piece ends a document."""
+    """A tokenizer.model of the `sentencepiece` library; its end-of-sentence piece is the end-of-document token."""
 
     lossless = False  # most models normalise white space at least
-    added: tuple[str, ...] = ()  # how the ids behind the model's are spelled
+    added: tuple[str, ...] = ()  # pieces of the ids after the model's own
 
     def __init__(self, path: str | None):
         from sentencepiece import SentencePieceProcessor
@@ -137,31 +139,33 @@ class GPTSentencePieceTokenizer:
             raise ConfigurationError(f"{self.named}: {fault}; train it with a control symbol for that")
 
     def _special_ids(self) -> tuple[int, int, str]:
-        """Return the number of ids, the one that ends a document, and how it is spelled."""
+        """Return the vocabulary size, the end-of-document id, and its piece."""
         eod = self._library.eos_id()
         return self._library.GetPieceSize(), eod, self._library.IdToPiece(eod) if eod >= 0 else ""
 
     def encode(self, text: str) -> list[int]:
+        """Return the ids of a text, without special tokens."""
         return self._library.EncodeAsIds(text)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the ids of each text, worked out on all cores."""
+        """Return the ids of each text, computed on all cores."""
         return self._library.Encode(list(texts), out_type=int)
 
     def decode(self, ids) -> str:
+        """Return the text of ids; added ids have none."""
         return self._library.DecodeIds([int(index) for index in ids if index < self._library.GetPieceSize()])
 
     def decode_batch(self, documents: Sequence[list[int]]) -> list[str]:
-        """Return the text of each document's ids, which are all the model's own, decoded on all cores."""
+        """Return the text of each document's ids, without added ids, decoded on all cores."""
         return self._library.Decode(documents)
 
     def token_bytes(self) -> None:
-        """Text is normalised before it becomes ids, so they do not tell how many bytes it had."""
+        """Return None: text is normalised before encoding, so that the ids do not determine its bytes."""
         return None
 
 
 class SentencePieceTokenizer(GPTSentencePieceTokenizer):
-    """The same with the ids that Megatron adds behind the model's where it lacks them; <EOD> ends a document."""
+    """The same with the special tokens that Megatron adds after the model's pieces if they are missing; with <EOD>."""
 
     def _special_ids(self) -> tuple[int, int, str]:
         library, size = self._library, self._library.GetPieceSize()
@@ -175,51 +179,59 @@ class SentencePieceTokenizer(GPTSentencePieceTokenizer):
 
 
 class ByteTokenizer:
-    """UTF-8 bytes, and one id for the end of a document."""
+    """UTF-8 bytes, and an end-of-document token."""
 
     lossless = True
     vocabulary_size, eod = 257, 256
     named, hash, source = "--tokenizer-type ByteTokenizer", None, None
 
     def encode(self, text: str) -> list[int]:
+        """Return the bytes of a text."""
         return list(text.encode())
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the bytes of each text."""
         return [self.encode(text) for text in texts]
 
     def decode(self, ids) -> str:
+        """Return the text of ids; the end-of-document token has none."""
         return bytes(index for index in ids if index < 256).decode(errors="replace")
 
     def token_bytes(self) -> np.ndarray:
+        """Return the bytes of text of each id, [V]."""
         return np.array([1] * 256 + [0])
 
 
 class NullTokenizer:
-    """Ids that are text already: numbers with spaces between. One more id ends a document, as in Megatron."""
+    """Text that consists of ids, separated by spaces. One more id is the end-of-document token, as in Megatron."""
 
-    lossless = True  # but for how ids are spelled and the white space between them
+    lossless = True  # except for leading zeros and white space
 
     def __init__(self, vocab_size: int):
         self.vocabulary_size, self.eod = vocab_size + 1, vocab_size
         self.named, self.hash, self.source = f"--vocab-size {vocab_size}", None, None
 
     def encode(self, text: str) -> list[int]:
+        """Return the ids of a text."""
         return [self._id(word) for word in text.split()]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of each text."""
         return [self.encode(text) for text in texts]
 
     def decode(self, ids) -> str:
+        """Return ids as text."""
         return " ".join(map(str, ids))
 
     def token_bytes(self) -> None:
+        """Return None: ids do not stand for text."""
         return None
 
     def _id(self, word: str) -> int:
         if not (word.isascii() and word.isdigit() and len(word) < 20 and int(word) < self.eod):
             raise ConfigurationError(
-                f"--tokenizer-type NullTokenizer: the text holds {word[:40]!r}, and ids are whole numbers from 0 to "
-                f"{self.eod - 1}; mend the text or raise --vocab-size"
+                f"--tokenizer-type NullTokenizer: the text contains {word[:40]!r}, and ids are whole numbers from 0 to "
+                f"{self.eod - 1}; fix the text or raise --vocab-size"
             )
         return int(word)
 
@@ -234,8 +246,11 @@ def build_tokenizer(
     vocab_file: str | None = None,
     merge_file: str | None = None,
 ) -> Tokenizer:
-    """Return the tokenizer that --tokenizer-type names."""
-    makers = {
+    """Return the tokenizer of --tokenizer-type.
+
+    Raises: ConfigurationError for a file that is missing or unusable.
+    """
+    constructors = {
         "HFTokenizer": lambda: HFTokenizer(tokenizer_model),
         "GPT2BPETokenizer": lambda: GPT2BPETokenizer(vocab_file, merge_file),
         "GPTSentencePieceTokenizer": lambda: GPTSentencePieceTokenizer(tokenizer_model),
@@ -243,11 +258,11 @@ def build_tokenizer(
         "ByteTokenizer": ByteTokenizer,
         "NullTokenizer": lambda: NullTokenizer(vocab_size),
     }
-    return makers[tokenizer_type]()
+    return constructors[tokenizer_type]()
 
 
 def appended_token(state: dict) -> str | None:
-    """Return the special token that a tokenizer.json puts after a text, None where it puts no token or several."""
+    """Return the special token that a tokenizer.json appends to a text; None if it adds none or others too."""
     match (state.get("post_processor") or {}).get("single"):
         case [{"Sequence": _}, {"SpecialToken": {"id": token}}]:
             return token
@@ -255,14 +270,20 @@ def appended_token(state: dict) -> str | None:
 
 
 def file_hash(path: str | Path | None, kind: str = "tokenizer.json") -> str:
-    """Return the SHA-256 of a tokenizer's file; raise ConfigurationError where there is none."""
+    """Return the SHA-256 of a tokenizer's file.
+
+    Raises: ConfigurationError if it does not exist.
+    """
     if path is None or not Path(path).is_file():
         raise ConfigurationError(f"--tokenizer-model {path}: no such file; give the {kind} that made the data")
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary_size: int, path: str) -> None:
-    """Train a byte-level BPE of exactly `vocabulary_size` ids on `texts` and write it to `path`."""
+    """Train a byte-level BPE of exactly `vocabulary_size` ids on `texts` and write it to `path`.
+
+    Raises: ConfigurationError if the texts give fewer ids.
+    """
     from tokenizers import Tokenizer as Library
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -277,10 +298,10 @@ def train_tokenizer(texts: Iterable[str], vocabulary_size: int, path: str) -> No
         show_progress=False,
     )
     library.train_from_iterator(texts, trainer)
-    library.pre_tokenizer = words  # to encode takes linear time, whatever the length of a word
+    library.pre_tokenizer = words  # encoding takes linear time, whatever the length of a word
     if library.get_vocab_size() != vocabulary_size:
         raise ConfigurationError(
             f"--train-tokenizer {vocabulary_size}: this text gives {library.get_vocab_size()} ids; "
-            f"ask for that many (at least {SMALLEST_TRAINED}), or add text"
+            f"give that number (at least {SMALLEST_TRAINED}), or add text"
         )
     Path(path).write_text(library.to_str(pretty=True), encoding="utf-8")

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron.batch import Batch
 from megatron.config.flags import spelling, typed
-from megatron.config.resolve import idle_flags
+from megatron.config.resolve import no_op_flags
 from megatron.config.sections import SECTIONS, Config, Vocabulary
 from megatron.errors import ConfigurationError
 from megatron.figures import pyplot, save_png
@@ -157,7 +157,7 @@ def evaluate_members(members: list[Trained], ranks: ParallelContext) -> dict:
     documents = document_rules(first.config.data, first.config.objective, sources.tokenizer.eod)
     objective = build_objective(first.config.objective, vocabulary, first.meta["time_block"], documents)
     exact = all(likelihood.exact for likelihood in objective.likelihoods)
-    for line in idle_flags(first.config, exact) if ranks.rank == 0 else ():
+    for line in no_op_flags(first.config, exact) if ranks.rank == 0 else ():
         logger.info(line)
     ensemble = Ensemble([_engine(member, vocabulary, ranks) for member in members])
     evaluations = [

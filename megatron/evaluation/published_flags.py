@@ -5,7 +5,7 @@ import difflib
 import logging
 from dataclasses import asdict
 
-from megatron.config.compatibility import TABLE, Idle, Same, idle, idle_value, one_table, refused, translate
+from megatron.config.compatibility import TABLE, NoOp, Same, no_op, no_op_value, one_table, refused, translate
 from megatron.config.flags import spelling, typed
 from megatron.config.sections import Config
 from megatron.config.sizes import ladder_settings
@@ -25,13 +25,15 @@ PUBLISHED = one_table(
         "--eval_fp32": Same("--dtype float32"),
     },
     refused("--dry-run", "is refused: a dry run is one of training; leave it out"),
-    idle("--adaptive_seq_len", "a sequence ends with its answer"),
-    idle("--inference", "scoring never trains"),
-    idle("--no-load-optim", "scoring reads the weights of a checkpoint alone"),
-    idle_value("--max_chunk_size", "an answer of any length hides all its later tokens; batches are --batch-tokens"),
-    idle_value("--inference-batch-times-seqlen-threshold --max-tokens-to-oom", "batches are --batch-tokens"),
-    idle_value("--sampling_eps", "mask ratios begin at 0", "0 0.0", "is refused: mask ratios begin at 0; leave it out"),
-    idle_value(
+    no_op("--adaptive_seq_len", "a sequence ends with its answer"),
+    no_op("--inference", "scoring never trains"),
+    no_op("--no-load-optim", "scoring reads the weights of a checkpoint alone"),
+    no_op_value("--max_chunk_size", "an answer of any length hides all its later tokens; batches are --batch-tokens"),
+    no_op_value("--inference-batch-times-seqlen-threshold --max-tokens-to-oom", "batches are --batch-tokens"),
+    no_op_value(
+        "--sampling_eps", "mask ratios begin at 0", "0 0.0", "is refused: mask ratios begin at 0; leave it out"
+    ),
+    no_op_value(
         "--load-tag",
         "--checkpoint latest is the default",
         "latest",
@@ -108,7 +110,7 @@ def check_training_flags(run: str, words: list[str]) -> None:
                 f"{typed(name, value)}: {run} was trained with {typed(name, recorded[name])}; leave the flag out, or "
                 "score another run"
             )
-    names = [word for word in words if word.startswith("--") and not isinstance(TABLE.get(word), Idle)]
+    names = [word for word in words if word.startswith("--") and not isinstance(TABLE.get(word), NoOp)]
     if names:
         verb = "has" if len(names) == 1 else "have"
         logger.info("%s: %s no effect, a run records its own model, data and training", ", ".join(names), verb)

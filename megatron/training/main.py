@@ -17,7 +17,7 @@ from dataclasses import asdict
 from functools import partial
 
 from megatron import stop_signals
-from megatron.config.resolve import Plan, check_batch, check_layout, idle_flags, resolve
+from megatron.config.resolve import Plan, check_batch, check_layout, no_op_flags, resolve
 from megatron.config.sections import Config, Vocabulary
 from megatron.config.sizes import flops_per_token
 from megatron.errors import ConfigurationError
@@ -297,7 +297,7 @@ def _selects(record: dict, sources: Sources) -> bool:
 def _announce(config, plan, vocabulary, trainer, precision, compiled, origin) -> None:
     objective, engine = trainer.objective, trainer.engine
     ranks, fp8_recipe = engine.ranks, config.training.fp8_recipe
-    for line in idle_flags(config, exact=all(likelihood.exact for likelihood in objective.likelihoods)):
+    for line in no_op_flags(config, exact=all(likelihood.exact for likelihood in objective.likelihoods)):
         logger.info(line)
     if not config.checkpoint.save and not config.validation.skip_train:
         logger.info("nothing is saved: no --save names a run folder")

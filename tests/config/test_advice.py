@@ -1,11 +1,11 @@
-"""What a refusal advises is accepted: every refused flag of Megatron, and the rules between flags."""
+"""The remedy of every refusal is accepted: for the refused flags of Megatron, and for the checks between flags."""
 
 import json
 import re
 
 import pytest
 
-from megatron.config.compatibility import TABLE, Idle, Refused
+from megatron.config.compatibility import TABLE, NoOp, Refused
 from megatron.config.deepspeed_config import deepspeed_config
 from megatron.config.resolve import BUDGETS, check_batch, check_layout, resolve
 from megatron.config.sections import Vocabulary
@@ -19,7 +19,7 @@ FLAG = re.compile(r"--[A-Za-z][A-Za-z0-9_-]*")
 
 
 def accept(line: str, ranks: int = RANKS) -> None:
-    """Do what a start checks of a command line, its DeepSpeed file included, before it reads data."""
+    """Run the checks of a command line, its DeepSpeed file included, that come before data is read."""
     config = parse("mdm" if "--low-noise" in line else "ar", line.split())
     parallel = config.parallel
     if not config.validation.skip_train:
@@ -41,7 +41,7 @@ def refusal(line: str, ranks: int = RANKS) -> str:
 
 # ------------------------------------------------------------------------- the table of Megatron's flags
 
-# values of the flags that refusals of the table name
+# values for the flags in the remedies of the table
 VALUES = {
     "--bf16": "", "--deepspeed": "", "--deepspeed-config": "{file}", "--epoch-order": "windows",
     "--exit-duration-in-mins": "60", "--fp32": "", "--fp8-recipe": "rowwise", "--load": "run", "--log-interval": "5",
@@ -53,20 +53,20 @@ VALUES = {
 
 
 def refusals() -> dict[str, str]:
-    """Return the command lines that the table refuses, each with the reason."""
-    refused = {name: rule.reason for name, rule in TABLE.items() if isinstance(rule, Refused)}
-    values = {name: rule for name, rule in TABLE.items() if isinstance(rule, Idle) and rule.only}
-    return refused | {f"{name} 7": rule.otherwise for name, rule in values.items()}
+    """Return the flags and values that the table refuses, each with its message."""
+    refused = {name: entry.reason for name, entry in TABLE.items() if isinstance(entry, Refused)}
+    values = {name: entry for name, entry in TABLE.items() if isinstance(entry, NoOp) and entry.only}
+    return refused | {f"{name} 7": entry.otherwise for name, entry in values.items()}
 
 
 def advised(reason: str) -> list[tuple[list[str], list[str]]]:
-    """Return the alternatives that a reason ends with: the flags to give, and those to leave out."""
-    advice = re.split(r"; |refused: |supported: ", reason)[-1]
+    """Return the alternatives of a remedy: the flags to give, and the flags to leave out."""
+    advice = reason.split("; ")[-1]
     alternatives = []
-    for part in re.split(r",? or ", advice):
-        given, _, dropped = re.sub(r"in (place of|the file of)|without", "|", part).partition("|")
-        if FLAG.search(given) or "leave it out" in given:
-            alternatives.append((FLAG.findall(given), FLAG.findall(dropped) if "file of" not in part else []))
+    for alternative in re.split(r",? or ", advice):
+        added, _, dropped = re.sub(r"in (place of|the file of)|without", "|", alternative).partition("|")
+        if FLAG.search(added) or "leave it out" in added:
+            alternatives.append((FLAG.findall(added), FLAG.findall(dropped) if "file of" not in alternative else []))
     return alternatives
 
 
@@ -88,20 +88,20 @@ def test_what_the_table_advises_is_accepted(context, tmp_path):
         assert refusal(f"{BASE} {refused}") == f"{refused}: {reason}"
         alternatives = advised(reason)
         assert alternatives, f"{refused}: {reason} names no remedy"
-        for given, dropped in alternatives:
+        for added, dropped in alternatives:
             line = without(f"{BASE} {context}", dropped)
-            line = without(line, [name for name in (*budgets, *given) if set(given) & {name, *budgets}])
-            line += " " + " ".join(f"{name} {VALUES[name]}" for name in given)
+            line = without(line, [name for name in (*budgets, *added) if set(added) & {name, *budgets}])
+            line += " " + " ".join(f"{name} {VALUES[name]}" for name in added)
             try:
                 accept(line.replace("{file}", str(file)))
             except ConfigurationError as error:
                 raise AssertionError(f"{refused}: {reason}\nbut: {line}\nis refused: {error}") from None
 
 
-# ----------------------------------------------------------------------------------- rules between flags
+# ----------------------------------------------------------------------------------- checks between flags
 
 DEEPSPEED = "--deepspeed --deepspeed-config {file}"
-# refused, the end of the line, and what follows it; 2 layers or so are added to each
+# (refused flags, end of the message, flags that follow the remedy); BASE is added to each
 FOLLOWED = [
     (f"--tensor-model-parallel-size 2 {DEEPSPEED}", "leave it out, or --deepspeed and --deepspeed-config",
      [DEEPSPEED, "--tensor-model-parallel-size 2"]),
@@ -149,8 +149,8 @@ FOLLOWED = [
 def test_what_a_rule_advises_is_accepted(refused, advice, followed, tmp_path):
     file = tmp_path / "ds.json"
     file.write_text("{}")
-    said = refusal(f"{BASE} {refused}".replace("{file}", str(file)))
-    assert said.endswith(advice), said
+    message = refusal(f"{BASE} {refused}".replace("{file}", str(file)))
+    assert message.endswith(advice), message
     for line in followed:
         accept(f"{BASE} {line}".replace("{file}", str(file)))
 
@@ -161,6 +161,6 @@ def test_what_a_rule_advises_is_accepted(refused, advice, followed, tmp_path):
 def test_the_tensor_parallel_size_that_is_advised_is_accepted(heads, groups, width, tensor, ranks):
     line = f"--num-layers 2 --hidden-size 96 --num-attention-heads {heads} --group-query-attention --train-iters 9"
     line += f" --num-query-groups {groups} --ffn-hidden-size {width} --global-batch-size 48 --micro-batch-size 1"
-    said = refusal(f"{line} --tensor-model-parallel-size {tensor}", ranks)
-    (advice,) = re.findall(r"; give (\d+), or change --", said)
+    message = refusal(f"{line} --tensor-model-parallel-size {tensor}", ranks)
+    (advice,) = re.findall(r"; give (\d+), or change --", message)
     accept(f"{line} --tensor-model-parallel-size {advice}", ranks)

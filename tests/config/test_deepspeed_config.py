@@ -1,4 +1,4 @@
-"""A DeepSpeed file beside the flags: they agree, or one line names both."""
+"""A DeepSpeed file and the flags: they agree, or one line names both."""
 
 import codecs
 import json
@@ -32,8 +32,8 @@ def reconcile(folder, file, *, bf16=True, zero_stage=None, cpu_offload=False, **
 
 
 def test_without_a_file_the_flags_say_all(tmp_path):
-    found = reconcile(tmp_path, None, zero_stage=2, clip_grad=0.5)
-    assert found == {
+    settings = reconcile(tmp_path, None, zero_stage=2, clip_grad=0.5)
+    assert settings == {
         "train_micro_batch_size_per_gpu": 4,
         "gradient_accumulation_steps": 4,
         "gradient_clipping": 0.5,
@@ -70,8 +70,8 @@ def test_auto_and_what_is_switched_off_ask_for_nothing(tmp_path):
 
 def test_what_only_deepspeed_knows_is_passed_on(tmp_path):
     section = {"offload_optimizer": {"device": "cpu", "pin_memory": False}, "overlap_comm": True}
-    found = reconcile(tmp_path, {"zero_optimization": section | {"reduce_bucket_size": 5e6}}, zero_stage=2)
-    assert found["zero_optimization"] == section | {"reduce_bucket_size": 5e6, "stage": 2}
+    settings = reconcile(tmp_path, {"zero_optimization": section | {"reduce_bucket_size": 5e6}}, zero_stage=2)
+    assert settings["zero_optimization"] == section | {"reduce_bucket_size": 5e6, "stage": 2}
     none = {"zero_optimization": {"offload_param": {"device": "none"}}}
     assert reconcile(tmp_path, none, zero_stage=3)["zero_optimization"]["offload_param"] == {"device": "none"}
 
@@ -89,18 +89,18 @@ def test_parameters_are_offloaded_at_stage_3_only_as_deepspeed_does(stage, devic
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_cpu_offload_is_offload_optimizer_and_agrees_with_the_file(stage, tmp_path):
     pinned = {"zero_optimization": {"stage": stage, "offload_optimizer": {"device": "cpu", "pin_memory": True}}}
-    found = reconcile(tmp_path, pinned, cpu_offload=True)["zero_optimization"]
-    assert found == pinned["zero_optimization"]
+    settings = reconcile(tmp_path, pinned, cpu_offload=True)["zero_optimization"]
+    assert settings == pinned["zero_optimization"]
     for file in (None, {"zero_optimization": {"stage": stage}}):
-        found = reconcile(tmp_path, file, zero_stage=stage, cpu_offload=True)["zero_optimization"]
-        assert found == {"stage": stage, "offload_optimizer": {"device": "cpu"}}
+        settings = reconcile(tmp_path, file, zero_stage=stage, cpu_offload=True)["zero_optimization"]
+        assert settings == {"stage": stage, "offload_optimizer": {"device": "cpu"}}
     none = {"zero_optimization": {"stage": stage, "offload_optimizer": {"device": "none"}}}
     with pytest.raises(ConfigurationError, match='offload_optimizer.device "none" contradicts --cpu-offload; let them'):
         reconcile(tmp_path, none, cpu_offload=True)
 
 
 @pytest.mark.parametrize(
-    "file, options, said",
+    "file, options, message",
     [
         ({"train_batch_size": 64}, {}, "train_batch_size 64 contradicts --global-batch-size 32"),
         (
@@ -115,7 +115,7 @@ def test_cpu_offload_is_offload_optimizer_and_agrees_with_the_file(stage, tmp_pa
             {"zero_stage": 2},
             "zero_optimization.stage 1 contradicts --zero-stage 2",
         ),
-        ({"zero_optimization": {"stage": 4}}, {}, "zero_optimization.stage 4 is none; give 0, 1, 2 or 3"),
+        ({"zero_optimization": {"stage": 4}}, {}, "zero_optimization.stage 4 is not a ZeRO stage; give 0, 1, 2 or 3"),
         ({"bf16": {"enabled": False}}, {}, "bf16.enabled false contradicts computing in bf16 (--bf16)"),
         ({"bf16": {"enabled": True}}, {"bf16": False}, "bf16.enabled true contradicts computing in fp32 (--fp32)"),
         ({"fp16": {"enabled": True}}, {}, "fp16.enabled true contradicts computing in bf16 (--bf16)"),
@@ -168,14 +168,14 @@ def test_cpu_offload_is_offload_optimizer_and_agrees_with_the_file(stage, tmp_pa
         ({"curriculum_learning": {"enabled": True}}, {}, "curriculum_learning.enabled true is not supported"),
         ({"zero_optimisation": {"stage": 1}}, {}, "zero_optimisation.stage 1 is not supported; leave it out"),
         ("{", {}, "is not JSON"),
-        ("[]", {}, "holds no object"),
+        ("[]", {}, "is not a JSON object"),
     ],
 )
-def test_a_contradiction_is_refused_in_one_line_that_names_both(file, options, said, tmp_path):
+def test_a_contradiction_is_refused_in_one_line_that_names_both(file, options, message, tmp_path):
     with pytest.raises(ConfigurationError) as error:
         reconcile(tmp_path, file, **options)
     line = str(error.value)
-    assert said in line and line.startswith(f"--deepspeed-config {tmp_path}/ds.json: ") and "\n" not in line
+    assert message in line and line.startswith(f"--deepspeed-config {tmp_path}/ds.json: ") and "\n" not in line
 
 
 CONTRADICTIONS = [

@@ -21,7 +21,7 @@ from megatron.config.sections import SECTIONS
 from megatron.errors import ConfigurationError
 from megatron.training.command_line import parse, parser
 
-NETWORK = "--num-layers 2 --hidden-size 32 --num-attention-heads 2".split()
+MODEL = "--num-layers 2 --hidden-size 32 --num-attention-heads 2".split()
 FIELDS = [(section, field) for section in SECTIONS.values() for field in dataclasses.fields(section)]
 
 
@@ -39,9 +39,9 @@ class Sample:
 
 
 def sample(line: str = "--count-of-it 1", **defaults):
-    made = Parser(formatter_class=HelpFormatter, allow_abbrev=False)
-    add_section(made, Sample, defaults)
-    return build(Sample, made.parse_known(line.split()))
+    sample_parser = Parser(formatter_class=HelpFormatter, allow_abbrev=False)
+    add_section(sample_parser, Sample, defaults)
+    return build(Sample, sample_parser.parse_known(line.split()))
 
 
 def test_every_kind_of_field_becomes_a_flag():
@@ -134,7 +134,7 @@ def test_the_sections_are_checked_at_import(monkeypatch):
 
     from megatron.config import sections
 
-    def refuse(found):
+    def refuse(_):
         raise TypeError("checked")
 
     with monkeypatch.context() as patched:
@@ -152,7 +152,7 @@ def test_every_field_is_a_flag_with_help_and_a_default_that_it_accepts(section, 
         return
     kind = typing.get_type_hints(section)[field.name]
     allowed = typing.get_args(kind) if typing.get_origin(kind) is not tuple else ()
-    assert isinstance(field.default, (typing.get_origin(kind) or kind) if not allowed else allowed)
+    assert isinstance(field.default, allowed or typing.get_origin(kind) or kind)
     choices = field.metadata["choices"]
     assert not choices or field.default in choices or (field.default is None and type(None) in allowed)
 
@@ -165,7 +165,7 @@ def test_help_is_grouped_complete_and_fits(objective):
     usage = f"usage: pretrain_{'gpt' if objective == 'ar' else 'mdm'}.py --num-layers INT --hidden-size INT"
     assert lines[0].startswith(usage) and lines[0].endswith("[FLAG ...]")
     position = 0
-    for section in SECTIONS.values():  # in the order of the sections, each flag in its own
+    for section in SECTIONS.values():  # sections and their flags are in order
         position = text.index("\n" + section.__doc__.splitlines()[0].rstrip(".") + ":\n", position)
         for field in dataclasses.fields(section):
             position = text.index(f"\n  --{field.name.replace('_', '-')}", position)
@@ -174,7 +174,9 @@ def test_help_is_grouped_complete_and_fits(objective):
     assert "peak learning rate (default: 0.0002)" in flat and "SwiGLU MLP; --no-swiglu is GELU (default: on)" in flat
     assert "(default: None)" not in flat and "default: False" not in flat and "PREFIX" in flat
     assert "default 1% of the budget" in flat and "%%" not in flat
-    assert not [line for line in lines if line.rstrip().endswith("-") and "--" in line]  # no flag is torn apart
+    assert not [
+        line for line in lines if line.rstrip().endswith("-") and "--" in line
+    ]  # flags are not broken at hyphens
 
 
 @pytest.mark.parametrize("objective", ["ar", "mdm"])
@@ -185,7 +187,7 @@ def test_help_is_printed_and_leaves_with_0(objective, capsys):
 
 
 def test_parse_returns_typed_sections():
-    config = parse("mdm", [*NETWORK, "--data-path", "a", "--lr", "1e-3", "--no-fp32", "--seq-length", "1e2"])
+    config = parse("mdm", [*MODEL, "--data-path", "a", "--lr", "1e-3", "--no-fp32", "--seq-length", "1e2"])
     assert config.model.num_layers == 2 and config.data.train_data_path == ("a",) and config.optimizer.lr == 1e-3
     assert config.training.fp32 is False and config.training.bf16 is None and config.data.seq_length == 100
     with pytest.raises(dataclasses.FrozenInstanceError):

@@ -28,7 +28,7 @@ OFFLOAD = {"device": "cpu", "pin_memory": True}
 
 @dataclass(frozen=True)
 class Script:
-    """What the scripts differ in."""
+    """The differences between the scripts."""
 
     objective: str
     size: str
@@ -116,7 +116,7 @@ def test_a_published_command_line_becomes_a_plan_unchanged(name, tmp_path):
     assert settings["zero_optimization"] == ({"stage": 1} | offloaded if script.multi_node else {"stage": 0})
 
 
-# ------------------------------------------------------------ what differs without --recipe published
+# ------------------------------------------------------- differences without --recipe published
 
 
 def published_line(caplog, objective, flags) -> str | None:

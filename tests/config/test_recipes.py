@@ -12,7 +12,7 @@ from megatron.errors import ConfigurationError
 from megatron.training.command_line import parse
 
 FILES = "--vocab-file v.json --merge-file m.txt --train-data-path-file t.txt --valid-data-path-file v.txt".split()
-# What the published scripts pass (quickstart/train_ar.sh), or their parser assumes, under our names.
+# Values that the published scripts pass (quickstart/train_ar.sh), then defaults of their parser, under our names.
 SCRIPT = {
     "num_layers": 15, "hidden_size": 768, "num_attention_heads": 12, "kv_channels": 64, "seq_length": 2048,
     "micro_batch_size": 8, "global_batch_size": 256, "normalization": "rmsnorm", "swiglu": True, "bf16": True,
@@ -33,7 +33,7 @@ ASSUMED = {
     "start_weight_decay": None, "end_weight_decay": None, "weight_decay_parameters": "matrices",
     "optimizer": "adamw",
 }  # fmt: skip
-# Ours alone, or how a run is started and kept: nothing the published system has a value of.
+# Flags that the published system does not have, or that are set for each run.
 OURS = {
     "model_size", "recipe", "vocab_size", "tokenizer_model", "train_data_path", "valid_data_path", "fp32", "compile",
     "deterministic", "fp8_recipe", "flash_attention",
@@ -46,7 +46,7 @@ OURS = {
     "ema_decay", "average_from_samples",
     "blend_order",  # each published run reads one data set
 }  # fmt: skip
-# ... the layout, and where the records are shown
+# and the parallel layout and the trackers
 OURS |= {name for section in ("parallel", "tracking") for name in SECTIONS[section].__dataclass_fields__}
 
 
@@ -62,12 +62,12 @@ def values(config) -> dict:
 def test_the_published_recipe_is_the_published_system_field_by_field(objective, size, epochs):
     flags = ["--recipe", "published", "--model-size", size, "--train-epochs", str(epochs), *FILES]
     config = parse(objective, flags)
-    found = values(config)
+    settings = values(config)
     expected = SCRIPT | ASSUMED | ({} if objective == "mdm" else {"mask_times": "stratified"})  # AR has no use for it
     if size == "425M":
         expected |= {"num_layers": 18, "hidden_size": 1280, "num_attention_heads": 10, "kv_channels": 128}
-    assert {name: found[name] for name in expected} == expected
-    assert set(found) == set(expected) | OURS  # no field is forgotten
+    assert {name: settings[name] for name in expected} == expected
+    assert set(settings) == set(expected) | OURS  # no field is forgotten
     plan = resolve(config, Vocabulary(50257), UNIQUE_TOKENS["100M"])
     samples = {50: 2_440_244, 500: 24_402_441}[epochs]
     assert (plan.train_samples, plan.lr_decay_samples, plan.lr_warmup_samples) == (samples, samples, samples // 100)
@@ -80,10 +80,10 @@ def test_the_default_recipe_is_what_the_sections_say():
     flags = ["--model-size", "140M", "--train-epochs", "1"]
     assert RECIPES["default"] == {}
     assert parse("ar", [*flags, "--recipe", "default"]) == parse("ar", flags)
-    found = values(parse("ar", flags))
+    settings = values(parse("ar", flags))
     dropouts = ("attention_dropout", "hidden_dropout", "embedding_dropout", "mlp_dropout")
-    assert not any(found[name] for name in dropouts)
-    assert (found["epoch_order"], found["mask_times"]) == ("documents", "stratified")
+    assert not any(settings[name] for name in dropouts)
+    assert (settings["epoch_order"], settings["mask_times"]) == ("documents", "stratified")
 
 
 def test_every_flag_wins_over_a_recipe():
@@ -108,7 +108,7 @@ def test_help_shows_the_defaults_of_the_recipe(objective, capsys):
     published = "dropout of attention probabilities (default: 0.1)"
     assert published in shown["published"] and published not in shown["default"]
     assert "(default: megatron)" in shown["published"] and "(default: documents)" in shown["default"]
-    assert "steps between two checkpoints; default --eval-interval (default: 1000)" in shown["published"]
+    assert "steps between checkpoints; default --eval-interval (default: 1000)" in shown["published"]
 
 
 def test_every_name_of_a_recipe_is_a_field():

@@ -3,6 +3,7 @@
 import json
 from dataclasses import asdict
 from fractions import Fraction
+from functools import partial
 
 import pytest
 
@@ -13,12 +14,12 @@ from megatron.errors import ConfigurationError
 from megatron.model.transformer import Transformer
 from megatron.training.command_line import parse
 
-NETWORK = "--num-layers 2 --hidden-size 32 --num-attention-heads 2 --seq-length 100 --global-batch-size 8".split()
+MODEL = "--num-layers 2 --hidden-size 32 --num-attention-heads 2 --seq-length 100 --global-batch-size 8".split()
 VOCABULARY = Vocabulary(257)
 
 
 def config(line: str):
-    return parse("ar", [*NETWORK, *line.split()])
+    return parse("ar", [*MODEL, *line.split()])
 
 
 def plan(line: str, unique_tokens: int = 12_345):
@@ -39,16 +40,16 @@ def test_epochs_are_floor_of_tokens_times_epochs_over_the_sample(epochs, unique)
 
 
 def test_the_floor_is_of_the_number_as_written():
-    assert int(700 * 2.3 / 10) == 160  # what floating point makes of it
+    assert int(700 * 2.3 / 10) == 160  # in floating point
     assert plan("--seq-length 10 --train-epochs 2.3", 700).train_samples == 161
 
 
 def test_samples_and_steps():
-    found = plan("--train-samples 93")
-    assert (found.train_samples, found.steps) == (93, 12)  # the last step is short
+    run_plan = plan("--train-samples 93")
+    assert (run_plan.train_samples, run_plan.steps) == (93, 12)  # the last step is short
     assert (plan("--train-samples 96").steps, plan("--train-samples 97").steps) == (12, 13)
-    found = plan("--train-iters 5")
-    assert (found.train_samples, found.steps) == (40, 5)
+    run_plan = plan("--train-iters 5")
+    assert (run_plan.train_samples, run_plan.steps) == (40, 5)
 
 
 def test_flops_are_six_n_d():
@@ -56,26 +57,26 @@ def test_flops_are_six_n_d():
     for samples in (1, 7, 1000):
         assert plan(f"--train-flops {6 * parameters * 100 * samples}").train_samples == samples
         assert plan(f"--train-flops {6 * parameters * 100 * samples + 5}").train_samples == samples
-    found = plan("--train-samples 50")
-    assert found.flops(50, 100) == 6 * parameters * 5000 and found.tokens(50, 100) == 5000
-    assert found.parameters == parameters and found.vocabulary_size == 257 and found.unique_tokens == 12_345
+    run_plan = plan("--train-samples 50")
+    assert run_plan.flops(50, 100) == 6 * parameters * 5000 and run_plan.tokens(50, 100) == 5000
+    assert run_plan.parameters == parameters and run_plan.vocabulary_size == 257 and run_plan.unique_tokens == 12_345
 
 
 def test_defaults_follow_from_the_budget():
-    found = plan("--train-samples 1000 --lr-decay-style WSD")
-    assert (found.lr_warmup_samples, found.lr_decay_samples, found.lr_wsd_decay_samples) == (10, 1000, 100)
-    assert (found.eval_interval, found.save_interval) == (125 // 20, 125 // 20)
-    found = plan("--train-samples 50")
-    assert (found.lr_warmup_samples, found.eval_interval) == (0, 1)
+    run_plan = plan("--train-samples 1000 --lr-decay-style WSD")
+    assert (run_plan.lr_warmup_samples, run_plan.lr_decay_samples, run_plan.lr_wsd_decay_samples) == (10, 1000, 100)
+    assert (run_plan.eval_interval, run_plan.save_interval) == (125 // 20, 125 // 20)
+    run_plan = plan("--train-samples 50")
+    assert (run_plan.lr_warmup_samples, run_plan.eval_interval) == (0, 1)
     line = "--lr-warmup-samples 20 --lr-decay-samples 500 --lr-wsd-decay-samples 30 --lr-decay-style WSD"
-    found = plan(f"--train-samples 1000 {line} --eval-interval 7")
-    assert (found.lr_warmup_samples, found.lr_decay_samples, found.lr_wsd_decay_samples) == (20, 500, 30)
-    assert (found.eval_interval, found.save_interval) == (7, 7)
+    run_plan = plan(f"--train-samples 1000 {line} --eval-interval 7")
+    assert (run_plan.lr_warmup_samples, run_plan.lr_decay_samples, run_plan.lr_wsd_decay_samples) == (20, 500, 30)
+    assert (run_plan.eval_interval, run_plan.save_interval) == (7, 7)
     assert plan("--train-samples 9 --eval-interval 7 --save-interval 3").save_interval == 3
 
 
 @pytest.mark.parametrize(
-    "line, said",
+    "line, message",
     [
         (
             "",
@@ -111,17 +112,17 @@ def test_defaults_follow_from_the_budget():
         ),
     ],
 )
-def test_contradictions_are_refused(line, said):
-    assert refusal(plan, line).startswith(said)
+def test_contradictions_are_refused(line, message):
+    assert refusal(plan, line).startswith(message)
 
 
 def test_a_step_divides_into_micro_batches_of_all_processes():
     for micro, size in ((8, 1), (4, 2), (1, 8), (2, 1)):
         check_batch(config(f"--micro-batch-size {micro}"), size)
-    said = refusal(check_batch, config("--micro-batch-size 3"), 1)
-    assert said == "--global-batch-size 8: is not a multiple of --micro-batch-size 3 times 1 process = 3; take 6 or 9"
-    said = refusal(check_batch, config("--micro-batch-size 4"), 4)
-    assert said.endswith("--micro-batch-size 4 times 4 processes = 16; take 16")
+    message = refusal(check_batch, config("--micro-batch-size 3"), 1)
+    assert message == "--global-batch-size 8: is not a multiple of --micro-batch-size 3 times 1 rank = 3; take 6 or 9"
+    message = refusal(check_batch, config("--micro-batch-size 4"), 4)
+    assert message.endswith("--micro-batch-size 4 times 4 ranks = 16; take 16")
 
 
 # --------------------------------------------------------------------------------------- resuming
@@ -140,9 +141,9 @@ def test_a_layout_that_fits_passes(size, line):
     check_batch(config(f"{line} --micro-batch-size 1"), size)
 
 
-@pytest.mark.parametrize("size, line, said", [
+@pytest.mark.parametrize("size, line, message", [
     (6, "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2",
-     "--tensor-model-parallel-size 2: makes groups of 4 processes (2 tensor-parallel x 2 stages), and 6 were started; "
+     "--tensor-model-parallel-size 2: makes groups of 4 ranks (2 tensor-parallel x 2 stages), and 6 were started; "
      "start a multiple of 4"),
     (1, "--pipeline-model-parallel-size 2", "--pipeline-model-parallel-size 2: makes groups of 2"),
     (4, "--tensor-model-parallel-size 4",
@@ -158,31 +159,31 @@ def test_a_layout_that_fits_passes(size, line):
      "--num-layers-per-virtual-pipeline-stage 2: times 2 stages does not divide --num-layers 6"),
     (2, "--tensor-model-parallel-size 2 --recompute-granularity full --compile", "--compile: cannot"),
     (2, "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1",
-     "--num-layers-per-virtual-pipeline-stage 1: gives every process one stage"),
+     "--num-layers-per-virtual-pipeline-stage 1: gives every rank one stage"),
     (2, "--pipeline-model-parallel-size 2 --recompute-granularity full --recompute-num-layers 2",
      "--recompute-num-layers 2: is more than the 1 layer of a stage; lower"),
     (3, "--num-distributed-optimizer-instances 2",
-     "--num-distributed-optimizer-instances 2: does not divide the 3 data-parallel processes"),
+     "--num-distributed-optimizer-instances 2: does not divide the 3 data-parallel ranks"),
 ])  # fmt: skip
-def test_a_layout_that_does_not_fit_is_refused(size, line, said):
-    assert refusal(check_layout, config(line), size).startswith(said)
+def test_a_layout_that_does_not_fit_is_refused(size, line, message):
+    assert refusal(check_layout, config(line), size).startswith(message)
 
 
 def test_a_pipeline_needs_enough_micro_batches():
-    said = refusal(check_batch, config("--pipeline-model-parallel-size 2 --micro-batch-size 4"), 4)
-    assert said == (
+    message = refusal(check_batch, config("--pipeline-model-parallel-size 2 --micro-batch-size 4"), 4)
+    assert message == (
         "--global-batch-size 8: makes 1 micro-batch a step, and --pipeline-model-parallel-size 2 needs at least as "
         "many; take 16, or lower --micro-batch-size"
     )
     interleaved = "--num-layers 4 --pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1"
-    said = refusal(check_batch, config(f"{interleaved} --global-batch-size 12 --micro-batch-size 4"), 2)
-    assert "makes 3 micro-batches a step" in said and "needs a multiple of that; take 16" in said
+    message = refusal(check_batch, config(f"{interleaved} --global-batch-size 12 --micro-batch-size 4"), 2)
+    assert "makes 3 micro-batches a step" in message and "needs a multiple of that; take 16" in message
 
 
 def recorded(line: str = BEGUN, objective: str = "ar", unique_tokens: int = 12_345) -> dict:
-    """Return what config.json of a run says, as far as resuming asks."""
-    made = {"objective_name": objective, "vocabulary_size": VOCABULARY.size}
-    return json.loads(json.dumps(made | asdict(config(line)) | {"plan": asdict(plan(line, unique_tokens))}))
+    """Return the content of config.json that a resume reads."""
+    names = {"objective_name": objective, "vocabulary_size": VOCABULARY.size}
+    return json.loads(json.dumps(names | asdict(config(line)) | {"plan": asdict(plan(line, unique_tokens))}))
 
 
 def resume(line: str, *, branch: bool = False, objective: str = "ar", before: dict | None = None, unique: int = 12_345):
@@ -216,36 +217,38 @@ def test_one_budget_may_be_written_as_another():
 
 
 REFUSED_ON_RESUME = {
-    "--train-samples 94": "--train-samples 94 makes train samples 94, and the run in run was begun with 93",
-    "--optimizer muon": "--optimizer muon: the run in run was begun with --optimizer adamw",
-    "--ema-decay 0.9": "--ema-decay 0.9: the run in run was begun with no --ema-decay",
-    "--weight-decay-parameters all": "--weight-decay-parameters all: the run in run was begun with "
+    "--train-samples 94": "--train-samples 94 makes train samples 94, and the run in run was started with 93",
+    "--optimizer muon": "--optimizer muon: the run in run was started with --optimizer adamw",
+    "--ema-decay 0.9": "--ema-decay 0.9: the run in run was started with no --ema-decay",
+    "--weight-decay-parameters all": "--weight-decay-parameters all: the run in run was started with "
     "--weight-decay-parameters matrices",
-    "--lr 0.1": "--lr 0.1: the run in run was begun with --lr 0.0002",
-    "--lr-decay-samples 50": "--lr-decay-samples 50: the run in run was begun with no --lr-decay-samples",
-    "--lr-warmup-samples 5": "--lr-warmup-samples 5: the run in run was begun with no --lr-warmup-samples",
-    "--no-swiglu": "--no-swiglu: the run in run was begun with --swiglu",
-    "--global-batch-size 16": "--global-batch-size 16: the run in run was begun with --global-batch-size 8",
-    "--seed 1": "--seed 1: the run in run was begun with --seed 1234",
-    "--num-mc 8": "--num-mc 8: the run in run was begun with --num-mc 4",
-    "--mask-times iid": "--mask-times iid: the run in run was begun with --mask-times stratified",
-    "--epoch-order windows": "--epoch-order windows: the run in run was begun with --epoch-order documents",
-    "--blend-order megatron": "--blend-order megatron: the run in run was begun with --blend-order due-time",
+    "--lr 0.1": "--lr 0.1: the run in run was started with --lr 0.0002",
+    "--lr-decay-samples 50": "--lr-decay-samples 50: the run in run was started with no --lr-decay-samples",
+    "--lr-warmup-samples 5": "--lr-warmup-samples 5: the run in run was started with no --lr-warmup-samples",
+    "--no-swiglu": "--no-swiglu: the run in run was started with --swiglu",
+    "--global-batch-size 16": "--global-batch-size 16: the run in run was started with --global-batch-size 8",
+    "--seed 1": "--seed 1: the run in run was started with --seed 1234",
+    "--num-mc 8": "--num-mc 8: the run in run was started with --num-mc 4",
+    "--mask-times iid": "--mask-times iid: the run in run was started with --mask-times stratified",
+    "--epoch-order windows": "--epoch-order windows: the run in run was started with --epoch-order documents",
+    "--blend-order megatron": "--blend-order megatron: the run in run was started with --blend-order due-time",
 }
 
 
 @pytest.mark.parametrize("changed", REFUSED_ON_RESUME)
 def test_a_change_is_refused_and_the_remedy_is_a_branch(changed):
-    said = refusal(resume, f"{BEGUN} {changed}")
-    assert said == REFUSED_ON_RESUME[changed] + "; resume with that, or branch: --load run --save ANOTHER_DIR"
+    message = refusal(resume, f"{BEGUN} {changed}")
+    assert message == REFUSED_ON_RESUME[changed] + "; resume with that, or branch: --load run --save ANOTHER_DIR"
 
 
 def test_other_data_is_named_by_the_flag_that_chose_it():
-    said = refusal(lambda: resume(BEGUN, unique=999))
-    assert said.startswith("--train-data-path data makes unique tokens 999, and the run in run was begun with 12345")
+    message = refusal(lambda: resume(BEGUN, unique=999))
+    assert message.startswith(
+        "--train-data-path data makes unique tokens 999, and the run in run was started with 12345"
+    )
     before = recorded("--train-epochs 2 --save run")
-    said = refusal(lambda: resume("--train-epochs 3 --save run", before=before))
-    assert said.startswith("--train-epochs 3.0 makes train samples 370, and the run in run was begun with 246")
+    message = refusal(lambda: resume("--train-epochs 3 --save run", before=before))
+    assert message.startswith("--train-epochs 3.0 makes train samples 370, and the run in run was started with 246")
 
 
 @pytest.mark.parametrize("objective", ["ar", "mdm"])
@@ -254,23 +257,25 @@ def test_another_objective_or_vocabulary_is_never_continued(objective):
     for branch, line in ((False, BEGUN), (True, f"{BEGUN} --load other")):
         folder = "--load other" if branch else "--save run"
         before = recorded(objective=objective)
-        said = refusal(lambda: resume(line, branch=branch, objective=other, before=before))
-        assert said.startswith(
+        message = refusal(partial(resume, line, branch=branch, objective=other, before=before))
+        assert message.startswith(
             f"{folder}: holds a run of objective {objective}, not {other}; give --objective {objective} "
         )
         before |= {"vocabulary_size": 300}
-        said = refusal(lambda: resume(line, branch=branch, objective=objective, before=before))
-        assert said.startswith(f"{folder}: holds a run over 300 token ids, and this data has 257")
+        message = refusal(partial(resume, line, branch=branch, objective=objective, before=before))
+        assert message.startswith(f"{folder}: holds a run over 300 token ids, and this data has 257")
 
 
 def test_a_branch_may_change_all_but_the_network():
     line = "--load run --save branch --train-samples 500 --lr 0.1 --seed 5 --lr-decay-style WSD --global-batch-size 16"
     resume(line, branch=True)
-    said = refusal(lambda: resume(f"{line} --num-layers 3", branch=True))
-    assert said.startswith("--num-layers 3: the run in run was begun with --num-layers 2; a branch keeps the network")
-    said = refusal(lambda: resume(f"{line} --optimizer muon", branch=True))
-    assert said == (
-        "--optimizer muon: the run in run was begun with --optimizer adamw, whose moments a branch goes on "
+    message = refusal(lambda: resume(f"{line} --num-layers 3", branch=True))
+    assert message.startswith(
+        "--num-layers 3: the run in run was started with --num-layers 2; a branch keeps the model"
+    )
+    message = refusal(lambda: resume(f"{line} --optimizer muon", branch=True))
+    assert message == (
+        "--optimizer muon: the run in run was started with --optimizer adamw, whose moments a branch continues "
         "with; keep it"
     )
 

@@ -1,4 +1,4 @@
-"""Each section checks its own fields; every message is provoked."""
+"""Each section checks its own fields; every message is tested."""
 
 import ast
 from pathlib import Path
@@ -30,14 +30,22 @@ REFUSED = [
     (ModelConfig, {"norm_epsilon": 0.0}, "--norm-epsilon 0.0: must be positive"),
     (ModelConfig, {"rotary_base": -1.0}, "--rotary-base -1.0: must be positive"),
     (ModelConfig, {"init_method_std": 0.0}, "--init-method-std 0.0: must be positive"),
-    (ModelConfig, {"mlp_dropout": 1.0}, "--mlp-dropout 1.0: a dropout probability lies in [0, 1)"),
-    (ModelConfig, {"hidden_dropout": -0.1}, "--hidden-dropout -0.1: a dropout probability lies in [0, 1)"),
-    (ModelConfig, {"label_smoothing": 1.0}, "--label-smoothing 1.0: is a share in [0, 1)"),
-    (ModelConfig, {"label_smoothing": -0.1}, "--label-smoothing -0.1: is a share in [0, 1)"),
+    (ModelConfig, {"mlp_dropout": 1.0}, "--mlp-dropout 1.0: must be a probability in [0, 1)"),
+    (ModelConfig, {"hidden_dropout": -0.1}, "--hidden-dropout -0.1: must be a probability in [0, 1)"),
+    (ModelConfig, {"label_smoothing": 1.0}, "--label-smoothing 1.0: must be in [0, 1)"),
+    (ModelConfig, {"label_smoothing": -0.1}, "--label-smoothing -0.1: must be in [0, 1)"),
     (ModelConfig, {"z_loss": -1e-4}, "--z-loss -0.0001: must not be negative"),
     (ModelConfig, {"hidden_size": 33}, "--hidden-size 33: is not a multiple of --num-attention-heads 4; change one"),
-    (ModelConfig, {"hidden_size": 12}, "--hidden-size 12: makes heads of width 3, and rotary embeddings need an even"),
-    (ModelConfig, {"kv_channels": 5}, "--kv-channels 5: makes heads of width 5, and rotary embeddings need an even"),
+    (
+        ModelConfig,
+        {"hidden_size": 12},
+        "--hidden-size 12: gives heads of dimension 3, and rotary embeddings need an even",
+    ),
+    (
+        ModelConfig,
+        {"kv_channels": 5},
+        "--kv-channels 5: gives heads of dimension 5, and rotary embeddings need an even",
+    ),
     (ModelConfig, {"num_query_groups": 2}, "--num-query-groups 2: needs --group-query-attention"),
     (ModelConfig, {"group_query_attention": True}, "--group-query-attention: needs --num-query-groups"),
     (
@@ -51,7 +59,7 @@ REFUSED = [
         {"train_data_path": ("a",), "train_data_path_file": "f"},
         "--train-data-path-file f: excludes --train-data-path a; give one of them",
     ),
-    (DataConfig, {"split": "0,1"}, "--split 0,1: give up to three shares"),
+    (DataConfig, {"split": "0,1"}, "--split 0,1: give up to three proportions"),
     (DataConfig, {"num_workers": -1}, "--num-workers -1: must not be negative"),
     (DataConfig, {"train_unique_tokens": 0}, "--train-unique-tokens 0: must be positive"),
     (DataConfig, {"tokenizer_type": "NullTokenizer"}, "--tokenizer-type NullTokenizer: needs --vocab-size; give it"),
@@ -77,9 +85,9 @@ REFUSED = [
         {"tokenizer_type": "ByteTokenizer", "tokenizer_model": "t.json"},
         "--tokenizer-model t.json: belongs to HFTokenizer, GPTSentencePieceTokenizer, SentencePieceTokenizer, and",
     ),
-    (ObjectiveConfig, {"mask_eps": 0.0}, "--mask-eps 0.0: lies in (0, 1)"),
-    (ObjectiveConfig, {"mask_eps": 1.0}, "--mask-eps 1.0: lies in (0, 1)"),
-    (ObjectiveConfig, {"stochastic_depth": 1.0}, "--stochastic-depth 1.0: lies in [0, 1)"),
+    (ObjectiveConfig, {"mask_eps": 0.0}, "--mask-eps 0.0: must be in (0, 1)"),
+    (ObjectiveConfig, {"mask_eps": 1.0}, "--mask-eps 1.0: must be in (0, 1)"),
+    (ObjectiveConfig, {"stochastic_depth": 1.0}, "--stochastic-depth 1.0: must be in [0, 1)"),
     (ObjectiveConfig, {"masked_input_weight": -1.0}, "--masked-input-weight -1.0: must not be negative"),
     (ObjectiveConfig, {"diffusion_block_size": 0}, "--diffusion-block-size 0: must be at least 1"),
     (
@@ -97,17 +105,17 @@ REFUSED = [
         {"use_predefined_order": True},
         "--use-predefined-order: does nothing without --num-order-list; give both or neither",
     ),
-    (ObjectiveConfig, {"target_offset_max": 5}, "--target-offset-max 5: needs --target-positions, or the network"),
-    (ObjectiveConfig, {"token_dropout": 1.1}, "--token-dropout 1.1: is a share in [0, 1]"),
-    (ObjectiveConfig, {"token_dropout_max": -0.1}, "--token-dropout-max -0.1: is a share in [0, 1]"),
+    (ObjectiveConfig, {"target_offset_max": 5}, "--target-offset-max 5: needs --target-positions, or the model"),
+    (ObjectiveConfig, {"token_dropout": 1.1}, "--token-dropout 1.1: must be in [0, 1]"),
+    (ObjectiveConfig, {"token_dropout_max": -0.1}, "--token-dropout-max -0.1: must be in [0, 1]"),
     (
         ObjectiveConfig,
         {"token_dropout": 0.1, "token_dropout_max": 0.3},
         "--token-dropout 0.1: excludes --token-dropout-max 0.3; give one of them",
     ),
     (OptimizerConfig, {"lr": 0.0}, "--lr 0.0: must be positive"),
-    (OptimizerConfig, {"lr": 0.1, "min_lr": 0.2}, "--min-lr 0.2: lies in [0, --lr 0.1]"),
-    (OptimizerConfig, {"min_lr": -0.1}, "--min-lr -0.1: lies in [0, --lr 0.0002]"),
+    (OptimizerConfig, {"lr": 0.1, "min_lr": 0.2}, "--min-lr 0.2: must be in [0, --lr 0.1]"),
+    (OptimizerConfig, {"min_lr": -0.1}, "--min-lr -0.1: must be in [0, --lr 0.0002]"),
     (OptimizerConfig, {"weight_decay": -1.0}, "--weight-decay -1.0: must not be negative"),
     (
         OptimizerConfig,
@@ -125,11 +133,11 @@ REFUSED = [
         "--weight-decay 0.3: does nothing with --weight-decay-incr-style cosine, which has a start and an end; leave",
     ),
     (OptimizerConfig, {"clip_grad": -1.0}, "--clip-grad -1.0: must not be negative"),
-    (OptimizerConfig, {"adam_beta1": 1.0}, "--adam-beta1 1.0: lies in [0, 1)"),
-    (OptimizerConfig, {"adam_beta2": -0.1}, "--adam-beta2 -0.1: lies in [0, 1)"),
-    (OptimizerConfig, {"muon_momentum": 1.0}, "--muon-momentum 1.0: lies in [0, 1)"),
+    (OptimizerConfig, {"adam_beta1": 1.0}, "--adam-beta1 1.0: must be in [0, 1)"),
+    (OptimizerConfig, {"adam_beta2": -0.1}, "--adam-beta2 -0.1: must be in [0, 1)"),
+    (OptimizerConfig, {"muon_momentum": 1.0}, "--muon-momentum 1.0: must be in [0, 1)"),
     (OptimizerConfig, {"muon_momentum": 0.9}, "--muon-momentum 0.9: does nothing without --optimizer muon; give both"),
-    (OptimizerConfig, {"ema_decay": 1.0}, "--ema-decay 1.0: lies in (0, 1)"),
+    (OptimizerConfig, {"ema_decay": 1.0}, "--ema-decay 1.0: must be in (0, 1)"),
     (OptimizerConfig, {"average_from_samples": -1}, "--average-from-samples -1: must not be negative"),
     (
         OptimizerConfig,
@@ -165,6 +173,11 @@ REFUSED = [
     ),
     (TrainingConfig, {"exit_interval": 0}, "--exit-interval 0: must be positive"),
     (TrainingConfig, {"exit_duration_in_mins": 0.0}, "--exit-duration-in-mins 0.0: must be positive"),
+    (
+        TrainingConfig,
+        {"exit_code_when_stopped": 256},
+        "--exit-code-when-stopped 256: is not an exit code; give one from",
+    ),
     (TrainingConfig, {"bf16": True, "fp32": True}, "--bf16: excludes --fp32; give one of them"),
     (TrainingConfig, {"bf16": False, "fp32": False}, "--no-bf16: excludes --no-fp32; give one of them"),
     (ParallelConfig, {"tensor_model_parallel_size": 0}, "--tensor-model-parallel-size 0: must be at least 1"),
@@ -180,7 +193,7 @@ REFUSED = [
     (
         ParallelConfig,
         {"zero_stage": 0, "num_distributed_optimizer_instances": 2},
-        "--num-distributed-optimizer-instances 2: shares nothing at --zero-stage 0",
+        "--num-distributed-optimizer-instances 2: has no effect at --zero-stage 0",
     ),
     (
         ParallelConfig,
@@ -214,6 +227,8 @@ REFUSED = [
     (ValidationConfig, {"eval_batch_size": 0}, "--eval-batch-size 0: must be positive"),
     (CheckpointConfig, {"save_interval": 0}, "--save-interval 0: must be positive"),
     (CheckpointConfig, {"keep_every_epochs": 0.0}, "--keep-every-epochs 0.0: must be positive"),
+    (CheckpointConfig, {"wait_for_lock": 721.0}, "--wait-for-lock 721.0: is not from 0 to 720 minutes (12 hours)"),
+    (CheckpointConfig, {"wait_for_lock": 5.0}, "--wait-for-lock 5.0: does nothing without --save; give both"),
     (TrackingConfig, {"tensorboard_queue_size": 0}, "--tensorboard-queue-size 0: must be at least 1"),
     (
         TrackingConfig,
@@ -240,22 +255,22 @@ REFUSED = [
     (CheckpointConfig, {"wait_for_lock": 1.0}, "--wait-for-lock 1.0: does nothing without --save; give both"),
     (TrackingConfig, {"wandb_save_dir": "a"}, "--wandb-save-dir a: does nothing without --wandb-project; give both"),
 ]
-NETWORK = {"num_layers": 1, "hidden_size": 32, "num_attention_heads": 4}
+MODEL = {"num_layers": 1, "hidden_size": 32, "num_attention_heads": 4}
 
 
 def build(section, fields):
-    return section(**(NETWORK if section is ModelConfig else {}) | fields)
+    return section(**(MODEL if section is ModelConfig else {}) | fields)
 
 
-@pytest.mark.parametrize("section, fields, said", REFUSED, ids=[said.split(":")[0] for _, _, said in REFUSED])
-def test_a_wrong_value_is_refused_in_one_line(section, fields, said):
+@pytest.mark.parametrize("section, fields, message", REFUSED, ids=[message.split(":")[0] for _, _, message in REFUSED])
+def test_a_wrong_value_is_refused_in_one_line(section, fields, message):
     with pytest.raises(ConfigurationError) as caught:
         build(section, fields)
-    assert str(caught.value).startswith(said) and "\n" not in str(caught.value)
+    assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
 
 
 def test_every_rule_of_every_section_is_provoked(monkeypatch):
-    """Count the `require` calls in the file, and those that the table above makes fail: they must be equal."""
+    """The table above makes every `require` call of the file fail."""
     calls = [
         node.lineno
         for node in ast.walk(ast.parse(Path(sections.__file__).read_text()))
@@ -270,8 +285,8 @@ def test_every_rule_of_every_section_is_provoked(monkeypatch):
 
 
 def test_edges_that_are_allowed():
-    ModelConfig(**NETWORK | {"hidden_size": 33, "kv_channels": 6})  # head width free of hidden size / heads
-    ModelConfig(**NETWORK, group_query_attention=True, num_query_groups=4)
+    ModelConfig(**MODEL | {"hidden_size": 33, "kv_channels": 6})  # head dimension independent of hidden size / heads
+    ModelConfig(**MODEL, group_query_attention=True, num_query_groups=4)
     DataConfig(tokenizer_type="NullTokenizer", vocab_size=1)
     DataConfig(valid_data_path=("data/validation", "tuning=/data/lr=3/tuning", "c4-en_2=x"))
     ObjectiveConfig(token_dropout=1.0)
@@ -281,13 +296,13 @@ def test_edges_that_are_allowed():
 
 
 def test_derived_sizes():
-    model = ModelConfig(**NETWORK)
+    model = ModelConfig(**MODEL)
     assert model.head_size == 8 and model.key_value_heads == 4 and model.mlp_size == 64
-    assert ModelConfig(**NETWORK, kv_channels=16).head_size == 16
-    assert ModelConfig(**NETWORK, group_query_attention=True, num_query_groups=2).key_value_heads == 2
-    assert ModelConfig(**NETWORK | {"hidden_size": 768}).mlp_size == 2048
-    assert ModelConfig(**NETWORK, swiglu=False).mlp_size == 128
-    assert ModelConfig(**NETWORK, ffn_hidden_size=100).mlp_size == 100
+    assert ModelConfig(**MODEL, kv_channels=16).head_size == 16
+    assert ModelConfig(**MODEL, group_query_attention=True, num_query_groups=2).key_value_heads == 2
+    assert ModelConfig(**MODEL | {"hidden_size": 768}).mlp_size == 2048
+    assert ModelConfig(**MODEL, swiglu=False).mlp_size == 128
+    assert ModelConfig(**MODEL, ffn_hidden_size=100).mlp_size == 100
     assert OptimizerConfig(lr=1.0).final_lr == 0.1 and OptimizerConfig(lr=1.0, min_lr=0.0).final_lr == 0.0
 
 

@@ -25,7 +25,7 @@ from megatron.training.command_line import parse
 from tests.conftest import run
 
 GPT2 = Vocabulary(50257)
-# name: MLP width, parameters by the published scripts, all parameters, non-embedding parameters; in millions
+# name: hidden size of the MLP; parameters by the published scripts, all and non-embedding ones, in millions
 PUBLISHED = {
     "7M": (320, 7.0, 7.0, 0.6),
     "14M": (576, 13.6, 13.6, 2.4),
@@ -99,13 +99,13 @@ def test_counts_equal_the_published_table(name):
 
 def test_flops_by_every_convention():
     model = ModelConfig(num_layers=2, hidden_size=8, num_attention_heads=2, kv_channels=6, ffn_hidden_size=64)
-    found = flops_per_token(model, Vocabulary(100), seq_length=10)
-    # one block: q, k, v, o of 8 x 12, three matrices of 8 x 64, scores and their mixture over 10 positions of 12
+    flops = flops_per_token(model, Vocabulary(100), seq_length=10)
+    # one block: q, k, v, o of 8 x 12, three matrices of 8 x 64, attention over 10 positions of 12
     products = 2 * (4 * 96 + 3 * 512 + 2 * 120) + 128 * 8
-    assert found["hardware"] == 6 * products
+    assert flops["hardware"] == 6 * products
     weights = 2 * (4 * 96 + 3 * 512 + 16) + 8
-    assert found["6nd_no_embedding"] == 6 * weights and found["6nd"] == 6 * (weights + 128 * 8)
-    assert found["6nd_published"] == 6 * (2 * (4 * 64 + 3 * 512 + 48) + 50257 * 8)
+    assert flops["6nd_no_embedding"] == 6 * weights and flops["6nd"] == 6 * (weights + 128 * 8)
+    assert flops["6nd_published"] == 6 * (2 * (4 * 64 + 3 * 512 + 48) + 50257 * 8)
 
 
 @pytest.mark.parametrize("objective", ["ar", "mdm"])
@@ -115,7 +115,7 @@ def test_the_published_budgets(objective):
     config = parse(objective, f"--model-size {size} --train-epochs {epochs} --train-data-path data".split())
     plan = resolve(config, GPT2, UNIQUE_TOKENS["100M"])
     samples, steps, flops = {"ar": (2440244, 9532 + 1, 4.34e18), "mdm": (24402441, 95322 + 1, 1.25e20)}[objective]
-    # the published runs drop their last, short batch; here it is trained on
+    # the published runs drop a short last batch; here it is trained on
     assert (plan.train_samples, plan.steps) == (samples, steps)
     assert plan.train_samples * 2048 * 6 * published_count(config.model) == pytest.approx(flops, rel=2e-3)
     assert {size for (named, _), size in COMPUTE_OPTIMAL.items() if named == objective} <= set(LADDER)
@@ -123,7 +123,7 @@ def test_the_published_budgets(objective):
 
 @pytest.mark.parametrize("key", DATA_VALUE_TOKENS)
 def test_the_sets_of_a_compute_scale_spend_it(key):
-    """The optimal size reads each set so often that 6ND is the compute, to within the documents' granularity."""
+    """At the optimal size the epochs over each set take the given compute in 6ND, up to whole documents."""
     (_, flops), sets = key, DATA_VALUE_TOKENS[key]
     size = published_count(ladder_model(COMPUTE_OPTIMAL[key]))
     assert len(sets) == len(DATA_VALUE_EPOCHS)
@@ -149,8 +149,8 @@ def test_explicit_flags_win_and_a_name_off_the_ladder_is_refused():
 
 
 def test_dry_run_says_what_a_run_amounts_to(tiny):
-    said = json.loads(run("mdm", *tiny, "--train-unique-tokens", 400, "--dry-run").stdout)
-    amounts = said["plan"]
+    dry_run = json.loads(run("mdm", *tiny, "--train-unique-tokens", 400, "--dry-run").stdout)
+    amounts = dry_run["plan"]
     assert (amounts["train_samples"], amounts["steps"], amounts["train_tokens"]) == (93, 12, 93 * 32)
     assert amounts["epochs"] == pytest.approx(93 * 32 / 400)
     assert amounts["flops"]["6nd"] == 6 * amounts["parameters"] * 93 * 32

@@ -1,4 +1,4 @@
-"""Shared by the tests of data: small data sets, and errors that must be one clear line."""
+"""Fixtures of the data tests: small data sets, and checks of one-line errors."""
 
 from contextlib import contextmanager
 
@@ -23,7 +23,7 @@ def data_set(tmp_path):
 
 @pytest.fixture
 def refused():
-    """Return a context manager: what runs in it is refused in one line that holds all the given parts."""
+    """Return a context manager that expects a ConfigurationError in one line that contains all given strings."""
 
     @contextmanager
     def check(*parts):

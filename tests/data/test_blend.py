@@ -1,4 +1,4 @@
-"""Blends against a slow dealer that sorts all due times, and what a run reads of them."""
+"""Blends against a slow reference that sorts all due times, and the samples that a run reads."""
 
 import math
 from fractions import Fraction
@@ -13,7 +13,7 @@ WEIGHTS = [[1], [0.3, 0.7], [1, 1, 1], [5, 1, 0.01], [0.2] * 5, [1e-6, 3, 2], li
 
 
 def slowly(weights, positions: int) -> list[tuple[int, int]]:
-    """Return (member, index) of the first positions: sort every due time, in exact arithmetic."""
+    """Return (member, index) of the first samples by sorting all due times in exact arithmetic."""
     total = sum(map(Fraction, weights))
     due = [
         ((index + Fraction(1, 2)) / (Fraction(weight) / total), member, index)
@@ -27,7 +27,7 @@ def slowly(weights, positions: int) -> list[tuple[int, int]]:
 def test_positions_are_dealt_in_the_order_in_which_samples_are_due(weights):
     shares, expected = Shares(weights), slowly(weights, 700)
     dealt = [shares.locate(position) for position in range(700)]
-    # in floats, members that are due at one time may come in another order; each still comes in its own
+    # in floats, ties between members may be in another order; the samples of each member are in order
     counts, slow_counts = np.zeros(len(weights)), np.zeros(len(weights))
     for position, ((member, index), (slow_member, _)) in enumerate(zip(dealt, expected)):
         assert index == counts[member]
@@ -51,7 +51,7 @@ def test_far_positions_cost_nothing_and_follow_one_another(weights):
 
 
 def greedily(weights, positions: int) -> list[tuple[int, int]]:
-    """Return (member, index) of the first positions by Megatron's rule, one at a time: the furthest behind is next."""
+    """Return (member, index) of the first samples by Megatron's algorithm: next is the largest deficit."""
     total = 0.0
     for weight in weights:
         total += weight
@@ -61,7 +61,7 @@ def greedily(weights, positions: int) -> list[tuple[int, int]]:
         chosen, largest = 0, -math.inf
         for member, share in enumerate(shares):
             error = share * max(float(position), 1.0) - float(counts[member])
-            if error > largest:  # of equals, the first
+            if error > largest:  # ties go to the first
                 chosen, largest = member, error
         dealt.append((chosen, counts[chosen]))
         counts[chosen] += 1
@@ -74,14 +74,14 @@ GREEDY_WEIGHTS = [*WEIGHTS, [0.1] * 10, [0.2, 0.3, 0.5], [0.7, 0.1, 0.1, 0.1], [
 @pytest.mark.parametrize("segments, length", [(1, 1), (3, 7), (16, 64)])
 @pytest.mark.parametrize("weights", GREEDY_WEIGHTS, ids=lambda weights: f"{len(weights)} of {weights[0]}")
 def test_megatrons_order_is_that_of_its_greedy_rule(weights, segments, length, monkeypatch):
-    """However positions are cut into what is dealt at once: one at a time, or with states guessed and corrected."""
+    """The order does not depend on the segments and blocks in which it is computed."""
     monkeypatch.setattr(GreedyShares, "SEGMENTS", segments)
     monkeypatch.setattr(GreedyShares, "LENGTH", length)
     positions = 400 if len(weights) > 9 or length == 1 else 2500
     expected = greedily(weights, positions)
     shares = GreedyShares(weights)
     assert [shares.locate(position) for position in range(positions)] == expected
-    for position in (0, 1, 5, 399):  # a resume begins anywhere
+    for position in (0, 1, 5, 399):  # a resume starts anywhere
         assert GreedyShares(weights).locate(position) == expected[position]
         counts = np.bincount([member for member, _ in expected[:position]], minlength=len(weights))
         assert GreedyShares(weights).counts(position) == counts.tolist()
@@ -90,7 +90,8 @@ def test_megatrons_order_is_that_of_its_greedy_rule(weights, segments, length, m
 def test_megatrons_order_is_exact_beyond_a_block():
     weights, positions = [0.61, 0.3, 0.09], GreedyShares.LENGTH * GreedyShares.SEGMENTS + 5000
     expected, shares = greedily(weights, positions), GreedyShares(weights)
-    probes = np.random.default_rng(0).integers(positions, size=2000).tolist() + [*range(positions - 1000, positions)]
+    probes = np.random.default_rng(0).integers(positions, size=2000).tolist()
+    probes += range(positions - 1000, positions)
     assert [shares.locate(position) for position in probes] == [expected[position] for position in probes]
 
 
@@ -132,7 +133,7 @@ def test_megatrons_order_of_a_member_is_that_of_its_own_share(data_set):
 
 
 def test_megatrons_blend_asks_each_member_for_half_a_percent_more(data_set):
-    """As Megatron-DeepSpeed does: the order of a member depends on how many samples it is asked for."""
+    """As in Megatron-DeepSpeed: the order of a member depends on how many samples are requested from it."""
     sizes = [*range(1, 29), 17]  # 423 tokens give 211 samples in two epochs
     datasets = [data_set([[500 * member + size] * size for size in sizes], name=str(member)) for member in range(2)]
     weights, samples = [0.3, 0.7], 700

@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 
 import pytest
 
-from megatron.data.contamination import HeldOut, run_hashes
+from megatron.data.contamination import HeldOut, ngram_hashes
 from megatron.data.corpus import SPLITS, Document, Fingerprint, split_of, standard_library
 
 SHARES = (80, 10, 10)
@@ -17,10 +17,10 @@ def texts(count: int) -> list[Document]:
 
 
 def fingerprint(*documents: tuple[str, str]) -> str:
-    found = Fingerprint()
+    fingerprint = Fingerprint()
     for split, text in documents:
-        found.add(split, text)
-    return found.hash
+        fingerprint.add(split, text)
+    return fingerprint.hash
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +33,8 @@ def test_the_standard_library_is_split_by_top_level_package(library):
     for document in library:
         assert document.group == document.name.split("/")[0].removesuffix(".py")
         splits[document.group].add(split_of(document, SHARES))
-    assert [group for group, found in splits.items() if len(found) > 1] == []
-    assert {name for found in splits.values() for name in found} == set(SPLITS)
+    assert [group for group, names in splits.items() if len(names) > 1] == []
+    assert {name for names in splits.values() for name in names} == set(SPLITS)
 
 
 def test_the_standard_library_is_source_code_and_the_same_at_every_reading(library):
@@ -44,7 +44,7 @@ def test_the_standard_library_is_source_code_and_the_same_at_every_reading(libra
     assert {"abc.py", "json/decoder.py"} <= set(names)
     parts = {part for name in names for part in name.split("/")}
     assert not parts & {"test", "tests", "site-packages", "encodings", "pydoc_data", "__pycache__"}
-    assert not any(name.startswith(("_sysconfigdata", "config-")) for name in names)  # how this Python was built
+    assert not any(name.startswith(("_sysconfigdata", "config-")) for name in names)  # build configuration
     assert all(document.text.strip() for document in library)
     assert sum(len(document.text) for document in library) > 5e6
 
@@ -64,9 +64,9 @@ def test_a_group_decides_before_the_text_and_equal_texts_meet():
     assert len(grouped) == len(equal) == 1
 
 
-@pytest.mark.parametrize("shares, found", [((1, 0, 0), "train"), ((0, 0.1, 0), "tuning"), ((0, 0, 7), "validation")])
-def test_a_split_of_share_zero_gets_nothing(shares, found):
-    assert {split_of(document, shares) for document in texts(200)} == {found}
+@pytest.mark.parametrize("shares, split", [((1, 0, 0), "train"), ((0, 0.1, 0), "tuning"), ((0, 0, 7), "validation")])
+def test_a_split_of_share_zero_gets_nothing(shares, split):
+    assert {split_of(document, shares) for document in texts(200)} == {split}
 
 
 def test_the_hash_is_stable_and_sees_every_change():
@@ -85,14 +85,14 @@ def test_the_hash_is_stable_and_sees_every_change():
 
 
 def test_sizes_are_counted_in_bytes():
-    found = Fingerprint()
-    assert (found.add("train", "é\n"), found.add("train", "abc")) == (3, 3)
-    assert found.sizes["train"] == {"documents": 2, "bytes": 6}
-    assert found.sizes["tuning"] == {"documents": 0, "bytes": 0}
+    fingerprint = Fingerprint()
+    assert (fingerprint.add("train", "é\n"), fingerprint.add("train", "abc")) == (3, 3)
+    assert fingerprint.sizes["train"] == {"documents": 2, "bytes": 6}
+    assert fingerprint.sizes["tuning"] == {"documents": 0, "bytes": 0}
 
 
 def brute_force(train: list[str], other: list[str]) -> dict:
-    """Return the shares of shared runs of 13 words and of documents that hold one, by comparing words."""
+    """Return the shares of shared 13-grams and of documents with one, by comparing words."""
 
     def runs(text):
         words = text.encode().split()
@@ -112,7 +112,7 @@ def shared(train: list[str], other: list[str], **limit) -> dict:
     for text in other:
         held.add(text)
     for text in train:
-        held.compare([run_hashes(text)])
+        held.compare([ngram_hashes(text)])
     return held.shared()
 
 
@@ -124,7 +124,7 @@ def test_near_duplicates_equal_brute_force(library):
     groups = defaultdict(list)
     for document in library[:160]:
         groups[split_of(document, (50, 50, 0))].append(document.text)
-    # a whole file, and a run in the middle of other text, stand on both sides
+    # a whole file, and an n-gram inside other text, are in both splits
     copied = " ".join(groups["train"][3].split()[40:90])
     other = [*groups["tuning"], groups["train"][5], f"before {copied} after"]
     assert shared(groups["train"], other) == brute_force(groups["train"], other)
@@ -135,8 +135,8 @@ def test_near_duplicates_equal_brute_force(library):
     "train, other, ngrams, documents",
     [
         ([words(*range(13))], [words(*range(13))], 1.0, 1.0),
-        ([words(*range(12))], [words(*range(12))], 0.0, 0.0),  # too short for a run
-        ([words(*range(13))], [words(*range(12, -1, -1))], 0.0, 0.0),  # order counts
+        ([words(*range(12))], [words(*range(12))], 0.0, 0.0),  # too short for a 13-gram
+        ([words(*range(13))], [words(*range(12, -1, -1))], 0.0, 0.0),  # order matters
         ([words(*range(14))], [words(*range(1, 15)), "short"], 0.5, 0.5),
         ([words(*range(13))], [words(*range(13)) + " " + words(*range(13))], 2 / 14, 1.0),  # each occurrence counts
         ([], [words(*range(20))], 0.0, 0.0),
@@ -149,14 +149,14 @@ def test_near_duplicates_of_small_texts(train, other, ngrams, documents):
 
 
 def test_near_duplicates_are_sampled_by_document_where_there_are_too_many():
-    other = [words(*range(number * 100, number * 100 + 22)) for number in range(2000)]  # 10 runs each
+    other = [words(*range(number * 100, number * 100 + 22)) for number in range(2000)]  # 10 n-grams each
     train = [text for number, text in enumerate(other) if number % 4 == 0]
     limit = 400 * (10 + 16)
     figures = shared(train, other, limit=limit)
     assert 0.1 < figures["sampled"] <= 0.2  # 400 documents at most
     assert abs(figures["ngrams"] - 0.25) < 4 * 0.025 and figures["documents"] == figures["ngrams"]
     assert figures == shared(train, other, limit=limit)
-    assert shared(train, other, limit=5) == shared(train, other, limit=10)  # one document is always looked at
+    assert shared(train, other, limit=5) == shared(train, other, limit=10)  # at least one document is sampled
 
 
 def test_the_sample_does_not_prefer_short_documents():
@@ -165,6 +165,6 @@ def test_the_sample_does_not_prefer_short_documents():
     for text in other:
         held.add(text)
         points.append(zlib.crc32(text.encode()))
-        found = sorted(-point for point, _, _ in held._held)
-        assert found == sorted(points)[: len(found)]
-    assert 20 < len(found) < 150
+        hashes = sorted(-point for point, _, _ in held._sampled)
+        assert hashes == sorted(points)[: len(hashes)]
+    assert 20 < len(hashes) < 150

@@ -1,4 +1,4 @@
-"""Megatron's token files: the bytes, and every way in which they can be wrong."""
+"""Megatron's token files: their bytes, and all ways in which they can be damaged."""
 
 import os
 import struct
@@ -14,7 +14,7 @@ DOCUMENTS = [[5, 6, 7], [], [8], [9, 10]]
 
 
 def by_hand(code: int, letter: str, documents=DOCUMENTS) -> tuple[bytes, bytes]:
-    """Return the bytes of .bin and .idx, spelled out as the format's description says."""
+    """Return the bytes of .bin and .idx, written field by field."""
     width, count = struct.calcsize("<" + letter), len(documents)
     ids = [index for document in documents for index in document]
     sizes = [len(document) for document in documents]
@@ -59,11 +59,11 @@ def test_the_largest_ids_survive(data_set):
 @pytest.mark.parametrize(
     "wrong, parts",
     [
-        (lambda data, index: (data, b""), ["data.idx", "empty or foreign"]),
-        (lambda data, index: (data, index[:20]), ["data.idx", "empty or foreign"]),
-        (lambda data, index: (data, b"TNTIDX\x00\x00" + index[8:]), ["data.idx", "empty or foreign"]),
-        (lambda data, index: (data, index[:9] + b"\x02" + index[10:]), ["data.idx", "version 2", "write it anew"]),
-        (lambda data, index: (data, index[:17] + b"\x07" + index[18:]), ["data.idx", "dtype code 7", "write it anew"]),
+        (lambda data, index: (data, b""), ["data.idx", "empty or has another format"]),
+        (lambda data, index: (data, index[:20]), ["data.idx", "empty or has another format"]),
+        (lambda data, index: (data, b"TNTIDX\x00\x00" + index[8:]), ["data.idx", "empty or has another format"]),
+        (lambda data, index: (data, index[:9] + b"\x02" + index[10:]), ["data.idx", "version 2", "write it again"]),
+        (lambda data, index: (data, index[:17] + b"\x07" + index[18:]), ["data.idx", "dtype code 7", "write it again"]),
         (lambda data, index: (data, index[:17] + b"\x63" + index[18:]), ["data.idx", "dtype code 99"]),
         (lambda data, index: (data, index[:-3]), ["data.idx", f"has {34 + 12 * 4 + 8 * 5 - 3} bytes", "needs 122"]),
         (lambda data, index: (data, index + b"\x00"), ["data.idx", "has 123 bytes", "needs 122"]),
@@ -96,9 +96,9 @@ APPENDED = [
     [
         (by_hand(4, "i")[0], ["has 24 bytes and its index covers 12", *BOTH]),  # another dtype
         (by_hand(8, "H", [*DOCUMENTS, [1, 2, 3, 4]])[0], ["has 20 bytes", *BOTH]),  # more documents
-        (by_hand(8, "H")[0] * 2, BOTH),  # merged, and the index was not
+        (by_hand(8, "H")[0] * 2, BOTH),  # merged without its index
         (by_hand(8, "H")[0] + b"\x00", ["has 13 bytes", *BOTH]),
-        (by_hand(8, "H")[0] + b"\x00" * 6, BOTH),  # as many tokens as documents that have any
+        (by_hand(8, "H")[0] + b"\x00" * 6, BOTH),  # as many extra tokens as documents that are not empty
         (by_hand(8, "H", [[*ids, 500] for ids in DOCUMENTS])[0], ["has 20 bytes and its index covers 12", *APPENDED]),
     ],
     ids="dtype documents merged byte three appended".split(),
@@ -136,7 +136,7 @@ REBUILD = ["it is damaged", "rebuild it: python tools/rebuild_index.py"]
     ],
 )
 def test_an_index_that_contradicts_itself_is_refused(tmp_path, refused, monkeypatch, kind, number, value, parts):
-    for chunk in (1, 3, 1 << 20):  # where the check is cut does not matter
+    for chunk in (1, 3, 1 << 20):  # the result does not depend on the chunk size
         monkeypatch.setattr(index_file, "CHUNK", chunk)
         with refused(*parts):
             IndexedDataset(place(tmp_path, by_hand(8, "H")[0], entry(kind, number, value)))
@@ -144,7 +144,7 @@ def test_an_index_that_contradicts_itself_is_refused(tmp_path, refused, monkeypa
 
 @pytest.mark.parametrize("boundaries", [[], [0], [0, 4], [0, 0, 3, 3, 4], [0, 2]])
 def test_documents_of_several_sentences_and_other_writers_boundaries_are_read(tmp_path, boundaries):
-    """Megatron indexes sentences with --split-sentences; RWKV's files and early merges hold a boundary of 0 alone."""
+    """Megatron indexes sentences with --split-sentences; RWKV's files and early merges have only a boundary of 0."""
     data, index = by_hand(8, "H")
     index = index[:26] + struct.pack("<Q", len(boundaries)) + index[34 : 34 + 12 * 4]
     dataset = IndexedDataset(place(tmp_path, data, index + struct.pack(f"<{len(boundaries)}q", *boundaries)))
@@ -172,7 +172,7 @@ def test_metadata_is_read_where_there_is_some(tmp_path, refused):
     assert read_metadata(tmp_path / "data") == {}
     for text in ('{"eod": 1', "\udcff", "[1]", "7"):
         (tmp_path / "data.json").write_bytes(text.encode(errors="surrogateescape"))
-        with refused("data.json", "is not", "write the data anew"):
+        with refused("data.json", "is not", "write the data again"):
             read_metadata(tmp_path / "data")
     (tmp_path / "data.json").write_text('{"eod": 1}')
     assert read_metadata(tmp_path / "data") == {"eod": 1}

@@ -18,7 +18,7 @@ SIZES = {
 
 
 def slowly(sizes, seq_length, seed, requested):
-    """Return the samples as lists of (document, offset) by the published rules, one step at a time."""
+    """Return the samples as lists of (document, offset) by the published algorithm, step by step."""
     total = sum(sizes)
     epochs = 1
     while (epochs * total - 1) // seq_length < requested:
@@ -42,7 +42,7 @@ def slowly(sizes, seq_length, seed, requested):
 
 
 def write(tmp_path, sizes) -> IndexedDataset:
-    """Write documents whose ids tell where they stand: document * 100 + offset."""
+    """Write documents with the ids document * 100 + offset."""
     with IndexedDatasetWriter(tmp_path / "data", 60000) as writer:
         for document, size in enumerate(sizes):
             writer.add_document([document * 100 + offset for offset in range(size)])
@@ -59,8 +59,8 @@ def test_every_sample_equals_the_slow_construction(name, seq_length, seed, tmp_p
         expected, epochs, apart = slowly(sizes, seq_length, seed, requested)
         samples = TrainSamples(dataset, seq_length, seed, "megatron")
         samples.request(requested)
-        found = [samples[position].tolist() for position in range(requested)]
-        assert found == [[d * 100 + o for d, o in sample] for sample in expected[:requested]]
+        token_ids = [samples[position].tolist() for position in range(requested)]
+        assert token_ids == [[d * 100 + o for d, o in sample] for sample in expected[:requested]]
         seen.add((epochs > 1, apart))
     assert (True, True) in seen or (True, False) in seen
 
@@ -72,7 +72,7 @@ def test_what_fills_up_a_short_last_batch_can_be_read(tmp_path):
 
 
 def test_both_kinds_of_last_epoch_are_met():
-    """Else the test above would not tell them apart."""
+    """Otherwise the test above could not distinguish them."""
     kinds = {slowly(SIZES["uneven"], 5, 0, requested)[1:] for requested in range(1, 80)}
     assert {apart for epochs, apart in kinds if epochs > 1} == {True, False} and (1, False) in kinds
 
@@ -101,12 +101,12 @@ def test_a_part_of_split_keeps_its_empty_documents_at_the_end(tmp_path, requeste
 
 
 def test_other_orders_draw_as_if_no_empty_document_stood_at_the_end(data_set):
-    """Their numbers of older runs stay."""
+    """The order of older runs does not change."""
     with_empty = data_set([[1, 2, 3], [], [4, 5], [6, 7, 8, 9], [], []], name="with")
     without = data_set([[1, 2, 3], [], [4, 5], [6, 7, 8, 9]], name="without")
     for order in ("documents", "windows"):
-        one, two = (TrainSamples(dataset, 3, 0, order) for dataset in (with_empty, without))
-        assert [one[i].tolist() for i in range(12)] == [two[i].tolist() for i in range(12)]
+        with_empty_samples, without_samples = (TrainSamples(dataset, 3, 0, order) for dataset in (with_empty, without))
+        assert [with_empty_samples[i].tolist() for i in range(12)] == [without_samples[i].tolist() for i in range(12)]
 
 
 def test_a_changed_budget_is_refused_on_a_branch_too(tiny, tmp_path, capsys):

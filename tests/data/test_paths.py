@@ -1,4 +1,4 @@
-"""Which data sets the path flags, their files and --split name."""
+"""The data sets of the path flags, their files and --split."""
 
 import codecs
 import gzip
@@ -54,8 +54,8 @@ MALFORMED = {
     '"1.0 a b"': "is not of the form",
     '"a"': "is not of the form",
     '""': "is not of the form",
-    "0.3 a\nb": "b stands where a weight should",
-    "a\nb": "a stands where a weight should",
+    "0.3 a\nb": "b is not a weight",
+    "a\nb": "a is not a weight",
     "0 a\n1 b": "the weight 0 of a is not a positive number",
     "nan a\n1 b": "the weight nan of a is not a positive number",
     "inf a\n1 b": "the weight inf of a is not a positive number",
@@ -90,18 +90,18 @@ def test_a_path_file_that_cannot_be_read(refused, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "words, said",
+    "words, message",
     [
         (("0.3", "a", "0.7"), "a weight has no prefix"),
-        (("a", "b"), "a stands where a weight should"),
+        (("a", "b"), "a is not a weight"),
         (("0", "a"), "the weight 0 of a is not a positive number"),
         (("NaN", "a", "1", "b"), "the weight NaN of a is not a positive number"),
     ],
 )
-def test_a_malformed_blend_is_refused(words, said, refused):
-    with refused(f"--train-data-path {' '.join(words)}", said):
+def test_a_malformed_blend_is_refused(words, message, refused):
+    with refused(f"--train-data-path {' '.join(words)}", message):
         requested(train_data_path=words)
-    with refused(f"--valid-data-path {' '.join(words)}", said):
+    with refused(f"--valid-data-path {' '.join(words)}", message):
         requested(train_data_path=("a",), valid_data_path=words)
 
 
@@ -116,8 +116,8 @@ def test_nothing_to_train_on_and_two_sets_of_one_name(refused):
 
 
 def slow_edges(shares: list[float], documents: int) -> list[int]:
-    """The published rounding, step by step."""
-    shares = (shares + [0.0, 0.0])[:3]
+    """Return the edges by the published rounding, step by step."""
+    shares = [*shares, 0.0, 0.0][:3]
     first = round(shares[0] / sum(shares) * float(documents))
     second = first + round(shares[1] / sum(shares) * float(documents))
     third = second + round(shares[2] / sum(shares) * float(documents))
@@ -141,7 +141,7 @@ def test_split_names_its_parts():
         DataSet("validation", ("a", "b"), (1.0, 2.0), 1),
         DataSet("test", ("a", "b"), (1.0, 2.0), 2),
     ]
-    assert [found.name for found in requested_sets(data, with_test=False)[1]] == ["validation"]
+    assert [held_out_set.name for held_out_set in requested_sets(data, with_test=False)[1]] == ["validation"]
     assert requested(train_data_path=("a",), split="1")[1] == []
     train, held_out = requested(train_data_path=("a",), split="8,2", valid_data_path=("v",))
     assert train.part == 0 and held_out == [DataSet("validation", ("v",), (1.0,))]
@@ -149,5 +149,5 @@ def test_split_names_its_parts():
 
 @pytest.mark.parametrize("split", ["", "a", "1,2,3,4", "0,1", "-1,2", "nan,1", "inf", "1;2", "1.2.3"])
 def test_a_split_that_is_none_is_refused(split):
-    with pytest.raises(ConfigurationError, match="give up to three shares"):
+    with pytest.raises(ConfigurationError, match="give up to three proportions"):
         DataConfig(split=split)

@@ -1,4 +1,4 @@
-"""tools/preprocess_data.py as a user calls it, and what it leaves behind when something goes wrong."""
+"""tools/preprocess_data.py from the command line, and the files that it leaves after a failure."""
 
 import fcntl
 import json
@@ -13,7 +13,7 @@ import time
 import pytest
 
 from megatron.data import preprocess as preparing
-from megatron.data.contamination import HeldOut, run_hashes
+from megatron.data.contamination import HeldOut, ngram_hashes
 from megatron.data.corpus import SPLITS, split_of
 from megatron.data.indexed import IndexedDataset, read_metadata
 from megatron.data.preprocess import preprocess
@@ -32,9 +32,9 @@ WRITTEN = {f"{name}.{suffix}" for name in SPLITS for suffix in ("bin", "idx", "j
 
 @pytest.fixture
 def text(tmp_path):
-    """A .jsonl file of 60 documents, one of them empty, many with the literal end of a document."""
+    """A .jsonl file of 60 documents, one of them empty, many with the literal end-of-document token."""
     words = "the quick brown fox jumps over a lazy dog naïvely <|endoftext|> .\n".split(" ")
-    # half of them repeat one pattern, so that splits share some runs of words
+    # half of them repeat one pattern, so that splits share some n-grams
     lines = [" ".join(random.Random(number * (number % 2)).choices(words, k=number * 3)) for number in range(60)]
     path = tmp_path / "text.jsonl"
     path.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
@@ -54,7 +54,7 @@ def call(*flags, code=0):
     return done
 
 
-def asked(text, folder, **changes) -> PreprocessOptions:
+def options(text, folder, **changes) -> PreprocessOptions:
     options = {"output_dir": folder, "input": (str(text),), "splits": SHARES, "tokenizer_type": "ByteTokenizer"}
     return PreprocessOptions(**options | changes)
 
@@ -65,7 +65,7 @@ def contents(folder) -> dict:
 
 def test_text_to_token_files_end_to_end(text, tmp_path):
     flags = ["--output-dir", tmp_path / "data", "--input", text, "--train-tokenizer", 280, "--splits", *SHARES]
-    said = call(*flags).stdout
+    output = call(*flags).stdout
     assert set(contents(tmp_path / "data")) == WRITTEN | {"tokenizer.json"}
     tokenizer = HFTokenizer(str(tmp_path / "data" / "tokenizer.json"))
     assert tokenizer.vocabulary_size == 280
@@ -87,7 +87,7 @@ def test_text_to_token_files_end_to_end(text, tmp_path):
         assert metadata.items() >= size.items()
         assert (metadata["corpus_hash"], metadata["vocabulary_size"]) == (record["settings"]["hash"], 280)
         assert (metadata["tokenizer_type"], metadata["tokenizer_model"]) == ("HFTokenizer", "tokenizer.json")
-        assert f"{name}: {size['documents']:,} documents, {size['bytes']:,} bytes, {size['tokens']:,} tokens" in said
+        assert f"{name}: {size['documents']:,} documents, {size['bytes']:,} bytes, {size['tokens']:,} tokens" in output
     assert sum(map(len, expected.values())) == 59
     assert set(record["shared_13grams"]) == {"tuning", "validation"}
     train_tokenizer(expected["train"], 280, tmp_path / "again.json")
@@ -96,7 +96,7 @@ def test_text_to_token_files_end_to_end(text, tmp_path):
         held = HeldOut()
         for document in expected[name]:
             held.add(document)
-        held.compare([run_hashes(document) for document in expected["train"]])
+        held.compare([ngram_hashes(document) for document in expected["train"]])
         assert record["shared_13grams"][name] == held.shared()
         assert 0 < held.shared()["ngrams"] < 1
     assert record["shared_13grams"]["tuning"] == read_metadata(tmp_path / "data" / "tuning")["shared_13grams"]
@@ -109,85 +109,85 @@ def test_text_to_token_files_end_to_end(text, tmp_path):
 @pytest.mark.parametrize("name", sorted(WRITTEN))
 @pytest.mark.parametrize("damage", ["missing", "cut"])
 def test_what_is_missing_or_cut_is_written_anew(text, tmp_path, name, damage):
-    preprocess(asked(text, tmp_path / "data"))
+    preprocess(options(text, tmp_path / "data"))
     before = contents(tmp_path / "data")
-    assert preprocess(asked(text, tmp_path / "data")) is None
+    assert preprocess(options(text, tmp_path / "data")) is None
     if damage == "missing":
         (tmp_path / "data" / name).unlink()
     else:
         (tmp_path / "data" / name).write_bytes(before[name][:-3])
-    assert preprocess(asked(text, tmp_path / "data")) is not None
+    assert preprocess(options(text, tmp_path / "data")) is not None
     assert contents(tmp_path / "data") == before
 
 
 @pytest.mark.parametrize("damage", ["missing", "changed"])
 def test_a_tokenizer_that_is_not_the_one_that_made_the_data_is_written_anew(text, tmp_path, damage):
-    wanted = asked(text, tmp_path / "data", tokenizer_type="HFTokenizer", train_tokenizer=280)
-    preprocess(wanted)
+    requested = options(text, tmp_path / "data", tokenizer_type="HFTokenizer", train_tokenizer=280)
+    preprocess(requested)
     before = contents(tmp_path / "data")
     (tmp_path / "data" / "tokenizer.json").unlink()
     if damage == "changed":
         (tmp_path / "data" / "tokenizer.json").write_bytes(before["tokenizer.json"] + b"\n")
-    assert preprocess(wanted) is not None
+    assert preprocess(requested) is not None
     assert contents(tmp_path / "data") == before
 
 
 def test_other_settings_or_text_are_written_anew(text, tmp_path):
     folder = tmp_path / "data"
-    first = preprocess(asked(text, folder))
-    assert preprocess(asked(text, folder, splits=(70, 15, 15)))["settings"]["hash"] != first["settings"]["hash"]
+    first = preprocess(options(text, folder))
+    assert preprocess(options(text, folder, splits=(70, 15, 15)))["settings"]["hash"] != first["settings"]["hash"]
     null = tmp_path / "ids.jsonl"
     null.write_text("".join(json.dumps({"text": f"{number} 7"}) + "\n" for number in range(60)))
-    numbers = asked(null, folder, tokenizer_type="NullTokenizer", vocab_size=60)
+    numbers = options(null, folder, tokenizer_type="NullTokenizer", vocab_size=60)
     assert preprocess(numbers)["splits"]["train"]["tokens"] % 3 == 0
     assert list(IndexedDataset(folder / "train", 61)[0][1:]) == [7, 60]
     assert preprocess(numbers) is None
-    assert preprocess(asked(null, folder, tokenizer_type="NullTokenizer", vocab_size=70000)) is not None
+    assert preprocess(options(null, folder, tokenizer_type="NullTokenizer", vocab_size=70000)) is not None
     assert IndexedDataset(folder / "train").dtype == "int32"
 
 
 def test_an_existing_tokenizer_is_copied_and_its_content_counts(text, tmp_path):
-    preprocess(asked(text, tmp_path / "one", tokenizer_type="HFTokenizer", train_tokenizer=280))
+    preprocess(options(text, tmp_path / "one", tokenizer_type="HFTokenizer", train_tokenizer=280))
     model = tmp_path / "one" / "tokenizer.json"
-    again = asked(text, tmp_path / "two", tokenizer_type="HFTokenizer", tokenizer_model=str(model))
+    again = options(text, tmp_path / "two", tokenizer_type="HFTokenizer", tokenizer_model=str(model))
     assert preprocess(again) is not None and preprocess(again) is None
     assert (tmp_path / "two" / "train.bin").read_bytes() == (tmp_path / "one" / "train.bin").read_bytes()
-    preprocess(asked(text, tmp_path / "one", tokenizer_type="HFTokenizer", train_tokenizer=285))
+    preprocess(options(text, tmp_path / "one", tokenizer_type="HFTokenizer", train_tokenizer=285))
     assert preprocess(again) is not None
     assert build_tokenizer("HFTokenizer", tmp_path / "two" / "tokenizer.json").vocabulary_size == 285
 
 
 def test_a_split_of_share_zero_is_not_written_and_another_texts_is_left_alone(text, tmp_path):
-    preprocess(asked(text, tmp_path / "data", splits=(100, 0, 0)))
+    preprocess(options(text, tmp_path / "data", splits=(100, 0, 0)))
     train = contents(tmp_path / "data")
     assert set(train) == {"train.bin", "train.idx", "train.json", "corpus.json"}
     other = tmp_path / "other.jsonl"
     shutil.copy(text, other)
-    preprocess(asked(other, tmp_path / "data", splits=(0, 0, 100)))
+    preprocess(options(other, tmp_path / "data", splits=(0, 0, 100)))
     both = contents(tmp_path / "data")
     assert both["train.bin"] == train["train.bin"] == both["validation.bin"]
 
 
 def test_no_split_is_left_of_the_same_text_cut_otherwise(text, tmp_path):
-    """Its documents stand in train now: to select on them would be to select on training text."""
-    preprocess(asked(text, tmp_path / "data"))
+    """Its documents are in train now, and selecting on them would be selecting on training text."""
+    preprocess(options(text, tmp_path / "data"))
     assert (tmp_path / "data" / "tuning.idx").exists()
-    preprocess(asked(text, tmp_path / "data", splits=(100, 0, 0)))
+    preprocess(options(text, tmp_path / "data", splits=(100, 0, 0)))
     assert set(contents(tmp_path / "data")) == {"train.bin", "train.idx", "train.json", "corpus.json"}
 
 
 def test_small_batches_and_samples_give_the_same_files(text, tmp_path, monkeypatch):
-    wanted = {"tokenizer_type": "HFTokenizer", "train_tokenizer": 280}
-    preprocess(asked(text, tmp_path / "one", **wanted))
+    requested = {"tokenizer_type": "HFTokenizer", "train_tokenizer": 280}
+    preprocess(options(text, tmp_path / "one", **requested))
     monkeypatch.setattr(preparing, "BATCH_CHARACTERS", 50)
-    preprocess(asked(text, tmp_path / "two", **wanted))
+    preprocess(options(text, tmp_path / "two", **requested))
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
-    # a tokenizer that learns from a third of the text is another one, of the same size
+    # a tokenizer trained on a third of the text is different, and has the same size
     monkeypatch.setattr(preparing, "TOKENIZER_BYTES", 1000)
-    preprocess(asked(text, tmp_path / "three", tokenizer_type="HFTokenizer", train_tokenizer=275))
+    preprocess(options(text, tmp_path / "three", tokenizer_type="HFTokenizer", train_tokenizer=275))
     three = HFTokenizer(str(tmp_path / "three" / "tokenizer.json"))
     monkeypatch.undo()
-    preprocess(asked(text, tmp_path / "four", tokenizer_type="HFTokenizer", train_tokenizer=275))
+    preprocess(options(text, tmp_path / "four", tokenizer_type="HFTokenizer", train_tokenizer=275))
     assert three.vocabulary_size == 275
     assert contents(tmp_path / "four")["tokenizer.json"] != contents(tmp_path / "three")["tokenizer.json"]
 
@@ -196,7 +196,7 @@ def test_small_batches_and_samples_give_the_same_files(text, tmp_path, monkeypat
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
 def test_an_interrupted_writer_changes_nothing(text, tmp_path, monkeypatch, moment, error):
     folder = tmp_path / "data"
-    preprocess(asked(text, folder))
+    preprocess(options(text, folder))
     before = contents(folder)
 
     def fail(*_):
@@ -207,17 +207,17 @@ def test_an_interrupted_writer_changes_nothing(text, tmp_path, monkeypatch, mome
     else:
         monkeypatch.setattr(preparing, moment, fail)
     with pytest.raises(type(error) if isinstance(error, OSError) else error) as caught:
-        preprocess(asked(text, folder, splits=(70, 15, 15)))
+        preprocess(options(text, folder, splits=(70, 15, 15)))
     assert error is KeyboardInterrupt or f"--output-dir {folder}: cannot be written (No space" in str(caught.value)
     assert contents(folder) == before
 
 
 def test_files_move_into_place_with_corpus_json_last(text, tmp_path, monkeypatch):
-    """Cut off after each move in turn: either the data are refused, or they are one data set."""
+    """Killed after each move in turn: either the data is refused, or it is one data set."""
     folder, moved = tmp_path / "data", []
     replace = os.replace
     for steps in range(100):
-        preprocess(asked(text, folder))
+        preprocess(options(text, folder))
         moved.clear()
 
         def stop(source, target, steps=steps):
@@ -229,7 +229,7 @@ def test_files_move_into_place_with_corpus_json_last(text, tmp_path, monkeypatch
 
         monkeypatch.setattr(os, "replace", stop)
         try:
-            preprocess(asked(text, folder, splits=(70, 15, 15)))
+            preprocess(options(text, folder, splits=(70, 15, 15)))
             break
         except KeyboardInterrupt:
             assert not (folder / "corpus.json").exists()
@@ -274,14 +274,14 @@ def test_a_full_disk_is_one_line_and_changes_nothing(text, tmp_path):
 
 def test_a_second_writer_waits_for_the_first(text, tmp_path):
     folder = tmp_path / "data"
-    preprocess(asked(text, folder))
+    preprocess(options(text, folder))
     held = os.open(folder, os.O_RDONLY)
     fcntl.flock(held, fcntl.LOCK_EX)
     flags = ["--output-dir", folder, "--input", text, "--tokenizer-type", "ByteTokenizer", "--splits", *SHARES]
     second = subprocess.Popen(
         command(*flags), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    assert "another process writes there" in second.stderr.readline()
+    assert "another process writes to it" in second.stderr.readline()
     time.sleep(0.1)
     assert second.poll() is None
     os.close(held)
@@ -291,21 +291,21 @@ def test_a_second_writer_waits_for_the_first(text, tmp_path):
 def test_text_that_changes_while_it_is_read_is_refused(text, tmp_path, monkeypatch, refused):
     survey = preparing.survey
 
-    def change(wanted):
-        found = survey(wanted)
+    def change(requested):
+        result = survey(requested)
         text.write_text(text.read_text().replace("fox", "cat"))
-        return found
+        return result
 
     monkeypatch.setattr(preparing, "survey", change)
     with refused(f"--input {text}", "changed while it was read", "start again"):
-        preprocess(asked(text, tmp_path / "data"))
+        preprocess(options(text, tmp_path / "data"))
     assert contents(tmp_path / "data") == {}
 
 
 @pytest.mark.parametrize(
     "changes, parts",
     [
-        ({"splits": (80, 20)}, ["--splits 80 20", "three shares"]),
+        ({"splits": (80, 20)}, ["--splits 80 20", "three proportions"]),
         ({"splits": (80, -10, 30)}, ["--splits 80 -10 30", "none negative"]),
         ({"splits": (0, 0, 0)}, ["--splits 0 0 0", "one above 0"]),
         ({"splits": (float("nan"), 1, 1)}, ["--splits nan 1 1"]),
@@ -317,7 +317,7 @@ def test_text_that_changes_while_it_is_read_is_refused(text, tmp_path, monkeypat
         ({"tokenizer_type": "HFTokenizer", "train_tokenizer": 256}, ["--train-tokenizer 256", "at least 257"]),
         (
             {"tokenizer_type": "HFTokenizer", "train_tokenizer": 300, "tokenizer_model": "x"},
-            ["--train-tokenizer 300", "--tokenizer-model x is given", "drop one"],
+            ["--train-tokenizer 300", "excludes --tokenizer-model x", "drop one"],
         ),
         ({"train_tokenizer": 300}, ["--train-tokenizer 300", "--tokenizer-type is ByteTokenizer", "leave it out"]),
         ({"tokenizer_model": "x"}, ["--tokenizer-model x", "--tokenizer-type is ByteTokenizer"]),
@@ -328,7 +328,7 @@ def test_text_that_changes_while_it_is_read_is_refused(text, tmp_path, monkeypat
 )
 def test_flags_that_cannot_be_are_refused(text, tmp_path, refused, changes, parts):
     with refused(*parts):
-        asked(text, tmp_path / "data", **changes)
+        options(text, tmp_path / "data", **changes)
 
 
 @pytest.mark.parametrize(
@@ -336,7 +336,7 @@ def test_flags_that_cannot_be_are_refused(text, tmp_path, refused, changes, part
     [
         ({"input": ("nowhere.txt",)}, ["--input nowhere.txt", "no such file"]),
         ({"json_key": "body"}, ['line 1 has no field "body"', "--json-key"]),
-        ({"splits": (98, 1, 1)}, ["--splits 98 1 1", "split holds no document", "--txt-separator"]),
+        ({"splits": (98, 1, 1)}, ["--splits 98 1 1", "split has no document", "--txt-separator"]),
         ({"tokenizer_type": "NullTokenizer", "vocab_size": 9}, ["NullTokenizer", "0 to 8"]),
         ({"tokenizer_type": "HFTokenizer", "train_tokenizer": 9999}, ["--train-tokenizer 9999", "this text gives"]),
         (
@@ -348,18 +348,18 @@ def test_flags_that_cannot_be_are_refused(text, tmp_path, refused, changes, part
 )
 def test_text_that_does_not_fit_is_refused_and_nothing_is_left(text, tmp_path, refused, changes, parts):
     with refused(*parts):
-        preprocess(asked(text, tmp_path / "data", **changes))
+        preprocess(options(text, tmp_path / "data", **changes))
     assert not (tmp_path / "data").exists() or contents(tmp_path / "data") == {}
 
 
 def test_input_without_text_and_a_folder_that_cannot_be_made(text, tmp_path, refused):
     (tmp_path / "empty.txt").write_text(" \n")
     with refused(f"--input {tmp_path / 'empty.txt'}: holds no text", "give files"):
-        preprocess(asked(tmp_path / "empty.txt", tmp_path / "data"))
-    with refused(f"--output-dir {text}", "cannot be made", "name another"):
-        preprocess(asked(text, text))
-    with refused(f"--output-dir {text / 'below'}", "cannot be made"):
-        preprocess(asked(text, text / "below"))
+        preprocess(options(tmp_path / "empty.txt", tmp_path / "data"))
+    with refused(f"--output-dir {text}", "cannot be created", "name another"):
+        preprocess(options(text, text))
+    with refused(f"--output-dir {text / 'below'}", "cannot be created"):
+        preprocess(options(text, text / "below"))
 
 
 def test_mistakes_on_the_command_line_are_one_line(tmp_path):
@@ -368,24 +368,24 @@ def test_mistakes_on_the_command_line_are_one_line(tmp_path):
     assert "did you mean --splits?" in call(*folder, "--split", 1, code=2).stderr
     for flags in (["--input"], ["--train-tokenizer", "many"], ["--tokenizer-type", "BPE"], ["--splits", "a", "b", "c"]):
         assert flags[0] in call(*folder, *flags, code=2).stderr
-    assert "--splits -1 1 1: give three shares" in call(*folder, "--splits", -1, 1, 1, code=2).stderr
+    assert "--splits -1 1 1: give three proportions" in call(*folder, "--splits", -1, 1, 1, code=2).stderr
     assert not (tmp_path / "data").exists()
 
 
 def test_help_teaches():
-    said = call("--help").stdout
+    output = call("--help").stdout
     for part in ("--input FILE", "--txt-separator", "default: text", "python tools/preprocess_data.py --output-dir"):
-        assert part in said
+        assert part in output
 
 
 def test_gpt2_data_trains_with_the_tokenizer_that_is_written_beside_it(text, tmp_path):
-    preprocess(asked(text, tmp_path / "one", tokenizer_type="HFTokenizer", train_tokenizer=280))
+    preprocess(options(text, tmp_path / "one", tokenizer_type="HFTokenizer", train_tokenizer=280))
     model = json.loads((tmp_path / "one" / "tokenizer.json").read_text())["model"]
     (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]))
     (tmp_path / "merges.txt").write_text("\n".join(" ".join(merge) for merge in model["merges"]) + "\n")
     files = {"vocab_file": str(tmp_path / "vocab.json"), "merge_file": str(tmp_path / "merges.txt")}
-    wanted = asked(text, tmp_path / "two", tokenizer_type="GPT2BPETokenizer", **files)
-    assert preprocess(wanted) is not None and preprocess(wanted) is None
+    requested = options(text, tmp_path / "two", tokenizer_type="GPT2BPETokenizer", **files)
+    assert preprocess(requested) is not None and preprocess(requested) is None
     assert (tmp_path / "two" / "train.bin").read_bytes() == (tmp_path / "one" / "train.bin").read_bytes()
     flags = ["--train-data-path", str(tmp_path / "two" / "train"), "--seq-length", "8"]
     model_flags = "--num-layers 1 --hidden-size 8 --num-attention-heads 1 --train-iters 1".split()
@@ -397,7 +397,7 @@ def test_gpt2_data_trains_with_the_tokenizer_that_is_written_beside_it(text, tmp
         "--merge-file",
         files["merge_file"],
     ]
-    for more in ([], by_files, by_files[2:]):  # the files imply their type
+    for more in ([], by_files, by_files[2:]):  # the files imply the type
         sources = open_sources(parse("ar", [*flags, *model_flags, *more]))
         assert sources.tokenizer.vocabulary_size == 280
     assert call("--input", text, "--output-dir", tmp_path / "three", *by_files[2:]).returncode == 0
@@ -405,11 +405,11 @@ def test_gpt2_data_trains_with_the_tokenizer_that_is_written_beside_it(text, tmp
     assert two["tokenizer_type"] == three["tokenizer_type"] and two["tokenizer_hash"] == three["tokenizer_hash"]
     (tmp_path / "vocab.json").unlink()
     with pytest.raises(ConfigurationError, match="--vocab-file .*: no such file"):
-        asked(text, tmp_path / "two", tokenizer_type="GPT2BPETokenizer", **files)
+        options(text, tmp_path / "two", tokenizer_type="GPT2BPETokenizer", **files)
 
 
 def test_gpt2_files_other_than_those_that_made_the_data_are_refused(text, tmp_path, refused):
-    preprocess(asked(text, tmp_path / "data", tokenizer_type="HFTokenizer", train_tokenizer=280))
+    preprocess(options(text, tmp_path / "data", tokenizer_type="HFTokenizer", train_tokenizer=280))
     model = json.loads((tmp_path / "data" / "tokenizer.json").read_text())["model"]
     merges = [" ".join(merge) for merge in model["merges"]]
     (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]))
@@ -423,8 +423,8 @@ def test_gpt2_files_other_than_those_that_made_the_data_are_refused(text, tmp_pa
 @pytest.mark.parametrize("kind", ["GPTSentencePieceTokenizer", "SentencePieceTokenizer"])
 def test_sentencepiece_data_trains_with_the_model_that_lies_beside_it(kind, text, tmp_path, refused):
     model = sentencepiece_model(tmp_path)
-    wanted = asked(text, tmp_path / "data", tokenizer_type=kind, tokenizer_model=model)
-    assert preprocess(wanted) is not None and preprocess(wanted) is None
+    requested = options(text, tmp_path / "data", tokenizer_type=kind, tokenizer_model=model)
+    assert preprocess(requested) is not None and preprocess(requested) is None
     flags = f"--tokenizer-type {kind} --train-data-path {tmp_path}/data/train --seq-length 8 --train-iters 1"
     network = "--num-layers 1 --hidden-size 8 --num-attention-heads 1".split()
     sources = open_sources(parse("ar", [*network, *flags.split()]))
@@ -435,4 +435,4 @@ def test_sentencepiece_data_trains_with_the_model_that_lies_beside_it(kind, text
     with refused(f"{tmp_path}/data/train", "was tokenised with"):
         open_sources(parse("ar", [*network, *flags.split(), "--tokenizer-model", other]))
     with refused(f"--tokenizer-type {kind}", "needs --tokenizer-model"):
-        asked(text, tmp_path / "data", tokenizer_type=kind)
+        options(text, tmp_path / "data", tokenizer_type=kind)

@@ -1,4 +1,4 @@
-"""A rebuilt index against the one that should have been written, and what is left alone."""
+"""A rebuilt index against the index that should have been written, and files that stay unchanged."""
 
 import os
 import subprocess
@@ -44,12 +44,12 @@ def test_a_token_that_the_index_did_not_count_is_given_back(tmp_path, refused, d
     assert (rebuilt.documents, rebuilt.end_id) == (len(documents), EOD)
     assert (tmp_path / "data.idx").read_bytes() == right and rebuilt.backup.read_bytes() == old
     assert [ids.tolist() for ids in map(IndexedDataset(prefix).__getitem__, range(len(documents)))] == documents
-    assert rebuild_index(prefix) is None  # it fits now
+    assert rebuild_index(prefix) is None  # it matches now
     assert {path.name for path in tmp_path.iterdir()} == {"data.bin", "data.idx", "data.idx.bak"}
 
 
 def test_the_token_belongs_to_the_last_sentence_of_a_document(tmp_path):
-    """As --split-sentences writes them, with a document that has no sentence: no token was appended to that."""
+    """As --split-sentences writes them, with a document that has no sentence: no token was appended to it."""
     prefix = written(tmp_path, sizes=[2, 1, 1, 3, 2], boundaries=[0, 2, 2, 3, 5])
     assert rebuild_index(prefix).documents == 3
     assert IndexedDataset(prefix).sizes.tolist() == [2, 2, 2, 3, 3]

@@ -1,4 +1,4 @@
-"""Tokenizers that do not give a text back: preprocessing counts what they lose, and refuses a document of nothing."""
+"""Lossy tokenizers: preprocessing counts the characters they drop, and refuses a document that becomes blank."""
 
 import json
 import logging
@@ -21,7 +21,7 @@ LATIN = ["the cat sat on the mat, a dog lay on the log. " * 20]
 
 @pytest.fixture
 def preprocess_texts(tmp_path):
-    """Return a function that preprocesses texts and returns what corpus.json records of the train split's changes."""
+    """Return a function that preprocesses texts and returns the round trip of train in corpus.json."""
 
     def run(texts, tokenizer_type="HFTokenizer", **options) -> dict:
         lines = [json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts]
@@ -43,7 +43,7 @@ def preprocess_texts(tmp_path):
 
 
 def byte_level(folder, change=lambda description: None) -> str:
-    """Write a byte-level BPE that `change` has been applied to; return its tokenizer.json."""
+    """Write a byte-level BPE modified by `change`; return its tokenizer.json."""
     train_tokenizer(CORPUS, 280, folder / "bytes.json")
     description = json.loads((folder / "bytes.json").read_text())
     change(description)
@@ -52,7 +52,7 @@ def byte_level(folder, change=lambda description: None) -> str:
 
 
 def latin(folder, **options) -> str:
-    """Train a BPE on Latin letters, white space included, without the bytes of others; return its tokenizer.json."""
+    """Train a BPE on Latin letters, white space included, without other bytes; return its tokenizer.json."""
     from tokenizers import Tokenizer, decoders, models, trainers
 
     library = Tokenizer(models.BPE(**options))
@@ -88,7 +88,7 @@ def missing(changes: dict) -> tuple[int, int]:
     "normalizer, text, lost",
     [
         ({"type": "Lowercase"}, "The Cat\n", 2),
-        ({"type": "NFC"}, "cafe\u0301", 2),  # two characters become another one
+        ({"type": "NFC"}, "cafe\u0301", 2),  # two characters become one
         ({"type": "NFC"}, "caf\u00e9", 0),
         ({"type": "Strip", "strip_left": True, "strip_right": True}, " x\r\n", 3),
         ({"type": "Replace", "pattern": {"String": "\n"}, "content": ""}, "a\nb\n", 2),
@@ -143,7 +143,7 @@ def test_a_document_of_which_nothing_is_left_is_refused(preprocess_texts, tmp_pa
     texts = ["the cat", "a\n\n", "漢字 かな" if kind == "white space alone" else "漢字"]
     options = {"tokenizer_model": latin(tmp_path)}
     if kind == "SentencePiece":
-        texts[2] = "\u200b\u200b"  # which the model's normalisation removes
+        texts[2] = "\u200b\u200b"  # removed by the model's normalisation
         model = sentencepiece_model(tmp_path)
         options = {"tokenizer_type": "GPTSentencePieceTokenizer", "tokenizer_model": model}
     parts = [f"--tokenizer-model {options['tokenizer_model']}: leaves nothing of {tmp_path}/text.jsonl:3", "begins"]
@@ -159,8 +159,8 @@ def test_the_summary_and_the_start_of_training_name_the_loss(tmp_path, monkeypat
     flags = ["--input", tmp_path / "text.jsonl", "--output-dir", tmp_path / "data", "--splits", "1", "0", "0"]
     monkeypatch.setattr(sys, "argv", ["preprocess_data.py", *map(str, flags), "--tokenizer-model", model])
     main()
-    counts = "1 of 2 documents do not come back from their tokens as they were, 21.43% of the characters are missing"
-    example = f"{tmp_path}/text.jsonl:1, character 4: 'CAT' comes back as 'cat'"
+    counts = "1 of 2 documents are not the same after encoding and decoding, 21.43% of the characters are missing"
+    example = f"{tmp_path}/text.jsonl:1, character 4: 'CAT' becomes 'cat'"
     assert f"train: {counts}; {example}\n" in capsys.readouterr().out
     assert len(IndexedDataset(tmp_path / "data" / "train")) == 2
 

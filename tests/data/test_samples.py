@@ -7,23 +7,23 @@ import pytest
 
 from megatron.data.samples import TrainSamples, ValidationWindows, _shuffled
 
-# every token is different, so that a sample says where it came from; empty documents stand everywhere
+# all tokens are different, so that they identify their position; there are empty documents everywhere
 SIZES = [0, 7, 1, 0, 0, 12, 3, 5, 0, 9, 2, 0]
 STARTS = np.concatenate([[0], np.cumsum(SIZES)])
 DOCUMENTS = [list(range(start, start + size)) for start, size in zip(STARTS, SIZES)]
-TOTAL, LENGTH = sum(SIZES), 4  # 39 tokens: no multiple of the length
+TOTAL, LENGTH = sum(SIZES), 4  # 39 tokens: not a multiple of the length
 
 
 def stream_of(samples: TrainSamples, count: int) -> list[int]:
-    """Return the stream that the first samples cut; each starts with the target that the one before ended with."""
+    """Return the token stream of the first samples; each starts with the last target of the one before."""
     cuts = [samples[position] for position in range(count)]
     assert all(cut.dtype == np.int64 and len(cut) == LENGTH + 1 for cut in cuts)
-    assert all(one[-1] == other[0] for one, other in itertools.pairwise(cuts))
+    assert all(sample[-1] == other[0] for sample, other in itertools.pairwise(cuts))
     return [int(token) for cut in cuts for token in cut[:-1]]
 
 
 def documents_in(epoch: list[int], documents: list[list[int]]) -> list[int]:
-    """Return the order in which an epoch holds the documents; fail where it is no concatenation of all of them."""
+    """Return the order of the documents of an epoch; fail if it is not a concatenation of all of them."""
     left, order = {ids[0]: ids for ids in documents if ids}, []
     while epoch:
         ids = left.pop(epoch[0])
@@ -39,10 +39,10 @@ def test_an_epoch_of_documents_is_all_documents_permuted_and_the_stream_runs_on(
     samples = TrainSamples(data_set(DOCUMENTS), LENGTH, seed=1, unique_tokens=unique)
     size = unique or TOTAL
     # the first `unique` tokens in file order, the last document cut
-    kept = [[token for token in ids if token < size] for ids in DOCUMENTS]
+    cut_documents = [[token for token in ids if token < size] for ids in DOCUMENTS]
     stream = stream_of(samples, 5 * size // LENGTH)
-    orders = [documents_in(stream[epoch * size :][:size], kept) for epoch in range(5 - 1)]
-    assert len(set(map(tuple, orders))) > 1 or sum(map(bool, kept)) < 3
+    orders = [documents_in(stream[epoch * size :][:size], cut_documents) for epoch in range(5 - 1)]
+    assert len(set(map(tuple, orders))) > 1 or sum(map(bool, cut_documents)) < 3
     for position in range(5 * size // LENGTH):
         assert samples.epochs(position) == [position * LENGTH / size]
 
@@ -51,7 +51,7 @@ def test_orders_depend_on_seed_and_epoch_alone(data_set):
     dataset = data_set(DOCUMENTS)
     first, again = (TrainSamples(dataset, LENGTH, seed=1) for _ in range(2))
     stream = stream_of(first, 4 * TOTAL // LENGTH)
-    # read backwards, as after a resume: nothing is remembered
+    # read backwards: there is no state
     assert all(list(again[position]) == list(first[position]) for position in reversed(range(4 * TOTAL // LENGTH)))
     epochs = [tuple(stream[epoch * TOTAL :][:TOTAL]) for epoch in range(3)]
     assert len(set(epochs)) == 3
@@ -74,9 +74,9 @@ def test_windows_of_an_epoch_are_disjoint_cuts_of_the_ring_at_a_new_offset(data_
     for epoch in range(12):
         cuts = [samples[epoch * count + turn] for turn in range(count)]
         for cut in cuts:
-            assert list(cut) == [(int(cut[0]) + step) % unique for step in range(LENGTH + 1)]  # wraps round
+            assert list(cut) == [(int(cut[0]) + step) % unique for step in range(LENGTH + 1)]  # wraps around
         read = [int(token) for cut in cuts for token in cut[:-1]]
-        assert len(set(read)) == count * LENGTH  # none twice, and less than a window left out
+        assert len(set(read)) == count * LENGTH  # no token twice, less than a window left out
         starts = tuple(int(cut[0]) for cut in cuts)
         offsets.add(frozenset(starts))
         orders.add(tuple(np.argsort(starts)))
@@ -92,7 +92,7 @@ def test_the_keyed_permutation_is_a_bijection(count):
 
 
 def test_the_keyed_permutation_is_spread():
-    """Where 0 goes over 4000 epochs is even: chi-squared of 8 cells below its 1e-6 quantile."""
+    """The image of 0 over 4000 epochs is uniform: chi-squared of 8 cells below its 1e-6 quantile."""
     cells = np.bincount([_shuffled(0, 8, 5, epoch) for epoch in range(4000)], minlength=8)
     assert ((cells - 500) ** 2 / 500).sum() < 41
 
@@ -104,7 +104,7 @@ def test_windows_start_at_once_and_documents_need_only_their_sizes(data_set, mon
     monkeypatch.setattr(dataset, "_checked", lambda ids: reads.append(len(ids)) or ids)
     samples = TrainSamples(dataset, LENGTH, 1, order)
     assert reads == []
-    samples[10**9]  # far ahead costs what the first does
+    samples[10**9]  # the cost does not depend on the index
     assert sum(reads) == LENGTH + 1
 
 
@@ -116,7 +116,7 @@ def test_a_corpus_smaller_than_a_sample_is_refused(data_set, refused):
             build()
     with refused("--seq-length 3", "needs 4 tokens", "--train-unique-tokens leaves 3"):
         TrainSamples(dataset, 3, 0, unique_tokens=3)
-    with refused("--train-unique-tokens 5", "data.bin holds 4", "ask for fewer"):
+    with refused("--train-unique-tokens 5", "data.bin holds 4", "lower it"):
         TrainSamples(dataset, 3, 0, unique_tokens=5)
 
 

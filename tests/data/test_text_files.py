@@ -1,10 +1,11 @@
-"""The user's own files: every kind that is read, and every fault in one line."""
+"""The user's text files: all supported formats, and one line for every error."""
 
 import gzip
 import json
 import os
 import resource
 import struct
+from pathlib import Path
 
 import pytest
 import zstandard
@@ -24,7 +25,7 @@ def compressed(name: str, data: bytes) -> bytes:
 
 @pytest.fixture
 def file(tmp_path):
-    """Return a function that writes a file, compressed as its name says, and returns its path."""
+    """Return a function that writes a file, compressed according to its name, and returns its path."""
 
     def write(name, data, pack=True):
         data = data.encode() if isinstance(data, str) else data
@@ -34,7 +35,7 @@ def file(tmp_path):
     return write
 
 
-def found(*paths, **options) -> list[str]:
+def texts_of(*paths, **options) -> list[str]:
     return [document.text for document in read_documents(paths, **options)]
 
 
@@ -43,58 +44,65 @@ def test_every_kind_is_read_whole(file, ending):
     text, lines = file(f"a.txt{ending}", TEXT, ending != ".GZ"), file(f"b.jsonl{ending}", LINES, ending != ".GZ")
     if ending == ".GZ":
         for path in (text, lines):
-            data = open(path, "rb").read()
-            open(path, "wb").write(gzip.compress(data))
-    assert found(text) == [TEXT]
-    assert found(lines) == [f"text {number} ü" for number in range(2000)]
-    assert found(lines, text)[-1] == TEXT
+            Path(path).write_bytes(gzip.compress(Path(path).read_bytes()))
+    assert texts_of(text) == [TEXT]
+    assert texts_of(lines) == [f"text {number} ü" for number in range(2000)]
+    assert texts_of(lines, text)[-1] == TEXT
     assert [document.name for document in read_documents([lines])][1] == f"{lines}:2"
 
 
 def test_large_and_joined_compressed_files_are_read_to_the_end(file):
     noise = os.urandom(300_000).hex() + "\n"  # more than a buffer, compressed too
-    assert found(file("a.txt.zst", noise)) == [noise]
+    assert texts_of(file("a.txt.zst", noise)) == [noise]
     for name in ("b.txt.gz", "b.txt.zst"):
         joined = compressed(name, b"one ") + compressed(name, b"") + compressed(name, b"two")
-        assert found(file(name, joined, pack=False)) == ["one two"]
+        assert texts_of(file(name, joined, pack=False)) == ["one two"]
 
 
 def test_empty_documents_and_lines_are_left_out(file):
-    assert found(file("a.jsonl", '{"text": ""}\n\n{"text": " \\n"}\n  \n{"text": "x"}')) == ["x"]
-    assert found(*(file(f"b.txt{ending}", "") for ending in ("", ".gz", ".zst"))) == []
-    assert found(file("c.txt.zst", b"", pack=False)) == []
+    assert texts_of(file("a.jsonl", '{"text": ""}\n\n{"text": " \\n"}\n  \n{"text": "x"}')) == ["x"]
+    assert texts_of(*(file(f"b.txt{ending}", "") for ending in ("", ".gz", ".zst"))) == []
+    assert texts_of(file("c.txt.zst", b"", pack=False)) == []
 
 
 def test_another_field_and_a_byte_order_mark(file):
-    assert found(file("a.jsonl", '\ufeff{"content": "x", "text": 1}\r\n{"content": "y"}'), key="content") == ["x", "y"]
-    assert found(file("b.txt", "\ufeffx")) == ["x"]
-    assert found(file("c.jsonl", "\ufeff\r\n")) == []
-    assert found(file("D.JSONL.ZST", zstandard.compress('\ufeff{"text": "x"}'.encode()), pack=False)) == ["x"]
+    assert texts_of(file("a.jsonl", '\ufeff{"content": "x", "text": 1}\r\n{"content": "y"}'), key="content") == [
+        "x",
+        "y",
+    ]
+    assert texts_of(file("b.txt", "\ufeffx")) == ["x"]
+    assert texts_of(file("c.jsonl", "\ufeff\r\n")) == []
+    assert texts_of(file("D.JSONL.ZST", zstandard.compress('\ufeff{"text": "x"}'.encode()), pack=False)) == ["x"]
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.jsonl.gz", "a.TXT.zst"])
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-16-le", "utf-32"])
 def test_utf16_is_refused(file, refused, name, encoding):
     with refused(f"{name}: is not UTF-8 (it begins with the bytes", "as UTF-16 does", "iconv -f UTF-16"):
-        found(file(name, '{"text": "x"}\n'.encode(encoding)))
+        texts_of(file(name, '{"text": "x"}\n'.encode(encoding)))
 
 
 def test_a_text_file_is_cut_at_its_separator(file):
     path = file("a.txt", "one\n1\n\n\ntwo\r\n\r\n  \nthree")
-    assert found(path, separator="") == ["one\n1\n", "two\r\n", "  \nthree"]
+    assert texts_of(path, separator="") == ["one\n1\n", "two\r\n", "  \nthree"]
     assert [document.name for document in read_documents([path], separator="")] == [
         f"{path}:{line}" for line in (1, 5, 7)
     ]
-    assert found(file("b.txt", "one\n<|end|>\ntwo<|end|>\n<|end|>\n"), separator="<|end|>") == ["one\n", "two<|end|>\n"]
-    assert len(found(path)) == 1
+    assert texts_of(file("b.txt", "one\n<|end|>\ntwo<|end|>\n<|end|>\n"), separator="<|end|>") == [
+        "one\n",
+        "two<|end|>\n",
+    ]
+    assert len(texts_of(path)) == 1
 
 
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.txt.gz", "a.txt.zst"])
 @pytest.mark.parametrize("left", [0.3, 0.9, 0.999])
 def test_a_cut_file_is_refused(file, refused, name, left):
     whole = compressed(name, LINES.encode())
-    with refused(f"--input {file(name, whole[: int(len(whole) * left)], pack=False)}", "is damaged or cut", "again"):
-        found(str(file(name, whole[: int(len(whole) * left)], pack=False)))
+    with refused(
+        f"--input {file(name, whole[: int(len(whole) * left)], pack=False)}", "is damaged or truncated", "again"
+    ):
+        texts_of(str(file(name, whole[: int(len(whole) * left)], pack=False)))
 
 
 @pytest.mark.parametrize("name", ["a.txt.gz", "a.txt.zst"])
@@ -102,21 +110,21 @@ def test_a_damaged_or_foreign_file_is_refused(file, refused, name):
     whole = bytearray(compressed(name, LINES.encode()))
     whole[len(whole) // 2 : len(whole) // 2 + 40] = bytes(40)
     for data in (bytes(whole), compressed(name, b"x") + b"more"):
-        with refused("--input", name, "is damaged or cut"):
-            found(file(name, data, pack=False))
+        with refused("--input", name, "is damaged or truncated"):
+            texts_of(file(name, data, pack=False))
     with refused("--input", f"{name}: is not in ", "rename it if it is decompressed already"):
-        found(file(name, b"plain text", pack=False))
+        texts_of(file(name, b"plain text", pack=False))
 
 
 def streamed(window_log: int, data: bytes) -> bytes:
-    """Compress as `zstd --long=N` does from a pipe: the frame does not say how long the text is."""
+    """Compress as `zstd --long=N` does from a pipe: the frame has no content size."""
     parameters = zstandard.ZstdCompressionParameters.from_level(3, window_log=window_log, write_checksum=True)
     frame = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
     return frame.compress(data) + frame.flush()
 
 
 def skippable(size: int) -> bytes:
-    """A frame that readers pass over: pzstd and seekable files have them."""
+    """Return a skippable frame, as in the files of pzstd and in seekable files."""
     return struct.pack("<II", 0x184D2A50, size) + bytes(size)
 
 
@@ -124,27 +132,27 @@ def skippable(size: int) -> bytes:
 def test_a_long_window_is_read_and_its_damage_named(file, refused, window_log):
     whole = streamed(window_log, LINES.encode())
     assert zstandard.get_frame_parameters(whole).window_size == 1 << window_log
-    assert len(found(file("a.jsonl.zst", whole, pack=False))) == 2000
-    with refused("is damaged or cut (the file ends inside a frame)"):
-        found(file("a.jsonl.zst", whole[:-1], pack=False))
-    with refused("is damaged or cut", "doesn't match checksum"):
-        found(file("a.jsonl.zst", whole[:-1] + bytes([whole[-1] ^ 1]), pack=False))
+    assert len(texts_of(file("a.jsonl.zst", whole, pack=False))) == 2000
+    with refused("is damaged or truncated (the file ends inside a frame)"):
+        texts_of(file("a.jsonl.zst", whole[:-1], pack=False))
+    with refused("is damaged or truncated", "doesn't match checksum"):
+        texts_of(file("a.jsonl.zst", whole[:-1] + bytes([whole[-1] ^ 1]), pack=False))
 
 
 def test_skippable_frames_are_left_out(file, refused):
-    one, two = streamed(28, b"one "), streamed(31, b"two")
-    for data in (skippable(9) + one + skippable(0) + two, one + skippable(300_000) + two + skippable(1)):
-        assert found(file("a.txt.zst", data, pack=False)) == ["one two"]
-    assert found(file("a.txt.zst", skippable(9), pack=False)) == []
-    with refused("is damaged or cut (the file ends inside a frame)"):
-        found(file("a.txt.zst", one + skippable(9)[:-1], pack=False))
+    first, second = streamed(28, b"one "), streamed(31, b"two")
+    for data in (skippable(9) + first + skippable(0) + second, first + skippable(300_000) + second + skippable(1)):
+        assert texts_of(file("a.txt.zst", data, pack=False)) == ["one two"]
+    assert texts_of(file("a.txt.zst", skippable(9), pack=False)) == []
+    with refused("is damaged or truncated (the file ends inside a frame)"):
+        texts_of(file("a.txt.zst", first + skippable(9)[:-1], pack=False))
 
 
 def test_a_sound_file_is_refused_for_what_it_is(file, refused):
     wide = bytearray(streamed(31, LINES.encode()))
-    wide[5] = 22 << 3  # the exponent of the window's size: 2**(10 + 22)
+    wide[5] = 22 << 3  # exponent of the window size: 2**(10 + 22)
     newer = bytearray(streamed(20, LINES.encode()))
-    newer[4] |= 8  # a bit that is reserved
+    newer[4] |= 8  # a reserved bit
     dictionary = zstandard.train_dictionary(500, [b"text %d of many" % number * 3 for number in range(500)])
     foreign = zstandard.ZstdCompressor(dict_data=dictionary).compress(LINES.encode())
     for data, parts in (
@@ -153,24 +161,24 @@ def test_a_sound_file_is_refused_for_what_it_is(file, refused):
         (foreign, ("was compressed with a dictionary", "zstd -d -D")),
     ):
         with refused(f"--input {file('a.jsonl.zst', bytes(data), pack=False)}: ", *parts):
-            found(file("a.jsonl.zst", bytes(data), pack=False))
+            texts_of(file("a.jsonl.zst", bytes(data), pack=False))
 
 
 def test_a_window_that_memory_has_no_room_for_is_named(file, refused):
     path = file("a.jsonl.zst", streamed(31, LINES.encode()), pack=False)
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    taken = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (taken + (1 << 30), hard))
+    used_memory = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used_memory + (1 << 30), hard))
     try:
-        with refused(f"--input {path}: needs a larger window than memory has room for", "without zstd's --long"):
-            found(path)
+        with refused(f"--input {path}: needs a window larger than the free memory", "without zstd's --long"):
+            texts_of(path)
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 def test_zeros_after_a_gzip_file_are_padding(file):
     padded = gzip.compress(b"one ") + gzip.compress(b"two") + bytes(512)
-    assert found(file("a.txt.gz", padded, pack=False)) == ["one two"]
+    assert texts_of(file("a.txt.gz", padded, pack=False)) == ["one two"]
 
 
 @pytest.mark.parametrize(
@@ -184,7 +192,7 @@ def test_zeros_after_a_gzip_file_are_padding(file):
         (b'["text"]', ['has no field "text"', "--json-key"]),
         (b'"text"', ['has no field "text"']),
         (b"null", ['has no field "text"']),
-        (b'{"text": 5}', ['holds in "text" a int, no text', "--json-key"]),
+        (b'{"text": 5}', ['has a value of type int in "text", not a string', "--json-key"]),
         (b'{"text": null}', ["NoneType"]),
         (b'{"text": ["x"]}', ["list"]),
         (b'{"text": "\\ud800"}', ["is not text", "surrogates", "fix or remove it"]),
@@ -193,39 +201,39 @@ def test_zeros_after_a_gzip_file_are_padding(file):
 def test_a_bad_line_is_named(file, refused, line, parts):
     path = file("a.jsonl", b'{"text": "good"}\n\n' + line + b"\n")
     with refused(f"--input {path}: line 3", *parts):
-        found(path)
+        texts_of(path)
 
 
 def test_text_that_is_not_utf8_is_refused(file, refused):
     for separator in (None, ""):
         with refused("--input", "a.txt", "is not UTF-8", "0xe9", "iconv"):
-            found(file("a.txt", "fine\ncafé\n".encode("latin-1")), separator=separator)
+            texts_of(file("a.txt", "fine\ncafé\n".encode("latin-1")), separator=separator)
 
 
 @pytest.mark.parametrize("name", ["nowhere.txt", "folder.txt", "folder"])
 def test_what_is_no_file_is_refused(tmp_path, refused, name):
     (tmp_path / "folder.txt").mkdir()
     with refused(f"--input {tmp_path / name}: no such file", "give the path"):
-        found(str(tmp_path / name))
+        texts_of(str(tmp_path / name))
 
 
 @pytest.mark.parametrize("name", ["a", "a.csv", "a.csv.gz", "a.gz", "a.txt.bz2"])
 def test_another_kind_of_file_is_refused(file, refused, name):
     with refused(f"{name}: is neither .txt nor .jsonl", "rename it"):
-        found(file(name, "x", pack=False))
+        texts_of(file(name, "x", pack=False))
 
 
 def test_a_document_too_large_for_the_memory_is_refused(file, refused, monkeypatch):
     monkeypatch.setattr(text_files, "LONGEST_DOCUMENT", 100)
     path = file("a.txt", "x" * 99 + "\n\n" + "y" * 50 + "\n" + "z" * 51)
     with refused(f"--input {path}", "more than 100 bytes", "--txt-separator"):
-        found(path)
+        texts_of(path)
     with refused(f"--input {path}:3", "more than 100 bytes"):
-        found(path, separator="")
-    assert len(found(file("b.txt", "x" * 100))) == 1
+        texts_of(path, separator="")
+    assert len(texts_of(file("b.txt", "x" * 100))) == 1
 
 
 def test_a_missing_package_is_named(file, refused, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "zstandard", None)
     with refused("a.txt.zst: needs the package zstandard, the extra zstd", "pip install zstandard"):
-        found(file("a.txt.zst", b"", pack=False))
+        texts_of(file("a.txt.zst", b"", pack=False))

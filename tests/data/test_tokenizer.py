@@ -1,4 +1,4 @@
-"""Text to ids and back, and ids that text can never become."""
+"""Text to ids and back, and ids that text never becomes."""
 
 import json
 import random
@@ -37,7 +37,7 @@ def path(tmp_path_factory):
 
 
 def changed(path, folder, change) -> str:
-    """Return a tokenizer.json that `change` has been applied to."""
+    """Return a tokenizer.json modified by `change`."""
     description = json.loads(path.read_text())
     change(description)
     (folder / "changed.json").write_text(json.dumps(description))
@@ -79,7 +79,7 @@ def test_the_same_text_trains_the_same_tokenizer(path, tmp_path):
 
 
 def uncut(texts, vocabulary_size) -> str:
-    """Return the tokenizer.json of byte-level BPE as the library trains it, words of every length whole."""
+    """Return the tokenizer.json of byte-level BPE as the library trains it, without splitting long words."""
     library = Tokenizer(models.BPE())
     library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     library.decoder = decoders.ByteLevel()
@@ -114,7 +114,7 @@ def test_a_very_long_word_is_cut_to_train_on_and_encoded_whole(kind, tmp_path):
     text = LONG_RUNS[kind](100_000)
     start = time.process_time()
     train_tokenizer([f"a table\n{text}\nand more"], 272, tmp_path / "tokenizer.json")
-    assert time.process_time() - start < 3  # 4 to 30 s where the word is not cut
+    assert time.process_time() - start < 3  # 4 to 30 s if the word is not split
     tokenizer = HFTokenizer(str(tmp_path / "tokenizer.json"))
     assert max(map(len, json.loads(tokenizer.source)["model"]["vocab"])) <= 1000
     assert tokenizer.decode(tokenizer.encode(text)) == text
@@ -239,7 +239,7 @@ def test_null_tokenizer_has_one_more_id_and_takes_numbers_only(refused):
 
 @pytest.fixture
 def gpt2_files(tmp_path):
-    """vocab.json and merges.txt of a small byte-level BPE, in GPT-2's form: the end of a document comes last."""
+    """vocab.json and merges.txt of a small byte-level BPE, in GPT-2's form: the end-of-document token is last."""
     train_tokenizer(["the cat sat on the mat, the end of the matter " * 20], 270, tmp_path / "tokenizer.json")
     model = json.loads((tmp_path / "tokenizer.json").read_text())["model"]
     tokens = sorted((token for token in model["vocab"] if token != END), key=model["vocab"].get)
@@ -271,13 +271,13 @@ def test_gpt2_saved_as_tokenizer_json_is_the_same(gpt2_files, tmp_path):
 def test_gpt2_files_that_do_not_fit_are_refused_in_one_line(gpt2_files, tmp_path):
     vocab, merges = gpt2_files
     (tmp_path / "other.txt").write_text("#version: 0.2\nq zz\n")
-    for files, said in (
+    for files, message in (
         ((str(tmp_path / "none.json"), merges), "--vocab-file .*none.json: no such file"),
         ((vocab, str(tmp_path / "none.txt")), "--merge-file .*none.txt: no such file"),
         ((vocab, str(tmp_path / "other.txt")), "do not belong together"),
         ((merges, merges), "do not belong together"),
     ):
-        with pytest.raises(ConfigurationError, match=said):
+        with pytest.raises(ConfigurationError, match=message):
             GPT2BPETokenizer(*files)
 
 
@@ -318,7 +318,7 @@ def test_sentencepiece_ids_are_the_librarys_and_text_comes_back(pieces):
 def test_megatrons_sentencepiece_tokenizer_adds_its_ids_behind_the_models(pieces):
     plain = build_tokenizer("GPTSentencePieceTokenizer", pieces)
     tokenizer = build_tokenizer("SentencePieceTokenizer", pieces)
-    # <CLS> <SEP> <EOD> <MASK>, and a padding piece, which this model lacks; <s> and </s> it has
+    # <CLS> <SEP> <EOD> <MASK>, and a padding piece are missing in this model; it has <s> and </s>
     assert tokenizer.vocabulary_size == plain.vocabulary_size + 5
     assert tokenizer.eod == plain.vocabulary_size + 2
     ids = tokenizer.encode("the <EOD> fox <CLS>")

@@ -89,7 +89,7 @@ def test_a_wrong_world_size_is_reported_once_per_node(flags, tmp_path):
     assert end(jobs, 60) == [1, 1]
     for job in jobs:
         (line,) = job.errors()
-        assert "makes groups of 4 processes" in line and "and 2 were started" in line
+        assert "makes groups of 4 ranks" in line and "and 2 were started" in line
         assert "exitcode  : 2" in job.text()
 
 

@@ -48,7 +48,7 @@ def test_a_number_of_processes_that_does_not_fit_is_said_once(flags, tmp_path):
     job = Job([*flags, *LAYOUTS["tp2 x dp2"], "--save", tmp_path / "run"], tmp_path / "log", size=3, by_hand=True)
     assert job.wait(60)[1] == [2, 2, 2]
     (line,) = job.errors()
-    assert "--tensor-model-parallel-size 2: makes groups of 2 processes" in line and "and 3 were started" in line
+    assert "--tensor-model-parallel-size 2: makes groups of 2 ranks" in line and "and 3 were started" in line
     assert "Traceback" not in job.text() and not (tmp_path / "run").exists()
 
 
