@@ -34,7 +34,7 @@ def test_the_main_job_runs_from_end_to_end_and_resumes(tmp_path):
     small = ["--train-epochs", "1", "--eval-samples", "4", "--eval-interval", "6"]
     first = quickstart(tmp_path, *small)
     page = (tmp_path / "my runs" / "report" / "report.html").read_text()
-    assert "source code of Python" in page and "stand in the training split too" in page
+    assert "source code of Python" in page and "also occur in the training split" in page
     for name in RUNS:
         status = json.loads((tmp_path / "my runs" / name / "status.json").read_text())
         assert (status["state"], status["consumed_samples"]) == ("finished", 390)
