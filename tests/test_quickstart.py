@@ -68,7 +68,7 @@ echo the report would follow"""
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_signal_makes_all_runs_save_and_exit(number, tmp_path):
     """Ctrl-C goes to the process group, the SIGTERM of a cancelled job to the script only."""
-    log = open(tmp_path / "log", "w")
+    log = open(tmp_path / "log", "w")  # noqa: SIM115 (open while the script runs)
     command = ["bash", SCRIPT, "--num-workers", "1"]
     process = subprocess.Popen(
         command, cwd=ROOT, env=variables(tmp_path), stdout=log, stderr=log, start_new_session=True
