@@ -164,9 +164,9 @@ def nvidia_driver() -> str | None:
     if shutil.which("nvidia-smi"):
         command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=20)
-            if done.returncode == 0 and done.stdout.strip():
-                return done.stdout.split()[0]
+            result = subprocess.run(command, capture_output=True, text=True, timeout=20)
+            if result.returncode == 0 and result.stdout.strip():
+                return result.stdout.split()[0]
         except (OSError, subprocess.TimeoutExpired):
             pass  # a broken nvidia-smi does not mean that there is no driver
     version = Path("/proc/driver/nvidia/version")

@@ -126,10 +126,10 @@ def test_a_downward_import_is_allowed(module, allowed):
 
 def test_the_tree_has_no_other_top_level_files():
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    if done.returncode:
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if result.returncode:
         pytest.skip("not a git checkout")
-    assert {line.split("/")[0] for line in done.stdout.splitlines()} <= TOP_LEVEL
+    assert {line.split("/")[0] for line in result.stdout.splitlines()} <= TOP_LEVEL
 
 
 UNPICKLERS = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
@@ -247,10 +247,10 @@ def test_megatron_core_is_noticed_and_explained_once(ours_first, megatron_core):
     code = (
         "import megatron, megatron.errors, importlib.util as u; print(megatron.__file__, u.find_spec('megatron.core'))"
     )
-    done = python(code, path)
+    result = python(code, path)
     # as the warning says: ours is imported whatever the order on the path, and megatron.core is not importable
-    assert done.stdout.split() == [str(ROOT / "megatron" / "__init__.py"), "None"]
-    (line,) = done.stderr.splitlines()
+    assert result.stdout.split() == [str(ROOT / "megatron" / "__init__.py"), "None"]
+    (line,) = result.stderr.splitlines()
     assert "megatron-core 0.99.0" in line and str(ROOT / "megatron") in line and "separate environments" in line
     assert python("import megatron", path, RANK="1").stderr == ""
 
@@ -264,5 +264,5 @@ def test_an_entry_point_finds_its_own_package(tmp_path):
     (tmp_path / "megatron" / "__init__.py").write_text("raise SystemExit('the foreign package was imported')")
     environment = os.environ | {"PYTHONPATH": str(tmp_path), "PYTHONSAFEPATH": "1"}
     command = [sys.executable, ROOT / "pretrain_gpt.py", "--help"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0 and "--num-layers" in done.stdout, done.stderr
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 0 and "--num-layers" in result.stdout, result.stderr

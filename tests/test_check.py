@@ -37,17 +37,17 @@ def quiet(monkeypatch):
 
 
 def test_a_sound_machine_passes():
-    done = run()
-    assert done.returncode == 0 and not failures(done.stdout), done.stdout + done.stderr
-    names = [line.split("  ")[0] for line in done.stdout.splitlines()]
+    result = run()
+    assert result.returncode == 0 and not failures(result.stdout), result.stdout + result.stderr
+    names = [line.split("  ")[0] for line in result.stdout.splitlines()]
     assert {"python", *check.CORE, *check.OPTIONAL, "CPU", "C++ compiler", "host name"} <= set(names)
-    assert re.search(r"^gloo +2 ranks, all-reduce and broadcast ok in [\d.]+ s$", done.stdout, re.MULTILINE)
+    assert re.search(r"^gloo +2 ranks, all-reduce and broadcast ok in [\d.]+ s$", result.stdout, re.MULTILINE)
 
 
 def test_an_unusable_interface_is_named_with_the_remedy():
-    done = run(GLOO_SOCKET_IFNAME="none0")
-    (line,) = failures(done.stdout)
-    assert done.returncode == 1 and "Traceback" not in done.stdout + done.stderr
+    result = run(GLOO_SOCKET_IFNAME="none0")
+    (line,) = failures(result.stdout)
+    assert result.returncode == 1 and "Traceback" not in result.stdout + result.stderr
     assert "GLOO_SOCKET_IFNAME=none0 is not an interface with an address: unset it, or use one of lo" in line
 
 
@@ -66,9 +66,9 @@ def test_a_device_that_torch_cannot_use_is_reported(tmp_path, monkeypatch):
 
 
 def test_left_over_variables_of_torchrun_are_named():
-    done = run(RANK="0", WORLD_SIZE="2")
-    (line,) = failures(done.stdout)
-    assert done.returncode == 1 and "unset RANK WORLD_SIZE" in line
+    result = run(RANK="0", WORLD_SIZE="2")
+    (line,) = failures(result.stdout)
+    assert result.returncode == 1 and "unset RANK WORLD_SIZE" in line
 
 
 def test_a_missing_rank_is_named_after_the_limit_and_no_process_is_left(tmp_path, monkeypatch):

@@ -108,20 +108,20 @@ def documented() -> list[tuple[str, list[str]]]:
 def dry_run(script: Path, *arguments: str, **variables) -> list[list[str]]:
     """Return the commands that an example prints with DRY_RUN=1."""
     environment = os.environ | {"DRY_RUN": "1", "NPROC": "1"} | variables
-    done = subprocess.run(
+    result = subprocess.run(
         ["bash", str(script), *arguments], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=60
     )
-    assert done.returncode == 0, done.stderr
-    return commands(done.stdout)
+    assert result.returncode == 0, result.stderr
+    return commands(result.stdout)
 
 
 @lru_cache
 def help_of(*tool: Path | str) -> str:
     """Return the --help of a tool and of its subcommands."""
-    done = subprocess.run([sys.executable, *tool, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    usage = re.match(r"usage: \S+ \[-h\] \{([\w,-]+)\} \.\.\.", done.stdout)  # matches tools with subcommands
-    return done.stdout + "".join(help_of(*tool, subcommand) for subcommand in (usage[1].split(",") if usage else ()))
+    result = subprocess.run([sys.executable, *tool, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    usage = re.match(r"usage: \S+ \[-h\] \{([\w,-]+)\} \.\.\.", result.stdout)  # matches tools with subcommands
+    return result.stdout + "".join(help_of(*tool, subcommand) for subcommand in (usage[1].split(",") if usage else ()))
 
 
 def extras() -> list[str]:
@@ -157,8 +157,8 @@ def check(words: list[str]) -> None:
         missing = [name for name in flags(arguments) if not re.search(rf"{name}(?![\w-])", help_of(path))]
         assert not missing, f"{names[0]} has no {missing}"
     elif path in EXAMPLES:
-        for printed in dry_run(path, *arguments):
-            check(printed)
+        for example_commands in dry_run(path, *arguments):
+            check(example_commands)
     else:
         known = path.read_text() + " ".join(extras() if path.name == "install.sh" else ())
         missing = [name for name in flags(arguments) if name not in known]
@@ -178,35 +178,37 @@ def test_documents_have_commands():
 
 @pytest.mark.parametrize("script", scripts(), ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_script_is_valid_bash(script):
-    done = subprocess.run(["bash", "-n", script], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    result = subprocess.run(["bash", "-n", script], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
 
 
 @pytest.mark.parametrize("world_size", ["1", "2"])
 @pytest.mark.parametrize("script", EXAMPLES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_example_prints_commands_that_parse(script, world_size):
-    printed = dry_run(script, NPROC=world_size)
-    for words in printed:
+    example_commands = dry_run(script, NPROC=world_size)
+    for words in example_commands:
         check(words)
-    runs = [words for words in printed if any(word in OBJECTIVES for word in words)]
+    runs = [words for words in example_commands if any(word in OBJECTIVES for word in words)]
     assert runs and all(("torch.distributed.run" in words) == (world_size == "2") for words in runs)
 
 
 def test_the_benchmark_of_a_gpu_prints_commands_that_parse(tmp_path):
     script = ROOT / "benchmarks" / "gpu.sh"
     variables = {"PYTHON": "python", "PUBLISHED": str(tmp_path)}
-    printed = dry_run(script, **variables)
-    assert {words[words.index("--model-size") + 1] for words in printed if "--model-size" in words} == {
+    example_commands = dry_run(script, **variables)
+    assert {words[words.index("--model-size") + 1] for words in example_commands if "--model-size" in words} == {
         "140M", "425M", "1018M", "2283M"
     }  # fmt: skip
-    for words in printed:
+    for words in example_commands:
         if "pytest" not in words:
             check(words)
-    assert dry_run(script, "140M", **variables) == printed[1:2]
+    assert dry_run(script, "140M", **variables) == example_commands[1:2]
     ours_only = dry_run(script, **variables | {"PUBLISHED": str(tmp_path / "none")})
-    assert len(ours_only) < len(printed) and not any("published" in word for words in ours_only for word in words)
-    done = subprocess.run(["bash", script, "140M", "14M"], capture_output=True, text=True, env=os.environ | variables)
-    assert done.returncode == 2 and "gpu.sh 14M" in done.stderr and not done.stdout
+    assert len(ours_only) < len(example_commands) and not any(
+        "published" in word for words in ours_only for word in words
+    )
+    result = subprocess.run(["bash", script, "140M", "14M"], capture_output=True, text=True, env=os.environ | variables)
+    assert result.returncode == 2 and "gpu.sh 14M" in result.stderr and not result.stdout
 
 
 @pytest.mark.parametrize("script", EXAMPLES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -230,8 +232,8 @@ def test_every_flag_that_a_document_names_exists(document):
     texts += [path.read_text() for path in scripts()]
     known |= {name for text in texts for name in re.findall(r"--[a-z][\w-]*", text)}
     known |= set(extras())
-    used = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", document.read_text()))
-    assert used <= known, f"unknown: {sorted(used - known)}"
+    mentioned = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", document.read_text()))
+    assert mentioned <= known, f"unknown: {sorted(mentioned - known)}"
 
 
 @pytest.mark.parametrize(

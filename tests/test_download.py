@@ -117,8 +117,8 @@ def download(clone, *flags, **more):
     return subprocess.run(command, env=environment(clone, **more), capture_output=True, text=True, timeout=60)
 
 
-def errors(done) -> list[str]:
-    return [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+def errors(result) -> list[str]:
+    return [line for line in result.stderr.splitlines() if line.startswith("error: ")]
 
 
 def assert_complete(clone, published):
@@ -128,8 +128,8 @@ def assert_complete(clone, published):
 
 
 def test_downloaded_files_are_readable_data_and_tokenizer(clone, published):
-    done = download(clone)
-    assert (done.returncode, done.stderr) == (0, "")
+    result = download(clone)
+    assert (result.returncode, result.stderr) == (0, "")
     assert_complete(clone, published)
     tokenizer = GPT2BPETokenizer(str(clone / "data" / VOCAB), str(clone / "data" / MERGES))
     assert tokenizer.decode(tokenizer.encode("the cat")) == "the cat" and tokenizer.vocabulary_size == 270
@@ -143,9 +143,9 @@ def test_downloaded_files_are_readable_data_and_tokenizer(clone, published):
 def test_nothing_is_fetched_twice(clone, server):
     download(clone)
     server.requests.clear()
-    done = download(clone)
-    assert (done.returncode, done.stderr, server.requests) == (0, "", [])
-    assert done.stdout.splitlines() == [f"data/{name}: complete" for name in NAMES]
+    result = download(clone)
+    assert (result.returncode, result.stderr, server.requests) == (0, "", [])
+    assert result.stdout.splitlines() == [f"data/{name}: complete" for name in NAMES]
 
 
 def test_another_folder(clone, published):
@@ -160,8 +160,8 @@ def test_a_partial_file_is_resumed(clone, server, published, ranges):
     (clone / "data").mkdir()
     for name in (VOCAB, f"{TRAIN}.bin"):
         (clone / "data" / f"{name}.partial").write_bytes(published[name][:1000])
-    done = download(clone)
-    assert done.returncode == 0 and f"{server.url}/{VOCAB}, resumed" in done.stdout
+    result = download(clone)
+    assert result.returncode == 0 and f"{server.url}/{VOCAB}, resumed" in result.stdout
     assert_complete(clone, published)
     starts = [start for name, start in server.requests if name == f"{TRAIN}.bin"]
     assert starts == ([1000] if ranges else [1000, None])
@@ -214,9 +214,9 @@ def test_a_busy_server_is_retried(clone, server, published):
 )
 def test_a_wrong_file_is_removed_and_named(clone, server, published, name, change, message):
     server.files[name] = change(published[name])
-    done = download(clone)
-    error = errors(done)[0]
-    assert done.returncode == 1 and error.startswith(f"error: data/{name}: ") and re.search(message, error)
+    result = download(clone)
+    error = errors(result)[0]
+    assert result.returncode == 1 and error.startswith(f"error: data/{name}: ") and re.search(message, error)
     assert "it was removed: run this again" in error and f"{server.url}/{name} is not what was published" in error
     assert not list((clone / "data").glob(f"{name}*"))
 
@@ -225,27 +225,27 @@ def test_a_bin_with_another_index_than_its_own_is_refused(clone, server, publish
     server.files[f"{TRAIN}.bin"] = published[f"{TRAIN}.bin"][:-2]
     manifest = clone / "manifest"
     manifest.write_text(manifest.read_text().replace(" 60010 - train", " 60008 - train"))
-    done = download(clone)
-    assert done.returncode == 1 and "has 60008 bytes, and its .idx says 60010" in errors(done)[0]
+    result = download(clone)
+    assert result.returncode == 1 and "has 60008 bytes, and its .idx says 60010" in errors(result)[0]
     assert not (clone / "data" / "train_c4_100m.txt").exists() and (clone / "data" / "val_c4.txt").exists()
 
 
 def test_a_wrong_file_that_existed_before_is_left_alone(clone, server):
     (clone / "data").mkdir()
     (clone / "data" / VOCAB).write_text("{}")
-    done = download(clone)
-    assert done.returncode == 1 and len(errors(done)) == 1
-    assert re.search(rf"data/{VOCAB}: has 2 bytes, expected \d+; .* remove it and run this again", errors(done)[0])
+    result = download(clone)
+    assert result.returncode == 1 and len(errors(result)) == 1
+    assert re.search(rf"data/{VOCAB}: has 2 bytes, expected \d+; .* remove it and run this again", errors(result)[0])
     assert (clone / "data" / VOCAB).read_text() == "{}" and VOCAB not in dict(server.requests)
 
 
 def test_a_missing_file_does_not_stop_the_others(clone, server):
     del server.files[MERGES], server.files[f"{TRAIN}.idx"]
-    done = download(clone)
-    assert done.returncode == 1
-    assert [line.split(": ")[1] for line in errors(done)] == [f"data/{name}" for name in NAMES[1:4]]
-    assert f"{server.url}/{MERGES}: The requested URL returned error: 404" in errors(done)[0]
-    assert f"needs a sound data/{TRAIN}.idx first" in errors(done)[2]
+    result = download(clone)
+    assert result.returncode == 1
+    assert [line.split(": ")[1] for line in errors(result)] == [f"data/{name}" for name in NAMES[1:4]]
+    assert f"{server.url}/{MERGES}: The requested URL returned error: 404" in errors(result)[0]
+    assert f"needs a sound data/{TRAIN}.idx first" in errors(result)[2]
     assert {path.name for path in (clone / "data").iterdir()} == {VOCAB, *NAMES[4:], "val_c4.txt"}
     assert len([name for name, _ in server.requests if name == MERGES]) == 1  # a 404 is not retried
 
@@ -256,14 +256,14 @@ def test_a_server_that_cannot_be_reached(clone):
         address = f"http://127.0.0.1:{closed.getsockname()[1]}"
         manifest = clone / "manifest"
         manifest.write_text(re.sub(r"http://[^/]*", address, manifest.read_text()))
-        done = download(clone)
-    assert done.returncode == 1 and len(errors(done)) == len(NAMES) and not list((clone / "data").iterdir())
-    assert f"error: data/{VOCAB}: {address}/{VOCAB}: Failed to connect" in errors(done)[0]
-    assert "on another machine (DRY_RUN=1 prints names and addresses)" in done.stderr.splitlines()[-1]
+        result = download(clone)
+    assert result.returncode == 1 and len(errors(result)) == len(NAMES) and not list((clone / "data").iterdir())
+    assert f"error: data/{VOCAB}: {address}/{VOCAB}: Failed to connect" in errors(result)[0]
+    assert "on another machine (DRY_RUN=1 prints names and addresses)" in result.stderr.splitlines()[-1]
 
 
 def test_a_full_disk_leaves_a_partial_file_that_resumes(clone, server, published):
-    done = subprocess.run(
+    result = subprocess.run(
         ["bash", clone / "download.sh"],
         env=environment(clone),
         capture_output=True,
@@ -271,7 +271,9 @@ def test_a_full_disk_leaves_a_partial_file_that_resumes(clone, server, published
         restore_signals=False,  # Python ignores SIGXFSZ, so a write fails as on a full disk
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000)),
     )
-    assert done.returncode == 1 and len(errors(done)) == 1 and f"data/{TRAIN}.bin: {server.url}" in errors(done)[0]
+    assert (
+        result.returncode == 1 and len(errors(result)) == 1 and f"data/{TRAIN}.bin: {server.url}" in errors(result)[0]
+    )
     assert 0 < (clone / "data" / f"{TRAIN}.bin.partial").stat().st_size <= 40_000
     assert not (clone / "data" / f"{TRAIN}.bin").exists()
     assert download(clone).returncode == 0
@@ -300,9 +302,11 @@ def test_an_interrupted_run_leaves_a_partial_file_that_resumes(clone, server, pu
 
 def test_a_terminal_sees_a_progress_bar(clone):
     master, slave = pty.openpty()
-    done = subprocess.run(["bash", clone / "download.sh"], env=environment(clone), stdout=subprocess.PIPE, stderr=slave)
+    result = subprocess.run(
+        ["bash", clone / "download.sh"], env=environment(clone), stdout=subprocess.PIPE, stderr=slave
+    )
     os.close(slave)
-    assert done.returncode == 0 and b"#" in os.read(master, 100_000)
+    assert result.returncode == 0 and b"#" in os.read(master, 100_000)
     os.close(master)
 
 
@@ -316,8 +320,12 @@ def test_a_terminal_sees_a_progress_bar(clone):
     ],
 )
 def test_a_mistake_is_reported_in_one_line(clone, server, flags, more, message):
-    done = download(clone, *flags, **more)
-    assert (done.returncode, len(errors(done)), len(done.stderr.splitlines())) == (2, 1, 1) and message in done.stderr
+    result = download(clone, *flags, **more)
+    assert (result.returncode, len(errors(result)), len(result.stderr.splitlines())) == (
+        2,
+        1,
+        1,
+    ) and message in result.stderr
     assert not server.requests and not (clone / "data").exists()
 
 
@@ -335,23 +343,23 @@ def test_a_missing_tool_is_reported_in_one_line(clone, missing):
     tools.mkdir()
     for tool in {"bash", "dirname", "curl", "python3", "sha256sum"} - {missing}:
         (tools / tool).symlink_to(shutil.which(tool))
-    done = download(clone, PATH=str(tools))
-    assert (done.returncode, done.stderr) == (2, f"error: {missing}: not found; install it and run this again\n")
+    result = download(clone, PATH=str(tools))
+    assert (result.returncode, result.stderr) == (2, f"error: {missing}: not found; install it and run this again\n")
 
 
 def test_help_teaches(clone):
-    done = download(clone, "--help")
-    assert done.returncode == 0 and done.stderr == "" and not (clone / "data").exists()
+    result = download(clone, "--help")
+    assert result.returncode == 0 and result.stderr == "" and not (clone / "data").exists()
     for word in ("--dir DIR", "DRY_RUN=1", "GPT2_URL", "C4_URL", "MANIFEST=FILE", "Exit codes"):
-        assert word in done.stdout
+        assert word in result.stdout
 
 
 def dry_run_table(clone, **more) -> dict:
     """Return file -> (address, size) that DRY_RUN=1 prints for the built-in table."""
-    done = download(clone, DRY_RUN="1", MANIFEST="", **more)
-    assert (done.returncode, done.stderr) == (0, "") and not (clone / "data").exists()
+    result = download(clone, DRY_RUN="1", MANIFEST="", **more)
+    assert (result.returncode, result.stderr) == (0, "") and not (clone / "data").exists()
     lines = [
-        re.fullmatch(r"would fetch data/(\S+) \((\S+) bytes\) from (\S+)", line) for line in done.stdout.splitlines()
+        re.fullmatch(r"would fetch data/(\S+) \((\S+) bytes\) from (\S+)", line) for line in result.stdout.splitlines()
     ]
     return {line[1]: (line[3], line[2]) for line in lines}
 
@@ -384,5 +392,5 @@ def test_dry_run_leaves_out_existing_files(clone, published):
     (clone / "data").mkdir()
     for name in NAMES[1:]:
         (clone / "data" / name).write_bytes(published[name])
-    done = download(clone, DRY_RUN="1")
-    assert done.returncode == 0 and [line.split()[2] for line in done.stdout.splitlines()] == [f"data/{VOCAB}"]
+    result = download(clone, DRY_RUN="1")
+    assert result.returncode == 0 and [line.split()[2] for line in result.stdout.splitlines()] == [f"data/{VOCAB}"]

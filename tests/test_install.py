@@ -44,19 +44,19 @@ esac
     ],
 )
 def test_what_is_missing_is_named_in_one_line(flags, machine, message, tmp_path):
-    done = install(tmp_path, *flags, **machine)
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and message in done.stderr
-    assert len(done.stderr.splitlines()) == 1 and not (tmp_path / ".venv").exists()
+    result = install(tmp_path, *flags, **machine)
+    assert result.returncode == 2 and result.stderr.startswith("error: ") and message in result.stderr
+    assert len(result.stderr.splitlines()) == 1 and not (tmp_path / ".venv").exists()
 
 
 def test_a_sound_machine_reaches_the_creation_of_the_environment(tmp_path):
-    done = install(tmp_path)
-    assert done.returncode == 7 and "making" in done.stderr
+    result = install(tmp_path)
+    assert result.returncode == 7 and "making" in result.stderr
 
 
 def test_extras_are_installed_together_and_installed_ones_are_kept(tmp_path):
-    done = install(tmp_path, "--with-wandb", "--with-test")
-    assert "this package[test,wandb], into .venv" in done.stdout
+    result = install(tmp_path, "--with-wandb", "--with-test")
+    assert "this package[test,wandb], into .venv" in result.stdout
     (tmp_path / ".venv").mkdir()
     (tmp_path / ".venv" / "installed").write_text("what it was made from  -\n3.11 [wandb,of-old]\n")
     assert "this package[tensorboard,wandb], into .venv" in install(tmp_path, "--with-tensorboard").stdout
@@ -70,6 +70,6 @@ def test_nothing_is_installed_twice():
     env = {name: value for name, value in os.environ.items() if name != "PYTHON"}
     for flags in ([], ["--with-test"]):
         command = ["bash", "install.sh", *flags]
-        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-        assert done.returncode == 0 and done.stdout == ""
+        result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+        assert result.returncode == 0 and result.stdout == ""
     assert (ROOT / ".venv" / "installed").stat().st_mtime_ns == before

@@ -49,11 +49,11 @@ def with_data(clone):
 def script(clone, name, *flags, code=0, **variables):
     """Run a script and check its exit code."""
     command = ["bash", f"examples_scaling/quickstart/{name}", *flags]
-    done = subprocess.run(
+    result = subprocess.run(
         command, cwd=clone, env=environment() | variables, capture_output=True, text=True, timeout=120
     )
-    assert done.returncode == code, done.stderr[-3000:]
-    return done
+    assert result.returncode == code, result.stderr[-3000:]
+    return result
 
 
 @pytest.mark.parametrize("objective", ["ar", pytest.param("mdm", marks=pytest.mark.slow)])
@@ -68,8 +68,8 @@ def test_training_is_stopped_resumed_and_evaluated(objective, with_data):
     assert json.loads((run / "status.json").read_text())["state"] == "finished"
     last = records(run, "valid")[-1]
     assert last["alignment"] == "published" and last["loss"] < math.log(300)
-    done = script(with_data, f"eval_{objective}.sh")
-    (record,) = map(json.loads, done.stdout.splitlines()[1:])
+    result = script(with_data, f"eval_{objective}.sh")
+    (record,) = map(json.loads, result.stdout.splitlines()[1:])
     assert (record["iteration"], record["num_mc"]) == (last["iteration"], 8 if objective == "mdm" else 1)
     assert record["mc_se"] is None if objective == "ar" else 0 < record["mc_se"] < 1
     assert record["loss"] == pytest.approx(last["loss"], abs=0.5)
@@ -77,15 +77,15 @@ def test_training_is_stopped_resumed_and_evaluated(objective, with_data):
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_without_the_data_one_line_names_what_fetches_it(name, clone):
-    done = script(clone, name, code=2)
-    assert done.stderr == "error: data/train_c4_100m.txt: does not exist; bash download.sh fetches it\n"
-    assert not done.stdout and not (clone / "runs").exists()
+    result = script(clone, name, code=2)
+    assert result.stderr == "error: data/train_c4_100m.txt: does not exist; bash download.sh fetches it\n"
+    assert not result.stdout and not (clone / "runs").exists()
 
 
 def test_an_evaluation_without_its_run_names_what_trains_it(with_data):
-    done = script(with_data, "eval_mdm.sh", code=2)
+    result = script(with_data, "eval_mdm.sh", code=2)
     message = "error: runs/mdm_best_on_100m: does not exist; bash examples_scaling/quickstart/train_mdm.sh trains it\n"
-    assert done.stderr == message
+    assert result.stderr == message
 
 
 @pytest.mark.parametrize("devices, world_size", [(0, 1), (1, 1), (2, 2), (3, 2), (5, 4), (8, 8)])

@@ -25,9 +25,9 @@ def variables(folder) -> dict:
 def quickstart(folder, *flags):
     """Run the script and return its output."""
     command = ["bash", SCRIPT, *flags]
-    done = subprocess.run(command, cwd=ROOT, env=variables(folder), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    result = subprocess.run(command, cwd=ROOT, env=variables(folder), capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
 
 
 def test_the_quickstart_runs_end_to_end_and_resumes(tmp_path):
@@ -48,9 +48,9 @@ def test_dry_run_prints_commands_and_does_nothing(tmp_path):
     command = ["bash", SCRIPT, "--seed", "2"]
     # the script uses the environment of install.sh, not the active one
     env = variables(tmp_path) | {"DRY_RUN": "1", "VIRTUAL_ENV": "/another/environment"}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True)
-    assert all(line.startswith(".venv/bin/python ") for line in done.stdout.splitlines())
-    assert len(done.stdout.splitlines()) == 6 and done.stdout.count("--seed 2") == 4
+    result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+    assert all(line.startswith(".venv/bin/python ") for line in result.stdout.splitlines())
+    assert len(result.stdout.splitlines()) == 6 and result.stdout.count("--seed 2") == 4
     assert not any(tmp_path.iterdir())
 
 
@@ -61,8 +61,8 @@ in_background slow sleep 1
 in_background fast bash -c "exit 3"
 wait_all
 echo the report would follow"""
-    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 3 and "report" not in done.stdout
+    result = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 3 and "report" not in result.stdout
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])

@@ -193,7 +193,8 @@ def validation_records(trained: Trained, average: bool | None = None) -> list[di
 def _limits(trained: Trained, masked: bool) -> Iterator[str]:
     config = trained.config
     yield f"It was trained on sequences of at most {config.data.seq_length} tokens."
-    yield "It was trained on the data above only, for the number of epochs given there."
+    if "imported" not in trained.recorded:  # earlier training is unknown
+        yield "It was trained on the data above only, for the number of epochs given there."
     yield "It was not trained to follow instructions, and its output has not been checked for truth or harm."
     if config.model.softmax_over_padding:
         yield (

@@ -90,10 +90,10 @@ def caveats(rows: list[dict], runs: list[Run]) -> list[str]:
         flops_by_run = ", ".join(f"{row['name']} {row['last']['flops']:.1e}" for row in rows)
         lines.append(f"The runs did not use the same compute (FLOPs: {flops_by_run}).")
     for name, shared in (runs[0].config["shared_13grams"] or {}).items():
-        sampled = "" if shared["sampled"] == 1 else f" (measured on {shared['sampled']:.1%} of its documents)"
+        sample_note = "" if shared["sampled"] == 1 else f" (measured on {shared['sampled']:.1%} of its documents)"
         lines.append(
             f"Contamination: {shared['ngrams']:.1%} of the word 13-grams of the {name} set, in "
-            f"{shared['documents']:.0%} of its documents, also occur in the training split{sampled}."
+            f"{shared['documents']:.0%} of its documents, also occur in the training split{sample_note}."
         )
     source = "source code, not prose" if runs[0].config["corpus_source"] == "python-stdlib" else "one corpus"
     seeds = {run.config["training"]["seed"] for run in runs}

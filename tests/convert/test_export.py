@@ -46,8 +46,8 @@ def recorded_loss(folder, name: str) -> float:
 
 
 def test_an_autoregressive_run_gives_its_loss_in_plain_transformers(runs, tmp_path):
-    done = convert("to-hf", runs / "ar", "--output", tmp_path / "ar", process=True)
-    assert "LlamaForCausalLM, a causal language model over 257 ids in float32" in done.stdout and not done.stderr
+    result = convert("to-hf", runs / "ar", "--output", tmp_path / "ar", process=True)
+    assert "LlamaForCausalLM, a causal language model over 257 ids in float32" in result.stdout and not result.stderr
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "ar")
     assert loss(model, runs / "ar") == pytest.approx(recorded_loss(runs / "ar", "tuning"), rel=1e-5)
     assert model.config.max_position_embeddings == 32 and model.config.vocab_size == 257
@@ -64,10 +64,10 @@ def test_an_autoregressive_run_gives_its_loss_in_plain_transformers(runs, tmp_pa
 
 
 def test_a_masked_diffusion_run_is_a_masked_language_model_and_no_causal_one(runs, tmp_path):
-    done = convert("to-hf", runs / "mdm", "--output", tmp_path / "mdm", "--checkpoint", "best")
+    result = convert("to-hf", runs / "mdm", "--output", tmp_path / "mdm", "--checkpoint", "best")
     folder_mode = (tmp_path / "mdm").stat().st_mode & 0o666
     assert {path.stat().st_mode & 0o777 for path in (tmp_path / "mdm").iterdir()} == {folder_mode}
-    assert "EuroBertForMaskedLM, a masked language model over 258 ids" in done.stdout and not done.stderr
+    assert "EuroBertForMaskedLM, a masked language model over 258 ids" in result.stdout and not result.stderr
     model = AutoModelForMaskedLM.from_pretrained(tmp_path / "mdm")
     best = json.loads((runs / "mdm" / "checkpoints" / "best.json").read_text())
     assert loss(model, runs / "mdm") == pytest.approx(best["loss"], rel=1e-5)
@@ -169,13 +169,13 @@ def test_a_run_whose_data_are_gone_is_exported_by_the_file_of_its_tokenizer(runs
         tmp_path / "run",
         data={"tokenizer_type": "HFTokenizer", "train_data_path": [f"{tmp_path}/gone/train"]},
     )
-    done = convert("to-hf", moved, "--output", tmp_path / "hf", check=False)
-    assert done.returncode == 2 and not (tmp_path / "hf").exists()
-    assert done.stderr.startswith(
+    result = convert("to-hf", moved, "--output", tmp_path / "hf", check=False)
+    assert result.returncode == 2 and not (tmp_path / "hf").exists()
+    assert result.stderr.startswith(
         f"error: {tmp_path}/gone/train.json: is gone, or names no tokenizer, and that of {moved}"
     )
-    done = convert("to-hf", moved, "--output", tmp_path / "hf", "--tokenizer-model", tmp_path / "x", check=False)
-    assert done.stderr.startswith(f"error: --tokenizer-model {tmp_path}/x: no such file")
+    result = convert("to-hf", moved, "--output", tmp_path / "hf", "--tokenizer-model", tmp_path / "x", check=False)
+    assert result.stderr.startswith(f"error: --tokenizer-model {tmp_path}/x: no such file")
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
@@ -233,9 +233,9 @@ def test_what_cannot_be_exported_is_refused_in_one_line(runs, tmp_path):
         with pytest.raises(ConfigurationError, match=re.escape(message)):
             export(trained, output, **arguments)
         assert not out.exists()
-    done = convert("to-hf", runs / "ar", "--output", tmp_path / "mixed_hf", check=False)
-    assert done.returncode == 2 and not done.stdout
+    result = convert("to-hf", runs / "ar", "--output", tmp_path / "mixed_hf", check=False)
+    assert result.returncode == 2 and not result.stdout
     assert (
-        done.stderr
+        result.stderr
         == f"error: --output {tmp_path}/mixed_hf: exists already; name a new folder, or move this one away\n"
     )

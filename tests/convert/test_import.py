@@ -53,8 +53,8 @@ def test_there_and_back(name, objective, runs, tmp_path, capsys):
     before = open_trained(str(runs / name))
     export(before, tmp_path / "hf", max_shard_size="20KB")
     if name == "ar":
-        done = convert("from-hf", tmp_path / "hf", "--output", tmp_path / "back")
-        assert not done.stderr and f"{tmp_path}/back: the run ar as it was at step 12" in done.stdout
+        result = convert("from-hf", tmp_path / "hf", "--output", tmp_path / "back")
+        assert not result.stderr and f"{tmp_path}/back: the run ar as it was at step 12" in result.stdout
     else:
         import_folder(tmp_path / "hf", tmp_path / "back")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "hf"]
@@ -139,12 +139,14 @@ def foreign(path, kind="llama", **settings):
         "eurobert": (EuroBertConfig, EuroBertForMaskedLM),
     }
     config, model = families[kind]
-    twin = model(config(**{**SIZES, "pad_token_id": None, "bos_token_id": 1, "eos_token_id": 2, **settings})).eval()
-    for name, parameter in twin.named_parameters():
+    reference = model(
+        config(**{**SIZES, "pad_token_id": None, "bos_token_id": 1, "eos_token_id": 2, **settings})
+    ).eval()
+    for name, parameter in reference.named_parameters():
         if name != "lm_head.bias":
             parameter.data += 0.1 * torch.randn(parameter.shape)
-    twin.save_pretrained(path, max_shard_size="30KB")
-    return twin
+    reference.save_pretrained(path, max_shard_size="30KB")
+    return reference
 
 
 FOREIGN = {
@@ -162,7 +164,7 @@ FOREIGN = {
 @torch.no_grad()
 def test_a_folder_made_by_others_computes_the_same(name, tmp_path):
     kind, settings = name.split()[0], FOREIGN[name]
-    twin = foreign(tmp_path / "hf", kind, **settings)
+    reference = foreign(tmp_path / "hf", kind, **settings)
     lines = import_folder(tmp_path / "hf", tmp_path / "run", seq_length=24)
     trained = open_trained(str(tmp_path / "run"))
     size, mask = trained.vocabulary.size, settings.get("mask_token_id")
@@ -175,9 +177,9 @@ def test_a_folder_made_by_others_computes_the_same(name, tmp_path):
         tokens[:, ::3] = mask
         ours = torch.where(tokens == mask, trained.vocabulary.mask_id, tokens)
     logits = trained.model().logits(ours, causal=not mask)
-    torch.testing.assert_close(logits, twin(tokens).logits[..., :size], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits, reference(tokens).logits[..., :size], rtol=1e-5, atol=1e-5)
     export(trained, tmp_path / "again")
-    exported = type(twin).from_pretrained(tmp_path / "again")
+    exported = type(reference).from_pretrained(tmp_path / "again")
     torch.testing.assert_close(exported(ours).logits[..., :size], logits, rtol=1e-5, atol=1e-5)
     assert "Data: unknown" in (tmp_path / "again" / "README.md").read_text()
     assert (mask == 17) == ("[MASK] is id 300 here: its row is that of their mask token, 17" in lines)
@@ -187,9 +189,9 @@ def test_a_folder_made_by_others_computes_the_same(name, tmp_path):
 def test_old_spellings_half_precision_and_a_tokenizer(tmp_path):
     train_tokenizer(["the quick brown fox " * 3], 270, tmp_path / "tokenizer.json")
     rope = {"rope_type": "default", "rope_theta": 777.0}
-    twin = foreign(tmp_path / "fp32", tie_word_embeddings=True, rope_parameters=rope)
-    twin.bfloat16().save_pretrained(tmp_path / "hf")
-    twin = LlamaForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
+    reference = foreign(tmp_path / "fp32", tie_word_embeddings=True, rope_parameters=rope)
+    reference.bfloat16().save_pretrained(tmp_path / "hf")
+    reference = LlamaForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     for name in ("rope_parameters", "head_dim", "mlp_bias", "attention_bias", "dtype"):
         del config[name]
@@ -206,7 +208,7 @@ def test_old_spellings_half_precision_and_a_tokenizer(tmp_path):
     assert f"vocabulary rows 300 to {trained.vocabulary.padded_size - 1} are newly initialised" in lines
     assert not (tmp_path / "executed").exists()
     tokens = torch.randint(trained.vocabulary.size, (1, 30), generator=torch.Generator().manual_seed(1))
-    expected = twin(tokens).logits[..., : trained.vocabulary.size]
+    expected = reference(tokens).logits[..., : trained.vocabulary.size]
     torch.testing.assert_close(trained.model().logits(tokens, causal=True), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -299,10 +301,10 @@ def test_rotary_positions_that_nothing_scales_are_imported_in_every_spelling(nam
 def test_qwen3_and_eurobert_with_what_we_lack_are_refused(tmp_path):
     foreign(tmp_path / "window", "qwen3", use_sliding_window=True, sliding_window=8, max_window_layers=1)
     foreign(tmp_path / "bias", "qwen3", attention_bias=True)
-    twin = foreign(tmp_path / "head", "eurobert", mlp_bias=True, attention_bias=True, mask_token_id=3)
-    twin.lm_head.bias.data[5] = 1.0
+    reference = foreign(tmp_path / "head", "eurobert", mlp_bias=True, attention_bias=True, mask_token_id=3)
+    reference.lm_head.bias.data[5] = 1.0
     shutil.rmtree(tmp_path / "head")
-    twin.save_pretrained(tmp_path / "head")
+    reference.save_pretrained(tmp_path / "head")
     foreign(tmp_path / "mask", "eurobert", mask_token_id=300)
     for name, message in (
         ("window", "use_sliding_window true"),

@@ -22,18 +22,18 @@ def llama(masked=False, **settings):
     """Return a transformers model with nontrivial weights."""
     torch.manual_seed(2)
     settings = {**SIZES, "tie_word_embeddings": True, **settings}
-    twin = EuroBertForMaskedLM(EuroBertConfig(**settings)) if masked else LlamaForCausalLM(LlamaConfig(**settings))
-    for name, parameter in twin.named_parameters():
+    reference = EuroBertForMaskedLM(EuroBertConfig(**settings)) if masked else LlamaForCausalLM(LlamaConfig(**settings))
+    for name, parameter in reference.named_parameters():
         if name != "lm_head.bias":
             parameter.data += 0.2 * torch.randn(parameter.shape)
-    return twin.eval()
+    return reference.eval()
 
 
-def write(twin, folder, tp=1, norm_at=5, by_head=False):
+def write(reference, folder, tp=1, norm_at=5, by_head=False):
     """Write what Megatron-DeepSpeed saves of the same model with a pipeline and `tp` tensor-parallel ranks."""
     folder.mkdir(parents=True)
-    weights = twin.state_dict()
-    kinds = ["weight", "bias"] if twin.config.attention_bias else ["weight"]
+    weights = reference.state_dict()
+    kinds = ["weight", "bias"] if reference.config.attention_bias else ["weight"]
     vocabulary_rows, heads, mlp = (size // tp for size in (384, 32, 48))  # per rank
 
     def save(layer, rank, tensors):
@@ -67,7 +67,7 @@ def write(twin, folder, tp=1, norm_at=5, by_head=False):
             block["post_attention_layernorm.weight"] = weights[f"model.layers.{layer}.post_attention_layernorm.weight"]
             save(2 + layer, rank, block)
         save(norm_at, rank, {"weight": weights["model.norm.weight"]})
-        if not twin.config.tie_word_embeddings:
+        if not reference.config.tie_word_embeddings:
             save(norm_at + 1, rank, {"lm_head.weight": weights["lm_head.weight"][vocabulary_shard]})
     # other files of the folder are not read
     (folder / "mp_rank_00_model_states.pt").write_bytes(b"a pickle with a namespace")
@@ -85,15 +85,15 @@ def write(twin, folder, tp=1, norm_at=5, by_head=False):
 )
 @torch.no_grad()
 def test_logits_are_those_of_transformers(tp, norm_at, masked, settings, flags, tmp_path):
-    twin = llama(masked, **settings)
-    write(twin, tmp_path / "theirs", tp, norm_at)
+    reference = llama(masked, **settings)
+    write(reference, tmp_path / "theirs", tp, norm_at)
     lines = import_checkpoint(tmp_path / "theirs", tmp_path / "run", [*FLAGS, *flags.split()])
     assert lines[0] == f"{tmp_path}/run: a run of --objective {'mdm' if masked else 'ar'} over 257 ids, at step 0"
     trained = open_trained(str(tmp_path / "run"))
     tokens = torch.randint(257 + masked, (2, 24), generator=torch.Generator().manual_seed(1))  # [MASK] is 257
-    expected = twin(tokens).logits[..., :257]
+    expected = reference(tokens).logits[..., :257]
     torch.testing.assert_close(trained.model().logits(tokens, causal=not masked), expected, rtol=1e-5, atol=1e-5)
-    assert torch.equal(trained.model().embed_tokens.weight, twin.get_input_embeddings().weight)  # unused rows too
+    assert torch.equal(trained.model().embed_tokens.weight, reference.get_input_embeddings().weight)  # unused rows too
     assert trained.recorded["objective_name"] == ("mdm" if masked else "ar")
     assert (trained.meta["iteration"], trained.meta["consumed_samples"]) == (0, 0)
 
@@ -101,10 +101,10 @@ def test_logits_are_those_of_transformers(tp, norm_at, masked, settings, flags, 
 @pytest.mark.parametrize("tp", [1, 2])
 @torch.no_grad()
 def test_queries_keys_and_values_of_each_head_together(tp, tmp_path):
-    twin = llama(attention_bias=True, mlp_bias=True)
-    write(twin, tmp_path / "theirs", tp, by_head=True)
+    reference = llama(attention_bias=True, mlp_bias=True)
+    write(reference, tmp_path / "theirs", tp, by_head=True)
     tokens, flags = torch.arange(24)[None], [*FLAGS, "--add-bias-linear"]
-    expected = twin(tokens).logits[..., :257]
+    expected = reference(tokens).logits[..., :257]
     import_checkpoint(tmp_path / "theirs", tmp_path / "right", flags, by_head=True)
     logits = open_trained(str(tmp_path / "right")).model().logits(tokens, causal=True)
     torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
@@ -116,14 +116,16 @@ def test_queries_keys_and_values_of_each_head_together(tp, tmp_path):
 def test_by_the_command_and_by_the_file_that_names_the_latest(tmp_path):
     write(llama(), tmp_path / "save" / "global_step7", tp=2)
     (tmp_path / "save" / "latest").write_text("global_step7\n")
-    done = convert("from-megatron-deepspeed", tmp_path / "save", "--output", tmp_path / "run", *FLAGS, "--qkv-by-head")
-    assert not done.stderr and "--num-layers 3 --hidden-size 32" in done.stdout
+    result = convert(
+        "from-megatron-deepspeed", tmp_path / "save", "--output", tmp_path / "run", *FLAGS, "--qkv-by-head"
+    )
+    assert not result.stderr and "--num-layers 3 --hidden-size 32" in result.stdout
     assert open_trained(str(tmp_path / "run")).vocabulary.size == 257
 
 
 def test_the_extra_mask_row_of_an_untied_embedding_is_used(tmp_path):
-    twin = llama(tie_word_embeddings=False)
-    write(twin, tmp_path / "theirs")
+    reference = llama(tie_word_embeddings=False)
+    write(reference, tmp_path / "theirs")
     file = tmp_path / "theirs" / "layer_01-model_00-model_states.pt"
     table = torch.load(file, weights_only=True)["word_embeddings.weight"]
     row = torch.full((1, 32), 7.0)
@@ -133,7 +135,7 @@ def test_the_extra_mask_row_of_an_untied_embedding_is_used(tmp_path):
     model = open_trained(str(tmp_path / "run")).model()
     assert torch.equal(model.embed_tokens.weight[257], row[0])
     assert torch.equal(model.embed_tokens.weight[:257], table[:257])
-    assert torch.equal(model.lm_head.weight, twin.lm_head.weight)
+    assert torch.equal(model.lm_head.weight, reference.lm_head.weight)
 
 
 class Planted:
@@ -167,10 +169,10 @@ def edit_layer(folder, layer, change, rank=0):
 
 
 def test_files_that_do_not_match_the_model_are_refused_in_one_line(tmp_path):
-    write(llama(), tmp_path / "whole", tp=2)
+    write(llama(), tmp_path / "complete", tp=2)
 
     def copy(name):
-        return shutil.copytree(tmp_path / "whole", tmp_path / name)
+        return shutil.copytree(tmp_path / "complete", tmp_path / name)
 
     (copy("rank") / "layer_03-model_01-model_states.pt").unlink()
     for file in copy("block").glob("layer_03-*"):
@@ -195,18 +197,18 @@ def test_files_that_do_not_match_the_model_are_refused_in_one_line(tmp_path):
         ("list", [], "layer_05-model_00-model_states.pt: does not hold the tensors of a layer"),
         ("cut", [], "layer_02-model_00-model_states.pt: cannot be read as tensors only"),
         ("empty", [], "holds no layer_XX-model_YY-model_states.pt"),
-        ("whole", ["--num-layers", "4"], "holds 3 blocks, in layers 2, 3, 4, and the model has 4"),
-        ("whole", ["--hidden-size", "64"], "has shape [384, 32], and the model needs [384, 64]"),
-        ("whole", ["--no-swiglu"], "mlp.up_proj.weight has shape [96, 32], and the model needs [48, 32]"),
-        ("whole", ["--ffn-hidden-size", "64"], "has shape [48, 32], and the model needs [64, 32]"),
-        ("whole", ["--add-bias-linear"], "lacks layers.0.self_attn.q_proj.bias"),
-        ("whole", ["--untie-embeddings-and-output-weights"], "lacks lm_head.weight"),
-        ("whole", ["--vocab-size", "400"], "its embedding has 384 rows, and the 401 ids of the tokenizer need 401"),
-        ("whole", ["--vocab-size", "383", "--objective", "mdm"], "384 ids of the tokenizer and [MASK] need 385"),
-        ("whole", ["--objective", "dual"], "--objective dual: is not an objective that Megatron-DeepSpeed trains"),
-        ("whole", ["--qk-layernorm"], "--qk-layernorm: does not exist in these files"),
-        ("whole", ["--group-query-attention", "--num-query-groups", "2"], "--group-query-attention: does not exist"),
-        ("whole", ["--num-layer", "3"], "unknown flag --num-layer; did you mean --num-layers?"),
+        ("complete", ["--num-layers", "4"], "holds 3 blocks, in layers 2, 3, 4, and the model has 4"),
+        ("complete", ["--hidden-size", "64"], "has shape [384, 32], and the model needs [384, 64]"),
+        ("complete", ["--no-swiglu"], "mlp.up_proj.weight has shape [96, 32], and the model needs [48, 32]"),
+        ("complete", ["--ffn-hidden-size", "64"], "has shape [48, 32], and the model needs [64, 32]"),
+        ("complete", ["--add-bias-linear"], "lacks layers.0.self_attn.q_proj.bias"),
+        ("complete", ["--untie-embeddings-and-output-weights"], "lacks lm_head.weight"),
+        ("complete", ["--vocab-size", "400"], "its embedding has 384 rows, and the 401 ids of the tokenizer need 401"),
+        ("complete", ["--vocab-size", "383", "--objective", "mdm"], "384 ids of the tokenizer and [MASK] need 385"),
+        ("complete", ["--objective", "dual"], "--objective dual: is not an objective that Megatron-DeepSpeed trains"),
+        ("complete", ["--qk-layernorm"], "--qk-layernorm: does not exist in these files"),
+        ("complete", ["--group-query-attention", "--num-query-groups", "2"], "--group-query-attention: does not exist"),
+        ("complete", ["--num-layer", "3"], "unknown flag --num-layer; did you mean --num-layers?"),
     ):
         with pytest.raises(ConfigurationError) as caught:
             import_checkpoint(tmp_path / name, tmp_path / "run", [*FLAGS, *flags])

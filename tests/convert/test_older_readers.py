@@ -43,9 +43,9 @@ def transformers4(tmp_path_factory):
     """A folder with transformers 4; torch and its other dependencies come from this environment."""
     target = tmp_path_factory.mktemp("transformers4")
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target), *PACKAGES]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    if done.returncode:
-        pytest.skip(f"pip cannot install {PACKAGES[0]}: {done.stderr.strip().splitlines()[-1]}")
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    if result.returncode:
+        pytest.skip(f"pip cannot install {PACKAGES[0]}: {result.stderr.strip().splitlines()[-1]}")
     return target
 
 
@@ -68,7 +68,7 @@ def test_transformers_4_computes_the_same_logits_and_ids(transformers4, tiny, fo
     for index, tokenizer in enumerate(ours):
         write_tokenizer(tmp_path / f"tokenizer{index}", tokenizer, masked=False, positions=4096)
         tokenizers.append(str(tmp_path / f"tokenizer{index}"))
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", READ],
         input=json.dumps([models, tokenizers, TEXTS]),
         env=environment() | {"PYTHONPATH": str(transformers4), "HF_HUB_OFFLINE": "1"},
@@ -76,6 +76,6 @@ def test_transformers_4_computes_the_same_logits_and_ids(transformers4, tiny, fo
         text=True,
         timeout=300,
     )
-    assert done.returncode == 0, done.stderr
+    assert result.returncode == 0, result.stderr
     expected = [[tokenizer.encode(text) for text in TEXTS] for tokenizer in ours]
-    assert json.loads(done.stdout.splitlines()[-1]) == expected
+    assert json.loads(result.stdout.splitlines()[-1]) == expected

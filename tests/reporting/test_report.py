@@ -82,15 +82,15 @@ def test_runs_on_other_text_are_never_put_in_one_table(folders, key, description
 
 def test_the_page_is_self_contained_and_says_that_mdm_losses_are_bounds(folders, tmp_path):
     command = [sys.executable, "tools/report.py", folders / "ar", folders / "mdm", "--output", tmp_path]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     page = (tmp_path / "report.html").read_text()
     assert 'src="data:image/png' in page and "http" not in page
     names = {"validation_epoch", "validation_flops", "train_validation", "best"}
     assert {path.stem for path in tmp_path.glob("*.png")} == names
-    for text in (page, done.stdout):
+    for text in (page, result.stdout):
         assert "MLP dropout 0.1" in text and "≤ " in text and "upper bounds" in text and "not another seed" in text
     for name in ("ar", "mdm"):
-        assert f"{best_point(load_run(folders / name), 'tuning', 'validation')['loss']:.3f}" in done.stdout
+        assert f"{best_point(load_run(folders / name), 'tuning', 'validation')['loss']:.3f}" in result.stdout
 
 
 def test_runs_of_one_name_are_distinguished_by_their_paths(folders, tmp_path):
@@ -183,5 +183,5 @@ def test_bad_input_gets_one_line(folders, tmp_path):
         ([folders / "ar", "--output"], "--output"),
     ):
         command = [sys.executable, "tools/report.py", "--output", tmp_path, *arguments]
-        done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+        result = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
+        assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr
