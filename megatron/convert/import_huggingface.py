@@ -11,7 +11,7 @@ from megatron.convert.folders import check_new, new_folder
 from megatron.convert.huggingface import TABLES
 from megatron.convert.import_tokenizer import adopt_tokenizer
 from megatron.convert.read_huggingface import Folder, read_folder, read_object, read_tensors
-from megatron.convert.tokenizer import keep_tokenizer
+from megatron.convert.tokenizer import copy_tokenizer
 from megatron.convert.write_imported_run import describe_import, fill_tables, model_flags, write_run
 from megatron.errors import ConfigurationError
 from megatron.training.command_line import parse
@@ -36,7 +36,7 @@ def import_folder(path: Path, output: Path, seq_length: int | None = None) -> li
     folder = read_folder(path)
     if (path / RECORD).exists():
         return _restore(folder, output, seq_length)
-    return _adopt(folder, output, seq_length)
+    return _import_foreign(folder, output, seq_length)
 
 
 def _restore(folder: Folder, output: Path, seq_length: int | None) -> list[str]:
@@ -125,7 +125,7 @@ def _restore_tokenizer(path: Path, partial: Path, output: Path, recorded: dict) 
             recorded["data"] = recorded["data"] | changes
 
 
-def _adopt(folder: Folder, output: Path, seq_length: int | None) -> list[str]:
+def _import_foreign(folder: Folder, output: Path, seq_length: int | None) -> list[str]:
     """Write a run of which only the model, its weights and, if we support it, its tokenizer are known."""
     objective = "mdm" if folder.family.bidirectional else "ar"
     num_rows = folder.config.vocab_size
@@ -142,7 +142,7 @@ def _adopt(folder: Folder, output: Path, seq_length: int | None) -> list[str]:
                 note += f", not eos_token_id {folder.config.eos_token_id}"
         else:
             size = tokenizer.vocabulary_size
-            data = keep_tokenizer(tokenizer, partial, output)
+            data = copy_tokenizer(tokenizer, partial, output)
             flags = ["--tokenizer-type", data["tokenizer_type"], "--tokenizer-model", data["tokenizer_model"]]
         if size > num_rows:
             raise ConfigurationError(

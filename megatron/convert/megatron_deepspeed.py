@@ -19,7 +19,7 @@ from torch import Tensor
 from megatron.config.flags import require
 from megatron.config.sections import ModelConfig, Vocabulary
 from megatron.convert.folders import check_new, new_folder
-from megatron.convert.tokenizer import keep_tokenizer
+from megatron.convert.tokenizer import copy_tokenizer
 from megatron.convert.write_imported_run import check_weights, describe_import, fill_tables, model_flags, write_run
 from megatron.data.tokenizer import build_tokenizer
 from megatron.errors import ConfigurationError
@@ -58,7 +58,7 @@ def import_checkpoint(path: Path, output: Path, flags: list[str], by_head: bool 
     weights = fill_tables(weights, model, vocabulary, config.training.seed, mask_row)
     recorded = describe_import(config, vocabulary, str(path), "bf16" if config.training.bf16 else "fp32")
     with new_folder(output) as partial:
-        recorded["data"] |= keep_tokenizer(tokenizer, partial, output)
+        recorded["data"] |= copy_tokenizer(tokenizer, partial, output)
         write_run(partial, recorded, weights, config.training.global_batch_size)
     return [
         f"{output}: a run of --objective {objective} over {vocabulary.size:,} ids, at step 0",

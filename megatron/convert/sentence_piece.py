@@ -13,13 +13,13 @@ NEVER = -1000.0  # a score that excludes a piece from the best segmentation if t
 SPACE = "\u2581"  # stands for a space within pieces
 
 
-def convert(source: bytes, named: str) -> Tokenizer:
-    """Return the tokenizer of a tokenizer.model with contents `source`; `named` is its name in messages.
+def convert(source: bytes, name: str) -> Tokenizer:
+    """Return the tokenizer of a tokenizer.model with contents `source`; `name` is its name in messages.
 
     Raises: ConfigurationError if the model is neither Unigram nor BPE, or a package is missing.
     """
-    proto = _read(source, named)
-    result = Tokenizer(_model(proto, named))
+    proto = _read(source, name)
+    result = Tokenizer(_model(proto, name))
     result.normalizer = normalizers.Sequence(_normalizers(proto.normalizer_spec))
     if not any(SPACE in piece.piece[1:] for piece in proto.pieces):  # splitting before spaces is faster, with equal ids
         result.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, "never", split=True)
@@ -33,17 +33,17 @@ def convert(source: bytes, named: str) -> Tokenizer:
     return result
 
 
-def symbols(source: bytes, named: str) -> list[str]:
+def symbols(source: bytes, name: str) -> list[str]:
     """Return the control and user-defined symbols of a model, as text."""
-    return [piece.piece for piece in _read(source, named).pieces if piece.type in (CONTROL, USER_DEFINED)]
+    return [piece.piece for piece in _read(source, name).pieces if piece.type in (CONTROL, USER_DEFINED)]
 
 
-def _read(source: bytes, named: str):
+def _read(source: bytes, name: str):
     try:
         from sentencepiece import sentencepiece_model_pb2
     except ImportError as error:
         raise ConfigurationError(
-            f"{named}: exporting it needs the package protobuf, which cannot be imported ({error}); install it: "
+            f"{name}: exporting it needs the package protobuf, which cannot be imported ({error}); install it: "
             "bash install.sh --with-eval"
         ) from None
     return sentencepiece_model_pb2.ModelProto.FromString(source)
@@ -73,7 +73,7 @@ def _character_map(source: bytes) -> list[normalizers.Normalizer]:
     return [normalizers.Replace("\r\n", "\n\n"), character_map] if equal_newlines else [character_map]
 
 
-def _model(proto, named: str) -> models.Model:
+def _model(proto, name: str) -> models.Model:
     """Return the model of a SentencePiece model; no text encodes to its control pieces or byte pieces as written."""
     spec, pieces = proto.trainer_spec, proto.pieces
     if spec.model_type == UNIGRAM:
@@ -81,7 +81,7 @@ def _model(proto, named: str) -> models.Model:
     if spec.model_type != BPE:
         kind = sentence_piece_type(spec.model_type)
         raise ConfigurationError(
-            f"{named}: is a SentencePiece model of type {kind}, and transformers supports Unigram and BPE; this run "
+            f"{name}: is a SentencePiece model of type {kind}, and transformers supports Unigram and BPE; this run "
             "cannot be exported with its tokenizer"
         )
     vocabulary = {piece.piece: index for index, piece in enumerate(pieces)}

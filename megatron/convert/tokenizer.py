@@ -153,7 +153,7 @@ def _number_words(tokenizer: NullTokenizer) -> Library:
     return library
 
 
-def keep_tokenizer(tokenizer: Tokenizer, folder: Path, output: Path) -> dict:
+def copy_tokenizer(tokenizer: Tokenizer, folder: Path, output: Path) -> dict:
     """Write a run's tokenizer file into `folder`, later renamed to `output`; return the flags that name the file."""
     if tokenizer.source is None:
         return {}
