@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Set up and run the tests: the fast tier, or with --all the slow one too. Other arguments go to pytest.
+# Install and run the tests: the fast tier, or with --all the slow one too. Other arguments go to pytest.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 select=(-m "not slow and not gpu") extras=(--with-test)
 if [[ "${1:-}" == --all ]]; then
-    select=(-m "not gpu") extras+=(--with-triton --with-fp8)  # Triton's interpreter runs the kernels of CUDA
+    select=(-m "not gpu") extras+=(--with-triton --with-fp8)  # Triton's interpreter runs the CUDA kernels
     shift
 fi
 bash install.sh "${extras[@]}"
 export OMP_NUM_THREADS=1
-# Two workers, each a file at a time, so that what a file sets up is set up once.
+# Two workers, one file at a time each, so that the fixtures of a file are set up once.
 exec .venv/bin/python -m pytest -q -n 2 --dist loadfile "${select[@]}" "$@"

@@ -1,4 +1,4 @@
-"""The plan of the house, checked: which way imports run, what lies in the tree, what no file may do."""
+"""Architecture rules: import direction between subpackages, top-level files, and calls that no file may make."""
 
 import ast
 import operator
@@ -22,7 +22,7 @@ LAYERS = {
     "training": 5,
     "evaluation": 6, "convert": 6, "reporting": 6, "check": 6,
 }  # fmt: skip
-STRANGERS = {frozenset({"parallel", "objectives"})}  # they meet in training
+INDEPENDENT = {frozenset({"parallel", "objectives"})}  # only training imports both
 TOP_LEVEL = {
     "megatron", "tools", "examples_scaling", "tests", "benchmarks", "docs", "results", ".ci",
     "pretrain_gpt.py", "pretrain_mdm.py", "install.sh", "download.sh", "setup.py", "pyproject.toml", "constraints.txt",
@@ -33,50 +33,52 @@ SOURCES = [*MODULES, *sorted((ROOT / "tools").rglob("*.py")), *sorted(ROOT.glob(
 
 
 def dotted(path: Path) -> str:
+    """Return the module name of a file."""
     parts = path.relative_to(ROOT).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def room(module: str) -> str:
-    """Return what stands in LAYERS for a dotted name: `megatron.data.indexed` lies in `data`."""
-    return (module.split(".") + ["megatron"])[1]
+def subpackage(module: str) -> str:
+    """Return the key of LAYERS for a module name: `data` for `megatron.data.indexed`."""
+    return [*module.split("."), "megatron"][1]
 
 
 def imports(module: str, source: str, is_package: bool = False) -> list[tuple[int, str]]:
-    """Return (line, dotted name) of every import of this package, wherever in the file it stands."""
-    found = []
+    """Return (line, module name) of every import of this package, anywhere in the file."""
+    names = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            found += [(node.lineno, alias.name) for alias in node.names]
+            names += [(node.lineno, alias.name) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             base = node.module or ""
             if node.level:
-                above = module.split(".")[: len(module.split(".")) - node.level + is_package]
-                base = ".".join([*above, *filter(None, [node.module])])
-            # `from megatron import data` names a room, `from megatron import __version__` does not
-            names = [alias.name for alias in node.names if base == "megatron" and alias.name in LAYERS]
-            found += [(node.lineno, ".".join([base, *name])) for name in [[name] for name in names] or [[]]]
+                parent = module.split(".")[: len(module.split(".")) - node.level + is_package]
+                base = ".".join([*parent, *filter(None, [node.module])])
+            # `from megatron import data` imports a subpackage, `from megatron import __version__` does not
+            subpackages = [alias.name for alias in node.names if base == "megatron" and alias.name in LAYERS]
+            names += [(node.lineno, f"{base}.{name}") for name in subpackages] or [(node.lineno, base)]
         elif isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) in (
             "import_module",
             "__import__",
         ):
-            found += [(node.lineno, part.value) for part in node.args if isinstance(part, ast.Constant)]
-    return [(line, name) for line, name in found if name.split(".")[0] == "megatron"]
+            names += [(node.lineno, argument.value) for argument in node.args if isinstance(argument, ast.Constant)]
+    return [(line, name) for line, name in names if name.split(".")[0] == "megatron"]
 
 
 def forbidden_imports(module: str, source: str, is_package: bool = False) -> list[str]:
-    """Return the imports that run upwards, sideways into another room, or between strangers."""
-    own, faults = room(module), []
+    """Return the imports of a higher layer, of another subpackage in the same layer, or between INDEPENDENT ones."""
+    own = subpackage(module)
+    faults = []
     for line, name in imports(module, source, is_package):
-        other = room(name)
-        downwards = LAYERS[other] < LAYERS[own] and frozenset({own, other}) not in STRANGERS
+        other = subpackage(name)
+        downwards = LAYERS[other] < LAYERS[own] and frozenset({own, other}) not in INDEPENDENT
         if other != own and other != "megatron" and not downwards:
             faults.append(f"{module}:{line} imports {name}")
     return faults
 
 
-def test_every_room_has_a_layer():
-    assert {room(dotted(path)) for path in MODULES} <= set(LAYERS)
+def test_every_subpackage_has_a_layer():
+    assert {subpackage(dotted(path)) for path in MODULES} <= set(LAYERS)
 
 
 @pytest.mark.parametrize("path", MODULES, ids=dotted)
@@ -122,12 +124,12 @@ def test_a_downward_import_is_allowed(module, allowed):
     assert forbidden_imports(module, allowed) == []
 
 
-def test_nothing_else_lies_in_the_tree():
+def test_the_tree_has_no_other_top_level_files():
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    if done.returncode:
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if result.returncode:
         pytest.skip("not a git checkout")
-    assert {line.split("/")[0] for line in done.stdout.splitlines()} <= TOP_LEVEL
+    assert {line.split("/")[0] for line in result.stdout.splitlines()} <= TOP_LEVEL
 
 
 UNPICKLERS = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
@@ -135,21 +137,26 @@ UNPICKLING_CALLS = {"torch.load", "torch.jit.load", "dcp.FileSystemReader", "Fil
 
 
 def unsafe_reads(source: str) -> list[str]:
-    """Return what could execute a file that it reads."""
-    found = []
+    """Return the imports and calls that can execute code from a file that they read."""
+    unsafe = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            found += [alias.name for alias in node.names if alias.name.split(".")[0] in UNPICKLERS]
+            unsafe += [alias.name for alias in node.names if alias.name.split(".")[0] in UNPICKLERS]
         elif isinstance(node, ast.ImportFrom):
-            found += [node.module] if (node.module or "").split(".")[0] in UNPICKLERS else []
-            found += [alias.name for alias in node.names if f"{node.module}.{alias.name}" in UNPICKLING_CALLS]
+            if (node.module or "").split(".")[0] in UNPICKLERS:
+                unsafe.append(node.module)
+            unsafe += [alias.name for alias in node.names if f"{node.module}.{alias.name}" in UNPICKLING_CALLS]
         elif isinstance(node, ast.Call):
-            given = {word.arg: getattr(word.value, "value", None) for word in node.keywords}
-            tensors_alone = ast.unparse(node.func) == "torch.load" and given.get("weights_only") is True
-            found += [name for name in [ast.unparse(node.func)] if name in UNPICKLING_CALLS and not tensors_alone]
-            found += ["weights_only=False"] if given.get("weights_only", True) is not True else []
-            found += ["allow_pickle=True"] if given.get("allow_pickle", False) is not False else []
-    return found
+            function = ast.unparse(node.func)
+            keywords = {keyword.arg: getattr(keyword.value, "value", None) for keyword in node.keywords}
+            tensors_only = function == "torch.load" and keywords.get("weights_only") is True
+            if function in UNPICKLING_CALLS and not tensors_only:
+                unsafe.append(function)
+            if keywords.get("weights_only", True) is not True:
+                unsafe.append("weights_only=False")
+            if keywords.get("allow_pickle", False) is not False:
+                unsafe.append("allow_pickle=True")
+    return unsafe
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -164,10 +171,10 @@ def test_no_file_that_is_read_can_execute(path):
         "from pickle import loads",
         "def f(p):\n    return torch.load(p)",
         "from torch import load",
-        "torch.load(p, weights_only=wanted)",
+        "torch.load(p, weights_only=flag)",
         "f(p, weights_only=False)",
         "np.load(p, allow_pickle=True)",
-        "np.load(p, allow_pickle=wanted)",
+        "np.load(p, allow_pickle=flag)",
         "reader = FileSystemReader(p)",
     ],
 )
@@ -178,7 +185,7 @@ def test_a_planted_unsafe_read_is_found(planted):
 
 
 def absent_from_torch(source: str) -> list[str]:
-    """Return what a file names of torch, as `torch.a.b`, that torch does not have: no GPU runs every line here."""
+    """Return the attributes `torch.a.b` of a file that torch does not have, since CPU tests do not run every line."""
     absent = []
     for node in ast.walk(ast.parse(source)):
         name = ast.unparse(node) if isinstance(node, ast.Attribute) else ""
@@ -191,11 +198,11 @@ def absent_from_torch(source: str) -> list[str]:
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_what_is_named_of_torch_exists(path):
+def test_attributes_of_torch_exist(path):
     assert absent_from_torch(path.read_text()) == []
 
 
-def test_a_planted_slip_is_found():
+def test_a_planted_misspelling_is_found():
     assert absent_from_torch("torch.cuda.getdevice_name(0)") == ["torch.cuda.getdevice_name"]
     assert not absent_from_torch("torch.cuda.get_device_name(0)\nother.torch.x\ntorch.ops.aten.mm.default")
 
@@ -215,6 +222,7 @@ def test_every_module_says_what_it_is_for(path):
 
 
 def python(code: str, path: list, **variables) -> subprocess.CompletedProcess:
+    """Run code in a new interpreter with a PYTHONPATH."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, path))} | variables
     return subprocess.run(
         [sys.executable, "-c", code], env=environment, cwd="/", capture_output=True, text=True, check=True
@@ -223,7 +231,7 @@ def python(code: str, path: list, **variables) -> subprocess.CompletedProcess:
 
 @pytest.fixture
 def megatron_core(tmp_path):
-    """What the wheel of megatron-core installs: a portion of a namespace and its metadata."""
+    """What the megatron-core wheel installs: a namespace package portion and its metadata."""
     (tmp_path / "megatron" / "core").mkdir(parents=True)
     (tmp_path / "megatron" / "core" / "__init__.py").write_text("")
     (tmp_path / "megatron_core-0.99.0.dist-info").mkdir()
@@ -239,15 +247,15 @@ def test_megatron_core_is_noticed_and_explained_once(ours_first, megatron_core):
     code = (
         "import megatron, megatron.errors, importlib.util as u; print(megatron.__file__, u.find_spec('megatron.core'))"
     )
-    done = python(code, path)
-    # what the warning says is true: ours wins wherever it stands, and the other cannot be imported
-    assert done.stdout.split() == [str(ROOT / "megatron" / "__init__.py"), "None"]
-    (line,) = done.stderr.splitlines()
+    result = python(code, path)
+    # as the warning says: ours is imported whatever the order on the path, and megatron.core is not importable
+    assert result.stdout.split() == [str(ROOT / "megatron" / "__init__.py"), "None"]
+    (line,) = result.stderr.splitlines()
     assert "megatron-core 0.99.0" in line and str(ROOT / "megatron") in line and "separate environments" in line
     assert python("import megatron", path, RANK="1").stderr == ""
 
 
-def test_without_megatron_core_nothing_is_said():
+def test_without_megatron_core_there_is_no_warning():
     assert python("import megatron", [ROOT]).stderr == ""
 
 
@@ -256,5 +264,5 @@ def test_an_entry_point_finds_its_own_package(tmp_path):
     (tmp_path / "megatron" / "__init__.py").write_text("raise SystemExit('the foreign package was imported')")
     environment = os.environ | {"PYTHONPATH": str(tmp_path), "PYTHONSAFEPATH": "1"}
     command = [sys.executable, ROOT / "pretrain_gpt.py", "--help"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0 and "--num-layers" in done.stdout, done.stderr
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 0 and "--num-layers" in result.stdout, result.stderr

@@ -1,4 +1,4 @@
-"""What the documents and examples tell a user to type, typed: scripts exist, flags parse. No training starts."""
+"""Commands in documents and examples: scripts exist and flags parse. Nothing is trained."""
 
 import os
 import re
@@ -16,8 +16,8 @@ from megatron.training.command_line import parse, parser
 from tests.conftest import ROOT
 
 OBJECTIVES = {"pretrain_gpt.py": "ar", "pretrain_mdm.py": "mdm"}
-NETWORK = "--num-layers 2 --hidden-size 32 --num-attention-heads 2".split()
-# commands that are not ours: their arguments are not checked
+MODEL = "--num-layers 2 --hidden-size 32 --num-attention-heads 2".split()
+# external commands, whose arguments are not checked
 FOREIGN = {
     "python3",
     "cd",
@@ -79,15 +79,15 @@ EXAMPLES = [path for path in sorted((ROOT / "examples_scaling").rglob("*.sh")) i
 
 def scripts() -> list[Path]:
     """Return every shell script of the project."""
-    inside = [path for path in sorted(ROOT.rglob("*.sh")) if ".venv" not in path.parts]
-    return inside + [path for path in (ROOT / ".ci").glob("*") if path.read_text().startswith("#!/usr/bin/env bash")]
+    paths = [path for path in sorted(ROOT.rglob("*.sh")) if ".venv" not in path.parts]
+    return paths + [path for path in (ROOT / ".ci").glob("*") if path.read_text().startswith("#!/usr/bin/env bash")]
 
 
 def commands(block: str) -> list[list[str]]:
-    """Return the words of each command of a shell block, without comments and variables in front."""
+    """Return the words of every command of a shell block, without comments and leading variable assignments."""
     lines = re.sub(r"\\\n\s*", " ", block).splitlines()
-    parts = [part for line in lines for part in re.split(r" && | \| |; ", line)]
-    split = [shlex.split(part, comments=True) for part in parts]
+    sources = [source for line in lines for source in re.split(r" && | \| |; ", line)]
+    split = [shlex.split(source, comments=True) for source in sources]
     split = [
         words[next((i for i, word in enumerate(words) if not re.match(r"[A-Za-z_]+=", word)), len(words)) :]
         for words in split
@@ -106,41 +106,43 @@ def documented() -> list[tuple[str, list[str]]]:
 
 
 def dry_run(script: Path, *arguments: str, **variables) -> list[list[str]]:
-    """Return the commands that an example prints instead of running them."""
+    """Return the commands that an example prints with DRY_RUN=1."""
     environment = os.environ | {"DRY_RUN": "1", "NPROC": "1"} | variables
-    done = subprocess.run(
+    result = subprocess.run(
         ["bash", str(script), *arguments], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=60
     )
-    assert done.returncode == 0, done.stderr
-    return commands(done.stdout)
+    assert result.returncode == 0, result.stderr
+    return commands(result.stdout)
 
 
 @lru_cache
 def help_of(*tool: Path | str) -> str:
-    done = subprocess.run([sys.executable, *tool, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    ways = re.match(r"usage: \S+ \[-h\] \{([\w,-]+)\} \.\.\.", done.stdout)  # of a tool that has several
-    return done.stdout + "".join(help_of(*tool, way) for way in (ways[1].split(",") if ways else ()))
+    """Return the --help of a tool and of its subcommands."""
+    result = subprocess.run([sys.executable, *tool, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    usage = re.match(r"usage: \S+ \[-h\] \{([\w,-]+)\} \.\.\.", result.stdout)  # matches tools with subcommands
+    return result.stdout + "".join(help_of(*tool, subcommand) for subcommand in (usage[1].split(",") if usage else ()))
 
 
 def extras() -> list[str]:
     """Return the flags of install.sh that name an extra of setup.py."""
-    told = re.search(r"extras_require=\{(.*?)\}", (ROOT / "setup.py").read_text(), re.DOTALL)[1]
-    return [f"--with-{extra}" for extra in re.findall(r'"([\w-]+)":', told)]
+    dictionary = re.search(r"extras_require=\{(.*?)\}", (ROOT / "setup.py").read_text(), re.DOTALL)[1]
+    return [f"--with-{extra}" for extra in re.findall(r'"([\w-]+)":', dictionary)]
 
 
 def flags(words: list[str]) -> list[str]:
+    """Return the flags of a command, without values."""
     return [word.split("=")[0] for word in words if re.match(r"--?[a-z]", word)]
 
 
 def check(words: list[str]) -> None:
-    """Check one command as far as that is possible without running it."""
+    """Check one command as far as possible without running it."""
     names = [word for word in words if word.endswith((".py", ".sh"))]
-    place = words.index("-m") + 1 if words[0] in ("python", "torchrun") and "-m" in words else len(words)
-    if place < len(words) and words[place].startswith("megatron."):
-        told = help_of("-m", words[place])  # fails where there is no such module
-        missing = [name for name in flags(words[place + 1 :]) if not re.search(rf"{name}(?![\w-])", told)]
-        assert not missing, f"{words[place]} has no {missing}"
+    index = words.index("-m") + 1 if words[0] in ("python", "torchrun") and "-m" in words else len(words)
+    if index < len(words) and words[index].startswith("megatron."):
+        help_text = help_of("-m", words[index])  # fails if there is no such module
+        missing = [name for name in flags(words[index + 1 :]) if not re.search(rf"{name}(?![\w-])", help_text)]
+        assert not missing, f"{words[index]} has no {missing}"
         return
     if not names or words[0] in FOREIGN:
         assert words[0] in FOREIGN, f"{shlex.join(words)}: this test does not know how to check it"
@@ -148,15 +150,15 @@ def check(words: list[str]) -> None:
     path, arguments = ROOT / names[0], words[words.index(names[0]) + 1 :]
     assert path.is_file(), f"{names[0]} does not exist"
     if path.name in OBJECTIVES:
-        # an excerpt says ..., and --skip-train takes the network from the run's folder
-        rest = NETWORK if "..." in arguments or "--skip-train" in arguments else []
-        parse(OBJECTIVES[path.name], [*rest, *(word for word in arguments if word != "...")])
+        # an excerpt contains ..., and --skip-train takes the model from the run folder
+        model = MODEL if "..." in arguments or "--skip-train" in arguments else []
+        parse(OBJECTIVES[path.name], [*model, *(word for word in arguments if word != "...")])
     elif path.suffix == ".py":
         missing = [name for name in flags(arguments) if not re.search(rf"{name}(?![\w-])", help_of(path))]
         assert not missing, f"{names[0]} has no {missing}"
     elif path in EXAMPLES:
-        for printed in dry_run(path, *arguments):
-            check(printed)
+        for example_commands in dry_run(path, *arguments):
+            check(example_commands)
     else:
         known = path.read_text() + " ".join(extras() if path.name == "install.sh" else ())
         missing = [name for name in flags(arguments) if name not in known]
@@ -164,9 +166,9 @@ def check(words: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "document, words", documented(), ids=lambda part: part if isinstance(part, str) else "-".join(part[:2])
+    "document, words", documented(), ids=lambda value: value if isinstance(value, str) else "-".join(value[:2])
 )
-def test_a_documented_command_is_one_that_works(document, words):
+def test_a_documented_command_works(document, words):
     check(words)
 
 
@@ -176,43 +178,46 @@ def test_documents_have_commands():
 
 @pytest.mark.parametrize("script", scripts(), ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_script_is_valid_bash(script):
-    done = subprocess.run(["bash", "-n", script], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    result = subprocess.run(["bash", "-n", script], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize("processes", ["1", "2"])
+@pytest.mark.parametrize("world_size", ["1", "2"])
 @pytest.mark.parametrize("script", EXAMPLES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_every_example_prints_commands_that_parse(script, processes):
-    printed = dry_run(script, NPROC=processes)
-    for words in printed:
+def test_every_example_prints_commands_that_parse(script, world_size):
+    example_commands = dry_run(script, NPROC=world_size)
+    for words in example_commands:
         check(words)
-    trainings = [words for words in printed if any(word in OBJECTIVES for word in words)]
-    assert trainings and all(("torch.distributed.run" in words) == (processes == "2") for words in trainings)
+    runs = [words for words in example_commands if any(word in OBJECTIVES for word in words)]
+    assert runs and all(("torch.distributed.run" in words) == (world_size == "2") for words in runs)
 
 
 def test_the_benchmark_of_a_gpu_prints_commands_that_parse(tmp_path):
-    script, places = ROOT / "benchmarks" / "gpu.sh", {"PYTHON": "python", "PUBLISHED": str(tmp_path)}
-    printed = dry_run(script, **places)
-    assert {words[words.index("--model-size") + 1] for words in printed if "--model-size" in words} == {
+    script = ROOT / "benchmarks" / "gpu.sh"
+    variables = {"PYTHON": "python", "PUBLISHED": str(tmp_path)}
+    example_commands = dry_run(script, **variables)
+    assert {words[words.index("--model-size") + 1] for words in example_commands if "--model-size" in words} == {
         "140M", "425M", "1018M", "2283M"
     }  # fmt: skip
-    for words in printed:
+    for words in example_commands:
         if "pytest" not in words:
             check(words)
-    assert dry_run(script, "140M", **places) == printed[1:2]
-    alone = dry_run(script, **places | {"PUBLISHED": str(tmp_path / "none")})
-    assert len(alone) < len(printed) and not any("published" in word for words in alone for word in words)
-    done = subprocess.run(["bash", script, "140M", "14M"], capture_output=True, text=True, env=os.environ | places)
-    assert done.returncode == 2 and "gpu.sh 14M" in done.stderr and not done.stdout
+    assert dry_run(script, "140M", **variables) == example_commands[1:2]
+    ours_only = dry_run(script, **variables | {"PUBLISHED": str(tmp_path / "none")})
+    assert len(ours_only) < len(example_commands) and not any(
+        "published" in word for words in ours_only for word in words
+    )
+    result = subprocess.run(["bash", script, "140M", "14M"], capture_output=True, text=True, env=os.environ | variables)
+    assert result.returncode == 2 and "gpu.sh 14M" in result.stderr and not result.stdout
 
 
 @pytest.mark.parametrize("script", EXAMPLES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_flags_given_to_an_example_reach_every_training(script):
+def test_flags_of_an_example_reach_every_run(script):
     for words in dry_run(script, "--seed", "77"):
         if any(word in OBJECTIVES for word in words):
             name = next(word for word in words if word in OBJECTIVES)
-            rest = NETWORK if "--skip-train" in words else []  # which takes the network from the run's folder
-            assert parse(OBJECTIVES[name], [*rest, *words[words.index(name) + 1 :]]).training.seed == 77
+            model = MODEL if "--skip-train" in words else []  # --skip-train takes the model from the run folder
+            assert parse(OBJECTIVES[name], [*model, *words[words.index(name) + 1 :]]).training.seed == 77
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
@@ -227,8 +232,8 @@ def test_every_flag_that_a_document_names_exists(document):
     texts += [path.read_text() for path in scripts()]
     known |= {name for text in texts for name in re.findall(r"--[a-z][\w-]*", text)}
     known |= set(extras())
-    named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", document.read_text()))
-    assert named <= known, f"unknown: {sorted(named - known)}"
+    mentioned = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", document.read_text()))
+    assert mentioned <= known, f"unknown: {sorted(mentioned - known)}"
 
 
 @pytest.mark.parametrize(

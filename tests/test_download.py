@@ -1,4 +1,4 @@
-"""download.sh against a server on this machine that serves small stand-ins, and misbehaves when asked to."""
+"""download.sh against a local server that serves small replacement files, with faults on request."""
 
 import codecs
 import hashlib
@@ -32,7 +32,7 @@ DOCUMENTS = [np.arange(size) % 270 for size in (20_000, 5, 10_000)]
 
 @pytest.fixture(scope="session")
 def published(tmp_path_factory):
-    """The bytes of each file, as a publisher has them: a small byte-level BPE in GPT-2's form and two data sets."""
+    """The bytes of every published file: a small byte-level BPE in GPT-2's format and two data sets."""
     folder = tmp_path_factory.mktemp("published")
     train_tokenizer(["the cat sat on the mat, the end of the matter " * 20], 270, folder / "tokenizer.json")
     model = json.loads((folder / "tokenizer.json").read_text())["model"]
@@ -48,16 +48,18 @@ def published(tmp_path_factory):
 
 
 class Handler(BaseHTTPRequestHandler):
+    """Serves the files of the server and injects its faults."""
+
     def do_GET(self):
         server, name = self.server, self.path[1:]
-        asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
-        server.requests.append((name, int(asked[1]) if asked else None))
+        byte_range = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        server.requests.append((name, int(byte_range[1]) if byte_range else None))
         status = server.answers.pop(0) if server.answers else 200
         if status != 200 or name not in server.files:
             self.send_error(404 if status == 200 else status)
             return
         body = server.files[name]
-        start = int(asked[1]) if asked and server.ranges else 0
+        start = int(byte_range[1]) if byte_range and server.ranges else 0
         if start and start >= len(body):
             self.send_error(416)
             return
@@ -70,7 +72,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body[start:cut])
         if cut is not None:
             self.wfile.flush()
-            server.go_on.wait(30)  # a connection that stalls, or breaks off at once
+            server.resume.wait(30)  # the connection stalls until `resume` is set, then breaks off
 
     def log_message(self, *arguments):
         pass
@@ -78,36 +80,36 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(published):
-    """Serves `files`. `answers`: the next statuses; `cuts`: after how many bytes an answer breaks off, once a name."""
+    """Serves `files`. `answers`: the next statuses; `cuts`: file -> bytes after which its next response breaks off."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
     server.files, server.ranges, server.requests, server.answers, server.cuts = dict(published), True, [], [], {}
-    server.go_on = threading.Event()
-    server.go_on.set()
+    server.resume = threading.Event()
+    server.resume.set()
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
     server.url = f"http://127.0.0.1:{server.server_port}"
     yield server
-    server.go_on.set()
+    server.resume.set()
     server.shutdown()
     server.server_close()
 
 
 @pytest.fixture
 def clone(tmp_path, published, server):
-    """A folder with download.sh, and a manifest of the stand-ins that knows what the built-in table knows."""
+    """A folder with download.sh, and a manifest of the replacement files with the columns of the built-in table."""
     shutil.copy(ROOT / "download.sh", tmp_path)
-    rows = []
+    lines = []
     for name in NAMES:
         size = "-" if name == f"{VALID}.bin" else len(published[name])
         sha256 = hashlib.sha256(published[name]).hexdigest() if name in (VOCAB, MERGES) else "-"
-        rows.append(f"{name} {server.url}/{name} {size} {sha256} {LISTS.get(name, '')}")
-    (tmp_path / "manifest").write_text("# stand-ins\n\n" + "\n".join(rows) + "\n")
+        lines.append(f"{name} {server.url}/{name} {size} {sha256} {LISTS.get(name, '')}")
+    (tmp_path / "manifest").write_text("# replacements\n\n" + "\n".join(lines) + "\n")
     return tmp_path
 
 
 def environment(clone, **more) -> dict:
-    kept = {name: value for name, value in os.environ.items() if name not in ("DRY_RUN", "GPT2_URL", "C4_URL")}
-    return kept | {"MANIFEST": str(clone / "manifest"), "no_proxy": "*"} | more
+    inherited = {name: value for name, value in os.environ.items() if name not in ("DRY_RUN", "GPT2_URL", "C4_URL")}
+    return inherited | {"MANIFEST": str(clone / "manifest"), "no_proxy": "*"} | more
 
 
 def download(clone, *flags, **more):
@@ -115,8 +117,8 @@ def download(clone, *flags, **more):
     return subprocess.run(command, env=environment(clone, **more), capture_output=True, text=True, timeout=60)
 
 
-def errors(done) -> list[str]:
-    return [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+def errors(result) -> list[str]:
+    return [line for line in result.stderr.splitlines() if line.startswith("error: ")]
 
 
 def assert_complete(clone, published):
@@ -125,9 +127,9 @@ def assert_complete(clone, published):
         assert (clone / "data" / name).read_bytes() == published[name], name
 
 
-def test_what_is_downloaded_can_be_trained_on(clone, published):
-    done = download(clone)
-    assert (done.returncode, done.stderr) == (0, "")
+def test_downloaded_files_are_readable_data_and_tokenizer(clone, published):
+    result = download(clone)
+    assert (result.returncode, result.stderr) == (0, "")
     assert_complete(clone, published)
     tokenizer = GPT2BPETokenizer(str(clone / "data" / VOCAB), str(clone / "data" / MERGES))
     assert tokenizer.decode(tokenizer.encode("the cat")) == "the cat" and tokenizer.vocabulary_size == 270
@@ -141,9 +143,9 @@ def test_what_is_downloaded_can_be_trained_on(clone, published):
 def test_nothing_is_fetched_twice(clone, server):
     download(clone)
     server.requests.clear()
-    done = download(clone)
-    assert (done.returncode, done.stderr, server.requests) == (0, "", [])
-    assert done.stdout.splitlines() == [f"data/{name}: complete" for name in NAMES]
+    result = download(clone)
+    assert (result.returncode, result.stderr, server.requests) == (0, "", [])
+    assert result.stdout.splitlines() == [f"data/{name}: complete" for name in NAMES]
 
 
 def test_another_folder(clone, published):
@@ -153,30 +155,30 @@ def test_another_folder(clone, published):
 
 
 @pytest.mark.parametrize("ranges", [True, False], ids=["resumed", "from the start where the server ignores ranges"])
-def test_a_partial_file_goes_on(clone, server, published, ranges):
+def test_a_partial_file_is_resumed(clone, server, published, ranges):
     server.ranges = ranges
     (clone / "data").mkdir()
     for name in (VOCAB, f"{TRAIN}.bin"):
         (clone / "data" / f"{name}.partial").write_bytes(published[name][:1000])
-    done = download(clone)
-    assert done.returncode == 0 and f"{server.url}/{VOCAB}, resumed" in done.stdout
+    result = download(clone)
+    assert result.returncode == 0 and f"{server.url}/{VOCAB}, resumed" in result.stdout
     assert_complete(clone, published)
-    asked = [start for name, start in server.requests if name == f"{TRAIN}.bin"]
-    assert asked == ([1000] if ranges else [1000, None])
+    starts = [start for name, start in server.requests if name == f"{TRAIN}.bin"]
+    assert starts == ([1000] if ranges else [1000, None])
 
 
-@pytest.mark.parametrize("there", [b"x" * 100, b"x" * 1_000_000], ids=["foreign", "longer than the file"])
+@pytest.mark.parametrize("partial", [b"x" * 100, b"x" * 1_000_000], ids=["foreign", "longer than the file"])
 @pytest.mark.parametrize("ranges", [True, False], ids=["ranges", "no ranges"])
-def test_a_partial_file_of_something_else_is_fetched_anew(clone, server, published, there, ranges):
+def test_a_partial_file_of_something_else_is_fetched_again(clone, server, published, partial, ranges):
     server.ranges = ranges
     (clone / "data").mkdir()
-    (clone / "data" / f"{VOCAB}.partial").write_bytes(there)
+    (clone / "data" / f"{VOCAB}.partial").write_bytes(partial)
     assert download(clone).returncode == 0
     assert_complete(clone, published)
-    assert [start for name, start in server.requests if name == VOCAB] == [len(there), None]
+    assert [start for name, start in server.requests if name == VOCAB] == [len(partial), None]
 
 
-def test_a_partial_file_that_is_whole_only_gets_its_name(clone, server, published):
+def test_a_complete_partial_file_is_renamed(clone, server, published):
     (clone / "data").mkdir()
     (clone / "data" / f"{VOCAB}.partial").write_bytes(published[VOCAB])
     assert download(clone).returncode == 0
@@ -184,22 +186,22 @@ def test_a_partial_file_that_is_whole_only_gets_its_name(clone, server, publishe
 
 
 @pytest.mark.parametrize("ranges", [True, False])
-def test_an_answer_that_breaks_off_is_taken_up_again(clone, server, published, ranges):
+def test_a_response_that_breaks_off_is_resumed(clone, server, published, ranges):
     server.ranges, server.cuts = ranges, {f"{TRAIN}.bin": 30_000}
     assert download(clone).returncode == 0
     assert_complete(clone, published)
-    asked = [start for name, start in server.requests if name == f"{TRAIN}.bin"]
-    assert asked == ([None, 30_000] if ranges else [None, 30_000, None])
+    starts = [start for name, start in server.requests if name == f"{TRAIN}.bin"]
+    assert starts == ([None, 30_000] if ranges else [None, 30_000, None])
 
 
-def test_a_server_that_is_busy_is_asked_again(clone, server, published):
+def test_a_busy_server_is_retried(clone, server, published):
     server.answers = [503, 200]
     assert download(clone).returncode == 0
     assert_complete(clone, published)
 
 
 @pytest.mark.parametrize(
-    "name, change, said",
+    "name, change, message",
     [
         (VOCAB, lambda body: body.replace(b"t", b"x", 1), r"has sha256 [0-9a-f]{64}, expected [0-9a-f]{64}"),
         (MERGES, lambda body: body[:-5], r"has \d+ bytes, expected \d+"),
@@ -210,66 +212,68 @@ def test_a_server_that_is_busy_is_asked_again(clone, server, published):
         (f"{VALID}.idx", lambda body: body[:34] + b"\7" + body[35:], "is not a valid Megatron index"),
     ],
 )
-def test_a_wrong_file_is_removed_and_named(clone, server, published, name, change, said):
+def test_a_wrong_file_is_removed_and_named(clone, server, published, name, change, message):
     server.files[name] = change(published[name])
-    done = download(clone)
-    named = errors(done)[0]
-    assert done.returncode == 1 and named.startswith(f"error: data/{name}: ") and re.search(said, named)
-    assert "it was removed: run this again" in named and f"{server.url}/{name} is not the published file" in named
+    result = download(clone)
+    error = errors(result)[0]
+    assert result.returncode == 1 and error.startswith(f"error: data/{name}: ") and re.search(message, error)
+    assert "it was removed: run this again" in error and f"{server.url}/{name} is not the published file" in error
     assert not list((clone / "data").glob(f"{name}*"))
 
 
-def test_a_bin_beside_another_index_than_its_own_is_refused(clone, server, published):
+def test_a_bin_with_another_index_than_its_own_is_refused(clone, server, published):
     server.files[f"{TRAIN}.bin"] = published[f"{TRAIN}.bin"][:-2]
     manifest = clone / "manifest"
     manifest.write_text(manifest.read_text().replace(" 60010 - train", " 60008 - train"))
-    done = download(clone)
-    assert done.returncode == 1 and "has 60008 bytes, and its .idx gives 60010" in errors(done)[0]
+    result = download(clone)
+    assert result.returncode == 1 and "has 60008 bytes, and its .idx gives 60010" in errors(result)[0]
     assert not (clone / "data" / "train_c4_100m.txt").exists() and (clone / "data" / "val_c4.txt").exists()
 
 
-def test_a_wrong_file_that_was_there_is_left_alone(clone, server):
+def test_a_wrong_file_that_existed_before_is_left_alone(clone, server):
     (clone / "data").mkdir()
     (clone / "data" / VOCAB).write_text("{}")
-    done = download(clone)
-    assert done.returncode == 1 and len(errors(done)) == 1
-    assert re.search(rf"data/{VOCAB}: has 2 bytes, expected \d+; .* remove it and run this again", errors(done)[0])
+    result = download(clone)
+    assert result.returncode == 1 and len(errors(result)) == 1
+    assert re.search(rf"data/{VOCAB}: has 2 bytes, expected \d+; .* remove it and run this again", errors(result)[0])
     assert (clone / "data" / VOCAB).read_text() == "{}" and VOCAB not in dict(server.requests)
 
 
-def test_a_missing_file_does_not_keep_the_others_back(clone, server):
+def test_a_missing_file_does_not_stop_the_others(clone, server):
     del server.files[MERGES], server.files[f"{TRAIN}.idx"]
-    done = download(clone)
-    assert done.returncode == 1
-    assert [line.split(": ")[1] for line in errors(done)] == [f"data/{name}" for name in NAMES[1:4]]
-    assert f"{server.url}/{MERGES}: The requested URL returned error: 404" in errors(done)[0]
-    assert f"needs a valid data/{TRAIN}.idx first" in errors(done)[2]
+    result = download(clone)
+    assert result.returncode == 1
+    assert [line.split(": ")[1] for line in errors(result)] == [f"data/{name}" for name in NAMES[1:4]]
+    assert f"{server.url}/{MERGES}: The requested URL returned error: 404" in errors(result)[0]
+    assert f"needs a valid data/{TRAIN}.idx first" in errors(result)[2]
     assert {path.name for path in (clone / "data").iterdir()} == {VOCAB, *NAMES[4:], "val_c4.txt"}
-    assert len([name for name, _ in server.requests if name == MERGES]) == 1  # asking again would not help
+    assert len([name for name, _ in server.requests if name == MERGES]) == 1  # a 404 is not retried
 
 
 def test_a_server_that_cannot_be_reached(clone):
-    with socket.socket() as closed:  # bound and not listening: nothing else can take the port
+    with socket.socket() as closed:  # bound but not listening, so no other process can take the port
         closed.bind(("127.0.0.1", 0))
         address = f"http://127.0.0.1:{closed.getsockname()[1]}"
         manifest = clone / "manifest"
         manifest.write_text(re.sub(r"http://[^/]*", address, manifest.read_text()))
-        done = download(clone)
-    assert done.returncode == 1 and len(errors(done)) == len(NAMES) and not list((clone / "data").iterdir())
-    assert f"error: data/{VOCAB}: {address}/{VOCAB}: Failed to connect" in errors(done)[0]
-    assert "on another machine (DRY_RUN=1 prints names and URLs)" in done.stderr.splitlines()[-1]
+        result = download(clone)
+    assert result.returncode == 1 and len(errors(result)) == len(NAMES) and not list((clone / "data").iterdir())
+    assert f"error: data/{VOCAB}: {address}/{VOCAB}: Failed to connect" in errors(result)[0]
+    assert "on another machine (DRY_RUN=1 prints names and URLs)" in result.stderr.splitlines()[-1]
 
 
 def test_a_full_disk_leaves_a_partial_file_that_resumes(clone, server, published):
-    done = subprocess.run(
+    result = subprocess.run(
         ["bash", clone / "download.sh"],
         env=environment(clone),
         capture_output=True,
         text=True,
-        restore_signals=False,  # Python ignores the signal of the limit, so a write fails as on a full disk
+        restore_signals=False,  # Python ignores SIGXFSZ, so a write fails as on a full disk
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000)),
     )
-    assert done.returncode == 1 and len(errors(done)) == 1 and f"data/{TRAIN}.bin: {server.url}" in errors(done)[0]
+    assert (
+        result.returncode == 1 and len(errors(result)) == 1 and f"data/{TRAIN}.bin: {server.url}" in errors(result)[0]
+    )
     assert 0 < (clone / "data" / f"{TRAIN}.bin.partial").stat().st_size <= 40_000
     assert not (clone / "data" / f"{TRAIN}.bin").exists()
     assert download(clone).returncode == 0
@@ -279,7 +283,7 @@ def test_a_full_disk_leaves_a_partial_file_that_resumes(clone, server, published
 
 def test_an_interrupted_run_leaves_a_partial_file_that_resumes(clone, server, published):
     server.cuts = {f"{TRAIN}.bin": 30_000}
-    server.go_on.clear()
+    server.resume.clear()
     process = subprocess.Popen(
         ["bash", clone / "download.sh"], env=environment(clone), stdout=subprocess.DEVNULL, start_new_session=True
     )
@@ -287,27 +291,27 @@ def test_an_interrupted_run_leaves_a_partial_file_that_resumes(clone, server, pu
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline and not (partial.exists() and partial.stat().st_size):
         time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does for Ctrl-C
+    os.killpg(process.pid, signal.SIGINT)  # what a terminal sends for Ctrl-C
     assert process.wait(20) in (130, -signal.SIGINT)
-    server.go_on.set()
+    server.resume.set()
     assert partial.stat().st_size and not (clone / "data" / f"{TRAIN}.bin").exists()
-    assert f"{VALID}.idx" not in dict(server.requests)  # and does not go on with the next file
+    assert f"{VALID}.idx" not in dict(server.requests)  # the next file was not requested
     assert download(clone).returncode == 0
     assert_complete(clone, published)
 
 
 def test_a_terminal_sees_a_progress_bar(clone):
-    ours, theirs = pty.openpty()
-    done = subprocess.run(
-        ["bash", clone / "download.sh"], env=environment(clone), stdout=subprocess.PIPE, stderr=theirs
+    master, slave = pty.openpty()
+    result = subprocess.run(
+        ["bash", clone / "download.sh"], env=environment(clone), stdout=subprocess.PIPE, stderr=slave
     )
-    os.close(theirs)
-    assert done.returncode == 0 and b"#" in os.read(ours, 100_000)
-    os.close(ours)
+    os.close(slave)
+    assert result.returncode == 0 and b"#" in os.read(master, 100_000)
+    os.close(master)
 
 
 @pytest.mark.parametrize(
-    "flags, more, said",
+    "flags, more, message",
     [
         (["--fast"], {}, "download.sh --fast: unknown flag; --help lists them"),
         (["--dir"], {}, "download.sh --dir: needs a folder"),
@@ -315,73 +319,78 @@ def test_a_terminal_sees_a_progress_bar(clone):
         ([], {"MANIFEST": "download.sh"}, "--help has the form of a line"),
     ],
 )
-def test_a_mistake_is_told_in_one_line(clone, server, flags, more, said):
-    done = download(clone, *flags, **more)
-    assert (done.returncode, len(errors(done)), len(done.stderr.splitlines())) == (2, 1, 1) and said in done.stderr
+def test_a_mistake_is_reported_in_one_line(clone, server, flags, more, message):
+    result = download(clone, *flags, **more)
+    assert (result.returncode, len(errors(result)), len(result.stderr.splitlines())) == (
+        2,
+        1,
+        1,
+    ) and message in result.stderr
     assert not server.requests and not (clone / "data").exists()
 
 
-def test_a_manifest_from_windows_is_the_same_one(clone):
+def test_a_manifest_with_windows_line_endings_is_read(clone):
     before = download(clone, DRY_RUN="1").stdout
-    table = (clone / "manifest").read_bytes().removeprefix(b"# stand-ins\n\n")
+    table = (clone / "manifest").read_bytes().removeprefix(b"# replacements\n\n")
     (clone / "manifest").write_bytes(codecs.BOM_UTF8 + table.replace(b"\n", b"\r\n"))
     assert download(clone, DRY_RUN="1").stdout == before != ""
     assert download(clone).returncode == 0 and {*LISTS.values()} <= {path.name for path in (clone / "data").iterdir()}
 
 
 @pytest.mark.parametrize("missing", ["curl", "python3", "sha256sum"])
-def test_a_missing_tool_is_told_in_one_line(clone, missing):
+def test_a_missing_tool_is_reported_in_one_line(clone, missing):
     tools = clone / "tools"
     tools.mkdir()
     for tool in {"bash", "dirname", "curl", "python3", "sha256sum"} - {missing}:
         (tools / tool).symlink_to(shutil.which(tool))
-    done = download(clone, PATH=str(tools))
-    assert (done.returncode, done.stderr) == (2, f"error: {missing}: not found; install it and run this again\n")
+    result = download(clone, PATH=str(tools))
+    assert (result.returncode, result.stderr) == (2, f"error: {missing}: not found; install it and run this again\n")
 
 
 def test_help_teaches(clone):
-    done = download(clone, "--help")
-    assert done.returncode == 0 and done.stderr == "" and not (clone / "data").exists()
+    result = download(clone, "--help")
+    assert result.returncode == 0 and result.stderr == "" and not (clone / "data").exists()
     for word in ("--dir DIR", "DRY_RUN=1", "GPT2_URL", "C4_URL", "MANIFEST=FILE", "Exit codes"):
-        assert word in done.stdout
+        assert word in result.stdout
 
 
-def rehearsed(clone, **more) -> dict:
-    """Return address and size of every file, as DRY_RUN=1 prints them for the built-in table."""
-    done = download(clone, DRY_RUN="1", MANIFEST="", **more)
-    assert (done.returncode, done.stderr) == (0, "") and not (clone / "data").exists()
+def dry_run_table(clone, **more) -> dict:
+    """Return file -> (address, size) that DRY_RUN=1 prints for the built-in table."""
+    result = download(clone, DRY_RUN="1", MANIFEST="", **more)
+    assert (result.returncode, result.stderr) == (0, "") and not (clone / "data").exists()
     lines = [
-        re.fullmatch(r"would download data/(\S+) \((\S+) bytes\) from (\S+)", line) for line in done.stdout.splitlines()
+        re.fullmatch(r"would download data/(\S+) \((\S+) bytes\) from (\S+)", line) for line in result.stdout.splitlines()
     ]
     return {line[1]: (line[3], line[2]) for line in lines}
 
 
 def test_the_built_in_table_is_consistent_and_dry_run_prints_it(clone, server):
-    found = rehearsed(clone)
-    tokens, index = UNIQUE_TOKENS["100M"], {TRAIN: 208_931, VALID: 364_608}
-    assert list(found) == NAMES and not server.requests
-    assert found[f"{TRAIN}.bin"][1] == str(2 * tokens) and found[f"{VALID}.bin"][1] == "unknown"
-    for name, documents in index.items():
-        assert found[f"{name}.idx"][1] == str(34 + 4 * documents + 8 * documents + 8 * (documents + 1))
-    assert (found[VOCAB][1], found[MERGES][1]) == ("1042301", "456318")
+    table = dry_run_table(clone)
+    num_tokens = UNIQUE_TOKENS["100M"]
+    num_documents = {TRAIN: 208_931, VALID: 364_608}
+    assert list(table) == NAMES and not server.requests
+    assert table[f"{TRAIN}.bin"][1] == str(2 * num_tokens) and table[f"{VALID}.bin"][1] == "unknown"
+    for name, count in num_documents.items():
+        assert table[f"{name}.idx"][1] == str(34 + 4 * count + 8 * count + 8 * (count + 1))
+    assert (table[VOCAB][1], table[MERGES][1]) == ("1042301", "456318")
     huggingface = "https://huggingface.co"
-    assert found[VOCAB][0] == f"{huggingface}/openai-community/gpt2/resolve/main/vocab.json"
-    assert found[f"{VALID}.bin"][0] == (
+    assert table[VOCAB][0] == f"{huggingface}/openai-community/gpt2/resolve/main/vocab.json"
+    assert table[f"{VALID}.bin"][0] == (
         f"{huggingface}/datasets/ZahlenReal/diffusion_data_constraint_quickstart/resolve/main/{VALID}.bin"
     )
 
 
-def test_a_mirror_is_asked_instead(clone):
-    found = rehearsed(clone, GPT2_URL="http://mirror/a", C4_URL="http://mirror/b")
-    assert [address for address, _ in found.values()] == [
+def test_mirrors_replace_the_addresses(clone):
+    table = dry_run_table(clone, GPT2_URL="http://mirror/a", C4_URL="http://mirror/b")
+    assert [address for address, _ in table.values()] == [
         *["http://mirror/a/vocab.json", "http://mirror/a/merges.txt"],
         *[f"http://mirror/b/{name}" for name in NAMES[2:]],
     ]
 
 
-def test_dry_run_leaves_out_what_is_there(clone, published):
+def test_dry_run_leaves_out_existing_files(clone, published):
     (clone / "data").mkdir()
     for name in NAMES[1:]:
         (clone / "data" / name).write_bytes(published[name])
-    done = download(clone, DRY_RUN="1")
-    assert done.returncode == 0 and [line.split()[2] for line in done.stdout.splitlines()] == [f"data/{VOCAB}"]
+    result = download(clone, DRY_RUN="1")
+    assert result.returncode == 0 and [line.split()[2] for line in result.stdout.splitlines()] == [f"data/{VOCAB}"]

@@ -1,4 +1,4 @@
-"""install.sh on machines that lack something. Installing itself is what tests/run.sh begins with."""
+"""install.sh on machines that lack a requirement. tests/run.sh covers a real installation."""
 
 import os
 import shutil
@@ -10,7 +10,7 @@ from tests.conftest import ROOT
 
 
 def install(folder, *flags, version="3.11", venv=True):
-    """Run install.sh in a folder of its own with an interpreter that only answers its questions."""
+    """Run install.sh in a folder of its own with a fake interpreter that only answers its checks."""
     for name in ("install.sh", "setup.py", "constraints.txt"):
         shutil.copy(ROOT / name, folder)
     python = folder / "python"
@@ -26,12 +26,12 @@ esac
 """
     )
     python.chmod(0o755)
-    surroundings = os.environ | {"PYTHON": str(python)}
-    return subprocess.run(["bash", folder / "install.sh", *flags], env=surroundings, capture_output=True, text=True)
+    env = os.environ | {"PYTHON": str(python)}
+    return subprocess.run(["bash", folder / "install.sh", *flags], env=env, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize(
-    "flags, machine, said",
+    "flags, machine, message",
     [
         (["--fast"], {}, "install.sh --fast: unknown flag; --help lists them"),
         (["--with-apex"], {}, "install.sh --with-apex: unknown extra; give one of test, eval, deepspeed,"),
@@ -43,33 +43,33 @@ esac
         ),
     ],
 )
-def test_what_is_missing_is_named_in_one_line(flags, machine, said, tmp_path):
-    done = install(tmp_path, *flags, **machine)
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and said in done.stderr
-    assert len(done.stderr.splitlines()) == 1 and not (tmp_path / ".venv").exists()
+def test_what_is_missing_is_named_in_one_line(flags, machine, message, tmp_path):
+    result = install(tmp_path, *flags, **machine)
+    assert result.returncode == 2 and result.stderr.startswith("error: ") and message in result.stderr
+    assert len(result.stderr.splitlines()) == 1 and not (tmp_path / ".venv").exists()
 
 
-def test_a_sound_machine_gets_as_far_as_the_environment(tmp_path):
-    done = install(tmp_path)
-    assert done.returncode == 7 and "making" in done.stderr
+def test_a_sound_machine_reaches_the_creation_of_the_environment(tmp_path):
+    result = install(tmp_path)
+    assert result.returncode == 7 and "making" in result.stderr
 
 
-def test_extras_are_installed_together_and_one_that_is_there_stays(tmp_path):
-    done = install(tmp_path, "--with-wandb", "--with-test")
-    assert "this package[test,wandb], into .venv" in done.stdout
+def test_extras_are_installed_together_and_installed_ones_are_kept(tmp_path):
+    result = install(tmp_path, "--with-wandb", "--with-test")
+    assert "this package[test,wandb], into .venv" in result.stdout
     (tmp_path / ".venv").mkdir()
     (tmp_path / ".venv" / "installed").write_text("what it was made from  -\n3.11 [wandb,of-old]\n")
     assert "this package[tensorboard,wandb], into .venv" in install(tmp_path, "--with-tensorboard").stdout
 
 
 def test_nothing_is_installed_twice():
-    """tests/run.sh has just installed here."""
+    """tests/run.sh has just installed this environment."""
     if not (ROOT / ".venv" / "installed").exists():
         pytest.skip("this environment was not made by install.sh")
     before = (ROOT / ".venv" / "installed").stat().st_mtime_ns
-    surroundings = {name: value for name, value in os.environ.items() if name != "PYTHON"}
+    env = {name: value for name, value in os.environ.items() if name != "PYTHON"}
     for flags in ([], ["--with-test"]):
         command = ["bash", "install.sh", *flags]
-        done = subprocess.run(command, cwd=ROOT, env=surroundings, capture_output=True, text=True)
-        assert done.returncode == 0 and done.stdout == ""
+        result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+        assert result.returncode == 0 and result.stdout == ""
     assert (ROOT / ".venv" / "installed").stat().st_mtime_ns == before

@@ -1,4 +1,4 @@
-"""The published quickstart's scripts: with data that stand in for C4 at toy size, and without."""
+"""The scripts of the published quickstart: with a toy replacement of C4, and without data."""
 
 import json
 import math
@@ -20,7 +20,7 @@ SCRIPTS = ("train_ar.sh", "eval_ar.sh", "train_mdm.sh", "eval_mdm.sh")
 
 @pytest.fixture
 def clone(tmp_path):
-    """The project in a folder of its own, without data and runs."""
+    """A copy of the project without data and runs."""
     shutil.copytree(ROOT / "examples_scaling", tmp_path / "examples_scaling")
     for name in ("megatron", "pretrain_gpt.py", "pretrain_mdm.py", ".venv"):
         (tmp_path / name).symlink_to(ROOT / name)
@@ -29,7 +29,7 @@ def clone(tmp_path):
 
 @pytest.fixture
 def with_data(clone):
-    """The same with files as download.sh leaves them: a small vocabulary, 4000 tokens."""
+    """The same with the files of download.sh: a small vocabulary, 4000 tokens."""
     data = clone / "data"
     data.mkdir()
     text = ["the quick brown fox jumps over the lazy dog and the bear " * 20, "def f(x):\n    return x\n" * 20]
@@ -47,12 +47,13 @@ def with_data(clone):
 
 
 def script(clone, name, *flags, code=0, **variables):
+    """Run a script and check its exit code."""
     command = ["bash", f"examples_scaling/quickstart/{name}", *flags]
-    done = subprocess.run(
+    result = subprocess.run(
         command, cwd=clone, env=environment() | variables, capture_output=True, text=True, timeout=120
     )
-    assert done.returncode == code, done.stderr[-3000:]
-    return done
+    assert result.returncode == code, result.stderr[-3000:]
+    return result
 
 
 @pytest.mark.parametrize("objective", ["ar", pytest.param("mdm", marks=pytest.mark.slow)])
@@ -67,8 +68,8 @@ def test_training_is_stopped_resumed_and_evaluated(objective, with_data):
     assert json.loads((run / "status.json").read_text())["state"] == "finished"
     last = records(run, "valid")[-1]
     assert last["alignment"] == "published" and last["loss"] < math.log(300)
-    done = script(with_data, f"eval_{objective}.sh")
-    (record,) = map(json.loads, done.stdout.splitlines()[1:])
+    result = script(with_data, f"eval_{objective}.sh")
+    (record,) = map(json.loads, result.stdout.splitlines()[1:])
     assert (record["iteration"], record["num_mc"]) == (last["iteration"], 8 if objective == "mdm" else 1)
     assert record["mc_se"] is None if objective == "ar" else 0 < record["mc_se"] < 1
     assert record["loss"] == pytest.approx(last["loss"], abs=0.5)
@@ -76,29 +77,29 @@ def test_training_is_stopped_resumed_and_evaluated(objective, with_data):
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_without_the_data_one_line_names_what_fetches_it(name, clone):
-    done = script(clone, name, code=2)
-    assert done.stderr == "error: data/train_c4_100m.txt: is not there; bash download.sh fetches it\n"
-    assert not done.stdout and not (clone / "runs").exists()
+    result = script(clone, name, code=2)
+    assert result.stderr == "error: data/train_c4_100m.txt: does not exist; bash download.sh fetches it\n"
+    assert not result.stdout and not (clone / "runs").exists()
 
 
 def test_an_evaluation_without_its_run_names_what_trains_it(with_data):
-    done = script(with_data, "eval_mdm.sh", code=2)
-    said = "error: runs/mdm_best_on_100m: is not there; bash examples_scaling/quickstart/train_mdm.sh trains it\n"
-    assert done.stderr == said
+    result = script(with_data, "eval_mdm.sh", code=2)
+    message = "error: runs/mdm_best_on_100m: does not exist; bash examples_scaling/quickstart/train_mdm.sh trains it\n"
+    assert result.stderr == message
 
 
-@pytest.mark.parametrize("devices, processes", [(0, 1), (1, 1), (2, 2), (3, 2), (5, 4), (8, 8)])
-def test_as_many_processes_are_started_as_there_are_devices(devices, processes, clone, tmp_path):
+@pytest.mark.parametrize("devices, world_size", [(0, 1), (1, 1), (2, 2), (3, 2), (5, 4), (8, 8)])
+def test_the_world_size_is_the_largest_power_of_two_of_the_devices(devices, world_size, clone, tmp_path):
     (tmp_path / "bin").mkdir()
     listing = tmp_path / "bin" / "nvidia-smi"
     listing.write_text("#!/bin/sh\n" + "".join(f"echo 'GPU {number}: a device'\n" for number in range(devices)))
     listing.chmod(0o755)
     path = f"{tmp_path}/bin{os.pathsep}{os.environ['PATH']}"
     (line,) = script(clone, "train_ar.sh", DRY_RUN="1", PATH=path).stdout.splitlines()
-    assert (f"--nproc_per_node={processes} " in line) == (processes > 1) and "nproc_per_node=1 " not in line
+    assert (f"--nproc_per_node={world_size} " in line) == (world_size > 1) and "nproc_per_node=1 " not in line
 
 
-def test_each_script_is_short_and_says_what_it_shows():
+def test_every_script_is_short_and_cites_the_paper():
     for name in SCRIPTS:
         lines = (ROOT / "examples_scaling" / "quickstart" / name).read_text().splitlines()
         assert 8 <= len(lines) <= 15 and "2507.15857" in "".join(lines[1:5])

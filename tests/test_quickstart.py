@@ -1,4 +1,4 @@
-"""The main job as a user runs it: at toy size in the fast tier, whole in the slow one."""
+"""The quickstart as a user runs it: at toy size in the fast tier, complete in the slow one."""
 
 import json
 import os
@@ -16,25 +16,25 @@ LONG = ("ar", "mdm", "ar_regularised")
 RUNS = (*LONG, "ar_short")
 
 
-def surroundings(folder) -> dict:
-    """Return the environment of a user of two cores whose data and runs go to `folder`."""
-    plain = {name: value for name, value in environment().items() if name not in ("OMP_NUM_THREADS", "PYTHONPATH")}
-    return plain | {"OUT": str(folder / "my runs"), "DATA": str(folder / "my data")}
+def variables(folder) -> dict:
+    """Return a user's environment variables, with data and runs below `folder`."""
+    inherited = {name: value for name, value in environment().items() if name not in ("OMP_NUM_THREADS", "PYTHONPATH")}
+    return inherited | {"OUT": str(folder / "my runs"), "DATA": str(folder / "my data")}
 
 
 def quickstart(folder, *flags):
-    """Run the script and return what it printed."""
+    """Run the script and return its output."""
     command = ["bash", SCRIPT, *flags]
-    done = subprocess.run(command, cwd=ROOT, env=surroundings(folder), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    result = subprocess.run(command, cwd=ROOT, env=variables(folder), capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
 
 
-def test_the_main_job_runs_from_end_to_end_and_resumes(tmp_path):
+def test_the_quickstart_runs_end_to_end_and_resumes(tmp_path):
     small = ["--train-epochs", "1", "--eval-samples", "4", "--eval-interval", "6"]
     first = quickstart(tmp_path, *small)
     page = (tmp_path / "my runs" / "report" / "report.html").read_text()
-    assert "source code of Python" in page and "stand in the training split too" in page
+    assert "source code of Python" in page and "also occur in the training split" in page
     for name in RUNS:
         status = json.loads((tmp_path / "my runs" / name / "status.json").read_text())
         assert (status["state"], status["consumed_samples"]) == ("finished", 390)
@@ -45,33 +45,33 @@ def test_the_main_job_runs_from_end_to_end_and_resumes(tmp_path):
 
 
 def test_dry_run_prints_commands_and_does_nothing(tmp_path):
-    elsewhere = {"DRY_RUN": "1", "VIRTUAL_ENV": "/another/environment"}  # it is not the one that install.sh makes
     command = ["bash", SCRIPT, "--seed", "2"]
-    env = surroundings(tmp_path) | elsewhere
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True)
-    assert all(line.startswith(".venv/bin/python ") for line in done.stdout.splitlines())
-    assert len(done.stdout.splitlines()) == 6 and done.stdout.count("--seed 2") == 4
+    # the script uses the environment of install.sh, not the active one
+    env = variables(tmp_path) | {"DRY_RUN": "1", "VIRTUAL_ENV": "/another/environment"}
+    result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+    assert all(line.startswith(".venv/bin/python ") for line in result.stdout.splitlines())
+    assert len(result.stdout.splitlines()) == 6 and result.stdout.count("--seed 2") == 4
     assert not any(tmp_path.iterdir())
 
 
-def test_a_training_that_fails_while_others_go_on_fails_the_whole(tmp_path):
-    """Also where it ended before it was waited for."""
+def test_a_background_job_that_fails_while_others_run_fails_the_script(tmp_path):
+    """The job has ended before the script waits for it."""
     script = f"""source {ROOT}/examples_scaling/lib/run.sh
-beside slow sleep 1
-beside fast bash -c "exit 3"
-together
+in_background slow sleep 1
+in_background fast bash -c "exit 3"
+wait_all
 echo the report would follow"""
-    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 3 and "report" not in done.stdout
+    result = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 3 and "report" not in result.stdout
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
-def test_a_signal_makes_all_trainings_save_and_leave(number, tmp_path):
-    """Ctrl-C goes to the whole job, a cancelled job's SIGTERM to the script alone."""
-    log = open(tmp_path / "log", "w")
+def test_a_signal_makes_all_runs_save_and_exit(number, tmp_path):
+    """Ctrl-C goes to the process group, the SIGTERM of a cancelled job to the script only."""
+    log = open(tmp_path / "log", "w")  # noqa: SIM115 (open while the script runs)
     command = ["bash", SCRIPT, "--num-workers", "1"]
     process = subprocess.Popen(
-        command, cwd=ROOT, env=surroundings(tmp_path), stdout=log, stderr=log, start_new_session=True
+        command, cwd=ROOT, env=variables(tmp_path), stdout=log, stderr=log, start_new_session=True
     )
     folders = [tmp_path / "my runs" / name for name in RUNS]
     while not all((folder / "metrics.jsonl").exists() and records(folder) for folder in folders):
@@ -89,18 +89,18 @@ def test_a_signal_makes_all_trainings_save_and_leave(number, tmp_path):
 
 
 def wait_for(condition, seconds=60):
-    until = time.monotonic() + seconds
+    deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < until
+        assert time.monotonic() < deadline
         time.sleep(0.1)
 
 
 @pytest.mark.slow
 def test_repetition_hurts_the_autoregressive_model(tmp_path):
-    """Within 15 minutes, AR's last validation loss lies 0.05 nats and 5 paired standard errors above its best."""
-    began = time.monotonic()
+    """Within 15 minutes, AR's last validation loss is 0.05 nats and 5 paired standard errors above its best."""
+    start = time.monotonic()
     quickstart(tmp_path)
-    assert time.monotonic() - began < 15 * 60
+    assert time.monotonic() - start < 15 * 60
     runs = {name: load_run(tmp_path / "my runs" / name) for name in RUNS}
     assert len({runs[name].valid["validation"][-1]["flops"] for name in LONG}) == 1
     ar = runs["ar"]

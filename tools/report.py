@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Compare runs on one page: a table, paired differences, plots, and what they say.
+"""Compare runs on one HTML page: a table, paired differences, plots and conclusions.
 
 python tools/report.py runs/quickstart/ar runs/quickstart/mdm --output runs/quickstart/report
 """
@@ -16,16 +16,17 @@ from megatron.reporting.runs import load_runs
 
 
 def main() -> None:
+    """Write the report and print its table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="folders that --save wrote")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders (--save)")
     parser.add_argument(
         "--output", type=Path, required=True, metavar="DIR", help="folder for report.html and its plots"
     )
     parser.add_argument(
-        "--tuning", default="tuning", metavar="SET", help="set that chooses best points (default: tuning)"
+        "--tuning", default="tuning", metavar="SET", help="set on which best points are chosen (default: tuning)"
     )
     parser.add_argument(
-        "--validation", default="validation", metavar="SET", help="set that is reported (default: validation)"
+        "--validation", default="validation", metavar="SET", help="set whose losses are reported (default: validation)"
     )
     options = parser.parse_args()
     try:

@@ -1,4 +1,4 @@
-# Sourced: the data flags of the published set of 100M C4 tokens; leaves where it is missing.
-need "bash download.sh fetches it" data/{train_c4_100m.txt,val_c4.txt,gpt2-vocab.json,gpt2-merges.txt}
+# Sourced: data flags of the published set of 100M C4 tokens; exits with code 2 if a file is missing.
+require_files "bash download.sh fetches it" data/{train_c4_100m.txt,val_c4.txt,gpt2-vocab.json,gpt2-merges.txt}
 c4_100m=(--train-data-path-file data/train_c4_100m.txt --valid-data-path-file data/val_c4.txt
     --vocab-file data/gpt2-vocab.json --merge-file data/gpt2-merges.txt)

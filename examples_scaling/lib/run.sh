@@ -1,33 +1,33 @@
-# Sourced by every example: where we are, which Python, and how trainings are started.
+# Sourced by every example: working directory, Python, and functions that start training runs.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
-python=.venv/bin/python # what install.sh made, whatever other environment is active
+python=.venv/bin/python # the environment of install.sh, whichever other one is active
 
 # Print a command, and run it unless DRY_RUN=1.
 execute() {
     local line
     printf -v line '%q ' "$@"
     echo "$line"
-    [[ "${DRY_RUN:-0}" == 1 ]] || ${in_its_place:-} "$@"
+    [[ "${DRY_RUN:-0}" == 1 ]] || ${command_prefix:-} "$@"
 }
 
-# need REMEDY FILE...: leave with 2 where a file is missing, unless DRY_RUN=1.
-need() {
+# require_files REMEDY FILE...: exit with code 2 if a file is missing, unless DRY_RUN=1.
+require_files() {
     local file
     for file in "${@:2}"; do
-        [[ -e "$file" || "${DRY_RUN:-0}" == 1 ]] || { echo "error: $file: is not there; $1" >&2; exit 2; }
+        [[ -e "$file" || "${DRY_RUN:-0}" == 1 ]] || { echo "error: $file: does not exist; $1" >&2; exit 2; }
     done
 }
 
-# Print how many processes to start: one for each CUDA device, of as many as are a power of two, since batches are.
-processes() {
-    local devices count=1
+# Print the default world size: the largest power of two (batch sizes are) up to the number of CUDA devices, at least 1.
+default_world_size() {
+    local devices size=1
     devices=$(nvidia-smi -L 2>/dev/null | grep -c ^GPU || true)
-    while ((2 * count <= devices)); do ((count *= 2)); done
-    echo "$count"
+    while ((2 * size <= devices)); do ((size *= 2)); done
+    echo "$size"
 }
 
-# pretrain ar|mdm FLAGS...: NPROC processes, or what `processes` says.
+# pretrain ar|mdm FLAGS...: train on NPROC ranks (default: default_world_size).
 pretrain() {
     local script
     case "$1" in
@@ -35,30 +35,31 @@ pretrain() {
         mdm) script=pretrain_mdm.py ;;
         *) echo "error: pretrain $1: is neither ar nor mdm" >&2; return 2 ;;
     esac
-    local count=${NPROC:-$(processes)}
+    local world_size=${NPROC:-$(default_world_size)}
     local launch=("$python")
-    ((count > 1)) && launch+=(-m torch.distributed.run --standalone "--nproc_per_node=$count")
+    ((world_size > 1)) && launch+=(-m torch.distributed.run --standalone "--nproc_per_node=$world_size")
     execute "${launch[@]}" "$script" "${@:2}"
 }
 
-# beside NAME COMMAND...: run in the background, [NAME] before each line of its log. together: wait for all of them.
-# Ctrl-C reaches them by itself; a SIGTERM is passed on, so that they save and leave.
-beside_jobs=()
-trap 'kill -TERM "${beside_jobs[@]}" 2>/dev/null || true' TERM
-beside() {
+# in_background NAME COMMAND...: run in the background with [NAME] before each line of its log.
+# wait_all: wait for all background jobs; fails if one failed.
+# Ctrl-C reaches the jobs directly; SIGTERM is forwarded, so they save and exit.
+background_jobs=()
+trap 'kill -TERM "${background_jobs[@]}" 2>/dev/null || true' TERM
+in_background() {
     if [[ "${DRY_RUN:-0}" == 1 ]]; then
         "${@:2}"
         return
     fi
-    in_its_place=exec "${@:2}" 2> >(sed -u "s/^/[$1] /" >&2) &
-    beside_jobs+=($!)
+    command_prefix=exec "${@:2}" 2> >(sed -u "s/^/[$1] /" >&2) &
+    background_jobs+=($!)
 }
-together() {
+wait_all() {
     local job code=0
-    for job in "${beside_jobs[@]}"; do
+    for job in "${background_jobs[@]}"; do
         wait "$job" || code=$?
         while kill -0 "$job" 2>/dev/null; do wait "$job" || code=$?; done # a signal interrupted the wait
     done
-    beside_jobs=()
+    background_jobs=()
     return "$code"
 }

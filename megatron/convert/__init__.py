@@ -1,0 +1,1 @@
+"""Conversion of runs to and from Hugging Face transformers, and from Megatron-DeepSpeed."""

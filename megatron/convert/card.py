@@ -1,4 +1,4 @@
-"""The model card: what a folder holds, how it came to be, how to read its figures and how to load it."""
+"""The model card of an exported run: model, training, validation losses, how to load and use it, and its limits."""
 
 from collections.abc import Iterator
 from dataclasses import fields
@@ -12,7 +12,7 @@ from megatron.training.run_folder import read_records
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-# what acts in training beside the objective: by section, the fields that are on where they differ from their default
+# fields of each section that the card lists where they differ from their default
 REGULARISERS = {
     "model": (
         *("attention_dropout", "hidden_dropout", "mlp_dropout", "embedding_dropout", "label_smoothing", "z_loss"),
@@ -22,7 +22,7 @@ REGULARISERS = {
     "objective": tuple(field.name for field in fields(SECTIONS["objective"]) if field.name != "objective"),
     "optimizer": ("ema_decay", "average_from_samples"),
 }
-OBJECTIVES = {"ar": "autoregressive", "mdm": "masked diffusion", "dual": "autoregressive and masked diffusion at once"}
+OBJECTIVES = {"ar": "autoregressive", "mdm": "masked diffusion", "dual": "autoregressive and masked diffusion, jointly"}
 MEANING = "Losses are in nats per token, ± the standard error over documents"
 LOAD = """\
 ```python
@@ -33,21 +33,21 @@ tokenizer = AutoTokenizer.from_pretrained("{name}")
 ```
 """
 CAUSAL_USE = """\
-`lm_eval run --model hf --model_args pretrained={name} --tasks ...` scores it. Texts were separated by `{end}`, which
-also stands in front of a text that has no context.
+`lm_eval run --model hf --model_args pretrained={name} --tasks ...` evaluates it. Training documents are
+separated by `{end}`, which also serves as the context of a text without one.
 """
 MASKED_USE = """\
-Replace what is unknown by `{mask}` (id {mask_id}), any number of tokens at a time; the output at that position predicts
-the token itself. There is no time to pass. In a text, `{mask}` and all other special tokens are read as text unless the
-tokenizer gets `split_special_tokens=False`. The probabilities it was trained with leave out the last output, that of
-`{mask}`:
+Replace unknown tokens by `{mask}` (id {mask_id}), any number at a time; the output at a masked position predicts the
+token at that position, not the next one. The model takes no diffusion time. The tokenizer reads `{mask}` and all other
+special tokens as plain text unless it gets `split_special_tokens=False`. As in training, leave the last logit, that of
+`{mask}`, out of the softmax:
 
 ```python
 ids = tokenizer("Replace what is{mask}", split_special_tokens=False, return_tensors="pt")
 probabilities = model(**ids).logits[..., :{mask_id}].softmax(-1)
 ```
 
-The pipeline `fill-mask` does the same, but with the output of `{mask}` in its softmax: its scores are lower, and
+The pipeline `fill-mask` does the same, but includes the logit of `{mask}` in its softmax: its scores are lower, and
 `{mask}` may be among its answers:
 
 ```python
@@ -57,8 +57,8 @@ fill = pipeline("fill-mask", "{name}", tokenizer_kwargs={{"split_special_tokens"
 answers = fill("Replace what is{mask}")
 ```
 
-No causal class of transformers loads it, and a score from left to right is not what the losses above are. To evaluate,
-score or sample it as it was trained, make it a run again:
+No causal class of transformers loads it, and left-to-right likelihoods are not comparable with the losses above. To
+evaluate, score or sample it with its training objective, convert it back to a run:
 
 ```bash
 python tools/convert_checkpoint.py from-hf {name} --output runs/{name}
@@ -72,7 +72,7 @@ python -m megatron.evaluation.harness --pretrained runs/{name} --tasks hellaswag
 def model_card(
     trained: Trained, tokenizer: "PreTrainedTokenizerFast", name: str, kind: str, average: bool, dtype: str
 ) -> str:
-    """Return README.md of an exported run called `name`, of the class `kind` of transformers."""
+    """Return the README.md of an exported run: `name` is its title, `kind` its class in transformers."""
     masked = kind.endswith("MaskedLM")
     auto = "AutoModelForMaskedLM" if masked else "AutoModelForCausalLM"
     front = {
@@ -83,7 +83,7 @@ def model_card(
     use = CAUSAL_USE.format(name=name, end=tokenizer.eos_token)
     if masked:
         use = MASKED_USE.format(name=name, mask=tokenizer.mask_token, mask_id=trained.vocabulary.mask_id)
-    parts = [
+    sections = [
         "---\n" + "".join(f"{key}: {value}\n" for key, value in front.items()) + "---",
         f"# {name}",
         _summary(trained, kind, average, dtype),
@@ -97,14 +97,14 @@ def model_card(
         "## Limits",
         "\n".join(f"* {line}" for line in _limits(trained, masked)),
     ]
-    return "\n\n".join(part.strip("\n") for part in parts) + "\n"
+    return "\n\n".join(section.strip("\n") for section in sections) + "\n"
 
 
 def _summary(trained: Trained, kind: str, average: bool, dtype: str) -> str:
     model, meta = trained.config.model, trained.meta
     weights = "the average of its weights" if average else "its weights"
     return (
-        f"A `{kind}` of {trained.recorded['parameters'] / 1e6:.2f}M parameters, rows that pad the vocabulary included: "
+        f"A `{kind}` with {trained.recorded['parameters'] / 1e6:.2f}M parameters, padded vocabulary rows included: "
         f"{model.num_layers} layers of width {model.hidden_size}, {model.num_attention_heads} heads. These are "
         f"{weights} after step {meta['iteration']:,}, in {dtype}."
     )
@@ -117,21 +117,21 @@ def _training(trained: Trained) -> Iterator[str]:
     source = recorded["corpus_source"]
     yield f"Objective: {OBJECTIVES[recorded['objective_name']]} (`--objective {recorded['objective_name']}`)"
     if "imported" in recorded:
-        yield f"Imported from {recorded['imported']['source']}; what follows leaves out what was trained there"
+        yield f"Imported from {recorded['imported']['source']}; the figures below do not include training before that"
     elif recorded["branched_from"]:
-        yield f"Begun from {recorded['branched_from']}"
+        yield f"Branched from {recorded['branched_from']}"
     if recorded["unique_tokens"]:
-        named = source if isinstance(source, str) else ", ".join(source)
-        yield f"Data: {named}, corpus hash `{recorded['corpus_hash']}`"
+        sources = source if isinstance(source, str) else ", ".join(source)
+        yield f"Data: {sources}, corpus hash `{recorded['corpus_hash']}`"
         yield (
-            f"Unique tokens: {recorded['unique_tokens']:,}, read {tokens / recorded['unique_tokens']:.2f} times: "
+            f"Unique tokens: {recorded['unique_tokens']:,}, {tokens / recorded['unique_tokens']:.2f} epochs: "
             f"{tokens:,} tokens in samples of {config.data.seq_length}"
         )
     else:
         yield "Data: unknown"
     yield f"Compute: {6.0 * recorded['parameters'] * tokens * passes:.3g} FLOPs (6ND, the embedding counted once)"
-    on = list(_regularisers(trained)) or ["none"]
-    yield f"Regularisers and options that are on: {', '.join(on)}"
+    regularisers = list(_regularisers(trained)) or ["none"]
+    yield f"Regularisers and other options that are not at their default: {', '.join(regularisers)}"
     optimizer = config.optimizer
     yield (
         f"Optimizer: {optimizer.optimizer}, peak learning rate {optimizer.lr:g}, weight decay "
@@ -151,52 +151,60 @@ def _regularisers(trained: Trained) -> Iterator[str]:
 
 
 def _validation(trained: Trained, average: bool) -> Iterator[str]:
-    found = validation_records(trained, average)
-    if not found:
+    records = validation_records(trained, average)
+    if not records:
         yield "This checkpoint was not validated."
         return
     yield "| set | loss | evaluation noise | bits per byte | alignment |"
     yield "|---|---|---|---|---|"
-    bounds = False
-    for each in found:
-        bound = each.get("bound", trained.recorded["objective_name"] != "ar")
-        bounds |= bound
-        sign, bits = "≤ " * bound, each["bits_per_byte"]
-        error = f" ± {each['data_se']:.4f}" if each["data_se"] else ""
-        noise = "none" if not bound else "unknown, from one replicate"
-        if each["mc_se"]:
-            noise = f"± {each['mc_se']:.4f} from {each['num_mc']} replicates"
+    has_bounds = False
+    for record in records:
+        bound = record.get("bound", trained.recorded["objective_name"] != "ar")
+        has_bounds |= bound
+        sign = "≤ " if bound else ""
+        bits = record["bits_per_byte"]
+        error = f" ± {record['data_se']:.4f}" if record["data_se"] else ""
+        noise = "unknown, one Monte-Carlo sample" if bound else "none"
+        if record["mc_se"]:
+            noise = f"± {record['mc_se']:.4f} from {record['num_mc']} Monte-Carlo samples"
         yield (
-            f"| {each['set']} | {sign}{each['loss']:.4f}{error} | {noise} | {f'{sign}{bits:.4f}' if bits else '-'} | "
-            f"{each['alignment']} |"
+            f"| {record['set']} | {sign}{record['loss']:.4f}{error} | {noise} | "
+            f"{f'{sign}{bits:.4f}' if bits else '-'} | {record['alignment']} |"
         )
     yield ""
-    told = " ≤: an upper bound of the negative log-likelihood, estimated with random masks." if bounds else ""
-    yield f"{MEANING}.{told}"
+    explanation = (
+        " ≤: an upper bound of the negative log-likelihood, estimated with random masks." if has_bounds else ""
+    )
+    yield f"{MEANING}.{explanation}"
 
 
 def validation_records(trained: Trained, average: bool | None = None) -> list[dict]:
-    """Return what the run recorded of the validation at this checkpoint: of its weights, their average, or both."""
-    run, iteration = trained.checkpoint.resolve().parents[1], trained.meta["iteration"]
-    found = [each for each in read_records(run, iteration) if each["kind"] == "valid"]
-    found = [each for each in found if each["iteration"] == iteration]
-    return [each for each in found if average in (None, each["set"].endswith(".average"))]
+    """Return the validation records at this checkpoint: of the averaged (True) or model weights (False), or both."""
+    run_folder = trained.checkpoint.resolve().parents[1]
+    iteration = trained.meta["iteration"]
+    records = [
+        record
+        for record in read_records(run_folder, iteration)
+        if record["kind"] == "valid" and record["iteration"] == iteration
+    ]
+    return [record for record in records if average in (None, record["set"].endswith(".average"))]
 
 
 def _limits(trained: Trained, masked: bool) -> Iterator[str]:
     config = trained.config
-    yield f"Nothing longer than {config.data.seq_length} tokens was read in training."
-    yield "It was trained on the text above only, as often as is said there, and knows nothing else."
-    yield "It follows no instructions, and nobody has looked at what it says for truth or harm."
+    yield f"It was trained on sequences of at most {config.data.seq_length} tokens."
+    if "imported" not in trained.recorded:  # earlier training is unknown
+        yield "It was trained on the data above only, for the number of epochs given there."
+    yield "It was not trained to follow instructions, and its output has not been checked for truth or harm."
     if config.model.softmax_over_padding:
         yield (
-            "Its losses above come from a softmax in which the unused rows of the padded vocabulary took part; here "
-            "they are left out, so its losses are a little lower."
+            "Its losses above come from a softmax that includes the unused rows of the padded vocabulary; this export "
+            "leaves them out, so its losses are slightly lower."
         )
     if trained.recorded["objective_name"] == "dual":
         yield (
-            "This is its autoregressive side; its masked-diffusion side speaks of the next token, and no stock class "
-            "does that."
+            "This is its autoregressive side; its masked-diffusion side predicts the next token at each position, and "
+            "no stock class does that."
         )
     if masked:
-        yield "Its loss is a bound and not to be compared with exact losses as if it were one."
+        yield "Its loss is an upper bound; do not compare it with exact losses as if it were exact."

@@ -1,11 +1,11 @@
-"""A trained run as a folder that transformers loads without our code, and that comes back as the same run.
+"""Export a trained run to a folder that stock transformers loads and that imports back as the same run.
 
-config.json, model*.safetensors           the model over the tokenizer's V ids, masked diffusion over [MASK] = V too
-generation_config.json                    of a causal one
+config.json, model*.safetensors           the model over the tokenizer's V ids; masked diffusion adds [MASK] = V
+generation_config.json                    causal models only
 tokenizer.json, tokenizer_config.json     the tokenizer
 README.md                                 the model card
-extra_rows.safetensors                    the other rows of the padded vocabulary
-training_run.json, training_tokenizer.*   what the run recorded, and the file of its tokenizer, for the way back
+extra_rows.safetensors                    the remaining rows of the padded vocabulary
+training_run.json, training_tokenizer.*   the run's configuration and losses, and its tokenizer file, for import
 """
 
 import logging
@@ -30,80 +30,85 @@ EXTRA_ROWS, RECORD = "extra_rows.safetensors", "training_run.json"
 
 
 def is_masked(trained: Trained) -> bool:
-    """Return whether a run becomes a masked language model; False is a causal one.
+    """Return whether a run is exported as a masked language model (True) or a causal one (False).
 
-    Raises ConfigurationError where stock classes would read it otherwise than it was trained to.
+    Raises: ConfigurationError if stock classes would not compute what the run was trained to compute.
     """
     objective = trained.config.objective
-    faults = {
+    obstacles = {
         "objective": {
-            "any-order": "predicts in random orders and is told the places of what it must say, which no stock class "
-            "of transformers can tell a network",
-            "block-diffusion": "reads each text and its masked form at once under a mask of its own, which no stock "
-            "class of transformers has",
+            "any-order": "predicts in random orders and needs target positions as an input, which no stock class of "
+            "transformers accepts",
+            "block-diffusion": "attends to each text and its masked copy under an attention mask of its own, which no "
+            "stock class of transformers has",
         }.get(objective.objective),
         "target_positions": objective.target_positions
-        and "tells the network the place of the token it must say, which no stock class of transformers can",
+        and "gives the model target positions as an input, which no stock class of transformers accepts",
         "target_offset_max": objective.target_offset_max > 1
-        and "trained the network to say tokens further ahead, by a place that no stock class of transformers tells it",
+        and "trained the model to predict tokens further ahead, at target positions that no stock class of "
+        "transformers accepts",
         "right_to_left_ratio": objective.right_to_left_ratio == 1
-        and "trained the network to read from right to left only, and stock classes read from left to right",
+        and "trained the model from right to left only, and stock classes read from left to right",
     }
-    for name, reason in faults.items():
-        if reason:
+    for name, obstacle in obstacles.items():
+        if obstacle:
             raise ConfigurationError(
-                f"{trained.name}: cannot be exported: {typed(name, getattr(objective, name))} {reason}; use the run "
-                "folder, with the tools here"
+                f"{trained.name}: cannot be exported: {typed(name, getattr(objective, name))} {obstacle}; use the run "
+                "folder with this project's tools"
             )
     return objective.objective == "mdm"
 
 
 def export(
-    trained: Trained, output: Path, *, average: bool = False, dtype: str = "float32", shard: str = "5GB"
+    trained: Trained, output: Path, *, average: bool = False, dtype: str = "float32", max_shard_size: str = "5GB"
 ) -> list[str]:
-    """Write the folder `output` and return lines that say what it holds.
+    """Write the export `output` and return lines that describe it.
 
-    `dtype` ("float32" or "bfloat16") is that of the weights, `shard` the size of one file of them. Raises
-    ConfigurationError where the run cannot be told to transformers exactly or `output` exists, OSError where the disk
-    is full; then nothing is left.
+    `dtype` ("float32" or "bfloat16") is that of the weights, `max_shard_size` the size of one file of weights. After
+    an error nothing is left on disk.
+
+    Raises: ConfigurationError if transformers cannot express the run exactly or `output` exists; OSError if the disk
+    is full.
     """
     check_new(output)
-    if not re.fullmatch(r"[1-9]\d*[KMG]B", shard):
-        raise ConfigurationError(f"--max-shard-size {shard}: is no size; give a whole number of KB, MB or GB, as 5GB")
+    if not re.fullmatch(r"[1-9]\d*[KMG]B", max_shard_size):
+        raise ConfigurationError(
+            f"--max-shard-size {max_shard_size}: is not a size; give a whole number of KB, MB or GB, such as 5GB"
+        )
     masked = is_masked(trained)
     family = family_of(trained.config.model, masked)
-    family.model_class()  # before the work
-    tokenizer, positions = trained.tokenizer(), trained.config.data.seq_length
-    rows = trained.vocabulary.size + masked
+    family.model_class()  # fails early if transformers is missing
+    tokenizer = trained.tokenizer()
+    max_positions = trained.config.data.seq_length
+    num_rows = trained.vocabulary.size + int(masked)
     config = hugging_face_config(
         trained.config.model,
-        rows=rows,
-        positions=positions,
+        rows=num_rows,
+        positions=max_positions,
         bidirectional=masked,
         eos_token_id=tokenizer.eod,
-        pad_token_id=tokenizer.eod,  # what pads a batch is never looked at
+        pad_token_id=tokenizer.eod,  # padding is never attended to
         **({"mask_token_id": trained.vocabulary.mask_id} if masked else {}),
     )
     model = trained.model(average, DTYPES[dtype])
     with new_folder(output) as folder, _quiet():
-        twin = hugging_face_model(model, config)
-        twin.save_pretrained(folder, max_shard_size=shard)
+        hugging_face_model(model, config).save_pretrained(folder, max_shard_size=max_shard_size)
         set_fields(folder / "config.json", torch_dtype=dtype)  # the name of dtype before transformers 4.56
-        save_file(extra_rows(model, rows), folder / EXTRA_ROWS)
-        written = write_tokenizer(folder, tokenizer, masked=masked, positions=positions)
+        save_file(extra_rows(model, num_rows), folder / EXTRA_ROWS)
+        exported_tokenizer = write_tokenizer(folder, tokenizer, masked=masked, positions=max_positions)
         write_json(folder / RECORD, record(trained, average, dtype))
-        card = model_card(trained, written, output.name, family.model, average, dtype)
+        card = model_card(trained, exported_tokenizer, output.name, family.model, average, dtype)
         (folder / "README.md").write_text(card, encoding="utf-8")
     kind = "masked language model" if masked else "causal language model"
     return [
-        f"{output}: {family.model}, a {kind} over {rows:,} ids in {dtype}, of {trained.checkpoint}"
+        f"{output}: {family.model}, a {kind} over {num_rows:,} ids in {dtype}, of {trained.checkpoint}"
         f"{', averaged weights' if average else ''}",
         f"load it with AutoModelFor{'MaskedLM' if masked else 'CausalLM'}.from_pretrained({str(output)!r})",
     ]
 
 
 def record(trained: Trained, average: bool, dtype: str) -> dict:
-    """Return what training_run.json says: the run's configuration, where the checkpoint stood, and its losses."""
+    """Return the contents of training_run.json: the run's configuration, the checkpoint's step and its losses."""
     meta = {name: value for name, value in trained.meta.items() if name not in ("files", "config")}
     return {
         "format": 1,
@@ -119,7 +124,7 @@ def record(trained: Trained, average: bool, dtype: str) -> dict:
 
 @contextmanager
 def _quiet():
-    """Keep transformers from telling each file it writes; what fails is raised all the same."""
+    """Silence the log and progress bars of transformers; errors are still raised."""
     from transformers.utils import logging as library
 
     level, bars = library.get_verbosity(), library.is_progress_bar_enabled()

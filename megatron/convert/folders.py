@@ -1,4 +1,4 @@
-"""Folders that are there whole or not at all."""
+"""Output folders that appear complete or not at all."""
 
 import json
 import os
@@ -11,47 +11,50 @@ from megatron.errors import ConfigurationError
 
 
 def check_new(output: Path) -> None:
-    """Refuse a folder that exists: nothing is ever written over."""
+    """Check that the folder does not exist, since nothing is overwritten.
+
+    Raises: ConfigurationError if it exists.
+    """
     if output.exists() or output.is_symlink():
         raise ConfigurationError(f"--output {output}: exists already; name a new folder, or move this one away")
 
 
 @contextmanager
 def new_folder(output: Path) -> Iterator[Path]:
-    """Yield a folder beside `output` to write into; it bears that name when all is written, and goes where not.
+    """Yield `output`.partial to write into; it is renamed to `output` at the end and removed after an error.
 
-    Raises ConfigurationError where `output` exists or cannot be made, and OSError where the disk is full.
+    Raises: ConfigurationError if `output` exists or cannot be created; OSError if the disk is full.
     """
     check_new(output)
-    aside = output.with_name(output.name + ".partial")
+    partial = output.with_name(output.name + ".partial")
     try:
-        shutil.rmtree(aside, ignore_errors=True)  # of an earlier start that was killed
-        aside.mkdir(parents=True)
+        shutil.rmtree(partial, ignore_errors=True)  # left by a run that was killed
+        partial.mkdir(parents=True)
     except OSError as error:
         raise ConfigurationError(
             f"--output {output}: cannot be written ({error.strerror}); choose another folder"
         ) from error
     try:
-        yield aside
-        for path in [*aside.rglob("*"), aside]:
-            if path.is_file():  # safetensors makes files that their owner alone may read
-                path.chmod(aside.stat().st_mode & 0o666)
-            _to_disk(path)
+        yield partial
+        for path in [*partial.rglob("*"), partial]:
+            if path.is_file():  # safetensors creates files that only their owner can read
+                path.chmod(partial.stat().st_mode & 0o666)
+            _sync(path)
         check_new(output)
-        aside.rename(output)
+        partial.rename(output)
     except OSError as error:
         raise OSError(f"--output {output}: could not be written ({error}); free space and start again") from error
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def set_fields(file: Path, **fields) -> None:
     """Set fields of the object in a JSON file."""
-    written = json.loads(file.read_text(encoding="utf-8")) | fields
-    file.write_text(json.dumps(written, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+    contents = json.loads(file.read_text(encoding="utf-8")) | fields
+    file.write_text(json.dumps(contents, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _to_disk(path: Path) -> None:
+def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,7 +1,6 @@
-"""Our network as transformers knows it: Llama, Qwen3 where queries and keys are normalised, EuroBert where it is
-bidirectional.
+"""Our model as a transformers model: Llama, Qwen3 with QK-norm, EuroBert if bidirectional.
 
-Parameters carry the same names, so weights need a prefix and a cut of the vocabulary's rows, and no permutation.
+Parameter names are the same up to a prefix, so conversion slices the vocabulary rows and permutes nothing.
 """
 
 from dataclasses import dataclass
@@ -15,30 +14,32 @@ from megatron.config.sections import ModelConfig
 from megatron.errors import ConfigurationError
 from megatron.model.transformer import Transformer
 
-if TYPE_CHECKING:  # seconds to load, and only conversion needs it
+if TYPE_CHECKING:  # takes seconds to import, and only conversion needs it
     from transformers import PreTrainedConfig, PreTrainedModel
 
-TABLES = ("embed_tokens.weight", "lm_head.weight")  # a row for each id of the padded vocabulary
+TABLES = ("embed_tokens.weight", "lm_head.weight")  # [V padded, H]
 
 
 @dataclass(frozen=True)
 class Family:
-    """The classes of transformers that compute one kind of network."""
+    """The transformers classes of one architecture."""
 
     config: str
     model: str
-    biases: tuple[str, ...]  # which fields say that linear layers have biases
+    biases: tuple[str, ...]  # config fields that turn biases of linear layers on
     bidirectional: bool = False
-    normalised_queries: bool = False
+    normalised_queries: bool = False  # QK-norm
 
     def config_class(self) -> "type[PreTrainedConfig]":
+        """Return the configuration class."""
         return getattr(_transformers(), self.config)
 
     def model_class(self) -> "type[PreTrainedModel]":
+        """Return the model class."""
         return getattr(_transformers(), self.model)
 
 
-FAMILIES = {  # by the model_type of their config.json
+FAMILIES = {  # by the model_type of config.json
     "llama": Family("LlamaConfig", "LlamaForCausalLM", ("attention_bias", "mlp_bias")),
     "qwen3": Family("Qwen3Config", "Qwen3ForCausalLM", ("attention_bias",), normalised_queries=True),
     "eurobert": Family("EuroBertConfig", "EuroBertForMaskedLM", ("attention_bias", "mlp_bias"), bidirectional=True),
@@ -50,40 +51,40 @@ def _transformers():
         import transformers
     except ImportError as error:
         raise ConfigurationError(
-            f"conversion needs the package transformers, and it cannot be imported ({error}); install it: "
+            f"conversion needs the package transformers, which cannot be imported ({error}); install it: "
             "bash install.sh --with-eval"
         ) from None
     return transformers
 
 
 def family_of(config: ModelConfig, bidirectional: bool = False) -> Family:
-    """Return the classes that compute this network exactly.
+    """Return the classes that compute this model exactly.
 
-    Raises ConfigurationError where none does: with LayerNorm, GELU, biases or a bidirectional reading beside QK-norm,
-    or heads that transformers refuses.
+    Raises: ConfigurationError if there are none: with LayerNorm, GELU, QK-norm together with biases or bidirectional
+    attention, or a number of heads that transformers refuses.
     """
-    fixed = "and the classes that transformers has for this network know"
-    faults = {
-        "normalization": (config.normalization != "rmsnorm", f"{fixed} RMSNorm only"),
-        "swiglu": (not config.swiglu, f"{fixed} SwiGLU only"),
+    support = "the transformers classes for this architecture support"
+    obstacles = {
+        "normalization": (config.normalization != "rmsnorm", f"{support} RMSNorm only"),
+        "swiglu": (not config.swiglu, f"{support} SwiGLU only"),
         "add_bias_linear": (
             config.add_bias_linear and config.qk_layernorm,
-            f"{fixed} no biases of all linear layers beside --qk-layernorm",
+            f"{support} no biases in all linear layers together with --qk-layernorm",
         ),
         "qk_layernorm": (
             config.qk_layernorm and bidirectional,
-            "and EuroBertForMaskedLM, the bidirectional Llama of transformers, does not normalise queries and keys",
+            "EuroBertForMaskedLM, the bidirectional Llama of transformers, has no QK-norm",
         ),
         "num_attention_heads": (
             config.hidden_size % config.num_attention_heads and not config.qk_layernorm,
-            f"does not divide --hidden-size {config.hidden_size}, which transformers asks of a Llama whatever the "
-            "width of its heads",
+            f"does not divide --hidden-size {config.hidden_size}, which transformers requires of a Llama whatever its "
+            "head dimension",
         ),
     }
-    for name, (fault, reason) in faults.items():
-        if fault:
+    for name, (present, reason) in obstacles.items():
+        if present:
             raise ConfigurationError(
-                f"{typed(name, getattr(config, name))}: {reason}; this network cannot be exported, use its run folder"
+                f"{typed(name, getattr(config, name))}: {reason}; this model cannot be exported, use its run folder"
             )
     return FAMILIES["eurobert" if bidirectional else "qwen3" if config.qk_layernorm else "llama"]
 
@@ -91,10 +92,12 @@ def family_of(config: ModelConfig, bidirectional: bool = False) -> Family:
 def hugging_face_config(
     config: ModelConfig, *, rows: int, positions: int, bidirectional: bool = False, **tokens: int | None
 ) -> "PreTrainedConfig":
-    """Return the configuration of the network in transformers, over `rows` ids and at most `positions` of them.
+    """Return the transformers configuration of the model.
 
-    `tokens` are further fields: bos_token_id, eos_token_id, pad_token_id (None where not given), mask_token_id. Raises
-    ConfigurationError as `family_of` does.
+    `rows` is the number of vocabulary rows, `positions` the maximum number of positions. `tokens` are
+    further fields: bos_token_id, eos_token_id, pad_token_id (default None), mask_token_id.
+
+    Raises: ConfigurationError as `family_of` does.
     """
     family = family_of(config, bidirectional)
     result = family.config_class()(
@@ -114,39 +117,39 @@ def hugging_face_config(
         **dict.fromkeys(family.biases, config.add_bias_linear),
         **{"bos_token_id": None, "eos_token_id": None, "pad_token_id": None, **tokens},
     )
-    result.rope_theta = config.rotary_base  # readers before transformers 5 know this field alone, and default to 10000
+    result.rope_theta = config.rotary_base  # transformers before 5 reads only this field, and defaults to 10000
     return result
 
 
 def hugging_face_model(model: Transformer, config: "PreTrainedConfig") -> "PreTrainedModel":
-    """Return transformers' model of `config`, as `hugging_face_config` makes it, whose weights are those of `model`.
+    """Return the transformers model of `config`, from `hugging_face_config`, with the weights of `model`.
 
-    They share their memory, beside the rows of the vocabulary that `config` leaves out.
+    Both share the memory of their weights; vocabulary rows that `config` does not have are left out.
     """
     family = FAMILIES[config.model_type]
-    with torch.device("meta"):  # its own initial weights would take time and memory
-        twin = family.model_class()(config)
-    weights = {_outside(name): tensor for name, tensor in model.state_dict().items()}
+    with torch.device("meta"):  # skips initialisation, which takes time and memory
+        converted = family.model_class()(config)
+    weights = {_hugging_face_name(name): tensor for name, tensor in model.state_dict().items()}
     weights["lm_head.weight"] = model.lm_weight().detach()
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         weights[name] = weights[name][: config.vocab_size]
-    if isinstance(twin.lm_head.bias, nn.Parameter):  # EuroBert's head has a bias where its MLP has
+    if isinstance(converted.lm_head.bias, nn.Parameter):  # EuroBert's head has a bias if its MLP has
         weights["lm_head.bias"] = weights["lm_head.weight"].new_zeros(config.vocab_size)
-    twin.load_state_dict(weights, assign=True)
-    twin.tie_weights()
-    twin.model.rotary_emb = type(twin.model.rotary_emb)(config=config)  # its table is no weight
-    return twin.eval()
+    converted.load_state_dict(weights, assign=True)
+    converted.tie_weights()
+    converted.model.rotary_emb = type(converted.model.rotary_emb)(config=config)  # a buffer, not in the state dict
+    return converted.eval()
 
 
 def extra_rows(model: Transformer, rows: int) -> dict[str, Tensor]:
-    """Return the rows of embedding and untied head behind the first `rows`, by our names: what no tokenizer says."""
+    """Return the vocabulary rows of embedding and untied head from index `rows` on, by our names."""
     return {name: table[rows:].clone() for name, table in model.state_dict().items() if name in TABLES}
 
 
 def our_name(name: str) -> str:
-    """Return our name of a weight of transformers."""
+    """Return our name of a parameter of a transformers model."""
     return name.removeprefix("model.")
 
 
-def _outside(name: str) -> str:
+def _hugging_face_name(name: str) -> str:
     return name if name.startswith("lm_head.") else f"model.{name}"

@@ -1,4 +1,4 @@
-"""A folder of transformers as a run: an export comes back as what it was, others as far as they are known."""
+"""Import a transformers folder as a run: an export restores its run; other folders become a run at step 0."""
 
 from pathlib import Path
 
@@ -11,40 +11,46 @@ from megatron.convert.folders import check_new, new_folder
 from megatron.convert.huggingface import TABLES
 from megatron.convert.import_tokenizer import adopt_tokenizer
 from megatron.convert.read_huggingface import Folder, read_folder, read_object, read_tensors
-from megatron.convert.tokenizer import keep_tokenizer
-from megatron.convert.write_imported_run import describe_import, fill_tables, network_flags, write_run
+from megatron.convert.tokenizer import copy_tokenizer
+from megatron.convert.write_imported_run import describe_import, fill_tables, model_flags, write_run
 from megatron.errors import ConfigurationError
 from megatron.training.command_line import parse
 
-# what two configurations of one network agree in
-NETWORK = ("num_layers", "hidden_size", "num_attention_heads", "head_size", "key_value_heads", "mlp_size")
-NETWORK += ("norm_epsilon", "qk_layernorm", "rotary_base", "add_bias_linear", "untie_embeddings_and_output_weights")
-# what later tools read of a run's config.json, beside what is read here
-NEEDED = ("data", "optimizer", "validation", "precision", "plan", "parameters", "unique_tokens", "corpus_source")
-NEEDED += ("corpus_hash", "fingerprints")
+# model settings in which config.json and the record of an export must agree
+MODEL_SETTINGS = ("num_layers", "hidden_size", "num_attention_heads", "head_size", "key_value_heads", "mlp_size")
+MODEL_SETTINGS += ("norm_epsilon", "qk_layernorm", "rotary_base", "add_bias_linear")
+MODEL_SETTINGS += ("untie_embeddings_and_output_weights",)
+# keys of a run's config.json that later tools read, in addition to those read here
+REQUIRED_KEYS = ("data", "optimizer", "validation", "precision", "plan", "parameters", "unique_tokens")
+REQUIRED_KEYS += ("corpus_source", "corpus_hash", "fingerprints")
 
 
 def import_folder(path: Path, output: Path, seq_length: int | None = None) -> list[str]:
-    """Write the run folder `output` of the transformers folder `path`; return lines that say what was made.
+    """Convert the transformers folder `path` to the run folder `output`; return lines that describe the run.
 
-    `seq_length` is the run's where the folder is no export of a run; the default is all positions of the model. Raises
-    ConfigurationError where our network cannot be what config.json says, or files are missing or damaged.
+    `seq_length` is only for folders that are not exports of a run; the default is the model's maximum.
+
+    Raises: ConfigurationError if our model cannot express config.json, or files are missing or damaged.
     """
     check_new(output)
     folder = read_folder(path)
     if (path / RECORD).exists():
         return _restore(folder, output, seq_length)
-    return _adopt(folder, output, seq_length)
+    return _import_foreign(folder, output, seq_length)
 
 
 def _restore(folder: Folder, output: Path, seq_length: int | None) -> list[str]:
-    """Write the run that an export was made of: its whole configuration, all rows, its tokenizer."""
+    """Restore the run of an export: its configuration, all vocabulary rows, its tokenizer."""
     record = read_object(folder.path / RECORD)
     try:
         recorded, meta = dict(record["config"]), record["meta"]
-        vocabulary, time_block = Vocabulary(recorded["vocabulary_size"]), meta["time_block"]
-        model, seed = ModelConfig(**recorded["model"]), recorded["training"]["seed"]
-        masked, _ = recorded["objective_name"] == "mdm", [recorded[name] for name in NEEDED]
+        vocabulary = Vocabulary(recorded["vocabulary_size"])
+        time_block = meta["time_block"]
+        model = ModelConfig(**recorded["model"])
+        seed = recorded["training"]["seed"]
+        masked = recorded["objective_name"] == "mdm"
+        for key in REQUIRED_KEYS:
+            recorded[key]
     except (KeyError, TypeError) as error:
         raise ConfigurationError(
             f"{folder.path}/{RECORD}: is damaged ({error}); remove it to import the weights alone"
@@ -53,113 +59,119 @@ def _restore(folder: Folder, output: Path, seq_length: int | None) -> list[str]:
         raise ConfigurationError(
             f"--seq-length {seq_length}: {folder.path} is the export of a run, which recorded its own; leave it out"
         )
-    for name in NETWORK:
+    for name in MODEL_SETTINGS:
         if getattr(model, name) != getattr(folder.model, name):
             raise ConfigurationError(
-                f"{folder.path}: config.json and {RECORD} are of different networks ({name} "
-                f"{getattr(folder.model, name)} and {getattr(model, name)}); remove the latter to import weights alone"
+                f"{folder.path}: config.json and {RECORD} describe different models ({name} "
+                f"{getattr(folder.model, name)} and {getattr(model, name)}); remove {RECORD} to import the weights "
+                "alone"
             )
     if masked != folder.family.bidirectional:
         raise ConfigurationError(
-            f"{folder.path}: config.json is of a {folder.family.model}, and {RECORD} of --objective "
-            f"{recorded['objective_name']}; remove the latter to import the weights alone"
+            f"{folder.path}: config.json describes a {folder.family.model}, and {RECORD} a run of --objective "
+            f"{recorded['objective_name']}; remove {RECORD} to import the weights alone"
         )
-    rows = vocabulary.size + masked
-    if folder.config.vocab_size != rows:
+    num_rows = vocabulary.size + int(masked)
+    if folder.config.vocab_size != num_rows:
         raise ConfigurationError(
-            f"{folder.path}/config.json: vocab_size {folder.config.vocab_size} is not the {rows} ids of {RECORD}; "
-            "remove the latter to import the weights alone"
+            f"{folder.path}/config.json: vocab_size {folder.config.vocab_size} is not the {num_rows} ids of {RECORD}; "
+            f"remove {RECORD} to import the weights alone"
         )
-    weights, said = _with_extra_rows(folder, model, vocabulary, seed)
+    weights, notes = _with_extra_rows(folder, model, vocabulary, seed)
     recorded["imported"] = {
         "source": str(folder.path),
         **{name: record.get(name) for name in ("run", "checkpoint", "average", "dtype")},
         **{name: meta.get(name) for name in ("iteration", "consumed_samples")},
     }
-    with new_folder(output) as aside:
-        _restore_tokenizer(folder.path, aside, output, recorded)
-        write_run(aside, recorded, weights, time_block)
+    with new_folder(output) as partial:
+        _restore_tokenizer(folder.path, partial, output, recorded)
+        write_run(partial, recorded, weights, time_block)
     return [
         f"{output}: the run {record.get('run')} as it was at step {meta.get('iteration')}, with a new optimizer",
-        *said,
+        *notes,
     ]
 
 
 def _with_extra_rows(
     folder: Folder, model: ModelConfig, vocabulary: Vocabulary, seed: int
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """Return the weights with whole tables, and a line where rows are new ones."""
-    path, weights = folder.path / EXTRA_ROWS, dict(folder.weights)
+    """Return the weights with the padded vocabulary rows, and a line if those are newly initialised."""
+    path = folder.path / EXTRA_ROWS
+    weights = dict(folder.weights)
     if not path.exists():
-        line = f"{path.name} is missing: rows {folder.config.vocab_size} to {vocabulary.padded_size - 1} are new ones"
-        return fill_tables(weights, model, vocabulary, seed), [line]
+        first, last = folder.config.vocab_size, vocabulary.padded_size - 1
+        note = f"{path.name} is missing: vocabulary rows {first} to {last} are newly initialised"
+        return fill_tables(weights, model, vocabulary, seed), [note]
     extra = {name: tensor.float() for name, tensor in read_tensors(path).items()}
     for name in [name for name in TABLES if name in weights]:
-        needed = (vocabulary.padded_size - folder.config.vocab_size, model.hidden_size)
-        if name not in extra or extra[name].shape != needed:
+        shape = (vocabulary.padded_size - folder.config.vocab_size, model.hidden_size)
+        if name not in extra or extra[name].shape != shape:
             raise ConfigurationError(
-                f"{path}: does not hold the {needed[0]} rows of {name} that are missing; remove it to begin them anew"
+                f"{path}: does not hold the {shape[0]} missing rows of {name}; remove it to initialise them again"
             )
         weights[name] = torch.cat([weights[name], extra[name]])
     return weights, []
 
 
-def _restore_tokenizer(path: Path, aside: Path, output: Path, recorded: dict) -> None:
-    """Copy the tokenizer's file into the run, and let its configuration name it."""
+def _restore_tokenizer(path: Path, partial: Path, output: Path, recorded: dict) -> None:
+    """Copy the tokenizer file into the run, and set the run's tokenizer flags to it."""
     for suffix, kind in (("json", "HFTokenizer"), ("model", recorded["data"]["tokenizer_type"])):
         source = path / f"training_tokenizer.{suffix}"
         if source.exists():
-            (aside / f"tokenizer.{suffix}").write_bytes(source.read_bytes())
-            named = str(output.resolve() / f"tokenizer.{suffix}")
-            # GPT-2's two files are one here, of the same hash
-            changes = {"tokenizer_type": kind, "tokenizer_model": named, "vocab_file": None, "merge_file": None}
+            (partial / f"tokenizer.{suffix}").write_bytes(source.read_bytes())
+            final_path = str(output.resolve() / f"tokenizer.{suffix}")
+            # GPT-2's two files are merged into one, with the same hash
+            changes = {"tokenizer_type": kind, "tokenizer_model": final_path, "vocab_file": None, "merge_file": None}
             recorded["data"] = recorded["data"] | changes
 
 
-def _adopt(folder: Folder, output: Path, seq_length: int | None) -> list[str]:
-    """Write a run of which only network, weights and, where it is of our kind, tokenizer are known."""
-    objective, rows = "mdm" if folder.family.bidirectional else "ar", folder.config.vocab_size
-    with new_folder(output) as aside:
-        tokenizer, line = adopt_tokenizer(folder, aside)
+def _import_foreign(folder: Folder, output: Path, seq_length: int | None) -> list[str]:
+    """Write a run of which only the model, its weights and, if we support it, its tokenizer are known."""
+    objective = "mdm" if folder.family.bidirectional else "ar"
+    num_rows = folder.config.vocab_size
+    with new_folder(output) as partial:
+        tokenizer, note = adopt_tokenizer(folder, partial)
         if tokenizer is None:
-            size = rows - (folder.mask_row == rows - 1)
+            size = num_rows - 1 if folder.mask_row == num_rows - 1 else num_rows
             flags = ["--tokenizer-type", "NullTokenizer", "--vocab-size", str(size - 1)]
-            line += (
-                f"; its {size} ids are taken as they are, the last as the end of a document (--tokenizer-type "
+            note += (
+                f"; its {size} ids are used as they are, the last as the end-of-document token (--tokenizer-type "
                 "NullTokenizer)"
             )
             if folder.config.eos_token_id not in (None, size - 1):
-                line += f", not eos_token_id {folder.config.eos_token_id}"
+                note += f", not eos_token_id {folder.config.eos_token_id}"
         else:
-            size, data = tokenizer.vocabulary_size, keep_tokenizer(tokenizer, aside, output)
+            size = tokenizer.vocabulary_size
+            data = copy_tokenizer(tokenizer, partial, output)
             flags = ["--tokenizer-type", data["tokenizer_type"], "--tokenizer-model", data["tokenizer_model"]]
-        if size > rows:
+        if size > num_rows:
             raise ConfigurationError(
-                f"{folder.path}: its tokenizer has {size} ids and its embedding {rows} rows; give the tokenizer of the "
-                "model, or none"
+                f"{folder.path}: its tokenizer has {size} ids and its embedding {num_rows} rows; give the tokenizer of "
+                "the model, or none"
             )
         flags += ["--seq-length", str(seq_length or folder.config.max_position_embeddings)]
-        config = parse(objective, [*network_flags(folder.model).split(), *flags, "--train-samples", "1", "--fp32"])
+        config = parse(objective, [*model_flags(folder.model).split(), *flags, "--train-samples", "1", "--fp32"])
         vocabulary = Vocabulary(size)
         weights = fill_tables(folder.weights, folder.model, vocabulary, config.training.seed, folder.mask_row)
         recorded = describe_import(config, vocabulary, str(folder.path))
-        write_run(aside, recorded, weights, config.training.global_batch_size)
+        write_run(partial, recorded, weights, config.training.global_batch_size)
     return [
-        f"{output}: a run of --objective {objective} over {size:,} ids, at step 0; nothing is known of its training",
-        line,
-        *_rows_said(folder, vocabulary),
-        f"train it on as a branch, with the flags of its network: --load {output} {network_flags(folder.model)}",
+        f"{output}: a run of --objective {objective} over {size:,} ids, at step 0; its training history is unknown",
+        note,
+        *_row_notes(folder, vocabulary),
+        f"to continue training, branch from it with its model flags: --load {output} {model_flags(folder.model)}",
     ]
 
 
-def _rows_said(folder: Folder, vocabulary: Vocabulary) -> list[str]:
-    """Return lines that say which rows of the padded vocabulary are not the folder's at the same place."""
-    rows, mask, said = folder.config.vocab_size, vocabulary.mask_id, []
-    if folder.mask_row is not None and folder.mask_row != mask:
-        said.append(f"[MASK] is id {mask} here: its row is that of their mask token, {folder.mask_row}")
-    if rows > vocabulary.padded_size:
-        said.append(f"rows {vocabulary.padded_size} to {rows - 1}, which no id reads, are left out")
-    if rows < vocabulary.padded_size:
-        first = max(rows, mask + 1) if folder.mask_row is not None else rows
-        said.append(f"rows {first} to {vocabulary.padded_size - 1} are new ones")
-    return said
+def _row_notes(folder: Folder, vocabulary: Vocabulary) -> list[str]:
+    """Return lines that list the vocabulary rows that moved, were dropped or are newly initialised."""
+    num_rows = folder.config.vocab_size
+    notes = []
+    if folder.mask_row is not None and folder.mask_row != vocabulary.mask_id:
+        notes.append(f"[MASK] is id {vocabulary.mask_id} here: its row is that of their mask token, {folder.mask_row}")
+    if num_rows > vocabulary.padded_size:
+        notes.append(f"vocabulary rows {vocabulary.padded_size} to {num_rows - 1}, which no id uses, are left out")
+    if num_rows < vocabulary.padded_size:
+        first = max(num_rows, vocabulary.mask_id + 1) if folder.mask_row is not None else num_rows
+        notes.append(f"vocabulary rows {first} to {vocabulary.padded_size - 1} are newly initialised")
+    return notes

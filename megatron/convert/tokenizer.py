@@ -1,4 +1,4 @@
-"""Our tokenizers as transformers loads them: the same ids for every text, literal special text included."""
+"""Export our tokenizers to transformers: the same ids for every text, including text that spells special tokens."""
 
 import json
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ from megatron.errors import ConfigurationError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-MASKS = ("[MASK]", "<|mask|>")  # what [MASK] is called: the first that is no text token already
+MASKS = ("[MASK]", "<|mask|>")  # names of the mask token; the first that is not already a token is used
 TEXTS = (
     "",
     "Hello, world.",
@@ -38,22 +38,23 @@ TEXTS = (
 
 
 def write_tokenizer(folder: Path, tokenizer: Tokenizer, *, masked: bool, positions: int) -> "PreTrainedTokenizerFast":
-    """Write into `folder` what AutoTokenizer loads, which is returned, and the file that the run itself reads.
+    """Write the transformers tokenizer and the run's own tokenizer file into `folder`; return the former.
 
-    With `masked`, the id behind the tokenizer's is the mask token. Raises ConfigurationError where transformers cannot
-    give the same ids.
+    With `masked`, the first id after the tokenizer's vocabulary is the mask token.
+
+    Raises: ConfigurationError if the ids of transformers differ.
     """
     from transformers import AutoTokenizer
 
     hugging_face_tokenizer(tokenizer, masked=masked, positions=positions).save_pretrained(folder)
-    # transformers 5 writes a name that no reader before it knows, and reads this one as the same class
+    # transformers 5 writes a class name that older versions do not know; it reads this one as the same class
     set_fields(folder / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
     loaded = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     for text in _probes(tokenizer):
         if loaded(text, verbose=False)["input_ids"] != tokenizer.encode(text):
             raise ConfigurationError(
-                f"{tokenizer.named}: transformers gives other ids for the text {text!r}, so that scores would differ; "
-                "this run cannot be exported with its tokenizer"
+                f"{tokenizer.named}: transformers gives other ids for the text {text!r}, so scores would differ; this "
+                "run cannot be exported with its tokenizer"
             )
     if tokenizer.source is not None:
         (folder / training_file(tokenizer)).write_bytes(tokenizer.source)
@@ -61,7 +62,7 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, *, masked: bool, positio
 
 
 def _probes(tokenizer: Tokenizer) -> Iterator[str]:
-    """Yield the texts whose ids an export compares: those above, and all symbols that the tokenizer has of its own."""
+    """Yield the texts whose ids an export compares: TEXTS, and all added symbols of the tokenizer."""
     if isinstance(tokenizer, NullTokenizer):
         yield from ("", "0", f"0 {tokenizer.eod - 1}\n00")
         return
@@ -77,32 +78,33 @@ def _probes(tokenizer: Tokenizer) -> Iterator[str]:
 
 
 def training_file(tokenizer: Tokenizer) -> str:
-    """Return under which name the file that the run itself reads travels."""
+    """Return the file name of the run's own tokenizer in an export."""
     return f"training_tokenizer.{'json' if isinstance(tokenizer, HFTokenizer) else 'model'}"
 
 
 def hugging_face_tokenizer(tokenizer: Tokenizer, *, masked: bool, positions: int) -> "PreTrainedTokenizerFast":
-    """Return the tokenizer of transformers: no special tokens around a text, none out of what it spells.
+    """Return the transformers tokenizer: it adds no special tokens, and reads text that spells one as plain text.
 
-    Raises ConfigurationError where the `tokenizers` library cannot have it.
+    Raises: ConfigurationError if the `tokenizers` library cannot express it.
     """
     from transformers import PreTrainedTokenizerFast
 
-    library, special = _library(tokenizer), {}
+    library = _library(tokenizer)
+    special = {}
     if masked:
         special["mask_token"] = next(name for name in MASKS if library.token_to_id(name) is None)
         library.add_special_tokens([special["mask_token"]])
         if library.token_to_id(special["mask_token"]) != tokenizer.vocabulary_size:
             raise ConfigurationError(
-                f"{tokenizer.named}: its ids have gaps, and the tokenizers library would give one to the mask token, "
-                f"which is {tokenizer.vocabulary_size}; this run cannot be exported with its tokenizer"
+                f"{tokenizer.named}: its ids have gaps, and the tokenizers library would assign one of them to the "
+                f"mask token, which is {tokenizer.vocabulary_size}; this run cannot be exported with its tokenizer"
             )
     return PreTrainedTokenizerFast(
         tokenizer_object=library,
         eos_token=library.id_to_token(tokenizer.eod),
         pad_token=library.id_to_token(tokenizer.eod),
         **special,
-        split_special_tokens=True,  # literal special text stays text
+        split_special_tokens=True,  # text that spells a special token stays text
         clean_up_tokenization_spaces=False,
         model_input_names=["input_ids", "attention_mask"],
         model_max_length=positions,
@@ -110,18 +112,18 @@ def hugging_face_tokenizer(tokenizer: Tokenizer, *, masked: bool, positions: int
 
 
 def _library(tokenizer: Tokenizer) -> Library:
-    """Return the tokenizer of the `tokenizers` library that gives the ids of ours."""
+    """Return the equivalent tokenizer of the `tokenizers` library."""
     if isinstance(tokenizer, HFTokenizer):
-        return _plain(tokenizer.source)
+        return _without_extras(tokenizer.source)
     if isinstance(tokenizer, GPTSentencePieceTokenizer):
         library = sentence_piece.convert(tokenizer.source, tokenizer.named)
         library.add_special_tokens(list(tokenizer.added))
         return library
-    return _bytes() if isinstance(tokenizer, ByteTokenizer) else _numbers(tokenizer)
+    return _byte_level() if isinstance(tokenizer, ByteTokenizer) else _number_words(tokenizer)
 
 
-def _plain(source: bytes) -> Library:
-    """Return the tokenizer of a tokenizer.json without what cuts or fills up a text, or puts something around it."""
+def _without_extras(source: bytes) -> Library:
+    """Return the tokenizer of a tokenizer.json without truncation, padding and added special tokens."""
     state = json.loads(source)
     state |= {"truncation": None, "padding": None}
     if Library.from_buffer(source).num_special_tokens_to_add(is_pair=False):
@@ -129,11 +131,12 @@ def _plain(source: bytes) -> Library:
     return Library.from_str(json.dumps(state))
 
 
-def _bytes() -> Library:
-    """Return a tokenizer whose ids are UTF-8 bytes, which byte-level BPE spells as one character each."""
-    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]  # these as they are, the others from 256 on
-    hidden = [byte for byte in range(256) if byte not in shown]
-    alphabet = {chr(byte): byte for byte in shown} | {chr(256 + index): byte for index, byte in enumerate(hidden)}
+def _byte_level() -> Library:
+    """Return a tokenizer whose ids are UTF-8 bytes, with the byte-to-character table of byte-level BPE."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]  # map to themselves, the other bytes to 256 + i
+    other_bytes = [byte for byte in range(256) if byte not in printable]
+    alphabet = {chr(byte): byte for byte in printable}
+    alphabet |= {chr(256 + index): byte for index, byte in enumerate(other_bytes)}
     library = Library(models.BPE(vocab=alphabet, merges=[]))
     library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     library.decoder = decoders.ByteLevel()
@@ -141,8 +144,8 @@ def _bytes() -> Library:
     return library
 
 
-def _numbers(tokenizer: NullTokenizer) -> Library:
-    """Return a tokenizer of numbers with spaces between; what is no id raises an error, as in ours."""
+def _number_words(tokenizer: NullTokenizer) -> Library:
+    """Return a tokenizer of numbers separated by spaces; anything but an id raises an error, as in ours."""
     library = Library(models.WordLevel({str(index): index for index in range(tokenizer.eod)}))
     library.normalizer = normalizers.Replace(Regex(r"(?<!\S)0+(?=[0-9])"), "")
     library.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -150,13 +153,13 @@ def _numbers(tokenizer: NullTokenizer) -> Library:
     return library
 
 
-def keep_tokenizer(tokenizer: Tokenizer, folder: Path, output: Path) -> dict:
-    """Write the file of a run's tokenizer into its `folder`, later `output`; return the flags that name it there."""
+def copy_tokenizer(tokenizer: Tokenizer, folder: Path, output: Path) -> dict:
+    """Write a run's tokenizer file into `folder`, later renamed to `output`; return the flags that name the file."""
     if tokenizer.source is None:
         return {}
     file = training_file(tokenizer).removeprefix("training_")
     (folder / file).write_bytes(tokenizer.source)
-    # GPT-2's two files are one here, of the same hash
+    # GPT-2's two files are merged into one, with the same hash
     kind = "HFTokenizer" if isinstance(tokenizer, HFTokenizer) else type(tokenizer).__name__
-    named = {"tokenizer_type": kind, "tokenizer_model": str(output.resolve() / file)}
-    return named | {"vocab_file": None, "merge_file": None}
+    flags = {"tokenizer_type": kind, "tokenizer_model": str(output.resolve() / file)}
+    return flags | {"vocab_file": None, "merge_file": None}

@@ -1,6 +1,7 @@
-"""A run whose weights come from elsewhere: config.json and a checkpoint of step 0, written by the saver of training.
+"""Write imported weights as a run: config.json and a checkpoint at step 0, written by the training saver.
 
-Moments are zero and nothing was consumed, so that a branch of it (--load RUN --save NEW) starts with a fresh optimizer.
+Optimizer moments are zero and no samples are consumed, so a branch (--load RUN --save NEW) starts with a fresh
+optimizer.
 """
 
 import shlex
@@ -31,9 +32,9 @@ from megatron.training.saver import Saver
 
 
 def write_run(folder: Path, recorded: dict, weights: dict[str, Tensor], time_block: int) -> None:
-    """Write a run into the empty `folder`: `recorded` as its config.json, `weights` as its checkpoint of step 0.
+    """Write a run into the empty `folder`: `recorded` as its config.json, `weights` as its checkpoint at step 0.
 
-    `weights` are whole, fp32, by our names, and checked; an average that `recorded` asks for begins at them.
+    `weights` are unsharded, fp32, by our names, and checked; averaged weights, if `recorded` has them, start as a copy.
     """
     run = RunFolder(str(folder))
     run.start(recorded, [], folder)
@@ -52,7 +53,7 @@ def write_run(folder: Path, recorded: dict, weights: dict[str, Tensor], time_blo
 
 
 def _moments(config: Config, vocabulary: Vocabulary) -> dict[str, Tensor]:
-    """Return zeros for what the optimizer keeps of each parameter, by the names of a checkpoint."""
+    """Return zero optimizer moments of every parameter, by checkpoint name."""
     model = empty_model(config.model, vocabulary)
     names = {parameter: name for name, parameter in model.named_parameters()}
     return {
@@ -64,82 +65,88 @@ def _moments(config: Config, vocabulary: Vocabulary) -> dict[str, Tensor]:
 
 
 def describe_import(config: Config, vocabulary: Vocabulary, source: str, precision: str = "fp32") -> dict:
-    """Return what config.json says of a run that was trained elsewhere, of which only the network is known."""
+    """Return the config.json of a run that was trained elsewhere: only its model is known, not its data."""
     plan = resolve(config, vocabulary, unique_tokens=0)
-    unknown = Sources(None, None, (), [], None, source, None, {}, {})  # there is no data yet
+    no_data = Sources(None, None, (), [], None, source, None, {}, {})
     command = shlex.join(sys.argv)
     with one_process() as ranks:
-        described = describe(
-            config.objective.objective, config, plan, unknown, vocabulary, ranks, precision, False, command
+        description = describe(
+            config.objective.objective, config, plan, no_data, vocabulary, ranks, precision, False, command
         )
-    return described | {"branched_from": None, "imported": {"source": source}}
+    return description | {"branched_from": None, "imported": {"source": source}}
 
 
 def empty_model(config: ModelConfig, vocabulary: Vocabulary) -> Transformer:
-    """Return the network without memory: the names and shapes of what it needs."""
+    """Return the model on the meta device: parameter names and shapes without memory."""
     with torch.device("meta"):
         return Transformer(config, vocabulary)
 
 
 def check_weights(weights: dict[str, Tensor], config: ModelConfig, vocabulary: Vocabulary, source: str) -> None:
-    """Refuse weights that lack something, have something more, or are of another shape than the network's.
+    """Check that `weights` have exactly the parameters of the model, in their shapes.
 
-    Embedding and head may have any number of rows.
+    Embedding and head may have any number of vocabulary rows.
+
+    Raises: ConfigurationError if a parameter is missing, unknown or of another shape.
     """
-    needed = {name: tuple(each.shape) for name, each in empty_model(config, vocabulary).named_parameters()}
-    for what, names in (
-        ("lacks", [name for name in needed if name not in weights]),
-        ("has what this network has no place for:", [name for name in weights if name not in needed]),
+    shapes = {name: tuple(parameter.shape) for name, parameter in empty_model(config, vocabulary).named_parameters()}
+    for fault, names in (
+        ("lacks", [name for name in shapes if name not in weights]),
+        ("has a parameter that the model does not have:", [name for name in weights if name not in shapes]),
     ):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise ConfigurationError(f"{source}: {what} {names[0]}{more}; give a whole copy, and its own sizes")
-    for name, shape in needed.items():
-        found, rows = tuple(weights[name].shape), name in TABLES
-        if len(found) != len(shape) or found[rows:] != shape[rows:]:
             raise ConfigurationError(
-                f"{source}: {name} has the shape {list(found)}, and this network needs {list(shape)}; give its own "
-                "sizes"
+                f"{source}: {fault} {names[0]}{more}; give a complete checkpoint, and the sizes of its model"
+            )
+    for name, expected in shapes.items():
+        actual = tuple(weights[name].shape)
+        first_dim = 1 if name in TABLES else 0  # dim 0 of a table is the vocabulary
+        if len(actual) != len(expected) or actual[first_dim:] != expected[first_dim:]:
+            raise ConfigurationError(
+                f"{source}: {name} has shape {list(actual)}, and the model needs {list(expected)}; give the sizes of "
+                "the checkpoint's model"
             )
 
 
 def fill_tables(
     weights: dict[str, Tensor], config: ModelConfig, vocabulary: Vocabulary, seed: int, mask_row: int | None = None
 ) -> dict[str, Tensor]:
-    """Return `weights` whose tables, of R rows, have all rows of the padded vocabulary.
+    """Return `weights` with embedding and head [R, H] truncated or extended to the padded vocabulary.
 
-    They keep the rows they have up to there, but for V, the one of [MASK], which is `mask_row` of theirs where that is
-    given. Rows that they lack are those of a new model of `seed`.
+    Row i is copied for i < R, except row V of [MASK], which is a copy of row `mask_row` if that is given. Missing rows
+    are initialised as in a new model with `seed`.
     """
-    sizes = {name: weights[name].shape for name in TABLES if name in weights}
-    fresh = nn.ModuleDict(
-        {name.removesuffix(".weight"): nn.Embedding(vocabulary.padded_size, shape[1]) for name, shape in sizes.items()}
+    shapes = {name: weights[name].shape for name in TABLES if name in weights}
+    initial = nn.ModuleDict(
+        {name.removesuffix(".weight"): nn.Embedding(vocabulary.padded_size, shape[1]) for name, shape in shapes.items()}
     )
-    initialise(fresh, config, seed)
-    filled = {}
-    for name, parameter in fresh.named_parameters():
-        table, given = parameter.detach().clone(), weights[name]
-        rows = min(len(given), vocabulary.padded_size)
-        table[:rows] = given[:rows]
-        if mask_row is not None and mask_row < len(given):
-            table[vocabulary.mask_id] = given[mask_row]
-        filled[name] = table
-    return weights | filled
+    initialise(initial, config, seed)
+    tables = {}
+    for name, parameter in initial.named_parameters():
+        table = parameter.detach().clone()  # [V padded, H]
+        source = weights[name]  # [R, H]
+        num_copied = min(len(source), vocabulary.padded_size)
+        table[:num_copied] = source[:num_copied]
+        if mask_row is not None and mask_row < len(source):
+            table[vocabulary.mask_id] = source[mask_row]
+        tables[name] = table
+    return weights | tables
 
 
-def network_flags(config: ModelConfig) -> str:
-    """Return the flags that name the network to a branch: those that are not their defaults."""
-    usual = {name: field.default for name, field in ModelConfig.__dataclass_fields__.items()}
-    return " ".join(typed(name, value) for name, value in asdict(config).items() if value not in (usual[name], None))
+def model_flags(config: ModelConfig) -> str:
+    """Return the model flags that a branch needs on its command line: those that are not at their default."""
+    defaults = {name: field.default for name, field in ModelConfig.__dataclass_fields__.items()}
+    return " ".join(typed(name, value) for name, value in asdict(config).items() if value not in (defaults[name], None))
 
 
 @contextmanager
 def one_process() -> Iterator[ParallelContext]:
-    """Yield the place of this process in a group of one, which ends with the context where it began with it."""
-    begun = not dist.is_initialized()
+    """Yield the parallel context of a single-rank job; destroy it at the end unless it existed before."""
+    owned = not dist.is_initialized()
     ranks = initialize_parallel()
     try:
         yield ranks
     finally:
-        if begun:
+        if owned:
             destroy_parallel()

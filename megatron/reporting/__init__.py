@@ -1,0 +1,1 @@
+"""Comparison of runs: loading, paired differences and the HTML report."""

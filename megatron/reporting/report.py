@@ -1,4 +1,4 @@
-"""One page that compares runs: a table, paired differences, plots, and what they can and cannot say."""
+"""The HTML report that compares runs: a table, paired differences, plots, conclusions and caveats."""
 
 import base64
 import html
@@ -14,8 +14,9 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # 
 
 
 def summarise(run: Run, tuning: str, validation: str) -> dict:
-    """Return one row of the table."""
-    best, last = best_point(run, tuning, validation), curve(run, validation)[-1]
+    """Return one row of the table: the run's best and last record on `validation`, and their paired difference."""
+    best = best_point(run, tuning, validation)
+    last = curve(run, validation)[-1]
     gap = paired_difference((run, last), (run, best))
     return {
         "name": run.name,
@@ -29,75 +30,79 @@ def summarise(run: Run, tuning: str, validation: str) -> dict:
     }
 
 
-def sentences(rows: list[dict], comparisons: list[tuple[str, str, Difference]], runs: list[Run]) -> list[str]:
-    """Return what the numbers say, and what they cannot say."""
-    said = []
+def sentences(rows: list[dict], comparisons: list[tuple[str, str, Difference]]) -> list[str]:
+    """Return the conclusions: overfitting, losses at equal compute, best points, paired differences."""
+    lines = []
     for row in rows:
         name, best, gap = row["name"], row["best"], row["gap"]
         if row["last"]["iteration"] == best["iteration"] and not row["finished"]:
-            said.append(f"{name} is best where it stands, at epoch {best['epoch']:.1f}.")
+            lines.append(f"{name} is best at its last evaluation so far, at epoch {best['epoch']:.1f}.")
         elif row["last"]["iteration"] == best["iteration"]:
-            said.append(f"{name} is best at the end of its budget: a longer one might lower its loss.")
+            lines.append(f"{name} is best at the end of its budget: a longer one might lower its loss.")
         elif gap.nats > 0.05 and gap.ratio > 5:
-            said.append(
+            lines.append(
                 f"{name} overfits: its last loss is {gap.nats:.2f} nats ({gap.ratio:.0f} paired standard errors) above "
                 f"its best, which it reached at epoch {best['epoch']:.1f}."
             )
         else:
-            said.append(
-                f"{name} was best at epoch {best['epoch']:.1f}; its last loss is {gap.nats:+.3f} ± {gap.se:.3f} nats "
-                "from that."
+            lines.append(
+                f"{name} was best at epoch {best['epoch']:.1f}; its last loss differs from that by {gap.nats:+.3f} ± "
+                f"{gap.se:.3f} nats."
             )
-    most = max(row["last"]["flops"] for row in rows)
-    equal = sorted((r for r in rows if r["last"]["flops"] > 0.99 * most), key=lambda row: row["last"]["loss"])
-    if len(equal) > 1:
-        listed = ", ".join(f"{row['name']} {'≤ ' * row['bound']}{row['last']['loss']:.2f}" for row in equal)
-        said.append(f"After the same compute ({most:.1e} FLOPs) the validation losses are: {listed}.")
+    max_flops = max(row["last"]["flops"] for row in rows)
+    equal_compute = sorted(
+        (row for row in rows if row["last"]["flops"] > 0.99 * max_flops), key=lambda row: row["last"]["loss"]
+    )
+    if len(equal_compute) > 1:
+        losses = ", ".join(f"{row['name']} {_sign(row)}{row['last']['loss']:.2f}" for row in equal_compute)
+        lines.append(f"After the same compute ({max_flops:.1e} FLOPs) the validation losses are: {losses}.")
     lowest = min(rows, key=lambda row: row["best"]["loss"])
-    said.append(f"At their best points, chosen on the tuning set, the lowest validation loss is {lowest['name']}'s.")
+    lines.append(f"At their best points, chosen on the tuning set, {lowest['name']} has the lowest validation loss.")
     for first, second, difference in comparisons:
         worse, better = (first, second) if difference.nats > 0 else (second, first)
-        clear = "" if abs(difference.ratio) > 2 else ", which is not clear of noise"
-        said.append(
-            f"{worse} is {abs(difference.nats):.3f} ± {difference.se:.3f} nats per token above {better}{clear}."
+        significance = "" if abs(difference.ratio) > 2 else ", within noise (2 standard errors)"
+        lines.append(
+            f"{worse} is {abs(difference.nats):.3f} ± {difference.se:.3f} nats per token above {better}{significance}."
         )
-    return said
+    return lines
 
 
 def caveats(rows: list[dict], runs: list[Run]) -> list[str]:
-    """Return what must be known before the numbers are believed."""
-    said = []
+    """Return the caveats: bounds, undecayed learning rates, unfinished runs, unequal compute, contamination, scope."""
+    lines = []
     if any(row["bound"] for row in rows):
-        said.append(
+        lines.append(
             "MDM losses are upper bounds of the negative log-likelihood: the model may be better than its figure."
         )
     if any(row["last"]["iteration"] != row["best"]["iteration"] for row in rows):
-        said.append(
-            "A best point inside a run has a learning rate that had not yet decayed; a run whose budget ends there "
-            "may reach a lower loss."
+        lines.append(
+            "At a best point inside a run the learning rate has not yet decayed; a run whose budget ends there may "
+            "reach a lower loss."
         )
     for run, row in zip(runs, rows):
         if not row["finished"]:
-            whole = run.config["train_samples"] / row["last"]["consumed_samples"] * row["last"]["epoch"]
-            said.append(f"{row['name']} is not finished: this is epoch {row['last']['epoch']:.1f} of {whole:.1f}.")
-    spent = [row["last"]["flops"] for row in rows]
-    if max(spent) > 1.01 * min(spent):
-        listed = ", ".join(f"{row['name']} {row['last']['flops']:.1e}" for row in rows)
-        said.append(f"The runs did not spend the same compute (FLOPs: {listed}).")
+            total_epochs = run.config["train_samples"] / row["last"]["consumed_samples"] * row["last"]["epoch"]
+            lines.append(
+                f"{row['name']} is not finished: this is epoch {row['last']['epoch']:.1f} of {total_epochs:.1f}."
+            )
+    flops = [row["last"]["flops"] for row in rows]
+    if max(flops) > 1.01 * min(flops):
+        flops_by_run = ", ".join(f"{row['name']} {row['last']['flops']:.1e}" for row in rows)
+        lines.append(f"The runs did not use the same compute (FLOPs: {flops_by_run}).")
     for name, shared in (runs[0].config["shared_13grams"] or {}).items():
-        said.append(
-            f"{shared['ngrams']:.1%} of the runs of 13 words of the {name} set, in {shared['documents']:.0%} of its "
-            "documents, stand in the training split too"
-            + ("." if shared["sampled"] == 1 else f" (measured on {shared['sampled']:.1%} of its documents).")
+        sample_note = "" if shared["sampled"] == 1 else f" (measured on {shared['sampled']:.1%} of its documents)"
+        lines.append(
+            f"Contamination: {shared['ngrams']:.1%} of the word 13-grams of the {name} set, in "
+            f"{shared['documents']:.0%} of its documents, also occur in the training split{sample_note}."
         )
     source = "source code, not prose" if runs[0].config["corpus_source"] == "python-stdlib" else "one corpus"
     seeds = {run.config["training"]["seed"] for run in runs}
-    drawn = "One seed" if len(seeds) == 1 else f"{len(seeds)} seeds"
-    said.append(
-        f"{drawn}, one model size, one set of unique tokens, {source}: the errors cover the choice of documents and "
-        "the evaluation noise, not another seed, size or tuning."
+    seed_count = "One seed" if len(seeds) == 1 else f"{len(seeds)} seeds"
+    lines.append(
+        f"{seed_count}, one model size, one set of unique tokens, {source}: the errors cover the choice of documents "
+        "and the evaluation noise, not another seed, size or tuning."
     )
-    return said
+    return lines
 
 
 def write_report(runs: list[Run], output: Path, tuning: str = "tuning", validation: str = "validation") -> str:
@@ -109,12 +114,13 @@ def write_report(runs: list[Run], output: Path, tuning: str = "tuning", validati
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
     plots = draw(runs, rows, output, validation)
-    said, warned = sentences(rows, comparisons, runs), caveats(rows, runs)
-    page = render(runs, rows, comparisons, said, warned, plots)
-    aside = output / "report.html.partial"
-    aside.write_text(page, encoding="utf-8", errors="replace")
-    aside.replace(output / "report.html")
-    return "\n".join([text_table(rows), "", *said, "", *warned])
+    conclusions = sentences(rows, comparisons)
+    warnings = caveats(rows, runs)
+    page = render(runs, rows, comparisons, conclusions, warnings, plots)
+    partial = output / "report.html.partial"
+    partial.write_text(page, encoding="utf-8", errors="replace")
+    partial.replace(output / "report.html")
+    return "\n".join([text_table(rows), "", *conclusions, "", *warnings])
 
 
 HEADINGS = (
@@ -127,12 +133,18 @@ HEADINGS = (
     "bits/byte",
     "perplexity",
     "last loss",
-    "last − best",
+    "last - best",
 )
 
 
+def _sign(row: dict) -> str:
+    return "≤ " if row["bound"] else ""
+
+
 def cells(row: dict) -> list[str]:
-    best, sign = row["best"], "≤ " if row["bound"] else ""
+    """Return the cells of a row, in the order of HEADINGS."""
+    best = row["best"]
+    sign = _sign(row)
     errors = f"± {best['data_se']:.3f}" if best["data_se"] else ""
     errors += f" (mc {best['mc_se']:.3f})" if best["mc_se"] else ""
     return [
@@ -150,6 +162,7 @@ def cells(row: dict) -> list[str]:
 
 
 def text_table(rows: list[dict]) -> str:
+    """Return the table as aligned plain text."""
     table = [HEADINGS, *map(cells, rows)]
     widths = [max(len(line[column]) for line in table) for column in range(len(HEADINGS))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in table)
@@ -174,7 +187,8 @@ def draw(runs: list[Run], rows: list[dict], output: Path, validation: str) -> di
         (figure, axes), names = pyplot().subplots(figsize=(7, 4.5)), []
         for run, colour in zip(runs, COLOURS * len(runs)):
             records = curve(run, validation)
-            (line,) = axes.plot([r[key] for r in records], [r["loss"] for r in records], "o-", ms=3, color=colour)
+            losses = [record["loss"] for record in records]
+            (line,) = axes.plot([record[key] for record in records], losses, "o-", ms=3, color=colour)
             names.append((line, run.name + (" (upper bound)" if run.is_bound(validation) else "")))
         finish(figure, axes, names, f"Validation loss against {label}", f"validation_{key}.png", label)
     (figure, axes), names = pyplot().subplots(figsize=(7, 4.5)), []
@@ -182,20 +196,21 @@ def draw(runs: list[Run], rows: list[dict], output: Path, validation: str) -> di
         (line,) = axes.plot(*_smooth(run.train), "--", color=colour, alpha=0.7)
         names.append((line, f"{run.name}, training"))
         records = curve(run, validation)
-        (line,) = axes.plot([r["epoch"] for r in records], [r["loss"] for r in records], "-", color=colour)
+        losses = [record["loss"] for record in records]
+        (line,) = axes.plot([record["epoch"] for record in records], losses, "-", color=colour)
         names.append((line, f"{run.name}, validation"))
     finish(
         figure,
         axes,
         names,
-        "Training (dashed, its own corruption and dropout) and validation",
+        "Training (dashed, with corruption and dropout) and validation",
         "train_validation.png",
         "epochs of the unique tokens",
     )
     figure, axes = pyplot().subplots(figsize=(7, 3))
     for index, (row, colour) in enumerate(zip(rows, COLOURS * len(rows))):
         best = row["best"]
-        # the error over documents holds the evaluation noise already
+        # the standard error over documents already includes the evaluation noise
         axes.errorbar(
             index, best["loss"], yerr=best["data_se"] or 0, fmt="v" if row["bound"] else "o", color=colour, capsize=4
         )
@@ -208,10 +223,10 @@ def draw(runs: list[Run], rows: list[dict], output: Path, validation: str) -> di
 
 
 def _smooth(train: list[dict], points: int = 60) -> tuple[np.ndarray, np.ndarray]:
-    """Return epochs and losses averaged over equal stretches of the run."""
-    epochs, losses = np.array([[r["epoch"], r["loss"]] for r in train]).T
-    parts = np.array_split(np.arange(len(epochs)), min(points, len(epochs)))
-    return np.array([epochs[p].mean() for p in parts]), np.array([losses[p].mean() for p in parts])
+    """Return epochs and losses averaged over at most `points` equal intervals of the run."""
+    epochs, losses = np.array([[record["epoch"], record["loss"]] for record in train]).T
+    intervals = np.array_split(np.arange(len(epochs)), min(points, len(epochs)))
+    return np.array([epochs[i].mean() for i in intervals]), np.array([losses[i].mean() for i in intervals])
 
 
 STYLE = """
@@ -228,8 +243,8 @@ def _inline(path: Path) -> str:
     return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
 
 
-def render(runs, rows, comparisons, said, warned, plots) -> str:
-    """Return the page; nothing in it comes from elsewhere."""
+def render(runs, rows, comparisons, conclusions, warnings, plots) -> str:
+    """Return the HTML page; it is self-contained, with plots inlined."""
     config, escape = runs[0].config, html.escape
 
     def items(lines: list[str]) -> str:
@@ -240,11 +255,11 @@ def render(runs, rows, comparisons, said, warned, plots) -> str:
         body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in line) + "</tr>" for line in lines)
         return f'<div class="scroll"><table><tr>{head}</tr>{body}</table></div>'
 
-    pairs = [(f"{a} − {b}", f"{d.nats:+.4f}", f"{d.se:.4f}", f"{d.ratio:+.1f}") for a, b, d in comparisons]
+    pairs = [(f"{a} - {b}", f"{d.nats:+.4f}", f"{d.se:.4f}", f"{d.ratio:+.1f}") for a, b, d in comparisons]
     pictures = "".join(f'<img alt="{escape(title)}" src="{_inline(path)}">' for title, path in plots.items())
     last = rows[0]["last"]
-    known = config["corpus_source"] == "python-stdlib"
-    corpus = "the source code of Python's standard library" if known else str(config["corpus_source"])
+    is_stdlib = config["corpus_source"] == "python-stdlib"
+    corpus = "the source code of Python's standard library" if is_stdlib else str(config["corpus_source"])
     versions = ", ".join(f"{name} {version}" for name, version in config["versions"].items())
     commands = "".join(f"<dt>{escape(run.name)}<dd><code>{escape(run.config['command'])}</code>" for run in runs)
     return f"""<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>Runs compared</title>
@@ -253,16 +268,16 @@ def render(runs, rows, comparisons, said, warned, plots) -> str:
 <p>{len(runs)} runs on {config["unique_tokens"]:,} unique tokens of {escape(corpus)}. {escape(runs[0].name)}:
 {config["parameters"] / 1e6:.2f}M parameters, {last["consumed_tokens"]:,} training tokens, {last["epoch"]:.1f} epochs,
 {last["flops"]:.2e} FLOPs (6ND). Every run is scored on the same held-out tokens with the same evaluation noise.</p>
-<h2>What the numbers say</h2>{items(said)}
-<h2>What they cannot say</h2>{items(warned)}
+<h2>Conclusions</h2>{items(conclusions)}
+<h2>Caveats</h2>{items(warnings)}
 <h2>Best points</h2>{table(HEADINGS, map(cells, rows))}
 <p><small>Losses in nats per token. Best points are chosen on the tuning set and reported on the validation set.
-±: standard error over documents; mc: standard error of the evaluation noise; ≤: upper bound; last − best: paired by
-document.</small></p>
+±: standard error over documents; mc: standard error of the evaluation noise; ≤: upper bound; last - best: difference
+paired by document.</small></p>
 <h2>Paired differences at the best points</h2>
 {table(("pair", "nats per token", "standard error", "ratio"), pairs)}
 <h2>Plots</h2><div class="plots">{pictures}</div>
-<h2>How it was made</h2>
+<h2>Provenance</h2>
 <p>Corpus hash <code>{escape(str(config["corpus_hash"]))}</code>; {escape(config["precision"])} on
 {escape(config["device"])}; {escape(versions)}; commit {escape(str(config["commit"]))}.</p><dl>{commands}</dl>
 </body></html>

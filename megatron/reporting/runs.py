@@ -1,8 +1,8 @@
-"""Runs read back from their folders, and compared: the paired difference by document.
+"""Load runs from their folders and compare them by document.
 
-Best points are chosen on the tuning set and reported on the validation set. Two models are compared paired by
-document: the ratio estimator sum(n1 - n2) / sum(tokens) with documents as clusters. What evaluation noise adds
-differs from document to document, so that error holds it already.
+Best points are chosen on the tuning set and reported on the validation set. The paired difference of two models is the
+ratio estimator sum(n1 - n2) / sum(tokens) with documents as clusters; n1 and n2 are a document's nats. Evaluation noise
+varies between documents, so the standard error over documents includes it.
 """
 
 import os
@@ -14,8 +14,8 @@ import numpy as np
 from megatron.errors import ConfigurationError
 from megatron.training.run_folder import read_json, read_records
 
-# what must agree before two losses stand in one table
-SAME = {"corpus_hash": "corpus", "vocabulary_size": "vocabulary", "unique_tokens": "unique tokens"}
+# config.json keys that must agree before two losses are compared
+COMPARABLE_KEYS = {"corpus_hash": "corpus", "vocabulary_size": "vocabulary", "unique_tokens": "unique tokens"}
 
 REGULARISERS = {
     "token_dropout": "token dropout {}",
@@ -35,32 +35,35 @@ REGULARISERS = {
 
 @dataclass(frozen=True)
 class Run:
-    """One run's folder, read."""
+    """Configuration and records of a run folder."""
 
     name: str
     folder: Path
     config: dict
-    train: list[dict]
-    valid: dict[str, list[dict]]  # by set
+    train: list[dict]  # training records
+    valid: dict[str, list[dict]]  # validation records, by set
 
     @property
     def finished(self) -> bool:
+        """Return whether the run has consumed all samples of its budget."""
         return self.train[-1]["consumed_samples"] >= self.config["train_samples"]
 
     def is_bound(self, name: str) -> bool:
-        """Return whether the losses on a validation set are upper bounds; a run may be older than that record."""
+        """Return whether the losses on a validation set are upper bounds; older runs have no record of it."""
         return curve(self, name)[-1].get("bound", self.config["objective_name"] != "ar")
 
     def regularisers(self) -> str:
+        """Return the regularisers of the run and its weight decay, as text."""
         settings = self.config["model"] | self.config["objective"]
-        # a run that was begun before a flag existed has not used it
-        said = [text.format(settings[name]) for name, text in REGULARISERS.items() if settings.get(name)]
+        # .get: the config.json of an older run may lack newer flags
+        names = [text.format(settings[name]) for name, text in REGULARISERS.items() if settings.get(name)]
         optimizer = self.config["optimizer"]
         decay = optimizer["weight_decay"]
         if optimizer.get("weight_decay_incr_style", "constant") != "constant":
             decay = f"{optimizer['start_weight_decay']} to {optimizer['end_weight_decay']}"
-        said += ["Muon"] if optimizer.get("optimizer") == "muon" else []
-        return ", ".join([*said, f"weight decay {decay}"])
+        if optimizer.get("optimizer") == "muon":
+            names.append("Muon")
+        return ", ".join([*names, f"weight decay {decay}"])
 
 
 @dataclass(frozen=True)
@@ -72,25 +75,32 @@ class Difference:
 
     @property
     def ratio(self) -> float:
+        """Return the difference in standard errors."""
         return self.nats / self.se if self.se else float("inf")
 
 
 def load_runs(folders: list[str | Path]) -> list[Run]:
-    """Read several runs and name each by the end of its path, as much of it as tells them apart."""
+    """Load several runs; their names are the shortest path suffixes that distinguish them.
+
+    Raises: ConfigurationError if a run is given twice or has no validation records.
+    """
     paths = [Path(folder).resolve() for folder in folders]
-    twice = next((path for path in paths if paths.count(path) > 1), None)
-    if twice:
-        raise ConfigurationError(f"{twice}: is given twice; a run is not compared with itself")
-    parts = 1
-    while len({path.parts[-parts:] for path in paths}) < len(paths):
-        parts += 1
-    # a name on disk need not be UTF-8, and the page and its plots are
-    names = [os.fsencode("/".join(path.parts[-parts:])).decode(errors="replace") for path in paths]
+    duplicate = next((path for path in paths if paths.count(path) > 1), None)
+    if duplicate:
+        raise ConfigurationError(f"{duplicate}: is given twice; a run cannot be compared with itself")
+    depth = 1
+    while len({path.parts[-depth:] for path in paths}) < len(paths):
+        depth += 1
+    # the page and its plots are UTF-8, which file names need not be
+    names = [os.fsencode("/".join(path.parts[-depth:])).decode(errors="replace") for path in paths]
     return [replace(load_run(folder), name=name) for folder, name in zip(folders, names)]
 
 
 def load_run(folder: str | Path) -> Run:
-    """Read a run's folder; raise ConfigurationError where it holds no validation."""
+    """Load a run folder.
+
+    Raises: ConfigurationError if it is not a run folder or has no validation records.
+    """
     folder = Path(folder)
     if not (folder / "config.json").exists():
         raise ConfigurationError(f"{folder}: holds no run (no config.json); give a folder that --save wrote")
@@ -102,43 +112,56 @@ def load_run(folder: str | Path) -> Run:
             valid.setdefault(record["set"], []).append(record)
     if not valid:
         raise ConfigurationError(f"{folder}: holds no validation record; train with --valid-data-path")
-    return Run(folder.name, folder, config, [r for r in records if r["kind"] == "train"], valid)
+    return Run(folder.name, folder, config, [record for record in records if record["kind"] == "train"], valid)
 
 
 def curve(run: Run, name: str) -> list[dict]:
+    """Return the records of a validation set.
+
+    Raises: ConfigurationError if the run has no such set.
+    """
     if name not in run.valid:
         raise ConfigurationError(f"{run.folder}: has no validation set {name}; it has {', '.join(run.valid)}")
     return run.valid[name]
 
 
 def best_point(run: Run, tuning: str, reported: str) -> dict:
-    """Return the record on `reported` at the step where `tuning` is lowest."""
-    known = {record["iteration"]: record for record in curve(run, reported)}
-    shared = [record for record in curve(run, tuning) if record["iteration"] in known]  # a run may still be going on
-    if not shared:
+    """Return the record on the set `reported` at the step where the loss on the set `tuning` is lowest.
+
+    Raises: ConfigurationError if no step was evaluated on both sets.
+    """
+    by_step = {record["iteration"]: record for record in curve(run, reported)}
+    # a run that is still training may have evaluated a step on the first set only
+    candidates = [record for record in curve(run, tuning) if record["iteration"] in by_step]
+    if not candidates:
         raise ConfigurationError(f"{run.folder}: has no step evaluated on both {tuning} and {reported}; wait for one")
-    return known[min(shared, key=lambda record: record["loss"])["iteration"]]
+    return by_step[min(candidates, key=lambda record: record["loss"])["iteration"]]
 
 
 def paired_difference(first: tuple[Run, dict], second: tuple[Run, dict]) -> Difference:
-    """Return how much worse the first evaluation is than the second; each is (run, valid record)."""
-    one, two = (_documents(*point) for point in (first, second))
-    if not np.array_equal(one["tokens"], two["tokens"]):
+    """Return the excess loss of the first evaluation over the second; both are (run, validation record).
+
+    Raises: ConfigurationError if they scored different tokens.
+    """
+    documents = [_documents(*evaluation) for evaluation in (first, second)]
+    tokens = documents[0]["tokens"]  # [D]
+    if not np.array_equal(tokens, documents[1]["tokens"]):
         raise ConfigurationError(
             f"{first[0].folder} and {second[0].folder}: scored different tokens and cannot be paired"
         )
-    tokens = one["tokens"].sum()
-    nats = [np.atleast_2d(part["nats"]) for part in (one, two)]
-    difference = nats[0].mean(0) - nats[1].mean(0)
-    mean = difference.sum() / tokens
-    seen = one["tokens"] > 0
-    clusters = int(seen.sum())
-    residual = (difference - mean * one["tokens"])[seen]
-    variance = clusters / max(1, clusters - 1) * (residual**2).sum() / tokens**2
+    total = tokens.sum()
+    nats = [np.atleast_2d(sums["nats"]).mean(0) for sums in documents]  # [D], mean over Monte-Carlo samples
+    difference = nats[0] - nats[1]
+    mean = difference.sum() / total
+    scored = tokens > 0
+    num_clusters = int(scored.sum())
+    residuals = (difference - mean * tokens)[scored]
+    variance = num_clusters / max(1, num_clusters - 1) * (residuals**2).sum() / total**2
     return Difference(float(mean), float(np.sqrt(variance)))
 
 
 def _documents(run: Run, record: dict):
+    """Return the nats and token counts by document of a validation record."""
     path = run.folder / "validation" / record["set"] / f"{record['iteration']}.npz"
     if not path.exists():
         raise ConfigurationError(f"{path}: is missing; a paired comparison needs it")
@@ -146,19 +169,25 @@ def _documents(run: Run, record: dict):
 
 
 def check_comparable(runs: list[Run]) -> None:
-    """Refuse one table for runs on different text, vocabulary, unique tokens or alignment."""
+    """Check that the runs can share one table.
+
+    Raises: ConfigurationError if they differ in corpus, vocabulary, unique tokens, evaluation seed or alignment.
+    """
     first = runs[0]
     for run in runs[1:]:
-        for key, what in SAME.items():
+        for key, description in COMPARABLE_KEYS.items():
             if run.config[key] != first.config[key]:
                 raise ConfigurationError(
-                    f"{first.folder} and {run.folder}: differ in {what} ({first.config[key]} and "
-                    f"{run.config[key]}); report them apart"
+                    f"{first.folder} and {run.folder}: differ in {description} ({first.config[key]} and "
+                    f"{run.config[key]}); report them separately"
                 )
         if run.config["validation"]["eval_seed"] != first.config["validation"]["eval_seed"]:
-            raise ConfigurationError(f"{first.folder} and {run.folder}: differ in --eval-seed; report them apart")
-        alignments = {r["alignment"] for member in (first, run) for records in member.valid.values() for r in records}
+            raise ConfigurationError(f"{first.folder} and {run.folder}: differ in --eval-seed; report them separately")
+        alignments = {
+            record["alignment"] for pair in (first, run) for records in pair.valid.values() for record in records
+        }
         if len(alignments) > 1:
             raise ConfigurationError(
-                f"{first.folder} and {run.folder}: differ in --eval-alignment {sorted(alignments)}; report them apart"
+                f"{first.folder} and {run.folder}: differ in --eval-alignment {sorted(alignments)}; report them "
+                "separately"
             )

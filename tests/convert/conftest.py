@@ -1,4 +1,4 @@
-"""Trained runs that are converted, and the command that converts them."""
+"""Trained runs to convert, and a function that runs the conversion tool."""
 
 import io
 import runpy
@@ -15,7 +15,7 @@ from tests.conftest import ROOT, environment
 
 @pytest.fixture(scope="session")
 def runs(tiny, tmp_path_factory):
-    """Runs of the objectives that have stock classes, trained one after another in this process."""
+    """Runs of the objectives that stock classes support, trained one after another in this process."""
     root = tmp_path_factory.mktemp("runs")
     main("ar", [*tiny, "--ema-decay", "0.8", "--token-dropout", "0.1", "--save", str(root / "ar")])
     main("mdm", [*tiny, "--untie-embeddings-and-output-weights", "--save", str(root / "mdm")])
@@ -27,22 +27,22 @@ TOOL = ROOT / "tools" / "convert_checkpoint.py"
 
 
 def convert(*arguments, process: bool = False, check: bool = True) -> subprocess.CompletedProcess:
-    """Run tools/convert_checkpoint.py, in this process unless it shall have one of its own, which takes seconds."""
+    """Run tools/convert_checkpoint.py in this process, or in a process of its own, which takes seconds."""
     words = list(map(str, arguments))
     if process:
-        surroundings = environment() | {"HF_HUB_OFFLINE": "1"}
+        variables = environment() | {"HF_HUB_OFFLINE": "1"}
         command = [sys.executable, str(TOOL), *words]
-        done = subprocess.run(command, env=surroundings, capture_output=True, text=True, timeout=300)
+        result = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=300)
     else:
-        done = subprocess.CompletedProcess(words, 0)
+        result = subprocess.CompletedProcess(words, 0)
         out, err = io.StringIO(), io.StringIO()
         with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err), catch_warnings():
             patch.setattr(sys, "argv", [str(TOOL), *words])
             patch.setattr(sys, "path", [*sys.path])
             try:
                 runpy.run_path(str(TOOL), run_name="__main__")
-            except SystemExit as leave:
-                done.returncode = leave.code
-        done.stdout, done.stderr = out.getvalue(), err.getvalue()
-    assert not check or done.returncode == 0, done.stderr
-    return done
+            except SystemExit as exit_request:
+                result.returncode = exit_request.code
+        result.stdout, result.stderr = out.getvalue(), err.getvalue()
+    assert not check or result.returncode == 0, result.stderr
+    return result

@@ -1,4 +1,4 @@
-"""Every tokenizer in transformers: the same ids, and none that a text could not have in ours."""
+"""Exported tokenizers: transformers gives the same ids, and no ids that text cannot have in ours."""
 
 import inspect
 import json
@@ -28,7 +28,7 @@ TEXTS = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder with a tokenizer of every kind that has a file."""
+    """A folder with a tokenizer file of every kind."""
     folder = tmp_path_factory.mktemp("tokenizers")
     train_tokenizer(LINES, 400, folder / "tokenizer.json")
     model = json.loads((folder / "tokenizer.json").read_text())["model"]
@@ -49,8 +49,8 @@ def folder(tmp_path_factory):
     return folder
 
 
-def made(name: str, folder):
-    """Return one of our tokenizers, by a short name."""
+def our_tokenizer(name: str, folder):
+    """Return one of our tokenizers by a short name."""
     pieces = {"spm": "GPTSentencePieceTokenizer", "megatron": "SentencePieceTokenizer"}
     kind, _, file = name.partition(" ")
     return {
@@ -68,24 +68,24 @@ def made(name: str, folder):
     "name", ["hf", "gpt2", "bytes", "spm unigram", "spm unigram_bytes", "spm bpe", "spm bpe_bytes", "megatron bpe"]
 )
 def test_ids_equal_ours(name, masked, folder, tmp_path):
-    ours = made(name, folder)
+    ours = our_tokenizer(name, folder)
     theirs = write_tokenizer(tmp_path, ours, masked=masked, positions=16)
     for text in TEXTS:
         assert theirs(text, verbose=False)["input_ids"] == ours.encode(text), text
         assert ours.eod not in theirs.encode(text)
         if "spm" not in name and "megatron" not in name:
             assert theirs.decode(ours.encode(text)) == text
-    written = json.loads((tmp_path / "tokenizer_config.json").read_text())
-    assert written["tokenizer_class"] == "PreTrainedTokenizerFast"  # which every version of transformers has
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert config["tokenizer_class"] == "PreTrainedTokenizerFast"  # exists in every version of transformers
     assert theirs.eos_token_id == ours.eod and len(theirs) == ours.vocabulary_size + masked
     assert theirs.mask_token_id == (ours.vocabulary_size if masked else None)
     assert sorted(theirs("a")) == ["attention_mask", "input_ids"]
     if ours.source is None:
         assert not [*tmp_path.glob("training_tokenizer*")]
-    else:  # the file on the way back is the same tokenizer, by its hash
+    else:  # the run's own file gives the same tokenizer, with the same hash
         kind = "HFTokenizer" if name in ("hf", "gpt2") else type(ours).__name__
-        again = build_tokenizer(kind, str(tmp_path / training_file(ours)))
-        assert again.hash == ours.hash and again.encode(TEXTS[-1]) == ours.encode(TEXTS[-1])
+        restored = build_tokenizer(kind, str(tmp_path / training_file(ours)))
+        assert restored.hash == ours.hash and restored.encode(TEXTS[-1]) == ours.encode(TEXTS[-1])
 
 
 def test_ids_that_are_text_already(tmp_path):
@@ -101,7 +101,8 @@ def test_ids_that_are_text_already(tmp_path):
             theirs(text)
 
 
-def changed(folder, target, change):
+def edited_tokenizer(folder, target, change):
+    """Return our tokenizer of the folder's tokenizer.json after `change` was applied to its contents."""
     state = json.loads((folder / "tokenizer.json").read_text())
     change(state)
     (target / "changed.json").write_text(json.dumps(state))
@@ -119,7 +120,7 @@ def test_what_a_file_puts_around_a_text_or_cuts_is_left_out(folder, tmp_path):
             "special_tokens": {END: {"id": END, "ids": [0], "tokens": [END]}},
         }
 
-    ours = changed(folder, tmp_path, change)
+    ours = edited_tokenizer(folder, tmp_path, change)
     theirs = write_tokenizer(tmp_path, ours, masked=False, positions=16)
     assert theirs("one two three four")["input_ids"] == ours.encode("one two three four")
     assert len(ours.encode("one two three four")) > 3
@@ -129,7 +130,7 @@ def test_a_text_token_called_mask_keeps_its_id(folder, tmp_path):
     def change(state):
         state["added_tokens"].append(state["added_tokens"][0] | {"id": 400, "content": "[MASK]", "special": False})
 
-    ours = changed(folder, tmp_path, change)
+    ours = edited_tokenizer(folder, tmp_path, change)
     theirs = write_tokenizer(tmp_path, ours, masked=True, positions=16)
     assert theirs("[MASK]")["input_ids"] == ours.encode("[MASK]") == [400]
     assert (theirs.mask_token, theirs.mask_token_id) == ("<|mask|>", 401)
@@ -139,12 +140,12 @@ def test_what_transformers_cannot_have_is_refused(folder, tmp_path):
     def gap(state):
         state["model"]["vocab"]["unused"] = 450
 
-    gappy = changed(folder, tmp_path, gap)
+    with_gap = edited_tokenizer(folder, tmp_path, gap)
     with pytest.raises(ConfigurationError, match="its ids have gaps"):
-        hugging_face_tokenizer(gappy, masked=True, positions=16)
-    with pytest.raises(ConfigurationError, match="is a SentencePiece model of type char, and transformers has"):
-        write_tokenizer(tmp_path, made("spm char", folder), masked=False, positions=16)
-    ours = made("hf", folder)
-    ours.encode = lambda text: [1]  # a tokenizer that no library follows
+        hugging_face_tokenizer(with_gap, masked=True, positions=16)
+    with pytest.raises(ConfigurationError, match="is a SentencePiece model of type char, and transformers supports"):
+        write_tokenizer(tmp_path, our_tokenizer("spm char", folder), masked=False, positions=16)
+    ours = our_tokenizer("hf", folder)
+    ours.encode = lambda text: [1]  # ids that no library tokenizer gives
     with pytest.raises(ConfigurationError, match="transformers gives other ids for the text ''"):
         write_tokenizer(tmp_path, ours, masked=False, positions=16)

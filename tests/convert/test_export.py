@@ -1,4 +1,4 @@
-"""Real runs as folders of transformers: they load by the stock classes and give the losses that the run recorded."""
+"""Exports of real runs: stock classes of transformers load them and reproduce the losses that the run recorded."""
 
 import json
 import re
@@ -23,12 +23,14 @@ from tests.convert.conftest import convert
 
 @torch.no_grad()
 def loss(model, folder, size: int = 257) -> float:
-    """Return the loss of a model of transformers on the first validation set of a run, over its first `size` ids."""
+    """Return the loss of a transformers model on a run's first validation set; the softmax is over `size` ids."""
     config = trained_config(str(folder))
     data = open_sources(config).validation[0]
     objective = build_objective(config.objective, open_trained(str(folder)).vocabulary, time_block=8)
-    windows, nats, count = np.arange(len(data.windows)), 0.0, 0
-    ids = np.stack([data.windows[int(window)][0] for window in windows])
+    windows = np.arange(len(data.windows))
+    nats = 0.0
+    count = 0
+    ids = np.stack([data.windows[int(window)][0] for window in windows])  # [B, S]
     for replicate in range(1 if objective.likelihoods[0].exact else config.validation.num_mc):
         noise = EvaluationNoise(config.validation.eval_seed, data.name, replicate)
         batch = objective.likelihoods[0].evaluation(ids, noise, windows, "common")
@@ -38,15 +40,16 @@ def loss(model, folder, size: int = 257) -> float:
     return nats / count
 
 
-def recorded(folder, name: str) -> float:
-    return [each["loss"] for each in records(folder, "valid") if each["set"] == name][-1]
+def recorded_loss(folder, name: str) -> float:
+    """Return the last validation loss that a run recorded on a set."""
+    return [record["loss"] for record in records(folder, "valid") if record["set"] == name][-1]
 
 
 def test_an_autoregressive_run_gives_its_loss_in_plain_transformers(runs, tmp_path):
-    done = convert("to-hf", runs / "ar", "--output", tmp_path / "ar", process=True)
-    assert "LlamaForCausalLM, a causal language model over 257 ids in float32" in done.stdout and not done.stderr
+    result = convert("to-hf", runs / "ar", "--output", tmp_path / "ar", process=True)
+    assert "LlamaForCausalLM, a causal language model over 257 ids in float32" in result.stdout and not result.stderr
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "ar")
-    assert loss(model, runs / "ar") == pytest.approx(recorded(runs / "ar", "tuning"), rel=1e-5)
+    assert loss(model, runs / "ar") == pytest.approx(recorded_loss(runs / "ar", "tuning"), rel=1e-5)
     assert model.config.max_position_embeddings == 32 and model.config.vocab_size == 257
     for config in (model.config, model.generation_config):
         assert config.eos_token_id == config.pad_token_id == 256
@@ -61,17 +64,19 @@ def test_an_autoregressive_run_gives_its_loss_in_plain_transformers(runs, tmp_pa
 
 
 def test_a_masked_diffusion_run_is_a_masked_language_model_and_no_causal_one(runs, tmp_path):
-    done = convert("to-hf", runs / "mdm", "--output", tmp_path / "mdm", "--checkpoint", "best")
-    readable = (tmp_path / "mdm").stat().st_mode & 0o666  # by those who may read the folder
-    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "mdm").iterdir()} == {readable}
-    assert "EuroBertForMaskedLM, a masked language model over 258 ids" in done.stdout and not done.stderr
+    result = convert("to-hf", runs / "mdm", "--output", tmp_path / "mdm", "--checkpoint", "best")
+    folder_mode = (tmp_path / "mdm").stat().st_mode & 0o666
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "mdm").iterdir()} == {folder_mode}
+    assert "EuroBertForMaskedLM, a masked language model over 258 ids" in result.stdout and not result.stderr
     model = AutoModelForMaskedLM.from_pretrained(tmp_path / "mdm")
     best = json.loads((runs / "mdm" / "checkpoints" / "best.json").read_text())
     assert loss(model, runs / "mdm") == pytest.approx(best["loss"], rel=1e-5)
-    assert abs(loss(model, runs / "mdm", size=258) - best["loss"]) > 1e-5  # as the card says, [MASK] is left out
+    assert (
+        abs(loss(model, runs / "mdm", size=258) - best["loss"]) > 1e-5
+    )  # the loss leaves [MASK] out, as the card says
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "mdm")
     assert tokenizer.mask_token_id == model.config.mask_token_id == 257 and tokenizer.mask_token == "[MASK]"
-    assert tokenizer("[MASK]")["input_ids"] == list(b"[MASK]")  # text becomes a mask only where that is wanted
+    assert tokenizer("[MASK]")["input_ids"] == list(b"[MASK]")  # text becomes the mask token on request only
     assert tokenizer("a[MASK]", split_special_tokens=False)["input_ids"] == [97, 257]
     assert tokenizer.pad_token_id == model.config.pad_token_id == model.config.eos_token_id == 256
     assert not (tmp_path / "mdm" / "generation_config.json").exists()
@@ -82,26 +87,26 @@ def test_a_masked_diffusion_run_is_a_masked_language_model_and_no_causal_one(run
 def test_the_average_and_the_causal_side_of_a_dual_run(runs, tmp_path):
     export(open_trained(str(runs / "ar")), tmp_path / "average", average=True)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "average")
-    assert loss(model, runs / "ar") == pytest.approx(recorded(runs / "ar", "tuning.average"), rel=1e-5)
-    assert recorded(runs / "ar", "tuning.average") != recorded(runs / "ar", "tuning")
+    assert loss(model, runs / "ar") == pytest.approx(recorded_loss(runs / "ar", "tuning.average"), rel=1e-5)
+    assert recorded_loss(runs / "ar", "tuning.average") != recorded_loss(runs / "ar", "tuning")
     card = (tmp_path / "average" / "README.md").read_text()
-    assert "the average of its weights" in card and f"{recorded(runs / 'ar', 'tuning.average'):.4f}" in card
+    assert "the average of its weights" in card and f"{recorded_loss(runs / 'ar', 'tuning.average'):.4f}" in card
     export(open_trained(str(runs / "dual")), tmp_path / "dual")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "dual")
-    assert loss(model, runs / "dual") == pytest.approx(recorded(runs / "dual", "tuning"), rel=1e-5)
+    assert loss(model, runs / "dual") == pytest.approx(recorded_loss(runs / "dual", "tuning"), rel=1e-5)
     assert "autoregressive side" in (tmp_path / "dual" / "README.md").read_text()
 
 
 def test_shards_and_bf16(runs, tmp_path):
-    export(open_trained(str(runs / "ar")), tmp_path / "bf16", dtype="bfloat16", shard="20KB")
+    export(open_trained(str(runs / "ar")), tmp_path / "bf16", dtype="bfloat16", max_shard_size="20KB")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "bf16")
     assert model.dtype == torch.bfloat16 and len([*(tmp_path / "bf16").glob("model-*.safetensors")]) > 1
     ours = open_trained(str(runs / "ar")).model()
     assert torch.equal(model.model.embed_tokens.weight, ours.embed_tokens.weight[:257].bfloat16())
-    written = json.loads((tmp_path / "bf16" / "config.json").read_text())
-    assert written["dtype"] == written["torch_dtype"] == "bfloat16"  # the second is the name before transformers 4.56
-    rest = load_file(tmp_path / "bf16" / "extra_rows.safetensors")
-    assert torch.equal(rest["embed_tokens.weight"], ours.embed_tokens.weight[257:].bfloat16())
+    config = json.loads((tmp_path / "bf16" / "config.json").read_text())
+    assert config["dtype"] == config["torch_dtype"] == "bfloat16"  # the second is the name before transformers 4.56
+    extra = load_file(tmp_path / "bf16" / "extra_rows.safetensors")
+    assert torch.equal(extra["embed_tokens.weight"], ours.embed_tokens.weight[257:].bfloat16())
 
 
 def test_the_card_tells_what_was_trained_and_how_to_read_its_losses(runs, tmp_path):
@@ -115,19 +120,19 @@ def test_the_card_tells_what_was_trained_and_how_to_read_its_losses(runs, tmp_pa
         "pipeline_tag: text-generation",
         "tags: [data-constrained, autoregressive]",
     ]
-    for part in (
+    for text in (
         config["corpus_hash"],
         f"{config['unique_tokens']:,}",
         "2,976 tokens",
         "`--token-dropout 0.1`",
         "`--ema-decay 0.8`",
         f"{6 * config['parameters'] * 2976:.3g} FLOPs",
-        f"| tuning | {recorded(runs / 'ar', 'tuning'):.4f} ± ",
+        f"| tuning | {recorded_loss(runs / 'ar', 'tuning'):.4f} ± ",
     ):
-        assert part in ar, part
+        assert text in ar, text
     assert "≤" not in ar and "upper bound" not in ar
-    assert f"| tuning | ≤ {recorded(runs / 'mdm', 'tuning'):.4f} ± " in mdm and "an upper bound" in mdm
-    assert "from 4 replicates" in mdm and "logits[..., :257]" in mdm and "from-hf mdm" in mdm
+    assert f"| tuning | ≤ {recorded_loss(runs / 'mdm', 'tuning'):.4f} ± " in mdm and "an upper bound" in mdm
+    assert "from 4 Monte-Carlo samples" in mdm and "logits[..., :257]" in mdm and "from-hf mdm" in mdm
 
 
 def test_the_code_in_the_card_of_a_masked_model_runs(runs, tmp_path, monkeypatch):
@@ -147,9 +152,9 @@ def test_the_code_in_the_card_of_a_masked_model_runs(runs, tmp_path, monkeypatch
 
 def test_what_two_processes_saved_is_exported_alike(tiny, tmp_path):
     # at a small step size, where Adam does not amplify gradients that are rounding only and differ between layouts
-    few = [*tiny, "--train-samples", 24, "--lr", 1e-4]
-    main("ar", [*map(str, few), "--save", str(tmp_path / "one")])
-    run("ar", *few, "--save", tmp_path / "two", "--tensor-model-parallel-size", 2, processes=2)
+    short = [*tiny, "--train-samples", 24, "--lr", 1e-4]
+    main("ar", [*map(str, short), "--save", str(tmp_path / "one")])
+    run("ar", *short, "--save", tmp_path / "two", "--tensor-model-parallel-size", 2, processes=2)
     assert len([*(tmp_path / "two" / "checkpoints").rglob("shard-*.safetensors")]) == 2
     for name in ("one", "two"):
         export(open_trained(str(tmp_path / name)), tmp_path / f"{name}_hf")
@@ -160,18 +165,18 @@ def test_what_two_processes_saved_is_exported_alike(tiny, tmp_path):
 
 
 def test_a_run_whose_data_are_gone_is_exported_by_the_file_of_its_tokenizer(runs, tmp_path):
-    gone = changed(
+    moved = changed(
         runs / "ar",
         tmp_path / "run",
         data={"tokenizer_type": "HFTokenizer", "train_data_path": [f"{tmp_path}/gone/train"]},
     )
-    done = convert("to-hf", gone, "--output", tmp_path / "hf", check=False)
-    assert done.returncode == 2 and not (tmp_path / "hf").exists()
-    assert done.stderr.startswith(
-        f"error: {tmp_path}/gone/train.json: is missing or names no tokenizer, and the tokenizer of {gone}"
+    result = convert("to-hf", moved, "--output", tmp_path / "hf", check=False)
+    assert result.returncode == 2 and not (tmp_path / "hf").exists()
+    assert result.stderr.startswith(
+        f"error: {tmp_path}/gone/train.json: is missing or names no tokenizer, and the tokenizer of {moved}"
     )
-    done = convert("to-hf", gone, "--output", tmp_path / "hf", "--tokenizer-model", tmp_path / "x", check=False)
-    assert done.stderr.startswith(f"error: --tokenizer-model {tmp_path}/x: no such file")
+    result = convert("to-hf", moved, "--output", tmp_path / "hf", "--tokenizer-model", tmp_path / "x", check=False)
+    assert result.stderr.startswith(f"error: --tokenizer-model {tmp_path}/x: no such file")
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
@@ -179,7 +184,7 @@ def test_an_interrupted_export_leaves_nothing(runs, tmp_path, monkeypatch, error
     def fail(*_):
         raise error
 
-    monkeypatch.setattr(module, "model_card", fail)  # all weights are written by then
+    monkeypatch.setattr(module, "model_card", fail)  # called after all weights are written
     with pytest.raises(KeyboardInterrupt if error is KeyboardInterrupt else OSError) as caught:
         export(open_trained(str(runs / "ar")), tmp_path / "out")
     assert not [*tmp_path.iterdir()]
@@ -196,41 +201,42 @@ def test_what_a_killed_export_left_is_no_hindrance(runs, tmp_path):
 
 def test_what_cannot_be_exported_is_refused_in_one_line(runs, tmp_path):
     out = tmp_path / "out"
-    read = {
+    settings = {
         "order": dict(objective={"objective": "any-order"}, objective_name="any-order"),
         "block": dict(objective={"objective": "block-diffusion"}, objective_name="block-diffusion"),
-        "told": dict(objective={"target_positions": True}),
+        "targets": dict(objective={"target_positions": True}),
         "ahead": dict(objective={"target_positions": True, "target_offset_max": 3}),
         "backwards": dict(objective={"right_to_left_ratio": 1.0}),
         "gelu": dict(model={"swiglu": False}),
     }
-    said = {
+    messages = {
         "order": "--objective any-order predicts in random orders",
-        "block": "--objective block-diffusion reads each text",
-        "told": "--target-positions tells the network",
-        "ahead": "--target-positions tells the network",
-        "backwards": "--right-to-left-ratio 1.0 trained the network",
-        "gelu": "--no-swiglu: and the classes",
+        "block": "--objective block-diffusion attends to each text",
+        "targets": "--target-positions gives the model target positions",
+        "ahead": "--target-positions gives the model target positions",
+        "backwards": "--right-to-left-ratio 1.0 trained the model",
+        "gelu": "--no-swiglu: the transformers classes",
     }
-    for name, sections in read.items():
+    for name, sections in settings.items():
         other = changed(runs / "ar", tmp_path / name, **sections)
         with pytest.raises(ConfigurationError) as caught:
             export(open_trained(other), out)
-        assert said[name] in str(caught.value) and "\n" not in str(caught.value) and not out.exists()
+        assert messages[name] in str(caught.value) and "\n" not in str(caught.value) and not out.exists()
     mixed = changed(runs / "ar", tmp_path / "mixed", objective={"right_to_left_ratio": 0.5})
     export(open_trained(mixed), tmp_path / "mixed_hf")  # it is evaluated from left to right
     for arguments, message in (
         (dict(run=runs / "mdm", average=True), f"{runs}/mdm: holds no average"),
-        (dict(run=runs / "ar", shard="5Gib"), "--max-shard-size 5Gib: is no size"),
+        (dict(run=runs / "ar", max_shard_size="5Gib"), "--max-shard-size 5Gib: is not a size"),
         (dict(run=runs / "ar", output=runs / "ar" / "config.json" / "x"), "cannot be written (Not a directory)"),
     ):
-        trained, where = open_trained(str(arguments.pop("run"))), arguments.pop("output", out)
+        trained = open_trained(str(arguments.pop("run")))
+        output = arguments.pop("output", out)
         with pytest.raises(ConfigurationError, match=re.escape(message)):
-            export(trained, where, **arguments)
+            export(trained, output, **arguments)
         assert not out.exists()
-    done = convert("to-hf", runs / "ar", "--output", tmp_path / "mixed_hf", check=False)
-    assert done.returncode == 2 and not done.stdout
+    result = convert("to-hf", runs / "ar", "--output", tmp_path / "mixed_hf", check=False)
+    assert result.returncode == 2 and not result.stdout
     assert (
-        done.stderr
+        result.stderr
         == f"error: --output {tmp_path}/mixed_hf: exists already; name a new folder, or move this one away\n"
     )

@@ -1,4 +1,4 @@
-"""What is exported computes what our model computes, in plain transformers; what cannot is refused with the reason."""
+"""Exported models compute in stock transformers what ours compute; others are refused with the reason."""
 
 import json
 
@@ -12,7 +12,7 @@ from megatron.errors import ConfigurationError
 from megatron.model.initialise import initialise
 from megatron.model.transformer import Transformer
 
-NETWORKS = {
+MODELS = {
     "tied": {},
     "untied": {"untie_embeddings_and_output_weights": True},
     "grouped": {"group_query_attention": True, "num_query_groups": 2},
@@ -24,12 +24,12 @@ NETWORKS = {
 CLASSES = {True: "EuroBertForMaskedLM", False: "LlamaForCausalLM"}
 
 
-def network(vocabulary=Vocabulary(97), **settings) -> Transformer:
-    """Return a model none of whose parameters, norms and biases included, is trivial."""
+def nontrivial_model(vocabulary_size: int = 97, **settings) -> Transformer:
+    """Return a model with nontrivial values in all parameters, including norms and biases."""
     config = ModelConfig(
         **{"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "rotary_base": 5000.0, **settings}
     )
-    model = Transformer(config, vocabulary)
+    model = Transformer(config, Vocabulary(vocabulary_size))
     initialise(model, config, seed=3)
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
@@ -37,40 +37,40 @@ def network(vocabulary=Vocabulary(97), **settings) -> Transformer:
     return model.eval()
 
 
-CASES = [(name, masked, 97) for name in NETWORKS for masked in (False, True) if not (masked and "QK" in name)]
-# with 127 ids [MASK] is the last row, with 128 all padding is behind it; embedding and head alone know
+CASES = [(name, masked, 97) for name in MODELS for masked in (False, True) if not (masked and "QK" in name)]
+# with 127 ids [MASK] is the last row of 128; with 128 ids it is the first row of the second 128
 CASES += [(name, masked, size) for name in ("tied", "untied") for masked in (False, True) for size in (127, 128)]
 
 
 @pytest.mark.parametrize("name, masked, size", CASES)
 @torch.no_grad()
 def test_logits_survive_the_disk(name, masked, size, tmp_path):
-    model = network(Vocabulary(size), **NETWORKS[name])
-    rows = size + masked
-    config = hugging_face_config(model.config, rows=rows, positions=24, bidirectional=masked)
+    model = nontrivial_model(size, **MODELS[name])
+    num_rows = size + int(masked)
+    config = hugging_face_config(model.config, rows=num_rows, positions=24, bidirectional=masked)
     hugging_face_model(model, config).save_pretrained(tmp_path, max_shard_size="20KB")
     assert len([*tmp_path.glob("*.safetensors")]) > 1
-    # readers before transformers 5 look at rope_theta alone, and take 10000 where it is missing
+    # transformers before 5 reads only rope_theta, and defaults to 10000
     assert json.loads((tmp_path / "config.json").read_text())["rope_theta"] == model.config.rotary_base == 5000.0
     theirs = (AutoModelForMaskedLM if masked else AutoModelForCausalLM).from_pretrained(tmp_path)
     assert type(theirs).__name__ == ("Qwen3ForCausalLM" if model.config.qk_layernorm else CLASSES[masked])
-    tokens = torch.randint(rows, (2, 24), generator=torch.Generator().manual_seed(1))
+    tokens = torch.randint(num_rows, (2, 24), generator=torch.Generator().manual_seed(1))
     logits = theirs(tokens).logits
-    assert logits.shape[-1] == rows
+    assert logits.shape[-1] == num_rows
     torch.testing.assert_close(logits[..., :size], model.logits(tokens, causal=not masked), rtol=1e-5, atol=1e-5)
-    # the other rows complete the tables, to the bit
-    found = extra_rows(model, rows)
-    table = torch.cat([theirs.get_input_embeddings().weight, found["embed_tokens.weight"]])
+    # the extra rows complete embedding and head, bit for bit
+    extra = extra_rows(model, num_rows)
+    table = torch.cat([theirs.get_input_embeddings().weight, extra["embed_tokens.weight"]])
     assert torch.equal(table, model.embed_tokens.weight)
-    assert ("lm_head.weight" in found) == model.config.untie_embeddings_and_output_weights
-    head = [theirs.get_output_embeddings().weight, found.get("lm_head.weight", found["embed_tokens.weight"])]
+    assert ("lm_head.weight" in extra) == model.config.untie_embeddings_and_output_weights
+    head = [theirs.get_output_embeddings().weight, extra.get("lm_head.weight", extra["embed_tokens.weight"])]
     assert torch.equal(torch.cat(head), model.lm_weight())
 
 
 @torch.no_grad()
 def test_a_wrong_reading_would_be_noticed():
-    """The comparison can fail: another direction, base or epsilon is not within its tolerance."""
-    model = network()
+    """The comparison can fail: another attention direction, rotary base or epsilon exceeds its tolerance."""
+    model = nontrivial_model()
     tokens = torch.randint(97, (2, 24), generator=torch.Generator().manual_seed(1))
     settings = {"rows": 97, "positions": 24}
     right = hugging_face_config(model.config, **settings)
@@ -84,25 +84,25 @@ def test_a_wrong_reading_would_be_noticed():
 
 
 @pytest.mark.parametrize(
-    "settings, masked, said",
+    "settings, masked, message",
     [
-        ({"normalization": "layernorm"}, False, "--normalization layernorm: and the classes"),
-        ({"swiglu": False}, False, "--no-swiglu: and the classes"),
+        ({"normalization": "layernorm"}, False, "--normalization layernorm: the transformers classes"),
+        ({"swiglu": False}, False, "--no-swiglu: the transformers classes"),
         ({"add_bias_linear": True, "qk_layernorm": True}, False, "--add-bias-linear: "),
-        ({"qk_layernorm": True}, True, "--qk-layernorm: and EuroBertForMaskedLM"),
+        ({"qk_layernorm": True}, True, "--qk-layernorm: EuroBertForMaskedLM"),
         ({"num_attention_heads": 3, "kv_channels": 10}, False, "--num-attention-heads 3: does not divide"),
         ({"num_attention_heads": 3, "kv_channels": 10}, True, "--num-attention-heads 3: does not divide"),
     ],
 )
-def test_what_stock_classes_cannot_express_is_refused(settings, masked, said):
+def test_what_stock_classes_cannot_express_is_refused(settings, masked, message):
     config = ModelConfig(**{"num_layers": 1, "hidden_size": 32, "num_attention_heads": 4, **settings})
     with pytest.raises(ConfigurationError) as caught:
         family_of(config, masked)
-    assert str(caught.value).startswith(said) and "cannot be exported" in str(caught.value)
+    assert str(caught.value).startswith(message) and "cannot be exported" in str(caught.value)
 
 
 def test_transformers_itself_refuses_heads_that_do_not_divide_the_width():
-    """The reason given is true; where it no longer is, the refusal can go."""
+    """The reason in our message is true; if this test fails, the refusal can be removed."""
     from huggingface_hub.errors import StrictDataclassClassValidationError
     from transformers import LlamaConfig
 

@@ -1,4 +1,4 @@
-"""The tokenizer of a folder made by others travels to the run and back, and the token that ends a document with it."""
+"""Imported tokenizers: ids and end-of-document token are the same in the run and in its export."""
 
 import json
 import shutil
@@ -22,7 +22,7 @@ LLAMA3 = ["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"]  # ids 280 to 28
 
 
 def write_llama3(folder, special=LLAMA3, **config) -> dict[str, int]:
-    """Write a byte-level tokenizer as Llama 3 has it, its own tokens after the 280 of text; return their ids."""
+    """Write a byte-level tokenizer like Llama 3's, special tokens after 280 text tokens; return the special ids."""
     library = Tokenizer(models.BPE())
     library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     library.decoder = decoders.ByteLevel()
@@ -41,15 +41,15 @@ def write_llama3(folder, special=LLAMA3, **config) -> dict[str, int]:
 
 
 def write_fields(folder, **files):
-    """Set fields in the JSON files of a folder; None removes one."""
+    """Set fields in the JSON files of a folder; None removes a field."""
     for name, fields in files.items():
         path = folder / f"{name}.json"
-        written = (json.loads(path.read_text()) if path.exists() else {}) | fields
-        path.write_text(json.dumps({field: value for field, value in written.items() if value is not None}))
+        contents = (json.loads(path.read_text()) if path.exists() else {}) | fields
+        path.write_text(json.dumps({field: value for field, value in contents.items() if value is not None}))
 
 
 def plain_ids(tokenizer, text: str) -> list[int]:
-    """Return the ids of a text in which all special text is text, and around which nothing is put."""
+    """Return the ids of a text, without added tokens and with special tokens read as text."""
     return tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
 
 
@@ -64,7 +64,7 @@ def llama3(tmp_path_factory):
 ENDS = {
     "an id": ({"config": {"eos_token_id": 282}}, 282),
     "a list": ({"config": {"eos_token_id": [281, 299, 282]}}, 281),
-    "a list whose first is not known": ({"config": {"eos_token_id": [299, 282]}}, 282),
+    "a list whose first id is unknown": ({"config": {"eos_token_id": [299, 282]}}, 282),
     "generation_config": (
         {"config": {"eos_token_id": None}, "generation_config": {"eos_token_id": [282, 281]}},
         282,
@@ -102,7 +102,8 @@ def test_the_end_of_a_document_is_the_one_that_the_folder_names(name, llama3, tm
         assert tokenizer.encode(text) == plain_ids(theirs, text), text
 
 
-def adopted(folder, llama3, tmp_path):
+def adopt(folder, llama3, tmp_path):
+    """Return what adopt_tokenizer returns for the tokenizer in `folder`."""
     return adopt_tokenizer(replace(read_folder(llama3), path=folder), tmp_path)
 
 
@@ -115,26 +116,26 @@ def test_endoftext_ends_a_document_where_the_folder_names_no_other(llama3, tmp_p
     ):
         ids = write_llama3(tmp_path / name, [LLAMA3[0], END, "<|eot_id|>"])
         write_fields(tmp_path / name, config={"eos_token_id": eos})
-        tokenizer, line = adopted(tmp_path / name, llama3, tmp_path)
+        tokenizer, line = adopt(tmp_path / name, llama3, tmp_path)
         assert tokenizer.eod == ids[end] and line.startswith(f"{end} (id {ids[end]}) ends a document")
-        same = (tmp_path / "tokenizer.json").read_bytes() == (tmp_path / name / "tokenizer.json").read_bytes()
-        assert same == (end == END)  # nothing is changed without need, so that data made with it stay its own
+        unchanged = (tmp_path / "tokenizer.json").read_bytes() == (tmp_path / name / "tokenizer.json").read_bytes()
+        assert unchanged == (end == END)  # no needless edits, so the hash still matches existing data
 
 
 def test_a_tokenizer_without_an_end_is_left_out_and_the_reason_given(llama3, tmp_path):
     write_llama3(tmp_path / "none")
     write_fields(tmp_path / "none", config={"eos_token_id": 2})
-    tokenizer, line = adopted(tmp_path / "none", llama3, tmp_path)
+    tokenizer, line = adopt(tmp_path / "none", llama3, tmp_path)
     assert tokenizer is None and not (tmp_path / "tokenizer.json").exists()
     assert f"{tmp_path}/none/tokenizer.json: has no {END}, and no special token that ends a document" in line
     assert "(eos_token_id 2 of config.json)" in line
     (tmp_path / "none" / "tokenizer.json").write_text('{"added_tokens": ["x"]}')
-    tokenizer, line = adopted(tmp_path / "none", llama3, tmp_path)
+    tokenizer, line = adopt(tmp_path / "none", llama3, tmp_path)
     assert tokenizer is None and line == f"{tmp_path}/none/tokenizer.json: is not a tokenizer.json"
     shutil.copytree(llama3, tmp_path / "hf")
     (tmp_path / "hf" / "tokenizer.json").unlink()
     lines = import_folder(tmp_path / "hf", tmp_path / "run")
-    assert f"{tmp_path}/hf: has no tokenizer.json and no tokenizer.model; its 300 ids are taken as they are" in lines[1]
+    assert f"{tmp_path}/hf: has no tokenizer.json and no tokenizer.model; its 300 ids are used as they are" in lines[1]
     assert lines[1].endswith("(--tokenizer-type NullTokenizer), not eos_token_id 281")
 
 
@@ -144,9 +145,9 @@ def test_an_end_that_is_no_special_token_yet_never_comes_out_of_text(llama3, tmp
     for token in state["added_tokens"]:
         token["special"] = False
     (tmp_path / "hf" / "tokenizer.json").write_text(json.dumps(state))
-    tokenizer, _ = adopted(tmp_path / "hf", llama3, tmp_path)
+    tokenizer, _ = adopt(tmp_path / "hf", llama3, tmp_path)
     assert tokenizer.eod == 281 and 281 not in tokenizer.encode("<|end_of_text|>")
-    assert tokenizer.encode("<|eot_id|>") == [282]  # which it was before
+    assert tokenizer.encode("<|eot_id|>") == [282]  # not special, as in the original
 
 
 def test_a_llama_3_goes_to_a_run_and_back_with_its_tokenizer(llama3, tmp_path):
@@ -155,7 +156,9 @@ def test_a_llama_3_goes_to_a_run_and_back_with_its_tokenizer(llama3, tmp_path):
     assert "<|end_of_text|> (id 281) ends a document: eos_token_id 281 of config.json" in lines
     trained = open_trained(str(tmp_path / "run"))
     assert (trained.tokenizer().eod, trained.vocabulary.size) == (281, 283)
-    assert HFTokenizer(str(tmp_path / "run" / "tokenizer.json")).eod == 281  # and so for data made with it
+    assert (
+        HFTokenizer(str(tmp_path / "run" / "tokenizer.json")).eod == 281
+    )  # the same for data tokenized with this file
     export(trained, tmp_path / "again")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "again")

@@ -1,4 +1,4 @@
-"""Exports as transformers 4 reads them, installed into a folder of its own: the same logits and ids."""
+"""Exports loaded by transformers 4, which is installed into a folder of its own: the same logits and ids."""
 
 import json
 import subprocess
@@ -13,7 +13,7 @@ from megatron.convert.tokenizer import write_tokenizer
 from megatron.training.load_run import open_trained
 from megatron.training.main import main
 from tests.conftest import environment
-from tests.convert.test_converted_tokenizer import TEXTS, folder, made  # noqa: F401 (a fixture)
+from tests.convert.test_converted_tokenizer import TEXTS, folder, our_tokenizer  # noqa: F401 (a fixture)
 from tests.convert.test_sentence_piece import LLAMA, trained
 
 PACKAGES = ["transformers==4.57.6", "huggingface_hub<1", "tokenizers<=0.23.0"]
@@ -40,19 +40,19 @@ print(json.dumps(ids))
 
 @pytest.fixture(scope="module")
 def transformers4(tmp_path_factory):
-    """A folder with transformers 4, which takes torch and the rest from this environment."""
+    """A folder with transformers 4; torch and its other dependencies come from this environment."""
     target = tmp_path_factory.mktemp("transformers4")
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target), *PACKAGES]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    if done.returncode:
-        pytest.skip(f"pip cannot install {PACKAGES[0]}: {done.stderr.strip().splitlines()[-1]}")
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    if result.returncode:
+        pytest.skip(f"pip cannot install {PACKAGES[0]}: {result.stderr.strip().splitlines()[-1]}")
     return target
 
 
 @pytest.mark.slow
 def test_transformers_4_computes_the_same_logits_and_ids(transformers4, tiny, folder, tmp_path):  # noqa: F811
     models, tokenizers = [], []
-    for name, flags in (("llama", []), ("qwen3", ["--qk-layernorm"])):  # it has no EuroBert
+    for name, flags in (("llama", []), ("qwen3", ["--qk-layernorm"])):  # version 4 has no EuroBert
         run, output = tmp_path / f"{name}_run", tmp_path / name
         main("ar", [*tiny, "--rotary-base", "500000", *flags, "--save", str(run)])
         export(open_trained(str(run)), output)
@@ -61,12 +61,14 @@ def test_transformers_4_computes_the_same_logits_and_ids(transformers4, tiny, fo
         logits = model.logits(ids, causal=True).detach().contiguous()
         save_file({"ids": ids, "logits": logits}, f"{output}.safetensors")
         models.append(str(output))
-    ours = [made(name, folder) for name in ("hf", "gpt2", "bytes", "spm unigram", "spm bpe_bytes", "megatron bpe")]
+    ours = [
+        our_tokenizer(name, folder) for name in ("hf", "gpt2", "bytes", "spm unigram", "spm bpe_bytes", "megatron bpe")
+    ]
     ours.append(trained("bpe llama", LLAMA, tmp_path))
     for index, tokenizer in enumerate(ours):
         write_tokenizer(tmp_path / f"tokenizer{index}", tokenizer, masked=False, positions=4096)
         tokenizers.append(str(tmp_path / f"tokenizer{index}"))
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", READ],
         input=json.dumps([models, tokenizers, TEXTS]),
         env=environment() | {"PYTHONPATH": str(transformers4), "HF_HUB_OFFLINE": "1"},
@@ -74,6 +76,6 @@ def test_transformers_4_computes_the_same_logits_and_ids(transformers4, tiny, fo
         text=True,
         timeout=300,
     )
-    assert done.returncode == 0, done.stderr
+    assert result.returncode == 0, result.stderr
     expected = [[tokenizer.encode(text) for text in TEXTS] for tokenizer in ours]
-    assert json.loads(done.stdout.splitlines()[-1]) == expected
+    assert json.loads(result.stdout.splitlines()[-1]) == expected

@@ -1,4 +1,4 @@
-"""SentencePiece models of many kinds in transformers: the same ids on texts made to tell them apart."""
+"""SentencePiece models of many kinds in transformers: the same ids on texts chosen to expose differences."""
 
 import inspect
 import random
@@ -16,7 +16,7 @@ LINES = [line for line in inspect.getsource(textwrap).splitlines() if line.strip
 LINES += ["na\u00efve \u6f22\u5b57 \u00e4 \ufb01 \u00e9 0123456789 <s> </s> <unk> <0x0A> <user> ##"] * 5
 IDENTITY = {"normalization_rule_name": "identity"}
 KEEP = {"remove_extra_whitespaces": False}
-# as Llama 1 and 2, Mistral and TinyLlama made theirs; Gemma's has no dummy prefix
+# the settings of Llama 1 and 2, Mistral and TinyLlama; Gemma's has no dummy prefix
 LLAMA = {**IDENTITY, **KEEP, "byte_fallback": True, "split_digits": True, "allow_whitespace_only_pieces": True}
 SYMBOLS = {"user_defined_symbols": ["<user>", "<u", "##"], "control_symbols": ["<ctl>"]}
 NO_PREFIX = {"add_dummy_prefix": False}
@@ -36,13 +36,13 @@ EXPORTED = {
 }
 REFUSED = {
     "bpe suffix": {"treat_whitespace_as_suffix": True},
-    # the library starts the text after a symbol as a new one, with a dummy prefix, and strips its spaces
+    # the library treats the text after a symbol as a new text: it adds a dummy prefix and strips spaces
     "bpe prefix symbols": {**LLAMA, **SYMBOLS},
     "bpe strip symbols": {**IDENTITY, **NO_PREFIX, **SYMBOLS},
     # SentencePiece does not normalize its symbols
     "unigram normalized symbol": {"user_defined_symbols": ["\ufb01"]},
 }
-PARTS = [
+FRAGMENTS = [
     *(" ", "  ", "   ", "\n", "\n\n", "\t", "\r\n", "\r", "\u2581", "\u2581\u2581", "\u00a0", "\u3000"),
     *("def", "x", "(", "1", "007", "    return", "the", "Hello", "aaa"),
     *("\u00e9", "e\u0301", "\u6f22", "\ufb01", "\u00df", "\u0627", "\u03a3"),
@@ -66,11 +66,12 @@ def trained(name: str, settings: dict, folder: Path):
 
 
 def texts() -> list[str]:
+    """Return fragments, random concatenations of them, lines of code and runs of spaces and newlines."""
     generator = random.Random(0)
-    mixed = ["".join(generator.choices(PARTS, k=generator.randint(1, 10))) for _ in range(300)]
+    mixed = ["".join(generator.choices(FRAGMENTS, k=generator.randint(1, 10))) for _ in range(300)]
     lines = [line[generator.randint(0, 9) :] + "\n" for line in LINES[:100]]
     runs = [character * count for character in " \n" for count in range(1, 9)]
-    return [*PARTS, *mixed, *lines, *runs, *(f" {text} " for text in mixed[:50])]
+    return [*FRAGMENTS, *mixed, *lines, *runs, *(f" {text} " for text in mixed[:50])]
 
 
 @pytest.mark.parametrize("name", EXPORTED)

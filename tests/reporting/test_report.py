@@ -1,4 +1,4 @@
-"""The report: paired differences against the formula, comparability, and the page itself."""
+"""The report: paired differences against the formula, comparability, and the HTML page."""
 
 import html
 import json
@@ -27,7 +27,7 @@ def folders(tiny, tmp_path_factory):
 
 
 def evaluation(tmp_path, name, nats, tokens):
-    """Write the sums by document of a run that was evaluated once, and return (run, record)."""
+    """Write a run with one evaluation, of the given nats and tokens by document; return (run, record)."""
     folder = tmp_path / name
     (folder / "validation" / "validation").mkdir(parents=True)
     np.savez(folder / "validation" / "validation" / "1.npz", nats=nats, tokens=tokens)
@@ -39,68 +39,68 @@ def evaluation(tmp_path, name, nats, tokens):
 
 def test_paired_difference_is_the_ratio_estimator_with_documents_as_clusters(tmp_path):
     random = np.random.default_rng(0)
-    tokens = np.array([30, 0, 50, 20])  # one document is not seen at all
+    tokens = np.array([30, 0, 50, 20])  # one document has no scored tokens
     exact, noisy = random.random((1, 4)) * tokens, random.random((3, 4)) * tokens
-    found = paired_difference(evaluation(tmp_path, "ar", exact, tokens), evaluation(tmp_path, "mdm", noisy, tokens))
+    paired = paired_difference(evaluation(tmp_path, "ar", exact, tokens), evaluation(tmp_path, "mdm", noisy, tokens))
     difference = exact[0] - noisy.mean(0)
     mean = difference.sum() / 100
     residuals = [difference[d] - mean * tokens[d] for d in (0, 2, 3)]
-    data = 3 / 2 * sum(r**2 for r in residuals) / 100**2
-    assert found.nats == pytest.approx(mean) and found.se == pytest.approx(np.sqrt(data))
+    variance = 3 / 2 * sum(r**2 for r in residuals) / 100**2
+    assert paired.nats == pytest.approx(mean) and paired.se == pytest.approx(np.sqrt(variance))
 
 
-def test_noise_that_two_evaluations_share_is_no_error_of_their_difference(tmp_path):
+def test_noise_that_two_evaluations_share_adds_no_error_to_their_difference(tmp_path):
     tokens = np.array([40, 60])
     noisy = np.random.default_rng(1).random((4, 2)) * tokens
-    one, two = evaluation(tmp_path, "one", noisy, tokens), evaluation(tmp_path, "two", noisy + 0.1 * tokens, tokens)
-    found = paired_difference(two, one)
-    assert found.nats == pytest.approx(0.1) and found.se == pytest.approx(0, abs=1e-12)
+    better = evaluation(tmp_path, "better", noisy, tokens)
+    worse = evaluation(tmp_path, "worse", noisy + 0.1 * tokens, tokens)
+    paired = paired_difference(worse, better)
+    assert paired.nats == pytest.approx(0.1) and paired.se == pytest.approx(0, abs=1e-12)
 
 
 def test_different_tokens_cannot_be_paired(tmp_path):
-    one = evaluation(tmp_path, "one", np.ones((1, 2)), np.array([4, 6]))
-    two = evaluation(tmp_path, "two", np.ones((1, 2)), np.array([5, 5]))
+    first = evaluation(tmp_path, "first", np.ones((1, 2)), np.array([4, 6]))
+    second = evaluation(tmp_path, "second", np.ones((1, 2)), np.array([5, 5]))
     with pytest.raises(ConfigurationError, match="scored different tokens"):
-        paired_difference(one, two)
+        paired_difference(first, second)
 
 
 def test_best_points_are_chosen_on_one_set_and_reported_on_another(folders):
     ar = load_run(folders / "ar")
-    ar.valid["tuning"][0]["loss"] = 0.0  # the tuning set points at the first evaluation
+    ar.valid["tuning"][0]["loss"] = 0.0  # makes the first evaluation best on the tuning set
     assert best_point(ar, "tuning", "validation") == ar.valid["validation"][0]
 
 
-@pytest.mark.parametrize("key, what", [("corpus_hash", "corpus"), ("unique_tokens", "unique tokens")])
-def test_runs_on_other_text_are_never_put_in_one_table(folders, key, what):
-    one, two = load_run(folders / "ar"), load_run(folders / "mdm")
-    check_comparable([one, two])
-    two.config[key] = "other"
-    with pytest.raises(ConfigurationError, match=f"differ in {what} .*report them apart"):
-        check_comparable([one, two])
+@pytest.mark.parametrize("key, description", [("corpus_hash", "corpus"), ("unique_tokens", "unique tokens")])
+def test_runs_on_other_text_are_never_put_in_one_table(folders, key, description):
+    ar, mdm = load_run(folders / "ar"), load_run(folders / "mdm")
+    check_comparable([ar, mdm])
+    mdm.config[key] = "other"
+    with pytest.raises(ConfigurationError, match=f"differ in {description} .*report them separately"):
+        check_comparable([ar, mdm])
 
 
-def test_the_page_is_self_contained_and_says_what_mdm_losses_are(folders, tmp_path):
+def test_the_page_is_self_contained_and_says_that_mdm_losses_are_bounds(folders, tmp_path):
     command = [sys.executable, "tools/report.py", folders / "ar", folders / "mdm", "--output", tmp_path]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     page = (tmp_path / "report.html").read_text()
     assert 'src="data:image/png' in page and "http" not in page
     names = {"validation_epoch", "validation_flops", "train_validation", "best"}
     assert {path.stem for path in tmp_path.glob("*.png")} == names
-    for text in (page, done.stdout):
+    for text in (page, result.stdout):
         assert "MLP dropout 0.1" in text and "≤ " in text and "upper bounds" in text and "not another seed" in text
-    reported = {name: best_point(load_run(folders / name), "tuning", "validation") for name in ("ar", "mdm")}
-    for record in reported.values():
-        assert f"{record['loss']:.3f}" in done.stdout
+    for name in ("ar", "mdm"):
+        assert f"{best_point(load_run(folders / name), 'tuning', 'validation')['loss']:.3f}" in result.stdout
 
 
-def test_runs_of_one_name_are_told_apart(folders, tmp_path):
+def test_runs_of_one_name_are_distinguished_by_their_paths(folders, tmp_path):
     shutil.copytree(folders / "mdm", tmp_path / "ar")
-    one, two = load_runs([folders / "ar", tmp_path / "ar"])
-    assert one.name.endswith("/ar") and two.name.endswith("/ar") and one.name != two.name
-    said = write_report([one, two], tmp_path / "report")
-    first, second = (best_point(run, "tuning", "validation")["loss"] for run in (one, two))
-    worse, better = (one, two) if first > second else (two, one)
-    assert f"{worse.name} is {abs(first - second):.3f} ±" in said and f"above {better.name}" in said
+    runs = load_runs([folders / "ar", tmp_path / "ar"])
+    assert all(run.name.endswith("/ar") for run in runs) and runs[0].name != runs[1].name
+    text = write_report(runs, tmp_path / "report")
+    losses = [best_point(run, "tuning", "validation")["loss"] for run in runs]
+    worse, better = runs if losses[0] > losses[1] else runs[::-1]
+    assert f"{worse.name} is {abs(losses[0] - losses[1]):.3f} ±" in text and f"above {better.name}" in text
     with pytest.raises(ConfigurationError, match="is given twice"):
         load_runs([folders / "ar", folders / "ar"])
 
@@ -109,61 +109,62 @@ NAMES = ["_baseline", "__", "cost_$5_and_$6", "$x", r"\$y\$", r"$\frac$ $_", "<b
 
 
 @pytest.fixture
-def drawn(monkeypatch):
-    """Return a dictionary, filled when a plot is saved: file -> the texts that it shows for names."""
-    shown, save = {}, Figure.savefig
+def plot_texts(monkeypatch):
+    """A dictionary that is filled when a plot is saved: file name -> its legend or tick labels, and its title."""
+    texts_by_file = {}
+    savefig = Figure.savefig
 
-    def keep(figure, path, **options):
-        save(figure, path, **options)
+    def save_and_record(figure, path, **options):
+        savefig(figure, path, **options)
         texts = []
         for axes in figure.axes:
             texts += axes.get_legend().get_texts() if axes.get_legend() else axes.get_xticklabels()
             texts.append(axes.title)
-        shown[path.name.removesuffix(".partial")] = texts
+        texts_by_file[path.name.removesuffix(".partial")] = texts
 
-    monkeypatch.setattr(Figure, "savefig", keep)
-    return shown
+    monkeypatch.setattr(Figure, "savefig", save_and_record)
+    return texts_by_file
 
 
-def test_names_are_shown_as_they_are_written(folders, tmp_path, drawn):
+def test_names_are_displayed_literally(folders, tmp_path, plot_texts):
     for name in NAMES:
         shutil.copytree(folders / "ar", tmp_path / "runs" / name)
     runs = load_runs([tmp_path / "runs" / name for name in NAMES])
     table = write_report(runs, tmp_path / "report")
-    names = [*NAMES[:-1], "\ufffd"]  # a name that is no UTF-8 has no other form
-    found = {file: [text.get_text() for text in texts] for file, texts in drawn.items()}
-    assert found["validation_epoch.png"][:-1] == found["validation_flops.png"][:-1] == found["best.png"][:-1] == names
-    kinds = [f"{name}, {kind}" for name in names for kind in ("training", "validation")]
-    assert found["train_validation.png"][:-1] == kinds
-    for texts in drawn.values():
+    names = [*NAMES[:-1], "\ufffd"]  # the last name is not UTF-8
+    labels = {file: [text.get_text() for text in texts[:-1]] for file, texts in plot_texts.items()}
+    assert labels["validation_epoch.png"] == labels["validation_flops.png"] == labels["best.png"] == names
+    curves = [f"{name}, {kind}" for name in names for kind in ("training", "validation")]
+    assert labels["train_validation.png"] == curves
+    for texts in plot_texts.values():
         assert not any(text.get_parse_math() for text in texts[:-1])
     page = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
     assert all(f"<td>{html.escape(name)}</td>" in page and name in table for name in names)
     assert "<b>" not in page
 
 
-def test_tasks_and_runs_are_named_as_they_are_in_the_plot_of_their_scores(tmp_path, drawn):
+def test_tasks_and_runs_are_named_literally_in_the_plot_of_their_scores(tmp_path, plot_texts):
     pytest.importorskip("lm_eval")
     from megatron.evaluation.checkpoints import plot
 
     results = {task: {"acc,none": 0.5, "acc_stderr,none": 0.1} for task in ("_mine", "a$b$")}
     points = [{"epoch": epoch, "results": results} for epoch in (1.0, 2.0)]
     plot({"run": "runs/$1_$2", "points": points}, tmp_path / "scores.png")
-    texts = drawn["scores.png"]
+    texts = plot_texts["scores.png"]
     assert [text.get_text() for text in texts] == ["_mine acc", "a$b$ acc", "runs/$1_$2"]
     assert not any(text.get_parse_math() for text in texts)
 
 
-def test_a_run_that_is_going_on_is_said_to_be(folders, tmp_path):
-    """Killed between the two sets' records of step 8."""
+def test_an_unfinished_run_is_reported_as_such(folders, tmp_path):
+    """The records end between the two sets of step 8."""
     shutil.copytree(folders / "ar", tmp_path / "ar")
     lines = (tmp_path / "ar" / "metrics.jsonl").read_text().splitlines(keepends=True)
     last = next(i for i, line in enumerate(lines) if '"iteration": 8' in line and '"set": "tuning"' in line)
     (tmp_path / "ar" / "metrics.jsonl").write_text("".join(lines[: last + 1]))
-    said = write_report([load_run(tmp_path / "ar")], tmp_path / "report")
+    text = write_report([load_run(tmp_path / "ar")], tmp_path / "report")
     assert (
-        "ar is not finished: this is epoch 2" in said.replace("epoch 0.3", "epoch 2")
-        and "end of its budget" not in said
+        "ar is not finished: this is epoch 2" in text.replace("epoch 0.3", "epoch 2")
+        and "end of its budget" not in text
     )
 
 
@@ -176,11 +177,11 @@ def test_a_record_cut_by_a_crash_does_not_stop_the_report(folders, tmp_path):
 
 
 def test_bad_input_gets_one_line(folders, tmp_path):
-    for arguments, rule in (
+    for arguments, message in (
         ([tmp_path / "nothing"], "holds no run"),
         ([folders / "ar", "--tuning", "other"], "has no validation set other; it has tuning, validation"),
         ([folders / "ar", "--output"], "--output"),
     ):
         command = [sys.executable, "tools/report.py", "--output", tmp_path, *arguments]
-        done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 2 and rule in done.stderr and "Traceback" not in done.stderr
+        result = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
+        assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr
