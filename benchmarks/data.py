@@ -41,7 +41,7 @@ from benchmarks.options import read_options
 from megatron.config.flags import flag, require
 from megatron.data.corpus import standard_library
 from megatron.data.indexed import IndexedDataset, IndexedDatasetWriter
-from megatron.data.preprocess import BATCH_CHARACTERS, prepare
+from megatron.data.preprocess import BATCH_CHARACTERS, preprocess
 from megatron.data.preprocess_options import PreprocessOptions
 from megatron.data.samples import TrainSamples
 from megatron.data.tokenizer import HFTokenizer, train_tokenizer
@@ -119,8 +119,8 @@ def _preprocessing_times(texts: list[str], tokenizer_path: Path, output_dir: Pat
     json_lines.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     round_numbers = iter(range(rounds))
 
-    def preprocess() -> None:
-        prepare(
+    def write_dataset() -> None:
+        preprocess(
             PreprocessOptions(
                 output_dir=output_dir.with_name(f"{output_dir.name}_{next(round_numbers)}"),
                 input=(str(json_lines),),
@@ -140,7 +140,7 @@ def _preprocessing_times(texts: list[str], tokenizer_path: Path, output_dir: Pat
 
     return {
         "megabytes": sum(len(text.encode()) for text in texts) / 1e6,
-        "seconds": seconds(preprocess, rounds),
+        "seconds": seconds(write_dataset, rounds),
         "tokenizers_seconds": seconds(tokenize, rounds),
     }
 
