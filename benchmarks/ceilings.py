@@ -1,9 +1,9 @@
-"""What the device gives in bf16: a large product, a copy, and every product and attention of the benchmark's network.
+"""Measured rates of the device in bf16: a large matmul, a copy, and every matmul and attention of the benchmark model.
 
-The component floor is the time that a step takes if each of its products runs as fast as it does alone at the shape of
-one micro-batch, attention as fast as with the fastest kernel, and all else moves its bytes at the speed of a copy:
+The component floor is the time of a step in which each matmul runs at the rate measured alone at the shape of one
+micro-batch, attention at the rate of the fastest kernel, and everything else at the bandwidth of a copy:
 
-    sum over linear layers of FLOPs / measured rate of its shape (forward and both gradients)
+    sum over linear layers of FLOPs / measured rate at its shape (forward and both gradients)
     + blocks x measured time of attention, forward and backward
     + bytes (`work.bytes_moved`) / measured bandwidth of a copy
 """
@@ -21,11 +21,11 @@ from benchmarks.contestants import Shape
 from benchmarks.meter import clock
 from benchmarks.work import attention_flops, bytes_moved, linears
 
-SQUARE = {"cuda": 8192, "cpu": 2048}  # rows and columns of the large product
-COPIED = {"cuda": 2**30, "cpu": 2**27}  # bytes, more than any cache holds
-SUSTAINED = {"cuda": 2.0, "cpu": 0.3}  # seconds that a window of the large product lasts, until clocks have settled
-BRIEF = {"cuda": 0.2, "cpu": 0.02}  # of all else
-WINDOWS = 3
+MATMUL_SIDE = {"cuda": 8192, "cpu": 2048}  # rows and columns of the large matmul
+COPY_BYTES = {"cuda": 2**30, "cpu": 2**27}  # larger than any cache
+SUSTAINED_SECONDS = {"cuda": 2.0, "cpu": 0.3}  # per timing window of the large matmul, until clock speeds settle
+BRIEF_SECONDS = {"cuda": 0.2, "cpu": 0.02}  # per timing window of everything else
+NUM_WINDOWS = 3
 KERNELS = {
     "cuda": (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION),
     "cpu": (),
@@ -34,34 +34,37 @@ KERNELS = {
 
 @dataclass(frozen=True)
 class Ceilings:
-    """Measured rates. A layer goes by "inputs x outputs", attention by its kernel and "causal" or "full"."""
+    """Measured rates. Layers are keyed by "inputs x outputs", attention by kernel, then "causal" or "full"."""
 
     matmul: float  # FLOP/s
-    copy: float  # bytes read and written a second
+    copy: float  # bytes read plus bytes written, per second
     layers: dict[str, dict[str, float]]  # FLOP/s of forward, input gradient and weight gradient
-    attention: dict[str, dict[str, float]]  # FLOP/s of forward and backward, the causal half or the whole square
+    attention: dict[str, dict[str, float]]  # FLOP/s of forward plus backward; causal attention counts half the FLOPs
 
-    def floor(self, shape: Shape, positions: int, rows: float, causal: bool, micro_batches: int) -> float:
+    def floor(self, shape: Shape, positions: int, num_scored: float, causal: bool, micro_batches: int) -> float:
         """Return the component floor of a step in seconds."""
-        products = sum(
+        matmul_seconds = sum(
             2 * count * inputs * outputs / rate
-            for count, inputs, outputs in linears(shape, positions, rows)
-            for rate in self.layers[_layer(inputs, outputs)].values()
+            for count, inputs, outputs in linears(shape, positions, num_scored)
+            for rate in self.layers[_layer_key(inputs, outputs)].values()
         )
         kind = "causal" if causal else "full"
-        fastest = max(rates[kind] for rates in self.attention.values() if kind in rates)
-        attention = attention_flops(shape, positions, causal) / fastest
-        moved = bytes_moved(shape, positions, rows, micro_batches) / self.copy
-        return micro_batches * (products + attention) + moved
+        attention_rate = max(rates[kind] for rates in self.attention.values() if kind in rates)
+        attention_seconds = attention_flops(shape, positions, causal) / attention_rate
+        copy_seconds = bytes_moved(shape, positions, num_scored, micro_batches) / self.copy
+        return micro_batches * (matmul_seconds + attention_seconds) + copy_seconds
 
 
 def measure(shape: Shape, micro_batch_size: int, device: torch.device) -> Ceilings:
-    """Measure all that `Ceilings` holds, at the shape of one micro-batch."""
+    """Return the measured rates of `device`, at the shape of one micro-batch."""
     torch.manual_seed(1)
-    matmul, copy = _square_rate(device), _copy_rate(device)
+    matmul = _matmul_rate(device)
+    copy = _copy_rate(device)
     positions = micro_batch_size * shape.seq_length
-    sizes = dict.fromkeys((inputs, outputs) for _, inputs, outputs in linears(shape, 1, 1))
-    layers = {_layer(*pair): _layer_rates(positions, *pair, device) for pair in tqdm(sizes, "ceilings", leave=False)}
+    sizes = dict.fromkeys((inputs, outputs) for _, inputs, outputs in linears(shape, 1, 1))  # without duplicates
+    layers = {
+        _layer_key(*size): _layer_rates(positions, *size, device) for size in tqdm(sizes, "ceilings", leave=False)
+    }
     attention = {"default": dict(_attention_rates(shape, micro_batch_size, None, device))}
     for kernel in KERNELS[device.type]:
         name = kernel.name.removesuffix("_ATTENTION").lower()
@@ -69,14 +72,14 @@ def measure(shape: Shape, micro_batch_size: int, device: torch.device) -> Ceilin
     return Ceilings(matmul, copy, layers, attention)
 
 
-def fastest(run: Callable[[], object], device: torch.device, seconds: dict[str, float] = BRIEF) -> float:
-    """Return the seconds of one call in the fastest of some windows, each of which lasts at least about `seconds`."""
+def fastest(run: Callable[[], object], device: torch.device, window_seconds: dict[str, float] = BRIEF_SECONDS) -> float:
+    """Return the seconds per call in the fastest of `NUM_WINDOWS` windows of about `window_seconds` each."""
     run()
     start = clock(device)
     run()
-    count = max(1, round(seconds[device.type] / max(clock(device) - start, 1e-6)))
+    count = max(1, round(window_seconds[device.type] / max(clock(device) - start, 1e-6)))
     windows = []
-    for _ in range(WINDOWS):
+    for _ in range(NUM_WINDOWS):
         start = clock(device)
         for _ in range(count):
             run()
@@ -84,29 +87,30 @@ def fastest(run: Callable[[], object], device: torch.device, seconds: dict[str, 
     return min(windows)
 
 
-def _square_rate(device: torch.device) -> float:
-    side = SQUARE[device.type]
+def _matmul_rate(device: torch.device) -> float:
+    side = MATMUL_SIDE[device.type]
     left, right = _random(device, side, side), _random(device, side, side)
-    return 2 * side**3 / fastest(lambda: left @ right, device, SUSTAINED)
+    return 2 * side**3 / fastest(lambda: left @ right, device, SUSTAINED_SECONDS)
 
 
 def _copy_rate(device: torch.device) -> float:
-    source = torch.ones(COPIED[device.type], dtype=torch.uint8, device=device)
+    source = torch.ones(COPY_BYTES[device.type], dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * len(source) / fastest(lambda: target.copy_(source), device)
 
 
-def _layer(inputs: int, outputs: int) -> str:
+def _layer_key(inputs: int, outputs: int) -> str:
     return f"{inputs} x {outputs}"
 
 
 def _layer_rates(positions: int, inputs: int, outputs: int, device: torch.device) -> dict[str, float]:
-    given, weight = _random(device, positions, inputs), _random(device, outputs, inputs)
+    hidden = _random(device, positions, inputs)
+    weight = _random(device, outputs, inputs)
     gradient = _random(device, positions, outputs)
     products = {
-        "forward": lambda: given @ weight.T,
+        "forward": lambda: hidden @ weight.T,
         "input gradient": lambda: gradient @ weight,
-        "weight gradient": lambda: gradient.T @ given,
+        "weight gradient": lambda: gradient.T @ hidden,
     }
     flops = 2 * positions * inputs * outputs
     return {name: flops / fastest(product, device) for name, product in products.items()}
@@ -115,20 +119,20 @@ def _layer_rates(positions: int, inputs: int, outputs: int, device: torch.device
 def _attention_rates(
     shape: Shape, samples: int, kernel: SDPBackend | None, device: torch.device
 ) -> Iterator[tuple[str, float]]:
-    """Yield the rates of a kernel, or of PyTorch's own choice, for heads as the model lays them out."""
+    """Yield ("causal" or "full", FLOP/s) of a kernel, or of PyTorch's choice, in the memory layout of the model."""
     model = shape.model
     size = samples, shape.seq_length, model.num_attention_heads, model.head_size
     heads = [_random(device, *size).transpose(1, 2).requires_grad_() for _ in range(3)]
     gradient = _random(device, *size).transpose(1, 2)
     for kind, causal in (("causal", True), ("full", False)):
 
-        def both(causal=causal):
+        def forward_and_backward(causal=causal):
             torch.autograd.grad(F.scaled_dot_product_attention(*heads, is_causal=causal), heads, gradient)
 
         try:
             with sdpa_kernel(kernel) if kernel else nullcontext():
-                seconds = fastest(both, device)
-        except RuntimeError:  # the kernel is not for this shape or device
+                seconds = fastest(forward_and_backward, device)
+        except RuntimeError:  # the kernel does not support this shape or device
             continue
         yield kind, attention_flops(shape, samples * shape.seq_length, causal) / model.num_layers / seconds
 

@@ -1,24 +1,25 @@
 #!/usr/bin/env python3
-"""Measure how long training waits for a checkpoint, beside a plain copy of the same bytes; print JSON.
+"""Measure how long training stalls for a checkpoint, compared with a plain copy of the same bytes; print JSON.
 
     python benchmarks/checkpoint_stall.py
     python benchmarks/checkpoint_stall.py --model-size 35M --rounds 3 --output stall.json
 
-A network of the ladder in fp32 with two Adam moments, in a group of one process, on the CPU. Every round takes the
-time of four things: `copy_` of all tensors into memory that is there, `clone` of them, the call that saves (the stall),
-and the writing that goes on behind it. Until the file is complete the main thread looks at the clock, over and over:
-the longest time between two looks is what the writing thread keeps from it.
+A model of the ladder in fp32 with two Adam moments, world size 1, on the CPU. Every round times `copy_` of all tensors
+into preallocated memory, `clone` of all tensors, the call that saves (the stall), and the asynchronous write that
+follows. Until the file is complete the main thread polls the clock: the longest time between two polls is the longest
+pause that the writer thread causes.
 """
 
 import os
 
-# before torch is imported: one thread, and no accelerator
+# before torch is imported: one thread, no accelerator
 os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 import json
 import platform
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -47,18 +48,21 @@ from megatron.training.saver import Saver
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What is measured."""
+    """Flags of this benchmark."""
 
     model_size: str = flag("140M", "a size of the ladder", metavar="NAME")
     rounds: int = flag(5, "checkpoints that are saved")
-    folder: str | None = flag(None, "where to write them, and remove them again; default the system's", metavar="DIR")
-    output: str | None = flag(None, "write the JSON to a file too", metavar="FILE")
+    folder: str | None = flag(
+        None, "where to write them; they are removed again; default the system's temporary folder", metavar="DIR"
+    )
+    output: str | None = flag(None, "also write the JSON to a file", metavar="FILE")
 
     def __post_init__(self):
         require(self.rounds >= 1, "rounds", self.rounds, "must be at least 1")
 
 
 def main() -> None:
+    """Run the benchmark from the command line."""
     options = read_options(Options, __doc__)
     try:
         config = ladder_model(options.model_size)
@@ -81,26 +85,26 @@ def main() -> None:
 
 
 def measure(options: Options, root: Path, state: Callable[[], dict[str, Tensor]], ranks: ParallelContext) -> dict:
-    """Return the seconds of everything by round, and what they were measured of and with."""
+    """Return the report: seconds of each operation by round, with settings, sizes and versions."""
     tensors = [tensor.to_local() for tensor in state().values()]
-    there = [tensor.clone() for tensor in tensors]
+    preallocated = [tensor.clone() for tensor in tensors]
     seconds = {name: [] for name in ("copy", "clone", "stall", "writing", "longest_pause")}
     with Saver(root, ranks) as saver:
         reserving = _seconds(lambda: (saver.reserve(state()), saver.wait()))
-        for turn in range(options.rounds):
-            seconds["copy"].append(_seconds(lambda: [a.copy_(b) for a, b in zip(there, tensors, strict=True)]))
+        for iteration in range(options.rounds):
+            seconds["copy"].append(_seconds(lambda: [a.copy_(b) for a, b in zip(preallocated, tensors, strict=True)]))
             seconds["clone"].append(_seconds(lambda: [tensor.clone() for tensor in tensors]))
-            complete = []
-            begin = time.perf_counter()
-            saver.save(state(), {"iteration": turn}, lambda: complete.append(True))
-            looked = time.perf_counter()
-            seconds["stall"].append(looked - begin)
-            pause = 0.0
-            while not complete:
-                before, looked = looked, time.perf_counter()
-                pause = max(pause, looked - before)
-            seconds["writing"].append(looked - begin)
-            seconds["longest_pause"].append(pause)
+            complete = threading.Event()
+            start = time.perf_counter()
+            saver.save(state(), {"iteration": iteration}, complete.set)
+            now = time.perf_counter()
+            seconds["stall"].append(now - start)
+            longest_pause = 0.0
+            while not complete.is_set():
+                previous, now = now, time.perf_counter()
+                longest_pause = max(longest_pause, now - previous)
+            seconds["writing"].append(now - start)
+            seconds["longest_pause"].append(longest_pause)
             saver.wait()
             checkpoint.prune(root, keep=set())
     ratios = {f"stall : {name}": _ratio(seconds["stall"], seconds[name]) for name in ("copy", "clone")}
@@ -118,16 +122,16 @@ def measure(options: Options, root: Path, state: Callable[[], dict[str, Tensor]]
     }
 
 
-def _ratio(times: list[float], others: list[float]) -> dict[str, float]:
-    """Return median, smallest and largest of the ratios within a round."""
-    ratios = [time / other for time, other in zip(times, others, strict=True)]
+def _ratio(numerators: list[float], denominators: list[float]) -> dict[str, float]:
+    """Return median, smallest and largest of the ratios by round."""
+    ratios = [numerator / denominator for numerator, denominator in zip(numerators, denominators, strict=True)]
     return {"median": median(ratios), "min": min(ratios), "max": max(ratios)}
 
 
 def _seconds(function: Callable[[], object]) -> float:
-    begin = time.perf_counter()
+    start = time.perf_counter()
     function()
-    return time.perf_counter() - begin
+    return time.perf_counter() - start
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
-"""The training steps that are compared: ours, a plain loop's, transformers', litgpt's and dLLM's, as users run them.
+"""The training steps to compare: ours and those of a plain PyTorch loop, transformers, litgpt and dLLM.
 
-All have one architecture, start from the same weights and take the same `Batch`es in bf16 over fp32 weights with the
-same AdamW, so that a check of loss and gradient norm can tell whether they compute the same. Every step moves its own
-batches to the device.
+All implementations have the same architecture, initial weights, batches and AdamW, and compute in bf16 with fp32 master
+weights, so that loss and gradient norm must agree. Every step moves its own batches to the device.
 """
 
 from collections.abc import Callable
@@ -25,83 +24,90 @@ from megatron.parallel.mesh import ParallelContext
 from megatron.training.optimizer import build_optimizer
 from megatron.training.step import train_step
 
-IGNORED = -100  # what the peers take for a target that is not asked
+IGNORE_INDEX = -100  # target of an unscored position in the peers
 OPTIMIZER = OptimizerConfig()
-SEED = 1  # of the weights that all start from
+SEED = 1  # of the initial weights
 
 # one optimizer step: (micro-batches, learning rate) -> (mean loss, gradient norm before clipping)
 Step = Callable[[list[Batch], float], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
-class Contestant:
-    """One way to take a training step. Its model is built when the step is first asked for."""
+class Implementation:
+    """One implementation of the training step. The model is built at the first use of `step`."""
 
     system: str
     objective: str
     compiled: bool
     build: Callable[[], Step]
     dropout: float = 0.0
-    full_head: bool = False  # its batches ask for logits of every position, whatever the weights
+    full_head: bool = False  # logits at every position, whatever the weights
 
     @property
     def batches(self) -> str:
-        """Which batches it takes."""
+        """Return the key of the batches that the step reads."""
         return f"{self.objective} full head" if self.full_head else self.objective
 
     @property
     def name(self) -> str:
-        variant = " full head" * self.full_head + " dropout" * bool(self.dropout)
-        return f"{self.system} {self.objective.upper()}{variant} {'compiled' if self.compiled else 'eager'}"
+        """Return the name in tables and for --only, such as "ours MDM full head compiled"."""
+        head = " full head" if self.full_head else ""
+        dropout = " dropout" if self.dropout else ""
+        return f"{self.system} {self.objective.upper()}{head}{dropout} {'compiled' if self.compiled else 'eager'}"
 
     @cached_property
     def step(self) -> Step:
+        """Return the training step; builds the model once."""
         return self.build()
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The one network of all contestants."""
+    """The model and sequence length that all implementations share."""
 
     model: ModelConfig
     vocabulary: Vocabulary
     seq_length: int
 
     def ours(self) -> Transformer:
-        """Return our model, unsharded; every call gives the same weights."""
+        """Return our model, unsharded; the weights are the same at every call."""
         model = Transformer(self.model, self.vocabulary)
         initialise(model, self.model, SEED)
         return model
 
 
-def contestants(shape: Shape, compile: bool, ranks: ParallelContext) -> list[Contestant]:
-    """Return ours and the peers', eager or compiled."""
-    # one model serves all batches, so that memory is there for the peers'
-    build = cache(partial(ours, shape, compile, ranks))
-    found = [Contestant("ours", objective, compile, build) for objective in ("ar", "mdm")]
-    found.append(Contestant("ours", "mdm", compile, build, full_head=True))
+def implementations(shape: Shape, compile: bool, ranks: ParallelContext) -> list[Implementation]:
+    """Return our implementations and those of the peers, eager or compiled."""
+    # our objectives share one model, which leaves memory for the peers
+    build_ours = cache(partial(ours, shape, compile, ranks))
+    steps = [Implementation("ours", objective, compile, build_ours) for objective in ("ar", "mdm")]
+    steps.append(Implementation("ours", "mdm", compile, build_ours, full_head=True))
     for peer, (objective, build) in PEERS.items():
-        found.append(Contestant(peer, objective, compile, partial(build, shape, compile, ranks.device)))
-    return found
+        steps.append(Implementation(peer, objective, compile, partial(build, shape, compile, ranks.device)))
+    return steps
 
 
 def ours(shape: Shape, compile: bool, ranks: ParallelContext) -> Step:
-    """Return the step of our trainer, in a group of one process."""
-    settings = {"bf16": True, "compile": compile}
-    engine = build_engine(shape.model, shape.vocabulary, SEED, ranks, ParallelConfig(), **settings)
+    """Return the step of our trainer, with world size 1."""
+    engine = build_engine(shape.model, shape.vocabulary, SEED, ranks, ParallelConfig(), bf16=True, compile=compile)
     optimizer = build_optimizer(engine, OPTIMIZER)
 
     def step(batches: list[Batch], learning_rate: float) -> tuple[Tensor, Tensor]:
-        clip = OPTIMIZER.clip_grad
-        rates = {"learning_rate": learning_rate, "weight_decay": OPTIMIZER.weight_decay}
-        result = train_step(engine, optimizer, batches, **rates, clip_grad=clip)
+        result = train_step(
+            engine,
+            optimizer,
+            batches,
+            learning_rate=learning_rate,
+            weight_decay=OPTIMIZER.weight_decay,
+            clip_grad=OPTIMIZER.clip_grad,
+        )
         return result.loss, result.grad_norm
 
     return step
 
 
 def nanogpt(shape: Shape, compile: bool, device: torch.device) -> Step:
-    """Return the step of a short loop in plain PyTorch: whole logits in fp32 under autocast."""
+    """Return the step of a plain PyTorch loop under autocast, with fp32 logits at every position."""
     model = PlainGPT(shape.model, shape.vocabulary.padded_size, shape.seq_length)
     model.load_state_dict(packed_weights(shape, PLAIN_BLOCK, "blocks.{layer}.{name}.weight", PLAIN_ENDS))
     forward = torch.compile(model) if compile else model
@@ -109,27 +115,27 @@ def nanogpt(shape: Shape, compile: bool, device: torch.device) -> Step:
     def loss(batch: Batch) -> Tensor:
         with torch.autocast(device.type, torch.bfloat16):
             logits = forward(batch.tokens)
-        return F.cross_entropy(logits.float().flatten(0, 1), _asked(batch).flatten(), ignore_index=IGNORED)
+        return F.cross_entropy(logits.float().flatten(0, 1), _labels(batch).flatten(), ignore_index=IGNORE_INDEX)
 
     return _step(model.to(device), loss, device)
 
 
 def transformers(shape: Shape, compile: bool, device: torch.device) -> Step:
-    """Return the step of transformers' Llama as its Trainer takes it: SDPA, autocast, the model's own loss."""
+    """Return the step of transformers' Llama as `Trainer` runs it: SDPA, autocast, the loss of the model."""
     model = transformers_model(shape).to(device)
     forward = torch.compile(model) if compile else model
 
     def loss(batch: Batch) -> Tensor:
-        targets = _asked(batch)
+        labels = _labels(batch)
         with torch.autocast(device.type, torch.bfloat16):
-            # labels alone would be shifted once more, and the last target of the sequence lost
-            return forward(input_ids=batch.tokens, labels=targets, shift_labels=targets, use_cache=False).loss
+            # `labels` alone are shifted inside, which would lose the last target of the sequence
+            return forward(input_ids=batch.tokens, labels=labels, shift_labels=labels, use_cache=False).loss
 
     return _step(model, loss, device)
 
 
 def litgpt(shape: Shape, compile: bool, device: torch.device) -> Step:
-    """Return the step of litgpt's pretrain.py: Fabric in bf16-mixed, its default, and its chunked loss."""
+    """Return the step of litgpt's pretrain.py: Fabric in bf16-mixed (the default), chunked cross-entropy."""
     from lightning import Fabric
     from litgpt.utils import chunked_cross_entropy
 
@@ -139,27 +145,26 @@ def litgpt(shape: Shape, compile: bool, device: torch.device) -> Step:
     optimizer = fabric.setup_optimizers(build_optimizer(plain, OPTIMIZER))
 
     def loss(batch: Batch) -> Tensor:
-        return chunked_cross_entropy(model(batch.tokens), _asked(batch))
+        return chunked_cross_entropy(model(batch.tokens), _labels(batch))
 
     def step(batches: list[Batch], learning_rate: float) -> tuple[Tensor, Tensor]:
-        mean = accumulate(batches, device, loss, fabric.backward)
-        norm = fabric.clip_gradients(model, optimizer, max_norm=OPTIMIZER.clip_grad)
+        mean_loss = accumulate(batches, device, loss, fabric.backward)
+        grad_norm = fabric.clip_gradients(model, optimizer, max_norm=OPTIMIZER.clip_grad)
         update(optimizer, learning_rate)
-        return mean, norm
+        return mean_loss, grad_norm
 
     return step
 
 
 def dllm(shape: Shape, compile: bool, device: torch.device) -> Step:
-    """Return the step that dLLM's MDLM trainer takes with a Llama that sees both ways.
+    """Return the step of dLLM's MDLM trainer with a bidirectional Llama.
 
-    Logits of all positions in fp32, as the Trainer's autocast hands them out, with ids along the second axis; then
-    weights, which are 0 where nothing is hidden.
+    Logits are fp32 [B, V, S] at every position, as under `Trainer`'s autocast; weights are 0 at unmasked tokens.
     """
     model = transformers_model(shape).to(device)
-    model.config.is_causal = False  # makes no mask
+    model.config.is_causal = False  # no mask is built
     for block in model.model.layers:
-        block.self_attn.is_causal = False  # what attention goes by where there is no mask
+        block.self_attn.is_causal = False  # decides if there is no mask
     forward = torch.compile(model) if compile else model
 
     def loss(batch: Batch) -> Tensor:
@@ -172,29 +177,29 @@ def dllm(shape: Shape, compile: bool, device: torch.device) -> Step:
 
 
 def _step(model: nn.Module, loss: Callable[[Batch], Tensor], device: torch.device) -> Step:
-    """Return the step of a model that is on its device and of a loss of one micro-batch."""
+    """Return the step of `model`, which is on `device`; `loss` is the mean loss of one micro-batch."""
     optimizer = build_optimizer(model, OPTIMIZER)
 
     def step(batches: list[Batch], learning_rate: float) -> tuple[Tensor, Tensor]:
-        mean = accumulate(batches, device, loss)
-        norm = nn.utils.clip_grad_norm_(model.parameters(), OPTIMIZER.clip_grad)
+        mean_loss = accumulate(batches, device, loss)
+        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), OPTIMIZER.clip_grad)
         update(optimizer, learning_rate)
-        return mean, norm
+        return mean_loss, grad_norm
 
     return step
 
 
 def accumulate(batches: list[Batch], device: torch.device, loss, backward=Tensor.backward) -> Tensor:
-    """Add the gradients of the mean loss of the micro-batches, which count equally much; return that mean."""
-    total = torch.zeros((), device=device)
+    """Accumulate the gradients of equally weighted micro-batches and return the mean loss."""
+    mean_loss = torch.zeros((), device=device)
     for batch in batches:
-        share = loss(batch.to(device)) / len(batches)
-        backward(share)
-        total += share.detach()
-    return total
+        scaled_loss = loss(batch.to(device)) / len(batches)
+        backward(scaled_loss)
+        mean_loss += scaled_loss.detach()
+    return mean_loss
 
 
-# by name: the objective that a peer trains, and its step
+# peer -> (objective, builder of its step)
 PEERS = {
     "nanogpt": ("ar", nanogpt),
     "transformers": ("ar", transformers),
@@ -206,7 +211,7 @@ MODULES |= {"litgpt": ("litgpt.utils", "litgpt.model", "lightning")}
 
 
 def missing(peer: str) -> str | None:
-    """Return what keeps a peer from running here, or None."""
+    """Return the import error of a peer that cannot run here, or None."""
     try:
         for module in MODULES[peer]:
             import_module(module)
@@ -224,13 +229,14 @@ def version(package: str) -> str | None:
 
 
 def transformers_model(shape: Shape) -> nn.Module:
-    rows = shape.vocabulary.padded_size
+    """Return transformers' model with our weights, in training mode."""
+    padded_vocab_size = shape.vocabulary.padded_size
     return hugging_face_model(
-        shape.ours(), hugging_face_config(shape.model, rows=rows, positions=shape.seq_length)
+        shape.ours(), hugging_face_config(shape.model, rows=padded_vocab_size, positions=shape.seq_length)
     ).train()
 
 
-# names elsewhere of what stands in a block; queries, keys and values are one matrix there
+# their module name -> ours, of one block; query, key and value projections are packed into one matrix there
 LITGPT_BLOCK = {
     "norm_1": ("input_layernorm",),
     "attn.qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -248,21 +254,25 @@ PLAIN_BLOCK = {
     "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
     "down": ("mlp.down_proj",),
 }
-# and of what stands outside the blocks
+# the same outside the blocks
 LITGPT_ENDS = {"transformer.ln_f.weight": "norm.weight"}
 LITGPT_ENDS |= dict.fromkeys(("lm_head.weight", "transformer.wte.weight"), "embed_tokens.weight")
 PLAIN_ENDS = {"embedding.weight": "embed_tokens.weight", "norm.weight": "norm.weight"}
 
 
 def packed_weights(shape: Shape, block: dict, pattern: str, ends: dict[str, str]) -> dict[str, Tensor]:
-    """Return our weights by the names of another model: `block` and `pattern` name those of a block."""
+    """Return our weights as a state dict of another model.
+
+    `block` maps its module names within a block to ours, `pattern` makes a parameter name of layer and module name,
+    `ends` maps its parameter names outside the blocks to ours.
+    """
     weights = shape.ours().state_dict()
-    found = {name: weights[own] for name, own in ends.items()}
+    state_dict = {their_name: weights[our_name] for their_name, our_name in ends.items()}
     for layer in range(shape.model.num_layers):
-        for name, parts in block.items():
-            rows = [weights[f"layers.{layer}.{part}.weight"] for part in parts]
-            found[pattern.format(layer=layer, name=name)] = torch.cat(rows)
-    return found
+        for their_name, our_names in block.items():
+            matrices = [weights[f"layers.{layer}.{our_name}.weight"] for our_name in our_names]
+            state_dict[pattern.format(layer=layer, name=their_name)] = torch.cat(matrices)
+    return state_dict
 
 
 def _litgpt_model(shape: Shape) -> nn.Module:
@@ -288,16 +298,17 @@ def _litgpt_model(shape: Shape) -> nn.Module:
             bias=False,
         )
     )
-    model.transformer.wte.weight = model.lm_head.weight  # as its --train.tie_embeddings does
+    model.transformer.wte.weight = model.lm_head.weight  # as with --train.tie_embeddings
     model.load_state_dict(packed_weights(shape, LITGPT_BLOCK, "transformer.h.{layer}.{name}.weight", LITGPT_ENDS))
     return model
 
 
-def _asked(batch: Batch) -> Tensor:
-    return batch.targets.masked_fill(batch.weights == 0, IGNORED)
+def _labels(batch: Batch) -> Tensor:
+    return batch.targets.masked_fill(batch.weights == 0, IGNORE_INDEX)
 
 
 def update(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    """Take an optimizer step with `learning_rate` and zero the gradients."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
     optimizer.step()

@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""Measure what comes before a step: writing token files, starting to read them, reading; and how each grows.
+"""Measure the data pipeline: preprocessing, opening a data set for training, reading samples; and how each scales.
 
     python benchmarks/data.py
     python benchmarks/data.py --documents 1000 200000 --epochs 1 500 --output data.json
 
-Preprocessing: the source of Python's standard library, once and several times over as .jsonl, through the whole of
-tools/preprocess_data.py with a trained tokenizer, beside the tokenizers library alone on the same text. Starting:
-from an open data set to the first sample, by epoch order, documents and epochs, with the memory it takes. Reading:
-samples by run position, as a loader's worker reads them. Program: pretrain_gpt.py up to its first step. On one thread;
-times are CPU time, of the program also the wall's.
+Preprocessing: the source of Python's standard library, repeated and written as .jsonl, through all of
+tools/preprocess_data.py with a trained tokenizer, compared with the tokenizers library alone on the same text.
+Starting: from an open data set to the first sample, by epoch order, documents and epochs, with the memory it takes.
+Reading: samples by sample index, as a data loader worker reads them. Program: pretrain_gpt.py up to its first step. On
+one thread; times are CPU time, and for the program also wall-clock time.
 """
 
 import os
@@ -41,28 +41,28 @@ from benchmarks.options import read_options
 from megatron.config.flags import flag, require
 from megatron.data.corpus import standard_library
 from megatron.data.indexed import IndexedDataset, IndexedDatasetWriter
-from megatron.data.preprocess import BATCH_CHARACTERS, prepare
+from megatron.data.preprocess import BATCH_CHARACTERS, preprocess
 from megatron.data.preprocess_options import PreprocessOptions
 from megatron.data.samples import TrainSamples
 from megatron.data.tokenizer import HFTokenizer, train_tokenizer
 from megatron.training.environment import device_name
 
 SEQ_LENGTH = 2048
-MEAN_TOKENS = 500  # of a document, whose lengths are log-normal
+MEAN_TOKENS = 500  # per document; document lengths are log-normal
 ORDERS = ("documents", "windows", "megatron")
-SAMPLES = 2000  # that are read to time reading
+SAMPLES = 2000  # samples read to time reading
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What is measured."""
+    """Flags of this benchmark."""
 
-    copies: tuple[int, ...] = flag((1, 2, 4), "how many times the text is preprocessed in one go", metavar="N")
-    vocabulary: int = flag(8192, "ids of the tokenizer that is trained, once, before anything is timed")
-    documents: tuple[int, ...] = flag((1_000, 10_000, 100_000), "documents of the data sets that are read", metavar="N")
-    epochs: tuple[int, ...] = flag((1, 10, 100), "epochs that a run asks for", metavar="N")
-    rounds: int = flag(3, "times that each is measured; the median is told")
-    output: str | None = flag(None, "write the JSON to a file too", metavar="FILE")
+    copies: tuple[int, ...] = flag((1, 2, 4), "how many copies of the text one preprocessing run reads", metavar="N")
+    vocabulary: int = flag(8192, "vocabulary size of the tokenizer, which is trained once before anything is timed")
+    documents: tuple[int, ...] = flag((1_000, 10_000, 100_000), "documents of the data sets to read", metavar="N")
+    epochs: tuple[int, ...] = flag((1, 10, 100), "epochs that a run trains for", metavar="N")
+    rounds: int = flag(3, "repetitions of each measurement; the median is reported")
+    output: str | None = flag(None, "also write the JSON to a file", metavar="FILE")
 
     def __post_init__(self):
         for name in ("copies", "documents", "epochs"):
@@ -72,6 +72,7 @@ class Options:
 
 
 def main() -> None:
+    """Run the benchmark from the command line."""
     options = read_options(Options, __doc__)
     with tempfile.TemporaryDirectory() as folder:
         report = {
@@ -100,69 +101,81 @@ def seconds(work, rounds: int) -> float:
 
 
 def preprocessing(options: Options, folder: Path) -> list[dict]:
+    """Return size and times of preprocessing, for each number of copies of the text."""
     texts = [document.text for document in standard_library()]
-    tokenizer = folder / "tokenizer.json"
-    train_tokenizer(texts, options.vocabulary, str(tokenizer))
-    library, found = HFTokenizer(str(tokenizer)), []
+    tokenizer_path = folder / "tokenizer.json"
+    train_tokenizer(texts, options.vocabulary, str(tokenizer_path))
+    results = []
     for copies in tqdm(options.copies, "preprocessing", leave=False):
-        lines = folder / "text.jsonl"
-        # each copy of a text differs from the others in a line, so that none is left out as a duplicate
-        copied = [f"# {copy}\n{text}" for copy in range(copies) for text in texts]
-        lines.write_text("".join(json.dumps({"text": text}) + "\n" for text in copied))
-        turns = iter(range(options.rounds))
+        # the copies differ in a line, so that deduplication drops none
+        copied_texts = [f"# {copy}\n{text}" for copy in range(copies) for text in texts]
+        results.append(_preprocessing_times(copied_texts, tokenizer_path, folder / f"out_{copies}", options.rounds))
+    return results
 
-        def write():
-            prepare(
-                PreprocessOptions(
-                    output_dir=folder / f"out_{copies}_{next(turns)}",
-                    input=(str(lines),),
-                    tokenizer_model=str(tokenizer),
-                    splits=(100, 0, 0),
-                )
+
+def _preprocessing_times(texts: list[str], tokenizer_path: Path, output_dir: Path, rounds: int) -> dict:
+    tokenizer = HFTokenizer(str(tokenizer_path))
+    json_lines = output_dir.with_name("text.jsonl")
+    json_lines.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    round_numbers = iter(range(rounds))
+
+    def write_dataset() -> None:
+        preprocess(
+            PreprocessOptions(
+                output_dir=output_dir.with_name(f"{output_dir.name}_{next(round_numbers)}"),
+                input=(str(json_lines),),
+                tokenizer_model=str(tokenizer_path),
+                splits=(100, 0, 0),
             )
+        )
 
-        def tokenise():
-            batch, size = [], 0
-            for text in copied:
-                batch, size = [*batch, text], size + len(text)
-                if size > BATCH_CHARACTERS:
-                    library.encode_batch(batch)
-                    batch, size = [], 0
-            library.encode_batch(batch)
+    def tokenize() -> None:
+        batch, size = [], 0
+        for text in texts:
+            batch, size = [*batch, text], size + len(text)
+            if size > BATCH_CHARACTERS:
+                tokenizer.encode_batch(batch)
+                batch, size = [], 0
+        tokenizer.encode_batch(batch)
 
-        megabytes = sum(len(text.encode()) for text in copied) / 1e6
-        whole, alone = seconds(write, options.rounds), seconds(tokenise, options.rounds)
-        found.append({"megabytes": megabytes, "seconds": whole, "tokenizers_seconds": alone})
-    return found
+    return {
+        "megabytes": sum(len(text.encode()) for text in texts) / 1e6,
+        "seconds": seconds(write_dataset, rounds),
+        "tokenizers_seconds": seconds(tokenize, rounds),
+    }
 
 
 def starting(options: Options, folder: Path) -> list[dict]:
-    found = []
+    """Return times and memory of starting and reading, for all epoch orders, document counts and epochs."""
+    results = []
     for documents in tqdm(options.documents, "starting and reading", leave=False):
-        dataset = written(documents, folder / f"documents_{documents}")
+        dataset = random_dataset(documents, folder / f"documents_{documents}")
         for order, epochs in product(ORDERS, options.epochs):
             samples = epochs * dataset.total_tokens // SEQ_LENGTH
-
-            def start() -> TrainSamples:
-                train = TrainSamples(dataset, SEQ_LENGTH, 1, order)
-                train.request(samples)
-                train[0]
-                return train
-
-            taken = seconds(start, options.rounds)
-            tracemalloc.start()
-            train = start()
-            peak = tracemalloc.get_traced_memory()[1]
-            tracemalloc.stop()
-            places = np.linspace(0, samples - 1, SAMPLES).astype(int)  # in the order of a run: epoch after epoch
-            reading = seconds(lambda: [train[int(place)] for place in places], 1) / SAMPLES
-            found.append({"order": order, "documents": documents, "epochs": epochs, "samples": samples})
-            found[-1] |= {"seconds": taken, "bytes": peak, "seconds_per_sample": reading}
-    return found
+            result = {"order": order, "documents": documents, "epochs": epochs, "samples": samples}
+            results.append(result | _reading_times(dataset, order, samples, options.rounds))
+    return results
 
 
-def written(documents: int, prefix: Path) -> IndexedDataset:
-    """Return a data set of random tokens."""
+def _reading_times(dataset: IndexedDataset, order: str, samples: int, rounds: int) -> dict:
+    def start() -> TrainSamples:
+        train_samples = TrainSamples(dataset, SEQ_LENGTH, 1, order)
+        train_samples.request(samples)
+        train_samples[0]
+        return train_samples
+
+    start_seconds = seconds(start, rounds)
+    tracemalloc.start()
+    train_samples = start()
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    sample_indices = np.linspace(0, samples - 1, SAMPLES).astype(int)  # in the order of a run: epoch after epoch
+    reading_seconds = seconds(lambda: [train_samples[int(index)] for index in sample_indices], 1)
+    return {"seconds": start_seconds, "bytes": peak_bytes, "seconds_per_sample": reading_seconds / SAMPLES}
+
+
+def random_dataset(documents: int, prefix: Path) -> IndexedDataset:
+    """Return a data set of random tokens, which is written to `prefix`."""
     random = np.random.default_rng(documents)
     lengths = np.maximum(1, random.lognormal(np.log(MEAN_TOKENS) - 0.5, 1.0, documents).astype(int))
     with IndexedDatasetWriter(str(prefix), 50_257) as writer:
@@ -172,7 +185,7 @@ def written(documents: int, prefix: Path) -> IndexedDataset:
 
 
 def program(options: Options, folder: Path) -> dict:
-    """Return the time of a training of one step, in a process of its own, and of importing torch alone."""
+    """Return the times of a training run of one step and of importing torch alone, each in a new process."""
     data = folder / f"documents_{options.documents[0]}"
     flags = "--num-layers 2 --hidden-size 64 --num-attention-heads 2 --train-iters 1 --global-batch-size 8".split()
     flags += ["--seq-length", "64", "--tokenizer-type", "NullTokenizer", "--vocab-size", "50256"]
@@ -196,23 +209,23 @@ def _process(command: list[str], rounds: int) -> dict:
 
 
 def print_report(report: dict) -> None:
+    """Print the report as Markdown tables."""
     versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
     print(f"{report['date']}, {report['machine']}, one thread; {versions}\n")
-    print("| text, MB | seconds | MB/s | tokenizers alone, MB/s | share of it |\n|---|---|---|---|---|")
+    print("| text, MB | seconds | MB/s | tokenizers alone, MB/s | share of the time |\n|---|---|---|---|---|")
     for row in report["preprocessing"]:
-        size, whole, alone = row["megabytes"], row["seconds"], row["tokenizers_seconds"]
-        print(f"| {size:.1f} | {whole:.2f} | {size / whole:.2f} | {size / alone:.2f} | {alone / whole:.0%} |")
-    print(
-        "\n| order | documents | epochs | samples | to the first sample, ms | memory, MB | a sample, µs | Mtokens/s |"
-    )
+        size, total, tokenizers = row["megabytes"], row["seconds"], row["tokenizers_seconds"]
+        print(f"| {size:.1f} | {total:.2f} | {size / total:.2f} | {size / tokenizers:.2f} | {tokenizers / total:.0%} |")
+    print("\n| order | documents | epochs | samples | first sample, ms | memory, MB | µs per sample | Mtokens/s |")
     print("|---|---|---|---|---|---|---|---|")
     for row in report["starting"]:
-        each = 1e6 * row["seconds_per_sample"]
+        microseconds = 1e6 * row["seconds_per_sample"]
         print(
             f"| {row['order']} | {row['documents']:,} | {row['epochs']} | {row['samples']:,} | "
-            f"{1000 * row['seconds']:.1f} | {row['bytes'] / 1e6:.1f} | {each:.0f} | {SEQ_LENGTH / each:.0f} |"
+            f"{1000 * row['seconds']:.1f} | {row['bytes'] / 1e6:.1f} | {microseconds:.0f} | "
+            f"{SEQ_LENGTH / microseconds:.0f} |"
         )
-    print("\n| program | seconds | of CPU |\n|---|---|---|")
+    print("\n| program | wall-clock seconds | CPU seconds |\n|---|---|---|")
     for name, row in report["program"].items():
         print(f"| {name} | {row['wall']:.1f} | {row['cpu']:.1f} |")
 

@@ -1,18 +1,19 @@
 #!/usr/bin/env python3
-"""Time generation: next tokens beside transformers' `generate` on the same weights, and masked diffusion by its steps.
+"""Time greedy generation: ours against transformers' `generate` with the same weights, and MDM by number of steps.
 
     python benchmarks/generation.py
     python benchmarks/generation.py --model-size 35M --batch-size 16 --rounds 5 --output generation.json
 
-A network of the ladder with random weights, in fp32, on one thread of the CPU. All go on from the same prompts with the
-same number of tokens, greedily; nothing ends a text. Before anything is timed transformers must give our logits and our
-texts; the run ends where it does not. Every round times each once, in an order that rotates; time is CPU time of the
-process, so that other load counts less; a ratio is taken within a round, and the table gives median, least and most.
+A model of the ladder with random weights, in fp32, on one CPU thread. All implementations continue the same prompts by
+the same number of tokens; no end-of-document token stops them. Before anything is timed, transformers must give our
+logits and our tokens, or the benchmark fails. Every round times each implementation once, in a rotating order. Time is
+CPU time of the process, which is less sensitive to other load. Ratios are taken within a round; the table gives their
+median, smallest and largest.
 """
 
 import os
 
-# before torch is imported: one thread, and no accelerator
+# before torch is imported: one thread, no accelerator
 os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 import json
@@ -43,21 +44,23 @@ from megatron.model.transformer import Transformer
 from megatron.training.environment import device_name
 
 OURS, THEIRS = "ours AR", "transformers AR"
-NO_END = -1  # no id ends a text
+NO_EOD = -1  # not a token id: nothing ends a sequence
 
-Make = Callable[[], list[list[int]]]  # writes all texts, and returns the new tokens of each
+Generate = Callable[[], list[list[int]]]  # returns the new tokens of each sequence
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What is generated."""
+    """Flags of this benchmark."""
 
     model_size: str = flag("7M", "a size of the ladder", metavar="NAME")
     prompt_length: int = flag(64, "tokens of each prompt")
-    max_new_tokens: int = flag(64, "new tokens of each text; masked diffusion takes as many steps, half of them, ... 1")
-    batch_size: int = flag(8, "texts that are written at one time")
-    rounds: int = flag(5, "how often each is timed")
-    output: str | None = flag(None, "write the JSON to a file too", metavar="FILE")
+    max_new_tokens: int = flag(
+        64, "new tokens of each sequence; masked diffusion is timed with as many steps, half as many, ... and 1"
+    )
+    batch_size: int = flag(8, "sequences generated at once")
+    rounds: int = flag(5, "how often each implementation is timed")
+    output: str | None = flag(None, "also write the JSON to a file", metavar="FILE")
 
     def __post_init__(self):
         for name in ("prompt_length", "max_new_tokens", "batch_size", "rounds"):
@@ -65,109 +68,114 @@ class Options:
 
 
 def main() -> None:
+    """Run the benchmark from the command line."""
     options = read_options(Options, __doc__)
     torch.set_num_threads(1)
     try:
-        makes = build(options)
+        generators = build(options)
     except ConfigurationError as error:
         refuse(error)
-    check_texts(makes)
+    check_tokens(generators)
     report = {
         "settings": asdict(options),
         "versions": {name: contestants.version(name) for name in ("torch", "transformers")},
         "python": platform.python_version(),
         "machine": device_name(torch.device("cpu")),
         "date": date.today().isoformat(),
-        "seconds": measure(makes, options.rounds),
+        "seconds": measure(generators, options.rounds),
     }
     print(table(report))
     if options.output:
         Path(options.output).write_text(json.dumps(report, indent=1) + "\n")
 
 
-def build(options: Options) -> dict[str, Make]:
-    """Return all that are timed, by name; transformers only where it is installed."""
-    length, vocabulary = options.prompt_length + options.max_new_tokens, Vocabulary(GPT2_VOCABULARY)
+def build(options: Options) -> dict[str, Generate]:
+    """Return the implementations by name; transformers only if it is installed."""
+    vocabulary = Vocabulary(GPT2_VOCABULARY)
+    length = options.prompt_length + options.max_new_tokens
     shape = contestants.Shape(ladder_model(options.model_size), vocabulary, length)
     model = shape.ours().eval()
     generator = torch.Generator().manual_seed(1)
-    prompts = torch.randint(vocabulary.size, (options.batch_size, options.prompt_length), generator=generator)
+    prompts = torch.randint(vocabulary.size, (options.batch_size, options.prompt_length), generator=generator)  # [B, P]
 
-    def ours(objective: str, **settings) -> Make:
+    def ours(objective: str, **settings) -> Generate:
         sampling = Sampling(max_new_tokens=options.max_new_tokens, **settings)
-        return lambda: generate(model, objective, prompts.tolist(), sampling, NO_END, options.batch_size)
+        return lambda: generate(model, objective, prompts.tolist(), sampling, NO_EOD, options.batch_size)
 
-    makes = {OURS: ours("ar")}
+    generators = {OURS: ours("ar")}
     missing = contestants.missing("transformers")
     if missing:
         print(f"transformers: skipped, {missing}")
     else:
         theirs = contestants.transformers_model(shape).eval()
         check_logits(model, theirs, prompts)
-        makes[THEIRS] = transformers(theirs, shape, prompts, options.max_new_tokens)
+        generators[THEIRS] = transformers(theirs, shape, prompts, options.max_new_tokens)
     steps = options.max_new_tokens
     while steps:
-        makes[f"ours MDM, {steps} step{'s' * (steps > 1)}"] = ours("mdm", steps=steps)
+        generators[f"ours MDM, {steps} step{'s' if steps > 1 else ''}"] = ours("mdm", steps=steps)
         steps //= 2
-    return makes
+    return generators
 
 
-def transformers(model: nn.Module, shape: contestants.Shape, prompts: torch.Tensor, new_tokens: int) -> Make:
-    """Return transformers' greedy generation, with its own cache."""
-    never = list(range(shape.vocabulary.size, shape.vocabulary.padded_size))
-    with torch.no_grad():  # it has logits for rows that are no tokens: none of them may be the highest
-        model.get_output_embeddings().weight[never] = 0
-    seen = torch.ones_like(prompts)
+def transformers(model: nn.Module, shape: contestants.Shape, prompts: torch.Tensor, new_tokens: int) -> Generate:
+    """Return transformers' greedy generation with its KV cache."""
+    padded_rows = list(range(shape.vocabulary.size, shape.vocabulary.padded_size))
+    with torch.no_grad():  # a padded vocabulary row must never have the highest logit
+        model.get_output_embeddings().weight[padded_rows] = 0
+    attention_mask = torch.ones_like(prompts)
     settings = {"do_sample": False, "max_new_tokens": new_tokens, "eos_token_id": None, "pad_token_id": 0}
 
-    def make() -> list[list[int]]:
-        made = model.generate(prompts, attention_mask=seen, use_cache=True, **settings)
-        return made[:, prompts.shape[1] :].tolist()
+    def generate_new_tokens() -> list[list[int]]:
+        sequences = model.generate(prompts, attention_mask=attention_mask, use_cache=True, **settings)
+        return sequences[:, prompts.shape[1] :].tolist()
 
-    return make
+    return generate_new_tokens
 
 
 @torch.no_grad()
 def check_logits(ours: Transformer, theirs: nn.Module, prompts: torch.Tensor) -> None:
-    """End the program where transformers computes something else; texts of random weights may hide it."""
+    """Exit if transformers' logits differ from ours; greedy tokens of random weights may not show it."""
     expected = ours.logits(prompts, causal=True)
-    found = theirs(prompts).logits[..., : ours.vocabulary.size]
-    if not torch.allclose(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max())):
-        sys.exit("transformers AR computes something else: its logits are not ours")
+    logits = theirs(prompts).logits[..., : ours.vocabulary.size]
+    if not torch.allclose(logits, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max())):
+        sys.exit("transformers AR computes something else: its logits differ from ours")
 
 
-def check_texts(makes: dict[str, Make]) -> None:
-    """End the program where transformers writes other texts."""
-    if THEIRS in makes and makes[THEIRS]() != makes[OURS]():
-        sys.exit("transformers AR computes something else: its greedy texts are not ours")
-    if THEIRS in makes:
-        print("check passed: the same logits and greedy texts\n")
+def check_tokens(generators: dict[str, Generate]) -> None:
+    """Exit if transformers generates other tokens."""
+    if THEIRS not in generators:
+        return
+    if generators[THEIRS]() != generators[OURS]():
+        sys.exit("transformers AR computes something else: its greedy tokens differ from ours")
+    print("check passed: the same logits and greedy tokens\n")
 
 
-def measure(makes: dict[str, Make], rounds: int) -> dict[str, list[float]]:
-    """Return the CPU seconds of each by round."""
-    names, seconds = list(makes), {name: [] for name in makes}
+def measure(generators: dict[str, Generate], rounds: int) -> dict[str, list[float]]:
+    """Return the CPU seconds of each implementation by round."""
+    names = list(generators)
+    seconds = {name: [] for name in names}
     for turn in tqdm(range(rounds), unit="round", disable=None):
-        for place in range(len(names)):
-            name = names[(turn + place) % len(names)]
-            begin = time.process_time()
-            makes[name]()
-            seconds[name].append(time.process_time() - begin)
+        shift = turn % len(names)
+        for name in names[shift:] + names[:shift]:
+            start = time.process_time()
+            generators[name]()
+            seconds[name].append(time.process_time() - start)
     return seconds
 
 
 def table(report: dict) -> str:
-    """Return the report as a table in Markdown."""
-    settings, seconds = report["settings"], report["seconds"]
+    """Return the report as a Markdown table."""
+    settings = report["settings"]
+    seconds = report["seconds"]
     tokens = settings["batch_size"] * settings["max_new_tokens"]
     base = THEIRS if THEIRS in seconds else OURS
     lines = [
-        f"| greedy, {settings['model_size']} | tokens a CPU second | min - max | times {base} | min - max |",
+        f"| greedy, {settings['model_size']} | tokens per CPU second | min - max | speed / {base} | min - max |",
         "|---|---|---|---|---|",
     ]
     for name, times in seconds.items():
-        speeds = [tokens / taken for taken in times]
-        ratios = [other / taken for taken, other in zip(times, seconds[base], strict=True)]
+        speeds = [tokens / cpu_seconds for cpu_seconds in times]
+        ratios = [base_seconds / cpu_seconds for cpu_seconds, base_seconds in zip(times, seconds[base], strict=True)]
         spread = f"{min(speeds):.0f} - {max(speeds):.0f} | {median(ratios):.2f} | {min(ratios):.2f} - {max(ratios):.2f}"
         lines.append(f"| {name} | {median(speeds):.0f} | {spread} |")
     return "\n".join(lines)

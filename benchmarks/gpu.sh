@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# What only a GPU shows, in one call: the tests of CUDA, a step of each size beside its peers, what settings cost.
-#   bash benchmarks/gpu.sh [tests] [140M] [425M] [1018M] [2283M] [settings]      all of them without a name
-# One H200 is assumed. OUT names the folder for figures and logs (default results/gpu); PUBLISHED is a clone of the
-# published system (default ../diffusion-data-constraint), left out where it is not there; PYTHON names the interpreter
-# (default .venv/bin/python), which has the extras test and fp8 and the peers; DRY_RUN=1 prints the commands. What fails
-# is told at the end, and the rest goes on.
+# All measurements that need a GPU: CUDA tests, a training step of each size against its peers, the cost of settings.
+#   bash benchmarks/gpu.sh [tests] [140M] [425M] [1018M] [2283M] [settings]      without arguments all of them
+# Sized for one H200. Variables: OUT, the folder for figures and logs (default results/gpu); PUBLISHED, a clone of the
+# published system (default ../diffusion-data-constraint), skipped if it does not exist; PYTHON, the interpreter
+# (default .venv/bin/python), with the extras test and fp8 and the peers installed; DRY_RUN=1 prints the commands. A
+# failure does not stop the other measurements; failures are listed at the end.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python} out=${OUT:-results/gpu} published=${PUBLISHED:-../diffusion-data-constraint}
 failed=()
 
-# measure NAME COMMAND...: run it, its output beside the figures.
+# measure NAME COMMAND...: run a command and log its output to NAME.log.
 measure() {
     local line
     printf -v line '%q ' "${@:2}"
@@ -18,39 +18,43 @@ measure() {
     [[ "${DRY_RUN:-0}" == 1 ]] || "${@:2}" 2>&1 | tee "$out/$1.log" || failed+=("$1")
 }
 
-# step SIZE SAMPLES MICRO_BATCHES NAME FLAGS...: 131,072 tokens an optimizer step.
+# step SIZE MICRO_BATCH_SIZE MICRO_BATCHES NAME FLAGS...: time optimizer steps of 131,072 tokens.
 step() {
     measure "$4" "$python" benchmarks/train_step.py --model-size "$1" --seq-length 2048 --micro-batch-size "$2" \
         --micro-batches "$3" --rounds 5 --output "$out/$4.json" "${@:5}"
 }
 
+# tune NAME FLAGS...: find the fastest micro-batch size, recomputation and compilation with tools/tune.py.
 tune() {
     measure "$1" "$python" tools/tune.py --seq-length 2048 --output "$out/$1.json" "${@:2}"
 }
 
-known=(tests 140M 425M 1018M 2283M settings)
-(($# > 0)) || set -- "${known[@]}"
+names=(tests 140M 425M 1018M 2283M settings)
+(($# > 0)) || set -- "${names[@]}"
 for name in "$@"; do
-    [[ " ${known[*]} " == *" $name "* ]] || { echo "error: gpu.sh $name: is none of ${known[*]}" >&2; exit 2; }
+    if [[ " ${names[*]} " != *" $name "* ]]; then
+        echo "error: gpu.sh $name: not a measurement; choose from ${names[*]}" >&2
+        exit 2
+    fi
 done
-beside=()
-[[ -d "$published" ]] && beside=(--published "$published")
+published_flags=()
+[[ -d "$published" ]] && published_flags=(--published "$published")
 [[ "${DRY_RUN:-0}" == 1 ]] || mkdir -p "$out"
 for name in "$@"; do
     case "$name" in
         tests) measure tests "$python" -m pytest -q -m gpu -n 6 tests/test_cuda.py ;;
-        140M) step 140M 8 8 140M "${beside[@]}" ;;
-        425M) step 425M 8 8 425M "${beside[@]}" --only "* compiled" ${beside:+"published MDM*"} ;;
+        140M) step 140M 8 8 140M "${published_flags[@]}" ;;
+        425M) step 425M 8 8 425M "${published_flags[@]}" --only "* compiled" ${published_flags:+"published MDM*"} ;;
         1018M)
             step 1018M 8 8 1018M --only "* AR compiled" "ours MDM *compiled"
-            ((${#beside[@]})) && step 1018M 4 16 1018M-published "${beside[@]}" \
+            ((${#published_flags[@]})) && step 1018M 4 16 1018M-published "${published_flags[@]}" \
                 --only "ours MDM dropout compiled" "published MDM dropout eager"
             ;;
         2283M)
-            for peer in nanogpt transformers litgpt; do # all of them at once do not fit
+            for peer in nanogpt transformers litgpt; do # all at once do not fit into memory
                 step 2283M 4 16 "2283M-$peer" --only "ours *compiled" "$peer AR compiled"
             done
-            ((${#beside[@]})) && step 2283M 2 32 2283M-published "${beside[@]}" \
+            ((${#published_flags[@]})) && step 2283M 2 32 2283M-published "${published_flags[@]}" \
                 --only "ours MDM dropout compiled" "published MDM dropout eager"
             ;;
         settings)

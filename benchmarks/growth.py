@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""Measure how the cost of a token grows with the model, the sequence and the processes.
+"""Measure how the cost per token grows with model size, sequence length and number of data-parallel ranks.
 
     python benchmarks/growth.py
     python benchmarks/growth.py --model-sizes 140M 425M 1018M --seq-lengths 1024 2048 4096 --tokens 32768    # a GPU
     torchrun --standalone --nproc-per-node 2 benchmarks/growth.py --seq-lengths 512 --output growth_2.json
 
-Every step has the same number of tokens in a process. Beside the time of a token stands what its FLOPs make one
-expect: the time of the first row, times the ratio of FLOPs. Small networks and short sequences cost more than that:
-what is not a matrix product, and matrices too small for the machine. Times are of the wall, medians of single steps.
+Every step has the same number of tokens per rank. Costs are relative to the first row, and so are the FLOPs in the
+column next to them. Small models and short sequences cost more than their FLOPs: operations other than matrix products,
+and matrices too small for the machine. Times are medians of single steps in wall-clock time.
 """
 
 import json
@@ -33,15 +33,15 @@ from megatron.training.step_benchmark import Trial, attempt
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What is trained."""
+    """Flags of this benchmark."""
 
-    objective: str = flag("mdm", "what is trained", choices=("ar", "mdm"))
+    objective: str = flag("mdm", "the training objective", choices=("ar", "mdm"))
     model_sizes: tuple[str, ...] = flag(("7M", "20M", "44M"), "sizes of the ladder", metavar="NAME")
-    seq_lengths: tuple[int, ...] = flag((256, 1024, 4096), "tokens of a sample, for the first size", metavar="N")
-    tokens: int = flag(4096, "tokens of a step and process")
-    steps: int = flag(5, "steps that are timed")
+    seq_lengths: tuple[int, ...] = flag((256, 1024, 4096), "sequence lengths, for the first size", metavar="N")
+    tokens: int = flag(4096, "tokens per step and rank")
+    steps: int = flag(5, "timed steps")
     compile: bool = flag(False, "compile the blocks")
-    output: str | None = flag(None, "write the JSON to a file too", metavar="FILE")
+    output: str | None = flag(None, "also write the JSON to a file", metavar="FILE")
 
     def __post_init__(self):
         require(self.steps >= 1, "steps", self.steps, "must be at least 1")
@@ -52,6 +52,7 @@ class Options:
 
 
 def main() -> None:
+    """Run the benchmark from the command line."""
     options = read_options(Options, __doc__)
     ranks = initialize_parallel()
     try:
@@ -83,33 +84,36 @@ def main() -> None:
 
 
 def measure(options: Options, size: str, length: int, ranks: int) -> dict:
+    """Return one row of the report: the `Trial` of a model size and sequence length, or why it failed."""
     samples = options.tokens // length
     flags = f"--model-size {size} --seq-length {length} --micro-batch-size {samples} "
     flags += f"--global-batch-size {samples * ranks} --{'' if options.compile else 'no-'}compile"
     config, vocabulary = parse(options.objective, flags.split()), Vocabulary(GPT2_VOCABULARY)
-    found = attempt(config, vocabulary, options.steps)
+    trial = attempt(config, vocabulary, options.steps)
     row = {"size": size, "seq_length": length, "samples": samples}
     row["flops_per_token"] = flops_per_token(config.model, vocabulary, length)["hardware"]
-    return row | (asdict(found) if isinstance(found, Trial) else {"failed": found})
+    return row | (asdict(trial) if isinstance(trial, Trial) else {"failed": trial})
 
 
 def print_report(report: dict) -> None:
-    settings, first = report["settings"], report["rows"][0]
+    """Print the report as a Markdown table."""
+    settings = report["settings"]
+    first = report["rows"][0]
     print(
         f"{report['date']}, {report['machine']} x{report['processes']}, {report['precision']}, "
         f"{settings['objective'].upper()}, torch {report['versions']['torch']}\n"
     )
-    print("| size | sequence | samples | tokens/s | times the cost of the first | expected by FLOPs | memory, GB |")
+    print("| size | sequence | samples | tokens/s | cost per token / first row | FLOPs / first row | memory, GB |")
     print("|---|---|---|---|---|---|---|")
     for row in report["rows"]:
-        start = f"| {row['size']} | {row['seq_length']:,} | {row['samples']} | "
+        setting = f"| {row['size']} | {row['seq_length']:,} | {row['samples']} | "
         if "failed" in row or "failed" in first:
-            print(start + row.get("failed", "") + " | | | |")
+            print(setting + row.get("failed", "") + " | | | |")
             continue
-        times = first["tokens_per_second"] / row["tokens_per_second"]
-        expected = row["flops_per_token"] / first["flops_per_token"]
+        cost = first["tokens_per_second"] / row["tokens_per_second"]
+        flops = row["flops_per_token"] / first["flops_per_token"]
         print(
-            f"{start}{row['tokens_per_second']:,.0f} | {times:.2f} | {expected:.2f} | {row['memory_bytes'] / 1e9:.2f} |"
+            f"{setting}{row['tokens_per_second']:,.0f} | {cost:.2f} | {flops:.2f} | {row['memory_bytes'] / 1e9:.2f} |"
         )
 
 

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Measure the peak of memory over training steps, and compare the formula of megatron/config/memory.py with it.
+"""Measure the peak memory of training steps and compare it with the formula of megatron/config/memory.py.
 
     python benchmarks/memory.py
     python benchmarks/memory.py --output memory.json
 
-On a CUDA device: sizes of the ladder in one process, by torch.cuda.max_memory_allocated, which knows no parts.
-Without one: small networks in one to four processes over gloo, by the bytes of all live tensors that PyTorch's
-operators return. What an operator or a backend takes inside, and gives back, is in the first measure only.
+On a CUDA device: sizes of the ladder on one GPU, by torch.cuda.max_memory_allocated, which has no breakdown. On the
+CPU: small models on one to four ranks over gloo, by the bytes of all live tensors that PyTorch operators have returned.
+Temporary memory inside an operator or a backend is in the first measure only.
 """
 
 import gc
@@ -44,12 +44,12 @@ from megatron.training.environment import device_name
 from megatron.training.optimizer import build_optimizer, start_state
 from megatron.training.step import train_step
 
-STEPS = 2  # the first makes what later steps find
+STEPS = 2  # the first one allocates what persists between steps
 
 
 @dataclass(frozen=True)
 class Case:
-    """Flags of a training by so many processes, each of which takes `micro_batches` micro-batches a step."""
+    """A training configuration: flags, world size, micro-batches per step and rank, vocabulary size."""
 
     flags: str
     processes: int = 1
@@ -58,19 +58,21 @@ class Case:
 
     @property
     def config(self) -> Config:
-        words = self.flags.split()
-        given = parse("ar", words)
-        share = given.training.micro_batch_size * given.parallel.data_size(self.processes)
-        return parse("ar", [*words, "--global-batch-size", str(share * self.micro_batches)])
+        """Return the configuration, with the global batch size that `micro_batches` implies."""
+        flags = self.flags.split()
+        config = parse("ar", flags)
+        samples = config.training.micro_batch_size * config.parallel.data_size(self.processes) * self.micro_batches
+        return parse("ar", [*flags, "--global-batch-size", str(samples)])
 
     def formula(self, device: str) -> Memory:
+        """Return the memory that the formula predicts on "cpu" or "cuda"."""
         config = self.config
         precision = "fp32" if config.training.fp32 else "bf16"
         return memory_per_process(config, Vocabulary(self.vocabulary_size), self.processes, precision, device)
 
 
 SMALL = "--num-layers 4 --hidden-size 256 --num-attention-heads 4 --seq-length 256 --micro-batch-size 4 --bf16"
-# parameters outweigh activations
+# parameters take more memory than activations
 SHORT = "--num-layers 4 --hidden-size 256 --num-attention-heads 4 --seq-length 64 --micro-batch-size 1 --bf16"
 RICH = (
     "--num-layers 3 --hidden-size 192 --num-attention-heads 6 --group-query-attention --num-query-groups 2 "
@@ -111,7 +113,7 @@ CPU_CASES = [
     Case(f"{SMALL} --pipeline-model-parallel-size 4", 4, 8),
     Case(f"{SMALL} {PIPELINE} {FULL} --recompute-num-layers 1", 4, 2),
 ]
-# sizes of the ladder, chosen after the formula was finished: it has seen none of their peaks
+# sizes of the ladder, chosen after the formula was finished: it was not tuned on them
 WIDE = "--seq-length 512 --micro-batch-size 2 --bf16"
 CPU_CASES += [
     Case(f"--model-size 35M {WIDE}", 1, 3, GPT2_VOCABULARY),
@@ -130,8 +132,8 @@ CPU_CASES += [
 ]
 LADDER_140M = "--model-size 140M --micro-batch-size 8 --bf16"
 CUDA_CASES = [
-    Case(f"{flags} {more}", 1, micro_batches, GPT2_VOCABULARY)
-    for flags, more, micro_batches in (
+    Case(f"{flags} {extra_flags}", 1, micro_batches, GPT2_VOCABULARY)
+    for flags, extra_flags, micro_batches in (
         (LADDER_140M, "", 1),
         (LADDER_140M, "", 4),
         (LADDER_140M, "--zero-stage 3", 4),
@@ -149,79 +151,88 @@ CUDA_CASES = [
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the storages that operators have made and nobody has dropped, by kind.
+    """Counts the bytes of live storages that operators have allocated, by kind.
 
-    FSDP2 gives its gathered weights memory, and takes it back, by resizing their storages: that is their mark. A
-    storage that is first seen through a view of it was made where no operator of PyTorch is called, as the copies
-    are on which gloo works: it is not counted.
+    FSDP2 allocates and frees its gathered weights by resizing their storages, which identifies them. A storage that is
+    first seen through a view was allocated outside PyTorch operators, like the copies that gloo works on: it is not
+    counted.
     """
 
     def __init__(self):
         super().__init__()
-        self.live, self.peak, self.parts, self.parts_at_peak = 0, 0, Counter(), Counter()
-        self._known: dict[int, tuple] = {}
+        self.live_bytes = 0
+        self.peak_bytes = 0
+        self.bytes_by_kind = Counter()
+        self.bytes_by_kind_at_peak = Counter()
+        self._known: dict[int, tuple] = {}  # address of the storage -> (bytes, kind, weak reference)
         self._resize = torch.UntypedStorage.resize_
 
-    def add(self, tensor: Tensor, kind: str = "rest", besides: set[int] = frozenset()) -> None:
+    def add(self, tensor: Tensor, kind: str = "rest", excluded: set[int] = frozenset()) -> None:
+        """Count the storages of `tensor` that are neither known nor `excluded`."""
         for storage in storages(tensor):
             key = storage._cdata
-            if key not in self._known and key not in besides:
-                self._known[key] = (storage.nbytes(), kind, weakref.ref(storage, partial(self._drop, key)))
+            if key not in self._known and key not in excluded:
+                self._known[key] = (storage.nbytes(), kind, weakref.ref(storage, partial(self._free, key)))
                 self._change(kind, storage.nbytes())
 
-    def begin_step(self) -> None:
-        self.peak, self.parts_at_peak = self.live, self.parts.copy()
+    def reset_peak(self) -> None:
+        """Set the peak to the bytes that are live now."""
+        self.peak_bytes = self.live_bytes
+        self.bytes_by_kind_at_peak = self.bytes_by_kind.copy()
 
-    def _drop(self, key: int, _) -> None:
+    def _free(self, key: int, _) -> None:
         size, kind, _ = self._known.pop(key)
         self._change(kind, -size)
 
     def _change(self, kind: str, size: int) -> None:
-        self.live += size
-        self.parts[kind] += size
-        if self.live > self.peak:
-            self.begin_step()
+        self.live_bytes += size
+        self.bytes_by_kind[kind] += size
+        if self.live_bytes > self.peak_bytes:
+            self.reset_peak()
 
-    def _resized(self, storage: torch.UntypedStorage, size: int) -> None:
+    def _resize_and_count(self, storage: torch.UntypedStorage, size: int) -> None:
         self._resize(storage, size)
         if storage._cdata in self._known:
-            before, kind, reference = self._known[storage._cdata]
+            previous_size, kind, reference = self._known[storage._cdata]
             self._known[storage._cdata] = (size, "gathered", reference)
-            self._change(kind, -before)
+            self._change(kind, -previous_size)
             self._change("gathered", size)
 
     def __enter__(self):
-        torch.UntypedStorage.resize_ = lambda storage, size: self._resized(storage, size)
+        torch.UntypedStorage.resize_ = lambda storage, size: self._resize_and_count(storage, size)
         return super().__enter__()
 
     def __exit__(self, *error):
         torch.UntypedStorage.resize_ = self._resize
         return super().__exit__(*error)
 
-    def __torch_dispatch__(self, function, types, arguments=(), words=None):
-        result = function(*arguments, **(words or {}))
-        given = {storage._cdata for tensor in tensors((arguments, words)) for storage in storages(tensor)}
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        inputs = {storage._cdata for tensor in tensors((args, kwargs)) for storage in storages(tensor)}
         for tensor in tensors(result):
-            self.add(tensor, besides=given)
+            self.add(tensor, excluded=inputs)
         return result
 
 
 def tensors(tree) -> list[Tensor]:
+    """Return the tensors of a pytree."""
     return [leaf for leaf in tree_iter(tree) if torch.is_tensor(leaf)]
 
 
 def storages(tensor: Tensor) -> list[torch.UntypedStorage]:
-    """Return the memory of a tensor, or of the parts of a DTensor."""
+    """Return the storage of a tensor, or the storages inside a wrapper such as a DTensor."""
     if not is_traceable_wrapper_subclass(tensor):
         return [tensor.untyped_storage()]
-    parts = [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
-    return [storage for part in parts if torch.is_tensor(part) for storage in storages(part)]
+    inner = [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
+    return [storage for value in inner if torch.is_tensor(value) for storage in storages(value)]
 
 
 def measure(case: Case, rank: int, device: torch.device, steps: int = STEPS) -> dict[str, int]:
-    """Return the peak of bytes of a training step in this process, and on the CPU what was there by kind."""
-    config, vocabulary, parallel = case.config, Vocabulary(case.vocabulary_size), case.config.parallel
-    processes = build_parallel_context(
+    """Return the peak bytes of a training step on this rank, and on the CPU their breakdown by kind."""
+    config = case.config
+    parallel = config.parallel
+    vocabulary = Vocabulary(case.vocabulary_size)
+    ranks = build_parallel_context(
         rank,
         case.processes,
         device,
@@ -230,7 +241,7 @@ def measure(case: Case, rank: int, device: torch.device, steps: int = STEPS) -> 
         replicas=parallel.replicas(parallel.data_size(case.processes)),
     )
     bf16 = not config.training.fp32
-    engine = build_engine(config.model, vocabulary, 0, processes, parallel, bf16=bf16, compile=False)
+    engine = build_engine(config.model, vocabulary, 0, ranks, parallel, bf16=bf16, compile=False)
     optimizer = build_optimizer(engine, config.optimizer)
     start_state(optimizer, 0)
     batches = [random_batch(config, vocabulary, seed) for seed in range(case.micro_batches)]
@@ -240,97 +251,102 @@ def measure(case: Case, rank: int, device: torch.device, steps: int = STEPS) -> 
         for _ in range(steps):
             step()
         return {"total": torch.cuda.max_memory_allocated()}
-    live = LiveBytes()
+    counter = LiveBytes()
     for parameter in engine.parameters():
-        live.add(parameter, "master weights")
+        counter.add(parameter, "master weights")
         for moment in optimizer.state[parameter].keys() - {"step"}:
-            live.add(optimizer.state[parameter][moment], "optimizer states")
-    for tensor in (
-        getattr(batch, name) for batch in batches for name in ("tokens", "targets", "weights", "scored_positions")
-    ):
-        live.add(tensor)
-    with live:
+            counter.add(optimizer.state[parameter][moment], "optimizer states")
+    for batch in batches:
+        for name in ("tokens", "targets", "weights", "scored_positions"):
+            counter.add(getattr(batch, name))
+    with counter:
         for _ in range(steps):
-            live.begin_step()
+            counter.reset_peak()
             step()
-    return {"total": live.peak, **live.parts_at_peak}
+    return {"total": counter.peak_bytes, **counter.bytes_by_kind_at_peak}
 
 
 def random_batch(config: Config, vocabulary: Vocabulary, seed: int) -> Batch:
-    shape = (config.training.micro_batch_size, config.data.seq_length)
+    """Return an AR micro-batch of random tokens; every position is scored."""
+    shape = (config.training.micro_batch_size, config.data.seq_length)  # [B, S]
     tokens = torch.randint(vocabulary.size, shape, generator=torch.Generator().manual_seed(seed))
     return Batch(tokens, tokens.clone(), torch.ones(shape), np.full(len(tokens), shape[-1]), causal=True)
 
 
 def on_cpu(cases: list[Case], steps: int = STEPS) -> list[dict[str, int]]:
-    """Measure each case in processes of its own, and return what the one which needed most says."""
-    found: dict[Case, dict] = {}
-    for size in sorted({case.processes for case in cases}):
-        chosen = [case for case in cases if case.processes == size]
+    """Return the measurement of each case, from the rank with the highest peak; spawns the ranks of each world size."""
+    peaks: dict[Case, dict] = {}
+    for world_size in sorted({case.processes for case in cases}):
+        same_size = [case for case in cases if case.processes == world_size]
         with tempfile.TemporaryDirectory() as folder:
-            torch.multiprocessing.spawn(_child, (size, folder, chosen, steps), nprocs=size)
-            ranks = [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(size)]
-        found |= {
-            case: max(ways, key=lambda way: way["total"])
-            for case, ways in zip(chosen, zip(*ranks, strict=True), strict=True)
-        }
-    return [found[case] for case in cases]
+            torch.multiprocessing.spawn(_measure_on_rank, (world_size, folder, same_size, steps), nprocs=world_size)
+            by_rank = [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(world_size)]
+        for case, measurements in zip(same_size, zip(*by_rank, strict=True), strict=True):
+            peaks[case] = max(measurements, key=lambda measurement: measurement["total"])
+    return [peaks[case] for case in cases]
 
 
-def _child(rank: int, size: int, folder: str, cases: list[Case], steps: int) -> None:
+def _measure_on_rank(rank: int, world_size: int, folder: str, cases: list[Case], steps: int) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", size), rank=rank, world_size=size)
-    measured = [measure(case, rank, torch.device("cpu"), steps) for case in cases]
-    (Path(folder) / f"{rank}.json").write_text(json.dumps(measured))
+    store = dist.FileStore(f"{folder}/store", world_size)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+    measurements = [measure(case, rank, torch.device("cpu"), steps) for case in cases]
+    (Path(folder) / f"{rank}.json").write_text(json.dumps(measurements))
     dist.barrier()
     sys.stdout.flush()
-    os._exit(0)  # a thread of gloo may outlive its group and abort a regular exit
+    os._exit(0)  # a gloo thread may outlive its process group and abort a regular exit
 
 
 def on_cuda(cases: list[Case]) -> list[dict[str, int]]:
-    processes, found = initialize_parallel(), []
+    """Return the measurement of each case on one GPU."""
+    ranks = initialize_parallel()
+    measurements = []
     for case in cases:
-        found.append(measure(case, 0, processes.device))
+        measurements.append(measure(case, 0, ranks.device))
         gc.collect()
         torch.cuda.empty_cache()
     destroy_parallel()
-    return found
+    return measurements
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What is written."""
+    """Flags of this benchmark."""
 
-    output: str | None = flag(None, "write the JSON to a file too", metavar="FILE")
+    output: str | None = flag(None, "also write the JSON to a file", metavar="FILE")
 
 
 def main() -> None:
+    """Run the benchmark from the command line."""
     options = read_options(Options, __doc__)
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     cases = CUDA_CASES if kind == "cuda" else CPU_CASES
-    measured = on_cuda(cases) if kind == "cuda" else on_cpu(cases)
-    rows = [(case, case.formula(kind), found) for case, found in zip(cases, measured, strict=True)]
+    measurements = on_cuda(cases) if kind == "cuda" else on_cpu(cases)
+    rows = [(case, case.formula(kind), measurement) for case, measurement in zip(cases, measurements, strict=True)]
     device = device_name(torch.device(kind))
     print(f"{date.today()}, {device}, torch {torch.__version__}, eager\n")
     print_table(rows)
     if options.output:
-        report = [{**asdict(case), "formula": asdict(formula), "measured": found} for case, formula, found in rows]
+        report = [
+            {**asdict(case), "formula": asdict(formula), "measured": measurement} for case, formula, measurement in rows
+        ]
         Path(options.output).write_text(json.dumps({"device": device, "torch": torch.__version__, "cases": report}))
 
 
 def print_table(rows: list[tuple[Case, Memory, dict[str, int]]]) -> None:
-    print("| processes | micro-batches | flags | measured MB | formula MB | ratio | the formula's moment |")
+    """Print a Markdown table of (case, formula, measurement)."""
+    print("| processes | micro-batches | flags | measured MB | formula MB | ratio | peak predicted at |")
     print("|---|---|---|---|---|---|---|")
     names = {SMALL: "small", SHORT: "short", RICH: "rich", SMALL.replace("--bf16", "--fp32"): "small in fp32"}
-    for case, formula, found in rows:
+    for case, formula, measurement in rows:
         flags = case.flags
         for long, short in names.items():
             flags = flags.replace(long, short)
-        ratio = formula.total / found["total"]
-        where = f"stage {formula.stage}, {formula.moment}" if "pipeline" in flags else formula.moment
+        ratio = formula.total / measurement["total"]
+        moment = f"stage {formula.stage}, {formula.moment}" if "pipeline" in flags else formula.moment
         print(
-            f"| {case.processes} | {case.micro_batches} | {flags} | {found['total'] / 1e6:.1f} "
-            f"| {formula.total / 1e6:.1f} | {ratio:.3f} | {where} |"
+            f"| {case.processes} | {case.micro_batches} | {flags} | {measurement['total'] / 1e6:.1f} "
+            f"| {formula.total / 1e6:.1f} | {ratio:.3f} | {moment} |"
         )
 
 

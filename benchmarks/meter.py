@@ -1,4 +1,4 @@
-"""What a device says of time and memory: all that the benchmark of steps asks of CUDA itself."""
+"""Clock and memory counters of a device: the only calls of the step benchmark that depend on CUDA."""
 
 import time
 
@@ -6,7 +6,10 @@ import torch
 
 
 def clock(device: torch.device) -> float:
-    """Return the CPU seconds of this process, so that other load counts less; on CUDA wall time, when it is idle."""
+    """Return a time in seconds: wall-clock time after a synchronisation on CUDA, CPU time of the process on a CPU.
+
+    CPU time is less sensitive to other load on the machine.
+    """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         return time.perf_counter()
@@ -14,7 +17,7 @@ def clock(device: torch.device) -> float:
 
 
 def start_memory(device: torch.device) -> int | None:
-    """Return the bytes that are taken now, and measure the peak from here; None on a CPU."""
+    """Return the bytes allocated now and reset the peak counter; None on a CPU."""
     if device.type != "cuda":
         return None
     torch.cuda.reset_peak_memory_stats(device)
@@ -22,5 +25,5 @@ def start_memory(device: torch.device) -> int | None:
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """Return the most bytes that were taken since `start_memory`; None on a CPU."""
+    """Return the peak of allocated bytes since `start_memory`; None on a CPU."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None

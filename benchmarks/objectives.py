@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Time a training step of every objective and regulariser beside plain AR, and beside what its arithmetic explains.
+"""Time a training step of every objective and regulariser relative to plain AR, and compare with the ratio of FLOPs.
 
     python benchmarks/objectives.py --output objectives.json
 
-Noise and batches are made within the step, as a run without loader processes does. Every round times one step of each,
-in an order that rotates; a ratio is taken within a round, and the table gives the median: of CPU time on the CPU.
-"explained" counts matrix products: passes and positions, attention over all or half of the square, the head at the
-scored positions only.
+Noise and batches are prepared within the step, as in a run with --num-workers 0. Every round times one step of each
+case, in a rotating order. Ratios are taken within a round, and the table gives their median; times are CPU time on a
+CPU. "explained" is the ratio of matrix-product FLOPs: forward passes and positions, full or causal (half) attention,
+the head at scored positions only.
 """
 
 import json
@@ -40,7 +40,7 @@ from megatron.training.microbatches import MicroBatches
 from megatron.training.step import reseed, train_step
 from megatron.training.step_benchmark import RandomText
 
-WARM_UP = 2  # rounds that are not timed
+WARM_UP = 2  # untimed rounds
 VOCABULARY, EOD = Vocabulary(GPT2_VOCABULARY), GPT2_VOCABULARY - 1
 PLAIN = "--objective ar"
 CASES = [
@@ -71,30 +71,32 @@ CASES = [
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What is trained."""
+    """Flags of this benchmark."""
 
     model_size: str = flag("7M", "a size of the ladder", metavar="NAME")
-    seq_length: int = flag(512, "tokens of one sample")
-    micro_batch_size: int = flag(2, "samples of one micro-batch; a step has two")
-    rounds: int = flag(9, f"steps of each that are timed, after {WARM_UP} that are not")
+    seq_length: int = flag(512, "tokens per sample")
+    micro_batch_size: int = flag(2, "samples per micro-batch; a step has two micro-batches")
+    rounds: int = flag(9, f"timed steps of each case, after {WARM_UP} warm-up steps")
     compile: bool = flag(False, "compile the blocks")
-    output: str | None = flag(None, "write the JSON to a file too", metavar="FILE")
+    output: str | None = flag(None, "also write the JSON to a file", metavar="FILE")
 
     def __post_init__(self):
         for name in ("seq_length", "micro_batch_size", "rounds"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
 
 
-class Contestant:
-    """One option, with a model and an optimizer of its own."""
+class Case:
+    """One row of the table: its configuration, model, optimizer and data, and the times of its steps."""
 
     def __init__(self, flags: str, options: Options, ranks: ParallelContext):
-        batch = 2 * options.micro_batch_size
+        global_batch_size = 2 * options.micro_batch_size
         base = f"--model-size {options.model_size} --seq-length {options.seq_length} --train-iters 1 "
-        base += f"--micro-batch-size {options.micro_batch_size} --global-batch-size {batch} --train-data-path none "
-        self.flags, self.config = flags, parse("ar", (base + flags).split())
+        base += f"--micro-batch-size {options.micro_batch_size} --global-batch-size {global_batch_size} "
+        base += "--train-data-path none "
+        self.flags = flags
+        self.config = config = parse("ar", (base + flags).split())
+        self.ranks = ranks
         self.clock = time.process_time if ranks.device.type == "cpu" else time.perf_counter
-        config, self.ranks = self.config, ranks
         bf16 = choose_precision(config, ranks.device) == "bf16"
         self.engine, self.optimizer = start_engine(
             config, VOCABULARY, ranks, bf16=bf16, compile=options.compile, steps=0
@@ -103,44 +105,48 @@ class Contestant:
         rules = document_rules(config.data, config.objective, EOD)
         self.data = MicroBatches(
             RandomText(VOCABULARY.size, options.seq_length),
-            build_objective(config.objective, VOCABULARY, batch, rules),
+            build_objective(config.objective, VOCABULARY, global_batch_size, rules),
             build_input_noise(config.objective, VOCABULARY, config.model.num_layers),
             seed=1,
             first_sample=0,
-            train_samples=(WARM_UP + options.rounds) * batch,
+            train_samples=(WARM_UP + options.rounds) * global_batch_size,
             micro_batch_size=options.micro_batch_size,
-            global_batch_size=batch,
+            global_batch_size=global_batch_size,
             rank=0,
             size=1,
         )
-        self.seconds, self.explained = [], []
+        self.seconds: list[float] = []  # by step
+        self.multiplications: list[float] = []  # of the forward passes, by step
 
-    def step(self, number: int) -> None:
-        """Take a step and note what it took, and the products that it asked for."""
-        reseed(1, number, self.ranks)
-        begin = self.clock()
-        batches = [batch for index in range(2) for batch in self.data[2 * number + index]]
+    def step(self, iteration: int) -> None:
+        """Take a step and record its time and its multiplications."""
+        reseed(1, iteration, self.ranks)
+        start = self.clock()
+        batches = [batch for index in range(2) for batch in self.data[2 * iteration + index]]
         result = train_step(self.engine, self.optimizer, batches, learning_rate=1e-4, weight_decay=0.1, clip_grad=1.0)
         if self.average:
-            self.average.update(number)
-        float(result.loss)  # waits for the device
-        self.seconds.append(self.clock() - begin)
-        self.explained.append(sum(products(self.config, batch) for batch in batches))
+            self.average.update(iteration)
+        float(result.loss)  # synchronises with the device
+        self.seconds.append(self.clock() - start)
+        self.multiplications.append(sum(multiplications(self.config, batch) for batch in batches))
 
 
-def products(config: Config, batch: Batch) -> float:
-    """Return the multiplications of one forward pass of a batch."""
-    model, positions = config.model, batch.tokens.numel()
-    seen = batch.tokens.shape[1] / (2 if batch.causal and batch.blocked is None and batch.documents is None else 1)
-    attention = 2 * model.num_layers * model.num_attention_heads * model.head_size * seen
+def multiplications(config: Config, batch: Batch) -> float:
+    """Return the multiplications of one forward pass of a batch, matrix products and attention only."""
+    model = config.model
+    positions = batch.tokens.numel()
+    halved = batch.causal and batch.blocked is None and batch.documents is None
+    keys_per_query = batch.tokens.shape[1] / (2 if halved else 1)
+    attention = 2 * model.num_layers * model.num_attention_heads * model.head_size * keys_per_query
     shape = Shape(model, VOCABULARY, config.data.seq_length)
-    layers = sum(
+    linear_layers = sum(
         count * inputs * outputs for count, inputs, outputs in linears(shape, positions, len(batch.scored_positions))
     )
-    return positions * attention + layers
+    return positions * attention + linear_layers
 
 
 def main() -> None:
+    """Run the benchmark from the command line."""
     options = read_options(Options, __doc__)
     ranks = initialize_parallel()
     try:
@@ -153,43 +159,44 @@ def main() -> None:
 
 
 def compete(options: Options, ranks: ParallelContext) -> dict:
-    """Return what every contestant took, and its ratio to plain AR, measured and explained."""
-    contestants = [Contestant(flags, options, ranks) for flags in CASES]
-    for number in tqdm(range(WARM_UP + options.rounds), unit="round", disable=not sys.stderr.isatty()):
-        turn = number % len(contestants)
-        for contestant in contestants[turn:] + contestants[:turn]:
-            contestant.step(number)
-    (plain,) = [each for each in contestants if each.flags == PLAIN]
+    """Return the report: the time of every case, and its ratio to plain AR, measured and explained."""
+    cases = [Case(flags, options, ranks) for flags in CASES]
+    for iteration in tqdm(range(WARM_UP + options.rounds), unit="round", disable=not sys.stderr.isatty()):
+        shift = iteration % len(cases)
+        for case in cases[shift:] + cases[:shift]:
+            case.step(iteration)
+    (plain,) = [case for case in cases if case.flags == PLAIN]
     return {
         "date": str(date.today()),
         "device": device_name(ranks.device),
         "precision": choose_precision(plain.config, ranks.device),
         "versions": {"python": platform.python_version(), "torch": version("torch")},
         "settings": vars(options) | {"parameters": parameter_count(plain.config.model, VOCABULARY)},
-        "results": {each.flags: _result(each, plain) for each in contestants},
+        "results": {case.flags: _result(case, plain) for case in cases},
     }
 
 
-def _result(contestant: Contestant, plain: Contestant) -> dict:
-    timed = np.array(contestant.seconds[WARM_UP:])
-    ratios = timed / np.array(plain.seconds[WARM_UP:])
+def _result(case: Case, plain: Case) -> dict:
+    seconds = np.array(case.seconds[WARM_UP:])
+    ratios = seconds / np.array(plain.seconds[WARM_UP:])
     return {
-        "seconds_per_step": median(timed),
-        "tokens_per_second": contestant.data.global_batch_size * contestant.data.samples.seq_length / median(timed),
+        "seconds_per_step": median(seconds),
+        "tokens_per_second": case.data.global_batch_size * case.data.samples.seq_length / median(seconds),
         "times_plain": median(ratios),
         "lowest": min(ratios),
         "highest": max(ratios),
-        "explained": sum(contestant.explained[WARM_UP:]) / sum(plain.explained[WARM_UP:]),
+        "explained": sum(case.multiplications[WARM_UP:]) / sum(plain.multiplications[WARM_UP:]),
     }
 
 
 def table(report: dict) -> str:
     """Return the report as a Markdown table."""
-    lines = ["| flags | ms a step | tokens/s | times plain AR | min - max | explained |", "|---|---|---|---|---|---|"]
-    for flags, found in report["results"].items():
+    lines = ["| flags | ms/step | tokens/s | time / plain AR | min - max | explained |", "|---|---|---|---|---|---|"]
+    for flags, result in report["results"].items():
         lines.append(
-            f"| `{flags}` | {1000 * found['seconds_per_step']:.0f} | {found['tokens_per_second']:.0f} | "
-            f"{found['times_plain']:.2f} | {found['lowest']:.2f} - {found['highest']:.2f} | {found['explained']:.2f} |"
+            f"| `{flags}` | {1000 * result['seconds_per_step']:.0f} | {result['tokens_per_second']:.0f} | "
+            f"{result['times_plain']:.2f} | {result['lowest']:.2f} - {result['highest']:.2f} | "
+            f"{result['explained']:.2f} |"
         )
     return "\n".join(lines)
 

@@ -1,4 +1,4 @@
-"""The command line of a benchmark: flags from a dataclass, help as its module writes it, mistakes in one line."""
+"""The command line of a benchmark: flags from a dataclass, help from its module docstring, one-line errors."""
 
 import sys
 
@@ -7,7 +7,7 @@ from megatron.errors import ConfigurationError
 
 
 def read_options(section: type, description: str):
-    """Return the `section` that the command line describes; leave with 2 where it cannot."""
+    """Return the `section` parsed from the command line; exits with code 2 if it is invalid."""
     parser = Parser(description=description, formatter_class=DescribedFormatter, allow_abbrev=False)
     add_section(parser, section, {})
     try:
@@ -17,6 +17,6 @@ def read_options(section: type, description: str):
 
 
 def refuse(error: ConfigurationError) -> None:
-    """Say what is wrong with the command line and leave with 2."""
+    """Print the error in one line and exit with code 2."""
     print(f"error: {error}", file=sys.stderr)
     sys.exit(2)

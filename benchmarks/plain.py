@@ -1,7 +1,7 @@
-"""The network of the benchmarks as a short file in plain PyTorch has it: what there is without any framework.
+"""The benchmark model in plain PyTorch, as a nanoGPT-style script writes it: the baseline without a framework.
 
-RMSNorm, rotary positions, SwiGLU, no biases, causal attention by SDPA, one table for embedding and head; it returns
-the logits of every position. Run it under autocast.
+RMSNorm, rotary embeddings, SwiGLU, no biases, causal SDPA, tied embeddings. It returns logits at every position. Run
+it under autocast.
 """
 
 import torch
@@ -12,9 +12,11 @@ from megatron.config.sections import ModelConfig
 
 
 class GPT(nn.Module):
-    def __init__(self, config: ModelConfig, rows: int, seq_length: int):
+    """Decoder-only transformer; `padded_vocab_size` is the number of rows of the tied embedding."""
+
+    def __init__(self, config: ModelConfig, padded_vocab_size: int, seq_length: int):
         super().__init__()
-        self.embedding = nn.Embedding(rows, config.hidden_size)
+        self.embedding = nn.Embedding(padded_vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_epsilon)
         half = torch.arange(config.head_size // 2) * (2 / config.head_size)
@@ -23,7 +25,7 @@ class GPT(nn.Module):
         self.register_buffer("sin", angles.sin(), persistent=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """[B, S] -> [B, S, rows of the table]."""
+        """Return the logits: [B, S] -> [B, S, V]."""
         hidden = self.embedding(tokens)
         for block in self.blocks:
             hidden = block(hidden, self.cos, self.sin)
@@ -31,6 +33,8 @@ class GPT(nn.Module):
 
 
 class Block(nn.Module):
+    """Pre-norm transformer block."""
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         width, inner = config.hidden_size, config.num_attention_heads * config.head_size
@@ -43,17 +47,18 @@ class Block(nn.Module):
         self.down = nn.Linear(config.mlp_size, width, bias=False)
 
     def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """[B, S, H] -> [B, S, H]."""
-        parts = self.qkv(self.attention_norm(hidden)).chunk(3, dim=-1)
-        query, key, value = (part.unflatten(-1, (-1, self.head_size)).transpose(1, 2) for part in parts)
-        query, key = rotated(query, cos, sin), rotated(key, cos, sin)
-        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
-        hidden = hidden + self.mix(mixed.transpose(1, 2).flatten(2))
+        """Return the hidden states after the block: [B, S, H] -> [B, S, H]."""
+        projections = self.qkv(self.attention_norm(hidden)).chunk(3, dim=-1)
+        query, key, value = (x.unflatten(-1, (-1, self.head_size)).transpose(1, 2) for x in projections)
+        query = apply_rotary(query, cos, sin)
+        key = apply_rotary(key, cos, sin)
+        attended = F.scaled_dot_product_attention(query, key, value, is_causal=True)  # [B, heads, S, D]
+        hidden = hidden + self.mix(attended.transpose(1, 2).flatten(2))
         gate, up = self.gate_up(self.mlp_norm(hidden)).chunk(2, dim=-1)
         return hidden + self.down(F.silu(gate) * up)
 
 
-def rotated(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn channel i of [B, heads, S, D] with channel i + D/2 by the angles of its position."""
+def apply_rotary(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Return [B, heads, S, D] with channels i and i + D/2 rotated by the angle of their position."""
     first, second = heads.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1).type_as(heads)

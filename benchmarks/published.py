@@ -1,24 +1,24 @@
-"""The training step of the published system: `DiffGPTModelPipe` and `GPTModelPipe` out of a clone of its repository.
+"""The training step of the published system: `DiffGPTModelPipe` and `GPTModelPipe` from a clone of its repository.
 
-Its package has the name of ours. It is imported into this process while `megatron` means the clone (see `_own`): then
-one clock, one allocator and one process group serve all contestants. Its steps import nothing any more; a process of
-its own would need a protocol, and a clock that the others do not have.
+Its package is called `megatron`, like ours. The clone is imported into this process while `megatron` refers to it (see
+`_clone_modules`), so that all implementations share clock, allocator and process group. Its steps import nothing later.
+A separate process would need a protocol and another clock.
 
-Flags are those of its training scripts, and batches are prepared before, as for all others: its own step would draw
-times and masks and move them as well. What differs from a run of its scripts:
+Flags are those of its training scripts. Batches are prepared in advance, as for all implementations; the original step
+also draws times and masks and moves them. What differs from a run of its scripts:
 
-* `--no-masked-softmax-fusion` and `--no-gradient-accumulation-fusion`: those kernels are for CUDA only. Its own other
-  branches take their place: one in-place fill and one softmax in bf16, which is a pass more than the kernel makes; what
-  the second flag turns off is commented out in its code anyway. On CUDA it stays so, since its kernels would have to be
-  built there: with them its step is faster by that pass.
+* `--no-masked-softmax-fusion` and `--no-gradient-accumulation-fusion`: those kernels are for CUDA only. The fallbacks
+  are an in-place fill and a softmax in bf16, one pass more than the kernel; what the second flag turns off is commented
+  out in its code. The same flags are set on CUDA, where the kernels would have to be built: with them the step would be
+  faster by that pass.
 
-All else can only make it faster:
+Every other difference can only make it faster:
 
-* RMSNorm is one operator of PyTorch, as NVIDIA apex's is on CUDA, in place of its Python for other devices.
-* The pipe's layers run in sequence, without DeepSpeed's engine, which adds flat buffers, timers and checks. As its
-  optimizer for bf16 does, parameters and gradients are bf16 beside fp32 masters; the optimizer of the masters is that
-  of all contestants.
-* The attention mask of AR is made once, as its own MDM does, and not at every batch.
+* RMSNorm is one PyTorch operator, like NVIDIA apex's on CUDA, instead of its Python fallback for other devices.
+* The layers of the pipe run in sequence, without the DeepSpeed engine and its flat buffers, timers and checks. As in
+  its bf16 optimizer, parameters and gradients are bf16 with fp32 master weights; the optimizer of the master weights is
+  that of all implementations.
+* The attention mask of AR is built once, as its MDM does, instead of for every batch.
 """
 
 import contextlib
@@ -37,19 +37,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.contestants import OPTIMIZER, Contestant, Shape, Step, accumulate, ours, update
+from benchmarks.contestants import OPTIMIZER, Implementation, Shape, Step, accumulate, ours, update
 from megatron.batch import Batch
 from megatron.errors import ConfigurationError
 from megatron.parallel.deepspeed import import_deepspeed
 from megatron.parallel.mesh import ParallelContext
 
 REPOSITORY = "wmn-231314/diffusion-data-constraint"
-DROPOUT = 0.1  # of attention, of the residual stream and of the embedding: the default that its scripts leave
-SHARED = ("megatron", "tools")  # names that packages here and there have
+DROPOUT = 0.1  # of attention, residual stream and embedding: the default, which its scripts do not change
+SHARED_PACKAGES = ("megatron", "tools")  # package names that both repositories use
 MODELS = {"ar": ("gpt_model", "GPTModelPipe"), "mdm": ("diff_gpt_model", "DiffGPTModelPipe")}
-FIRST = 2  # the place of the first block in the pipe, behind a cast and the embedding
+FIRST_BLOCK = 2  # index of the first block in the pipe, after a cast and the embedding
 
-# its names of what stands in a block; queries, keys and values are one matrix there, and so are the two of SwiGLU
+# its module name -> ours, of one block; query, key and value are packed into one matrix, and so is SwiGLU's input
 BLOCK = {
     "input_layernorm": ("input_layernorm",),
     "self_attention.query_key_value": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -61,9 +61,9 @@ BLOCK = {
 
 
 def missing(folder: str, device: torch.device) -> str | None:
-    """Return what keeps the clone from running here, or None."""
+    """Return the reason why the clone cannot run here, or None."""
     if not (Path(folder) / "megatron" / "model" / "diff_gpt_model.py").is_file():
-        return f"is no clone of {REPOSITORY}"
+        return f"not a clone of {REPOSITORY}"
     if find_spec("einops") is None:
         return "cannot run, No module named 'einops'"
     try:
@@ -73,93 +73,105 @@ def missing(folder: str, device: torch.device) -> str | None:
     return None
 
 
-def contestants(shape: Shape, folder: str, compiled: bool, ranks: ParallelContext) -> list[Contestant]:
-    """Return the published steps, with and without their dropout, and ours with that dropout."""
-    kinds = dict.fromkeys(("attention_dropout", "hidden_dropout", "embedding_dropout"), DROPOUT)
-    dropping = replace(shape, model=replace(shape.model, **kinds))
-    found = []
+def implementations(shape: Shape, folder: str, compiled: bool, ranks: ParallelContext) -> list[Implementation]:
+    """Return the published steps, with and without dropout, and ours with the same dropout."""
+    dropouts = dict.fromkeys(("attention_dropout", "hidden_dropout", "embedding_dropout"), DROPOUT)
+    shape_with_dropout = replace(shape, model=replace(shape.model, **dropouts))
+    steps = []
     for objective in MODELS:
         for dropout in (0.0, DROPOUT):
             build = partial(published, shape, objective, dropout, folder, ranks.device)
-            found.append(Contestant("published", objective, False, build, dropout))
+            steps.append(Implementation("published", objective, False, build, dropout))
     for compile in (False, True) if compiled else (False,):
-        build = cache(partial(ours, dropping, compile, ranks))  # one model for both objectives
-        found += [Contestant("ours", objective, compile, build, DROPOUT) for objective in MODELS]
-    return found
+        build = cache(partial(ours, shape_with_dropout, compile, ranks))  # one model for both objectives
+        steps += [Implementation("ours", objective, compile, build, DROPOUT) for objective in MODELS]
+    return steps
 
 
 def published(shape: Shape, objective: str, dropout: float, folder: str, device: torch.device) -> Step:
-    """Return the published step of an objective, from the weights that all start from."""
+    """Return the published step of an objective, with our initial weights."""
     clone = _load(folder, device)
-    with _own(folder), contextlib.redirect_stdout(io.StringIO()):
+    with _clone_modules(folder), contextlib.redirect_stdout(io.StringIO()):
         args = _arguments(clone, shape, dropout)
         clone.globals.set_args(args)
         model = clone.models[objective](clone.arguments.core_transformer_config_from_args(args), parallel_output=True)
         clone.utils.update_rotary_pos_emb(shape.seq_length)
-    square = shape.seq_length, shape.seq_length
-    hidden = torch.ones(square, dtype=torch.bool, device=device).triu(1)  # from which position, which
-    args.attn_mask = (hidden if objective == "ar" else torch.zeros_like(hidden))[None, None]
+    score_matrix = shape.seq_length, shape.seq_length
+    causal_mask = torch.ones(score_matrix, dtype=torch.bool, device=device).triu(1)  # [query, key], True: masked out
+    args.attn_mask = (causal_mask if objective == "ar" else torch.zeros_like(causal_mask))[None, None]
 
-    start, weights, masters = _weights(shape), [], []
-    for name, weight in model.named_parameters():
-        weights.append(weight)
-        masters.append(nn.Parameter(start.pop(name).to(device, copy=True)))
-    assert not start, f"the published model lacks {list(start)}"
-    rounded = [weight.data for weight in weights]
-    torch._foreach_copy_(rounded, [master.data for master in masters])
-    betas = (OPTIMIZER.adam_beta1, OPTIMIZER.adam_beta2)
-    options = {"betas": betas, "eps": OPTIMIZER.adam_eps, "weight_decay": OPTIMIZER.weight_decay}
-    optimizer = torch.optim.AdamW(masters, **options, fused=True)
+    initial_weights = _weights(shape)
+    parameters = []  # bf16
+    master_weights = []  # fp32
+    for name, parameter in model.named_parameters():
+        parameters.append(parameter)
+        master_weights.append(nn.Parameter(initial_weights.pop(name).to(device, copy=True)))
+    assert not initial_weights, f"the published model lacks {list(initial_weights)}"
+    model_weights = [parameter.data for parameter in parameters]
+    torch._foreach_copy_(model_weights, [master.data for master in master_weights])
+    optimizer = torch.optim.AdamW(
+        master_weights,
+        betas=(OPTIMIZER.adam_beta1, OPTIMIZER.adam_beta2),
+        eps=OPTIMIZER.adam_eps,
+        weight_decay=OPTIMIZER.weight_decay,
+        fused=True,
+    )
 
     def loss(batch: Batch) -> Tensor:
-        positions = torch.arange(shape.seq_length, device=device).expand_as(batch.tokens)
-        return model.loss_fn(model((batch.tokens, positions)), ANSWERS[objective](batch))
+        position_ids = torch.arange(shape.seq_length, device=device).expand_as(batch.tokens)  # [B, S]
+        return model.loss_fn(model((batch.tokens, position_ids)), LABELS[objective](batch))
 
-    def backward(share: Tensor) -> None:
-        share.backward()
-        for weight, master in zip(weights, masters, strict=True):
-            master.grad = weight.grad.float() if master.grad is None else master.grad.add_(weight.grad)
-            weight.grad = None
+    def backward(scaled_loss: Tensor) -> None:
+        scaled_loss.backward()
+        for parameter, master in zip(parameters, master_weights, strict=True):
+            master.grad = parameter.grad.float() if master.grad is None else master.grad.add_(parameter.grad)
+            parameter.grad = None
 
     def step(batches: list[Batch], learning_rate: float) -> tuple[Tensor, Tensor]:
-        clone.globals.set_args(args)  # functions of the model ask for them
-        mean = accumulate(batches, device, loss, backward)
-        norm = nn.utils.clip_grad_norm_(masters, OPTIMIZER.clip_grad)
+        clone.globals.set_args(args)  # the model reads its global args
+        mean_loss = accumulate(batches, device, loss, backward)
+        grad_norm = nn.utils.clip_grad_norm_(master_weights, OPTIMIZER.clip_grad)
         update(optimizer, learning_rate)
-        torch._foreach_copy_(rounded, [master.data for master in masters])
-        return mean, norm
+        torch._foreach_copy_(model_weights, [master.data for master in master_weights])
+        return mean_loss, grad_norm
 
     return step
 
 
-def _next_token(batch: Batch) -> tuple[Tensor, ...]:
+def _ar_labels(batch: Batch) -> tuple[Tensor, ...]:
+    """Return targets and loss mask."""
     return batch.targets, batch.weights
 
 
-def _hidden_tokens(batch: Batch) -> tuple[Tensor, ...]:
-    """Return targets, weights of documents, what was hidden and with which probability.
+def _mdm_labels(batch: Batch) -> tuple[Tensor, ...]:
+    """Return targets, loss mask, masked positions and mask probabilities.
 
-    The published loss divides by all positions; the probabilities take that back where a batch counts fewer.
+    The published loss divides by the number of all positions. The mask probabilities are scaled to undo that if the
+    batch divides by fewer.
     """
-    share = batch.count / batch.weights.numel()
-    return batch.targets, torch.ones_like(batch.weights), batch.weights > 0, share / batch.weights
+    counted_share = batch.count / batch.weights.numel()
+    return batch.targets, torch.ones_like(batch.weights), batch.weights > 0, counted_share / batch.weights
 
 
-ANSWERS: dict[str, Callable[[Batch], tuple[Tensor, ...]]] = {"ar": _next_token, "mdm": _hidden_tokens}
+LABELS: dict[str, Callable[[Batch], tuple[Tensor, ...]]] = {"ar": _ar_labels, "mdm": _mdm_labels}
 
 
 def _weights(shape: Shape) -> dict[str, Tensor]:
-    """Return our weights by the names of the pipe."""
-    weights, layers = shape.ours().state_dict(), shape.model.num_layers
-    found = {f"{layer + FIRST}.{name}.weight": [f"layers.{layer}.{part}.weight" for part in parts]
-             for layer in range(layers) for name, parts in BLOCK.items()}  # fmt: skip
-    found |= {"tied_modules.embed.word_embeddings.weight": ["embed_tokens.weight"]}
-    found |= {f"{layers + FIRST}.weight": ["norm.weight"]}
-    return {name: torch.cat([weights[part] for part in parts]) for name, parts in found.items()}
+    """Return our weights as a state dict of the pipe."""
+    weights = shape.ours().state_dict()
+    num_layers = shape.model.num_layers
+    our_names = {
+        f"{layer + FIRST_BLOCK}.{their_name}.weight": [f"layers.{layer}.{name}.weight" for name in names]
+        for layer in range(num_layers)
+        for their_name, names in BLOCK.items()
+    }
+    our_names["tied_modules.embed.word_embeddings.weight"] = ["embed_tokens.weight"]
+    our_names[f"{num_layers + FIRST_BLOCK}.weight"] = ["norm.weight"]
+    return {their_name: torch.cat([weights[name] for name in names]) for their_name, names in our_names.items()}
 
 
 def _arguments(clone: SimpleNamespace, shape: Shape, dropout: float):
-    """Return what its parser makes of the flags of its training scripts."""
+    """Return the arguments that its parser derives from the flags of its training scripts."""
     model, length = shape.model, shape.seq_length
     flags = {
         "num-layers": model.num_layers,
@@ -178,24 +190,24 @@ def _arguments(clone: SimpleNamespace, shape: Shape, dropout: float):
     }
     switches = "use-rotary-position-embeddings disable-bias-linear swiglu bf16 deepspeed".split()
     switches += ["no-masked-softmax-fusion", "no-gradient-accumulation-fusion"]
-    given = sys.argv
-    sys.argv = ["", *(str(part) for name, value in flags.items() for part in (f"--{name}", value))]
+    our_argv = sys.argv
+    sys.argv = ["", *(str(word) for name, value in flags.items() for word in (f"--{name}", value))]
     sys.argv += [f"--{name}" for name in switches]
     try:
         args = clone.arguments.validate_args(clone.arguments.parse_args())
     finally:
-        sys.argv = given
+        sys.argv = our_argv
     args.padded_vocab_size = shape.vocabulary.padded_size
     return args
 
 
 @cache
 def _load(folder: str, device: torch.device) -> SimpleNamespace:
-    """Import the clone's modules, and have it take over the group of this process."""
+    """Import the modules of the clone and initialise its parallel state on the process group of this process."""
     deepspeed = import_deepspeed(device)
     deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", verbose=False)
-    with _own(folder), contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # its names of what torch calls otherwise by now
+    with _clone_modules(folder), contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # it uses deprecated names of torch
         clone = SimpleNamespace(
             arguments=import_module("megatron.arguments"),
             globals=import_module("megatron.global_vars"),
@@ -213,24 +225,25 @@ def _load(folder: str, device: torch.device) -> SimpleNamespace:
 
 
 @contextlib.contextmanager
-def _own(folder: str) -> Iterator[None]:
-    """Let the names that packages here and there share mean those of the clone meanwhile."""
-    ours = _take_modules()
-    sys.modules.update(_imported(folder))
+def _clone_modules(folder: str) -> Iterator[None]:
+    """Within this context the shared package names refer to the clone."""
+    our_modules = _pop_shared_modules()
+    sys.modules.update(_imported_modules(folder))
     sys.path.insert(0, folder)
     try:
         yield
     finally:
         sys.path.remove(folder)
-        _imported(folder).update(_take_modules())
-        sys.modules.update(ours)
+        _imported_modules(folder).update(_pop_shared_modules())
+        sys.modules.update(our_modules)
 
 
 @cache
-def _imported(folder: str) -> dict:
-    """Return the modules of the clone that are imported so far, by name."""
+def _imported_modules(folder: str) -> dict:
+    """Return the modules of the clone imported so far, by name; `_clone_modules` fills it."""
     return {}
 
 
-def _take_modules() -> dict:
-    return {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] in SHARED}
+def _pop_shared_modules() -> dict:
+    """Remove the modules of the shared packages from `sys.modules` and return them by name."""
+    return {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] in SHARED_PACKAGES}

@@ -1,4 +1,4 @@
-"""What the benchmark of steps says: figures of each contestant, ceilings, and gates; as numbers and as tables.
+"""The report of the step benchmark: figures of each implementation, ceilings and gates, as JSON and as tables.
 
 A gate compares the median over rounds with a bound. It is reported, not enforced.
 """
@@ -12,15 +12,15 @@ from typing import NamedTuple
 import torch
 
 from benchmarks.ceilings import Ceilings
-from benchmarks.contestants import PEERS, Contestant, Shape, version
-from benchmarks.work import asked_flops, palm_flops
+from benchmarks.contestants import PEERS, Implementation, Shape, version
+from benchmarks.work import palm_flops, required_flops
 from megatron.training.device_info import peak_flops
 from megatron.training.environment import device_name
 
 PACKAGES = ("torch", "transformers", "litgpt", "lightning", "deepspeed")
 BEST_PEER = "best compiled AR peer"
 
-# on a CPU: (contestant, at least so many times as fast, as which other); None is reported only
+# on a CPU: (implementation, lower bound of its speedup, over which other); None: reported only
 CPU = (
     ("ours AR eager", 1.15, "litgpt AR eager"),
     ("ours AR eager", 1.30, "transformers AR eager"),
@@ -34,8 +34,7 @@ CPU = (
     ("ours MDM compiled", 1.00, "ours MDM full head compiled"),
     ("ours MDM compiled", 2.00, "dllm MDM eager"),
 )
-# as their users run them: a run of ours has no dropout unless it is asked for, the published scripts have it; then
-# equal dropout
+# each with its defaults: no dropout in ours, dropout in the published scripts; the pairs below have equal dropout
 PUBLISHED_GATED = ("ours MDM compiled", "published MDM dropout eager")
 PUBLISHED_SHORT, PUBLISHED_LONG = 1.5, 2.5  # below and from 2048 tokens a sample
 PUBLISHED_REPORTED = (
@@ -48,58 +47,64 @@ PUBLISHED_REPORTED = (
 )
 
 
-class Aims(NamedTuple):
-    """What a GPU is held to at one size, with samples of 2048 tokens; None is reported only."""
+class Bounds(NamedTuple):
+    """Bounds of the gates on a GPU at one size, for samples of 2048 tokens; None: reported only."""
 
-    utilisation: float | None = None  # of our AR step: util_ceiling at least
-    scored: float | None = None  # MDM with the head at scored positions : at all, at least
-    peer: float | None = None  # AR : the fastest compiled peer, at least
-    published: float | None = None  # MDM : published at equal dropout, at least
-    floor: float | None = None  # step / component floor at most
+    utilisation: float | None = None  # lower bound of util_ceiling, our AR step
+    scored: float | None = None  # lower bound of the speedup of MDM with the head at scored positions only
+    peer: float | None = None  # lower bound of the speedup of AR over the fastest compiled peer
+    published: float | None = None  # lower bound of the speedup of MDM over published at equal dropout
+    floor: float | None = None  # upper bound of step / component floor
 
 
 GPU = {
-    "140M": Aims(0.52, 1.07, 1.08, 2.5, 1.12),
-    "425M": Aims(0.60, 1.04, 1.06, 1.8, 1.10),
-    "1018M": Aims(0.64, 1.025, 1.04, 1.6, 1.08),
-    "2283M": Aims(0.66, 1.01, 1.03, 1.4, 1.08),
+    "140M": Bounds(0.52, 1.07, 1.08, 2.5, 1.12),
+    "425M": Bounds(0.60, 1.04, 1.06, 1.8, 1.10),
+    "1018M": Bounds(0.64, 1.025, 1.04, 1.6, 1.08),
+    "2283M": Bounds(0.66, 1.01, 1.03, 1.4, 1.08),
 }
 MDM_TO_AR = 0.93  # at every size
 
 
 @dataclass(frozen=True)
-class Found:
-    """What a run measured; by the names of contestants, but for `rows`."""
+class Measurements:
+    """Everything that a run measured, by name of the implementation unless noted."""
 
     ceilings: Ceilings
-    exactness: dict[str, float]  # scored positions only and all, in fp32: relative loss, gradient cosine
+    exactness: dict[str, float]  # scored positions only against all, fp32: relative loss difference, gradient cosine
     parity: dict[str, dict[str, float]]  # largest relative differences of loss and gradient norm
-    rows: dict[str, float]  # scored positions of a mean micro-batch, by kind of batches
-    times: dict[str, list[float]]  # seconds of a step, one a round
+    num_scored: dict[str, float]  # mean scored positions of a micro-batch, by `Implementation.batches`
+    times: dict[str, list[float]]  # seconds per step, one value per round
     memory: dict[str, dict[str, int]]  # bytes; empty on a CPU
 
 
-def describe(options, shape: Shape, device: torch.device, contestants: list[Contestant], found: Found) -> dict:
-    """Return everything that the tables and the JSON say."""
-    ceilings, times = found.ceilings, found.times
-    positions, each = options.micro_batch_size * options.seq_length, options.micro_batches
+def describe(
+    options, shape: Shape, device: torch.device, implementations: list[Implementation], measurements: Measurements
+) -> dict:
+    """Return the report that is written as JSON and printed as tables."""
+    ceilings = measurements.ceilings
+    times = measurements.times
+    positions = options.micro_batch_size * options.seq_length
+    micro_batches = options.micro_batches
+    peak = peak_flops(device)
     figures = {}
-    for contestant in contestants:
-        step, causal = median(times[contestant.name]), contestant.objective == "ar"
-        work = positions, found.rows[contestant.batches], causal
-        speed, peak = positions * each / step, peak_flops(device)
+    for implementation in implementations:
+        name = implementation.name
+        step_seconds = median(times[name])
+        tokens_per_second = positions * micro_batches / step_seconds
+        work = positions, measurements.num_scored[implementation.batches], implementation.objective == "ar"
         floor = None
-        if contestant.system == "ours" and not contestant.dropout:
-            floor = ceilings.floor(shape, *work, micro_batches=each)
-        figures[contestant.name] = {
-            "tokens_per_second": speed,
-            "mfu_palm": palm_flops(shape) * speed / peak if peak else None,
-            "util_ceiling": palm_flops(shape) * speed / ceilings.matmul,
-            "util_exec": each * asked_flops(shape, *work) / step / ceilings.matmul,
+        if implementation.system == "ours" and not implementation.dropout:
+            floor = ceilings.floor(shape, *work, micro_batches=micro_batches)
+        figures[name] = {
+            "tokens_per_second": tokens_per_second,
+            "mfu_palm": palm_flops(shape) * tokens_per_second / peak if peak else None,
+            "util_ceiling": palm_flops(shape) * tokens_per_second / ceilings.matmul,
+            "util_exec": micro_batches * required_flops(shape, *work) / step_seconds / ceilings.matmul,
             "floor_seconds": floor,
-            "step_over_floor": floor and step / floor,
-            "memory_bytes": found.memory.get(contestant.name),
-            "parity": found.parity.get(contestant.name),
+            "step_over_floor": floor and step_seconds / floor,
+            "memory_bytes": measurements.memory.get(name),
+            "parity": measurements.parity.get(name),
         }
     return {
         "settings": asdict(options),
@@ -109,7 +114,7 @@ def describe(options, shape: Shape, device: torch.device, contestants: list[Cont
         "device": device.type,
         "date": date.today().isoformat(),
         "ceilings": asdict(ceilings),
-        "exactness": found.exactness,
+        "exactness": measurements.exactness,
         "seconds_per_step": times,
         "figures": figures,
         "gates": list(gates(options, device, times, figures)),
@@ -117,43 +122,45 @@ def describe(options, shape: Shape, device: torch.device, contestants: list[Cont
 
 
 def gates(options, device: torch.device, times: dict[str, list[float]], figures: dict):
-    """Yield the comparisons that can be made."""
-    aims = GPU.get(options.model_size, Aims()) if options.seq_length == 2048 else Aims()
-    pairs = CPU + cpu_published(options.seq_length) if device.type == "cpu" else gpu(aims)
-    rivals = [f"{peer} AR compiled" for peer, (objective, _) in PEERS.items() if objective == "ar"]
-    rivals = sorted((name for name in rivals if name in times), key=lambda name: median(times[name]))
+    """Yield the gates of all pairs that were timed."""
+    bounds = GPU.get(options.model_size, Bounds()) if options.seq_length == 2048 else Bounds()
+    pairs = CPU + cpu_published(options.seq_length) if device.type == "cpu" else gpu(bounds)
+    peers = [f"{peer} AR compiled" for peer, (objective, _) in PEERS.items() if objective == "ar"]
+    peers = sorted((name for name in peers if name in times), key=lambda name: median(times[name]))
     for name, bound, other in pairs:
-        other = rivals[0] if other == BEST_PEER and rivals else other
+        other = peers[0] if other == BEST_PEER and peers else other
         if name in times and other in times:
-            ratios = [theirs / own for own, theirs in zip(times[name], times[other], strict=True)]
-            yield gate(f"{name} : {other}", ratios, at_least=bound)
+            speedups = [
+                other_seconds / seconds for seconds, other_seconds in zip(times[name], times[other], strict=True)
+            ]
+            yield gate(f"{name} : {other}", speedups, at_least=bound)
     if device.type == "cpu":
         return
     for name in ("ours AR compiled", "ours MDM compiled"):
         if name in times:
-            step, found = median(times[name]), figures[name]
             if name == "ours AR compiled":
-                shares = [found["util_ceiling"] * step / seconds for seconds in times[name]]
-                yield gate(f"{name}, util_ceiling", shares, at_least=aims.utilisation)
-            floors = [seconds / found["floor_seconds"] for seconds in times[name]]
-            yield gate(f"{name}, step / floor", floors, at_most=aims.floor)
+                median_seconds = median(times[name])
+                utilisations = [figures[name]["util_ceiling"] * median_seconds / seconds for seconds in times[name]]
+                yield gate(f"{name}, util_ceiling", utilisations, at_least=bounds.utilisation)
+            floor_ratios = [seconds / figures[name]["floor_seconds"] for seconds in times[name]]
+            yield gate(f"{name}, step / floor", floor_ratios, at_most=bounds.floor)
 
 
 def cpu_published(seq_length: int) -> tuple[tuple[str, float | None, str], ...]:
-    """Return what is compared with the published system; the longer samples are, the more its squares cost."""
+    """Return the pairs with the published system; its score matrices make it slower the longer the samples are."""
     bound = PUBLISHED_LONG if seq_length >= 2048 else PUBLISHED_SHORT
     name, other = PUBLISHED_GATED
     return (name, bound, other), *((name, None, other) for name, other in PUBLISHED_REPORTED)
 
 
-def gpu(aims: Aims) -> tuple[tuple[str, float | None, str], ...]:
-    """Return (contestant, at least so many times as fast, as which other) on CUDA."""
+def gpu(bounds: Bounds) -> tuple[tuple[str, float | None, str], ...]:
+    """Return the pairs on CUDA: (implementation, lower bound of its speedup, over which other)."""
     return (
         ("ours MDM compiled", MDM_TO_AR, "ours AR compiled"),
-        ("ours MDM compiled", aims.scored, "ours MDM full head compiled"),
-        ("ours AR compiled", aims.peer, BEST_PEER),
-        ("ours MDM compiled", aims.published, "published MDM eager"),
-        ("ours MDM dropout compiled", aims.published, "published MDM dropout eager"),
+        ("ours MDM compiled", bounds.scored, "ours MDM full head compiled"),
+        ("ours AR compiled", bounds.peer, BEST_PEER),
+        ("ours MDM compiled", bounds.published, "published MDM eager"),
+        ("ours MDM dropout compiled", bounds.published, "published MDM dropout eager"),
         ("ours MDM compiled", None, "dllm MDM compiled"),
         ("ours AR compiled", None, "published AR eager"),
         ("ours AR dropout compiled", None, "published AR dropout eager"),
@@ -161,48 +168,59 @@ def gpu(aims: Aims) -> tuple[tuple[str, float | None, str], ...]:
 
 
 def gate(what: str, values: list[float], at_least: float | None = None, at_most: float | None = None) -> dict:
-    """Return one line of the table of gates; without a bound it passes and fails nothing."""
-    middle, passed = median(values), None
+    """Return one row of the table of gates; `passed` is None without a bound."""
+    median_value = median(values)
+    passed = None
     if at_least is not None:
-        passed = middle >= at_least
+        passed = median_value >= at_least
     if at_most is not None:
-        passed = middle <= at_most
+        passed = median_value <= at_most
     return {
-        "what": what, "values": values, "median": middle, "at_least": at_least, "at_most": at_most, "passed": passed
-    }  # fmt: skip
+        "what": what,
+        "values": values,
+        "median": median_value,
+        "at_least": at_least,
+        "at_most": at_most,
+        "passed": passed,
+    }
 
 
 def show(report: dict) -> None:
-    settings, ceilings, exact = report["settings"], report["ceilings"], report["exactness"]
+    """Print the report as Markdown tables."""
+    settings = report["settings"]
+    ceilings = report["ceilings"]
+    exactness = report["exactness"]
     versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items() if number)
     thread = ", one thread" if report["device"] == "cpu" else ""
     print(f"{report['date']}, {report['machine']}{thread}, bf16; {versions}")
     print(
         f"{settings['micro_batches']} x {settings['micro_batch_size']} x {settings['seq_length']} tokens a step; "
-        f"scored positions only and all, in fp32: loss off by {exact['loss']:.1e}, "
-        f"gradient cosine {exact['cosine']:.8f}\n"
+        f"scored positions only against all, in fp32: relative loss difference {exactness['loss']:.1e}, "
+        f"gradient cosine {exactness['cosine']:.8f}\n"
     )
-    print(f"ceilings: product {_tera(ceilings['matmul'])} TFLOP/s, copy {ceilings['copy'] / 1e9:.1f} GB/s\n")
-    passes = ("forward", "input gradient", "weight gradient")
-    table("linear layer, TFLOP/s", passes, {
-        name: [_tera(rates[each]) for each in passes] for name, rates in ceilings["layers"].items()
+    print(f"ceilings: matmul {_tera(ceilings['matmul'])} TFLOP/s, copy {ceilings['copy'] / 1e9:.1f} GB/s\n")
+    products = ("forward", "input gradient", "weight gradient")
+    table("linear layer, TFLOP/s", products, {
+        name: [_tera(rates[product]) for product in products] for name, rates in ceilings["layers"].items()
     })  # fmt: skip
-    table("attention, forward and backward, TFLOP/s", ("causal", "full"), {
-        name: [_tera(rates.get(each)) for each in ("causal", "full")] for name, rates in ceilings["attention"].items()
+    kinds = ("causal", "full")
+    table("attention, forward and backward, TFLOP/s", kinds, {
+        name: [_tera(rates.get(kind)) for kind in kinds] for name, rates in ceilings["attention"].items()
     })  # fmt: skip
-    columns = ("ms a step", "min - max", "tokens/s", "mfu_palm", "util_ceiling", "util_exec", "step / floor")
-    columns += ("peak GB", "step GB", "loss off", "norm off")
-    table("contestant", columns, {
+    columns = ("ms/step", "min - max", "tokens/s", "mfu_palm", "util_ceiling", "util_exec", "step / floor")
+    columns += ("peak GB", "step GB", "loss diff", "norm diff")
+    table("implementation", columns, {
         name: _row(seconds, report["figures"][name]) for name, seconds in report["seconds_per_step"].items()
     })  # fmt: skip
     table("gate", ("median", "min - max", "bound", ""), {
-        each["what"]: [
-            f"{each['median']:.2f}", f"{min(each['values']):.2f} - {max(each['values']):.2f}", *_verdict(each)
-        ] for each in report["gates"]
+        gate["what"]: [
+            f"{gate['median']:.2f}", f"{min(gate['values']):.2f} - {max(gate['values']):.2f}", *_verdict(gate)
+        ] for gate in report["gates"]
     })  # fmt: skip
 
 
 def table(title: str, columns: tuple[str, ...], lines: dict[str, list[str]]) -> None:
+    """Print a Markdown table; `lines` maps the first cell of a row to the others."""
     print(f"| {' | '.join((title, *columns))} |\n|{'---|' * (1 + len(columns))}")
     for name, cells in lines.items():
         print(f"| {' | '.join((name, *cells))} |")
@@ -210,11 +228,11 @@ def table(title: str, columns: tuple[str, ...], lines: dict[str, list[str]]) -> 
 
 
 def _row(seconds: list[float], figures: dict) -> list[str]:
-    low, middle, high = (1000 * value for value in (min(seconds), median(seconds), max(seconds)))
-    memory, parity = figures["memory_bytes"] or {}, figures["parity"] or {}
+    memory = figures["memory_bytes"] or {}
+    parity = figures["parity"] or {}
     return [
-        f"{middle:.1f}",
-        f"{low:.1f} - {high:.1f}",
+        f"{1000 * median(seconds):.1f}",
+        f"{1000 * min(seconds):.1f} - {1000 * max(seconds):.1f}",
         f"{figures['tokens_per_second']:.0f}",
         *(_cell(figures[name], ".3f") for name in ("mfu_palm", "util_ceiling", "util_exec")),
         _cell(figures["step_over_floor"], ".2f"),
@@ -223,8 +241,8 @@ def _row(seconds: list[float], figures: dict) -> list[str]:
     ]
 
 
-def _cell(value: float | None, form: str, unit: float = 1.0) -> str:
-    return "-" if value is None else format(value / unit, form)
+def _cell(value: float | None, format_spec: str, unit: float = 1.0) -> str:
+    return "-" if value is None else format(value / unit, format_spec)
 
 
 def _tera(rate: float | None) -> str:

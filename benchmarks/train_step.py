@@ -1,16 +1,19 @@
 #!/usr/bin/env python3
-"""Time our training step beside those of other systems, and say what share of the device it uses: one device, bf16.
+"""Time our training step against those of other systems, and report the utilisation of the device: one device, bf16.
 
-    python benchmarks/train_step.py                                    # the GPU, or one thread of the CPU
+    python benchmarks/train_step.py                                    # on the GPU, or one CPU thread
     python benchmarks/train_step.py --model-size 140M --seq-length 2048 --micro-batch-size 16 --micro-batches 4
     python benchmarks/train_step.py --only "ours *" "litgpt AR compiled" --rounds 15 --output step.json
 
-First the device's ceilings are measured (ceilings.py). All contestants have one network and the same weights, batches
-and optimizer. Each takes steps of learning rate 0 that score a few positions only, and loss and gradient norm must be
-those of the first contestant with its objective, our eager step unless --only leaves it out: this also warms up and
-compiles. Then every round times each of them, in an order that rotates, and each ratio is taken within a round.
-A step is forward, backward, accumulation, clipping, optimizer and zeroing the gradients, and moves batches that were
-prepared before. Time is wall time between synchronisations on CUDA, and CPU time of the process on a CPU.
+1. The ceilings of the device are measured (ceilings.py).
+2. All implementations have the same model, weights, batches and optimizer. Each takes steps with learning rate 0 that
+   score a few positions only. Loss and gradient norm must match those of the first implementation with the same
+   objective, which is our eager step unless --only excludes it. This also warms up and compiles.
+3. Every round times each implementation, in a rotating order. Ratios are taken within a round.
+
+A step is forward, backward, gradient accumulation, clipping, optimizer and zeroing the gradients. It moves batches to
+the device that were prepared in advance. Time is wall-clock time between synchronisations on CUDA, and CPU time of the
+process on a CPU.
 """
 
 import os
@@ -20,6 +23,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
 import gc
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from math import sqrt
@@ -29,10 +33,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks import ceilings, published, report
-from benchmarks.contestants import PEERS, Contestant, Shape, contestants, missing
+from benchmarks.contestants import PEERS, Implementation, Shape, implementations, missing
 from benchmarks.meter import clock, peak_memory, start_memory
 from benchmarks.options import read_options, refuse
 from megatron.batch import Batch
@@ -45,40 +50,43 @@ from megatron.parallel.mesh import ParallelContext, destroy_parallel, initialize
 from megatron.randomness import stream
 
 LEARNING_RATE = 1e-4
-NETWORK = {"num_layers": 6, "hidden_size": 256, "num_attention_heads": 4}  # where none is given
-# / sqrt(width): attention and MLP, not the embedding alone, decide the loss of a few positions; with twice as much,
-# rounding to bf16 does too where there are 32 blocks
+DEFAULT_MODEL = {"num_layers": 6, "hidden_size": 256, "num_attention_heads": 4}
+# divided by sqrt(hidden size): large enough that attention and MLP affect the loss of a few positions, not the
+# embedding alone; with twice as much, bf16 rounding affects it too in models of 32 blocks
 INIT_STD = 0.8
-PROBES, PROBED = 3, 8  # steps of the check, and positions that each of their micro-batches scores
+CHECK_STEPS = 3
+CHECK_POSITIONS = 8  # scored per micro-batch of the check
 TOLERANCE = {"loss": 1e-2, "gradient norm": 5e-2}  # relative, for bf16
-EXACT = {"loss": 1e-5, "cosine": 0.9999}  # in fp32, of asking for scored positions only and for all
+EXACTNESS = {"loss": 1e-5, "cosine": 0.9999}  # in fp32, the head at scored positions only against all positions
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What is timed."""
+    """Flags of this benchmark."""
 
     model_size: str | None = flag(None, "a size of the ladder, instead of the three flags below", metavar="NAME")
-    num_layers: int | None = flag(None, f"number of transformer blocks; default {NETWORK['num_layers']}")
+    num_layers: int | None = flag(None, f"number of transformer blocks; default {DEFAULT_MODEL['num_layers']}")
     hidden_size: int | None = flag(
         None,
-        f"width of the residual stream, default {NETWORK['hidden_size']}; the SwiGLU MLP has floor(8h/3/64)*64",
+        f"width of the residual stream, default {DEFAULT_MODEL['hidden_size']}; the SwiGLU MLP has floor(8h/3/64)*64",
     )
-    num_attention_heads: int | None = flag(None, f"number of heads; default {NETWORK['num_attention_heads']}")
-    vocab_size: int = flag(GPT2_VOCABULARY, "ids of the tokenizer; [MASK] is added, then rows up to a multiple of 128")
-    seq_length: int = flag(512, "tokens of one sample")
-    micro_batch_size: int = flag(2, "samples of one micro-batch")
-    micro_batches: int = flag(1, "micro-batches of one step")
-    rounds: int = flag(9, "rounds; one round times every contestant once")
-    steps: int = flag(2, "steps of one contestant in a round")
-    device: str | None = flag(None, "where to run; default a GPU where there is one", choices=("cuda", "cpu"))
+    num_attention_heads: int | None = flag(None, f"number of heads; default {DEFAULT_MODEL['num_attention_heads']}")
+    vocab_size: int = flag(
+        GPT2_VOCABULARY, "vocabulary size of the tokenizer; [MASK] is added, then padded to a multiple of 128"
+    )
+    seq_length: int = flag(512, "tokens per sample")
+    micro_batch_size: int = flag(2, "samples per micro-batch")
+    micro_batches: int = flag(1, "micro-batches per step")
+    rounds: int = flag(9, "rounds; a round times every implementation once")
+    steps: int = flag(2, "steps of an implementation per round")
+    device: str | None = flag(None, "where to run; default a GPU if there is one", choices=("cuda", "cpu"))
     only: tuple[str, ...] = flag(
-        (), 'contestants to run, by names with wildcards, as in --only "ours *" "* AR compiled"', metavar="PATTERN"
+        (), 'implementations to run, names with wildcards, as in --only "ours *" "* AR compiled"', metavar="PATTERN"
     )
-    compile: bool = flag(True, "time the compiled contestants too")
-    require_peers: bool = flag(False, "fail where a peer is not installed, instead of leaving it out")
+    compile: bool = flag(True, "also time the compiled implementations")
+    require_peers: bool = flag(False, "fail if a peer is not installed, instead of skipping it")
     published: str | None = flag(
-        None, f"folder of a clone of {published.REPOSITORY}; its model is timed beside ours", metavar="DIR"
+        None, f"folder of a clone of {published.REPOSITORY}; also time its model", metavar="DIR"
     )
     output: str | None = flag(None, "write settings, versions, all times, figures and gates as JSON", metavar="FILE")
 
@@ -88,198 +96,225 @@ class Options:
             require(value >= 1, name, value, "must be at least 1")
         tokens = self.micro_batch_size * self.seq_length
         require(
-            tokens >= PROBED, "seq_length", self.seq_length, f"gives less than {PROBED} tokens a micro-batch; give more"
+            tokens >= CHECK_POSITIONS,
+            "seq_length",
+            self.seq_length,
+            f"gives fewer than {CHECK_POSITIONS} tokens per micro-batch; give more",
         )
-        given = [typed(name, getattr(self, name)) for name in NETWORK if getattr(self, name) is not None]
-        rule = f"says layers, width and heads itself; leave out {' and '.join(given)}"
-        require(self.model_size is None or not given, "model_size", self.model_size, rule)
+        model_flags = [typed(name, getattr(self, name)) for name in DEFAULT_MODEL if getattr(self, name) is not None]
+        conflict = f"sets layers, width and heads; leave out {' and '.join(model_flags)}"
+        require(self.model_size is None or not model_flags, "model_size", self.model_size, conflict)
         folder = Path(self.output or ".").parent
-        require(folder.is_dir(), "output", self.output, f"{folder} is no folder; make it first")
+        require(folder.is_dir(), "output", self.output, f"{folder} is not a folder; create it first")
 
 
 def main() -> None:
+    """Run the benchmark from the command line."""
     options = read_options(Options, __doc__)
     if options.device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # CUDA reads it when it is first asked for a device
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # takes effect because CUDA is not initialised yet
     torch.set_num_threads(1)
     try:
-        rule = "there is no GPU that PyTorch can use; leave the flag out to run on the CPU"
-        require(options.device != "cuda" or torch.cuda.is_available(), "device", options.device, rule)
+        no_gpu = "there is no GPU that PyTorch can use; leave the flag out to run on the CPU"
+        require(options.device != "cuda" or torch.cuda.is_available(), "device", options.device, no_gpu)
         shape = shape_of(options)
         ranks = initialize_parallel()
-        found = measure(options, shape, enter(options, shape, ranks), ranks.device)
+        result = measure(options, shape, select(options, shape, ranks), ranks.device)
     except ConfigurationError as error:
         refuse(error)
     except torch.OutOfMemoryError as error:
-        remedy = "give fewer contestants with --only, or a smaller --micro-batch-size with more --micro-batches"
+        remedy = "give fewer implementations with --only, or a smaller --micro-batch-size with more --micro-batches"
         sys.exit(f"error: {str(error).splitlines()[0].rstrip('.')}; {remedy}")
     finally:
         destroy_parallel()
-    report.show(found)
+    report.show(result)
     if options.output:
-        Path(options.output).write_text(json.dumps(found, indent=1) + "\n")
+        Path(options.output).write_text(json.dumps(result, indent=1) + "\n")
 
 
 def shape_of(options: Options) -> Shape:
+    """Return the model and sequence length that the flags describe."""
     if options.model_size is not None:
-        network = ladder_settings(options.model_size)
+        settings = ladder_settings(options.model_size)
     else:
-        given = {name: getattr(options, name) for name in NETWORK}
-        network = NETWORK | {name: value for name, value in given.items() if value is not None}
-    model = ModelConfig(**network, init_method_std=INIT_STD / sqrt(max(1, network["hidden_size"])))
+        flags = {name: getattr(options, name) for name in DEFAULT_MODEL}
+        settings = DEFAULT_MODEL | {name: value for name, value in flags.items() if value is not None}
+    model = ModelConfig(**settings, init_method_std=INIT_STD / sqrt(max(1, settings["hidden_size"])))
     return Shape(model, Vocabulary(options.vocab_size), options.seq_length)
 
 
-def enter(options: Options, shape: Shape, ranks: ParallelContext) -> list[Contestant]:
-    """Return the contestants that are asked for and can run, with a line for each peer that cannot."""
-    found = contestants(shape, False, ranks)
-    found += contestants(shape, True, ranks) if options.compile else []
+def select(options: Options, shape: Shape, ranks: ParallelContext) -> list[Implementation]:
+    """Return the implementations that the flags select and that can run; print a line for each peer that cannot."""
+    available = implementations(shape, False, ranks)
+    if options.compile:
+        available += implementations(shape, True, ranks)
     if options.published is not None:
-        obstacle = published.missing(options.published, ranks.device)
-        require(obstacle is None, "published", options.published, obstacle)
-        found += published.contestants(shape, options.published, options.compile, ranks)
+        problem = published.missing(options.published, ranks.device)
+        require(problem is None, "published", options.published, problem)
+        available += published.implementations(shape, options.published, options.compile, ranks)
     for pattern in options.only:
-        rule = f"names no contestant; there are {', '.join(contestant.name for contestant in found)}"
-        require(any(fnmatchcase(each.name, pattern) for each in found), "only", pattern, rule)
-    if options.only:
-        found = [each for each in found if any(fnmatchcase(each.name, pattern) for pattern in options.only)]
-    asked = {contestant.system for contestant in found}
-    obstacles = {peer: missing(peer) for peer in PEERS if peer in asked}
-    absent = {peer: obstacle for peer, obstacle in obstacles.items() if obstacle}
-    for peer, obstacle in absent.items():
+        no_match = f"matches no implementation; choose from {', '.join(choice.name for choice in available)}"
+        require(any(fnmatchcase(choice.name, pattern) for choice in available), "only", pattern, no_match)
+    selected = [
+        choice
+        for choice in available
+        if not options.only or any(fnmatchcase(choice.name, pattern) for pattern in options.only)
+    ]
+    systems = {choice.system for choice in selected}
+    problems = {peer: problem for peer in PEERS if peer in systems and (problem := missing(peer))}
+    for peer, problem in problems.items():
         if options.require_peers:
-            raise ConfigurationError(f"--require-peers: {peer} cannot run, {obstacle}; see benchmarks/README.md")
-        print(f"{peer}: skipped, {obstacle}")
-    return [contestant for contestant in found if contestant.system not in absent]
+            raise ConfigurationError(f"--require-peers: {peer} cannot run, {problem}; see benchmarks/README.md")
+        print(f"{peer}: skipped, {problem}")
+    return [choice for choice in selected if choice.system not in problems]
 
 
-def measure(options: Options, shape: Shape, contestants: list[Contestant], device: torch.device) -> dict:
-    """Return everything that the tables and the JSON say."""
-    exact = exactness(options, shape, device)
-    measured = ceilings.measure(shape, options.micro_batch_size, device)
-    parity = check(contestants, probes(options, shape))
-    made = batches(options, shape, options.rounds * options.steps)
-    rows = {
-        name: float(np.mean([len(batch.scored_positions) for step in made[name] for batch in step])) for name in made
+def measure(options: Options, shape: Shape, implementations: list[Implementation], device: torch.device) -> dict:
+    """Return the report of a run: all measurements, figures and gates."""
+    exactness = check_exactness(options, shape, device)
+    measured_ceilings = ceilings.measure(shape, options.micro_batch_size, device)
+    parity = check(implementations, check_batches(options, shape))
+    batches_by_kind = batches(options, shape, options.rounds * options.steps)
+    num_scored = {
+        kind: float(np.mean([len(batch.scored_positions) for step in steps for batch in step]))
+        for kind, steps in batches_by_kind.items()
     }
-    times, memory = compete(contestants, made, options, device)
-    found = report.Found(measured, exact, parity, rows, times, memory)
-    return report.describe(options, shape, device, contestants, found)
+    times, memory = compete(implementations, batches_by_kind, options, device)
+    measurements = report.Measurements(measured_ceilings, exactness, parity, num_scored, times, memory)
+    return report.describe(options, shape, device, implementations, measurements)
 
 
 def batches(options: Options, shape: Shape, steps: int, seed: int = 1) -> dict[str, list[list[Batch]]]:
-    """Return the micro-batches of `steps` steps for every kind of contestant, made of the same random text."""
-    size, each = options.micro_batch_size, options.micro_batches
-    made = {}
+    """Return the micro-batches of `steps` steps by `Implementation.batches`, all made of the same random text."""
+    size = options.micro_batch_size
+    num_micro_batches = options.micro_batches
+    num_samples = steps * num_micro_batches * size
+    by_kind = {}
     for name in ("ar", "mdm"):
-        objective = build_objective(ObjectiveConfig(objective=name), shape.vocabulary, time_block=steps * each * size)
-        found = []
-        for first in range(0, steps * each * size, size):
-            text = stream(seed, "benchmark text", first)
-            ids = text.integers(0, shape.vocabulary.size, (size, shape.seq_length + 1))
-            found.append(objective.prepare(ids, range(first, first + size), seed))
-        made[name] = [found[start : start + each] for start in range(0, len(found), each)]
-    made["mdm full head"] = [[whole(batch) for batch in step] for step in made["mdm"]]
+        objective = build_objective(ObjectiveConfig(objective=name), shape.vocabulary, time_block=num_samples)
+        micro_batches = []
+        for sample_index in range(0, num_samples, size):
+            random = stream(seed, "benchmark text", sample_index)
+            ids = random.integers(0, shape.vocabulary.size, (size, shape.seq_length + 1))  # [B, S + 1]
+            micro_batches.append(objective.prepare(ids, range(sample_index, sample_index + size), seed))
+        by_kind[name] = [
+            micro_batches[start : start + num_micro_batches]
+            for start in range(0, len(micro_batches), num_micro_batches)
+        ]
+    by_kind["mdm full head"] = [[score_all(batch) for batch in step] for step in by_kind["mdm"]]
     if not torch.cuda.is_available():
-        return made
-    # as the data loader does: from other memory the host would wait for the device
-    return {name: [[batch.pin_memory() for batch in step] for step in found] for name, found in made.items()}
+        return by_kind
+    # pinned, as the data loader returns them: copies from pageable memory block the host
+    return {kind: [[batch.pin_memory() for batch in step] for step in steps] for kind, steps in by_kind.items()}
 
 
-def whole(batch: Batch) -> Batch:
-    """Return the batch with every position in `rows`: logits are then computed for all, and all are finished."""
+def score_all(batch: Batch) -> Batch:
+    """Return the batch with every position in `scored_positions`, so that last block and head run at all of them."""
     return replace(batch, scored_positions=torch.arange(batch.weights.numel()))
 
 
-def probes(options: Options, shape: Shape) -> dict[str, list[list[Batch]]]:
-    """Return steps of the full shape that score `PROBED` positions of a micro-batch with weight 1.
+def check_batches(options: Options, shape: Shape) -> dict[str, list[list[Batch]]]:
+    """Return steps that score `CHECK_POSITIONS` positions of a micro-batch, with weight 1, by `Implementation.batches`.
 
-    The mean over many positions of random text is much the same for any network; that over a few is not.
+    The mean loss over many positions of random text is nearly the same for every model; over a few it is not.
     """
-    made = batches(options, shape, PROBES, seed=2)
-    thin = {name: [[_thinned(batch) for batch in step] for step in made[name]] for name in ("ar", "mdm")}
-    return thin | {"mdm full head": [[whole(batch) for batch in step] for step in thin["mdm"]]}
+    by_kind = batches(options, shape, CHECK_STEPS, seed=2)
+    sparse = {kind: [[_score_few(batch) for batch in step] for step in by_kind[kind]] for kind in ("ar", "mdm")}
+    return sparse | {"mdm full head": [[score_all(batch) for batch in step] for step in sparse["mdm"]]}
 
 
-def _thinned(batch: Batch) -> Batch:
-    places = torch.linspace(0, batch.weights.numel() - 1, PROBED).long()
-    weights = torch.zeros(batch.weights.numel()).index_fill(0, places, 1.0).view_as(batch.weights)
-    return Batch(batch.tokens, batch.targets, weights, np.full(len(weights), PROBED / len(weights)), batch.causal)
+def _score_few(batch: Batch) -> Batch:
+    scored = torch.linspace(0, batch.weights.numel() - 1, CHECK_POSITIONS).long()
+    weights = torch.zeros(batch.weights.numel()).index_fill(0, scored, 1.0).view_as(batch.weights)  # [B, S]
+    counts = np.full(len(weights), CHECK_POSITIONS / len(weights))  # [B]
+    return Batch(batch.tokens, batch.targets, weights, counts, batch.causal)
 
 
-def exactness(options: Options, shape: Shape, device: torch.device) -> dict[str, float]:
-    """Return how far asking for scored positions only is from asking for all, for our model in fp32 on one sample.
+def check_exactness(options: Options, shape: Shape, device: torch.device) -> dict[str, float]:
+    """Return relative loss difference and gradient cosine of scored positions only against all positions.
 
-    Leaves with an error where the two are not the same.
+    Our model in fp32, on one sample. Exits with an error if they exceed `EXACTNESS`.
     """
-    sample = replace(options, micro_batch_size=1, micro_batches=1)
-    ((batch,),) = batches(sample, shape, 1)["mdm"]
+    single_sample = replace(options, micro_batch_size=1, micro_batches=1)
+    ((batch,),) = batches(single_sample, shape, 1)["mdm"]
     model = shape.ours().to(device)
-    losses, gradients = [], []
-    for each in (batch, whole(batch)):
-        loss = model(each.to(device)).sum() / each.count
-        found = torch.autograd.grad(loss, list(model.parameters()))
+    losses = []
+    gradients = []
+    for variant in (batch, score_all(batch)):
+        loss = model(variant.to(device)).sum() / variant.count
+        gradients.append(torch.autograd.grad(loss, list(model.parameters())))
         losses.append(loss.item())
-        gradients.append(found)
-    inner, *squares = (
-        sum(torch.dot(x.flatten(), y.flatten()).item() for x, y in zip(left, right, strict=True))
-        for left, right in ((gradients[0], gradients[1]), (gradients[0],) * 2, (gradients[1],) * 2)
-    )
-    loss, cosine = abs(losses[0] - losses[1]) / abs(losses[1]), inner / sqrt(squares[0] * squares[1])
-    if not (loss <= EXACT["loss"] and cosine >= EXACT["cosine"]):
-        sys.exit(f"scored positions only and all differ in fp32: loss by {loss:.2g}, gradient cosine {cosine:.6f}")
-    return {"loss": loss, "cosine": cosine}
+    scored, full = gradients
+    difference = abs(losses[0] - losses[1]) / abs(losses[1])
+    cosine = _dot(scored, full) / sqrt(_dot(scored, scored) * _dot(full, full))
+    if not (difference <= EXACTNESS["loss"] and cosine >= EXACTNESS["cosine"]):
+        sys.exit(
+            f"scored positions only and all positions differ in fp32: relative loss difference {difference:.2g}, "
+            f"gradient cosine {cosine:.6f}"
+        )
+    return {"loss": difference, "cosine": cosine}
 
 
-def check(contestants: list[Contestant], probes: dict[str, list[list[Batch]]]) -> dict[str, dict[str, float]]:
-    """Return the largest relative differences of loss and gradient norm from the first contestant of an objective.
+def _dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
+    return sum(torch.dot(x.flatten(), y.flatten()).item() for x, y in zip(left, right, strict=True))
 
-    Leaves with an error where they are too large.
+
+def check(implementations: list[Implementation], batches: dict[str, list[list[Batch]]]) -> dict[str, dict[str, float]]:
+    """Return the largest relative differences of loss and gradient norm, by name of the implementation.
+
+    Each is compared with the first implementation of the same objective. Exits with an error if one exceeds
+    `TOLERANCE`. Implementations with dropout are only warmed up.
     """
-    expected, parity = {}, {}
-    for contestant in tqdm(contestants, "check and warm up", leave=False):
-        found = [tuple(map(float, contestant.step(step, 0.0))) for step in probes[contestant.batches]]
-        if contestant.dropout:  # what falls out is drawn anew at every step
+    references = {}  # objective -> name of the first implementation, its (loss, gradient norm) by step
+    parity = {}
+    for implementation in tqdm(implementations, "check and warm up", leave=False):
+        results = [tuple(map(float, implementation.step(step, 0.0))) for step in batches[implementation.batches]]
+        if implementation.dropout:
             continue
-        first, wanted = expected.setdefault(contestant.objective, (contestant.name, found))
-        parity[contestant.name] = off = dict.fromkeys(TOLERANCE, 0.0)
-        for want, have in zip(wanted, found, strict=True):
-            for (quantity, tolerance), x, y in zip(TOLERANCE.items(), want, have, strict=True):
+        reference, expected = references.setdefault(implementation.objective, (implementation.name, results))
+        parity[implementation.name] = differences = dict.fromkeys(TOLERANCE, 0.0)
+        for expected_values, values in zip(expected, results, strict=True):
+            for (quantity, tolerance), x, y in zip(TOLERANCE.items(), expected_values, values, strict=True):
                 if not abs(x - y) <= tolerance * abs(x):
                     sys.exit(
-                        f"{contestant.name} computes something else: its {quantity} is {y:.5g}, that of {first} {x:.5g}"
+                        f"{implementation.name} computes something else: its {quantity} is {y:.5g}, "
+                        f"that of {reference} {x:.5g}"
                     )
-                off[quantity] = max(off[quantity], abs(x - y) / abs(x))
-        gc.collect()  # what building a model left behind
+                differences[quantity] = max(differences[quantity], abs(x - y) / abs(x))
+        gc.collect()  # building a model leaves reference cycles
     losses = [
-        f"{objective.upper()} {' '.join(f'{loss:.3f}' for loss, _ in found)}"
-        for objective, (_, found) in expected.items()
+        f"{objective.upper()} {' '.join(f'{loss:.3f}' for loss, _ in results)}"
+        for objective, (_, results) in references.items()
     ]
     print(f"check passed: same loss and gradient norm from the same weights ({', '.join(losses)})")
     return parity
 
 
 def compete(
-    contestants: list[Contestant], batches: dict[str, list[list[Batch]]], options: Options, device: torch.device
+    implementations: list[Implementation],
+    batches: dict[str, list[list[Batch]]],
+    options: Options,
+    device: torch.device,
 ) -> tuple[dict[str, list[float]], dict[str, dict[str, int]]]:
-    """Return the seconds of one step, by contestant and round, and on CUDA the most bytes of its last turn.
+    """Return (seconds per step by round, bytes on CUDA in the last round), both by name of the implementation.
 
-    "peak" includes what all contestants keep between their turns, "step" is what came on top of that.
+    "peak" includes what all implementations keep allocated between their turns, "step" excludes it.
     """
-    times, memory = {contestant.name: [] for contestant in contestants}, {}
-    with tqdm(total=options.rounds * len(contestants), desc="rounds", leave=False) as bar:
+    times = {implementation.name: [] for implementation in implementations}
+    memory = {}
+    with tqdm(total=options.rounds * len(implementations), desc="rounds", leave=False) as bar:
         for turn in range(options.rounds):
-            shift = turn % len(contestants)
-            for contestant in contestants[shift:] + contestants[:shift]:
-                todo = batches[contestant.batches][turn * options.steps : (turn + 1) * options.steps]
-                kept = start_memory(device)
+            shift = turn % len(implementations)
+            for implementation in implementations[shift:] + implementations[:shift]:
+                steps = batches[implementation.batches][turn * options.steps : (turn + 1) * options.steps]
+                allocated = start_memory(device)
                 start = clock(device)
-                for step in todo:
-                    contestant.step(step, LEARNING_RATE)
-                times[contestant.name].append((clock(device) - start) / options.steps)
-                if kept is not None:
+                for step in steps:
+                    implementation.step(step, LEARNING_RATE)
+                times[implementation.name].append((clock(device) - start) / options.steps)
+                if allocated is not None:
                     peak = peak_memory(device)
-                    memory[contestant.name] = {"peak": peak, "step": peak - kept}
+                    memory[implementation.name] = {"peak": peak, "step": peak - allocated}
                 bar.update()
     return times, memory
 

@@ -1,6 +1,6 @@
-"""The benchmarks run at a toy shape, refuse contestants that compute something else, and report mistakes in a line.
+"""The benchmarks run at a toy shape, refuse peers that compute something else, and report user errors in one line.
 
-No time is asserted. A benchmark sets the environment when it is imported, so it runs in processes of its own.
+No time is asserted. A benchmark sets environment variables at import, so each test runs it in a new process.
 """
 
 import json
@@ -16,7 +16,7 @@ from tests.conftest import ROOT, environment
 
 TOY = "--num-layers 2 --hidden-size 64 --num-attention-heads 2 --vocab-size 500 --seq-length 32 --rounds 2".split()
 TOY += "--steps 1 --micro-batches 2 --no-compile --device cpu".split()
-# transformers with other rotary frequencies, all else equal
+# transformers with other rotary frequencies, everything else equal
 FAULT = """
 from dataclasses import replace
 from benchmarks import contestants, generation, train_step
@@ -32,8 +32,8 @@ def run(*arguments, script: str | None = None) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
 
 
-COLUMNS = "ms a step, min - max, tokens/s, mfu_palm, util_ceiling, util_exec, step / floor, peak GB, step GB"
-COLUMNS += ", loss off, norm off"
+COLUMNS = "ms/step, min - max, tokens/s, mfu_palm, util_ceiling, util_exec, step / floor, peak GB, step GB"
+COLUMNS += ", loss diff, norm diff"
 
 
 def test_the_toy_run_ends_with_tables(tmp_path):
@@ -51,16 +51,16 @@ def test_the_toy_run_ends_with_tables(tmp_path):
     for peer in absent:
         assert f"{peer}: skipped, No module named" in done.stdout
     lines = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")]
-    tables = {line[0]: dict(zip(COLUMNS.split(", "), line[1:], strict=True)) for line in lines if len(line) == 12}
-    assert list(tables.pop("contestant")) == COLUMNS.split(", ")
-    assert tables.keys() == names
-    for name, cells in tables.items():
+    rows = {line[0]: dict(zip(COLUMNS.split(", "), line[1:], strict=True)) for line in lines if len(line) == 12}
+    assert list(rows.pop("implementation")) == COLUMNS.split(", ")
+    assert rows.keys() == names
+    for name, cells in rows.items():
         figures = report["figures"][name]
-        assert cells["mfu_palm"] == cells["peak GB"] == cells["step GB"] == "-"  # known of GPUs only
+        assert cells["mfu_palm"] == cells["peak GB"] == cells["step GB"] == "-"  # on GPUs only
         assert (cells["step / floor"] == "-") == (not name.startswith("ours"))
         assert 0 < figures["util_exec"] <= figures["util_ceiling"]
         assert figures["parity"]["loss"] < 1e-2
-    assert tables["ours AR eager"]["loss off"] == "0.0e+00"
+    assert rows["ours AR eager"]["loss diff"] == "0.0e+00"
     assert report["exactness"]["loss"] < 1e-5 and report["exactness"]["cosine"] > 0.9999
     assert {"64 x 64", "64 x 128", "128 x 64", "64 x 512"} == report["ceilings"]["layers"].keys()
     assert report["ceilings"]["matmul"] > 0 and report["ceilings"]["copy"] > 0
@@ -80,21 +80,21 @@ shape = Shape(ModelConfig(num_layers=3, hidden_size=64, num_attention_heads=2), 
 for name, ((batch,),) in train_step.batches(train_step.Options(seq_length=256, micro_batch_size=4), shape, 1).items():
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         shape.ours()(batch).sum().backward()
-    asked = work.asked_flops(shape, 1024, len(batch.scored_positions), batch.causal)
-    print(json.dumps([name, counter.get_total_flops(), asked, work.attention_flops(shape, 1024, True)]))
+    required = work.required_flops(shape, 1024, len(batch.scored_positions), batch.causal)
+    print(json.dumps([name, counter.get_total_flops(), required, work.attention_flops(shape, 1024, True)]))
 """
 
 
-def test_what_a_step_asks_for_is_what_pytorch_counts():
+def test_required_flops_are_what_pytorch_counts():
     done = run(script=FLOPS)
     assert done.returncode == 0, done.stderr
-    found = {name: counts for name, *counts in map(json.loads, done.stdout.splitlines())}
-    counted, asked, half = found["ar"]
-    assert counted == asked + half  # plain attention computes the half that nothing reads too
-    counted, asked, _ = found["mdm full head"]
-    assert counted == asked
-    counted, asked, _ = found["mdm"]
-    assert asked < counted < 1.05 * asked  # scored rows are filled up, to an eighth of all and to whole chunks
+    counts = {name: values for name, *values in map(json.loads, done.stdout.splitlines())}
+    counted, required, half_attention = counts["ar"]
+    assert counted == required + half_attention  # plain attention also computes the half that the mask discards
+    counted, required, _ = counts["mdm full head"]
+    assert counted == required
+    counted, required, _ = counts["mdm"]
+    assert required < counted < 1.05 * required  # scored positions are padded: to an eighth of all and to whole chunks
 
 
 ROOFS = """
@@ -110,15 +110,15 @@ print(palm_flops(shape), bytes_moved(shape, 16, 8, 2), ceilings.floor(shape, 16,
 """
 
 
-def test_the_floor_is_the_sum_of_its_parts():
+def test_the_floor_is_the_sum_of_its_terms():
     done = run(script=ROOFS)
     assert done.returncode == 0, done.stderr
     palm, moved, floor = map(float, done.stdout.split())
     parameters = 4 * 64 * 64 + 3 * 64 * 128 + 3 * 64 + 128 * 64
     assert palm == 6 * parameters + 12 * 64 * 8
-    # by micro-batch: a norm and both rotations at all positions; a norm, SwiGLU, the last norm and the head at 8
-    numbers = 16 * (8 * 64 + 4 * 128) + 8 * (8 * 64 + 8 * 128) + 8 * 8 * 64 + 3 * 8 * 128
-    assert moved == 2 * 2 * numbers + (2 * 6 + 38) * parameters
+    # per micro-batch: a norm and both rotations at all positions; a norm, SwiGLU, the final norm and the head at 8
+    elements = 16 * (8 * 64 + 4 * 128) + 8 * (8 * 64 + 8 * 128) + 8 * 8 * 64 + 3 * 8 * 128
+    assert moved == 2 * 2 * elements + (2 * 6 + 38) * parameters
     products = 2 * 16 * 3 * 64 * 64 + 2 * 8 * (64 * 64 + 3 * 64 * 128 + 64 * 128)
     seconds = products * (1 / 1e6 + 2 / 2e6) + 6 * 64 * 8 * 16 / 1e4
     assert abs(floor - (2 * seconds + moved / 1e3)) < 1e-9 * floor
@@ -137,7 +137,7 @@ for gate in report.gates(options, torch.device("cuda"), times, figures):
 """
 
 
-def test_the_gates_of_a_gpu_are_those_of_its_size():
+def test_the_gates_on_a_gpu_depend_on_the_model_size():
     done = run(script=GPU_GATES)
     assert done.returncode == 0, done.stderr
     assert list(map(json.loads, done.stdout.splitlines())) == [
@@ -161,13 +161,13 @@ train_step.main()
 """
 
 
-def test_want_of_memory_ends_in_one_line():
+def test_out_of_memory_is_one_line():
     done = run(*TOY, "--only", "ours AR eager", script=MEMORY)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("error: CUDA out of memory. Tried to allocate 2.00 GiB; give fewer")
 
 
-def test_only_the_contestants_that_are_asked_for_run(tmp_path):
+def test_only_the_selected_implementations_run(tmp_path):
     done = run(*TOY, "--only", "nanogpt*", "ours MDM *eager", "--output", tmp_path / "step.json")
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "step.json").read_text())
@@ -175,7 +175,7 @@ def test_only_the_contestants_that_are_asked_for_run(tmp_path):
 
 
 @pytest.mark.slow
-def test_compiled_contestants_compute_the_same():
+def test_compiled_implementations_compute_the_same():
     flags = [flag for flag in TOY if flag != "--no-compile"]
     done = run(*flags, "--only", "ours * eager", "ours * compiled", "nanogpt AR compiled")
     assert done.returncode == 0, done.stderr[-3000:]
@@ -190,7 +190,7 @@ def test_a_peer_that_computes_something_else_is_refused():
     assert "| gate |" not in done.stdout
 
 
-@pytest.mark.skipif("PUBLISHED_CLONE" not in os.environ, reason="PUBLISHED_CLONE names no clone of the published code")
+@pytest.mark.skipif("PUBLISHED_CLONE" not in os.environ, reason="PUBLISHED_CLONE is not set to a clone")
 def test_the_published_step_computes_what_ours_does_and_is_timed(tmp_path):
     done = run(*TOY, "--published", os.environ["PUBLISHED_CLONE"], "--output", tmp_path / "step.json")
     assert done.returncode == 0, done.stderr[-3000:]
@@ -200,51 +200,51 @@ def test_the_published_step_computes_what_ours_does_and_is_timed(tmp_path):
     assert {f"{step} eager" for step in (*steps, "published MDM dropout")} <= times.keys()
 
 
-MISTAKES = {
+ERRORS = {
     "--num-layers 0": "--num-layers 0: must be at least 1",
     "--hidden-size 64 --num-attention-heads 3": "--hidden-size 64: is not a multiple of --num-attention-heads 3",
-    "--seq-length 2": "--seq-length 2: gives less than 8 tokens a micro-batch",
+    "--seq-length 2": "--seq-length 2: gives fewer than 8 tokens per micro-batch",
     "--micro-batches 0": "--micro-batches 0: must be at least 1",
     "--model-size 141M": "--model-size 141M: is not on the ladder; the nearest is 140M",
-    "--model-size 140M --num-layers 3": "--model-size 140M: says layers, width and heads itself; leave out",
+    "--model-size 140M --num-layers 3": "--model-size 140M: sets layers, width and heads; leave out",
     "--device gpu": "--device gpu: is not one of cuda, cpu",
-    "--device cpu --only ours* theirs*": "--only theirs*: names no contestant; there are ours AR eager, ",
-    "--device cpu --published none": "--published none: is no clone of wmn-231314/diffusion-data-constraint",
-    "--output none/step.json": "--output none/step.json: none is no folder",
+    "--device cpu --only ours* theirs*": "--only theirs*: matches no implementation; choose from ours AR eager, ",
+    "--device cpu --published none": "--published none: not a clone of wmn-231314/diffusion-data-constraint",
+    "--output none/step.json": "--output none/step.json: none is not a folder",
     "--round 3": "unknown flag --round; did you mean --rounds?",
 }
 if not torch.cuda.is_available():
-    MISTAKES["--device cuda"] = "--device cuda: there is no GPU that PyTorch can use; leave the flag out"
+    ERRORS["--device cuda"] = "--device cuda: there is no GPU that PyTorch can use; leave the flag out"
 if find_spec("litgpt") is None:
-    MISTAKES["--device cpu --require-peers"] = "--require-peers: litgpt cannot run, No module named 'litgpt'"
+    ERRORS["--device cpu --require-peers"] = "--require-peers: litgpt cannot run, No module named 'litgpt'"
 
 
-# importing torch dominates, so one process makes all mistakes
-EACH = """
+# importing torch dominates, so one process parses all of them
+PARSE_ALL = """
 import sys
 from benchmarks import train_step
 for flags in sys.argv[1:]:
     sys.argv[1:] = flags.split()
     try:
         train_step.main()
-    except SystemExit as left:
-        print(left.code)
+    except SystemExit as error:
+        print(error.code)
 """
 
 
-def test_a_mistake_is_one_line():
-    done = run(*MISTAKES, script=EACH)
+def test_a_user_error_is_one_line():
+    done = run(*ERRORS, script=PARSE_ALL)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == ["2"] * len(MISTAKES)
-    for line, expected in zip(done.stderr.splitlines(), MISTAKES.values(), strict=True):
+    assert done.stdout.splitlines() == ["2"] * len(ERRORS)
+    for line, expected in zip(done.stderr.splitlines(), ERRORS.values(), strict=True):
         assert line.startswith(f"error: {expected}")
 
 
-def test_a_mistake_ends_with_exit_code_2():
+def test_a_user_error_exits_with_code_2():
     assert run("--rounds", "none").returncode == 2
 
 
-def test_the_stall_of_a_small_network_is_measured():
+def test_the_stall_of_a_small_model_is_measured():
     command = [sys.executable, "benchmarks/checkpoint_stall.py"]
     done = subprocess.run(
         [*command, "--model-size", "7M", "--rounds", "2"], cwd=ROOT, env=environment(), capture_output=True, text=True
@@ -263,37 +263,37 @@ def test_every_layout_of_one_process_trains_the_same():
     command += "--micro-batches 2 --steps 1 --no-compile".split()
     done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout)["layouts"]
-    assert len(found) == (6 if find_spec("deepspeed") is None else 10)
-    assert all(layout["tokens_per_second"] > 0 and layout["memory_bytes"] > 0 for layout in found.values())
+    layouts = json.loads(done.stdout)["layouts"]
+    assert len(layouts) == (6 if find_spec("deepspeed") is None else 10)
+    assert all(layout["tokens_per_second"] > 0 and layout["memory_bytes"] > 0 for layout in layouts.values())
 
 
-FEW = """
+FEW_CASES = """
 import sys
 from benchmarks import objectives
-few = ["--objective block-diffusion", "--masked-input-weight 0.4"]
-assert set(few) < set(objectives.CASES)
-objectives.CASES = [objectives.PLAIN, *few]
+cases = ["--objective block-diffusion", "--masked-input-weight 0.4"]
+assert set(cases) < set(objectives.CASES)
+objectives.CASES = [objectives.PLAIN, *cases]
 objectives.main()
 """
 
 
-def test_options_are_timed_beside_what_explains_their_cost(tmp_path):
+def test_regularisers_are_timed_and_compared_with_their_flops(tmp_path):
     flags = f"--model-size 7M --seq-length 32 --micro-batch-size 1 --rounds 1 --output {tmp_path}/objectives.json"
-    command = [sys.executable, "-c", FEW, *flags.split()]
+    command = [sys.executable, "-c", FEW_CASES, *flags.split()]
     done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads((tmp_path / "objectives.json").read_text())
     plain, blocks, masked = report["results"].values()
     assert plain["times_plain"] == plain["explained"] == 1 and masked["explained"] == 2
-    assert 0 < blocks["explained"] < 2  # twice the positions, and half of their outputs at most are asked for
+    assert 0 < blocks["explained"] < 2  # twice the positions, at most half of them scored
     assert done.stdout.count("\n") == 2 + len(report["results"])
 
 
 GENERATION = "--model-size 7M --prompt-length 6 --max-new-tokens 4 --batch-size 2 --rounds 1".split()
 
 
-def test_generation_is_timed_beside_transformers(tmp_path):
+def test_generation_is_compared_with_transformers(tmp_path):
     flags = [*GENERATION, "--output", tmp_path / "generation.json"]
     done = run(*flags, script="from benchmarks import generation; generation.main()")
     assert done.returncode == 0, done.stderr[-3000:]
@@ -305,14 +305,14 @@ def test_generation_is_timed_beside_transformers(tmp_path):
     assert all(f"\n| {name} |" in done.stdout and min(times) > 0 for name, times in seconds.items())
 
 
-def test_generation_of_another_network_is_refused():
+def test_generation_by_another_model_is_refused():
     done = run(*GENERATION, script=FAULT.format(benchmark="generation"))
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1] == "transformers AR computes something else: its logits are not ours"
+    assert done.stderr.splitlines()[-1] == "transformers AR computes something else: its logits differ from ours"
 
 
-def written(benchmark: str, folder) -> dict:
-    """Run a benchmark and return what it writes to --output."""
+def report_of(benchmark: str, folder) -> dict:
+    """Run a benchmark and return the JSON that it writes to --output."""
     script, *flags = benchmark.split()
     command = [sys.executable, f"benchmarks/{script}", *flags, "--output", str(folder / "report.json")]
     done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
@@ -322,7 +322,7 @@ def written(benchmark: str, folder) -> dict:
 
 @pytest.mark.slow
 def test_preprocessing_starting_and_reading_are_measured(tmp_path):
-    report = written("data.py --copies 1 --documents 50 --epochs 1 3 --rounds 1", tmp_path)
+    report = report_of("data.py --copies 1 --documents 50 --epochs 1 3 --rounds 1", tmp_path)
     (text,) = report["preprocessing"]
     assert text["megabytes"] > 5 and 0 < text["tokenizers_seconds"] < 1.1 * text["seconds"]
     assert {(row["order"], row["epochs"]) for row in report["starting"]} == {
@@ -333,8 +333,8 @@ def test_preprocessing_starting_and_reading_are_measured(tmp_path):
 
 
 @pytest.mark.slow
-def test_growth_is_measured_beside_what_flops_explain(tmp_path):
-    rows = written("growth.py --model-sizes 7M 20M --seq-lengths 32 64 --tokens 64 --steps 1", tmp_path)["rows"]
+def test_growth_is_measured_and_compared_with_flops(tmp_path):
+    rows = report_of("growth.py --model-sizes 7M 20M --seq-lengths 32 64 --tokens 64 --steps 1", tmp_path)["rows"]
     assert [(row["size"], row["seq_length"], row["samples"]) for row in rows] == [
         ("7M", 32, 2),
         ("20M", 32, 2),

@@ -1,4 +1,4 @@
-"""What only a CUDA device can show. Run with: python -m pytest -m gpu"""
+"""Tests that need a CUDA device. Run with: python -m pytest -m gpu"""
 
 import json
 import os
@@ -27,11 +27,11 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 
 def run(objective, *flags, cuda=True):
-    surroundings = environment()
-    if cuda:  # the tests of the other files hide the device
-        surroundings["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+    variables = environment()
+    if cuda:  # environment() hides the device for the tests of other files
+        variables["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
     command = [sys.executable, entry(objective), *map(str, flags)]
-    done = subprocess.run(command, env=surroundings, capture_output=True, text=True)
+    done = subprocess.run(command, env=variables, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -40,17 +40,17 @@ def losses(folder):
 
 
 @pytest.fixture
-def unspoken(tiny):
-    """The flags of a tiny run that say nothing of precision or compilation."""
+def default_precision(tiny):
+    """The flags of a tiny run without those for precision and compilation."""
     return [flag for flag in tiny if flag not in ("--fp32", "--no-compile")]
 
 
 @pytest.mark.parametrize("objective", ["ar", "mdm"])
-def test_the_device_is_used_in_bf16_without_being_told(objective, unspoken, tmp_path):
-    run(objective, *unspoken, "--save", tmp_path / "cuda")
+def test_the_default_is_the_device_in_bf16(objective, default_precision, tmp_path):
+    run(objective, *default_precision, "--save", tmp_path / "cuda")
     config = json.loads((tmp_path / "cuda" / "config.json").read_text())
     assert config["precision"] == "bf16" and config["device"] == torch.cuda.get_device_name()
-    run(objective, *unspoken, "--fp32", "--save", tmp_path / "cpu", cuda=False)
+    run(objective, *default_precision, "--fp32", "--save", tmp_path / "cpu", cuda=False)
     assert losses(tmp_path / "cuda") == pytest.approx(losses(tmp_path / "cpu"), rel=0.02)
     train_records = [json.loads(line) for line in (tmp_path / "cuda" / "metrics.jsonl").read_text().splitlines()]
     assert all(record["memory_bytes"] > 0 for record in train_records if record["kind"] == "train")
@@ -64,34 +64,36 @@ def test_fp32_equals_the_cpu(objective, tiny, tmp_path):
 
 
 @pytest.mark.parametrize("objective, extra", [("ar", []), ("mdm", ["--mlp-dropout", "0.2"]), ("mdm", ["--compile"])])
-def test_a_resumed_run_follows_an_uninterrupted_one(objective, extra, unspoken, tmp_path):
-    run(objective, *unspoken, *extra, "--save", tmp_path / "whole")
-    run(objective, *unspoken, *extra, "--save", tmp_path / "parts", "--exit-interval", 5)
-    run(objective, *unspoken, *extra, "--save", tmp_path / "parts", "--num-workers", 2)
-    # attention's gradient is summed in no fixed order on CUDA
-    assert losses(tmp_path / "parts") == pytest.approx(losses(tmp_path / "whole"), rel=2e-3)
+def test_a_resumed_run_follows_an_uninterrupted_one(objective, extra, default_precision, tmp_path):
+    run(objective, *default_precision, *extra, "--save", tmp_path / "uninterrupted")
+    run(objective, *default_precision, *extra, "--save", tmp_path / "resumed", "--exit-interval", 5)
+    run(objective, *default_precision, *extra, "--save", tmp_path / "resumed", "--num-workers", 2)
+    # the gradient of attention is summed in a nondeterministic order on CUDA
+    assert losses(tmp_path / "resumed") == pytest.approx(losses(tmp_path / "uninterrupted"), rel=2e-3)
 
 
 @pytest.mark.parametrize("objective", ["ar", "mdm"])
 @pytest.mark.parametrize("compile", ["--compile", "--no-compile"])
-def test_a_deterministic_run_resumes_to_the_last_bit(objective, compile, unspoken, tmp_path):
-    flags = [*unspoken, "--deterministic", compile, "--mlp-dropout", "0.1"]
-    run(objective, *flags, "--save", tmp_path / "whole")
-    run(objective, *flags, "--save", tmp_path / "parts", "--exit-interval", 5)
-    run(objective, *flags, "--save", tmp_path / "parts")
-    assert records(tmp_path / "parts") == records(tmp_path / "whole")
+def test_a_deterministic_run_resumes_bit_exactly(objective, compile, default_precision, tmp_path):
+    flags = [*default_precision, "--deterministic", compile, "--mlp-dropout", "0.1"]
+    run(objective, *flags, "--save", tmp_path / "uninterrupted")
+    run(objective, *flags, "--save", tmp_path / "resumed", "--exit-interval", 5)
+    run(objective, *flags, "--save", tmp_path / "resumed")
+    assert records(tmp_path / "resumed") == records(tmp_path / "uninterrupted")
 
 
 @pytest.mark.parametrize("objective", ["ar", "mdm", "block-diffusion"])
-def test_the_host_waits_for_nothing_inside_a_step(objective):
+def test_a_step_does_not_synchronise_the_host(objective):
     flags = "--num-layers 2 --hidden-size 64 --num-attention-heads 2 --seq-length 64 --compile".split()
     config, vocabulary = parse("mdm", [*flags, "--objective", objective]), Vocabulary(500)
-    processes = initialize_parallel()
-    engine, optimizer = start_engine(config, vocabulary, processes, bf16=True, compile=True, steps=0)
-    made, text = build_objective(config.objective, vocabulary, 8), RandomText(vocabulary.size, 64)
+    ranks = initialize_parallel()
+    engine, optimizer = start_engine(config, vocabulary, ranks, bf16=True, compile=True, steps=0)
+    prepare = build_objective(config.objective, vocabulary, 8).prepare
+    samples = RandomText(vocabulary.size, 64)
     for step in range(4):
-        ids = np.stack([text[position] for position in range(8 * step, 8 * step + 8)])
-        batch = made.prepare(ids, range(8 * step, 8 * step + 8), 1).pin_memory()
+        sample_indices = range(8 * step, 8 * step + 8)
+        ids = np.stack([samples[index] for index in sample_indices])  # [B, S + 1]
+        batch = prepare(ids, sample_indices, 1).pin_memory()
         torch.cuda.set_sync_debug_mode("error" if step == 3 else "default")
         try:
             train_step(engine, optimizer, [batch], learning_rate=1e-3, weight_decay=0.1, clip_grad=1.0)
@@ -103,9 +105,9 @@ def test_the_host_waits_for_nothing_inside_a_step(objective):
 @pytest.mark.parametrize("recipe", ["tensorwise", "rowwise"])
 @pytest.mark.parametrize("compile", ["--compile", "--no-compile"])
 @pytest.mark.skipif(find_spec("torchao") is None, reason="needs torchao")
-def test_8_bit_products_follow_bf16(recipe, compile, unspoken, tmp_path):
+def test_8_bit_products_follow_bf16(recipe, compile, default_precision, tmp_path):
     for name, flags in (("bf16", []), ("fp8", ["--fp8-recipe", recipe])):
-        run("mdm", *unspoken, compile, *flags, "--save", tmp_path / name)
+        run("mdm", *default_precision, compile, *flags, "--save", tmp_path / name)
     assert losses(tmp_path / "fp8") == pytest.approx(losses(tmp_path / "bf16"), rel=0.03)
     assert losses(tmp_path / "fp8") != losses(tmp_path / "bf16")
 
@@ -113,50 +115,51 @@ def test_8_bit_products_follow_bf16(recipe, compile, unspoken, tmp_path):
 MASKED = ["--objective block-diffusion --diffusion-block-size 8", "--reset-attention-mask --reset-position-ids"]
 
 
-@pytest.mark.parametrize("masked", MASKED)
-def test_masks_by_squares_follow_dense_ones(masked, unspoken, tmp_path):
-    for name, compile in (("squares", "--compile"), ("dense", "--no-compile")):
-        run("ar", *unspoken, *masked.split(), "--seq-length", 320, compile, "--save", tmp_path / name)
-    assert losses(tmp_path / "squares") == pytest.approx(losses(tmp_path / "dense"), rel=0.02)
+@pytest.mark.parametrize("mask_flags", MASKED)
+def test_block_masks_follow_dense_masks(mask_flags, default_precision, tmp_path):
+    for name, compile in (("tiles", "--compile"), ("dense", "--no-compile")):
+        run("ar", *default_precision, *mask_flags.split(), "--seq-length", 320, compile, "--save", tmp_path / name)
+    assert losses(tmp_path / "tiles") == pytest.approx(losses(tmp_path / "dense"), rel=0.02)
 
 
 @pytest.mark.parametrize("version, package", [("FA3", "flash_attn_interface"), ("FA4", "flash_attn.cute")])
 @pytest.mark.parametrize("objective", ["ar", "mdm"])
-def test_other_flash_attention_follows_pytorchs_own(objective, version, package, unspoken, tmp_path):
+def test_flash_attention_packages_follow_pytorch(objective, version, package, default_precision, tmp_path):
     pytest.importorskip(package)
-    for name, flags in (("own", []), ("other", ["--flash-attention", version])):
-        run(objective, *unspoken, *flags, "--save", tmp_path / name)
-    assert losses(tmp_path / "other") == pytest.approx(losses(tmp_path / "own"), rel=0.02)
+    for name, flags in (("pytorch", []), (version, ["--flash-attention", version])):
+        run(objective, *default_precision, *flags, "--save", tmp_path / name)
+    assert losses(tmp_path / version) == pytest.approx(losses(tmp_path / "pytorch"), rel=0.02)
 
 
 LAYOUTS = [f"--zero-stage {stage}" for stage in (0, 2, 3)]
 LAYOUTS += [f"--recompute-granularity {kind}" for kind in ("full", "selective")]
 LAYOUTS += ["--recompute-granularity full --compile", "--cpu-offload", "--cpu-offload --zero-stage 3"]
-LAYOUTS += [f"--deepspeed --zero-stage {stage}" for stage in (0, 1, 2, 3)] * bool(find_spec("deepspeed"))
+if find_spec("deepspeed"):
+    LAYOUTS += [f"--deepspeed --zero-stage {stage}" for stage in (0, 1, 2, 3)]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_layout_of_one_device_changes_nothing_and_resumes(layout, tiny, tmp_path):
     run("mdm", *tiny, "--save", tmp_path / "plain")
-    run("mdm", *tiny, *layout.split(), "--save", tmp_path / "other", "--exit-interval", 5)
-    run("mdm", *tiny, *layout.split(), "--save", tmp_path / "other")
-    assert losses(tmp_path / "other") == pytest.approx(losses(tmp_path / "plain"), rel=1e-4)
+    run("mdm", *tiny, *layout.split(), "--save", tmp_path / "layout", "--exit-interval", 5)
+    run("mdm", *tiny, *layout.split(), "--save", tmp_path / "layout")
+    assert losses(tmp_path / "layout") == pytest.approx(losses(tmp_path / "plain"), rel=1e-4)
 
 
 @pytest.mark.parametrize("terms", [PLAIN, Terms(label_smoothing=0.1, z_loss=1e-3)], ids=["nll", "terms"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_kernels_of_the_head_equal_the_plain_twin(dtype, terms, monkeypatch):
+def test_triton_kernels_of_the_head_equal_plain_operators(dtype, terms, monkeypatch):
     generator = torch.Generator("cuda").manual_seed(0)
     logits = torch.randn(300, 50_304, device="cuda", generator=generator).mul_(4).to(dtype)
     targets = torch.randint(50_258, (300,), device="cuda", generator=generator)
     weights = torch.rand(300, device="cuda", generator=generator)
-    found = []
+    results = []
     for kernels in (linear_cross_entropy._kernels, lambda device: None):
         monkeypatch.setattr(linear_cross_entropy, "_kernels", kernels)
         gradient = logits.clone()
         loss = linear_cross_entropy._to_gradient_(gradient, targets, weights, 50_258, WHOLE, terms)
-        found.append((loss, gradient.float()))
-    (loss, gradient), (plain_loss, plain_gradient) = found
+        results.append((loss, gradient.float()))
+    (loss, gradient), (plain_loss, plain_gradient) = results
     torch.testing.assert_close(loss, plain_loss, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(gradient, plain_gradient, rtol=1e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-7)
     assert not gradient[:, 50_258:].any()
@@ -164,15 +167,19 @@ def test_kernels_of_the_head_equal_the_plain_twin(dtype, terms, monkeypatch):
 
 @pytest.mark.skipif(apex_adam() is None, reason="needs NVIDIA apex")
 def test_apex_equals_torch():
-    processes = initialize_parallel()
-    (expected, _), (found, two) = build(processes, steps=3), build(processes, steps=3)
-    assert isinstance(two, ShardedApexAdam)
-    one = torch.optim.AdamW(build_optimizer(expected, CONFIG).param_groups, fused=True)
-    start_state(one, 3)
-    for model, optimizer in ((expected, one), (found, two)):
+    ranks = initialize_parallel()
+    torch_model, _ = build(ranks, steps=3)
+    apex_model, apex_optimizer = build(ranks, steps=3)
+    assert isinstance(apex_optimizer, ShardedApexAdam)
+    torch_optimizer = torch.optim.AdamW(build_optimizer(torch_model, CONFIG).param_groups, fused=True)
+    start_state(torch_optimizer, 3)
+    for model, optimizer in ((torch_model, torch_optimizer), (apex_model, apex_optimizer)):
         train(model, optimizer, 5)
-    for a, b in zip(expected.parameters(), found.parameters(), strict=True):
-        torch.testing.assert_close(b.full_tensor(), a.full_tensor(), rtol=1e-5, atol=1e-6)
+    for expected, parameter in zip(torch_model.parameters(), apex_model.parameters(), strict=True):
+        torch.testing.assert_close(parameter.full_tensor(), expected.full_tensor(), rtol=1e-5, atol=1e-6)
         for moment in MOMENTS:
-            torch.testing.assert_close(two.state[b][moment].full_tensor(), one.state[a][moment].full_tensor())
+            torch.testing.assert_close(
+                apex_optimizer.state[parameter][moment].full_tensor(),
+                torch_optimizer.state[expected][moment].full_tensor(),
+            )
     destroy_parallel()
