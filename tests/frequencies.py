@@ -5,12 +5,16 @@ from collections.abc import Hashable, Mapping
 import torch
 
 
-def chi_square(found: Mapping[Hashable, int], expected: Mapping[Hashable, float], count: int) -> float:
+def chi_square(frequencies: Mapping[Hashable, int], expected: Mapping[Hashable, float], count: int) -> float:
     """Return the probability of counts as far from `expected` shares of `count` draws; rare outcomes are one."""
-    assert abs(sum(expected.values()) - 1) < 1e-6 and sum(found.values()) == count and set(found) <= set(expected)
+    assert (
+        abs(sum(expected.values()) - 1) < 1e-6
+        and sum(frequencies.values()) == count
+        and set(frequencies) <= set(expected)
+    )
     cells, rare = [], [0.0, 0.0]
     for outcome, share in expected.items():
-        pair = (found.get(outcome, 0), share * count)
+        pair = (frequencies.get(outcome, 0), share * count)
         if pair[1] < 5:
             rare = [rare[0] + pair[0], rare[1] + pair[1]]
         else:

@@ -3,7 +3,12 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 select=(-m "not slow and not gpu") extras=(--with-test)
-if [[ "${1:-}" == --all ]]; then
+if [[ "${1:-}" == --smoke ]]; then
+    select+=(tests/test_static.py tests/test_language.py tests/test_architecture.py tests/config/test_flags.py
+        tests/config/test_sections.py tests/data/test_indexed.py tests/data/test_samples.py
+        tests/objectives/test_contract.py tests/model/test_model.py)
+    shift
+elif [[ "${1:-}" == --all ]]; then
     select=(-m "not gpu") extras+=(--with-triton --with-fp8)  # Triton's interpreter runs the CUDA kernels
     shift
 fi

@@ -359,7 +359,8 @@ def dry_run_table(clone, **more) -> dict:
     result = download(clone, DRY_RUN="1", MANIFEST="", **more)
     assert (result.returncode, result.stderr) == (0, "") and not (clone / "data").exists()
     lines = [
-        re.fullmatch(r"would download data/(\S+) \((\S+) bytes\) from (\S+)", line) for line in result.stdout.splitlines()
+        re.fullmatch(r"would download data/(\S+) \((\S+) bytes\) from (\S+)", line)
+        for line in result.stdout.splitlines()
     ]
     return {line[1]: (line[3], line[2]) for line in lines}
 

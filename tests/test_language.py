@@ -67,7 +67,7 @@ def prose(path: Path) -> list[tuple[int, str]]:
 def private_words(path: Path) -> list[str]:
     """Return the places where a file uses a word of the table above."""
     return [
-        f"{path.relative_to(ROOT)}:{line}: {match.group()!r}, say: {better}"
+        f"{path}:{line}: {match.group()!r}, say: {better}"
         for line, text in prose(path)
         for pattern, better in WORDS.items()
         if (match := re.search(rf"\b({pattern})\b", text, re.IGNORECASE))
@@ -100,8 +100,7 @@ def test_names_say_what_a_value_is():
 
 
 @pytest.mark.parametrize("text", ["beside it", "what it speaks of", "a training that ends", "Hidden tokens", "goes on"])
-def test_a_planted_word_is_found(text, tmp_path, monkeypatch):
-    monkeypatch.setattr("tests.test_language.ROOT", tmp_path)
+def test_a_planted_word_is_found(text, tmp_path):
     for name, content in (("page.md", text), ("code.py", f'"""{text}"""\nx = 1  # {text}\n')):
         (tmp_path / name).write_text(content)
         assert private_words(tmp_path / name)

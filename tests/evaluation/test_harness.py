@@ -142,7 +142,7 @@ def test_likelihoods_equal_lm_eval_and_transformers(runs, twin):
     pairs = [
         ("import", " os"),
         ("", text[1]),
-        ("x", "\ufeff\u200b𝔘\n\n\t"),
+        ("x", "\ufeff\u200b\U0001d518\n\n\t"),
         ("import", " sys"),
         ("import", " sys"),  # a tie
         ("", "def"),
