@@ -190,7 +190,7 @@ class Hub(threading.Thread):
 
 
 class FailureDetector(threading.Thread):
-    """A rank's end of the connection: from `meet` to `leave` the first fault of any rank ends this one too.
+    """A rank's end of the connection: from `connect` to `leave` the first fault of any rank ends this one too.
 
     The first rank of a node prints the line, and `on_failure` is called with it on every rank. A single rank, which
     has no hub, still exits with its launcher.
@@ -204,7 +204,7 @@ class FailureDetector(threading.Thread):
         self.on_failure: Callable[[str], None] | None = None
         self._all_connected = threading.Event()
 
-    def end_with(self, launcher: str) -> None:
+    def exit_with_launcher(self, launcher: str) -> None:
         """End all ranks if the parent process of this one, a launcher, is killed."""
         parent = os.getppid()
         text = (
@@ -213,7 +213,7 @@ class FailureDetector(threading.Thread):
         )
         when_orphaned(lambda: self.report(text, 1), parent)
 
-    def meet(self, find_hub: Callable[[], tuple[str, int, str] | None], minutes: float) -> str:
+    def connect(self, find_hub: Callable[[], tuple[str, int, str] | None], minutes: float) -> str:
         """Wait until all ranks have connected to the hub; return its token, which no other start has.
 
         `find_hub` returns the hub's address, port and token, or None while they are unknown. If other ranks do not
@@ -221,7 +221,7 @@ class FailureDetector(threading.Thread):
         Raises: RankError, if there is no hub within `minutes`.
         """
         deadline = time.monotonic() + 60 * minutes
-        while not ((hub := find_hub()) and self._connect(*hub)):
+        while not ((hub := find_hub()) and self._try_connect(*hub)):
             if time.monotonic() > deadline:
                 raise RankError(missing_ranks([0], minutes))
             time.sleep(RETRY)
@@ -230,7 +230,7 @@ class FailureDetector(threading.Thread):
         self._all_connected.wait()
         return hub[2]
 
-    def _connect(self, address: str, port: int, token: str) -> bool:
+    def _try_connect(self, address: str, port: int, token: str) -> bool:
         """Return whether the hub accepted this rank: `token` may be of an earlier start."""
         try:
             self._connection = socket.create_connection((address, port), timeout=5)

@@ -112,11 +112,11 @@ def _read_int(name: str, default: int) -> int:
     return int(value)
 
 
-def join(minutes: float = 10.0, watched: bool = True) -> FailureDetector | None:
+def join(minutes: float = 10.0, detect_failures: bool = True) -> FailureDetector | None:
     """Initialise torch.distributed for the ranks of this job; return their failure detector.
 
-    It is None for a single rank without a launcher, and unless `watched`; a rank exits with its launcher in any case.
-    `minutes` is the timeout of this function and of every collective.
+    It is None for a single rank without a launcher, and unless `detect_failures`; a rank exits with its launcher in any
+    case. `minutes` is the timeout of this function and of every collective.
     Raises: ConfigurationError, if the launcher's variables are invalid or its port is in use; RankError, if rank 0
     does not connect.
     """
@@ -126,7 +126,7 @@ def join(minutes: float = 10.0, watched: bool = True) -> FailureDetector | None:
     detector = FailureDetector(rank(), max(0, rank() - local_rank()))
     started_by = launcher()
     if started_by:
-        detector.end_with(started_by)
+        detector.exit_with_launcher(started_by)
     if size == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         return detector if started_by else None
@@ -134,11 +134,11 @@ def join(minutes: float = 10.0, watched: bool = True) -> FailureDetector | None:
         if name not in os.environ:
             raise ConfigurationError(f"WORLD_SIZE={size}: needs {name}, which is not set; {REMEDY}")
     store = _build_store(minutes)
-    if watched:
+    if detect_failures:
         # torchrun's store outlives the ranks that it restarts: the token keeps what earlier ones wrote from being read
         store = dist.PrefixStore(_connect(detector, store, size, minutes), store)
     dist.init_process_group(backend, store=store, rank=rank(), world_size=size, timeout=timeout)
-    return detector if watched else None
+    return detector if detect_failures else None
 
 
 def _connect(detector: FailureDetector, store: dist.Store, size: int, minutes: float) -> str:
@@ -155,7 +155,7 @@ def _connect(detector: FailureDetector, store: dist.Store, size: int, minutes: f
         return address, int(port), token
 
     try:
-        return detector.meet(find_hub, minutes)
+        return detector.connect(find_hub, minutes)
     except dist.DistError:  # the store timed out or is gone
         raise RankError(missing_ranks([0], minutes)) from None
 

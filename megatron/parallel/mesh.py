@@ -95,7 +95,7 @@ def initialize_parallel(
     `tensor` x `pipeline` must divide the world size, and `replicas` the data-parallel size.
     """
     if not dist.is_initialized():
-        join(minutes, watched=False)
+        join(minutes, detect_failures=False)
     sizes = {"tensor": tensor, "pipeline": pipeline, "replicas": replicas}
     return build_parallel_context(rank(), world_size(), device(), minutes=minutes, **sizes)
 

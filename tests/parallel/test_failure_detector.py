@@ -35,7 +35,7 @@ if rank == 0:
 detector = FailureDetector(rank, rank // 2 * 2)  # two ranks per node
 detector.hub = hub
 detector.on_failure = lambda text: print("on_failure:", text, flush=True)
-detector.meet(lambda: ("127.0.0.1", int(port), token), minutes)
+detector.connect(lambda: ("127.0.0.1", int(port), token), minutes)
 print("connected", flush=True)
 exec(code)
 """
@@ -145,9 +145,9 @@ def test_addresses_of_earlier_starts_are_retried_until_the_right_hub_accepts():
     hub.start()
     addresses = iter([("127.0.0.1", 1, "dead"), ("127.0.0.1", hub.port, "before"), ("127.0.0.1", hub.port, hub.token)])
     first, second = FailureDetector(0, 0), FailureDetector(1, 0)
-    assert first._connect("127.0.0.1", hub.port, hub.token)
+    assert first._try_connect("127.0.0.1", hub.port, hub.token)
     first.start()
-    assert second.meet(lambda: next(addresses), 1.0) == hub.token
+    assert second.connect(lambda: next(addresses), 1.0) == hub.token
     for detector in (first, second):
         detector._connection.sendall(b'{"bye": true}\n')
     first.join(10)
@@ -157,7 +157,7 @@ def test_addresses_of_earlier_starts_are_retried_until_the_right_hub_accepts():
 
 def test_a_hub_that_does_not_exist_is_named():
     with pytest.raises(RankError, match="--distributed-timeout-minutes 0.005: rank 0 did not connect"):
-        FailureDetector(1, 0).meet(lambda: ("127.0.0.1", 1, ""), 0.005)
+        FailureDetector(1, 0).connect(lambda: ("127.0.0.1", 1, ""), 0.005)
 
 
 # ---------------------------------------------------------------------------- variables of the launcher

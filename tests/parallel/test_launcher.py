@@ -132,7 +132,7 @@ sys.stderr = open(folder / f"errors {rank}", "w", buffering=1)
 detector = FailureDetector(rank, 0)
 detector.on_failure = (folder / f"on_failure {rank}").write_text
 if launcher():
-    detector.end_with(launcher())
+    detector.exit_with_launcher(launcher())
 if rank == 0:
     detector.hub = Hub(2, 1.0)
     detector.hub.start()
@@ -141,7 +141,7 @@ if rank == 0:
 while not (folder / "hub").exists():
     time.sleep(0.01)
 port, token = (folder / "hub").read_text().split()
-detector.meet(lambda: ("127.0.0.1", int(port), token), 1.0)
+detector.connect(lambda: ("127.0.0.1", int(port), token), 1.0)
 (folder / f"ready {rank}").touch()
 time.sleep(60)
 """
