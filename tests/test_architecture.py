@@ -81,6 +81,12 @@ def test_every_subpackage_has_a_layer():
     assert {subpackage(dotted(path)) for path in MODULES} <= set(LAYERS)
 
 
+def test_the_documented_layers_are_those_of_the_code():
+    rows = re.findall(r"^\| (\d) \| (.*?) \|", (ROOT / "docs" / "architecture.md").read_text(), re.M)
+    documented = {name: int(layer) for layer, names in rows for name in re.findall(r"`(\w+)`", names)}
+    assert documented | {"megatron": 0} == LAYERS
+
+
 @pytest.mark.parametrize("path", MODULES, ids=dotted)
 def test_imports_run_downwards(path):
     assert forbidden_imports(dotted(path), path.read_text(), path.name == "__init__.py") == []
