@@ -27,7 +27,7 @@ from megatron.log import configure_logging
 
 
 def main() -> None:
-    """Preprocess as the command line says, and print a summary."""
+    """Preprocess with the options of the command line, and print a summary."""
     configure_logging()
     try:
         parser = Parser(description=__doc__, formatter_class=DescribedFormatter, allow_abbrev=False)

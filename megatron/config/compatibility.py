@@ -461,7 +461,7 @@ def translate(arguments: list[str], batch: int, table: dict[str, Same | NoOp | R
 
 
 def is_foreign(arguments: list[str]) -> bool:
-    """Return whether a command line has flags that only Megatron, DeepSpeed or the published system spell so."""
+    """Return whether a command line has flags of the compatibility table."""
     return any(word.partition("=")[0] in TABLE for word in arguments)
 
 
