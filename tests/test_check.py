@@ -125,7 +125,7 @@ def test_a_package_that_is_missing_or_old_is_reported(monkeypatch):
 def test_packages_are_those_of_setup():
     setup = (ROOT / "setup.py").read_text()
     assert f'"torch>={check.TORCH[0]}.{check.TORCH[1]}"' in setup
-    requirements = re.search(r"install_requires=\[(.*?)\]", setup)[1]
+    requirements = re.search(r"install_requires=\[(.*?)\]", setup, re.DOTALL)[1]
     assert {re.match(r"[\w-]+", name)[0] for name in re.findall(r'"(.*?)"', requirements)} == set(check.CORE)
     for name, extra in check.OPTIONAL.items():
         assert f'"{name}' in re.search(rf'"{extra}": \[(.*)\],\n', setup)[1]
