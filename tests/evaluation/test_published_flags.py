@@ -108,7 +108,7 @@ def test_a_spelling_that_takes_no_value_may_end_the_line(run, switch):
         ("--load-tag global_step100", "--load-tag global_step100: is refused: name the folder of a checkpoint"),
         ("--eval_method x", "--eval_method x: is not one of ar, mc"),
         ("--dtype bfloat16 --eval_fp32", "--eval_fp32: is --dtype float32, and --dtype bfloat16 is given too"),
-        ("--fp16", "--fp16: is not supported: training computes in bf16 or fp32"),
+        ("--fp16", "--fp16: not supported, training computes in bf16 or fp32"),
         ("--dry-run", "--dry-run: is refused"),
         ("--num-layers two", "--num-layers two: is not a number"),
         ("--num-laiers 2", "unknown flag --num-laiers; did you mean --num-layers?"),
