@@ -86,14 +86,10 @@ class Trainer:
         progress = self.progress
         self._status("running", "")
         if self.saved_at:
-            self._point(
-                self.validated
-            )  # the run may have been killed after the checkpoint and before the pointers were written
+            self._point(self.validated)  # a kill may have come between a checkpoint and its pointers
         # on exit the saver waits for the checkpoint that is being written, however the run ends
         with (
-            Loader(
-                self.data, self.config.data.num_workers, self.ranks.device
-            ) as batches,  # forks, so before any thread starts
+            Loader(self.data, self.config.data.num_workers, self.ranks.device) as batches,  # forks before threads
             logging_redirect_tqdm(),
             self._progress_bar() as self._bar,
             self._start_saver() as self._saver,
