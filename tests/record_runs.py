@@ -126,7 +126,7 @@ def record(folder: Path) -> dict[str, dict[str, str]]:
         command("tools/convert_checkpoint.py", "to-hf", folder / name, "--output", exported)
         bits[f"{name}, downstream"] = {
             "scores": sha256(responses.encode()),
-            "text": sha256(text.read_bytes()),
+            "text": sha256(json.dumps([json.loads(line)["ids"] for line in text.open()]).encode()),
             "weights": sha256(*(path.read_bytes() for path in sorted(exported.glob("*.safetensors")))),
             "config": sha256((exported / "config.json").read_bytes()),
             "tokenizer": sha256((exported / "tokenizer.json").read_bytes()),
