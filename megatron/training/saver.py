@@ -161,9 +161,8 @@ class _Writer(HuggingFaceStorageWriter):
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         self.check_lock()
-        shutil.rmtree(
-            self.temporary, ignore_errors=True
-        )  # left by an earlier start; no rank writes before it has a plan
+        # left by an earlier start; no rank writes before it has a plan
+        shutil.rmtree(self.temporary, ignore_errors=True)
         self.temporary.mkdir(parents=True)
         return super().prepare_global_plan(plans)
 
