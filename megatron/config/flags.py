@@ -12,13 +12,14 @@ import math
 import textwrap
 import types
 import typing
+from typing import Any
 
 from megatron.errors import ConfigurationError
 
 REQUIRED = dataclasses.MISSING
 
 
-def flag(default=REQUIRED, help: str = "", *, choices=None, metavar=None):
+def flag(default: Any = REQUIRED, help: str = "", *, choices=None, metavar=None) -> Any:
     """Return the dataclass field of a section, with the metadata of its command-line flag."""
     metadata = {"help": help, "choices": choices, "metavar": metavar}
     return dataclasses.field(default=default, metadata=metadata)

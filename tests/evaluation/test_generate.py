@@ -13,7 +13,7 @@ from megatron.evaluation.sampling import Sampling
 from megatron.model.initialise import initialise
 from megatron.model.transformer import Transformer
 from tests.frequencies import chi_square
-from tests.model.test_reference import theirs
+from tests.model.test_reference import hugging_face_twin
 
 SIZE, EOD = 97, 96
 NEVER = -1  # an eod that no token equals
@@ -47,7 +47,7 @@ def greedy_by_rereading(transformer: Transformer, prompt: list[int], count: int)
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 def test_greedy_texts_equal_those_of_transformers(form):
     transformer = model(**form)
-    twin = theirs(transformer, "llama")
+    twin = hugging_face_twin(transformer, "llama")
     texts = generate(transformer, "ar", PROMPTS, Sampling(max_new_tokens=20), EOD)
     excluded_ids = list(
         range(SIZE, transformer.vocabulary.padded_size)
