@@ -210,6 +210,16 @@ def test_ids_beyond_the_vocabulary_are_named_where_they_are_read(workers, refuse
     refused("ar", flags[:index] + flags[index + 3 :], f"{data}/train.bin", "contains the token id", "ids 0 to 50")
 
 
+def test_a_wrong_prefix_is_reported_before_its_tokenizer(refused, tiny, tmp_path):
+    without_type = tiny[: tiny.index("--tokenizer-type")] + tiny[tiny.index("--tokenizer-type") + 2 :]
+    refused("ar", [*without_type, "--train-data-path", tmp_path / "none"], f"{tmp_path}/none.idx: no such file")
+
+
+def test_data_without_a_tokenizer_file_need_one_by_flags(refused, tiny, corpus):
+    without_type = tiny[: tiny.index("--tokenizer-type")] + tiny[tiny.index("--tokenizer-type") + 2 :]
+    refused("ar", without_type, f"{corpus}/train: no tokenizer file is next to the data", "--tokenizer-type")
+
+
 @pytest.mark.parametrize(
     "code, message", [(6, "dtype code 6"), (7, "dtype code 7"), (9, "dtype code 9"), (0, "code 0")]
 )

@@ -8,7 +8,7 @@ import numpy as np
 
 from megatron.config.sections import Config, DataConfig
 from megatron.data.blend import TrainBlend, ValidationBlend, combined_hash
-from megatron.data.indexed import IndexedDataset, read_metadata
+from megatron.data.indexed import IndexedDataset, data_files, read_metadata
 from megatron.data.paths import DataSet, requested_sets, split_edges
 from megatron.data.round_trip import describe_changes
 from megatron.data.samples import TrainSamples, ValidationWindows
@@ -42,6 +42,8 @@ def open_sources(config: Config) -> Sources:
     data = config.data
     train, held_out = requested_sets(data, with_test=config.validation.skip_train)
     metadata = {prefix: read_metadata(prefix) for requested in (train, *held_out) for prefix in requested.prefixes}
+    for prefix in metadata:
+        data_files(prefix)  # a wrong prefix is reported before the tokenizer that would be next to it
     tokenizer = _tokenizer(data, metadata)
     _log_changed_text(metadata, tokenizer)
     opened = {prefix: IndexedDataset(prefix, tokenizer.vocabulary_size) for prefix in metadata}
@@ -145,10 +147,18 @@ def _log_changed_text(metadata: dict[str, dict], tokenizer: Tokenizer) -> None:
 
 
 def tokenizer_of_data(data: DataConfig, prefix: str, recorded: dict) -> Tokenizer:
-    """Return the tokenizer given by flags, else the one next to the data `prefix` that `recorded` metadata names."""
+    """Return the tokenizer given by flags, else the one next to the data `prefix` that `recorded` metadata names.
+
+    Raises: ConfigurationError if there is none.
+    """
     model = data.tokenizer_model
     if model is None and recorded.get("tokenizer_model"):
         model = str(Path(prefix).parent / recorded["tokenizer_model"])
+    if model is None and data.tokenizer_type == "HFTokenizer":
+        raise ConfigurationError(
+            f"{prefix}: no tokenizer file is next to the data; give the tokenizer of the data "
+            "(--tokenizer-type, --tokenizer-model, --vocab-file, --merge-file, --vocab-size)"
+        )
     return build_tokenizer(data.tokenizer_type, model, data.vocab_size, data.vocab_file, data.merge_file)
 
 
