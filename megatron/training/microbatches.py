@@ -96,7 +96,9 @@ class Loader:
         # torch would set a handler that raises anywhere in the main thread when a worker dies; __next__ checks them
         signal_handling._SIGCHLD_handler_set = True
         try:
-            self._batches = iter(loader)
+            # stop signals reach the whole job: the training process saves and exits, and needs its workers
+            with stop_signals.blocked():
+                self._batches = iter(loader)
         except BaseException as error:
             _kill(self._workers)
             if not (num_workers and isinstance(error, (OSError, RuntimeError))):
@@ -194,17 +196,10 @@ class _Context(ForkContext):
 
 def _start_worker(parent: int, worker: int) -> None:
     when_orphaned(partial(os._exit, 1), parent)
-    _ignore_signals(worker)
-
-
-def _ignore_signals(worker: int) -> None:
-    """Ignore stop signals, which reach the whole job: the training process saves and exits, and needs its workers."""
-    for number in stop_signals.SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
 
 
 def _kill(workers: list[BaseProcess]) -> None:
-    """Kill workers: they ignore other signals, and Python waits for them at exit."""
+    """Kill workers: they block stop signals, and Python waits for them at exit."""
     for worker in workers:
         if worker.pid:  # it has started
             worker.kill()

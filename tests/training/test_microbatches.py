@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data._utils import signal_handling
 
+from megatron import stop_signals
 from megatron.config.sections import ObjectiveConfig, Vocabulary
 from megatron.data.indexed import IndexedDataset, IndexedDatasetWriter
 from megatron.data.samples import TrainSamples
@@ -304,13 +305,15 @@ def test_too_few_open_files_are_named():
         list(islice(batches, 100))  # batches that are referenced keep their files open
 
 
-def patch_fork(monkeypatch, before=lambda forked: None) -> None:
-    """Call `before` with the process ids of the workers so far before every fork."""
+def patch_fork(monkeypatch, before=lambda forked: None, in_worker=lambda: None) -> None:
+    """Call `before` with the process ids of the workers so far before a fork, and `in_worker` first in every worker."""
     forked, fork = [], os.fork
 
     def patched():
         before(forked)
         forked.append(fork())
+        if forked[-1] == 0:
+            in_worker()
         return forked[-1]
 
     monkeypatch.setattr(os, "fork", patched)
@@ -369,8 +372,24 @@ def test_a_worker_that_dies_after_torch_sets_its_handler_is_named(monkeypatch):
     assert signal.getsignal(signal.SIGCHLD) == before
 
 
+def test_stop_signals_while_workers_start_reach_only_the_training_process(monkeypatch):
+    def stop_worker():
+        for number in stop_signals.SIGNALS:
+            os.kill(os.getpid(), number)
+
+    received = []
+    handler = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
+    patch_fork(monkeypatch, before=lambda forked: os.kill(os.getpid(), signal.SIGTERM), in_worker=stop_worker)
+    try:
+        with open_loader(Failing(), 2) as batches:
+            assert signal.SIGTERM in received
+            assert len(list(islice(batches, 20))) == 20
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+
+
 @pytest.mark.parametrize("raised", [None, OSError("the disk is full")])
-def test_no_worker_outlives_the_loop_though_it_ignores_signals(raised):
+def test_no_worker_outlives_the_loop_though_it_blocks_signals(raised):
     children = set(active_children())
     try:
         with open_loader(Failing(), 2) as batches:
