@@ -10,7 +10,8 @@ import argparse
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 
@@ -44,6 +45,16 @@ def defer() -> None:
 def requested() -> str | None:
     """Return the name of the first stop signal of this process, or None."""
     return _signal_name
+
+
+@contextmanager
+def blocked() -> Iterator[None]:
+    """Delay the stop signals of this thread to the end of the block; a process forked in it never receives them."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def ignore() -> None:

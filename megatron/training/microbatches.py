@@ -5,13 +5,14 @@ import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import active_children
 from multiprocessing.connection import wait
+from multiprocessing.context import ForkContext, ForkProcess
 from multiprocessing.process import BaseProcess
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.data._utils import signal_handling
 
 from megatron import stop_signals
 from megatron.batch import Batch, without_padding
@@ -80,30 +81,32 @@ class Loader:
 
     def __init__(self, dataset: MicroBatches, num_workers: int, device: torch.device):
         self.num_workers = num_workers
-        other_children = set(active_children())
-        # fork on every Python version: workers inherit the memory map and do not touch the device
+        context = _Context()
+        self._workers = context.processes
         loader = DataLoader(
             _Shared(dataset, num_workers) if num_workers else dataset,
             batch_size=None,  # an item is already a batch
             sampler=range(dataset.steps * dataset.per_step),
             num_workers=num_workers,
-            multiprocessing_context="fork" if num_workers else None,
+            multiprocessing_context=context if num_workers else None,
             worker_init_fn=partial(_start_worker, os.getpid()),
             pin_memory=device.type == "cuda",
             prefetch_factor=4 if num_workers else None,
         )
-        handler = signal.getsignal(signal.SIGCHLD)
+        # torch would set a handler that raises anywhere in the main thread when a worker dies; __next__ checks them
+        signal_handling._SIGCHLD_handler_set = True
         try:
-            self._batches = iter(loader)
-        except OSError as error:
-            _kill(set(active_children()) - other_children)
+            # stop signals reach the whole job: the training process saves and exits, and needs its workers
+            with stop_signals.blocked():
+                self._batches = iter(loader)
+        except BaseException as error:
+            _kill(self._workers)
+            if not (num_workers and isinstance(error, (OSError, RuntimeError))):
+                raise
+            reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
             raise ChildProcessError(
-                f"{typed('num_workers', num_workers)}: a data loader worker cannot start ({error.strerror}); lower it"
+                f"{typed('num_workers', num_workers)}: a data loader worker cannot start ({reason}); lower it"
             ) from None
-        self._workers = set(active_children()) - other_children
-        if self._workers:
-            # torch's handler raises anywhere in the main thread when a worker dies; __next__ checks the workers
-            signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
 
     def __enter__(self) -> "Loader":
         return self
@@ -176,19 +179,28 @@ class _Shared(Dataset):
             )
 
 
+class _Context(ForkContext):
+    """Forks on every Python version, as workers inherit the memory map and do not touch the device; lists them all.
+
+    multiprocessing.active_children() omits processes that have died.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.processes: list[BaseProcess] = []
+
+    def Process(self, *args, **kwargs) -> BaseProcess:
+        self.processes.append(ForkProcess(*args, **kwargs))
+        return self.processes[-1]
+
+
 def _start_worker(parent: int, worker: int) -> None:
     when_orphaned(partial(os._exit, 1), parent)
-    _ignore_signals(worker)
 
 
-def _ignore_signals(worker: int) -> None:
-    """Ignore stop signals, which reach the whole job: the training process saves and exits, and needs its workers."""
-    for number in stop_signals.SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-
-
-def _kill(workers: set[BaseProcess]) -> None:
-    """Kill workers: they ignore other signals, and Python waits for them at exit."""
+def _kill(workers: list[BaseProcess]) -> None:
+    """Kill workers: they block stop signals, and Python waits for them at exit."""
     for worker in workers:
-        worker.kill()
-        worker.join()
+        if worker.pid:  # it has started
+            worker.kill()
+            worker.join()

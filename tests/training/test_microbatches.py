@@ -17,7 +17,9 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.data._utils import signal_handling
 
+from megatron import stop_signals
 from megatron.config.sections import ObjectiveConfig, Vocabulary
 from megatron.data.indexed import IndexedDataset, IndexedDatasetWriter
 from megatron.data.samples import TrainSamples
@@ -303,23 +305,91 @@ def test_too_few_open_files_are_named():
         list(islice(batches, 100))  # batches that are referenced keep their files open
 
 
-def test_workers_that_cannot_start_leave_none_behind(monkeypatch):
-    started, fork, children = [], os.fork, set(active_children())
+def patch_fork(monkeypatch, before=lambda forked: None, in_worker=lambda: None) -> None:
+    """Call `before` with the process ids of the workers so far before a fork, and `in_worker` first in every worker."""
+    forked, fork = [], os.fork
 
-    def few():
-        if len(started) == 2:
-            raise BlockingIOError(11, "Resource temporarily unavailable")
-        started.append(fork())
-        return started[-1]
+    def patched():
+        before(forked)
+        forked.append(fork())
+        if forked[-1] == 0:
+            in_worker()
+        return forked[-1]
 
-    monkeypatch.setattr(os, "fork", few)
-    with pytest.raises(ChildProcessError, match="--num-workers 4: a data loader worker cannot start .Resource temp"):
+    monkeypatch.setattr(os, "fork", patched)
+
+
+def kill_and_wait(pid: int) -> None:
+    """Kill a process and wait for its end, but leave its exit code to multiprocessing."""
+    os.kill(pid, signal.SIGKILL)
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+
+
+@pytest.mark.parametrize(
+    "fault, expected",
+    [
+        (BlockingIOError(11, "Resource temporarily unavailable"), ChildProcessError),
+        (RuntimeError("can't start new thread\n..."), ChildProcessError),
+        (KeyboardInterrupt("can't"), KeyboardInterrupt),
+    ],
+)
+def test_workers_that_cannot_start_leave_none_behind(monkeypatch, fault, expected):
+    def third_fails(forked):
+        if len(forked) == 2:
+            raise fault
+
+    children = set(active_children())
+    patch_fork(monkeypatch, before=third_fails)
+    with pytest.raises(expected) as caught:
         open_loader(Failing(), 4)
     assert set(active_children()) == children
+    if expected is ChildProcessError:
+        reason = getattr(fault, "strerror", None) or "can't start new thread"
+        assert str(caught.value) == f"--num-workers 4: a data loader worker cannot start ({reason}); lower it"
+
+
+def test_a_worker_that_dies_while_others_start_is_named(monkeypatch):
+    """multiprocessing forgets such a worker when it starts the next one."""
+    patch_fork(monkeypatch, before=lambda forked: kill_and_wait(forked[0]) if len(forked) == 1 else None)
+    error, seconds = read_to_the_fault(Failing(), 2)
+    assert isinstance(error, ChildProcessError) and " was killed by SIGKILL: " in str(error) and seconds < 10
+
+
+def test_a_worker_that_dies_after_torch_sets_its_handler_is_named(monkeypatch):
+    """torch's handler of SIGCHLD would raise in the constructor, which has no __exit__ to end the other workers."""
+    before, set_handler = signal.getsignal(signal.SIGCHLD), signal_handling._set_SIGCHLD_handler
+    forked = []
+
+    def set_handler_and_kill():
+        set_handler()
+        kill_and_wait(forked[0])
+
+    monkeypatch.setattr(signal_handling, "_SIGCHLD_handler_set", False)  # as in a new process
+    monkeypatch.setattr(signal_handling, "_set_SIGCHLD_handler", set_handler_and_kill)
+    patch_fork(monkeypatch, before=lambda pids: forked.extend(pids[:1]))
+    error, seconds = read_to_the_fault(Failing(), 2)
+    assert isinstance(error, ChildProcessError) and " was killed by SIGKILL: " in str(error) and seconds < 10
+    assert signal.getsignal(signal.SIGCHLD) == before
+
+
+def test_stop_signals_while_workers_start_reach_only_the_training_process(monkeypatch):
+    def stop_worker():
+        for number in stop_signals.SIGNALS:
+            os.kill(os.getpid(), number)
+
+    received = []
+    handler = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
+    patch_fork(monkeypatch, before=lambda forked: os.kill(os.getpid(), signal.SIGTERM), in_worker=stop_worker)
+    try:
+        with open_loader(Failing(), 2) as batches:
+            assert signal.SIGTERM in received
+            assert len(list(islice(batches, 20))) == 20
+    finally:
+        signal.signal(signal.SIGTERM, handler)
 
 
 @pytest.mark.parametrize("raised", [None, OSError("the disk is full")])
-def test_no_worker_outlives_the_loop_though_it_ignores_signals(raised):
+def test_no_worker_outlives_the_loop_though_it_blocks_signals(raised):
     children = set(active_children())
     try:
         with open_loader(Failing(), 2) as batches:
