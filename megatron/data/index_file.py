@@ -92,18 +92,18 @@ class Index:
         return total
 
     def check_boundaries(self) -> None:
-        """Check the document boundaries.
+        """Check that the document boundaries ascend from 0 to the number of entries N; they may end before N.
 
-        Raises: ConfigurationError if they are inconsistent.
+        Raises: ConfigurationError if they do not.
         """
         boundaries = self.boundaries
         # some writers store only the first boundary, so the last need not be N
         if len(boundaries) and (
-            boundaries[0] < 0 or boundaries[-1] > len(self.sizes) or (boundaries[1:] < boundaries[:-1]).any()
+            boundaries[0] != 0 or boundaries[-1] > len(self.sizes) or (boundaries[1:] < boundaries[:-1]).any()
         ):
             raise ConfigurationError(
-                f"{self.path}: its document boundaries do not ascend from 0 to {len(self.sizes)}; it is damaged, "
-                "write it again"
+                f"{self.path}: its document boundaries do not ascend from 0 to at most {len(self.sizes)}; it is "
+                "damaged, write it again"
             )
 
     def document_ends(self) -> np.ndarray:
