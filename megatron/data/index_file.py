@@ -118,10 +118,11 @@ def uncounted_end(index: Index, data: Path) -> int | None:
     """Return the id at the end of every document if each has one token more than `index` counts, else None.
 
     --append-eod of Megatron-DeepSpeed, and of Megatron-LM in early 2023, writes such files: it does not count the
-    token that it appends to the last sentence of a document.
+    token that it appends to the last sentence of a document. A single document is no evidence: its last id, whatever it
+    is, equals that of every document.
     """
     sizes, ends = index.sizes.astype(np.int64), index.document_ends()
-    if data.stat().st_size != (int(sizes.sum()) + len(ends)) * index.dtype.itemsize or not len(ends):
+    if data.stat().st_size != (int(sizes.sum()) + len(ends)) * index.dtype.itemsize or len(ends) < 2:
         return None
     sizes[ends - 1] += 1
     last_ids = np.memmap(data, index.dtype, "r")[np.cumsum(sizes)[ends - 1] - 1]

@@ -108,6 +108,12 @@ def test_more_tokens_than_the_index_covers_are_refused(tmp_path, refused, data, 
         IndexedDataset(place(tmp_path, data, by_hand(8, "H")[1]))
 
 
+def test_one_document_with_one_id_too_many_is_not_taken_for_an_appended_one(tmp_path, refused):
+    data, index = by_hand(8, "H", [[5, 6, 7, 8]])[0], by_hand(8, "H", [[5, 6, 7]])[1]
+    with refused("has 8 bytes and its index covers 6", *BOTH):
+        IndexedDataset(place(tmp_path, data, index))
+
+
 def entry(kind: str, number: int, value: int) -> bytes:
     """Return the index of DOCUMENTS with one number of its sizes, offsets or boundaries changed."""
     index, count = bytearray(by_hand(8, "H")[1]), len(DOCUMENTS)
