@@ -14,6 +14,7 @@ from megatron.errors import ConfigurationError
 SUFFIXES = (".gz", ".zst")
 GZIP_MAGIC = b"\x1f\x8b"
 LARGEST_WINDOW = 1 << 31  # bytes, zstd --long=31: the largest window of zstd
+ZSTD_INPUT = 512  # bytes decompressed at a time; 4 bytes can decompress to a block of 128 KiB, so these to 16 MiB
 # part of zstd's error message for an undamaged file: our message
 ZSTD_LIMITS = {
     "requires too much memory": "needs a window of more than 2 GiB; compress it again with zstd --long=31 at most",
@@ -73,14 +74,15 @@ class _ZstdFrames(io.RawIOBase):
         self._file, self._named, self._library = file, named, _zstandard(named)
         self._frame = None  # decompressor of the current frame
         self._frames_read = 0
-        self._input, self._output = b"", b""  # not yet decompressed; not yet read by the caller
+        self._input = b""  # not yet decompressed
+        self._output = memoryview(b"")  # not yet read by the caller; a view, since its slices are no copies
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer) -> int:
         while not self._output:
-            self._input = self._input or self._file.read(1 << 17)
+            self._input = self._input or self._file.read(ZSTD_INPUT)
             if not self._input and self._frame is None:
                 return 0
             if not self._input:
@@ -94,7 +96,7 @@ class _ZstdFrames(io.RawIOBase):
         if self._frame is None:
             self._frame = self._library.ZstdDecompressor(max_window_size=LARGEST_WINDOW).decompressobj()
         try:
-            self._output = self._frame.decompress(self._input)
+            self._output = memoryview(self._frame.decompress(self._input))
         except self._library.ZstdError as error:
             raise self._fault(str(error)) from None
         self._input = b""

@@ -92,18 +92,18 @@ class Index:
         return total
 
     def check_boundaries(self) -> None:
-        """Check the document boundaries.
+        """Check that the document boundaries ascend from 0 to the number of entries N; they may end before N.
 
-        Raises: ConfigurationError if they are inconsistent.
+        Raises: ConfigurationError if they do not.
         """
         boundaries = self.boundaries
         # some writers store only the first boundary, so the last need not be N
         if len(boundaries) and (
-            boundaries[0] < 0 or boundaries[-1] > len(self.sizes) or (boundaries[1:] < boundaries[:-1]).any()
+            boundaries[0] != 0 or boundaries[-1] > len(self.sizes) or (boundaries[1:] < boundaries[:-1]).any()
         ):
             raise ConfigurationError(
-                f"{self.path}: its document boundaries do not ascend from 0 to {len(self.sizes)}; it is damaged, "
-                "write it again"
+                f"{self.path}: its document boundaries do not ascend from 0 to at most {len(self.sizes)}; it is "
+                "damaged, write it again"
             )
 
     def document_ends(self) -> np.ndarray:
@@ -118,10 +118,11 @@ def uncounted_end(index: Index, data: Path) -> int | None:
     """Return the id at the end of every document if each has one token more than `index` counts, else None.
 
     --append-eod of Megatron-DeepSpeed, and of Megatron-LM in early 2023, writes such files: it does not count the
-    token that it appends to the last sentence of a document.
+    token that it appends to the last sentence of a document. A single document is no evidence: its last id, whatever it
+    is, equals that of every document.
     """
     sizes, ends = index.sizes.astype(np.int64), index.document_ends()
-    if data.stat().st_size != (int(sizes.sum()) + len(ends)) * index.dtype.itemsize or not len(ends):
+    if data.stat().st_size != (int(sizes.sum()) + len(ends)) * index.dtype.itemsize or len(ends) < 2:
         return None
     sizes[ends - 1] += 1
     last_ids = np.memmap(data, index.dtype, "r")[np.cumsum(sizes)[ends - 1] - 1]

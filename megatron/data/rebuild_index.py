@@ -64,7 +64,8 @@ def _fitting_sizes(index: Index, data: Path) -> tuple[np.ndarray | None, int | N
     if end_id is None:
         raise ConfigurationError(
             f"{index.path}: counts {int(sizes.sum())} tokens, and {data} has {size} bytes of {index.dtype}; neither "
-            "the sizes match, nor one token more for each document with the same id at its end; write both again"
+            "the sizes match, nor one token more for each of two or more documents, with the same id at the end; "
+            "write both again"
         )
     sizes[index.document_ends() - 1] += 1
     return sizes, end_id

@@ -24,20 +24,20 @@ PUBLISHED = one_table(
         "--results_path": Same("--output_path"),
         "--eval_fp32": Same("--dtype float32"),
     },
-    refused("--dry-run", "is refused: a dry run is one of training; leave it out"),
+    refused("--dry-run", "not supported, only training has a dry run; leave it out"),
     no_op("--adaptive_seq_len", "a sequence ends with its answer"),
     no_op("--inference", "scoring never trains"),
-    no_op("--no-load-optim", "scoring reads the weights of a checkpoint alone"),
-    no_op_value("--max_chunk_size", "an answer of any length hides all its later tokens; batches are --batch-tokens"),
+    no_op("--no-load-optim", "scoring reads no optimizer state"),
+    no_op_value("--max_chunk_size", "all later tokens of an answer are masked; batches are --batch-tokens"),
     no_op_value("--inference-batch-times-seqlen-threshold --max-tokens-to-oom", "batches are --batch-tokens"),
     no_op_value(
-        "--sampling_eps", "mask ratios begin at 0", "0 0.0", "is refused: mask ratios begin at 0; leave it out"
+        "--sampling_eps", "mask ratios begin at 0", "0 0.0", "not supported, mask ratios begin at 0; leave it out"
     ),
     no_op_value(
         "--load-tag",
         "--checkpoint latest is the default",
         "latest",
-        "is refused: name the folder of a checkpoint with --load, or give --checkpoint best",
+        "not supported, --load also takes the folder of a checkpoint; give that, or --checkpoint best",
     ),
 )
 

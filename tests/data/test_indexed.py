@@ -108,6 +108,12 @@ def test_more_tokens_than_the_index_covers_are_refused(tmp_path, refused, data, 
         IndexedDataset(place(tmp_path, data, by_hand(8, "H")[1]))
 
 
+def test_one_document_with_one_id_too_many_is_not_taken_for_an_appended_one(tmp_path, refused):
+    data, index = by_hand(8, "H", [[5, 6, 7, 8]])[0], by_hand(8, "H", [[5, 6, 7]])[1]
+    with refused("has 8 bytes and its index covers 6", *BOTH):
+        IndexedDataset(place(tmp_path, data, index))
+
+
 def entry(kind: str, number: int, value: int) -> bytes:
     """Return the index of DOCUMENTS with one number of its sizes, offsets or boundaries changed."""
     index, count = bytearray(by_hand(8, "H")[1]), len(DOCUMENTS)
@@ -130,7 +136,8 @@ REBUILD = ["it is damaged", "rebuild it: python tools/rebuild_index.py"]
         ("offset", 0, 2, ["puts document 0 at byte 2, and its sizes put it at 0", *REBUILD]),
         ("offset", 2, 6 - 2**32, ["puts document 2 at byte -4294967290, and its sizes put it at 6", *REBUILD]),
         ("offset", 3, 0, ["puts document 3 at byte 0, and its sizes put it at 8", *REBUILD]),
-        ("boundary", 0, -1, ["boundaries do not ascend from 0 to 4", "it is damaged, write it again"]),
+        ("boundary", 0, -1, ["boundaries do not ascend from 0 to at most 4", "it is damaged, write it again"]),
+        ("boundary", 0, 1, ["boundaries do not ascend from 0"]),
         ("boundary", 2, 9, ["boundaries do not ascend"]),
         ("boundary", 4, 5, ["boundaries do not ascend"]),
     ],

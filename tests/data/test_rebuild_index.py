@@ -31,7 +31,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.int32])
-@pytest.mark.parametrize("documents", [DOCUMENTS, DOCUMENTS[:1], [[EOD]] * 7])
+@pytest.mark.parametrize("documents", [DOCUMENTS, DOCUMENTS[:2], [[EOD]] * 7])
 def test_a_token_that_the_index_did_not_count_is_given_back(tmp_path, refused, documents, dtype):
     written(tmp_path, dtype, documents)
     right = (tmp_path / "data.idx").read_bytes()
@@ -72,10 +72,12 @@ def test_pointers_are_computed_from_sizes(tmp_path, refused, entry, offset):
 @pytest.mark.parametrize(
     "change, parts",
     [
-        ({"documents": [[5, 6], [7, 8]], "sizes": [1, 1]}, ["counts 2 tokens", "the same id at its end", "both again"]),
+        ({"documents": [[5, 6], [7, 8]], "sizes": [1, 1]}, ["counts 2 tokens", "the same id at the end", "both again"]),
         ({"sizes": [3, 1, 4]}, ["counts 8 tokens", "24 bytes of uint16", "write both again"]),
         ({"sizes": [9, 9, 9]}, ["counts 27 tokens"]),
         ({"sizes": [-1, 9, 1]}, ["counts 9 tokens"]),
+        ({"documents": DOCUMENTS[:1], "sizes": [3]}, ["counts 3 tokens", "two or more documents", "write both again"]),
+        ({"documents": [[], DOCUMENTS[0]], "sizes": [3], "boundaries": [0, 0, 1]}, ["two or more documents"]),
         ({"boundaries": [0, 9, 1, 3]}, ["boundaries do not ascend"]),
     ],
 )

@@ -5,12 +5,14 @@ import json
 import os
 import resource
 import struct
+import tracemalloc
 from pathlib import Path
 
 import pytest
 import zstandard
 
 from megatron.data import text_files
+from megatron.data.compressed import open_decompressed
 from megatron.data.text_files import read_documents
 
 TEXT = "line one\r\n\nünicode\n" * 50
@@ -57,6 +59,30 @@ def test_large_and_joined_compressed_files_are_read_to_the_end(file):
     for name in ("b.txt.gz", "b.txt.zst"):
         joined = compressed(name, b"one ") + compressed(name, b"") + compressed(name, b"two")
         assert texts_of(file(name, joined, pack=False)) == ["one two"]
+
+
+@pytest.mark.parametrize("unit", [b'{"text": "the same line again and again"}\n', b"x"], ids=["lines", "bytes"])
+def test_a_highly_compressible_file_is_read_in_bounded_memory_without_copies(file, unit):
+    data = unit * ((64 << 20) // len(unit))
+    path = Path(file("a.jsonl.zst", data))
+    buffer, size, allocated, highest = bytearray(1 << 16), 0, 0, 0
+    tracemalloc.start()
+    try:
+        with open_decompressed(path, "a") as decompressed:
+            while True:
+                tracemalloc.reset_peak()
+                before = tracemalloc.get_traced_memory()[0]
+                count = decompressed.readinto(buffer)
+                peak = tracemalloc.get_traced_memory()[1]
+                allocated, highest = allocated + peak - before, max(highest, peak)
+                if not count:
+                    break
+                size += count
+    finally:
+        tracemalloc.stop()
+    assert size == len(data)
+    assert allocated < 2 * size  # more if each read copies what is left of the output
+    assert highest < 40 << 20  # two outputs of at most 16 MiB, and less than the 64 MiB of the whole
 
 
 def test_empty_documents_and_lines_are_left_out(file):

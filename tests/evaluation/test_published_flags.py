@@ -85,6 +85,19 @@ def test_the_command_shows_what_has_no_effect_while_it_reads_flags(monkeypatch, 
     assert caplog.messages == ["--inference: has no effect, scoring never trains"]
 
 
+@pytest.mark.parametrize(
+    "words, reason",
+    [
+        ("--no-load-optim", "scoring reads no optimizer state"),
+        ("--max_chunk_size 32", "all later tokens of an answer are masked; batches are --batch-tokens"),
+    ],
+)
+def test_the_reason_for_no_effect_is_logged(run, words, reason, caplog):
+    with caplog.at_level(logging.INFO, "megatron"):
+        read(["--load", run(), "--tasks", "a", *words.split()])
+    assert caplog.messages == [f"{words}: has no effect, {reason}"]
+
+
 @pytest.mark.parametrize("flag", "--load --run --task_list --results_path --eval_method --max_chunk_size".split())
 def test_a_spelling_without_its_value_is_refused_wherever_it_stands(run, flag):
     other_words = ["--load", run(), "--task_list", "a"]
@@ -104,12 +117,16 @@ def test_a_spelling_that_takes_no_value_may_end_the_line(run, switch):
 @pytest.mark.parametrize(
     "words, expected",
     [
-        ("--sampling_eps 0.1", "--sampling_eps 0.1: is refused: mask ratios begin at 0"),
-        ("--load-tag global_step100", "--load-tag global_step100: is refused: name the folder of a checkpoint"),
+        ("--sampling_eps 0.1", "--sampling_eps 0.1: not supported, mask ratios begin at 0; leave it out"),
+        (
+            "--load-tag global_step100",
+            "--load-tag global_step100: not supported, --load also takes the folder of a checkpoint; give that, or "
+            "--checkpoint best",
+        ),
         ("--eval_method x", "--eval_method x: is not one of ar, mc"),
         ("--dtype bfloat16 --eval_fp32", "--eval_fp32: is --dtype float32, and --dtype bfloat16 is given too"),
         ("--fp16", "--fp16: not supported, training computes in bf16 or fp32"),
-        ("--dry-run", "--dry-run: is refused"),
+        ("--dry-run", "--dry-run: not supported, only training has a dry run; leave it out"),
         ("--num-layers two", "--num-layers two: is not a number"),
         ("--num-laiers 2", "unknown flag --num-laiers; did you mean --num-layers?"),
         ("--num-mcc=9", "unknown flag --num-mcc; did you mean --num-mc?"),
