@@ -149,7 +149,7 @@ def test_a_batch_that_does_not_divide_over_two_processes_ends_them_both(tiny):
     done = run("ar", *tiny, "--micro-batch-size", 8, processes=2, check=False)
     assert done.returncode != 0 and time.monotonic() - start < 60
     for line in [line for line in done.stderr.splitlines() if line.startswith("error:")]:
-        one_line(line, "--global-batch-size 8", "--micro-batch-size 8 times 2 processes = 16", "take 16")
+        one_line(line, "--global-batch-size 8", "--micro-batch-size 8 times 2 ranks = 16", "take 16")
     assert "error: --global-batch-size 8" in done.stderr
 
 

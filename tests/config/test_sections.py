@@ -242,17 +242,6 @@ REFUSED = [
         {"wandb_group": "a", "wandb_project": ""},
         "--wandb-group a: does nothing without --wandb",
     ),
-    (
-        TrainingConfig,
-        {"exit_code_when_stopped": 256},
-        "--exit-code-when-stopped 256: is not an exit code from 0 to 255",
-    ),
-    (
-        CheckpointConfig,
-        {"wait_for_lock": 721.0, "save": "a"},
-        "--wait-for-lock 721.0: is not a number of minutes from 0",
-    ),
-    (CheckpointConfig, {"wait_for_lock": 1.0}, "--wait-for-lock 1.0: does nothing without --save; give both"),
     (TrackingConfig, {"wandb_save_dir": "a"}, "--wandb-save-dir a: does nothing without --wandb-project; give both"),
 ]
 MODEL = {"num_layers": 1, "hidden_size": 32, "num_attention_heads": 4}

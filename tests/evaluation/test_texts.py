@@ -218,7 +218,10 @@ def test_what_would_not_act_is_refused(runs, tmp_path, monkeypatch, written):
         ([ar, "--prompt-file", f"{tmp_path}/bytes.txt"], f"--prompt-file {tmp_path}/bytes.txt: is not UTF-8"),
         ([ar, "--prompt-file", f"{tmp_path}/late.txt"], f"--prompt-file {tmp_path}/late.txt: is not UTF-8"),
         ([ar, "--prompt-file", f"{tmp_path}/half.jsonl"], f"--prompt-file {tmp_path}/half.jsonl: line 1 is not text"),
-        ([ar, "--prompt-file", f"{tmp_path}/cut.txt.gz"], f"--prompt-file {tmp_path}/cut.txt.gz: is damaged or cut"),
+        (
+            [ar, "--prompt-file", f"{tmp_path}/cut.txt.gz"],
+            f"--prompt-file {tmp_path}/cut.txt.gz: is damaged or truncated",
+        ),
         ([ar, "--prompt", "a\udcff"], "--prompt is not text"),
         ([mdm, "--infill", "a{{2}}\udcff"], "--infill is not text"),
         ([mdm, "--prompt", "a", "--gap", "2", "--suffix", "\udcff"], "--suffix is not text"),

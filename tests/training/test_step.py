@@ -166,5 +166,5 @@ def fail_on_the_second(ranks: ParallelContext) -> None:
 
 
 def test_a_failing_process_is_named():
-    with pytest.raises(RuntimeError, match="(?s)^error of process 1\n.*as planted"):
+    with pytest.raises(RuntimeError, match="(?s)^error of rank 1\n.*as planted"):
         spawn(fail_on_the_second, 2)
