@@ -5,11 +5,11 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # this megatron, not an installed package of that name
-
-from megatron import stop_signals
+from megatron import parent_process, stop_signals
 
 if __name__ == "__main__":
-    stop_signals.install()  # before the imports, which take seconds
+    parent_process.record()  # before the imports, which take seconds
+    stop_signals.install()
     from megatron.training.main import main
 
     main("mdm")

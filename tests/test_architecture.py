@@ -14,7 +14,8 @@ import torch
 from tests.conftest import ROOT
 
 LAYERS = {
-    "megatron": 0, "stop_signals": 0, "errors": 0, "randomness": 0, "log": 0, "batch": 0, "figures": 0,
+    "megatron": 0, "parent_process": 0, "stop_signals": 0, "errors": 0, "randomness": 0, "log": 0, "batch": 0,
+    "figures": 0,
     "config": 1,
     "data": 2, "model": 2, "objectives": 2,
     "parallel": 3,

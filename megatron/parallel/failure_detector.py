@@ -18,9 +18,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 
-from megatron import stop_signals
+from megatron import parent_process, stop_signals
 
 PAUSE = 2.0  # seconds before exiting: a launcher reports the process that exits first as the cause
 PATIENCE = 3.0  # seconds within which a rank's death is known here after it made a collective fail
@@ -88,9 +87,8 @@ def launcher() -> str | None:
 
     A shell may end before its children; a launcher ends last, unless it is killed.
     """
-    with suppress(OSError):  # not every system has /proc
-        if Path(f"/proc/{os.getppid()}/comm").read_text() == "slurmstepd\n":
-            return "srun"
+    if parent_process.started_by().name == "slurmstepd":
+        return "srun"
     variables = {"TORCHELASTIC_RUN_ID": "torchrun", "CROSS_RANK": "deepspeed"}
     return next((name for variable, name in variables.items() if variable in os.environ), None)
 
@@ -205,13 +203,16 @@ class FailureDetector(threading.Thread):
         self._all_connected = threading.Event()
 
     def exit_with_launcher(self, launcher: str) -> None:
-        """End all ranks if the parent process of this one, a launcher, is killed."""
-        parent = os.getppid()
+        """End all ranks if the parent process of this one, a launcher, is killed; this rank at once if it is gone."""
+        parent = parent_process.started_by()
+        process = "" if parent.name in parent_process.ADOPTERS else f"process {parent.pid} on "
         text = (
-            f"{launcher} (process {parent} on {socket.gethostname()}), which started rank {self.rank}, is gone: it was "
+            f"{launcher} ({process}{socket.gethostname()}), which started rank {self.rank}, is gone: it was "
             "killed; all ranks exit, and the same command resumes from the newest checkpoint"
         )
-        when_orphaned(lambda: self.report(text, 1), parent)
+        if parent.is_gone:
+            self.report(text, 1)
+        when_orphaned(lambda: self.report(text, 1), parent.pid)
 
     def connect(self, find_hub: Callable[[], tuple[str, int, str] | None], minutes: float) -> str:
         """Wait until all ranks have connected to the hub; return its token, which no other start has.

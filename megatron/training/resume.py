@@ -11,7 +11,10 @@ from megatron.errors import ConfigurationError
 from megatron.parallel.mesh import ParallelContext
 from megatron.training import checkpoint
 from megatron.training.datasets import Sources
+from megatron.training.exit_conditions import on_any_rank, signal_reason
 from megatron.training.run_folder import RunFolder, check_writable, read_json, read_records
+
+WAITING = "waiting"  # what rank 0 sends instead of an origin while it waits for the lock
 
 
 @dataclass(frozen=True)
@@ -30,18 +33,24 @@ def open_run(
 ) -> tuple[RunFolder | None, Origin | None]:
     """Return the run folder (on rank 0; None on other ranks, without --save and with --skip-train) and the origin.
 
-    Raises: LockError if another process writes to the folder; StopRequested if a signal ends the wait for its lock;
-    ConfigurationError if the checkpoint does not fit the configuration.
+    Raises: LockError if another process writes to the folder; StopRequested if a signal to any rank ends the wait for
+    its lock; ConfigurationError if the checkpoint does not fit the configuration.
     """
     folders = []
+
+    def stop_reason() -> str | None:
+        """Return why to stop; rank 0 calls this while it waits, and the loop below makes the same collective calls."""
+        ranks.from_rank_0(lambda: WAITING)
+        return on_any_rank(signal_reason(), ranks)
 
     def find() -> Origin | None:
         _source(config)  # fails before a folder is created
         if config.checkpoint.save and not config.validation.skip_train:
-            folders.append(RunFolder(config.checkpoint.save, config.checkpoint.wait_for_lock))
+            folders.append(RunFolder(config.checkpoint.save, config.checkpoint.wait_for_lock, stop_reason))
         return find_origin(config, plan, objective, sources, precision)
 
-    origin = ranks.from_rank_0(find)
+    while (origin := ranks.from_rank_0(find)) == WAITING:
+        on_any_rank(signal_reason(), ranks)
     return (folders[0] if folders else None), origin
 
 

@@ -11,13 +11,13 @@ import os
 import shutil
 import socket
 import time
+from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
 import numpy as np
 
-from megatron import stop_signals
 from megatron.errors import ConfigurationError
 from megatron.stop_signals import StopRequested
 from megatron.validation.evaluate import Evaluation
@@ -85,16 +85,17 @@ class RunFolder:
     Every method that writes raises LockError if another process has taken over the lock.
     """
 
-    def __init__(self, path: str, wait_minutes: float = 0.0):
+    def __init__(self, path: str, wait_minutes: float = 0.0, stop_reason: Callable[[], str | None] = lambda: None):
         """Create or open the folder and lock it, waiting up to `wait_minutes` for another holder.
 
-        Raises: LockError if another process still holds the lock then; StopRequested if a signal ends the wait;
+        `stop_reason` is called every LOCK_RETRY seconds and returns why to end the wait, or None.
+        Raises: LockError if another process still holds the lock then; StopRequested if `stop_reason` ends the wait;
         ConfigurationError if the folder cannot be written to.
         """
         self.path, self._owner = Path(path), _owner_name()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = self._wait_for_lock(wait_minutes)
+            self._lock = self._wait_for_lock(wait_minutes, stop_reason)
             self._lock.truncate(0)
             self._lock.write(self._owner)
             self._lock.flush()
@@ -107,15 +108,15 @@ class RunFolder:
             ) from error
         self._records = None
 
-    def _wait_for_lock(self, minutes: float) -> TextIO:
+    def _wait_for_lock(self, minutes: float, stop_reason: Callable[[], str | None]) -> TextIO:
         """Return the lock file, open and locked; wait for another holder up to `minutes`."""
         deadline = time.monotonic() + 60 * minutes
         lock = self._try_lock()
         if isinstance(lock, str) and minutes:
             logger.info("--save %s: %s is writing this run; waiting up to %g minutes for it", self.path, lock, minutes)
         while isinstance(lock, str):
-            if stop_signals.requested():
-                raise StopRequested(f"signal {stop_signals.requested()}")
+            if reason := stop_reason():
+                raise StopRequested(reason)
             if time.monotonic() >= deadline:
                 waited = f", even after --wait-for-lock {minutes:g}" if minutes else ""
                 raise LockError(

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -10,12 +11,13 @@ from unittest import mock
 
 import pytest
 
+from megatron import parent_process
 from megatron.errors import ConfigurationError
 from megatron.evaluation import harness
-from megatron.parallel.failure_detector import launcher
+from megatron.parallel.failure_detector import FailureDetector, launcher
 from megatron.parallel.launch import adopt_launcher, check_alone, join
 from megatron.training.main import main
-from tests.conftest import PLACE, ROOT, environment
+from tests.conftest import PLACE, ROOT, entry, environment
 from tests.forked import run_script
 from tests.training.jobs import alive
 
@@ -126,8 +128,8 @@ time.sleep(60)
 RANK = """
 import sys, time
 from pathlib import Path
-from megatron.parallel.failure_detector import FailureDetector, Hub, launcher
 folder, rank = Path(sys.argv[1]), int(sys.argv[2])
+from megatron.parallel.failure_detector import FailureDetector, Hub, launcher
 sys.stderr = open(folder / f"errors {rank}", "w", buffering=1)
 detector = FailureDetector(rank, 0)
 detector.on_failure = (folder / f"on_failure {rank}").write_text
@@ -147,9 +149,28 @@ time.sleep(60)
 """
 
 
-def kill_a_launcher(folder: Path, ranks: int, variables: dict, name: str = "python") -> list[int]:
+# argv: a folder, the rank, in front of which stands the path of an entry point. It imports slowly: until there is `go`.
+SLOW_IMPORTS = f"""
+import os, runpy, sys, types
+def main(objective):
+    (folder / f"ready {{rank}}").touch()
+    while not (folder / "go").exists():
+        time.sleep(0.01)
+    exec({RANK!r}, {{}})
+import time
+from pathlib import Path
+entry_point = sys.argv.pop(1)
+folder, rank = Path(sys.argv[1]), int(sys.argv[2])
+sys.modules["megatron.training.main"] = types.SimpleNamespace(main=main)
+runpy.run_path(entry_point, run_name="__main__")
+"""
+
+
+def kill_a_launcher(
+    folder: Path, ranks: int, variables: dict, name: str = "python", script: tuple = (RANK,)
+) -> list[int]:
     """Start ranks from a launcher, kill it when they are ready, return the ids of those that run 8 seconds later."""
-    command = [sys.executable, "-c", LAUNCHER, name, str(ranks), sys.executable, "-c", RANK, str(folder)]
+    command = [sys.executable, "-c", LAUNCHER, name, str(ranks), sys.executable, "-c", *script, str(folder)]
     process = subprocess.Popen(command, env=environment() | variables, stdout=subprocess.PIPE, text=True)
     pids = list(map(int, process.stdout.readline().split()))
     try:
@@ -159,6 +180,7 @@ def kill_a_launcher(folder: Path, ranks: int, variables: dict, name: str = "pyth
             time.sleep(0.02)
         process.kill()
         process.wait()
+        (folder / "go").touch()
         deadline = time.monotonic() + 8
         while any(map(alive, pids)) and time.monotonic() < deadline:
             time.sleep(0.05)
@@ -171,7 +193,7 @@ def kill_a_launcher(folder: Path, ranks: int, variables: dict, name: str = "pyth
             os.kill(pid, signal.SIGKILL)
 
 
-@pytest.mark.parametrize(
+LAUNCHERS = pytest.mark.parametrize(
     "variables, name, message",
     [
         ({"TORCHELASTIC_RUN_ID": "none"}, "python", "torchrun (process "),
@@ -179,6 +201,9 @@ def kill_a_launcher(folder: Path, ranks: int, variables: dict, name: str = "pyth
         ({}, "slurmstepd", "srun (process "),
     ],
 )
+
+
+@LAUNCHERS
 def test_ranks_end_with_their_launcher(variables, name, message, tmp_path):
     assert kill_a_launcher(tmp_path, 2, variables, name) == []
     errors = "".join((tmp_path / f"errors {rank}").read_text() for rank in (0, 1))
@@ -188,12 +213,35 @@ def test_ranks_end_with_their_launcher(variables, name, message, tmp_path):
         assert f"error: {(tmp_path / f'on_failure {rank}').read_text()}\n" == errors
 
 
+@LAUNCHERS
+def test_a_rank_whose_launcher_is_killed_during_the_imports_ends(variables, name, message, tmp_path):
+    script = (SLOW_IMPORTS, entry("mdm" if name == "slurmstepd" else "ar"))
+    assert kill_a_launcher(tmp_path, 1, variables, name, script) == []
+    errors = (tmp_path / "errors 0").read_text()
+    assert errors.startswith(f"error: {message}") and errors.count("\n") == 1 and "is gone" in errors
+
+
+def test_a_rank_that_a_launcher_left_to_init_before_its_first_line_ends():
+    detector = FailureDetector(0, 0)
+    with (
+        mock.patch.object(parent_process, "_recorded", parent_process.Parent(os.getppid(), "systemd")),
+        mock.patch.object(detector, "report", side_effect=SystemExit) as report,
+        pytest.raises(SystemExit),
+    ):
+        detector.exit_with_launcher("torchrun")
+    assert report.call_args.args[0].startswith(f"torchrun ({socket.gethostname()}), which started rank 0, is gone")
+
+
 def test_ranks_outlive_a_shell(tmp_path):
     assert len(kill_a_launcher(tmp_path, 2, {}, "bash")) == 2
     assert not (tmp_path / "on_failure 0").exists()
 
 
-def test_a_shell_is_no_launcher(monkeypatch):
+@pytest.mark.parametrize(
+    "parent", [None, parent_process.Parent(2**22 + 1, "bash"), parent_process.Parent(1, "systemd")]
+)
+def test_a_shell_is_no_launcher_also_when_it_has_ended(parent, monkeypatch):
+    monkeypatch.setattr(parent_process, "_recorded", parent)
     for name in ("TORCHELASTIC_RUN_ID", "CROSS_RANK"):
         monkeypatch.delenv(name, raising=False)
     assert launcher() is None

@@ -1,6 +1,7 @@
 """Jobs of several ranks for tests: start them with torchrun or by hand, kill one rank, time the end."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -122,6 +123,12 @@ def newest(folder: Path) -> int:
     """Return the step of a run's newest complete checkpoint, 0 if it has none."""
     names = [path.name[5:] for path in folder.glob("checkpoints/iter_*")]
     return max((int(name) for name in names if name.isdigit()), default=0)
+
+
+def catches(pid: int, name: str) -> bool:
+    """Return whether a process has installed a handler for a signal."""
+    caught = re.search(r"^SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text(), re.M)[1]
+    return bool(int(caught, 16) >> (signal.Signals[name] - 1) & 1)
 
 
 def alive(pid: int) -> bool:

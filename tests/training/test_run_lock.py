@@ -67,14 +67,17 @@ def test_a_run_waits_until_the_other_process_has_ended(locked, tiny, tmp_path):
     assert status(folder)["state"] == "finished"
 
 
-def test_a_signal_ends_the_wait(locked, tiny, tmp_path):
+@pytest.mark.parametrize(
+    "rank, reason", [(None, "signal SIGTERM"), (0, "signal SIGTERM"), (1, "requested on another rank")]
+)
+def test_a_signal_to_any_rank_ends_the_wait(rank, reason, locked, tiny, tmp_path):
     folder, _ = locked
     flags = [*tiny, "--save", folder, "--wait-for-lock", "5", "--exit-code-when-stopped", "85"]
     with Run("ar", flags, tmp_path, size=2) as training:
         training.wait_until(lambda: "waiting up to 5 minutes" in training.stderr)
-        training.signal("SIGTERM", "SIGTERM")
-        assert training.codes(20) == [85, 85]
-        assert "stopped by signal SIGTERM before the first step" in training.stderr
+        training.signal("SIGTERM", "SIGTERM", rank=rank)
+        assert training.codes(20) == [85, 85], training.stderr[-3000:]
+        assert f"stopped by {reason} before the first step" in training.stderr
     assert contents(folder) == {"lock": b"node-1 process-17 job-40_0"}
 
 

@@ -6,12 +6,13 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from tests.conftest import entry, environment, records, run
 from tests.forked import free_port
-from tests.training.jobs import lines, newest
+from tests.training.jobs import catches, lines, newest
 from tests.training.runs import Run, contents, status
 
 CODE = ("--exit-code-when-stopped", "85")
@@ -82,14 +83,30 @@ def test_a_signal_to_one_rank_stops_all_with_the_same_exit_code(long, tmp_path):
 # ----------------------------------------------------------------------------- before the first step
 
 
+def handles_signals(pid: int) -> bool:
+    return all(catches(pid, name) for name in ("SIGTERM", "SIGUSR1", "SIGUSR2"))  # Python itself handles SIGINT
+
+
+def has_loaded_torch(pid: int) -> bool:
+    return "libtorch_cpu" in Path(f"/proc/{pid}/maps").read_text()
+
+
 @pytest.mark.parametrize(
-    "delay, names",
-    [(0.4, ("SIGTERM", "SIGTERM")), (1.0, ("SIGUSR1",)), (1.0, ("SIGUSR2", "SIGTERM")), (1.6, ("SIGINT",))],
+    "moment, names",
+    [
+        (handles_signals, ("SIGTERM", "SIGTERM")),
+        (handles_signals, ("SIGUSR1",)),
+        (has_loaded_torch, ("SIGUSR2", "SIGTERM")),
+        (has_loaded_torch, ("SIGINT",)),
+    ],
 )
-def test_a_signal_while_torch_is_imported_ends_the_process_at_once(delay, names, long, tmp_path):
+def test_a_signal_while_torch_is_imported_ends_the_process_at_once(moment, names, long, tmp_path):
     command = [sys.executable, entry("mdm"), *map(str, long), "--save", str(tmp_path / "run")]
     process = subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True)
-    time.sleep(delay)
+    deadline = time.monotonic() + 60
+    while not moment(process.pid):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.002)
     for name in names:
         process.send_signal(signal.Signals[name])
     error = process.communicate(timeout=20)[1]
@@ -109,6 +126,7 @@ def test_the_exit_code_is_read_before_the_command_line_is_parsed(flags, code):
 def test_a_signal_while_a_rank_waits_for_the_others_ends_it_at_once(rank, long, tmp_path):
     variables = {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": str(free_port())}
     with Run("ar", [*long, "--save", tmp_path / "run"], tmp_path, MASTER_ADDR="127.0.0.1", **variables) as training:
+        training.wait_until(lambda: handles_signals(training.ranks[0].pid))
         time.sleep(3)
         training.signal("SIGTERM", "SIGTERM")
         assert training.codes(10) == [85]
@@ -127,6 +145,7 @@ def test_a_signal_while_a_rank_waits_for_the_address_of_the_first_one_ends_it_at
             with Run(
                 "ar", [*long, "--save", tmp_path / "run"], tmp_path, MASTER_ADDR="127.0.0.1", **variables
             ) as training:
+                training.wait_until(lambda: handles_signals(training.ranks[0].pid))
                 time.sleep(3)
                 training.signal("SIGTERM")
                 assert training.codes(10) == [85] and training.stderr == LINE.format("SIGTERM")
