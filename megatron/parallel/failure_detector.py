@@ -265,7 +265,9 @@ class FailureDetector(threading.Thread):
         printing_rank = self.first_on_node + 1 if first_is_dead else self.first_on_node
         try:
             if self.rank == printing_rank:
-                print(f"{'' if fault.stop else 'error: '}{fault.text}", file=sys.stderr, flush=True)
+                # in one write: `print` writes the end of the line by itself, and the main thread may log in between
+                sys.stderr.write(f"{'' if fault.stop else 'error: '}{fault.text}\n")
+                sys.stderr.flush()
             if self.on_failure:
                 self.on_failure(fault.text)
         finally:
