@@ -30,6 +30,7 @@ setup(
             "protobuf",
             "pytest",
             "pytest-xdist",
+            "pyright[nodejs]",
             "ruff",
             "tensorboard",
             "transformers>=5.20",
