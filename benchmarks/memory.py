@@ -37,6 +37,7 @@ from megatron.config.flags import flag
 from megatron.config.memory import Memory, memory_per_process
 from megatron.config.sections import Config, Vocabulary
 from megatron.config.sizes import GPT2_VOCABULARY
+from megatron.objectives.registry import capabilities
 from megatron.parallel.apply import build_engine
 from megatron.parallel.mesh import build_parallel_context, destroy_parallel, initialize_parallel
 from megatron.training.command_line import parse
@@ -68,7 +69,14 @@ class Case:
         """Return the memory that the formula predicts on "cpu" or "cuda"."""
         config = self.config
         precision = "fp32" if config.training.fp32 else "bf16"
-        return memory_per_process(config, Vocabulary(self.vocabulary_size), self.processes, precision, device)
+        return memory_per_process(
+            config,
+            Vocabulary(self.vocabulary_size),
+            capabilities(config.objective.objective),
+            world_size=self.processes,
+            precision=precision,
+            device=device,
+        )
 
 
 SMALL = "--num-layers 4 --hidden-size 256 --num-attention-heads 4 --seq-length 256 --micro-batch-size 4 --bf16"

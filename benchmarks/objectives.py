@@ -30,7 +30,8 @@ from megatron.batch import Batch
 from megatron.config.flags import flag, require
 from megatron.config.sections import Config, Vocabulary
 from megatron.config.sizes import GPT2_VOCABULARY, parameter_count
-from megatron.objectives import build_input_noise, build_objective, document_rules
+from megatron.objectives.input_noise import build_input_noise
+from megatron.objectives.registry import build_objective, document_rules
 from megatron.parallel.mesh import ParallelContext, destroy_parallel, initialize_parallel
 from megatron.training.averaging import start_average
 from megatron.training.build_engine import start_engine

@@ -45,7 +45,7 @@ from megatron.config.flags import flag, require, typed
 from megatron.config.sections import ModelConfig, ObjectiveConfig, Vocabulary
 from megatron.config.sizes import GPT2_VOCABULARY, ladder_settings
 from megatron.errors import ConfigurationError
-from megatron.objectives import build_objective
+from megatron.objectives.registry import build_objective
 from megatron.parallel.mesh import ParallelContext, destroy_parallel, initialize_parallel
 from megatron.randomness import stream
 

@@ -11,9 +11,10 @@ import torch
 
 from megatron.batch import Batch
 from megatron.config.sections import ModelConfig, ObjectiveConfig, OptimizerConfig, ParallelConfig, Vocabulary
-from megatron.objectives import build_input_noise, build_objective
 from megatron.objectives.documents import DocumentRules
+from megatron.objectives.input_noise import build_input_noise
 from megatron.objectives.masked_diffusion import MaskedDiffusion
+from megatron.objectives.registry import build_objective
 from megatron.parallel.apply import build_engine
 from megatron.parallel.mesh import ParallelContext
 from megatron.training.microbatches import MicroBatches

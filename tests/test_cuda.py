@@ -13,7 +13,7 @@ import torch
 from megatron.config.sections import Vocabulary
 from megatron.model import linear_cross_entropy
 from megatron.model.linear_cross_entropy import PLAIN, WHOLE, Terms
-from megatron.objectives import build_objective
+from megatron.objectives.registry import build_objective
 from megatron.parallel.mesh import destroy_parallel, initialize_parallel
 from megatron.training.build_engine import start_engine
 from megatron.training.command_line import parse

@@ -8,7 +8,10 @@ import pytest
 from tests.conftest import ROOT
 
 
-@pytest.mark.parametrize("command", ["ruff check .", "ruff format --check .", f"pyright --pythonpath {sys.executable}"])
+PYRIGHT = f"pyright --project pyproject.toml --pythonpath {sys.executable}"
+
+
+@pytest.mark.parametrize("command", ["ruff check .", "ruff format --check .", PYRIGHT])
 def test_nothing_is_found(command):
     done = subprocess.run([sys.executable, "-m", *command.split()], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

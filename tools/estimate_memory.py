@@ -30,6 +30,7 @@ from megatron.config.resolve import check_batch, check_layout
 from megatron.config.sections import Config, Vocabulary
 from megatron.config.sizes import GPT2_VOCABULARY
 from megatron.errors import ConfigurationError
+from megatron.objectives.registry import capabilities
 from megatron.training.command_line import parse_with
 
 GIB = 2**30
@@ -71,9 +72,11 @@ def estimate(options: Options, config: Config) -> Memory:
     reason = "the formula is FSDP2's; leave it out, with --deepspeed-config"
     require(not config.parallel.deepspeed, "deepspeed", True, reason)
     check_layout(config, options.processes)
-    check_batch(config, options.processes)
+    declared = capabilities(config.objective.objective)
+    check_batch(config, options.processes, declared)
     precision = "fp32" if config.training.fp32 else "bf16"
-    return memory_per_process(config, Vocabulary(options.vocabulary_size), options.processes, precision)
+    vocabulary = Vocabulary(options.vocabulary_size)
+    return memory_per_process(config, vocabulary, declared, world_size=options.processes, precision=precision)
 
 
 def layouts(options: Options, config: Config) -> Iterator[tuple[Config, Memory]]:

@@ -20,7 +20,8 @@ import torch
 from megatron.batch import Batch
 from megatron.config.sections import Vocabulary
 from megatron.errors import ConfigurationError
-from megatron.objectives import build_input_noise, build_objective, document_rules
+from megatron.objectives.input_noise import build_input_noise
+from megatron.objectives.registry import build_objective, document_rules
 from megatron.training.command_line import parse
 
 END_OF_DOCUMENT = "|"

@@ -32,6 +32,7 @@ from megatron.config.sections import Config, Vocabulary
 from megatron.config.sizes import GPT2_VOCABULARY
 from megatron.errors import ConfigurationError
 from megatron.log import configure_logging
+from megatron.objectives.registry import capabilities
 from megatron.parallel.mesh import destroy_parallel, initialize_parallel
 from megatron.training.command_line import parse_with
 from megatron.training.device_info import device_memory
@@ -154,7 +155,9 @@ class Tuner:
         )
         if not config.parallel.deepspeed:
             precision, kind = choose_precision(config, self.ranks.device), self.ranks.device.type
-            needed = memory_per_process(config, self.vocabulary, self.ranks.size, precision, kind).total
+            settings = {"world_size": self.ranks.size, "precision": precision, "device": kind}
+            declared = capabilities(config.objective.objective)
+            needed = memory_per_process(config, self.vocabulary, declared, **settings).total
             if needed > self.memory:
                 return f"does not fit: {needed / GIB:.1f} GiB of {self.memory / GIB:.1f}"
         return attempt(config, self.vocabulary, self.steps)

@@ -115,11 +115,15 @@ class DescribedFormatter(HelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Help of a command that keeps the line breaks of its description."""
 
 
-def add_section(parser: argparse.ArgumentParser, section: type, defaults: dict) -> None:
-    """Add the flags of a section as an argument group; `defaults` (of a recipe) override those of the fields."""
+def add_section(parser: argparse.ArgumentParser, section: type, defaults: dict, registered: dict | None = None) -> None:
+    """Add the flags of a section as an argument group; `defaults` (of a recipe) override those of the fields.
+
+    `registered[field]` maps the choices of a field that are registered elsewhere to their descriptions.
+    """
     title, _, description = (section.__doc__ or section.__name__).strip().partition("\n")
     group = parser.add_argument_group(title.rstrip("."), description.strip() or None)
     hints = typing.get_type_hints(section)
+    registered = registered or {}
     for field in dataclasses.fields(section):
         kind, default = _plain(hints[field.name]), defaults.get(field.name, field.default)
         # `parse_known` checks required flags, all at once and with our message
@@ -128,13 +132,14 @@ def add_section(parser: argparse.ArgumentParser, section: type, defaults: dict) 
             options["action"] = argparse.BooleanOptionalAction
         else:
             item = typing.get_args(kind)[0] if typing.get_origin(kind) is tuple else kind
-            choices = field.metadata["choices"]
+            choices = field.metadata["choices"] or tuple(registered.get(field.name, ()))
             options |= {"type": _reader(item, choices), "metavar": field.metadata["metavar"] or item.__name__.upper()}
             options |= {"nargs": "+"} if item is not kind else {}
             if choices and not field.metadata["metavar"]:
                 options["metavar"] = "{" + ",".join(choices) + "}"
         action = group.add_argument(spelling(field.name), **options)
-        action.help = _described(field.metadata["help"], default)
+        described = [f"{name}: {text}" for name, text in registered.get(field.name, {}).items()]
+        action.help = _described("; ".join([field.metadata["help"], *described]), default)
 
 
 def _described(help: str, default) -> str:

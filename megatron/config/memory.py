@@ -16,6 +16,7 @@ Activations are counted as by Korthikanti et al., Reducing Activation Recomputat
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
+from megatron.config.capabilities import Capabilities
 from megatron.config.sections import Config, Vocabulary
 from megatron.config.sizes import COLUMNS, ROWS, block_shapes, layers_of
 
@@ -56,15 +57,25 @@ class Memory:
 
 
 def memory_per_process(
-    config: Config, vocabulary: Vocabulary, world_size: int, precision: str, device: str = "cuda"
+    config: Config,
+    vocabulary: Vocabulary,
+    capabilities: Capabilities,
+    *,
+    world_size: int,
+    precision: str,
+    device: str = "cuda",
 ) -> Memory:
     """Return the peak memory of the rank that needs most; the layout must have passed `check_layout`.
 
-    `precision` is "bf16" or "fp32". On a CPU, where the formula is measured, RMSNorm saves fp32 copies and the head
-    uses smaller chunks.
+    `capabilities` are those of the objective, `precision` is "bf16" or "fp32". On a CPU, where the formula is measured,
+    RMSNorm saves fp32 copies and the head uses smaller chunks.
     """
     num_stages = config.parallel.pipeline_model_parallel_size
-    ranks = [_Rank(config, vocabulary, world_size, precision, device, stage) for stage in range(num_stages)]
+    shape = (config, vocabulary, capabilities.positions_per_token)
+    ranks = [
+        _Rank(*shape, world_size=world_size, precision=precision, device=device, stage=stage)
+        for stage in range(num_stages)
+    ]
     return max((memory for rank in ranks for memory in rank.moments()), key=lambda memory: memory.total)
 
 
@@ -106,7 +117,15 @@ class _Rank:
     """
 
     def __init__(
-        self, config: Config, vocabulary: Vocabulary, world_size: int, precision: str, device: str, stage: int
+        self,
+        config: Config,
+        vocabulary: Vocabulary,
+        positions_per_token: int,
+        *,
+        world_size: int,
+        precision: str,
+        device: str,
+        stage: int,
     ):
         model, parallel, training = config.model, config.parallel, config.training
         self.model = model
@@ -138,7 +157,7 @@ class _Rank:
             self.state_elements -= _elements(matrices, num_shards).shard * self.num_layers * self.num_chunks
         self.state_elements += self.parameters.shard * config.optimizer.averages
 
-        self.seq_length = config.objective.positions(config.data.seq_length)
+        self.seq_length = config.data.seq_length * positions_per_token
         self.tokens = training.micro_batch_size * self.seq_length
         self.shard_tokens = self.tokens // self.tp_size  # between layers
         self.hidden_shard = self.size * self.shard_tokens * model.hidden_size  # hidden states [B, S/tp, H]

@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass, fields
 from fractions import Fraction
 from math import gcd
 
+from megatron.config.capabilities import Capabilities
 from megatron.config.flags import require, spelling, typed
 from megatron.config.recipes import RECIPES
 from megatron.config.sections import SECTIONS, WITHOUT_DEEPSPEED, Config, Vocabulary
@@ -51,14 +52,15 @@ class Plan:
         return 6.0 * self.parameters * samples * seq_length * self.passes
 
 
-def resolve(config: Config, vocabulary: Vocabulary, unique_tokens: int) -> Plan:
-    """Return the plan of a run over `unique_tokens` tokens.
+def resolve(config: Config, vocabulary: Vocabulary, unique_tokens: int, capabilities: Capabilities) -> Plan:
+    """Return the plan of a run over `unique_tokens` tokens; `capabilities` are those of its objective.
 
     Raises: ConfigurationError if sections contradict each other.
     """
     training, optimizer, seq_length = config.training, config.optimizer, config.data.seq_length
     _check_deepspeed(config)
-    parameters, passes = parameter_count(config.model, vocabulary), config.objective.passes
+    parameters = parameter_count(config.model, vocabulary)
+    passes = config.objective.passes(capabilities.positions_per_token)
     samples = _train_samples(training, seq_length, unique_tokens, parameters * passes)
     average_start = optimizer.average_from_samples
     message = f"is more than the budget of {samples} samples, so nothing would be averaged; lower it"
@@ -225,7 +227,7 @@ def check_layout(config: Config, size: int) -> None:
     )
 
 
-def check_batch(config: Config, size: int) -> None:
+def check_batch(config: Config, size: int, capabilities: Capabilities) -> None:
     """Check that a step divides into whole micro-batches over `size` ranks, enough of them for the pipeline."""
     training, parallel = config.training, config.parallel
     data_size, stages = parallel.data_size(size), parallel.pipeline_model_parallel_size
@@ -243,7 +245,7 @@ def check_batch(config: Config, size: int) -> None:
     causal, micro = config.objective.causal_samples(training.global_batch_size), training.micro_batch_size
     fits = [f"{count * micro / training.global_batch_size:.6g}" for count in (causal // micro, causal // micro + 1)]
     require(
-        config.objective.objective != "dual" or causal % micro == 0,
+        not capabilities.mixes_kinds or causal % micro == 0,
         "causal_ratio",
         config.objective.causal_ratio,
         f"is {causal} of the {training.global_batch_size} samples of a step, and all {micro} samples of a micro-batch "

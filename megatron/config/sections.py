@@ -267,12 +267,7 @@ def implied_tokenizer(given: set[str]) -> dict:
 class ObjectiveConfig:
     """Objective: prediction targets, and noise on the inputs. Noise applies in training, never in validation."""
 
-    objective: str = flag(
-        "ar",
-        "ar: autoregressive, the next token; mdm: masked diffusion; dual: both, in one model; any-order: the next "
-        "token in a random order; block-diffusion: blocks left to right, masked diffusion within a block",
-        choices=("ar", "mdm", "dual", "any-order", "block-diffusion"),
-    )
+    objective: str = flag("ar", "what to train")  # objectives/registry.py adds the choices
     mask_times: str = flag(
         "stratified",
         "masked diffusion: how the diffusion time t ~ U(0, 1) of a sequence is drawn; stratified: consecutive samples "
@@ -357,17 +352,12 @@ class ObjectiveConfig:
         message = "needs --target-positions, or the model cannot know which token to predict; give both"
         require(offset == 1 or self.target_positions, "target_offset_max", offset, message)
 
-    @property
-    def passes(self) -> int:
-        """Forward and backward passes of each sample through the model."""
-        return 2 if self.masked_input_weight or self.objective == "block-diffusion" else 1
-
-    def positions(self, seq_length: int) -> int:
-        """Return the positions of one pass: block diffusion reads a sample and its masked copy in one sequence."""
-        return seq_length * (2 if self.objective == "block-diffusion" else 1)
+    def passes(self, positions_per_token: int) -> int:
+        """Return how often each token of a sample passes through the model, forward and backward."""
+        return positions_per_token * (2 if self.masked_input_weight else 1)
 
     def causal_samples(self, block: int) -> int:
-        """Return how many of `block` samples predict the next token under the dual objective."""
+        """Return how many of `block` samples predict the next token, where an objective has two kinds."""
         return round(self.causal_ratio * block)
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from megatron.config.flags import typed
 from megatron.config.sections import SECTIONS
+from megatron.objectives.registry import OBJECTIVES, capabilities
 from megatron.training.load_run import Trained
 from megatron.training.run_folder import read_records
 
@@ -22,7 +23,6 @@ REGULARISERS = {
     "objective": tuple(field.name for field in fields(SECTIONS["objective"]) if field.name != "objective"),
     "optimizer": ("ema_decay", "average_from_samples"),
 }
-OBJECTIVES = {"ar": "autoregressive", "mdm": "masked diffusion", "dual": "autoregressive and masked diffusion, jointly"}
 MEANING = "Losses are in nats per token, ± the standard error over documents"
 LOAD = """\
 ```python
@@ -115,7 +115,7 @@ def _training(trained: Trained) -> Iterator[str]:
     samples, passes = trained.meta["consumed_samples"], recorded["plan"].get("passes", 1)
     tokens = samples * config.data.seq_length
     source = recorded["corpus_source"]
-    yield f"Objective: {OBJECTIVES[recorded['objective_name']]} (`--objective {recorded['objective_name']}`)"
+    yield f"Objective: {OBJECTIVES[recorded['objective_name']].title} (`--objective {recorded['objective_name']}`)"
     if "imported" in recorded:
         yield f"Imported from {recorded['imported']['source']}; the figures below do not include training before that"
     elif recorded["branched_from"]:
@@ -159,7 +159,7 @@ def _validation(trained: Trained, average: bool) -> Iterator[str]:
     yield "|---|---|---|---|---|"
     has_bounds = False
     for record in records:
-        bound = record.get("bound", trained.recorded["objective_name"] != "ar")
+        bound = record["bound"]
         has_bounds |= bound
         sign = "≤ " if bound else ""
         bits = record["bits_per_byte"]
@@ -201,10 +201,8 @@ def _limits(trained: Trained, masked: bool) -> Iterator[str]:
             "Its losses above come from a softmax that includes the unused rows of the padded vocabulary; this export "
             "leaves them out, so its losses are slightly lower."
         )
-    if trained.recorded["objective_name"] == "dual":
-        yield (
-            "This is its autoregressive side; its masked-diffusion side predicts the next token at each position, and "
-            "no stock class does that."
-        )
+    limits = capabilities(trained.recorded["objective_name"]).export_limits
+    if limits:
+        yield limits
     if masked:
         yield "Its loss is an upper bound; do not compare it with exact losses as if it were exact."

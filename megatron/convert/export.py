@@ -16,12 +16,14 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from megatron.config.capabilities import Refused
 from megatron.config.flags import typed
 from megatron.convert.card import model_card, validation_records
 from megatron.convert.folders import check_new, new_folder, set_fields
 from megatron.convert.huggingface import extra_rows, family_of, hugging_face_config, hugging_face_model
 from megatron.convert.tokenizer import write_tokenizer
 from megatron.errors import ConfigurationError
+from megatron.objectives.registry import capabilities
 from megatron.training.load_run import Trained
 from megatron.training.run_folder import write_json
 
@@ -35,13 +37,9 @@ def is_masked(trained: Trained) -> bool:
     Raises: ConfigurationError if stock classes would not compute what the run was trained to compute.
     """
     objective = trained.config.objective
+    form = capabilities(objective.objective).export
     obstacles = {
-        "objective": {
-            "any-order": "predicts in random orders and needs target positions as an input, which no stock class of "
-            "transformers accepts",
-            "block-diffusion": "attends to each text and its masked copy under an attention mask of its own, which no "
-            "stock class of transformers has",
-        }.get(objective.objective),
+        "objective": isinstance(form, Refused) and form.reason,
         "target_positions": objective.target_positions
         and "gives the model target positions as an input, which no stock class of transformers accepts",
         "target_offset_max": objective.target_offset_max > 1
@@ -56,7 +54,7 @@ def is_masked(trained: Trained) -> bool:
                 f"{trained.name}: cannot be exported: {typed(name, getattr(objective, name))} {obstacle}; use the run "
                 "folder with this project's tools"
             )
-    return objective.objective == "mdm"
+    return form == "masked"
 
 
 def export(

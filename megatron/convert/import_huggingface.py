@@ -14,6 +14,7 @@ from megatron.convert.read_huggingface import Folder, read_folder, read_object, 
 from megatron.convert.tokenizer import copy_tokenizer
 from megatron.convert.write_imported_run import describe_import, fill_tables, model_flags, write_run
 from megatron.errors import ConfigurationError
+from megatron.objectives.registry import capabilities
 from megatron.training.command_line import parse
 
 # model settings in which config.json and the record of an export must agree
@@ -48,7 +49,7 @@ def _restore(folder: Folder, output: Path, seq_length: int | None) -> list[str]:
         time_block = meta["time_block"]
         model = ModelConfig(**recorded["model"])
         seed = recorded["training"]["seed"]
-        masked = recorded["objective_name"] == "mdm"
+        masked = capabilities(recorded["objective_name"]).export == "masked"
         for key in REQUIRED_KEYS:
             recorded[key]
     except (KeyError, TypeError) as error:

@@ -23,6 +23,7 @@ from megatron.convert.tokenizer import copy_tokenizer
 from megatron.convert.write_imported_run import check_weights, describe_import, fill_tables, model_flags, write_run
 from megatron.data.tokenizer import build_tokenizer
 from megatron.errors import ConfigurationError
+from megatron.objectives.registry import can, capabilities
 from megatron.training.command_line import parse
 
 FILE = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt")
@@ -44,8 +45,8 @@ def import_checkpoint(path: Path, output: Path, flags: list[str], by_head: bool 
     check_new(output)
     config = parse("ar", [*flags, "--train-samples", "1"])
     model, data, objective = config.model, config.data, config.objective.objective
-    message = "is not an objective that Megatron-DeepSpeed trains; give ar or mdm"
-    require(objective in ("ar", "mdm"), "objective", objective, message)
+    message = f"is not an objective that Megatron-DeepSpeed trains; give {can('in_megatron_deepspeed')}"
+    require(capabilities(objective).in_megatron_deepspeed, "objective", objective, message)
     message = "does not exist in these files, which hold as many keys as queries; leave it out"
     require(not model.group_query_attention, "group_query_attention", True, message)
     require(not model.qk_layernorm, "qk_layernorm", True, "does not exist in these files; leave it out")
@@ -212,7 +213,7 @@ def _mask_row(weights: dict[str, Tensor], vocabulary: Vocabulary, objective: str
 
     Raises: ConfigurationError if the embedding has too few rows.
     """
-    masked = objective == "mdm"
+    masked = capabilities(objective).needs_mask
     num_rows = len(weights["embed_tokens.weight"])
     num_ids = vocabulary.size + int(masked)
     if num_rows < num_ids:

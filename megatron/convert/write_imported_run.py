@@ -22,6 +22,7 @@ from megatron.convert.huggingface import TABLES
 from megatron.errors import ConfigurationError
 from megatron.model.initialise import initialise
 from megatron.model.transformer import Transformer
+from megatron.objectives.registry import capabilities
 from megatron.parallel.mesh import ParallelContext, destroy_parallel, initialize_parallel
 from megatron.training.datasets import Sources
 from megatron.training.environment import describe
@@ -66,7 +67,7 @@ def _moments(config: Config, vocabulary: Vocabulary) -> dict[str, Tensor]:
 
 def describe_import(config: Config, vocabulary: Vocabulary, source: str, precision: str = "fp32") -> dict:
     """Return the config.json of a run that was trained elsewhere: only its model is known, not its data."""
-    plan = resolve(config, vocabulary, unique_tokens=0)
+    plan = resolve(config, vocabulary, 0, capabilities(config.objective.objective))
     no_data = Sources(None, None, (), [], None, source, None, {}, {})
     command = shlex.join(sys.argv)
     with one_process() as ranks:

@@ -20,7 +20,7 @@ from megatron.config.resolve import no_op_flags
 from megatron.config.sections import SECTIONS, Config, Vocabulary
 from megatron.errors import ConfigurationError
 from megatron.figures import pyplot, save_png
-from megatron.objectives import DOCUMENT_RULES, build_objective, document_rules
+from megatron.objectives.registry import DOCUMENT_RULES, build_objective, document_rules
 from megatron.parallel.apply import build_engine
 from megatron.parallel.engine import Engine
 from megatron.parallel.mesh import ParallelContext

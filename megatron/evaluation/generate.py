@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron.config.capabilities import Refused
 from megatron.config.flags import spelling
 from megatron.config.sections import DataConfig, ObjectiveConfig
 from megatron.errors import ConfigurationError
@@ -17,47 +18,44 @@ from megatron.evaluation.generate_diffusion import OnStep, fill
 from megatron.evaluation.sampling import Sampling, choose, draw_keys
 from megatron.model.kv_cache import KVCache
 from megatron.model.transformer import Transformer
-from megatron.objectives import DOCUMENT_RULES
+from megatron.objectives.registry import DOCUMENT_RULES, NO_TARGET_POSITIONS, can, capabilities
 from megatron.randomness import stream
 
 logger = logging.getLogger(__name__)
 
-CAUSAL = ("ar", "dual")
-REFUSED = {
-    "any-order": "is given the position of each target, which generation with a KV cache does not do",
-    "block-diffusion": "processes a text twice with a mask of its blocks, which generation does not do",
-}
-
 
 def check_objective(objective_name: str, config: ObjectiveConfig | None = None) -> None:
     """Raise ConfigurationError where generation does not support an objective or its configuration."""
-    if objective_name not in (*CAUSAL, "mdm"):
+    generation = capabilities(objective_name).generation
+    if isinstance(generation, Refused):
         raise ConfigurationError(
-            f"--objective {objective_name}: such a model {REFUSED[objective_name]}; take one of ar, dual or mdm"
+            f"--objective {objective_name}: such a model {generation.reason}; take one of {can('generation')}"
         )
     if config is not None and config.target_positions:
-        raise ConfigurationError(f"--target-positions: such a model {REFUSED['any-order']}; take a run without it")
+        raise ConfigurationError(
+            f"--target-positions: such a model {NO_TARGET_POSITIONS.reason}; take a run without it"
+        )
 
 
 def check_gaps(objective_name: str) -> None:
     """Raise ConfigurationError where a model cannot fill a gap in a text."""
-    if objective_name != "mdm":
-        reason = "predicts the next token from the tokens before it, and a gap needs both sides"
-        if objective_name == "dual":
-            reason = "predicts the token of the next position, which filling gaps does not support"
+    infilling = capabilities(objective_name).infilling
+    if isinstance(infilling, Refused):
         raise ConfigurationError(
-            f"--objective {objective_name}: such a model {reason}; take a run of mdm, or --prompt alone"
+            f"--objective {objective_name}: such a model {infilling.reason}; take a run of {can('infilling')}, or "
+            "--prompt alone"
         )
 
 
 def check_sampling(objective_name: str, sampling: Sampling) -> None:
     """Raise ConfigurationError for settings that do not act for an objective, and for more steps than tokens."""
-    for name in sampling.masked_only() if objective_name in CAUSAL else ():
+    masked = capabilities(objective_name).generation == "masked"
+    for name in () if masked else sampling.masked_only():
         raise ConfigurationError(
             f"{spelling(name)} {getattr(sampling, name)}: acts in masked diffusion, and --objective {objective_name} "
             "generates one token after another; leave it out"
         )
-    if objective_name == "mdm" and not sampling.remask and (sampling.steps or 0) > sampling.max_new_tokens:
+    if masked and not sampling.remask and (sampling.steps or 0) > sampling.max_new_tokens:
         raise ConfigurationError(
             f"--steps {sampling.steps}: is more than --max-new-tokens {sampling.max_new_tokens}, and each step unmasks "
             "at least one; give fewer, or --remask"
@@ -102,7 +100,7 @@ def generate(
     check_objective(objective_name)
     check_sampling(objective_name, sampling)
     prompts = truncate_prompts([prompt or [eod] for prompt in prompts], sampling.max_new_tokens, seq_length)
-    if objective_name == "mdm":
+    if capabilities(objective_name).generation == "masked":
         masked = [prompt + [model.vocabulary.mask_id] * sampling.max_new_tokens for prompt in prompts]
         texts = fill(model, masked, sampling, batch_size, draw_keys(prompts), eod, True, advance, on_step)
         answers = [text[len(prompt) :] for text, prompt in zip(texts, prompts, strict=True)]

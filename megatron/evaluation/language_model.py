@@ -19,10 +19,11 @@ from megatron.config.flags import flag, require
 from megatron.errors import ConfigurationError
 from megatron.evaluation.answer_cache import AnswerCache
 from megatron.evaluation.encoding import EncodingCounts, encode_pair
-from megatron.evaluation.generate import CAUSAL, check_empty_prompt, check_objective, generate
+from megatron.evaluation.generate import check_empty_prompt, check_objective, generate
 from megatron.evaluation.requests import Request, Score, Scoring
 from megatron.evaluation.sampling import MASKED, Sampling
 from megatron.evaluation.score import score
+from megatron.objectives.registry import capabilities
 from megatron.parallel.launch import device, world_size
 from megatron.parallel.mesh import initialize_parallel
 from megatron.training.load_run import Trained, open_trained
@@ -334,7 +335,7 @@ class MegatronLM(TemplateLM):
             "max_truncated_tokens": self._reported_encodings.max_truncated_tokens,
             "answers_encoded_alone": self._reported_encodings.encoded_alone,
         }
-        if self.objective == "mdm":
+        if capabilities(self.objective).scoring == "masked":
             settings = (
                 "method",
                 "num_mc",
@@ -460,7 +461,7 @@ def read_generation(arguments: dict, objective: str, seq_length: int) -> tuple[S
         settings.pop("temperature", None)
     names = {field.name for field in fields(Sampling)} - {"max_new_tokens"}
     for name in settings:
-        if name not in names or (objective in CAUSAL and name in MASKED):
+        if name not in names or (capabilities(objective).generation == "causal" and name in MASKED):
             problem = "acts in masked diffusion only" if name in names else "is not supported by these models"
             raise ConfigurationError(f"--gen_kwargs {name}={settings[name]}: {problem}; leave it out")
     if not temperature:  # these act on random draws only

@@ -12,7 +12,9 @@ TASK_MODULES = ("lm_eval.tasks", "lm_eval.api.task", "lm_eval.config", "datasets
 
 
 def leave_without_lm_eval(missing: ImportError) -> NoReturn:
-    """Exit with code 2 and one line, where lm-eval cannot be imported."""
+    """Exit with code 2 and one line, where lm-eval cannot be imported; raise other import errors again."""
+    if (missing.name or "").startswith("megatron"):
+        raise missing
     print(f"error: scoring needs the package lm-eval ({missing}); bash install.sh --with-eval", file=sys.stderr)
     sys.exit(2)
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from megatron.config.flags import flag, require
 from megatron.errors import ConfigurationError
+from megatron.objectives.registry import capabilities
 
 ORDERS = ("left-to-right", "right-to-left", "random")
 METHODS = ("bound", "chain")
@@ -91,7 +92,7 @@ class Scoring:
         """
         defaults = Scoring()
         masked_only = ("method", "num_mc", "eval_seed", "decide_at", "chain_order", "cfg", "only_generate")
-        for name in masked_only if objective_name != "mdm" else ():
+        for name in () if capabilities(objective_name).scoring == "masked" else masked_only:
             value = getattr(self, name)
             reason = (
                 f"acts in masked diffusion, and this run was trained with --objective {objective_name}; leave it out"

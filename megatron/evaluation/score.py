@@ -15,11 +15,12 @@ import numpy as np
 
 from megatron.config.sections import DataConfig
 from megatron.evaluation.batched_forward import Limits
-from megatron.evaluation.generate import CAUSAL, check_empty_prompt, check_objective
+from megatron.evaluation.generate import check_empty_prompt, check_objective
 from megatron.evaluation.requests import Request, Score, Scoring
 from megatron.evaluation.score_causal import Finished, Pair, score_causal
 from megatron.evaluation.score_masked import MaskedScorer, PendingRequest, content_key
 from megatron.model.transformer import Transformer
+from megatron.objectives.registry import capabilities
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +61,7 @@ def score(
     scoring.check(objective_name)
     if data is not None and any(not request.context for request in requests):
         check_empty_prompt(data)
-    causal = objective_name in CAUSAL
+    causal = capabilities(objective_name).scoring == "causal"
     jobs = _jobs(
         requests, eod, seq_length if causal else seq_length - 1
     )  # the last token is no input of a causal model

@@ -15,6 +15,7 @@ from megatron.data.tokenizer import Tokenizer
 from megatron.errors import ConfigurationError
 from megatron.evaluation.generate import check_empty_prompt, check_gaps, check_objective, generate, infill
 from megatron.evaluation.sampling import MASKED, Sampling
+from megatron.objectives.registry import capabilities
 from megatron.training.load_run import Trained
 from megatron.training.run_folder import writing
 
@@ -167,8 +168,9 @@ def check(trained: Trained, request: Request, prompts: list[Prompt], sampling: S
     if "" in {prompt.text for prompt in prompts}:
         check_empty_prompt(trained.config.data)
     masked_only = {spelling(name) for name in (*MASKED, "show_steps", "no_show_steps")}
+    masked = capabilities(objective).generation == "masked"
     for name in typed_flags:
-        if objective != "mdm" and name in masked_only:
+        if not masked and name in masked_only:
             raise ConfigurationError(
                 f"{name}: acts in masked diffusion, and {trained.name} was trained with --objective {objective}; leave "
                 "it out"
@@ -224,7 +226,10 @@ def write_texts(
     }
     function = infill if prompts[0].gaps else generate
     output_ids = function(model, objective, input_ids, sampling, tokenizer.eod, **settings)
-    no_ops = [*(() if objective == "mdm" else MASKED), *(["max_new_tokens"] if prompts[0].gaps else ())]
+    no_ops = [
+        *(() if capabilities(objective).generation == "masked" else MASKED),
+        *(["max_new_tokens"] if prompts[0].gaps else ()),
+    ]
     source = {
         "run": trained.name,
         "checkpoint": str(trained.checkpoint),

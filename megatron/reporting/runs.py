@@ -49,8 +49,8 @@ class Run:
         return self.train[-1]["consumed_samples"] >= self.config["train_samples"]
 
     def is_bound(self, name: str) -> bool:
-        """Return whether the losses on a validation set are upper bounds; older runs have no record of it."""
-        return curve(self, name)[-1].get("bound", self.config["objective_name"] != "ar")
+        """Return whether the losses on a validation set are upper bounds."""
+        return curve(self, name)[-1]["bound"]
 
     def regularisers(self) -> str:
         """Return the regularisers of the run and its weight decay, as text."""

@@ -11,11 +11,13 @@ from megatron.config.recipes import RECIPES
 from megatron.config.resolve import BUDGETS, unpublished_defaults
 from megatron.config.sections import SECTIONS, Config, implied_tokenizer
 from megatron.config.sizes import ladder_settings
-from megatron.objectives import OBJECTIVES, foreign
+from megatron.objectives.registry import OBJECTIVES, foreign
 from megatron.training.resume import recorded_config
 
 logger = logging.getLogger(__name__)
 
+ENTRY_POINTS = {"ar": "pretrain_gpt.py", "mdm": "pretrain_mdm.py"}
+REGISTERED = {"objective": {name: entry.title for name, entry in OBJECTIVES.items()}}
 # mutually exclusive flags: a typed one replaces the one that a recipe or a recorded run sets
 EXCLUSIVE_FLAGS = (BUDGETS, ("bf16", "fp32"))
 EXCLUSIVE_FLAGS += (("train_data_path", "train_data_path_file"), ("valid_data_path", "valid_data_path_file"))
@@ -23,17 +25,16 @@ EXCLUSIVE_FLAGS += (("train_data_path", "train_data_path_file"), ("valid_data_pa
 
 def parser(objective: str, defaults: dict | None = None) -> Parser:
     """Return the parser of an entry point, generated from the sections; `defaults` override those of the flags."""
-    adjective = {"ar": "autoregressive", "mdm": "masked-diffusion"}[objective]
     result = Parser(
-        prog=f"pretrain_{'gpt' if objective == 'ar' else 'mdm'}.py",
-        description=f"Train a transformer with the {adjective} objective, or another --objective. The same command "
+        prog=ENTRY_POINTS.get(objective),
+        description=f"Train a transformer with {OBJECTIVES[objective].title}, or another --objective. The same command "
         "resumes a run. "
         "Flags of Megatron and DeepSpeed are understood, or refused with a reason: docs/compatibility.md.",
         formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     for section in SECTIONS.values():
-        add_section(result, section, {"objective": objective} | (defaults or {}))
+        add_section(result, section, {"objective": objective} | (defaults or {}), REGISTERED)
     return result
 
 
@@ -77,7 +78,7 @@ def parse_with(options: type, description: str, arguments: list[str], shown: tup
     add_section(result, options, {})
     defaults = {"objective": objective} | implied(objective, arguments)
     for name, section in SECTIONS.items():
-        add_section(result, section, defaults)
+        add_section(result, section, defaults, REGISTERED)
         if name not in shown:
             for action in result._action_groups[-1]._group_actions:
                 action.help = action.help if action.dest in ("seq_length", "objective") else argparse.SUPPRESS

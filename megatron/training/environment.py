@@ -16,6 +16,7 @@ from megatron.config.flags import require, typed
 from megatron.config.resolve import Plan
 from megatron.config.sections import Config
 from megatron.errors import ConfigurationError
+from megatron.objectives.registry import capabilities
 from megatron.parallel.float8 import check_float8
 from megatron.parallel.mesh import ParallelContext
 
@@ -118,7 +119,7 @@ def check_kernels(config: Config) -> None:
         "attention_dropout": config.model.attention_dropout,
         "reset_attention_mask": config.data.reset_attention_mask,
         "randmask_ratio": objective.randmask_ratio,
-        "objective": objective.objective == "block-diffusion" and objective.objective,
+        "objective": capabilities(objective.objective).needs_attention_mask and objective.objective,
     }
     reasons = [typed(flag, value) for flag, value in unsupported.items() if value]
     message = f"has no dropout and no masks, which {' and '.join(reasons)} needs; leave it out"

@@ -22,7 +22,8 @@ from megatron.config.sections import Config, Vocabulary
 from megatron.config.sizes import flops_per_token
 from megatron.errors import ConfigurationError
 from megatron.log import configure_logging
-from megatron.objectives import build_input_noise, build_objective, document_rules
+from megatron.objectives.input_noise import build_input_noise
+from megatron.objectives.registry import build_objective, capabilities, document_rules
 from megatron.parallel.failure_detector import PATIENCE, FailureDetector, RankError
 from megatron.parallel.float8 import check_float8
 from megatron.parallel.launch import adopt_launcher, join, local_rank, rank, world_size
@@ -153,7 +154,7 @@ def train(config: Config, command: str, detector: FailureDetector | None) -> boo
     if config.validation.skip_train and not sources.validation:
         raise ConfigurationError("--skip-train: there is nothing to evaluate; give --valid-data-path")
     vocabulary = Vocabulary(sources.tokenizer.vocabulary_size)
-    plan = resolve(config, vocabulary, sources.train.unique_tokens)
+    plan = resolve(config, vocabulary, sources.train.unique_tokens, capabilities(objective))
     documents = document_rules(config.data, config.objective, sources.tokenizer.eod)
     objective_for = partial(build_objective, config.objective, vocabulary, documents=documents)
     objective_for(config.training.global_batch_size)  # rejects invalid settings before anything is started
@@ -162,7 +163,7 @@ def train(config: Config, command: str, detector: FailureDetector | None) -> boo
     size = world_size() if size_known else parallel.fewest_ranks
     check_layout(config, size)
     if not config.validation.skip_train:
-        check_batch(config, size)
+        check_batch(config, size, capabilities(objective))
     if config.training.dry_run:
         check_float8(config, None)
         check_kernels(config)

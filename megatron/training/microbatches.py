@@ -19,8 +19,8 @@ from megatron.batch import Batch, without_padding
 from megatron.config.flags import typed
 from megatron.data.samples import TrainSamples
 from megatron.errors import ConfigurationError
-from megatron.objectives import InputNoise
 from megatron.objectives.base import Objective
+from megatron.objectives.input_noise import InputNoise
 from megatron.parallel.failure_detector import when_orphaned
 
 LARGER = "make /dev/shm larger (docker run --shm-size)"

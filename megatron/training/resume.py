@@ -8,6 +8,7 @@ from megatron.config.flags import require, typed
 from megatron.config.resolve import Plan, check_resume
 from megatron.config.sections import Config
 from megatron.errors import ConfigurationError
+from megatron.objectives.registry import capabilities
 from megatron.parallel.mesh import ParallelContext
 from megatron.training import checkpoint
 from megatron.training.datasets import Sources
@@ -102,7 +103,7 @@ def find_origin(
         _check_branch(recorded, meta, config, plan, source)
     elif not only_evaluate:
         _check_surroundings(recorded, sources, precision, config, source)
-    if objective == "dual" and not only_evaluate:
+    if capabilities(objective).mixes_kinds and not only_evaluate:
         _check_kinds(meta, config, source)
     return Origin(
         run, folder, meta, read_records(run, meta["iteration"]), str(folder) if branched else recorded["branched_from"]
@@ -172,7 +173,7 @@ def _check_branch(recorded: dict, meta: dict, config: Config, plan: Plan, source
 
 
 def _check_kinds(meta: dict, config: Config, source: Path) -> None:
-    """Reject a dual run that would mix both kinds of samples in a micro-batch, as after a short last batch."""
+    """Reject a run that would mix both kinds of samples in a micro-batch, as after a short last batch."""
     micro = config.training.micro_batch_size
     block, consumed = meta["time_block"], meta["consumed_samples"]
     causal = config.objective.causal_samples(block)

@@ -11,7 +11,8 @@ import torch
 from megatron.config.resolve import check_batch, check_layout
 from megatron.config.sections import Config, Vocabulary
 from megatron.errors import ConfigurationError
-from megatron.objectives import build_input_noise, build_objective, document_rules
+from megatron.objectives.input_noise import build_input_noise
+from megatron.objectives.registry import build_objective, capabilities, document_rules
 from megatron.parallel.launch import world_size
 from megatron.parallel.mesh import initialize_parallel
 from megatron.training.build_engine import start_engine
@@ -58,7 +59,7 @@ def attempt(config: Config, vocabulary: Vocabulary, steps: int) -> Trial | str:
         # id 0 serves as the end-of-document token
         documents = document_rules(config.data, config.objective, eod=0)
         check_layout(config, world_size())
-        check_batch(config, world_size())
+        check_batch(config, world_size(), capabilities(config.objective.objective))
         ranks = initialize_parallel(
             tensor=parallel.tensor_model_parallel_size,
             pipeline=parallel.pipeline_model_parallel_size,

@@ -10,6 +10,7 @@ from megatron.config.deepspeed_config import deepspeed_config
 from megatron.config.resolve import BUDGETS, check_batch, check_layout, resolve
 from megatron.config.sections import Vocabulary
 from megatron.errors import ConfigurationError
+from megatron.objectives.registry import capabilities
 from megatron.training.command_line import parse
 
 RANKS = 4
@@ -23,9 +24,9 @@ def accept(line: str, ranks: int = RANKS) -> None:
     config = parse("mdm" if "--low-noise" in line else "ar", line.split())
     parallel = config.parallel
     if not config.validation.skip_train:
-        resolve(config, Vocabulary(300), 1_000_000)
+        resolve(config, Vocabulary(300), 1_000_000, capabilities("ar"))
         check_layout(config, ranks)
-        check_batch(config, ranks)
+        check_batch(config, ranks, capabilities("ar"))
     if parallel.deepspeed:
         options = {"world_size": ranks, "bf16": True, "cpu_offload": parallel.cpu_offload}
         file, stage = parallel.deepspeed_config, parallel.zero_stage

@@ -28,6 +28,7 @@ from megatron.config.sizes import block_shapes, parameter_count
 from megatron.model import linear_cross_entropy
 from megatron.model.block import Block
 from megatron.model.transformer import Transformer
+from megatron.objectives.registry import capabilities
 from tests.distributed import joined
 from tests.steps import patched
 
@@ -148,8 +149,11 @@ def test_the_rank_that_needs_most_decides():
     config = Case(f"{SMALL} {PIPELINE}", 2, 4).config
     deep = replace(config, model=replace(config.model, num_layers=24))
     wide = Vocabulary(500_000)
-    assert memory_per_process(deep, Vocabulary(500), 2, "bf16").stage == 0  # more micro-batches in flight
-    assert memory_per_process(config, wide, 2, "bf16").stage == 1  # the head
+    settings = {"world_size": 2, "precision": "bf16"}
+    assert (
+        memory_per_process(deep, Vocabulary(500), capabilities("ar"), **settings).stage == 0
+    )  # more micro-batches in flight
+    assert memory_per_process(config, wide, capabilities("ar"), **settings).stage == 1  # the head
 
 
 @pytest.mark.parametrize("changes", MODELS, ids=lambda changes: "-".join(changes) or "plain")

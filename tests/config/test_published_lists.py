@@ -10,6 +10,7 @@ from megatron.config.deepspeed_config import deepspeed_config
 from megatron.config.resolve import check_batch, check_layout, resolve
 from megatron.config.sections import Vocabulary
 from megatron.config.sizes import LADDER, UNIQUE_TOKENS
+from megatron.objectives.registry import capabilities
 from megatron.training.command_line import parse, parse_run
 
 GPUS = 8
@@ -96,12 +97,12 @@ SCRIPTS = {
 def test_a_published_command_line_becomes_a_plan_unchanged(name, tmp_path):
     script = SCRIPTS[name]
     config = parse(script.objective, script.flags(tmp_path))
-    plan = resolve(config, Vocabulary(50257), UNIQUE_TOKENS[script.unique])
+    plan = resolve(config, Vocabulary(50257), UNIQUE_TOKENS[script.unique], capabilities(config.objective.objective))
     assert (config.data.tokenizer_type, config.data.vocab_file) == ("GPT2BPETokenizer", "utils/data/gpt2-vocab.json")
     assert plan.train_samples == plan.lr_decay_samples == script.samples()
     assert config.validation.eval_samples == (25600 if script.evaluates else 2560)
     check_layout(config, GPUS)
-    check_batch(config, GPUS)
+    check_batch(config, GPUS, capabilities(config.objective.objective))
     parallel = config.parallel
     settings = deepspeed_config(
         parallel.deepspeed_config,

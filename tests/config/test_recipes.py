@@ -9,6 +9,7 @@ from megatron.config.resolve import resolve
 from megatron.config.sections import SECTIONS, Vocabulary
 from megatron.config.sizes import UNIQUE_TOKENS
 from megatron.errors import ConfigurationError
+from megatron.objectives.registry import capabilities
 from megatron.training.command_line import parse
 
 FILES = "--vocab-file v.json --merge-file m.txt --train-data-path-file t.txt --valid-data-path-file v.txt".split()
@@ -68,7 +69,7 @@ def test_the_published_recipe_is_the_published_system_field_by_field(objective, 
         expected |= {"num_layers": 18, "hidden_size": 1280, "num_attention_heads": 10, "kv_channels": 128}
     assert {name: settings[name] for name in expected} == expected
     assert set(settings) == set(expected) | OURS  # no field is forgotten
-    plan = resolve(config, Vocabulary(50257), UNIQUE_TOKENS["100M"])
+    plan = resolve(config, Vocabulary(50257), UNIQUE_TOKENS["100M"], capabilities(config.objective.objective))
     samples = {50: 2_440_244, 500: 24_402_441}[epochs]
     assert (plan.train_samples, plan.lr_decay_samples, plan.lr_warmup_samples) == (samples, samples, samples // 100)
     assert config.optimizer.final_lr == pytest.approx(2e-5)  # a tenth of the peak

@@ -12,6 +12,7 @@ from megatron.config.sections import ModelConfig, Vocabulary
 from megatron.config.sizes import parameter_count
 from megatron.errors import ConfigurationError
 from megatron.model.transformer import Transformer
+from megatron.objectives.registry import capabilities
 from megatron.training.command_line import parse
 
 MODEL = "--num-layers 2 --hidden-size 32 --num-attention-heads 2 --seq-length 100 --global-batch-size 8".split()
@@ -23,7 +24,7 @@ def config(line: str):
 
 
 def plan(line: str, unique_tokens: int = 12_345):
-    return resolve(config(line), VOCABULARY, unique_tokens)
+    return resolve(config(line), VOCABULARY, unique_tokens, capabilities(config(line).objective.objective))
 
 
 def refusal(function, *arguments) -> str:
@@ -118,10 +119,10 @@ def test_contradictions_are_refused(line, message):
 
 def test_a_step_divides_into_micro_batches_of_all_processes():
     for micro, size in ((8, 1), (4, 2), (1, 8), (2, 1)):
-        check_batch(config(f"--micro-batch-size {micro}"), size)
-    message = refusal(check_batch, config("--micro-batch-size 3"), 1)
+        check_batch(config(f"--micro-batch-size {micro}"), size, capabilities("ar"))
+    message = refusal(check_batch, config("--micro-batch-size 3"), 1, capabilities("ar"))
     assert message == "--global-batch-size 8: is not a multiple of --micro-batch-size 3 times 1 rank = 3; take 6 or 9"
-    message = refusal(check_batch, config("--micro-batch-size 4"), 4)
+    message = refusal(check_batch, config("--micro-batch-size 4"), 4, capabilities("ar"))
     assert message.endswith("--micro-batch-size 4 times 4 ranks = 16; take 16")
 
 
@@ -138,7 +139,7 @@ BEGUN = "--train-samples 93 --train-data-path data --save run"
 ])  # fmt: skip
 def test_a_layout_that_fits_passes(size, line):
     check_layout(config(line), size)
-    check_batch(config(f"{line} --micro-batch-size 1"), size)
+    check_batch(config(f"{line} --micro-batch-size 1"), size, capabilities("ar"))
 
 
 @pytest.mark.parametrize("size, line, message", [
@@ -170,13 +171,17 @@ def test_a_layout_that_does_not_fit_is_refused(size, line, message):
 
 
 def test_a_pipeline_needs_enough_micro_batches():
-    message = refusal(check_batch, config("--pipeline-model-parallel-size 2 --micro-batch-size 4"), 4)
+    message = refusal(
+        check_batch, config("--pipeline-model-parallel-size 2 --micro-batch-size 4"), 4, capabilities("ar")
+    )
     assert message == (
         "--global-batch-size 8: makes 1 micro-batch a step, and --pipeline-model-parallel-size 2 needs at least as "
         "many; take 16, or lower --micro-batch-size"
     )
     interleaved = "--num-layers 4 --pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1"
-    message = refusal(check_batch, config(f"{interleaved} --global-batch-size 12 --micro-batch-size 4"), 2)
+    message = refusal(
+        check_batch, config(f"{interleaved} --global-batch-size 12 --micro-batch-size 4"), 2, capabilities("ar")
+    )
     assert "makes 3 micro-batches a step" in message and "needs a multiple of that; take 16" in message
 
 

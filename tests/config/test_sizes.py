@@ -21,6 +21,7 @@ from megatron.config.sizes import (
     published_count,
 )
 from megatron.errors import ConfigurationError
+from megatron.objectives.registry import capabilities
 from megatron.training.command_line import parse
 from tests.conftest import run
 
@@ -113,7 +114,7 @@ def test_the_published_budgets(objective):
     """50 and 500 epochs of 100M tokens are 2,440,244 and 24,402,441 samples; 4.34e18 and 1.25e20 FLOPs."""
     size, epochs, _ = BEST_ON_100M[objective]
     config = parse(objective, f"--model-size {size} --train-epochs {epochs} --train-data-path data".split())
-    plan = resolve(config, GPT2, UNIQUE_TOKENS["100M"])
+    plan = resolve(config, GPT2, UNIQUE_TOKENS["100M"], capabilities(config.objective.objective))
     samples, steps, flops = {"ar": (2440244, 9532 + 1, 4.34e18), "mdm": (24402441, 95322 + 1, 1.25e20)}[objective]
     # the published runs drop a short last batch; here it is trained on
     assert (plan.train_samples, plan.steps) == (samples, steps)
@@ -134,7 +135,7 @@ def test_the_sets_of_a_compute_scale_spend_it(key):
 @pytest.mark.parametrize("name", LADDER)
 def test_every_size_resolves(name):
     config = parse("mdm", f"--model-size {name} --train-flops 1e19 --train-data-path data".split())
-    plan = resolve(config, GPT2, 10**8)
+    plan = resolve(config, GPT2, 10**8, capabilities(config.objective.objective))
     assert config.model.hidden_size == LADDER[name][1] and config.model.kv_channels == LADDER[name][3]
     assert plan.train_samples == int(1e19 / (6 * plan.parameters * 2048))
 

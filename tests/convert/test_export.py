@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokeniz
 from megatron.convert import export as module
 from megatron.convert.export import export
 from megatron.errors import ConfigurationError
-from megatron.objectives import build_objective
 from megatron.objectives.base import EvaluationNoise
+from megatron.objectives.registry import build_objective
 from megatron.training.datasets import open_sources
 from megatron.training.load_run import open_trained, trained_config
 from megatron.training.main import main

@@ -14,8 +14,9 @@ import torch
 from megatron.config.resolve import check_batch, resolve
 from megatron.config.sections import Config, Vocabulary
 from megatron.errors import ConfigurationError
-from megatron.objectives import OBJECTIVES, build_input_noise, build_objective, document_rules
 from megatron.objectives.base import EvaluationNoise
+from megatron.objectives.input_noise import build_input_noise
+from megatron.objectives.registry import OBJECTIVES, build_objective, capabilities, document_rules
 from megatron.parallel.mesh import ParallelContext
 from megatron.training.build_engine import start_engine
 from megatron.training.command_line import parse
@@ -69,8 +70,8 @@ def refusal(flags: str, ranks: ParallelContext | None) -> str | None:
         config = parse("ar", f"{MODEL_FLAGS} {flags}".split())
         rules = document_rules(config.data, config.objective, EOD)
         objective = build_objective(config.objective, VOCABULARY, 8, rules)
-        plan = resolve(config, VOCABULARY, unique_tokens=1000)
-        check_batch(config, 1)
+        plan = resolve(config, VOCABULARY, 1000, capabilities(config.objective.objective))
+        check_batch(config, 1, capabilities(config.objective.objective))
     except ConfigurationError as error:
         return str(error)
     if ranks and (HAS_DEEPSPEED or not config.parallel.deepspeed):

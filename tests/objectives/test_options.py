@@ -15,8 +15,9 @@ from megatron.model.attention import Attention, AttentionContext
 from megatron.model.initialise import initialise
 from megatron.model.rotary import rotary_table
 from megatron.model.transformer import Transformer
-from megatron.objectives import build_input_noise, build_objective, document_rules
 from megatron.objectives.base import EvaluationNoise
+from megatron.objectives.input_noise import build_input_noise
+from megatron.objectives.registry import build_objective, document_rules
 
 VOCABULARY, SEQ_LENGTH, EOD = Vocabulary(30), 12, 7
 NOISE = EvaluationNoise(1, "v", 0)

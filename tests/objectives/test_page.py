@@ -1,5 +1,6 @@
 """docs/objectives.md: its pictures equal the output of show_batch.py, its example of a new objective trains."""
 
+import json
 import re
 import shlex
 import shutil
@@ -47,8 +48,10 @@ def test_the_command_draws_the_same_and_refuses_in_one_line():
 def extended(tmp_path_factory):
     """Return a copy of the project with the objective that the page adds."""
     folder = tmp_path_factory.mktemp("extended")
-    shutil.copytree(ROOT / "megatron", folder / "megatron", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "pretrain_gpt.py", folder)
+    for name in ("megatron", "tools", "tests"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pretrain_gpt.py", "pyproject.toml"):
+        shutil.copy(ROOT / name, folder)
     section = PAGE[PAGE.index("## Adding an objective") :]
     name = re.search(r"`(megatron/objectives/\w+\.py)`:", section)[1]
     code = re.search(r"```python\n(.*?)```", section, re.DOTALL)[1]
@@ -67,14 +70,56 @@ def extended(tmp_path_factory):
     return folder
 
 
-def test_the_objective_that_the_page_adds_trains(extended, tiny, tmp_path):
-    flags = [*tiny, "--objective", "prefix", "--save", str(tmp_path)]
-    command = [sys.executable, str(extended / "pretrain_gpt.py"), *flags]
-    result = subprocess.run(command, env=environment() | {"PYTHONPATH": str(extended)}, capture_output=True, text=True)
+def in_copy(extended, *words) -> subprocess.CompletedProcess:
+    """Run a Python command in the copy of the project."""
+    paths = {"PYTHONPATH": str(extended)}
+    command = [sys.executable, *map(str, words)]
+    return subprocess.run(command, cwd=extended, env=environment() | paths, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def prefix_run(extended, tiny, tmp_path_factory):
+    """Return a run of the objective that the page adds."""
+    folder = tmp_path_factory.mktemp("prefix")
+    result = in_copy(extended, "pretrain_gpt.py", *tiny, "--objective", "prefix", "--save", folder)
     assert result.returncode == 0, result.stderr
-    train, valid = records(tmp_path, "train"), records(tmp_path, "valid")
+    return folder
+
+
+def test_the_objective_that_the_page_adds_trains_and_validates(prefix_run):
+    train, valid = records(prefix_run, "train"), records(prefix_run, "valid")
     assert train[-1]["loss"] < train[0]["loss"] - 0.5 and valid[-1]["loss"] < valid[0]["loss"]
     assert all(record["likelihood"] == "prefix" and not record["bound"] for record in valid)
+
+
+def test_it_has_the_uses_of_its_entry_and_no_others(extended, prefix_run, tmp_path):
+    generate = ("tools/generate.py", prefix_run, "--max-new-tokens", 4)
+    result = in_copy(extended, *generate, "--prompt", "def ", "--output", tmp_path / "texts.jsonl")
+    assert result.returncode == 0, result.stderr
+    assert len(json.loads((tmp_path / "texts.jsonl").read_text())["ids"]) <= 4
+    scoring = f"""
+from megatron.evaluation.requests import Request, Scoring
+from megatron.evaluation.score import score
+from megatron.training.load_run import open_trained
+trained = open_trained({str(prefix_run)!r}, "latest")
+requests = [Request([100], [101, 102])]
+print(score(trained.model(), "prefix", requests, Scoring(), trained.tokenizer().eod, 32)[0].upper_bound)
+"""
+    result = in_copy(extended, "-c", scoring)
+    assert result.stdout == "False\n", result.stderr
+    for words, message in (
+        ((*generate[:2], "--infill", "a{{2}}b"), "--objective prefix: such a model predicts the next token from"),
+        (("tools/convert_checkpoint.py", "to-hf", prefix_run, "--output", tmp_path / "hf"), "reads a prefix in both"),
+    ):
+        result = in_copy(extended, *words)
+        assert result.returncode == 2 and message in result.stderr and result.stderr.count("\n") == 1, result.stderr
+
+
+def test_the_contract_of_all_objectives_holds_for_it(extended):
+    result = in_copy(extended, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/objectives/test_contract.py")
+    assert result.returncode == 0 and "prefix" not in result.stdout, result.stdout
+    listed = in_copy(extended, "-m", "pytest", "--collect-only", "-q", "tests/objectives/test_contract.py")
+    assert "[prefix]" in listed.stdout
 
 
 def test_a_prefix_is_seen_in_both_directions(extended):
@@ -82,9 +127,8 @@ def test_a_prefix_is_seen_in_both_directions(extended):
         "from show_batch import batches, picture; print(picture(*batches('yes.|now ', 1, ['--objective', 'prefix'])))"
     )
     paths = {"PYTHONPATH": f"{extended}:{ROOT / 'tools'}"}
-    tools = shutil.copytree(ROOT / "tools", extended / "tools", dirs_exist_ok=True)
     result = subprocess.run(
-        [sys.executable, "-c", code], cwd=tools, env=environment() | paths, capture_output=True, text=True
+        [sys.executable, "-c", code], cwd=extended / "tools", env=environment() | paths, capture_output=True, text=True
     )
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()

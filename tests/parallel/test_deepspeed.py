@@ -19,7 +19,8 @@ from megatron.config.sections import ModelConfig, ObjectiveConfig, OptimizerConf
 from megatron.errors import ConfigurationError
 from megatron.model.initialise import initialise
 from megatron.model.transformer import Transformer
-from megatron.objectives import build_input_noise, build_objective
+from megatron.objectives.input_noise import build_input_noise
+from megatron.objectives.registry import build_objective
 from megatron.parallel.apply import build_engine
 from megatron.parallel.deepspeed import DeepSpeedEngine, import_deepspeed
 from megatron.parallel.mesh import ParallelContext

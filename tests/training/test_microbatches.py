@@ -24,8 +24,9 @@ from megatron.config.sections import ObjectiveConfig, Vocabulary
 from megatron.data.indexed import IndexedDataset, IndexedDatasetWriter
 from megatron.data.samples import TrainSamples
 from megatron.errors import ConfigurationError
-from megatron.objectives import build_input_noise, build_objective
+from megatron.objectives.input_noise import build_input_noise
 from megatron.objectives.masked_diffusion import MaskedDiffusion
+from megatron.objectives.registry import build_objective
 from megatron.objectives.token_dropout import TokenDropout
 from megatron.training.microbatches import Loader, MicroBatches
 

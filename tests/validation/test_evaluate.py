@@ -14,8 +14,9 @@ from megatron.data.indexed import IndexedDataset, IndexedDatasetWriter
 from megatron.data.samples import TrainSamples, ValidationWindows
 from megatron.model.initialise import initialise
 from megatron.model.transformer import Transformer
-from megatron.objectives import build_input_noise, build_objective
 from megatron.objectives.base import EvaluationNoise
+from megatron.objectives.input_noise import build_input_noise
+from megatron.objectives.registry import build_objective
 from megatron.parallel.apply import build_engine
 from megatron.parallel.engine import Engine
 from megatron.randomness import stream

@@ -1,0 +1,32 @@
+"""What an objective declares about its models and samples. Other packages read this instead of comparing names."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Form = Literal["causal", "masked"]
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A use that models of an objective do not have; the `reason` continues "such a model ..."."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """How models of an objective are used, and what its samples need.
+
+    "causal" is from left to right, one token after another; "masked" is by predicting [MASK] from both sides.
+    """
+
+    generation: Form | Refused
+    scoring: Form | Refused
+    export: Form | Refused
+    infilling: Literal["masked"] | Refused
+    export_limits: str = ""  # a sentence of the model card: what the export cannot do
+    needs_mask: bool = False  # inputs contain [MASK] without any regulariser
+    needs_attention_mask: bool = False  # `Batch.blocked` instead of causal or full attention
+    positions_per_token: int = 1  # of one forward pass over a sample
+    mixes_kinds: bool = False  # samples of two kinds, in blocks of the global batch size; a micro-batch has one kind
+    in_megatron_deepspeed: bool = False  # the published system (2507.15857) trains it
