@@ -451,7 +451,8 @@ def translate(arguments: list[str], batch: int, table: dict[str, Same | NoOp | R
         else:
             *words, last = entry.words.split()
             if not last.startswith("--"):
-                _agree(name, *words, last, arguments)
+                (flag,) = words
+                _agree(name, flag, last, arguments)
             elif entry.batches:
                 value, joined = _in_samples(name, _value(name, remaining, joined, value), batch), "="
             elif not entry.switch:

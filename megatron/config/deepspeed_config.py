@@ -164,7 +164,7 @@ def _zero(path: str | None, file_values: dict, zero_stage: int | None) -> dict:
             f"{typed('zero_stage', zero_stage)}; let them agree, or leave one out"
         )
     stage = next((number for number in (stage, zero_stage) if number is not None), 1)
-    section = {"stage": stage}
+    section: dict = {"stage": stage}
     for key in [key for key in file_values if key.startswith(ZERO)]:
         value = file_values.pop(key)
         if key in REFUSED:

@@ -716,7 +716,7 @@ class CheckpointConfig:
             require(value is None or value > 0, name, value, "must be positive")
         minutes = self.wait_for_lock
         require(0 <= minutes <= 720, "wait_for_lock", minutes, "is not from 0 to 720 minutes (12 hours); change it")
-        require(minutes == 0 or self.save, "wait_for_lock", minutes, "does nothing without --save; give both")
+        require(minutes == 0 or bool(self.save), "wait_for_lock", minutes, "does nothing without --save; give both")
 
 
 @dataclass(frozen=True, kw_only=True)

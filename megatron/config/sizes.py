@@ -5,6 +5,7 @@ sizes come from 2305.16264 (Scaling Data-Constrained Language Models).
 """
 
 from math import prod
+from typing import TypedDict
 
 from megatron.config.sections import ModelConfig, Vocabulary
 from megatron.errors import ConfigurationError
@@ -103,7 +104,16 @@ DATA_VALUE_TOKENS = {
 BEST_ON_100M = {"ar": ("140M", 50, 3.71), "mdm": ("425M", 500, 3.55)}
 
 
-def ladder_settings(name: str) -> dict[str, int]:
+class LadderSettings(TypedDict):
+    """The fields that --model-size sets."""
+
+    num_layers: int
+    hidden_size: int
+    num_attention_heads: int
+    kv_channels: int
+
+
+def ladder_settings(name: str) -> LadderSettings:
     """Return the fields that --model-size sets.
 
     Raises: ConfigurationError for a name that is not on the ladder.
@@ -114,8 +124,8 @@ def ladder_settings(name: str) -> dict[str, int]:
         raise ConfigurationError(
             f"--model-size {name}: is not on the ladder; the nearest is {nearest}, and tools/sizes.py lists all"
         )
-    fields = ("num_layers", "hidden_size", "num_attention_heads", "kv_channels")
-    return dict(zip(fields, LADDER[name], strict=True))
+    layers, width, heads, head = LADDER[name]
+    return {"num_layers": layers, "hidden_size": width, "num_attention_heads": heads, "kv_channels": head}
 
 
 def ladder_model(name: str) -> ModelConfig:

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import BinaryIO
 
 from megatron.errors import ConfigurationError
 
+Readable = gzip.GzipFile | io.BufferedReader  # both have peek
 SUFFIXES = (".gz", ".zst")
 GZIP_MAGIC = b"\x1f\x8b"
 LARGEST_WINDOW = 1 << 31  # bytes, zstd --long=31: the largest window of zstd
@@ -25,7 +25,7 @@ ZSTD_LIMITS = {
 
 
 @contextmanager
-def open_decompressed(path: Path, named: str) -> Iterator[BinaryIO]:
+def open_decompressed(path: Path, named: str) -> Iterator[Readable]:
     """Yield the file for sequential reading; it need not fit into memory.
 
     Messages start with `named`, such as "--input FILE".
@@ -35,13 +35,14 @@ def open_decompressed(path: Path, named: str) -> Iterator[BinaryIO]:
     suffix = path.suffix.lower()
     try:
         with ExitStack() as stack:
-            file = stack.enter_context(open(path, "rb"))
+            file: Readable = stack.enter_context(open(path, "rb"))
             if suffix == ".gz":
                 if not GZIP_MAGIC.startswith(file.peek(2)[:2]):
                     raise _not_as_named(named, "gzip")
                 file = stack.enter_context(gzip.GzipFile(fileobj=file))
             elif suffix == ".zst":
-                file = stack.enter_context(io.BufferedReader(_ZstdFrames(file, named)))
+                frames: io.BufferedReader = io.BufferedReader(_ZstdFrames(file, named))
+                file = stack.enter_context(frames)
             yield file
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ConfigurationError(f"{named}: is damaged or truncated ({error}); download or compress it again") from None
@@ -70,7 +71,7 @@ def _zstandard(named: str) -> ModuleType:
 class _ZstdFrames(io.RawIOBase):
     """All frames of a .zst file except skippable ones; the library's own reader does not notice a truncated file."""
 
-    def __init__(self, file: BinaryIO, named: str):
+    def __init__(self, file: io.BufferedReader, named: str):
         self._file, self._named, self._library = file, named, _zstandard(named)
         self._frame = None  # decompressor of the current frame
         self._frames_read = 0

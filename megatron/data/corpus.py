@@ -2,7 +2,7 @@
 
 import hashlib
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,7 +50,7 @@ def standard_library() -> Iterator[Document]:
             yield Document("/".join(parts), parts[0].removesuffix(".py"), text)
 
 
-def split_of(document: Document, shares: tuple[float, float, float]) -> str:
+def split_of(document: Document, shares: Sequence[float]) -> str:
     """Return the split of a document by the hash of its group, or of its text if it has no group.
 
     Nothing else matters, so adding text moves no other text, and equal texts are never in different splits.

@@ -5,6 +5,7 @@
 """
 
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -134,7 +135,7 @@ def rebuild_command(index: Path) -> str:
     return f"rebuild it: python tools/rebuild_index.py {index.with_suffix('')}"
 
 
-def write_index(path: Path, dtype: np.dtype, sizes: np.ndarray, boundaries: np.ndarray) -> None:
+def write_index(path: Path, dtype: np.dtype, sizes: np.ndarray | Sequence[int], boundaries: np.ndarray) -> None:
     """Write an index file; the offsets are computed from `sizes`, int [N]."""
     sizes = np.asarray(sizes, np.int32)
     offsets = np.zeros(len(sizes), np.int64)

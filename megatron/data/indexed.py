@@ -123,7 +123,7 @@ def _check_data_size(data: Path, index: Index, tokens: int) -> None:
 class IndexedDatasetWriter:
     """Writes a data set to temporary files and renames them when they are complete. Use as a context manager."""
 
-    def __init__(self, prefix: str, vocabulary_size: int):
+    def __init__(self, prefix: str | Path, vocabulary_size: int):
         self._prefix, self._vocabulary_size = Path(prefix), vocabulary_size
         self._dtype = np.dtype(np.uint16 if vocabulary_size < 65500 else np.int32)
         self._sizes = array("i")
@@ -159,7 +159,7 @@ class IndexedDatasetWriter:
             os.replace(f"{self._prefix}{suffix}.partial", f"{self._prefix}{suffix}")
 
 
-def read_metadata(prefix: str) -> dict:
+def read_metadata(prefix: str | Path) -> dict:
     """Return the content of PREFIX.json, {} if there is none, as for data of other systems.
 
     Raises: ConfigurationError if it is not a JSON object.

@@ -123,14 +123,14 @@ def _blend(name: str, words: list[str], named: str, part: int | None) -> DataSet
         fault = f"{invalid[0]} is not a weight" if invalid else "a weight has no prefix"
         raise ConfigurationError(f"{named}: {fault}; {form}")
     for weight, prefix in zip(weights, prefixes):
-        if not 0 < _number(weight) < math.inf:
+        if not 0 < float(weight) < math.inf:
             raise ConfigurationError(
                 f"{named}: the weight {weight} of {prefix} is not a positive number; change it or leave the set out"
             )
     if len(set(prefixes)) < len(prefixes):
         duplicate = next(prefix for prefix in prefixes if prefixes.count(prefix) > 1)
         raise ConfigurationError(f"{named}: names {duplicate} twice; add its weights")
-    return DataSet(name, tuple(prefixes), tuple(_number(weight) for weight in weights), part)
+    return DataSet(name, tuple(prefixes), tuple(float(weight) for weight in weights), part)
 
 
 def _number(word: str) -> float | None:

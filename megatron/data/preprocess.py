@@ -125,7 +125,7 @@ def _tokenise(
             train_ngrams = []
             texts = [document.text for document in batch]
             encoded = tokenizer.encode_batch(texts)
-            decoded = texts if tokenizer.lossless else tokenizer.decode_batch(encoded)
+            decoded = texts if tokenizer.lossless is True else tokenizer.decode_batch(encoded)
             for document, ids, decoded_text in zip(batch, encoded, decoded, strict=True):
                 name = split_of(document, options.splits)
                 round_trips[name].compare(document, decoded_text)

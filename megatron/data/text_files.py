@@ -5,9 +5,8 @@ import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
 
-from megatron.data.compressed import SUFFIXES, open_decompressed
+from megatron.data.compressed import SUFFIXES, Readable, open_decompressed
 from megatron.data.corpus import Document
 from megatron.errors import ConfigurationError
 
@@ -51,7 +50,7 @@ def read_text(path: Path, named: str) -> str:
 
 
 @contextmanager
-def open_text(path: Path, named: str) -> Iterator[BinaryIO]:
+def open_text(path: Path, named: str) -> Iterator[Readable]:
     """Yield the decompressed bytes of a text file.
 
     Raises: ConfigurationError if it cannot be read or is UTF-16.
@@ -77,7 +76,7 @@ def decode_text(data: bytes, named: str) -> str:
         raise ConfigurationError(f"{named}: is not UTF-8 ({error}); convert it with iconv -t UTF-8") from None
 
 
-def json_lines(file: BinaryIO, named: str) -> Iterator[tuple[int, object]]:
+def json_lines(file: Readable, named: str) -> Iterator[tuple[int, object]]:
     """Yield (line number, value) of each line that is not blank.
 
     Raises: ConfigurationError for a line that is not JSON.
@@ -104,7 +103,7 @@ def check_encodable(text: str, where: str) -> str:
     return text
 
 
-def _txt_texts(path: Path, file: BinaryIO, separator: str | None) -> Iterator[tuple[str, str]]:
+def _txt_texts(path: Path, file: Readable, separator: str | None) -> Iterator[tuple[str, str]]:
     """Yield (name, text) of each document of a .txt file."""
     if separator is None:
         yield str(path), _decoded(str(path), file.read(LONGEST_DOCUMENT + 1))
@@ -131,7 +130,7 @@ def _decoded(name: str, data: bytes) -> str:
     return decode_text(data, f"--input {name}")
 
 
-def _json_texts(path: Path, file: BinaryIO, key: str) -> Iterator[tuple[str, str]]:
+def _json_texts(path: Path, file: Readable, key: str) -> Iterator[tuple[str, str]]:
     """Yield (name, text) of each line of a .jsonl file."""
     for number, record in json_lines(file, f"--input {path}"):
         yield f"{path}:{number}", _field(f"--input {path}: line {number}", record, key)

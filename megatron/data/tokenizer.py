@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -19,12 +20,13 @@ LONGEST_WORD = 1000
 class HFTokenizer:
     """A tokenizer.json of the `tokenizers` library; it ends a document with the token it appends, or <|endoftext|>."""
 
-    lossless = False  # a normalizer may change text, and a model may drop characters
+    lossless: Literal[False] = False  # a normalizer may change text, and a model may drop characters
 
-    def __init__(self, path: str | None):
+    def __init__(self, path: str | Path | None):
         from tokenizers import Tokenizer as Library
 
         self.named, self.hash = f"--tokenizer-model {path}", file_hash(path, "tokenizer.json")
+        assert path is not None
         self.source = Path(path).read_bytes()  # to write the same tokenizer next to the data
         try:
             self._library = Library.from_buffer(self.source)
@@ -41,10 +43,11 @@ class HFTokenizer:
         """Set the id of the end-of-document token, and the vocabulary size."""
         self._library.encode_special_tokens = True  # the text of a special token is encoded as text
         self.vocabulary_size = max(self._library.get_vocab().values(), default=-1) + 1  # ids may have gaps
-        self.eod = self._library.token_to_id(end)
-        if self.eod is None or self.eod in self.encode(end):
-            fault = f"has no {end} token" if self.eod is None else f"reads the text {end} as the end of a document"
+        eod = self._library.token_to_id(end)
+        if eod is None or eod in self.encode(end):
+            fault = f"has no {end} token" if eod is None else f"reads the text {end} as the end of a document"
             raise ConfigurationError(f'{self.named}: {fault}; give it one, as an added token with "special": true')
+        self.eod = eod
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text, without special tokens."""
@@ -117,13 +120,14 @@ class GPT2BPETokenizer(HFTokenizer):
 class GPTSentencePieceTokenizer:
     """A tokenizer.model of the `sentencepiece` library; its end-of-sentence piece is the end-of-document token."""
 
-    lossless = False  # most models normalise white space at least
+    lossless: Literal[False] = False  # most models normalise white space at least
     added: tuple[str, ...] = ()  # pieces of the ids after the model's own
 
-    def __init__(self, path: str | None):
+    def __init__(self, path: str | Path | None):
         from sentencepiece import SentencePieceProcessor
 
         self.named, self.hash = f"--tokenizer-model {path}", file_hash(path, "tokenizer.model")
+        assert path is not None
         self.source = Path(path).read_bytes()
         self._library = SentencePieceProcessor()
         try:
@@ -181,7 +185,7 @@ class SentencePieceTokenizer(GPTSentencePieceTokenizer):
 class ByteTokenizer:
     """UTF-8 bytes, and an end-of-document token."""
 
-    lossless = True
+    lossless: Literal[True] = True
     vocabulary_size, eod = 257, 256
     named, hash, source = "--tokenizer-type ByteTokenizer", None, None
 
@@ -205,7 +209,7 @@ class ByteTokenizer:
 class NullTokenizer:
     """Text that consists of ids, separated by spaces. One more id is the end-of-document token, as in Megatron."""
 
-    lossless = True  # except for leading zeros and white space
+    lossless: Literal[True] = True  # except for leading zeros and white space
 
     def __init__(self, vocab_size: int):
         self.vocabulary_size, self.eod = vocab_size + 1, vocab_size
@@ -241,7 +245,7 @@ Tokenizer = HFTokenizer | GPTSentencePieceTokenizer | ByteTokenizer | NullTokeni
 
 def build_tokenizer(
     tokenizer_type: str,
-    tokenizer_model: str | None = None,
+    tokenizer_model: str | Path | None = None,
     vocab_size: int | None = None,
     vocab_file: str | None = None,
     merge_file: str | None = None,
@@ -250,15 +254,20 @@ def build_tokenizer(
 
     Raises: ConfigurationError for a file that is missing or unusable.
     """
+    if tokenizer_type == "GPT2BPETokenizer":
+        assert vocab_file is not None and merge_file is not None
+        return GPT2BPETokenizer(vocab_file, merge_file)
+    if tokenizer_type == "NullTokenizer":
+        assert vocab_size is not None
+        return NullTokenizer(vocab_size)
+    if tokenizer_type == "ByteTokenizer":
+        return ByteTokenizer()
     constructors = {
-        "HFTokenizer": lambda: HFTokenizer(tokenizer_model),
-        "GPT2BPETokenizer": lambda: GPT2BPETokenizer(vocab_file, merge_file),
-        "GPTSentencePieceTokenizer": lambda: GPTSentencePieceTokenizer(tokenizer_model),
-        "SentencePieceTokenizer": lambda: SentencePieceTokenizer(tokenizer_model),
-        "ByteTokenizer": ByteTokenizer,
-        "NullTokenizer": lambda: NullTokenizer(vocab_size),
+        "HFTokenizer": HFTokenizer,
+        "GPTSentencePieceTokenizer": GPTSentencePieceTokenizer,
+        "SentencePieceTokenizer": SentencePieceTokenizer,
     }
-    return constructors[tokenizer_type]()
+    return constructors[tokenizer_type](tokenizer_model)
 
 
 def appended_token(state: dict) -> str | None:
@@ -279,7 +288,7 @@ def file_hash(path: str | Path | None, kind: str = "tokenizer.json") -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
-def train_tokenizer(texts: Iterable[str], vocabulary_size: int, path: str) -> None:
+def train_tokenizer(texts: Iterable[str], vocabulary_size: int, path: str | Path) -> None:
     """Train a byte-level BPE of exactly `vocabulary_size` ids on `texts` and write it to `path`.
 
     Raises: ConfigurationError if the texts give fewer ids.

@@ -52,6 +52,7 @@ class AnyOrder(Likelihood):
 
     def target_token_positions(self, batch: Batch) -> np.ndarray:
         """Return the index 0..S in its sample of the token that each position predicts, [B, S]."""
+        assert batch.target_positions is not None
         return batch.target_positions.numpy()
 
 

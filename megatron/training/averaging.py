@@ -5,11 +5,13 @@
 Averaging Weights Leads to Wider Optima and Better Generalization (1803.05407).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from megatron.config.sections import OptimizerConfig
 from megatron.parallel.engine import Engine
@@ -26,15 +28,15 @@ class Average:
         self.steps = 0  # steps averaged so far
         self._average = {name: tensor.clone() for name, tensor in weights.items()}
         # local shards, which share their storage with the DTensors above
-        self._average_shards = [tensor.to_local() for tensor in self._average.values()]
-        self._weight_shards = [tensor.to_local() for tensor in weights.values()]
+        self._average_shards = _local_shards(self._average.values())
+        self._weight_shards = _local_shards(weights.values())
 
     def update(self, samples: int) -> None:
         """Update the average with the weights after the step that ended at `samples` consumed samples."""
         if samples >= (self.config.average_from_samples or 0):
             self.steps += 1
             weight = 1 / self.steps if self.config.ema_decay is None else 1 - self.config.ema_decay
-            torch._foreach_lerp_(self._average_shards, self._weight_shards, weight)
+            torch._foreach_lerp_(self._average_shards, self._weight_shards, weight)  # pyright: ignore[reportPrivateImportUsage]
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
@@ -65,6 +67,10 @@ class Average:
         if all(recorded.get(name) == getattr(self.config, name) for name in ("ema_decay", "average_from_samples")):
             checkpoint.load(origin.checkpoint, self.tensors())
             self.steps = origin.meta["averaged_steps"]
+
+
+def _local_shards(tensors: Iterable[Tensor]) -> list[Tensor]:
+    return [cast(DTensor, tensor).to_local() for tensor in tensors]
 
 
 def start_average(engine: Engine, config: OptimizerConfig, origin: Origin | None) -> Average | None:

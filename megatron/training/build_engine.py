@@ -60,4 +60,5 @@ def start_engine(
     initialise(model, config.model, seed)
     recompute(model.to(ranks.device), parallel)
     optimizer = build_optimizer(model, config.optimizer)
+    assert isinstance(optimizer, torch.optim.AdamW)
     return DeepSpeedEngine(model, optimizer, settings, ranks, compile=compile), optimizer

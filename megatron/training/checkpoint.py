@@ -12,9 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import HuggingFaceStorageReader
+from torch.distributed.checkpoint import state_dict_loader
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
 from megatron.errors import ConfigurationError
 from megatron.training.run_folder import read_json
@@ -33,7 +33,8 @@ def load(folder: Path, state: dict[str, Tensor]) -> None:
     """Load a checkpoint, saved under any layout, into the tensors of `state`."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # loads sharded files in a single process
-        dcp.load(state, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=not dist.is_initialized())
+        reader = HuggingFaceStorageReader(str(folder))
+        state_dict_loader.load(state, storage_reader=reader, no_dist=not dist.is_initialized())
 
 
 def newest(root: Path, mend: bool) -> tuple[Path, dict] | None:

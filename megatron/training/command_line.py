@@ -90,7 +90,7 @@ def implied(objective: str, arguments: list[str]) -> dict:
     """Return what --recipe, --model-size, --skip-train and tokenizer files imply: defaults that flags override."""
     early = _early_flags(arguments, "--objective", "--recipe", "--save", "--load", "--model-size", skip_train=True)
     # unknown recipes and objectives are rejected later, by the full parser
-    recipe = RECIPES.get(early.get("recipe"), {})
+    recipe = RECIPES.get(early.get("recipe") or "", {})
     chosen_objective = early.get("objective") or objective
     unused = foreign(chosen_objective) if chosen_objective in OBJECTIVES else ()
     settings = {name: value for name, value in recipe.items() if name not in unused}

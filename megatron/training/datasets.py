@@ -54,7 +54,7 @@ def open_sources(config: Config) -> Sources:
     fingerprints |= {requested.name: _fingerprint(requested, members[requested.name]) for requested in held_out}
     if data.split and (data.valid_data_path or data.valid_data_path_file):
         logger.info("--split %s: keeps its held-out documents out of training, though other data are given", data.split)
-    hashes = [metadata[prefix].get("corpus_hash") for prefix in train.prefixes]
+    hashes = [metadata[prefix].get("corpus_hash", "") for prefix in train.prefixes]
     sources = [metadata[prefix].get("source", prefix) for prefix in train.prefixes]
     return Sources(
         tokenizer,

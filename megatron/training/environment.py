@@ -8,6 +8,7 @@ import subprocess
 from dataclasses import asdict
 from importlib import import_module, metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -63,7 +64,7 @@ def prepare_device(config: Config, device: torch.device) -> None:
     if config.training.deterministic:
         _use_deterministic_kernels(device)
     if config.training.flash_attention:
-        _use_flash_attention(config, device)
+        _use_flash_attention(config.training.flash_attention, config, device)
 
 
 def _use_deterministic_kernels(device: torch.device) -> None:
@@ -74,8 +75,10 @@ def _use_deterministic_kernels(device: torch.device) -> None:
     if device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its first matrix product
         torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # no kernel here reads uninitialised memory
-        if hasattr(inductor := import_module("torch._inductor.config"), "deterministic"):
+        # no kernel here reads uninitialised memory
+        torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
+        inductor: Any = import_module("torch._inductor.config")
+        if hasattr(inductor, "deterministic"):
             inductor.deterministic = True  # disables autotuning by timing
 
 
@@ -83,9 +86,9 @@ def _use_deterministic_kernels(device: torch.device) -> None:
 FLASH_ATTENTION = {"FA3": (9,), "FA4": (9, 10)}
 
 
-def _use_flash_attention(config: Config, device: torch.device) -> None:
-    """Replace PyTorch's FlashAttention with version 3 or 4 and disable cuDNN attention, which takes precedence."""
-    name, version = "flash_attention", config.training.flash_attention
+def _use_flash_attention(version: str, config: Config, device: torch.device) -> None:
+    """Replace PyTorch's FlashAttention with `version` and disable cuDNN attention, which takes precedence."""
+    name = "flash_attention"
     message = "needs an NVIDIA GPU, and this is a CPU; leave it out"
     require(device.type == "cuda", name, version, message)
     generation = torch.cuda.get_device_capability(device)[0]

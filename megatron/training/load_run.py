@@ -84,7 +84,9 @@ def open_trained(run: str, which: str = "latest", flags: Sequence[str] = ()) -> 
     Raises: ConfigurationError if there is no run or no such checkpoint, or if it is damaged.
     """
     config, folder = trained_config(run, flags), find_checkpoint(Path(run), which)
-    return Trained(run, config, recorded_config(Path(run)), folder, read_json(folder / "meta.json"))
+    recorded = recorded_config(Path(run))
+    assert recorded is not None
+    return Trained(run, config, recorded, folder, read_json(folder / "meta.json"))
 
 
 def trained_config(run: str, flags: Sequence[str] = ()) -> Config:

@@ -168,7 +168,7 @@ def train(config: Config, command: str, detector: FailureDetector | None) -> boo
         check_float8(config, None)
         check_kernels(config)
         precision = stated_precision(config)
-        check_engine(config, size if size_known else None, precision and precision == "bf16")
+        check_engine(config, size if size_known else None, None if precision is None else precision == "bf16")
         check_run(config, plan, objective, sources, precision)
         if rank() == 0:
             print(json.dumps(resolved(config, plan, vocabulary, sources), indent=1))
@@ -250,6 +250,7 @@ def train(config: Config, command: str, detector: FailureDetector | None) -> boo
         return True
 
     def failed(reason: str) -> None:
+        assert folder is not None
         with suppress(LockError):  # status.json belongs to another process now
             folder.status("failed", reason, progress.iteration, progress.consumed_samples)
 

@@ -8,6 +8,7 @@ from functools import partial
 from multiprocessing.connection import wait
 from multiprocessing.context import ForkContext, ForkProcess
 from multiprocessing.process import BaseProcess
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -17,13 +18,18 @@ from torch.utils.data._utils import signal_handling
 from megatron import stop_signals
 from megatron.batch import Batch, without_padding
 from megatron.config.flags import typed
-from megatron.data.samples import TrainSamples
 from megatron.errors import ConfigurationError
 from megatron.objectives.base import Objective
 from megatron.objectives.input_noise import InputNoise
 from megatron.parallel.failure_detector import when_orphaned
 
 LARGER = "make /dev/shm larger (docker run --shm-size)"
+
+
+class Samples(Protocol):
+    """Training samples: int64 [S+1] by sample index."""
+
+    def __getitem__(self, sample_index: int, /) -> np.ndarray: ...
 
 
 @dataclass(frozen=True)
@@ -34,7 +40,7 @@ class MicroBatches(Dataset):
     micro-batch m of rank r is block m * size + r. Samples beyond the budget are padding with weight 0.
     """
 
-    samples: TrainSamples
+    samples: Samples
     objective: Objective
     noise: InputNoise
     seed: int
@@ -139,14 +145,15 @@ class Loader:
 
     def _check_workers(self) -> None:
         dead = next((worker for worker in self._workers if worker.exitcode), None)
-        if dead is None:
+        if dead is None or dead.exitcode is None:
             return
         number = -dead.exitcode
         ending = f"was killed by {signal.Signals(number).name}" if number > 0 else f"exited with code {dead.exitcode}"
-        cause = {
+        causes: dict[int, str] = {
             signal.SIGKILL: "the machine may have run out of memory; lower",
             signal.SIGBUS: f"shared memory ran out, or a data file was truncated; {LARGER}, or lower",
-        }.get(number, "lower")
+        }
+        cause = causes.get(number, "lower")
         raise ChildProcessError(
             f"data loader worker (process {dead.pid}) {ending}: {cause} {typed('num_workers', self.num_workers)} and "
             "start the same command again"

@@ -54,7 +54,8 @@ def optimizer_of(kind: str, config: OptimizerConfig) -> str:
 
 def parameter_table(config: Config, vocabulary: Vocabulary) -> Iterator[str]:
     """Yield the lines of a table over the whole model: kind of parameters, count, optimizer and weight decay."""
-    optimizer, counts = config.optimizer, dict.fromkeys(KINDS, 0)
+    optimizer = config.optimizer
+    counts: dict[str, int] = dict.fromkeys(KINDS, 0)
     with torch.device("meta"):
         model = Transformer(config.model, vocabulary)
     for name, parameter in model.named_parameters():
@@ -84,7 +85,7 @@ def build_optimizer(model: nn.Module | Engine, config: OptimizerConfig) -> Optim
 def apex_adam() -> type | None:
     """Return NVIDIA apex's FusedAdam, or None; the PyPI package named apex is unrelated and has no optimizers."""
     try:
-        from apex.optimizers import FusedAdam
+        from apex.optimizers import FusedAdam  # pyright: ignore[reportMissingImports]
     except ImportError:
         return None
     return FusedAdam

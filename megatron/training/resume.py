@@ -83,8 +83,10 @@ def find_origin(
     """
     only_evaluate = config.validation.skip_train
     source, branched = _source(config)
-    start = source and _checkpoint(source, rename_damaged=not (branched or only_evaluate or read_only))
-    if not start:
+    if source is None:
+        return None
+    start = _checkpoint(source, rename_damaged=not (branched or only_evaluate or read_only))
+    if start is None:
         return None
     run, folder, meta = start
     recorded = recorded_config(source)
@@ -117,13 +119,14 @@ def _source(config: Config) -> tuple[Path | None, bool]:
     --exit-on-missing-checkpoint is given.
     """
     settings, only_evaluate = config.checkpoint, config.validation.skip_train
-    if not (settings.load or settings.save):
+    start = settings.load or settings.save
+    if not start:
         flag = "--skip-train" if only_evaluate else "--exit-on-missing-checkpoint"
         if only_evaluate or settings.exit_on_missing_checkpoint:
             purpose = "evaluate" if only_evaluate else "start from"
             raise ConfigurationError(f"{flag}: there is no checkpoint to {purpose}; name its run with --load DIR")
         return None, False
-    source, save = Path(settings.load or settings.save), Path(settings.save or "")
+    source, save = Path(start), Path(settings.save or "")
     branched = bool(settings.load) and not (settings.save and source.resolve() == save.resolve())
     if branched and recorded_config(source) is None:
         raise ConfigurationError(

@@ -106,7 +106,7 @@ class RunFolder:
             raise ConfigurationError(
                 f"--save {self.path}: cannot be written to ({error.strerror}); choose another folder"
             ) from error
-        self._records = None
+        self._records: TextIO | None = None
 
     def _wait_for_lock(self, minutes: float, stop_reason: Callable[[], str | None]) -> TextIO:
         """Return the lock file, open and locked; wait for another holder up to `minutes`."""
@@ -188,6 +188,7 @@ class RunFolder:
     def record(self, record: dict) -> None:
         """Append a record to metrics.jsonl and flush it, without fsync."""
         self.check_lock()
+        assert self._records is not None
         with writing(self.path / "metrics.jsonl"):
             self._records.write(json.dumps(record) + "\n")
             self._records.flush()

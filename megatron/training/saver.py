@@ -14,16 +14,19 @@ import shutil
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageWriter
+from torch.distributed.checkpoint import state_dict_saver
 from torch.distributed.checkpoint._hf_utils import CUSTOM_METADATA_KEY, SAVED_OFFSETS_KEY
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWriteData
 from torch.distributed.tensor import DTensor
 
 from megatron.parallel.mesh import PATIENCE, ParallelContext
@@ -50,10 +53,10 @@ class Saver:
         """Prepare to write to `root`; rank 0 calls `check_lock` before it creates or publishes a checkpoint."""
         self.root, self.ranks, self.check_lock = root, ranks, check_lock
         # a separate group: the thread's collectives must not interleave with those of training
-        self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
+        self._group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=PATIENCE))
         on_cuda = ranks.device.type == "cuda"
-        start = (torch.cuda.set_device, (ranks.device,)) if on_cuda else (None, ())
-        self._thread = ThreadPoolExecutor(1, "saver", *start)
+        start = partial(torch.cuda.set_device, ranks.device) if on_cuda else None
+        self._thread = ThreadPoolExecutor(1, "saver", start)
         self._copies: dict[str, Tensor] = {}
         self._pending: Future | None = None
 
@@ -128,7 +131,7 @@ def _host_copy(tensor: Tensor) -> Tensor:
 def _write(writer: "_Writer", state: dict[str, Tensor], group: dist.ProcessGroup) -> None:
     """Write one checkpoint; a collective call. Raises: OSError, LockError or RuntimeError as `Saver.wait` does."""
     try:
-        dcp.save(state, storage_writer=writer, process_group=group)
+        state_dict_saver.save(state, storage_writer=writer, process_group=group)
     except (Exception, CheckpointException) as error:  # CheckpointException derives from BaseException
         if isinstance(_cause(error), (RuntimeError, LockError)):
             raise _cause(error)  # noqa: B904  not a disk error: another rank died or another process took over the run
@@ -151,7 +154,7 @@ def _cause(error: BaseException) -> BaseException:
 class _Writer(HuggingFaceStorageWriter):
     """DCP's storage writer of one checkpoint: writes to a temporary folder and renames it when complete.
 
-    Rank 0 prepares and finishes; an exception in any of the methods ends `dcp.save` on every rank.
+    Rank 0 prepares and finishes; an exception in any of the methods ends DCP's `save` on every rank.
     """
 
     def __init__(self, folder: Path, meta: dict, then: Callable[[], None], check_lock: Callable[[], None]):
@@ -171,8 +174,10 @@ class _Writer(HuggingFaceStorageWriter):
         files = []
         if plan.items:
             path = self.temporary / f"shard-{plan.storage_data['shard_index']:05d}-model-00001-of-00001.safetensors"
-            tensors = {item.index.fqn: planner.resolve_data(item) for item in plan.items}
-            offsets = {item.index.fqn: list(item.tensor_data.chunk.offsets) for item in plan.items}
+            tensors = {item.index.fqn: cast(Tensor, planner.resolve_data(item)) for item in plan.items}
+            offsets = {
+                item.index.fqn: list(cast(TensorWriteData, item.tensor_data).chunk.offsets) for item in plan.items
+            }
             files.append((path.name, *write_safetensors(path, tensors, offsets)))
         done = torch.futures.Future()
         done.set_result(files)
@@ -195,7 +200,8 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor], offsets: dict[str,
     Raises: OSError if writing fails.
     """
     layout = json.dumps({name: {SAVED_OFFSETS_KEY: offset} for name, offset in offsets.items()})
-    header, end = {"__metadata__": {"format": "pt", CUSTOM_METADATA_KEY: layout}}, 0
+    header: dict[str, dict] = {"__metadata__": {"format": "pt", CUSTOM_METADATA_KEY: layout}}
+    end = 0
     for name, tensor in tensors.items():
         begin, end = end, end + tensor.nbytes
         header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
@@ -214,6 +220,6 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor], offsets: dict[str,
 
 def _blocks(tensors: dict[str, Tensor]) -> Iterator[memoryview]:
     for tensor in tensors.values():
-        whole = memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+        whole = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
         for start in range(0, len(whole), BLOCK):
             yield whole[start : start + BLOCK]

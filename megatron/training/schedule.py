@@ -37,4 +37,6 @@ def weight_decay(config: OptimizerConfig, plan: Plan, samples: int) -> float:
     fraction = min(1.0, samples / plan.train_samples)
     if config.weight_decay_incr_style == "cosine":
         fraction = (1 - math.cos(math.pi * fraction)) / 2
-    return config.start_weight_decay + (config.end_weight_decay - config.start_weight_decay) * fraction
+    start, end = config.start_weight_decay, config.end_weight_decay
+    assert start is not None and end is not None
+    return start + (end - start) * fraction

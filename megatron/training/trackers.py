@@ -57,6 +57,7 @@ class TensorBoard:
         """Continue after `past_records`; write all of them to a folder without events."""
         from torch.utils.tensorboard import SummaryWriter
 
+        assert settings.tensorboard_dir is not None
         self._writers = {}
         for axis, step in AXES.items():
             folder = Path(settings.tensorboard_dir) / axis
@@ -112,25 +113,25 @@ class WeightsAndBiases:
         if mode == "online" and not wandb.login(prompt=False, verify=False):
             mode = "offline"
         id_path = folder.path / "wandb.json" if folder and mode != "disabled" else None
-        resumes = id_path is not None and id_path.exists()
+        recorded = read_json(id_path) if id_path and id_path.exists() else None
         self._run = wandb.init(
             project=settings.wandb_project,
             name=settings.wandb_exp_name or (folder.path.resolve().name if folder else None),
             group=settings.wandb_group or None,
             dir=settings.wandb_save_dir or (folder.path if folder else None),
-            id=read_json(id_path)["id"] if resumes else None,
+            id=recorded["id"] if recorded is not None else None,
             resume="allow",
             config=description,
             allow_val_change=True,
-            mode=mode,
+            mode=mode,  # pyright: ignore[reportArgumentType]
             settings=quiet,
         )
         self._run.define_metric("iteration")
         self._run.define_metric("*", step_metric="iteration")
-        if not resumes:
+        if recorded is None:
             for record in past_records:
                 self.record(record)
-        if id_path and not resumes:  # last: after a failed start, the next one starts from scratch
+        if id_path and recorded is None:  # last: after a failed start, the next one starts from scratch
             write_json(id_path, {"id": self._run.id})
         self._log_location(mode)
 

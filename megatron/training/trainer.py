@@ -49,6 +49,8 @@ class Progress:
 class Trainer:
     """All components of a run, assembled by `main`; `train` runs it to the end."""
 
+    _bar: tqdm  # set by `train`
+
     def __init__(
         self,
         config: Config,
@@ -78,11 +80,10 @@ class Trainer:
         self.rate = self.decay = 0.0  # learning rate and weight decay of the last step
         self.validated = validated  # loss on the first set by iteration; selects the best checkpoint
         self._last_record = (progress.consumed_samples, progress.seconds)  # at the last training record
-        self._bar = None
 
     def train(self) -> str:
         """Train until the budget is used up or an exit condition holds; return "finished" or the reason."""
-        exit_conditions, reason = ExitConditions(self.config.training), None
+        exit_conditions, reason = ExitConditions(self.config.training), ""
         progress = self.progress
         self._status("running", "")
         if self.saved_at:
@@ -109,7 +110,7 @@ class Trainer:
                     if due["save"]:
                         self.save()
                     last_time = time.monotonic()
-                reason = exit_conditions.reason(progress.iteration, self.ranks)
+                reason = exit_conditions.reason(progress.iteration, self.ranks) or ""
             if self.saved_at != progress.iteration:
                 self._check_finite()
                 progress.seconds += time.monotonic() - last_time
@@ -290,7 +291,7 @@ class Trainer:
         root = self.folder.checkpoints
         folders = {int(path.name[5:]): path for path in checkpoint.complete(root)}
         pointers = {"latest": max(folders, default=None)}
-        pointers["best"] = min(validated.keys() & folders.keys(), key=validated.get, default=None)
+        pointers["best"] = min(validated.keys() & folders.keys(), key=validated.__getitem__, default=None)
         for name, iteration in pointers.items():
             if iteration is not None:
                 meta = read_json(folders[iteration] / "meta.json")

@@ -8,6 +8,7 @@ import torch
 from tqdm import tqdm
 
 from megatron.batch import without_padding
+from megatron.data.blend import ValidationBlend
 from megatron.data.samples import ValidationWindows
 from megatron.objectives.base import EvaluationNoise, Likelihood
 from megatron.parallel.engine import Engine
@@ -18,7 +19,7 @@ class ValidationSet:
     """A named held-out set; `token_bytes` [V] is the number of text bytes of each id, None if ids have no text."""
 
     name: str
-    windows: ValidationWindows
+    windows: ValidationWindows | ValidationBlend
     documents: int
     token_bytes: np.ndarray | None
 
@@ -45,12 +46,12 @@ class Evaluation:
         residual = self.nats.mean(axis=0)[scored] - loss * self.tokens[scored]
         clusters = int(scored.sum())
         data_se = np.sqrt(clusters / max(1, clusters - 1) * (residual**2).sum()) / self.tokens.sum()
-        has_text = self.bytes is not None and self.bytes.sum() > 0
+        text = 0 if self.bytes is None else self.bytes.sum()
         return {
             "loss": loss,
             "mc_se": float(means.std(ddof=1) / np.sqrt(replicates)) if replicates > 1 else None,
             "data_se": float(data_se) if clusters > 1 else None,
-            "bits_per_byte": float(self.nats.mean(axis=0).sum() / np.log(2) / self.bytes.sum()) if has_text else None,
+            "bits_per_byte": float(self.nats.mean(axis=0).sum() / np.log(2) / text) if text > 0 else None,
         }
 
 
