@@ -41,10 +41,11 @@ class HFTokenizer:
         """Set the id of the end-of-document token, and the vocabulary size."""
         self._library.encode_special_tokens = True  # the text of a special token is encoded as text
         self.vocabulary_size = max(self._library.get_vocab().values(), default=-1) + 1  # ids may have gaps
-        self.eod = self._library.token_to_id(end)
-        if self.eod is None or self.eod in self.encode(end):
-            fault = f"has no {end} token" if self.eod is None else f"reads the text {end} as the end of a document"
+        eod = self._library.token_to_id(end)
+        if eod is None or eod in self.encode(end):
+            fault = f"has no {end} token" if eod is None else f"reads the text {end} as the end of a document"
             raise ConfigurationError(f'{self.named}: {fault}; give it one, as an added token with "special": true')
+        self.eod = eod
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text, without special tokens."""
