@@ -7,7 +7,6 @@ import pytest
 
 from tests.conftest import ROOT
 
-
 PYRIGHT = f"pyright --project pyproject.toml --pythonpath {sys.executable}"
 
 

@@ -4,7 +4,7 @@ Parameter names are the same up to a prefix, so conversion slices the vocabulary
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,10 @@ class Family:
     def config_class(self) -> "type[PreTrainedConfig]":
         """Return the configuration class."""
         return getattr(_transformers(), self.config)
+
+    def new_config(self, **fields: Any) -> "PreTrainedConfig":
+        """Return a configuration with these `fields`, which depend on the class."""
+        return getattr(_transformers(), self.config)(**fields)
 
     def model_class(self) -> "type[PreTrainedModel]":
         """Return the model class."""
@@ -100,7 +104,7 @@ def hugging_face_config(
     Raises: ConfigurationError as `family_of` does.
     """
     family = family_of(config, bidirectional)
-    result = family.config_class()(
+    result = family.new_config(
         vocab_size=rows,
         hidden_size=config.hidden_size,
         intermediate_size=config.mlp_size,

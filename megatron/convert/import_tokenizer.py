@@ -89,7 +89,7 @@ def _end_of_document(added: list[dict], path: Path) -> tuple[dict | None, str]:
     return end, f"{END} (id {end['id']}) ends a document by default: no other special token is named ({fields})"
 
 
-def _entries(value) -> list[int | str]:
+def _entries(value) -> list[int | str | None]:
     """Return the ids or strings in a field that holds one of them, a list, or a token with options."""
     values = value if isinstance(value, list) else [value]
     return [entry.get("content") if isinstance(entry, dict) else entry for entry in values]

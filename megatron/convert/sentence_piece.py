@@ -46,7 +46,7 @@ def _read(source: bytes, name: str):
             f"{name}: exporting it needs the package protobuf, which cannot be imported ({error}); install it: "
             "bash install.sh --with-eval"
         ) from None
-    return sentencepiece_model_pb2.ModelProto.FromString(source)
+    return sentencepiece_model_pb2.ModelProto.FromString(source)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _normalizers(spec) -> list[normalizers.Normalizer]:

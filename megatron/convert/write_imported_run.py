@@ -8,7 +8,7 @@ import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -24,12 +24,22 @@ from megatron.model.initialise import initialise
 from megatron.model.transformer import Transformer
 from megatron.objectives.registry import capabilities
 from megatron.parallel.mesh import ParallelContext, destroy_parallel, initialize_parallel
-from megatron.training.datasets import Sources
 from megatron.training.environment import describe
 from megatron.training.load_run import trained_config
 from megatron.training.optimizer import parameter_groups
 from megatron.training.run_folder import RunFolder, write_json
 from megatron.training.saver import Saver
+
+
+@dataclass(frozen=True)
+class UnknownData:
+    """The entries of config.json about the data of a run, as in `Sources`, where only the `corpus_source` is known."""
+
+    corpus_source: str
+    corpus_hash: None = None
+    corpus_python_version: None = None
+    fingerprints: dict[str, str] = field(default_factory=dict)
+    shared_13grams: dict[str, dict] = field(default_factory=dict)
 
 
 def write_run(folder: Path, recorded: dict, weights: dict[str, Tensor], time_block: int) -> None:
@@ -68,11 +78,10 @@ def _moments(config: Config, vocabulary: Vocabulary) -> dict[str, Tensor]:
 def describe_import(config: Config, vocabulary: Vocabulary, source: str, precision: str = "fp32") -> dict:
     """Return the config.json of a run that was trained elsewhere: only its model is known, not its data."""
     plan = resolve(config, vocabulary, 0, capabilities(config.objective.objective))
-    no_data = Sources(None, None, (), [], None, source, None, {}, {})
     command = shlex.join(sys.argv)
     with one_process() as ranks:
         description = describe(
-            config.objective.objective, config, plan, no_data, vocabulary, ranks, precision, False, command
+            config.objective.objective, config, plan, UnknownData(source), vocabulary, ranks, precision, False, command
         )
     return description | {"branched_from": None, "imported": {"source": source}}
 

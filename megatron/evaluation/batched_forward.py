@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 import numpy as np
 import torch
@@ -56,19 +57,19 @@ def ask(model: Transformer, rows: Sequence[Row], limits: Limits, guidance: float
 
     With `guidance` w the logits are (1 + w) * conditional - w * unconditional (2410.18514).
     """
-    predictions: list[Prediction | None] = [None] * len(rows)
+    predictions: dict[int, Prediction] = {}
     for indices in batches([len(row.tokens) for row in rows], limits):
         positions = [rows[index].positions for index in indices]
         hidden = select(_hidden_states(model, [rows[index].tokens for index in indices]), positions)
         unconditional = None
         if guidance:
-            unconditional = select(_hidden_states(model, [rows[index].unconditional for index in indices]), positions)
+            sequences = cast("list[np.ndarray]", [rows[index].unconditional for index in indices])
+            unconditional = select(_hidden_states(model, sequences), positions)
         targets = np.concatenate([rows[index].targets for index in indices])
         prediction = predict(model, hidden, targets, unconditional, guidance)
         chunks = split(prediction, [len(row_positions) for row_positions in positions])
-        for index, chunk in zip(indices, chunks, strict=True):
-            predictions[index] = chunk
-    return predictions
+        predictions.update(zip(indices, chunks, strict=True))
+    return [predictions[index] for index in range(len(rows))]
 
 
 def _hidden_states(model: Transformer, sequences: Sequence[np.ndarray]) -> Tensor:
@@ -83,7 +84,7 @@ def _hidden_states(model: Transformer, sequences: Sequence[np.ndarray]) -> Tenso
     return model.hidden_states(batch)
 
 
-def pad(sequences: Sequence[np.ndarray]) -> np.ndarray:
+def pad(sequences: Sequence[np.ndarray | Sequence[int]]) -> np.ndarray:
     """Return sequences as int64 [B, T], padded on the right with id 0."""
     padded = np.zeros((len(sequences), max(map(len, sequences))), np.int64)
     for row, sequence in enumerate(sequences):
@@ -109,16 +110,16 @@ def predict(
 
     The head runs in chunks, so that at most MAX_LOGITS logits exist at one time.
     """
-    targets = torch.from_numpy(np.ascontiguousarray(targets, np.int64)).to(hidden.device)
+    target_ids = torch.from_numpy(np.ascontiguousarray(targets, np.int64)).to(hidden.device)
     size = max(1, MAX_LOGITS // model.vocabulary.size)
     chunks = []
-    for start in range(0, len(targets), size):
+    for start in range(0, len(target_ids), size):
         chunk = slice(start, start + size)
         logits = model.head(hidden[chunk])
-        if guidance:
+        if unconditional is not None:
             logits = (1 + guidance) * logits - guidance * model.head(unconditional[chunk])
         normaliser = logits.logsumexp(-1)
-        target_logits = logits.gather(-1, targets[chunk, None])[:, 0]
+        target_logits = logits.gather(-1, target_ids[chunk, None])[:, 0]
         highest, best = logits.max(-1)
         chunks.append(
             torch.stack([(normaliser - target_logits).double(), (highest - normaliser).double(), best.double()])

@@ -47,7 +47,7 @@ def score_checkpoints(
 
     Raises: ConfigurationError for unknown tasks, and tasks whose data cannot be loaded.
     """
-    from lm_eval import simple_evaluate
+    from lm_eval.evaluator import simple_evaluate
     from lm_eval.tasks import TaskManager
 
     check_include_path(include_path)
@@ -61,7 +61,7 @@ def score_checkpoints(
         model = MegatronLM(**source, **asdict(scoring), use_cache=cache)
         settings = {"limit": limit, "bootstrap_iters": bootstrap, "log_samples": False}
         with faults_of_tasks(tasks):
-            evaluation = simple_evaluate(model=model, tasks=tasks, task_manager=manager, **settings)
+            evaluation = simple_evaluate(model=model, tasks=list(tasks), task_manager=manager, **settings)
         if evaluation is None:  # not rank 0
             continue
         recorded = model.trained.recorded
@@ -73,7 +73,7 @@ def score_checkpoints(
                 "consumed_samples": meta["consumed_samples"],
                 "epoch": tokens / recorded["unique_tokens"],
                 "model": model.get_model_info(),
-                "results": evaluation["results"],
+                "results": evaluation["results"],  # pyright: ignore[reportTypedDictNotRequiredAccess]
             }
         )
     return {"run": run, "tasks": tasks, "scoring": asdict(scoring), "points": points}

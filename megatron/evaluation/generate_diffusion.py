@@ -50,17 +50,18 @@ def fill(
     for (_, num_masked), members in sorted(groups.items(), reverse=True):
         for start in range(0, len(members) if num_masked else 0, batch_size):
             indices = members[start : start + batch_size]
-
-            def on_batch_step(step: int, active: list[int], tokens: Tensor, indices: list[int] = indices) -> None:
-                on_step(step, [indices[row] for row in active], tokens)
-
             filling = _Filling(
                 model, [texts[index] for index in indices], [keys[index] for index in indices], sampling, eod, open_end
             )
-            batch = filling.run(advance, on_batch_step if on_step else None)
+            batch = filling.run(advance, _step_of_batch(on_step, indices) if on_step else None)
             for index, text in zip(indices, batch, strict=True):
                 filled[index] = text
     return filled
+
+
+def _step_of_batch(on_step: OnStep, indices: list[int]) -> OnStep:
+    """Return `on_step` for a batch with the texts at `indices`."""
+    return lambda step, active, tokens: on_step(step, [indices[row] for row in active], tokens)
 
 
 class _Filling:

@@ -127,7 +127,7 @@ def prepare(options: argparse.Namespace) -> Config:
         raise ConfigurationError(NO_TASKS)
     if options.output_path and not source.records:
         folder = Path(options.output_path)
-        folder = folder.parent if folder.suffix == ".json" else folder / sanitize_model_name(source.pretrained)
+        folder = folder.parent if folder.suffix == ".json" else folder / sanitize_model_name(trained.name)
         options.model_args["records"] = str(folder / f"scores_{time.strftime('%Y-%m-%dT%H-%M-%S')}.jsonl")
     check_include_path(options.include_path)
     # a max_gen_toks of the tasks themselves is checked when they are loaded
@@ -135,7 +135,7 @@ def prepare(options: argparse.Namespace) -> Config:
     if options.use_cache:  # our cache, not lm-eval's
         options.model_args["use_cache"] = options.use_cache
         options.use_cache = None
-    return trained_config(source.pretrained)
+    return trained_config(trained.name)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -179,7 +179,7 @@ class MegatronLM(TemplateLM):
         encoded = []
         encoded_alone = set()
         for instance in requests:
-            context, continuation = instance.args
+            context, continuation = instance.args  # pyright: ignore[reportAssignmentType]
             pair = encode_pair(self._tokenizer, context, continuation)
             self._check_tokens(instance, continuation, pair.continuation)
             if pair.encoded_alone:
@@ -219,7 +219,8 @@ class MegatronLM(TemplateLM):
             equal_requests.setdefault(self._cache.key("generate_until", instance.args), []).append(index)
         groups: dict[tuple[Sampling, tuple[str, ...]], list[tuple[str, list[int]]]] = {}
         for content, indices in equal_requests.items():
-            settings = read_generation(requests[indices[0]].args[1], self.objective, self.seq_length)
+            arguments = requests[indices[0]].args[1]  # pyright: ignore[reportGeneralTypeIssues]
+            settings = read_generation(arguments, self.objective, self.seq_length)
             groups.setdefault(settings, []).append((self._cache.key(content, len(indices)), indices))
         texts = [""] * len(requests)
         recorded = set()
@@ -306,7 +307,7 @@ class MegatronLM(TemplateLM):
         for line in counts.lines(self.seq_length) if self.rank == 0 else ():
             logger.warning(line)
 
-    def _check_tokens(self, instance: Instance, text: str, ids: list[int]) -> None:
+    def _check_tokens(self, instance: Instance, text: str, ids: Sequence[int]) -> None:
         """Raise ConfigurationError where the tokenizer drops a whole text: its log-likelihood would be 0."""
         if text and not ids:
             raise ConfigurationError(
@@ -370,7 +371,7 @@ class MegatronLM(TemplateLM):
         The answers of a document are cached together, since its choices decide about one another's samples: some of
         them alone would be sampled differently. `encoded_alone` has the `id`s of instances.
         """
-        documents: dict[str, dict[tuple, tuple]] = {}  # arguments and token ids of the choices of each document
+        documents: dict[str | None, dict[tuple, tuple]] = {}  # arguments and token ids of the choices of each document
         keys = [(request.doc_key, instance.args) for request, instance in zip(requests, instances, strict=True)]
         for (document, arguments), request in zip(keys, requests, strict=True):
             documents.setdefault(document, {})[arguments] = (request.context, request.continuation)
@@ -401,9 +402,9 @@ class MegatronLM(TemplateLM):
             index = uncached[number]
             document, _ = keys[index]
             scores[keys[index]] = score
-            answers = [scores.get((document, arguments)) for arguments in documents[document]]
-            if None not in answers:
-                self._cache.add(cache_keys[document], [asdict(answer) for answer in answers])
+            choice_keys = [(document, arguments) for arguments in documents[document]]
+            if all(key in scores for key in choice_keys):
+                self._cache.add(cache_keys[document], [asdict(scores[key]) for key in choice_keys])
             record(index)
 
         if uncached:

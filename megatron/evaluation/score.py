@@ -68,7 +68,7 @@ def score(
     split_jobs = sum(len(job.windows) > 1 for job in jobs)
     if split_jobs:
         logger.info("%d of %d texts are longer than --seq-length %d: windows", split_jobs, len(jobs), seq_length)
-    scores: list[Score | None] = [None] * len(requests)
+    scores: dict[int, Score] = {}
 
     def add_window(job: Job, window_score: Score) -> None:
         job.scores.append(window_score)
@@ -88,7 +88,7 @@ def score(
         score_causal(model, pairs, limits, lambda index, window_score: add_window(owners[index][0], window_score))
     else:
         _score_masked(MaskedScorer(model, scoring, limits), jobs, add_window)
-    return scores
+    return [scores[index] for index in range(len(requests))]
 
 
 def _jobs(requests: Sequence[Request], eod: int, longest: int) -> list[Job]:

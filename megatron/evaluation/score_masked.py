@@ -151,6 +151,7 @@ class MaskedScorer:
             round_designs.append(Design(masked, np.concatenate([design.weights for design in replicates])))
         for request, design, means in zip(long, round_designs, self._mean_nlls(long, round_designs), strict=True):
             # control variate: the fully masked pass tells how difficult the tokens of a mask are; its mean is known
+            assert request.full_mask is not None
             full_nll = request.full_mask.nll
             difficulty = design.masked @ full_nll / design.masked.sum(1) - full_nll.mean()
             weighted = (design.weights * (means - difficulty)).reshape(REPLICATES, -1)
@@ -215,10 +216,10 @@ class MaskedScorer:
         """
         masks = [np.ones(request.size, bool) for request in requests]
         active = list(range(len(requests)))
-        missing = [index for index in active if requests[index].full_mask is None]
-        for index, prediction in zip(missing, self._predict_masked(requests, masks, missing), strict=True):
-            requests[index].full_mask = prediction
-        predictions = {index: requests[index].full_mask for index in active}
+        full_masks = [request.full_mask for request in requests]
+        predictions = {index: prediction for index, prediction in enumerate(full_masks) if prediction is not None}
+        missing = [index for index in active if index not in predictions]
+        predictions |= zip(missing, self._predict_masked(requests, masks, missing), strict=True)
         while active:
             for index in active:
                 request, prediction = requests[index], predictions[index]

@@ -117,11 +117,11 @@ def read_request(request: Request) -> list[Prompt]:
     """
     for name in ("prompt", "infill", "suffix"):
         check_encodable(getattr(request, name) or "", spelling(name))
-    if request.gap is not None:
+    if request.prompt is not None:
+        if request.gap is None or request.suffix is None:
+            return [Prompt.to_continue(request.prompt)]
         pieces = (request.prompt, request.gap, request.suffix)
         return [Prompt(f"{request.prompt}{{{{{request.gap}}}}}{request.suffix}", pieces, True)]
-    if request.prompt is not None:
-        return [Prompt.to_continue(request.prompt)]
     if request.infill is not None:
         return [Prompt.with_gaps(request.infill)]
     if request.prompt_file is not None:
@@ -139,13 +139,14 @@ def _read_file(path: Path) -> list[Prompt]:
     prompts = []
     with open_text(path, named) as file:
         for number, value in json_lines(file, named):
-            kinds = [kind for kind in constructors if isinstance(value, dict) and isinstance(value.get(kind), str)]
-            if len(kinds) != 1:
+            fields = value if isinstance(value, dict) else {}
+            texts = {kind: fields[kind] for kind in constructors if isinstance(fields.get(kind), str)}
+            if len(texts) != 1:
                 raise ConfigurationError(
                     f'{named}: line {number} is neither {{"prompt": "..."}} nor {{"infill": "..."}}; fix it'
                 )
-            text = check_encodable(value[kinds[0]], f"{named}: line {number}")
-            prompts.append(constructors[kinds[0]](text))
+            ((kind, text),) = texts.items()
+            prompts.append(constructors[kind](check_encodable(text, f"{named}: line {number}")))
     if not prompts:
         raise ConfigurationError(f"{named}: has no line; give one for each prompt")
     return prompts

@@ -2,16 +2,37 @@
 
 import sys
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
-from megatron.batch import without_padding
+from megatron.batch import Batch, without_padding
 from megatron.data.blend import ValidationBlend
 from megatron.data.samples import ValidationWindows
 from megatron.objectives.base import EvaluationNoise, Likelihood
-from megatron.parallel.engine import Engine
+from megatron.parallel.mesh import ParallelContext
+
+
+class EvaluationEngine(Protocol):
+    """The part of an `Engine` that `evaluate` uses; an ensemble of engines has it too."""
+
+    ranks: ParallelContext
+
+    def nll(self, batch: Batch) -> Tensor:
+        """Return the unweighted NLL per position, fp32 [B, S], or [models, B, S] of several models."""
+        ...
+
+    def train(self) -> None:
+        """Set training mode."""
+
+    def eval(self) -> None:
+        """Set evaluation mode."""
+
+    def reshard(self) -> None:
+        """Free parameters that a forward pass gathered."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +78,7 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    engine: Engine,
+    engine: EvaluationEngine,
     likelihood: Likelihood,
     data: ValidationSet,
     *,
