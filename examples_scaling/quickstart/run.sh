@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Quickstart: AR, MDM and regularised AR on the same 50,000 unique tokens with the same compute, then a report.
-# Shows that AR overfits repeated data, and how masked diffusion and regularisation compare; a fourth, short run gives
-# AR a learning rate schedule that ends at its best epoch. The runs train in parallel: about ten minutes on two CPU
-# cores with bf16, 24 without; a CUDA device is used if there is one. OUT is the folder of the runs (default
+# Shows that AR overfits repeated data, and how masked diffusion and regularisation compare; a fourth, short run trains
+# AR for 12 epochs, so that its learning rate decays near its best epoch. The runs train in parallel: about ten minutes
+# on two CPU cores with bf16, 24 without; a CUDA device is used if there is one. OUT is the folder of the runs (default
 # runs/quickstart), DATA that of the data (default data/quickstart); DRY_RUN=1 prints the commands; further flags go to
 # every run. Ctrl-C saves and exits, and the same command resumes.
 source "$(dirname "$0")/../lib/run.sh"

@@ -48,8 +48,12 @@ def unbroken(flags, tmp_path_factory):
 
 
 def adapt(script: str, flags: list, folder: Path, tasks: int = 1) -> Path:
-    """Write a documented script adapted to this machine: its python, test flags, `tasks` of one core per node."""
+    """Write a documented script adapted to this machine: its python, test flags, `tasks` of one core per node.
+
+    Jobs run in `folder`, which has no .venv.
+    """
     for pattern, replacement in (
+        (r"source \.venv/bin/activate\n", ""),
         (r"--gpus-per-node \d+ --cpus-per-task \d+ --mem 0", "--cpus-per-task 1"),
         (r"--ntasks-per-node \d+", f"--ntasks-per-node {tasks}"),
         (r"--nproc-per-node \d+", f"--nproc-per-node {tasks}"),
