@@ -1,10 +1,14 @@
 """The interface between objectives and the model: one batch of inputs, targets, weights and attention mask."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor
+
+DERIVED = cast(Tensor, None)  # default of a field that `Batch.__post_init__` sets
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,7 @@ class Batch:
     blocked: Tensor | None = None  # [B or 1, T, T] bool, True where a query must not attend to a key
     documents: Tensor | None = None  # [B, T] int64, document number; attention stays within a document
     residual_scales: Tensor | None = None  # [B, L] float32, factor of what each block adds to the residual stream
-    scored_positions: Tensor | None = None  # [R] int64, flat indices of the positions with a nonzero weight
+    scored_positions: Tensor = DERIVED  # [R] int64, flat indices of the positions with a nonzero weight
 
     def __post_init__(self):
         if self.scored_positions is None:
@@ -52,7 +56,7 @@ class Batch:
             visible = ~self.blocked if visible is None else visible & ~self.blocked
         return visible.tril() if visible is not None and self.causal else visible
 
-    def map_tensors(self, function) -> "Batch":
+    def map_tensors(self, function: Callable[[Tensor], Tensor]) -> "Batch":
         """Return a copy with `function` applied to every tensor."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return replace(self, **{name: function(value) for name, value in values.items() if torch.is_tensor(value)})

@@ -53,6 +53,7 @@ class Finding:
 
 def main() -> None:
     """Print all findings and exit with code 1 if one failed; with --member, run one rank of a collective."""
+    assert __doc__ is not None
     parser = argparse.ArgumentParser(prog="python -m megatron.check", description=__doc__.splitlines()[0])
     parser.add_argument(
         "--time-limit", type=float, default=60, metavar="SECONDS", help="limit of each collective check (default: 60)"
@@ -141,7 +142,7 @@ def devices() -> Iterator[Finding]:
         yield Finding("NVIDIA driver", driver)
     count = torch.cuda.device_count()
     if count:
-        yield Finding("CUDA", torch.version.cuda)
+        yield Finding("CUDA", str(torch.version.cuda))
     for index in range(count):
         device = torch.device("cuda", index)
         about = torch.cuda.get_device_properties(index)
@@ -180,7 +181,7 @@ def network_findings() -> Iterator[Finding]:
     """Yield what the rendezvous of the ranks on one machine needs: host name, interfaces, no left-over variables."""
     host = socket.getfqdn()  # torchrun's default for MASTER_ADDR
     try:
-        addresses = sorted({info[4][0] for info in socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)})
+        addresses = sorted({str(info[4][0]) for info in socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)})
     except OSError:
         addresses = []
     remedy = f"torchrun would hang; add the line `127.0.1.1 {host}` to /etc/hosts, or give torchrun "

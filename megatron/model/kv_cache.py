@@ -37,6 +37,7 @@ class KVCache:
 
     def select(self, rows: Tensor) -> "KVCache":
         """Return a copy of the sequences `rows` [R]; indices may repeat: answers share a prefix."""
+        assert self.present is not None
         selected = KVCache()
         selected.present = self.present[rows]
         selected._blocks = {name: (keys[rows], values[rows]) for name, (keys, values) in self._blocks.items()}

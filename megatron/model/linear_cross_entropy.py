@@ -166,7 +166,7 @@ def _to_gradient_(
         softmax = _softmax_(slice_logits, target, vocab_size, shard, with_mean=bool(smoothing))
         loss = softmax.nll
         scale = weight
-        if smoothing:
+        if softmax.mean_logit is not None:  # label smoothing
             loss = loss + smoothing * (softmax.target_logit - softmax.mean_logit).squeeze(1)
         if z_loss:
             log_z = (softmax.max_logit + softmax.sum_exp.log()).squeeze(1)
@@ -195,8 +195,11 @@ class _Softmax:
     def write_(self, logits: Tensor, scale: Tensor, at_target: Tensor, everywhere: Tensor) -> None:
         """Overwrite logits with scale * exps + everywhere, + at_target at the targets; 0 beyond the tokenizer's ids."""
         if self.exps is None:
-            write_ = _kernels(logits.device.type).write_gradient_
-            write_(logits, self.local_target, self.max_logit, scale, at_target, everywhere, self.num_ids)
+            kernels = _kernels(logits.device.type)
+            assert kernels is not None
+            kernels.write_gradient_(
+                logits, self.local_target, self.max_logit, scale, at_target, everywhere, self.num_ids
+            )
             return
         gradient = self.exps.mul_(scale)
         gradient.scatter_add_(1, self.local_target, at_target)

@@ -4,6 +4,9 @@ Logits keep their dtype in memory and are fp32 in registers, so no fp32 copy is 
 the same computation in plain PyTorch.
 """
 
+# Triton comes with CUDA builds of torch only
+# pyright: reportMissingImports=false, reportIndexIssue=false
+
 import torch
 import triton
 import triton.language as tl
@@ -19,9 +22,9 @@ def statistics(logits: Tensor, index: Tensor, num_ids: int) -> tuple[Tensor, Ten
     logit at `index`, 0.
     """
     rows, columns = logits.shape
-    results = torch.empty(4, rows, 1, device=logits.device)
-    _statistics[(rows,)](logits, index, *results, num_ids, columns, COLUMNS=COLUMNS)
-    return tuple(results)
+    maximum, sum_exp, logit_at_index, sum_logits = torch.empty(4, rows, 1, device=logits.device)
+    _statistics[(rows,)](logits, index, maximum, sum_exp, logit_at_index, sum_logits, num_ids, columns, COLUMNS=COLUMNS)
+    return maximum, sum_exp, logit_at_index, sum_logits
 
 
 def write_gradient_(

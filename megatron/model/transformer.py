@@ -81,12 +81,15 @@ class Transformer(nn.Module):
         if batch.residual_scales is not None:
             residual_scales = [batch.residual_scales[:, int(index), None, None] for index in self.layers]
         if self.is_first_stage:
-            hidden = F.dropout(self.embed_tokens(batch.tokens), self.config.embedding_dropout, self.training)
-        context = self._attention_context(batch, hidden.dtype)
+            states = F.dropout(self.embed_tokens(batch.tokens), self.config.embedding_dropout, self.training)
+        else:
+            assert hidden is not None
+            states = hidden
+        context = self._attention_context(batch, states.dtype)
         last = len(self.layers) - 1
         for index, (block, residual_scale) in enumerate(zip(self.layers.values(), residual_scales, strict=True)):
-            hidden = block(hidden, context, residual_scale, selection if index == last else None)
-        return self.norm(hidden) if self.is_last_stage else hidden
+            states = block(states, context, residual_scale, selection if index == last else None)
+        return self.norm(states) if self.is_last_stage else states
 
     def _attention_context(self, batch: Batch, dtype: torch.dtype) -> AttentionContext:
         """Return rotary tables and attention mask of a batch.

@@ -1,6 +1,7 @@
 """Turns a plain model into a parallel one; the order of the steps is in `build_engine`."""
 
 import torch
+from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from megatron.config.sections import ModelConfig, ParallelConfig, Vocabulary
@@ -61,15 +62,17 @@ def build_engine(
         chunk.selects_scored_positions = tp_size == 1 and parallel.recompute_granularity is None
         if compile:
             compile_blocks(chunk, ranks.device)
-    roots = models if pp_size == 1 else [Stage(chunk) for chunk in models]
-    for root, chunk in zip(roots, models, strict=True):
+    stages = [Stage(chunk) for chunk in models] if pp_size > 1 else []
+    for root, chunk in zip(stages or models, models, strict=True):
         _shard(root, chunk, ranks, parallel, compute_dtype)
-    if pp_size == 1:
-        return Engine(roots, models, ranks, parallel.fsdp_stage)
-    return Pipeline(roots, models, ranks, parallel.fsdp_stage, compute_dtype)
+    if stages:
+        return Pipeline(stages, models, ranks, parallel.fsdp_stage, compute_dtype)
+    return Engine(models, models, ranks, parallel.fsdp_stage)
 
 
-def _shard(root, model: Transformer, ranks: ParallelContext, parallel: ParallelConfig, dtype: torch.dtype) -> None:
+def _shard(
+    root: nn.Module, model: Transformer, ranks: ParallelContext, parallel: ParallelConfig, dtype: torch.dtype
+) -> None:
     """Shard parameters, gradients and optimizer state over the data-parallel ranks with FSDP2.
 
     ZeRO stage 0 has shards of size 1 and as many replicas as data-parallel ranks; stages 1 and 2 keep parameters

@@ -1,7 +1,10 @@
 """torch.compile for the blocks of a model, each as one graph of static shapes."""
 
+from typing import Any, cast
+
 import torch
 
+from megatron.model.block import Block
 from megatron.model.transformer import Transformer
 
 # inductor options: on a CPU its own RNG draws dropout masks element by element, which costs more than compiling saves
@@ -16,10 +19,11 @@ def compile_blocks(model: Transformer, device: torch.device) -> None:
     config = model.config
     # FlexAttention has no dropout, no head size below 16 and, on a CPU, no backward pass
     model.uses_block_mask = device.type == "cuda" and config.attention_dropout == 0 and config.head_size >= 16
-    settings = {"fullgraph": True, "dynamic": False, "options": OPTIONS.get(device.type)}
+    settings: dict[str, Any] = {"fullgraph": True, "dynamic": False, "options": OPTIONS.get(device.type)}
     blocks = list(model.layers.values())
     if model.is_last_stage and model.selects_scored_positions:
-        last = blocks.pop()
-        last.mix, last.finish = (torch.compile(function, **settings) for function in (last.mix, last.finish))
+        last = cast(Block, blocks.pop())
+        last.mix = torch.compile(last.mix, **settings)
+        last.finish = torch.compile(last.finish, **settings)
     for block in blocks:
         block.compile(**settings)

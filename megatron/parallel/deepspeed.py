@@ -10,11 +10,12 @@ import io
 import logging
 import os
 import warnings
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from megatron.batch import Batch
 from megatron.errors import ConfigurationError
@@ -53,6 +54,8 @@ class DeepSpeedEngine(Engine):
     `settings` come from `deepspeed_config`; the model must be on its device, with its initial weights. DeepSpeed clips,
     steps and clears gradients in one call, so a step is `backward`, then `update`.
     """
+
+    _engine: Any  # a DeepSpeedEngine of DeepSpeed; the class of its optimizer depends on the ZeRO stage
 
     def __init__(
         self,
@@ -174,6 +177,7 @@ class DeepSpeedEngine(Engine):
         if self.zero_stage == 0:
             return parameter.detach() if moment is None else self.optimizer.state[parameter][moment]
         full = safe_get_full_optimizer_state(parameter, moment) if moment else safe_get_full_fp32_param(parameter)
+        assert full is not None
         return full.view(self._shapes[name])
 
     def _write(self, name: str, value: Tensor, moment: str | None = None) -> None:
@@ -195,7 +199,7 @@ class DeepSpeedEngine(Engine):
         """Set this rank's shard of a parameter at ZeRO stage 3; the last shard is padded to the size of the others."""
         from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
 
-        size = parameter.ds_tensor.numel()
+        size = parameter.ds_tensor.numel()  # pyright: ignore[reportAttributeAccessIssue]
         flat = F.pad(value.flatten(), (0, size * self.ranks.data_size - value.numel()))
         shard = flat.narrow(0, size * self.ranks.data_rank, size)
         if moment:
@@ -213,7 +217,7 @@ class DeepSpeedEngine(Engine):
 
 
 def _full_tensor(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _one_line(error: BaseException) -> str:

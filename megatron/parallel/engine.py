@@ -1,10 +1,12 @@
 """The engine: the interface between training and a parallel model, the same for every layout."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate
 
 from megatron.batch import Batch
@@ -21,7 +23,9 @@ class Engine:
     `DeepSpeedEngine` shards with DeepSpeed instead.
     """
 
-    def __init__(self, roots: list[nn.Module], models: list[Transformer], ranks: ParallelContext, zero_stage: int):
+    roots: Sequence[nn.Module]
+
+    def __init__(self, roots: Sequence[nn.Module], models: list[Transformer], ranks: ParallelContext, zero_stage: int):
         self.roots = roots
         self.models = models
         self.ranks = ranks
@@ -34,12 +38,13 @@ class Engine:
         shares, on the device, sum to the loss over all ranks; they are 0 except on loss ranks.
         """
         (root,) = self.roots
+        sharding = cast(FSDPModule, root)
         loss = torch.zeros((), device=self.ranks.device)
         for index, batch in enumerate(batches):
             is_last = index == len(batches) - 1
             # between micro-batches ZeRO 2 keeps sharded gradients only, and ZeRO 3 sharded parameters only
-            root.set_requires_gradient_sync(is_last or self.zero_stage >= 2)
-            root.set_reshard_after_backward(is_last or self.zero_stage >= 3)
+            sharding.set_requires_gradient_sync(is_last or self.zero_stage >= 2)
+            sharding.set_reshard_after_backward(is_last or self.zero_stage >= 3)
             share = root(batch.to(self.ranks.device)).sum() / count
             # the reduction averages over the data-parallel ranks, and the count is already global
             (share * self.ranks.data_size).backward()
@@ -54,17 +59,16 @@ class Engine:
     @torch.no_grad()
     def clip(self, limit: float) -> Tensor:
         """Scale all gradients down to the global norm `limit`, 0 for no limit; return the norm before, []."""
-        gradients = [parameter.grad for parameter in self.parameters()]
-        shards = [gradient.to_local() for gradient in gradients]
-        counted = [
-            shard for shard, parameter in zip(shards, self.parameters(), strict=True) if self._enters_norm(parameter)
-        ]
+        parameters = cast(list[DTensor], list(self.parameters()))
+        shards = [cast(DTensor, parameter.grad).to_local() for parameter in parameters]
+        counted = [shard for shard, parameter in zip(shards, parameters, strict=True) if self._enters_norm(parameter)]
         squares = nn.utils.get_total_norm(counted).square() if counted else torch.zeros((), device=shards[0].device)
         if self.ranks.size > 1:
             dist.all_reduce(squares)
         norm = squares.sqrt()
         if limit:
-            torch._foreach_mul_(shards, (limit / (norm + 1e-6)).clamp(max=1.0))
+            scale = (limit / (norm + 1e-6)).clamp(max=1.0)
+            torch._foreach_mul_(shards, scale)  # pyright: ignore[reportPrivateImportUsage]
         return norm
 
     def _enters_norm(self, parameter: DTensor) -> bool:
@@ -124,5 +128,5 @@ class Engine:
         """Free parameters that a forward pass gathered; checkpoints and the optimizer see shards again."""
         for root in self.roots:
             for module in root.modules():
-                if hasattr(module, "reshard"):
+                if isinstance(module, FSDPModule):
                     module.reshard()

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
+from typing import cast
 
 from megatron import parent_process, stop_signals
 
@@ -134,7 +135,7 @@ class Hub(threading.Thread):
                     _keep_alive(connection)
                     self.selector.register(connection, selectors.EVENT_READ, {"rank": None, "unread": b""})
                 else:
-                    self._read(key.fileobj, key.data)
+                    self._read(cast(socket.socket, key.fileobj), key.data)
             if not (self.complete or self.fault) and time.monotonic() - self.start_time > 60 * self.minutes:
                 missing = sorted(set(range(self.size)) - self.connections.keys())
                 self._end(Fault(missing[0], missing_ranks(missing, self.minutes, self.size), 1))

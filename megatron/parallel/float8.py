@@ -51,7 +51,10 @@ def convert_to_float8(model: Transformer, recipe: str, device: torch.device) -> 
 
     A CPU has no float8 products: they are emulated in bf16 from the rounded factors.
     """
-    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+    from torchao.float8 import (  # pyright: ignore[reportMissingImports]
+        Float8LinearConfig,
+        convert_to_float8_training,
+    )
 
     config = replace(Float8LinearConfig.from_recipe_name(recipe), emulate=device.type != "cuda")
     convert_to_float8_training(model.layers, config=config)

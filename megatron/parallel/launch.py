@@ -8,6 +8,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed import HashStore, PrefixStore, Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from megatron.errors import ConfigurationError
 from megatron.parallel.failure_detector import RETRY, FailureDetector, Hub, RankError, launcher, listen, missing_ranks
@@ -128,7 +129,7 @@ def join(minutes: float = 10.0, detect_failures: bool = True) -> FailureDetector
     if started_by:
         detector.exit_with_launcher(started_by)
     if size == 1:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
         return detector if started_by else None
     for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
         if name not in os.environ:
@@ -136,12 +137,12 @@ def join(minutes: float = 10.0, detect_failures: bool = True) -> FailureDetector
     store = _build_store(minutes)
     if detect_failures:
         # torchrun's store outlives the ranks that it restarts: the token keeps what earlier ones wrote from being read
-        store = dist.PrefixStore(_connect(detector, store, size, minutes), store)
+        store = PrefixStore(_connect(detector, store, size, minutes), store)
     dist.init_process_group(backend, store=store, rank=rank(), world_size=size, timeout=timeout)
     return detector if detect_failures else None
 
 
-def _connect(detector: FailureDetector, store: dist.Store, size: int, minutes: float) -> str:
+def _connect(detector: FailureDetector, store: Store, size: int, minutes: float) -> str:
     """Wait until all ranks have connected to the failure detector's hub; return the token of this start."""
     if rank() == 0:
         detector.hub = hub = Hub(size, minutes)
@@ -160,7 +161,7 @@ def _connect(detector: FailureDetector, store: dist.Store, size: int, minutes: f
         raise RankError(missing_ranks([0], minutes)) from None
 
 
-def _build_store(minutes: float) -> dist.Store:
+def _build_store(minutes: float) -> Store:
     """Return the store at MASTER_ADDR:MASTER_PORT: torchrun's, or one that rank 0 serves."""
     address, port, options = os.environ["MASTER_ADDR"], _read_int("MASTER_PORT", 0), {}
     if rank() == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
@@ -175,7 +176,7 @@ def _build_store(minutes: float) -> dist.Store:
             ) from None
     else:
         _await_listener(address, port, minutes)
-    return dist.TCPStore(address, port, timeout=timedelta(minutes=minutes), wait_for_workers=False, **options)
+    return TCPStore(address, port, timeout=timedelta(minutes=minutes), wait_for_workers=False, **options)
 
 
 def _await_listener(address: str, port: int, minutes: float) -> None:

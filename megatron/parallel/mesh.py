@@ -1,7 +1,9 @@
 """ParallelContext: this rank's position in the layout, and the small reductions that a step needs."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -13,6 +15,8 @@ from megatron.parallel.launch import device, join, rank, world_size
 
 PATIENCE = timedelta(days=1)  # timeout while ranks wait for a disk; the failure detector notices a rank that dies
 AXES = ("pp", "replicate", "shard", "tp")  # outermost first: neighbouring ranks share a tensor-parallel group
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -63,12 +67,12 @@ class ParallelContext:
         dist.all_reduce(total)
         return total.tolist()
 
-    def from_rank_0(self, function):
+    def from_rank_0(self, function: Callable[[], Result]) -> Result:
         """Call `function` on rank 0; return its result, or raise its exception, on every rank.
 
         The other ranks wait up to PATIENCE, such as for the checksums of a large checkpoint.
         """
-        outcome = [None, None]  # result, exception
+        outcome: list[Any] = [None, None]  # result, exception
         if self.rank == 0:
             try:
                 outcome[0] = function()
@@ -117,7 +121,7 @@ def build_parallel_context(
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=AXES)
     for axis in AXES:
         _set_pg_timeout(timeout, mesh.get_group(axis))
-    patient = dist.new_group(backend="gloo", timeout=PATIENCE) if size > 1 else None
+    patient = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=PATIENCE)) if size > 1 else None
     return ParallelContext(rank, size, device, mesh, timeout, patient)
 
 

@@ -2,11 +2,13 @@
 
 import copy
 from collections.abc import Iterator
+from typing import cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleInterleaved1F1B
+from torch.distributed.tensor import DTensor
 
 from megatron.batch import Batch
 from megatron.config.sizes import layers_of
@@ -58,6 +60,8 @@ class Pipeline(Engine):
     Stage i runs on pipeline rank i mod pp.
     """
 
+    roots: list[Stage]
+
     def __init__(self, roots: list[Stage], models: list[Transformer], ranks: ParallelContext, zero_stage: int, dtype):
         super().__init__(roots, models, ranks, zero_stage)
         self.pp_rank, self.pp_size = ranks.along("pp")
@@ -78,7 +82,7 @@ class Pipeline(Engine):
             root.batches = iter(batches)
         # a schedule has the shapes of its first step
         shape = (len(batches), *batches[0].tokens.shape)
-        if shape != self.shape:
+        if self.schedule is None or shape != self.shape:
             self.schedule, self.shape = self._schedule(*shape), shape
         self.schedule.step(target=torch.arange(len(batches)), losses=losses, return_outputs=False)
         self._reduce_tied()
@@ -104,7 +108,7 @@ class Pipeline(Engine):
     def _hidden_shape(self, size: int, length: int) -> tuple[int, int, int]:
         return size, length // self.tp_size, self.models[0].config.hidden_size  # [B, S/tp, H]
 
-    def _schedule(self, micro_batches: int, size: int, length: int):
+    def _schedule(self, micro_batches: int, size: int, length: int) -> Schedule1F1B | ScheduleInterleaved1F1B:
         hidden = torch.empty(self._hidden_shape(size, length), dtype=self.dtype, device="meta", requires_grad=True)
         loss = torch.empty(1, device="meta", requires_grad=True)
         stages = [
@@ -119,17 +123,22 @@ class Pipeline(Engine):
             )
             for index, root in enumerate(self.roots)
         ]
-        schedule, stages = (ScheduleInterleaved1F1B, stages) if len(stages) > 1 else (Schedule1F1B, stages[0])
+
+        def loss_fn(nll: Tensor, _: Tensor) -> Tensor:
+            return nll.sum() * self.scale
+
         # the loss is summed here and divided by a global count, so the schedule must not scale gradients
-        return schedule(stages, micro_batches, loss_fn=lambda nll, _: nll.sum() * self.scale, scale_grads=False)
+        if len(stages) > 1:
+            return ScheduleInterleaved1F1B(list(stages), micro_batches, loss_fn=loss_fn, scale_grads=False)
+        return Schedule1F1B(stages[0], micro_batches, loss_fn=loss_fn, scale_grads=False)
 
     def _reduce_tied(self) -> None:
         """Sum the gradients of tied weights over the first and the last stage."""
         if self.tied_group is not None:
             gradient = next(p.grad for name, p in self.named_parameters() if name == "embed_tokens.weight")
-            dist.all_reduce(gradient.to_local(), group=self.tied_group)
+            dist.all_reduce(cast(DTensor, gradient).to_local(), group=self.tied_group)
 
-    def _enters_norm(self, parameter) -> bool:
+    def _enters_norm(self, parameter: DTensor) -> bool:
         is_copy = (
             self.tied_group is not None and self.pp_rank > 0 and parameter is self.roots[-1].model.embed_tokens.weight
         )
@@ -142,4 +151,5 @@ def _tied_group(ranks: ParallelContext, model: Transformer) -> dist.ProcessGroup
         return None
     pipelines = ranks.mesh.mesh.flatten(1).T.tolist()  # [pipelines, stages], global ranks
     ends = [[pipeline[0], pipeline[-1]] for pipeline in pipelines]
-    return dist.new_subgroups_by_enumeration(ends, timeout=ranks.timeout)[0]
+    group, _ = dist.new_subgroups_by_enumeration(ends, timeout=ranks.timeout)
+    return cast(dist.ProcessGroup | None, group)

@@ -5,10 +5,12 @@ plain tensors, so that attention kernels, dropout and loss need no changes. Norm
 on a shard of the sequence (sequence parallelism is always on).
 """
 
+from typing import cast
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Partial, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
 from megatron.config.sizes import COLUMNS, ROWS
 from megatron.model.transformer import Transformer
@@ -27,26 +29,29 @@ def apply_tensor_parallel(model: Transformer, mesh: DeviceMesh) -> None:
     for owner in list(model.modules()):
         for name, layer in list(owner.named_children()):
             if name in (*COLUMNS, "lm_head"):
-                setattr(owner, name, ColumnParallelLinear(layer, mesh))
+                setattr(owner, name, ColumnParallelLinear(cast(nn.Linear, layer), mesh))
             elif name in ROWS:
-                setattr(owner, name, RowParallelLinear(layer, mesh))
-            elif name in (*HIDDEN_NORMS, *HEAD_NORMS) and not isinstance(layer, nn.Identity):
+                setattr(owner, name, RowParallelLinear(cast(nn.Linear, layer), mesh))
+            elif name in (*HIDDEN_NORMS, *HEAD_NORMS) and isinstance(layer, nn.RMSNorm | nn.LayerNorm):
                 setattr(owner, name, ParallelNorm(layer, mesh, gather=name in HIDDEN_NORMS))
             elif name == "embed_tokens":
-                setattr(owner, name, VocabParallelEmbedding(layer, mesh))
+                setattr(owner, name, VocabParallelEmbedding(cast(nn.Embedding, layer), mesh))
     model.head_shard = VocabParallelHead(mesh, model.vocabulary.padded_size)
 
 
-def _distribute(parameter: nn.Parameter | None, mesh: DeviceMesh, placement: Placement) -> nn.Parameter | None:
+def _distribute(parameter: Tensor, mesh: DeviceMesh, placement: Placement) -> DTensor:
     """Return a parameter that every rank holds whole as a DTensor, of which each rank keeps its shard."""
-    if parameter is None:
-        return None
-    return nn.Parameter(distribute_tensor(parameter.detach(), mesh, [placement], src_data_rank=None))
+    shards = distribute_tensor(parameter.detach(), mesh, [placement], src_data_rank=None)
+    return cast(DTensor, nn.Parameter(shards))  # an nn.Parameter keeps the class of its tensor
 
 
-def _replicated(parameter: nn.Parameter | None) -> Tensor | None:
+def _distribute_bias(bias: Tensor | None, mesh: DeviceMesh, placement: Placement) -> DTensor | None:
+    return None if bias is None else _distribute(bias, mesh, placement)
+
+
+def _replicated(parameter: DTensor) -> Tensor:
     """Return the local copy of a replicated parameter that acts on a shard of the data: its gradient is partial."""
-    return None if parameter is None else parameter.to_local(grad_placements=[Partial()])
+    return parameter.to_local(grad_placements=[Partial()])
 
 
 class ColumnParallelLinear(nn.Module):
@@ -55,7 +60,7 @@ class ColumnParallelLinear(nn.Module):
     def __init__(self, linear: nn.Linear, mesh: DeviceMesh):
         super().__init__()
         self.weight = _distribute(linear.weight, mesh, Shard(0))
-        self.bias = _distribute(linear.bias, mesh, Shard(0))
+        self.bias = _distribute_bias(linear.bias, mesh, Shard(0))
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Return this rank's output columns; no communication."""
@@ -69,7 +74,7 @@ class RowParallelLinear(nn.Module):
         super().__init__()
         self.group = mesh.get_group()
         self.weight = _distribute(linear.weight, mesh, Shard(1))
-        self.bias = _distribute(linear.bias, mesh, Replicate())
+        self.bias = _distribute_bias(linear.bias, mesh, Replicate())
 
     def forward(self, columns: Tensor) -> Tensor:
         """Return this rank's sequence shard of the sum over all ranks; one reduce-scatter."""
@@ -82,16 +87,18 @@ class ParallelNorm(nn.Module):
 
     def __init__(self, norm: nn.RMSNorm | nn.LayerNorm, mesh: DeviceMesh, gather: bool):
         super().__init__()
+        assert norm.eps is not None
         self.shape, self.eps, self.layernorm = norm.normalized_shape, norm.eps, isinstance(norm, nn.LayerNorm)
         self.group = mesh.get_group() if gather else None
         self.weight = _distribute(norm.weight, mesh, Replicate())
-        self.bias = _distribute(getattr(norm, "bias", None), mesh, Replicate())
+        self.bias = _distribute_bias(getattr(norm, "bias", None), mesh, Replicate())
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Return the normalised hidden states, all-gathered along the sequence unless they are heads."""
         weight = _replicated(self.weight)
         if self.layernorm:
-            hidden = F.layer_norm(hidden, self.shape, weight, _replicated(self.bias), self.eps)
+            bias = None if self.bias is None else _replicated(self.bias)
+            hidden = F.layer_norm(hidden, self.shape, weight, bias, self.eps)
         else:
             hidden = F.rms_norm(hidden, self.shape, weight, self.eps)
         return hidden if self.group is None else gather_sequence(hidden, self.group)

@@ -1,8 +1,11 @@
 """The output head sharded over the vocabulary, and the reductions that its loss needs."""
 
+from typing import cast
+
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from megatron.model.linear_cross_entropy import WholeHead
 
@@ -18,7 +21,7 @@ class VocabParallelHead(WholeHead):
 
     def local(self, weight: Tensor) -> Tensor:
         """Return this rank's vocabulary rows of the DTensor `weight`, [V/tp, H]."""
-        return weight.to_local()
+        return cast(DTensor, weight).to_local()
 
     def highest(self, values: Tensor) -> Tensor:
         """Return the maxima over all ranks; `values` is overwritten."""
