@@ -17,7 +17,8 @@ from dataclasses import asdict
 from functools import partial
 
 from megatron import stop_signals
-from megatron.config.resolve import Plan, check_batch, check_layout, no_op_flags, resolve
+from megatron.config.layout_checks import check_batch, check_layout
+from megatron.config.resolve import Plan, no_op_flags, resolve
 from megatron.config.sections import Config, Vocabulary
 from megatron.config.sizes import flops_per_token
 from megatron.errors import ConfigurationError

@@ -8,7 +8,7 @@ from statistics import median
 import numpy as np
 import torch
 
-from megatron.config.resolve import check_batch, check_layout
+from megatron.config.layout_checks import check_batch, check_layout
 from megatron.config.sections import Config, Vocabulary
 from megatron.errors import ConfigurationError
 from megatron.objectives.input_noise import build_input_noise

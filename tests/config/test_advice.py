@@ -6,7 +6,8 @@ import re
 import pytest
 
 from megatron.config.compatibility import TABLE, NoOp, Refused
-from megatron.config.resolve import BUDGETS, check_batch, check_layout, resolve
+from megatron.config.layout_checks import check_batch, check_layout
+from megatron.config.resolve import BUDGETS, resolve
 from megatron.config.sections import Vocabulary
 from megatron.errors import ConfigurationError
 from megatron.objectives.registry import capabilities

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from megatron.config.resolve import check_batch, check_layout, resolve
+from megatron.config.layout_checks import check_batch, check_layout
+from megatron.config.resolve import resolve
 from megatron.config.sections import Vocabulary
 from megatron.config.sizes import LADDER, UNIQUE_TOKENS
 from megatron.objectives.registry import capabilities
