@@ -21,7 +21,7 @@ LAYERS = {
     "parallel": 3,
     "validation": 4,
     "training": 5,
-    "evaluation": 6, "convert": 6, "reporting": 6, "check": 6,
+    "evaluation": 6, "convert": 6, "reporting": 6, "check": 6, "sweeps": 6,
 }  # fmt: skip
 INDEPENDENT = {frozenset({"parallel", "objectives"})}  # only training imports both
 TOP_LEVEL = {

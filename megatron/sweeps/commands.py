@@ -1,0 +1,191 @@
+"""The commands of tools/sweep.py. Each takes the parsed options and returns an exit code."""
+
+import json
+import logging
+import os
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from megatron.errors import ConfigurationError
+from megatron.sweeps import results, slurm
+from megatron.sweeps.local_queue import LocalQueue, QueueOptions
+from megatron.sweeps.plan import Planned, plan_sweep
+from megatron.sweeps.points import CHOICES, PLAN, SWEEP_COPY, Point, read_plan, replace_file, unique_runs, write_plan
+from megatron.sweeps.states import run_state
+from megatron.sweeps.status import sweep_status, table, write_page
+from megatron.sweeps.sweep_file import read_sweep
+
+logger = logging.getLogger(__name__)
+
+GIB = 2.0**30
+
+
+def plan(options: Namespace) -> int:
+    """Plan the sweep, write the plan and print it."""
+    folder, planned = _planned(options)
+    print(costs(planned.points))
+    for stage, reason in planned.waiting.items():
+        print(f"stage {stage}: {reason}; plan again then")
+    print(f"\nplan: {folder / PLAN}")
+    return 0
+
+
+def run(options: Namespace) -> int:
+    """Run all points on this machine, stage by stage; print the status at the end."""
+    devices = _devices()
+    slots = options.slots or len(devices) or len(os.sched_getaffinity(0))
+    if slots < 1:
+        raise ConfigurationError(f"--slots {slots}: must be at least 1")
+    settings = QueueOptions(
+        slots=slots,
+        devices=devices,
+        retries=options.retries,
+        retry_failed=options.retry_failed,
+        hang_minutes=options.hang_minutes,
+    )
+    waiting: dict[str, str] | None = None
+    while True:
+        folder, planned = _planned(options)
+        outcome = LocalQueue(folder, planned.points, settings).run()
+        stuck = not planned.waiting or planned.waiting == waiting
+        if outcome.stopped_by or stuck:
+            break
+        waiting = planned.waiting  # the runs of earlier stages have ended: their best trials are known now
+    final = sweep_status(folder, planned.points)
+    write_page(final)
+    print(table(final) if len(final.runs) <= 40 else final.line())
+    for stage, reason in planned.waiting.items():
+        print(f"stage {stage}: {reason}")
+    if outcome.stopped_by:
+        return 128 + outcome.stopped_by
+    return 1 if outcome.failures or planned.waiting else 0
+
+
+def status(options: Namespace) -> int:
+    """Print the table of all runs and write the page."""
+    folder = _folder(options)
+    current = sweep_status(folder, read_plan(folder))
+    print(table(current))
+    print(f"page: {write_page(current)}")
+    return 0
+
+
+def collect(options: Namespace) -> int:
+    """Write the table of all validations."""
+    folder = _folder(options)
+    rows = results.collect(folder, read_plan(folder), progress=True)
+    for path in results.write_table(rows, folder):
+        print(f"{rows.num_rows} rows: {path}")
+    return 0
+
+
+def submit(options: Namespace) -> int:
+    """Submit every run that is neither finished nor running."""
+    folder, planned = _planned(options)
+    return _submit(options, folder, planned.points, leave=("finished", "running"))
+
+
+def resubmit(options: Namespace) -> int:
+    """Submit again what failed, stopped or was lost."""
+    folder = _folder(options)
+    return _submit(options, folder, read_plan(folder), leave=("finished", "running", "waiting"))
+
+
+def run_task(options: Namespace) -> int:
+    """Train the point of this SLURM array task."""
+    ids = options.tasks.read_text().split()
+    index = os.environ.get("SLURM_ARRAY_TASK_ID", "")
+    if not index.isdecimal() or int(index) >= len(ids):
+        raise ConfigurationError(
+            f"SLURM_ARRAY_TASK_ID={index or 'unset'}: names none of the {len(ids)} tasks of {options.tasks}; "
+            "tools/sweep.py submit starts tasks"
+        )
+    points = read_plan(options.sweep)
+    settings = {"retries": options.retries, "wait_for_lock": options.wait_for_lock}
+    return slurm.run_task(options.sweep, points, ids[int(index)], **settings)
+
+
+def _submit(options: Namespace, folder: Path, points: Sequence[Point], leave: tuple[str, ...]) -> int:
+    site = slurm.read_site(options.site)
+    chosen = [point for point in points if run_state(point.folder(folder)).name not in leave]
+    if not chosen:
+        print("nothing to submit: " + sweep_status(folder, points).line())
+        return 0
+    for array in slurm.write_arrays(folder, chosen, site):
+        print(f"{array.script}: {len(array.points)} tasks")
+        if options.dry_run:
+            print(array.script.read_text())
+            continue
+        job = slurm.submit_array(array)
+        print(f"submitted: job {job}; `scancel {job}` ends it, `scancel --signal=USR1 {job}` saves and requeues")
+    return 0
+
+
+# -------------------------------------------------------------------------------------------------- the folder
+
+
+def _folder(options: Namespace) -> Path:
+    if options.sweep.is_dir():
+        return options.sweep
+    return options.output or Path("runs") / read_sweep(options.sweep).name
+
+
+def _planned(options: Namespace) -> tuple[Path, Planned]:
+    """Return the folder and the plan, written to it.
+
+    Raises: ConfigurationError if a run of the plan before, which the new one lacks, is running.
+    """
+    folder = _folder(options)
+    path = folder / SWEEP_COPY if options.sweep.is_dir() else options.sweep
+    if options.sweep.is_dir():
+        read_plan(folder)
+    planned = plan_sweep(read_sweep(path), folder, progress=True)
+    ids = {point.id for point in planned.points}
+    for point in unique_runs(read_plan(folder)) if (folder / PLAN).exists() else ():
+        if point.id not in ids and run_state(point.folder(folder)).name == "running":
+            raise ConfigurationError(
+                f"{path}: the run {point.id} ({point.label}) is running, and the changed file no longer has it; stop "
+                "it first, or put it back"
+            )
+    write_plan(folder, path, planned.points)
+    if planned.choices:
+        replace_file(folder / CHOICES, json.dumps(planned.choices, indent=1) + "\n")
+    return folder, planned
+
+
+def _devices() -> tuple[str, ...]:
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if not torch.cuda.is_available():
+        return ()
+    return tuple(visible.split(",")) if visible else tuple(map(str, range(torch.cuda.device_count())))
+
+
+def costs(points: Sequence[Point]) -> str:
+    """Return the plan as a table: one line per run, then the sums; runs that several points share are named."""
+    header = ("run", "parameters", "tokens", "epochs", "FLOPs", "GB/GPU", "ranks", "hours", "point")
+    rows: list[tuple[str, ...]] = [header]
+    runs = unique_runs(points)
+    for point in runs:
+        memory = "-" if point.memory_bytes is None else f"{point.memory_bytes / GIB:.1f}"
+        hours = "-" if point.seconds is None else f"{point.seconds / 3600:.3g}"
+        amounts = (f"{point.parameters / 1e6:.2f}M", f"{point.tokens:.3g}", f"{point.epochs:.4g}", f"{point.flops:.2e}")
+        rows.append((point.id, *amounts, memory, str(point.processes), hours, point.label))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row[:-1], widths)) + f"  {row[-1]}" for row in rows]
+    shared = [point for point in points if point not in runs]
+    for point in shared[:10]:
+        first = next(other for other in runs if other.id == point.id)
+        lines.append(f"{point.label}: the same run as {first.label}")
+    if len(shared) > 10:
+        lines.append(f"and {len(shared) - 10} more points that share a run")
+    hours = [point.seconds * point.processes / 3600 for point in runs if point.seconds is not None]
+    time_needed = f", {sum(hours):.3g} GPU-hours" if len(hours) == len(runs) else ""
+    disk = sum(point.disk_bytes for point in runs) / GIB
+    flops, tokens = sum(point.flops for point in runs), sum(point.tokens for point in runs)
+    lines.append(
+        f"\n{len(runs)} runs: {tokens:.3g} tokens, {flops:.3g} FLOPs{time_needed}, {disk:.3g} GiB of checkpoints"
+    )
+    return "\n".join(lines)

@@ -1,0 +1,37 @@
+"""The command and the environment of one run of a sweep."""
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron.sweeps.points import Point
+
+ROOT = Path(__file__).resolve().parents[2]
+STOPPED = 85  # exit code of a run that was stopped on request
+LOCKED = os.EX_TEMPFAIL  # exit code of a run that another process writes
+# torchrun's defaults lack SIGUSR1 and SIGUSR2: it would die of them, and its ranks before they save
+FORWARDED = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"
+
+
+def training_command(point: Point, sweep: Path) -> list[str]:
+    """Return the command that trains the run of a point in one process, or as one rank of several."""
+    script = os.path.relpath(ROOT / point.script)
+    return [sys.executable, script, *point.arguments, "--save", str(point.folder(sweep))]
+
+
+def local_command(point: Point, sweep: Path) -> list[str]:
+    """Return the command that trains the run of a point on this node."""
+    python, *words = training_command(point, sweep)
+    if point.processes == 1:
+        return [python, *words, "--exit-code-when-stopped", str(STOPPED)]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(point.processes)]
+    return [python, *torchrun, "--signals-to-handle", FORWARDED, *words]
+
+
+def local_environment(devices: Sequence[str], slots: int) -> dict[str, str]:
+    """Return the environment of a run on these CUDA devices, none for the CPU, where `slots` runs share the cores."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // slots)))
+    environment["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
+    return environment

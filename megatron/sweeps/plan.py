@@ -1,0 +1,201 @@
+"""Plans a sweep: every point of the grid, resolved by the training parser, with a stable id and what it costs.
+
+The plan is SWEEP/plan.jsonl, one line per point. A point's id is a hash of its resolved configuration without what a
+resume may change, so adding an axis value or a variant keeps the runs that exist. Points with the same id share a run.
+"""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from megatron.config.layout_checks import check_batch, check_layout
+from megatron.config.resolve import Plan, resolve
+from megatron.config.sections import Config, Vocabulary
+from megatron.errors import ConfigurationError
+from megatron.objectives.registry import build_objective, capabilities
+from megatron.sweeps.choices import best_trials
+from megatron.sweeps.points import Point, identity, text
+from megatron.sweeps.run_costs import DataSizes, disk_bytes, memory_bytes
+from megatron.sweeps.sweep_file import Flags, Stage, Sweep, Variant
+from megatron.sweeps.trials import draw_trials
+from megatron.training.command_line import ENTRY_POINTS, parse
+from megatron.training.resume_checks import BUDGET_PLAN, FREE_ON_RESUME
+
+# fields that a resume may change and that decide a run's result all the same
+DECISIVE = {"train_data_path", "train_data_path_file", "valid_data_path", "valid_data_path_file"}
+DECISIVE |= {"objective", "tokenizer_model", "vocab_file", "merge_file", "bf16", "fp32"}
+NOT_IN_ID = FREE_ON_RESUME - DECISIVE
+SECTIONS_NOT_IN_ID = ("checkpoint", "tracking", "parallel")
+
+
+@dataclass
+class Planned:
+    """The points of all stages that can be planned, and why others wait."""
+
+    points: list[Point] = field(default_factory=list)
+    waiting: dict[str, str] = field(default_factory=dict)  # reason by stage
+    choices: dict[str, list[dict]] = field(default_factory=dict)  # of the stages with best_of
+
+
+def plan_sweep(sweep: Sweep, folder: Path, progress: bool = False) -> Planned:
+    """Return the plan of a sweep whose runs lie in `folder`.
+
+    A stage with `best_of` is planned when all runs of that stage have finished.
+
+    Raises: ConfigurationError that names every impossible point, up to a screenful.
+    """
+    planned, errors, data_sizes = Planned(), [], DataSizes(sweep)
+    for stage in sweep.stages:
+        tuned: dict = {}
+        if stage.best_of is not None:
+            source = next(other for other in sweep.stages if other.name == stage.best_of)
+            points = [point for point in planned.points if point.stage == stage.best_of]
+            if stage.best_of in planned.waiting:
+                planned.waiting[stage.name] = f"waits for stage {stage.best_of}"
+                continue
+            assert source.tuning is not None
+            chosen = best_trials(points, folder, set_name=source.tuning.set, by=stage.by)
+            if isinstance(chosen, str):
+                planned.waiting[stage.name] = chosen
+                continue
+            tuned, planned.choices[stage.name] = chosen.flags, chosen.records
+        drafts = list(_drafts(sweep, stage, tuned))
+        for draft in tqdm(drafts, desc=f"plan {stage.name}", disable=not progress, leave=False):
+            try:
+                planned.points.append(_resolved(draft, data_sizes))
+            except ConfigurationError as error:
+                errors.append(f"{draft.label}: {error}")
+    if errors:
+        listed = "".join(f"\n  {error}" for error in errors[:10])
+        more = f"\n  and {len(errors) - 10} more" if len(errors) > 10 else ""
+        raise ConfigurationError(
+            f"{sweep.path}: {len(errors)} of {len(errors) + len(planned.points)} points cannot run; correct their "
+            f"flags, or leave them out with `exclude`:{listed}{more}"
+        )
+    if not planned.points:
+        raise ConfigurationError(f"{sweep.path}: has no point; every combination is excluded")
+    return planned
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Draft:
+    """A point before its flags are parsed."""
+
+    stage: Stage
+    variant: Variant
+    axes: Flags
+    tuned: Flags
+    seed: int
+    trial: int | None
+
+    @property
+    def label(self) -> str:
+        words = [f"{name} {text(value)}" for name, value in {**self.axes, **self.tuned}.items()]
+        return ", ".join([self.stage.name, self.variant.name, *words, f"seed {self.seed}"])
+
+    @property
+    def flags(self) -> Flags:
+        """All flags, the more specific ones winning."""
+        return {**self.stage.flags, **self.variant.flags, **self.axes, **self.tuned, "seed": self.seed}
+
+
+def _drafts(sweep: Sweep, stage: Stage, chosen: dict[tuple, Flags]) -> Iterator[_Draft]:
+    for variant in stage.variants:
+        axes = {**stage.parameters, **variant.parameters}
+        if stage.tuning is None:
+            trials: list[tuple[int | None, Flags]] = [(None, {})]
+        else:
+            trials = list(enumerate(draw_trials(stage.tuning, variant.tuned)))
+        for values in itertools.product(*axes.values()):
+            point = dict(zip(axes, values, strict=True))
+            named = {"variant": variant.name, **point}
+            if any(all(named.get(name) == value for name, value in rule.items()) for rule in sweep.exclude):
+                continue
+            best = chosen.get((variant.name, *(point[name] for name in stage.by)), {})
+            for seed in stage.seeds:
+                for trial, tuned in trials:
+                    yield _Draft(
+                        stage=stage, variant=variant, axes=point, tuned={**tuned, **best}, seed=seed, trial=trial
+                    )
+
+
+def words(flags: Flags) -> list[str]:
+    """Return flags as words of a command line: True is `--x`, False `--no-x`, a list several words."""
+    line = []
+    for name, value in flags.items():
+        if isinstance(value, bool):
+            line.append(f"--{name}" if value else f"--no-{name}")
+        elif value is not None:
+            line += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+    return line
+
+
+def _resolved(draft: _Draft, data_sizes: DataSizes) -> Point:
+    """Return the point of a draft.
+
+    Raises: ConfigurationError where the training command would refuse it.
+    """
+    arguments = words(draft.flags)
+    config = parse("ar", arguments)
+    resources = _resources(draft)
+    declared = capabilities(config.objective.objective)
+    unique_tokens, vocabulary_size = data_sizes(config)
+    vocabulary = Vocabulary(vocabulary_size)
+    plan = resolve(config, vocabulary, unique_tokens, declared)
+    build_objective(config.objective, vocabulary, config.training.global_batch_size)
+    check_layout(config, resources["processes"])
+    check_batch(config, resources["processes"], declared)
+    if resources["processes"] % resources["nodes"]:
+        raise ConfigurationError(
+            f"resources: {resources['processes']} processes do not divide over {resources['nodes']} nodes; change one"
+        )
+    seq_length = config.data.seq_length
+    flops = plan.flops(plan.train_samples, seq_length)
+    speed = resources["flops_per_second"]
+    return Point(
+        id=_identity(config, plan),
+        stage=draft.stage.name,
+        variant=draft.variant.name,
+        axes=draft.axes,
+        tuned=draft.tuned,
+        seed=draft.seed,
+        trial=draft.trial,
+        script=ENTRY_POINTS.get(config.objective.objective, "pretrain_gpt.py"),
+        arguments=arguments,
+        nodes=resources["nodes"],
+        processes=resources["processes"],
+        minutes=resources["minutes"],
+        parameters=plan.parameters,
+        unique_tokens=plan.unique_tokens,
+        train_samples=plan.train_samples,
+        tokens=plan.tokens(plan.train_samples, seq_length),
+        epochs=plan.train_samples * seq_length / plan.unique_tokens,
+        flops=flops,
+        memory_bytes=memory_bytes(config, vocabulary, resources["processes"]),
+        disk_bytes=disk_bytes(config, plan, seq_length),
+        seconds=None if speed is None else flops / (speed * resources["processes"]),
+    )
+
+
+def _resources(draft: _Draft) -> dict[str, Any]:
+    resources = asdict(draft.stage.resources)
+    named = {"variant": draft.variant.name, **draft.flags}
+    for where, amounts in draft.stage.resources.rules:
+        if all(named.get(name) == value for name, value in where.items()):
+            resources |= amounts
+    return resources
+
+
+def _identity(config: Config, plan: Plan) -> str:
+    settings = {
+        f"{section}.{name}": value
+        for section, values in asdict(config).items()
+        if section not in SECTIONS_NOT_IN_ID
+        for name, value in values.items()
+        if name not in NOT_IN_ID
+    }
+    return identity(settings | {f"plan.{name}": getattr(plan, name) for name in BUDGET_PLAN})

@@ -1,0 +1,114 @@
+"""The points of a plan, and the sweep folder that holds them.
+
+DIR/sweep.yaml      a copy of the sweep file
+DIR/plan.jsonl      one line per point
+DIR/choices.json    the best trials that later stages took
+DIR/runs/ID/        run folders; points with equal ids share one
+DIR/logs/           output of the runs
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron.errors import ConfigurationError
+from megatron.training.run_folder import writing
+
+PLAN, SWEEP_COPY, CHOICES = "plan.jsonl", "sweep.yaml", "choices.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """One point of a sweep: how it is named, the command of its run, and what that run costs."""
+
+    id: str
+    stage: str
+    variant: str
+    axes: dict[str, Any]
+    tuned: dict[str, Any]
+    seed: int
+    trial: int | None
+    script: str
+    arguments: list[str]
+    nodes: int
+    processes: int
+    minutes: float | None
+    parameters: int
+    unique_tokens: int
+    train_samples: int
+    tokens: int
+    epochs: float
+    flops: float
+    memory_bytes: int | None  # peak of the rank that needs most, on a CUDA device; None where no formula holds
+    disk_bytes: int
+    seconds: float | None = None  # at the given throughput
+
+    @property
+    def label(self) -> str:
+        """The point as a person reads it: `mdm, train-epochs 16, seed 1`."""
+        words = [self.stage] if self.stage != "main" else []
+        words += [self.variant, *(f"{name} {text(value)}" for name, value in self.axes.items())]
+        words += [f"trial {self.trial}"] if self.trial is not None else []
+        return ", ".join([*words, f"seed {self.seed}"])
+
+    def folder(self, sweep: Path) -> Path:
+        """Return the run folder of the point in the sweep folder."""
+        return sweep / "runs" / self.id
+
+
+def text(value: Any) -> str:
+    """Return a value of a sweep file as text."""
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def unique_runs(points: Sequence[Point]) -> list[Point]:
+    """Return one point for each run, the first of those that share it."""
+    runs: dict[str, Point] = {}
+    for point in points:
+        runs.setdefault(point.id, point)
+    return list(runs.values())
+
+
+def write_plan(folder: Path, sweep_file: Path, points: Sequence[Point]) -> None:
+    """Write the plan of a sweep, and a copy of its file, atomically.
+
+    Raises: OSError where the folder cannot be written.
+    """
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    replace_file(folder / SWEEP_COPY, sweep_file.read_text(encoding="utf-8"))
+    replace_file(folder / PLAN, "".join(json.dumps(asdict(point)) + "\n" for point in points))
+
+
+def replace_file(path: Path, content: str) -> None:
+    """Write a text file atomically.
+
+    Raises: OSError where it cannot be written.
+    """
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    with writing(path):
+        partial.write_text(content, encoding="utf-8")
+        partial.replace(path)
+
+
+def read_plan(folder: Path) -> list[Point]:
+    """Return the points of a sweep folder.
+
+    Raises: ConfigurationError where the folder holds no sweep or its plan is damaged.
+    """
+    path = folder / PLAN
+    if not path.is_file():
+        raise ConfigurationError(f"{folder}: holds no sweep (no {PLAN}); name a folder that tools/sweep.py plan wrote")
+    try:
+        return [Point(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+    except (ValueError, TypeError) as error:
+        raise ConfigurationError(f"{path}: is damaged ({error}); plan the sweep again") from None
+
+
+def identity(settings: dict) -> str:
+    """Return the id of a run: a hash of the settings that decide its result."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]

@@ -1,0 +1,237 @@
+"""SLURM job arrays: one array per resource class, one point per task. SLURM is the scheduler.
+
+`submit` writes SWEEP/slurm/CLASS-N.{sh,tasks}; a task calls `tools/sweep.py run-task`, which trains its point with
+`srun` and asks SLURM to requeue what was stopped, preempted, or failed for a passing reason.
+"""
+
+import json
+import logging
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron.errors import ConfigurationError
+from megatron.sweeps.launch import LOCKED, ROOT, STOPPED, training_command
+from megatron.sweeps.points import Point, replace_file, unique_runs
+from megatron.sweeps.states import run_state
+
+logger = logging.getLogger(__name__)
+
+REQUEUE_WAIT = 120  # seconds that a requeued task waits to be ended by SLURM
+DEFAULT_MINUTES = 24 * 60.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """What a cluster needs, from a YAML file or the environment (SITE_PARTITION=gpu, ...)."""
+
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    gpus: bool = True  # a GPU for each process (--gpus-per-node)
+    processes_per_node: int = 8
+    cores_per_process: int = 8
+    sbatch: tuple[str, ...] = ()  # further options of sbatch, such as --constraint=h100
+    setup: str = ""  # shell lines before a run: modules, container variables
+    python: str = sys.executable  # on the compute nodes
+    throttle: int = 0  # tasks of an array that run at a time; 0: no limit
+    signal_seconds: int = 300  # before the time limit, to save
+    wait_for_lock_minutes: float = 10.0  # for a predecessor on a node that was lost
+    retries: int = 2  # after passing failures
+
+
+@dataclass(frozen=True)
+class Array:
+    """One job array: its script, its task list, and the points of the tasks."""
+
+    script: Path
+    tasks: Path
+    points: list[Point]
+
+
+def read_site(path: Path | None) -> Site:
+    """Return the site of a file, with the values of the environment on top.
+
+    Raises: ConfigurationError for unknown keys and wrong types.
+    """
+    given: dict[str, Any] = {}
+    if path is not None:
+        try:
+            given = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise ConfigurationError(f"--site {path}: cannot be read as YAML ({error}); correct it") from None
+        if not isinstance(given, dict):
+            raise ConfigurationError(f"--site {path}: is not a mapping; write `partition: NAME` and so on")
+    named = str(path) if path else "environment"
+    types = {field.name: field for field in fields(Site)}
+    unknown = next((name for name in given if name not in types), None)
+    if unknown is not None:
+        raise ConfigurationError(f"--site {named}: {unknown}: is an unknown key; the keys are {', '.join(types)}")
+    for name in types:
+        if f"SITE_{name.upper()}" in os.environ:
+            given[name] = yaml.safe_load(os.environ[f"SITE_{name.upper()}"])
+    return Site(**{name: _typed(named, name, value) for name, value in given.items()})
+
+
+def _typed(named: str, name: str, value: Any) -> Any:
+    default = getattr(Site(), name)
+    kinds = {bool: "true or false", int: "a whole number", float: "a number", tuple: "a list of options"}
+    if isinstance(default, tuple) and isinstance(value, list):
+        return tuple(map(str, value))
+    right = isinstance(value, bool) == isinstance(default, bool)
+    if isinstance(default, (int, float)) and not isinstance(value, type(default)):
+        right = right and isinstance(value, int) and isinstance(default, float)
+    elif isinstance(default, (str, type(None))):
+        right = isinstance(value, (str, int)) and not isinstance(value, bool)
+        value = str(value)
+    elif isinstance(default, tuple):
+        right = False
+    if not right:
+        raise ConfigurationError(
+            f"--site {named}: {name}: {value}: is not {kinds.get(type(default), 'text')}; correct it"
+        )
+    return value
+
+
+def write_arrays(folder: Path, points: Sequence[Point], site: Site) -> list[Array]:
+    """Write a script and a frozen list of tasks for each resource class of the points.
+
+    Raises: ConfigurationError if a point does not fit the site.
+    """
+    classes: dict[tuple, list[Point]] = defaultdict(list)
+    for point in unique_runs(points):
+        per_node = point.processes // point.nodes
+        if per_node > site.processes_per_node:
+            raise ConfigurationError(
+                f"{point.label}: needs {per_node} processes on a node, and the site has processes_per_node "
+                f"{site.processes_per_node}; give it more `nodes` under `resources`"
+            )
+        classes[point.nodes, per_node, point.minutes].append(point)
+    slurm = folder / "slurm"
+    slurm.mkdir(parents=True, exist_ok=True)
+    (folder / "logs").mkdir(exist_ok=True)
+    arrays = []
+    for (nodes, per_node, minutes), members in classes.items():
+        members = sorted(members, key=lambda point: -point.flops)
+        name = f"{nodes}x{per_node}" + (f"-{minutes:g}min" if minutes else "")
+        number = len(list(slurm.glob(f"{name}-*.sh")))
+        script, tasks = slurm / f"{name}-{number}.sh", slurm / f"{name}-{number}.tasks"
+        replace_file(tasks, "".join(f"{point.id}\n" for point in members))
+        replace_file(script, _script(folder.resolve(), tasks.resolve(), members, site))
+        arrays.append(Array(script, tasks, members))
+    return arrays
+
+
+def _script(folder: Path, tasks: Path, points: list[Point], site: Site) -> str:
+    point = points[0]
+    per_node, minutes = point.processes // point.nodes, point.minutes or DEFAULT_MINUTES
+    throttle = f"%{site.throttle}" if site.throttle else ""
+    options = [
+        f"--job-name {folder.name}",
+        f"--array 0-{len(points) - 1}{throttle}",
+        f"--nodes {point.nodes} --ntasks-per-node {per_node} --cpus-per-task {site.cores_per_process}",
+        f"--time {max(1, round(minutes))} --signal USR1@{site.signal_seconds} --requeue --open-mode append",
+        f"--output {shlex.quote(str(folder / 'logs'))}/slurm-%A_%a.log",
+    ]
+    options += [f"--gpus-per-node {per_node}"] if site.gpus else []
+    options += [f"--{name} {value}" for name in ("partition", "account", "qos") if (value := getattr(site, name))]
+    lines = ["#!/usr/bin/env bash", *(f"#SBATCH {option}" for option in [*options, *site.sbatch])]
+    settings = f"--retries {site.retries} --wait-for-lock {site.wait_for_lock_minutes:g}"
+    return "\n".join(
+        [
+            *lines,
+            "set -uo pipefail",
+            f"cd {shlex.quote(str(ROOT))}",
+            *([site.setup.rstrip()] if site.setup.strip() else []),
+            "export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK OMP_NUM_THREADS=${OMP_NUM_THREADS:-$SLURM_CPUS_PER_TASK}",
+            'export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
+            "export MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000)) # jobs that share a node need different ports",
+            # exec: SLURM's signals reach the process that waits for srun, not a shell that dies of them
+            f"exec {shlex.quote(site.python)} tools/sweep.py run-task {shlex.quote(str(folder))} "
+            f"--tasks {shlex.quote(str(tasks))} {settings}",
+            "",
+        ]
+    )
+
+
+def submit_array(array: Array) -> str:
+    """Submit a script; return the id of the job.
+
+    Raises: ConfigurationError with sbatch's message.
+    """
+    try:
+        done = subprocess.run(["sbatch", "--parsable", str(array.script)], capture_output=True, text=True)
+    except FileNotFoundError:
+        raise ConfigurationError(
+            f"{array.script}: there is no sbatch on this machine; submit it on a login node, or use `run`"
+        ) from None
+    if done.returncode:
+        raise ConfigurationError(f"{array.script}: sbatch refused it: {done.stderr.strip()}; correct the site file")
+    return done.stdout.strip().partition(";")[0]
+
+
+# ------------------------------------------------------------------------------------------------ inside a task
+
+
+def run_task(folder: Path, points: Sequence[Point], point_id: str, *, retries: int, wait_for_lock: float) -> int:
+    """Train one point with srun; requeue the task where the run should go on. Return the exit code of the task.
+
+    Raises: ConfigurationError if the plan no longer has the point.
+    """
+    point = {point.id: point for point in points}.get(point_id)
+    if point is None:
+        raise ConfigurationError(
+            f"{folder}: the plan no longer has the point {point_id} of this task; submit the changed sweep again"
+        )
+    state = run_state(point.folder(folder))
+    if state.name == "finished":
+        logger.info("%s: is finished", point.label)
+        return 0
+    if state.has_own_fault:
+        logger.error("%s: has failed: %s; not started again", point.label, state.reason)
+        return 1
+    # caught, not ignored: srun, which inherits ignored signals, must still get and forward them
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, lambda *_: None)
+    logger.info("%s: starts", point.label)
+    extra = ["--exit-code-when-stopped", str(STOPPED), "--wait-for-lock", f"{wait_for_lock:g}"]
+    command = ["srun", "--kill-on-bad-exit=1", *training_command(point, folder), *extra]
+    code = subprocess.run(command, cwd=ROOT).returncode
+    state = run_state(point.folder(folder))
+    if state.name == "finished":
+        return 0
+    if code in (STOPPED, LOCKED):
+        return _requeue(code)
+    if code != 2 and not state.has_own_fault and _note_failure(folder, point, code) <= retries:
+        logger.warning("%s: failed with exit code %d; it is requeued without this node", point.label, code)
+        return _requeue(code, exclude=os.environ.get("SLURM_JOB_NODELIST", ""))
+    return code if code > 0 else 1
+
+
+def _note_failure(folder: Path, point: Point, code: int) -> int:
+    """Append a failure to the log of failures of a point; return how many there are."""
+    path = folder / "logs" / f"{point.id}.failures.jsonl"
+    nodes, job = os.environ.get("SLURM_JOB_NODELIST", ""), os.environ.get("SLURM_JOB_ID", "")
+    with open(path, "a+") as file:
+        file.write(json.dumps({"time": time.time(), "nodes": nodes, "job": job, "code": code}) + "\n")
+        file.seek(0)
+        return len(file.readlines())
+
+
+def _requeue(code: int, exclude: str = "") -> int:
+    job = os.environ["SLURM_JOB_ID"]
+    if exclude and int(os.environ.get("SLURM_JOB_NUM_NODES", "1")) == 1:  # of several nodes the bad one is not known
+        subprocess.run(["scontrol", "update", f"JobId={job}", f"ExcNodeList={exclude}"], check=False)
+    subprocess.run(["scontrol", "requeue", job], check=False)
+    time.sleep(REQUEUE_WAIT)  # SLURM ends this task meanwhile
+    return code

@@ -1,0 +1,401 @@
+"""Reads a sweep file: the flags that all runs share, variants, axes, seeds, tuning, stages and resources.
+
+The file is YAML in the habits of W&B sweeps and Hydra; docs/sweeps.md describes every key. It is data only: whatever
+needs the training parser or the data sets happens in `plan`.
+"""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron.config.compatibility import TABLE
+from megatron.config.sections import SECTIONS
+from megatron.errors import ConfigurationError
+
+STAGE_KEYS = ("flags", "parameters", "variants", "seeds", "tuning", "resources", "best_of", "by")
+SWEEP_KEYS = ("name", "description", "data", "exclude", "stages", *STAGE_KEYS)
+VARIANT_KEYS = ("flags", "parameters", "tuning")
+DISTRIBUTIONS = {
+    "uniform": ("min", "max"),
+    "log_uniform_values": ("min", "max"),
+    "int_uniform": ("min", "max"),
+    "categorical": ("values",),
+}
+MANAGED = {
+    "save": "the sweep names the folder of each run",
+    "load": "the sweep resumes each run from its own folder",
+    "seed": "give `seeds`",
+    "dry-run": "tools/sweep.py plan checks every run",
+    "skip-train": "a sweep trains; evaluate its runs afterwards",
+    "exit-code-when-stopped": "the sweep needs it to tell stopped runs from finished ones",
+    "wait-for-lock": "the sweep decides how long a run waits for another process",
+}
+
+Flags = dict[str, Any]  # value by flag name without dashes in front; None leaves the flag out
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """The values that the trials of a tuned flag take; names and bounds are those of W&B sweeps."""
+
+    kind: str
+    low: float = 0.0
+    high: float = 0.0
+    values: tuple = ()
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Quasi-random trials of some flags; the best one has the lowest loss on the validation set `set`."""
+
+    trials: int
+    parameters: dict[str, Distribution]
+    set: str = "tuning"
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resources:
+    """What a run needs. A `rule` gives other values to the points that match all its `where` values."""
+
+    nodes: int = 1
+    processes: int = 1  # ranks, over all nodes
+    minutes: float | None = None  # time limit of one job; a longer run is requeued
+    flops_per_second: float | None = None  # model FLOPs of one rank, for estimates of time
+    rules: tuple[tuple[dict[str, Any], dict[str, Any]], ...] = ()
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One curve of a plot: a set of flags, and axes and tuned flags of its own."""
+
+    name: str
+    flags: Flags = field(default_factory=dict)
+    parameters: dict[str, tuple] = field(default_factory=dict)
+    tuned: dict[str, Distribution] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A grid of runs. With `best_of`, the tuned flags of each variant are those of the best trial of that stage.
+
+    The best trial is chosen for each combination of the axes in `by`, from the mean over seeds and all other axes.
+    """
+
+    name: str
+    flags: Flags
+    parameters: dict[str, tuple]
+    variants: tuple[Variant, ...]
+    seeds: tuple[int, ...]
+    tuning: Tuning | None
+    resources: Resources
+    best_of: str | None
+    by: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """The content of a sweep file."""
+
+    path: Path
+    name: str
+    description: str
+    stages: tuple[Stage, ...]
+    exclude: tuple[dict[str, Any], ...]
+    data: dict[str, int]  # unique_tokens and vocabulary_size to plan with where the data are not on this machine
+
+
+def read_sweep(path: Path) -> Sweep:
+    """Return the sweep of a file.
+
+    Raises: ConfigurationError with the file, the key, the rule and the remedy.
+    """
+    return _Reader(path).sweep()
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML without objects, which refuses a key that is given twice."""
+
+    def construct_mapping(self, node, deep=False):
+        """Return a mapping."""
+        names = [self.construct_object(key, deep=True) for key, _ in node.value]
+        double = next((name for name in names if names.count(name) > 1), None)
+        if double is not None:
+            raise yaml.MarkedYAMLError(problem=f"{double} is given twice", problem_mark=node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+class _Reader:
+    """Reads one file; every error names the file and the key, such as `variants.mdm.flags`."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def error(self, key: str, message: str) -> ConfigurationError:
+        """Return the error of a key."""
+        return ConfigurationError(f"{self.path}: {key}: {message}" if key else f"{self.path}: {message}")
+
+    def sweep(self) -> Sweep:
+        """Return the whole file."""
+        top = self.mapping("", self._load(), SWEEP_KEYS)
+        name = str(top.get("name", self.path.stem))
+        if not name.replace("-", "").replace("_", "").replace(".", "").isalnum():
+            raise self.error("name", f"{name}: names a folder and jobs; use letters, digits, '-', '_' and '.'")
+        assumed = self.mapping("data", top.get("data", {}), ("unique_tokens", "vocabulary_size"))
+        base = {key: top[key] for key in STAGE_KEYS if key in top}
+        stages = self._stages(base, top.get("stages"))
+        return Sweep(
+            path=self.path,
+            name=name,
+            description=str(top.get("description", "")).strip(),
+            stages=stages,
+            exclude=tuple(
+                self._where("exclude", rule, stages) for rule in self.sequence("exclude", top.get("exclude"))
+            ),
+            data={key: self.whole(f"data.{key}", value, 1) for key, value in assumed.items()},
+        )
+
+    def _load(self) -> Any:
+        try:
+            return yaml.load(self.path.read_text(encoding="utf-8"), _UniqueKeys) or {}  # a SafeLoader
+        except OSError as error:
+            raise ConfigurationError(f"{self.path}: cannot be read ({error.strerror}); name a sweep file") from None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            mark = getattr(error, "problem_mark", None)
+            place = f", line {mark.line + 1}" if mark else ""
+            problem = getattr(error, "problem", None) or "is not UTF-8 text"
+            raise ConfigurationError(f"{self.path}{place}: is not YAML: {problem}; correct it") from None
+
+    # ------------------------------------------------------------------------------------------------- stages
+
+    def _stages(self, base: dict, named: Any) -> tuple[Stage, ...]:
+        if named is None:
+            return (self._stage("main", "", base, ()),)
+        stages: list[Stage] = []
+        for name, own in self.mapping("stages", named, None).items():
+            key = f"stages.{name}"
+            own = self.mapping(key, own or {}, STAGE_KEYS)
+            merged = base | own
+            for part in ("flags", "parameters"):
+                merged[part] = {**(base.get(part) or {}), **(own.get(part) or {})}
+            if isinstance(own.get("variants"), list):
+                merged["variants"] = self._selected(f"{key}.variants", own["variants"], base.get("variants") or {})
+            if own.get("best_of"):
+                merged.pop("tuning", None)
+                if "tuning" in own:
+                    raise self.error(f"{key}.tuning", "a stage with best_of takes tuned flags; drop one of the two")
+            stages.append(self._stage(str(name), key + ".", merged, tuple(stages)))
+        if not stages:
+            raise self.error("stages", "is empty; name at least one stage, or leave the key out")
+        return tuple(stages)
+
+    def _selected(self, key: str, names: list, variants: Mapping) -> dict:
+        for name in names:
+            if name not in variants:
+                raise self.error(key, _unknown(str(name), variants, "variant"))
+        return {name: variants[name] for name in names}
+
+    def _stage(self, name: str, key: str, given: dict, earlier: tuple[Stage, ...]) -> Stage:
+        tuning = given.get("tuning")
+        raw_variants = self.mapping(f"{key}variants", given.get("variants") or {"default": {}}, None)
+        variants = tuple(self._variant(f"{key}variants.{item}", str(item), own) for item, own in raw_variants.items())
+        stage = Stage(
+            name=name,
+            flags=self.flags(f"{key}flags", given.get("flags")),
+            parameters=self._axes(f"{key}parameters", given.get("parameters")),
+            variants=variants,
+            seeds=tuple(self.whole(f"{key}seeds", seed, 0) for seed in self._seeds(f"{key}seeds", given.get("seeds"))),
+            tuning=None if tuning is None else self._tuning(f"{key}tuning", tuning, variants),
+            resources=self._resources(f"{key}resources", given.get("resources"), given),
+            best_of=given.get("best_of"),
+            by=tuple(self.sequence(f"{key}by", given.get("by"))),
+        )
+        self._check_best(key, stage, earlier)
+        return stage
+
+    def _check_best(self, key: str, stage: Stage, earlier: tuple[Stage, ...]) -> None:
+        if stage.best_of is None:
+            if stage.by:
+                raise self.error(f"{key}by", "does nothing without best_of; give both or neither")
+            return
+        source = {other.name: other for other in earlier}.get(stage.best_of)
+        if source is None:
+            names = ", ".join(other.name for other in earlier) or "none"
+            raise self.error(f"{key}best_of", f"{stage.best_of}: is not an earlier stage ({names}); name one")
+        if source.tuning is None:
+            raise self.error(
+                f"{key}best_of", f"{stage.best_of}: has no tuning, so no trial is its best; add tuning to it"
+            )
+        for variant in stage.variants:
+            if variant.name not in [other.name for other in source.variants]:
+                raise self.error(f"{key}best_of", f"{stage.best_of}: has no variant {variant.name}; add it there")
+            for axis in stage.by:
+                if axis not in {**stage.parameters, **variant.parameters}:
+                    raise self.error(f"{key}by", f"{axis}: is no axis of this stage; name one of its parameters")
+
+    def _variant(self, key: str, name: str, given: Any) -> Variant:
+        given = self.mapping(key, given or {}, VARIANT_KEYS)
+        tuned = self.mapping(f"{key}.tuning", given.get("tuning") or {}, ("parameters",))
+        return Variant(
+            name,
+            self.flags(f"{key}.flags", given.get("flags")),
+            self._axes(f"{key}.parameters", given.get("parameters")),
+            self._distributions(f"{key}.tuning.parameters", tuned.get("parameters")),
+        )
+
+    def _axes(self, key: str, given: Any) -> dict[str, tuple]:
+        axes = {}
+        for name, axis in self._named_flags(key, given).items():
+            values = axis if isinstance(axis, list) else self.mapping(f"{key}.{name}", axis, ("values",)).get("values")
+            values = self.sequence(f"{key}.{name}", values)
+            if not values:
+                raise self.error(f"{key}.{name}", "has no values; give at least one, or drop the axis")
+            double = next((value for value in values if values.count(value) > 1), None)
+            if double is not None:
+                raise self.error(f"{key}.{name}", f"{double}: is given twice; drop one")
+            axes[name] = tuple(values)
+        return axes
+
+    def _seeds(self, key: str, given: Any) -> list:
+        seeds = [1234] if given is None else self.sequence(key, given)
+        if not seeds:
+            raise self.error(key, "is empty; give at least one, or leave the key out")
+        if len(set(map(str, seeds))) < len(seeds):
+            raise self.error(key, f"{seeds}: names a seed twice; drop one")
+        return seeds
+
+    # ---------------------------------------------------------------------------------------- tuning, resources
+
+    def _tuning(self, key: str, given: Any, variants: Iterable[Variant]) -> Tuning:
+        given = self.mapping(key, given, ("trials", "set", "seed", "parameters"))
+        parameters = self._distributions(f"{key}.parameters", given.get("parameters"))
+        if not parameters and not any(variant.tuned for variant in variants):
+            raise self.error(f"{key}.parameters", "is empty, so all trials would be equal; name a flag to tune")
+        trials = self.whole(f"{key}.trials", given.get("trials"), 1)
+        seed = self.whole(f"{key}.seed", given.get("seed", 0), 0)
+        return Tuning(trials, parameters, str(given.get("set", "tuning")), seed)
+
+    def _distributions(self, key: str, given: Any) -> dict[str, Distribution]:
+        return {name: self._distribution(f"{key}.{name}", own) for name, own in self._named_flags(key, given).items()}
+
+    def _distribution(self, key: str, given: Any) -> Distribution:
+        given = self.mapping(key, given, ("distribution", "min", "max", "values"))
+        kind = given.get("distribution", "categorical" if "values" in given else "uniform")
+        if kind not in DISTRIBUTIONS:
+            raise self.error(f"{key}.distribution", _unknown(str(kind), DISTRIBUTIONS, "distribution"))
+        wanted = DISTRIBUTIONS[kind]
+        if set(given) - {"distribution"} != set(wanted):
+            raise self.error(key, f"distribution {kind} takes {' and '.join(wanted)}; give exactly these")
+        if kind == "categorical":
+            return Distribution(kind, values=tuple(self.sequence(f"{key}.values", given["values"])))
+        low, high = (self.number(f"{key}.{bound}", given[bound]) for bound in wanted)
+        if not low < high or (kind == "log_uniform_values" and low <= 0):
+            rule = "0 < min < max" if kind == "log_uniform_values" else "min < max"
+            raise self.error(key, f"min {low:g} and max {high:g}: {kind} needs {rule}; correct them")
+        return Distribution(kind, low, high)
+
+    def _resources(self, key: str, given: Any, stage: dict) -> Resources:
+        names = [field.name for field in fields(Resources)]
+        given = self.mapping(key, given or {}, names)
+        rules = []
+        for index, rule in enumerate(self.sequence(f"{key}.rules", given.get("rules"))):
+            rule = self.mapping(f"{key}.rules[{index}]", rule, ("where", *names[:-1]))
+            where = self.mapping(f"{key}.rules[{index}].where", rule.get("where"), None)
+            where = {self.flag_name(f"{key}.rules[{index}].where", name): value for name, value in where.items()}
+            rules.append((where, self._amounts(f"{key}.rules[{index}]", rule)))
+        return Resources(**self._amounts(key, given), rules=tuple(rules))
+
+    def _amounts(self, key: str, given: dict) -> dict[str, Any]:
+        amounts: dict[str, Any] = {}
+        for name in ("nodes", "processes"):
+            if name in given:
+                amounts[name] = self.whole(f"{key}.{name}", given[name], 1)
+        for name in ("minutes", "flops_per_second"):
+            if given.get(name) is not None:
+                amounts[name] = self.number(f"{key}.{name}", given[name])
+                if amounts[name] <= 0:
+                    raise self.error(f"{key}.{name}", f"{amounts[name]:g}: must be positive; correct it")
+        return amounts
+
+    def _where(self, key: str, rule: Any, stages: tuple[Stage, ...]) -> dict[str, Any]:
+        rule = self.mapping(key, rule, None)
+        where = {"variant" if name == "variant" else self.flag_name(key, name): value for name, value in rule.items()}
+        axes = {"variant"}
+        for stage in stages:
+            axes |= {*stage.parameters, *(name for variant in stage.variants for name in variant.parameters)}
+        for name in where:
+            if name not in axes:
+                raise self.error(key, _unknown(name, axes, "axis"))
+        return where
+
+    # ------------------------------------------------------------------------------------------------- values
+
+    def flags(self, key: str, given: Any) -> Flags:
+        """Return flags by name; a value of None leaves a flag out that an outer level gives."""
+        return self._named_flags(key, given)
+
+    def _named_flags(self, key: str, given: Any) -> dict[str, Any]:
+        return {self.flag_name(key, name): value for name, value in self.mapping(key, given or {}, None).items()}
+
+    def flag_name(self, key: str, name: Any) -> str:
+        """Return the name of a flag as on the command line, without dashes in front.
+
+        Raises: ConfigurationError for an unknown flag or one that the sweep sets.
+        """
+        flag = str(name).lstrip("-").replace("_", "-")
+        if flag in MANAGED:
+            raise self.error(f"{key}.{name}", f"is not set in a sweep file: {MANAGED[flag]}")
+        known = FLAG_NAMES
+        if flag not in known and flag.removeprefix("no-") not in known:
+            raise self.error(f"{key}.{name}", _unknown(flag, known, "flag"))
+        return flag
+
+    def mapping(self, key: str, given: Any, known: Iterable[str] | None) -> dict:
+        """Return a mapping whose keys are `known`; None allows any."""
+        if not isinstance(given, dict):
+            raise self.error(key, f"{given}: is not a mapping; write `key: value` lines")
+        for name in given if known is not None else ():
+            if name not in (known or ()):
+                raise self.error(f"{key}.{name}".lstrip("."), _unknown(str(name), known or (), "key"))
+        return given
+
+    def sequence(self, key: str, given: Any) -> list:
+        """Return a list; None is an empty one."""
+        if given is not None and not isinstance(given, list):
+            raise self.error(key, f"{given}: is not a list; write [{given}]")
+        return given or []
+
+    def whole(self, key: str, given: Any, minimum: int) -> int:
+        """Return a whole number of at least `minimum`."""
+        value = self.number(key, given)
+        if value != int(value) or value < minimum:
+            raise self.error(key, f"{given}: must be a whole number of at least {minimum}; correct it")
+        return int(value)
+
+    def number(self, key: str, given: Any) -> float:
+        """Return a number; YAML reads 1e-3, without a dot, as text."""
+        try:
+            if isinstance(given, bool) or given is None:
+                raise ValueError
+            return float(given)
+        except (TypeError, ValueError):
+            raise self.error(key, f"{given}: is not a number; write it like 3, 0.1 or 1e-3") from None
+
+
+FLAG_NAMES = sorted(
+    {field.name.replace("_", "-") for section in SECTIONS.values() for field in fields(section)}
+    | {spelled.lstrip("-") for spelled in TABLE}
+)
+
+
+def _unknown(name: str, known: Iterable[str], kind: str) -> str:
+    close = difflib.get_close_matches(name, [str(item) for item in known], n=1)
+    listed = sorted(map(str, known))
+    remedy = f"did you mean {close[0]}?" if close else ""
+    if not remedy:
+        remedy = f"the names are {', '.join(listed)}" if len(listed) <= 20 else "pretrain_gpt.py --help lists all"
+    return f"is an unknown {kind}; {remedy}" if kind != "variant" else f"{name}: is an unknown variant; {remedy}"

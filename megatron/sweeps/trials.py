@@ -1,0 +1,43 @@
+"""Quasi-random trials of tuned flags: the points of a scrambled Sobol sequence, mapped to their distributions."""
+
+import math
+import warnings
+from typing import Any
+
+from scipy.stats import qmc
+
+from megatron.sweeps.sweep_file import Distribution, Tuning
+
+DIGITS = 6  # significant digits of a value, so that it reads well as a flag
+
+
+def draw_trials(tuning: Tuning, own: dict[str, Distribution]) -> list[dict[str, Any]]:
+    """Return the flags of each trial of a variant, whose `own` tuned flags are added to the shared ones.
+
+    The shared flags come first, so that they have the same values in all variants. Every variant has the same number
+    of trials.
+    """
+    parameters = {**tuning.parameters, **own}
+    sampler = qmc.Sobol(len(parameters), scramble=True, rng=tuning.seed)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The balance properties of Sobol")  # of numbers that are no power of two
+        points = sampler.random(tuning.trials)  # [trials, parameters]
+    return [
+        {
+            name: _value(distribution, share)
+            for (name, distribution), share in zip(parameters.items(), point, strict=True)
+        }
+        for point in points.tolist()
+    ]
+
+
+def _value(distribution: Distribution, share: float) -> Any:
+    """Return the value at a `share` in [0, 1) of the distribution's probability."""
+    low, high = distribution.low, distribution.high
+    if distribution.kind == "categorical":
+        return distribution.values[int(share * len(distribution.values))]
+    if distribution.kind == "int_uniform":
+        return int(low) + int(share * (int(high) - int(low) + 1))
+    if distribution.kind == "log_uniform_values":
+        return float(f"{low * math.exp(share * math.log(high / low)):.{DIGITS}g}")
+    return float(f"{low + share * (high - low):.{DIGITS}g}")
