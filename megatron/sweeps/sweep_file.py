@@ -393,9 +393,10 @@ FLAG_NAMES = sorted(
 
 
 def _unknown(name: str, known: Iterable[str], kind: str) -> str:
-    close = difflib.get_close_matches(name, [str(item) for item in known], n=1)
-    listed = sorted(map(str, known))
-    remedy = f"did you mean {close[0]}?" if close else ""
-    if not remedy:
-        remedy = f"the names are {', '.join(listed)}" if len(listed) <= 20 else "pretrain_gpt.py --help lists all"
-    return f"is an unknown {kind}; {remedy}" if kind != "variant" else f"{name}: is an unknown variant; {remedy}"
+    """Return what is wrong with an unknown name: the close one, or all where they are few."""
+    names = sorted(map(str, known))
+    close = difflib.get_close_matches(name, names, n=1)
+    remedy = f"did you mean {close[0]}?" if close else "pretrain_gpt.py --help lists all"
+    if kind == "distribution" or (not close and len(names) <= 20):
+        remedy = f"the names are {', '.join(names)}"
+    return f"{name}: is an unknown {kind}; {remedy}"

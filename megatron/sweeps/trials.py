@@ -6,9 +6,11 @@ from typing import Any
 
 from scipy.stats import qmc
 
+from megatron.errors import ConfigurationError
 from megatron.sweeps.sweep_file import Distribution, Tuning
 
 DIGITS = 6  # significant digits of a value, so that it reads well as a flag
+DIMENSIONS = 32  # of the sequence: a flag's values depend on its place among the flags, not on their number
 
 
 def draw_trials(tuning: Tuning, own: dict[str, Distribution]) -> list[dict[str, Any]]:
@@ -16,12 +18,18 @@ def draw_trials(tuning: Tuning, own: dict[str, Distribution]) -> list[dict[str, 
 
     The shared flags come first, so that they have the same values in all variants. Every variant has the same number
     of trials.
+
+    Raises: ConfigurationError for more than DIMENSIONS tuned flags.
     """
     parameters = {**tuning.parameters, **own}
-    sampler = qmc.Sobol(len(parameters), scramble=True, rng=tuning.seed)
+    if len(parameters) > DIMENSIONS:
+        raise ConfigurationError(
+            f"tuning.parameters: {len(parameters)} flags; at most {DIMENSIONS} are tuned at a time"
+        )
+    sampler = qmc.Sobol(DIMENSIONS, scramble=True, rng=tuning.seed)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The balance properties of Sobol")  # of numbers that are no power of two
-        points = sampler.random(tuning.trials)  # [trials, parameters]
+        points = sampler.random(tuning.trials)  # [trials, DIMENSIONS]
     return [
         {
             name: _value(distribution, share)

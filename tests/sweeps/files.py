@@ -1,0 +1,44 @@
+"""Sweep files for the tests: runs of a second each."""
+
+import copy
+from pathlib import Path
+
+import yaml
+
+
+def toy(corpus: Path) -> dict:
+    """Return a sweep of two variants and two budgets; its runs take a second each after their imports."""
+    return {
+        "flags": {
+            "num-layers": 2,
+            "hidden-size": 32,
+            "num-attention-heads": 2,
+            "seq-length": 32,
+            "fp32": True,
+            "compile": False,
+            "micro-batch-size": 4,
+            "global-batch-size": 8,
+            "lr": "1e-2",
+            "tokenizer-type": "ByteTokenizer",
+            "train-data-path": f"{corpus}/train",
+            "valid-data-path": [f"tuning={corpus}/tuning", f"validation={corpus}/validation"],
+            "train-unique-tokens": 512,
+            "eval-samples": 8,
+            "eval-interval": 4,
+            "save-interval": 4,
+            "log-interval": 1,
+            "num-workers": 0,
+        },
+        "parameters": {"train-epochs": [4, 8]},
+        "variants": {"ar": {"flags": {"objective": "ar"}}, "mdm": {"flags": {"objective": "mdm"}}},
+    }
+
+
+def write(folder: Path, content: dict, **changes) -> Path:
+    """Write a sweep file with changed top-level keys; None removes a key."""
+    content = copy.deepcopy(content) | changes
+    path = folder / "sweep.yaml"
+    path.write_text(
+        yaml.safe_dump({key: value for key, value in content.items() if value is not None}, sort_keys=False)
+    )
+    return path

@@ -1,0 +1,132 @@
+"""Plans: points, their ids and costs, stages, duplicates, impossible points."""
+
+import json
+from argparse import Namespace
+from dataclasses import asdict
+
+import pytest
+
+from megatron.errors import ConfigurationError
+from megatron.sweeps.commands import costs
+from megatron.sweeps.plan import plan_sweep
+from megatron.sweeps.points import read_plan, write_plan
+from megatron.sweeps.sweep_file import read_sweep
+from megatron.training.command_line import parse
+from tests.sweeps.files import toy, write
+
+
+@pytest.fixture
+def planned(corpus, tmp_path):
+    """Return a function that plans the toy sweep with changed top-level keys."""
+
+    def plan(**changes):
+        return plan_sweep(read_sweep(write(tmp_path, toy(corpus), **changes)), tmp_path / "out")
+
+    return plan
+
+
+def ids(planned):
+    return {point.label: point.id for point in planned.points}
+
+
+def test_points_are_the_product_of_variants_axes_and_seeds(planned):
+    points = planned(seeds=[1, 2]).points
+    assert [(point.variant, point.axes["train-epochs"], point.seed) for point in points] == [
+        (variant, epochs, seed) for variant in ("ar", "mdm") for epochs in (4, 8) for seed in (1, 2)
+    ]
+    point = points[-1]
+    assert point.script == "pretrain_mdm.py" and point.label == "mdm, train-epochs 8, seed 2"
+    config = parse("ar", point.arguments)
+    assert (config.objective.objective, config.training.train_epochs, config.training.seed) == ("mdm", 8, 2)
+    assert (point.train_samples, point.tokens, point.epochs, point.unique_tokens) == (128, 4096, 8.0, 512)
+    assert point.flops == 6 * point.parameters * point.tokens
+
+
+def test_an_axis_of_a_variant_replaces_the_shared_one_and_combinations_are_excluded(planned, corpus):
+    variants = toy(corpus)["variants"]
+    variants["mdm"]["parameters"] = {"train-epochs": [8, 16, 32]}
+    points = planned(variants=variants, exclude=[{"variant": "mdm", "train-epochs": 16}]).points
+    assert [(point.variant, point.axes["train-epochs"]) for point in points] == [
+        ("ar", 4), ("ar", 8), ("mdm", 8), ("mdm", 32),
+    ]  # fmt: skip
+
+
+def test_an_id_depends_on_what_decides_the_result_and_on_nothing_else(planned, corpus):
+    before = ids(planned())
+    more = ids(planned(parameters={"train-epochs": [2, 4, 8, 16]}))
+    assert before.items() <= more.items() and len(set(more.values())) == 8
+    flags = toy(corpus)["flags"]
+    free = flags | {"save-interval": 8, "num-workers": 2, "micro-batch-size": 2, "log-interval": 5}
+    assert ids(planned(flags=free, resources={"processes": 2})) == before
+    for changed in ({"lr": "2e-2"}, {"fp32": None, "bf16": True}, {"weight-decay": 0.2}, {"eval-samples": 12}):
+        assert not set(ids(planned(flags=flags | changed)).values()) & set(before.values()), changed
+
+
+def test_points_that_are_the_same_run_are_named(planned, corpus):
+    variants = toy(corpus)["variants"] | {"again": {"flags": {"objective": "ar", "weight-decay": 0.1}}}
+    points = planned(variants=variants).points
+    shared = {point.label: point.id for point in points}
+    assert shared["again, train-epochs 4, seed 1234"] == shared["ar, train-epochs 4, seed 1234"]
+    assert "again, train-epochs 4, seed 1234: the same run as ar, train-epochs 4, seed 1234" in costs(points)
+    assert "\n4 runs: " in costs(points)
+
+
+def test_every_impossible_point_is_named_with_its_reason(planned, corpus):
+    variants = toy(corpus)["variants"]
+    variants["mdm"]["flags"] |= {"token-dropout": 0.1}
+    with pytest.raises(ConfigurationError) as caught:
+        planned(variants=variants)
+    first, *points = str(caught.value).splitlines()
+    assert "2 of 4 points cannot run" in first and len(points) == 2
+    assert points[0].startswith("  main, mdm, train-epochs 4, seed 1234: --token-dropout 0.1: masked diffusion masks")
+    with pytest.raises(ConfigurationError, match="every combination is excluded"):
+        planned(exclude=[{"variant": "ar"}, {"variant": "mdm"}])
+
+
+def test_resources_follow_their_rules_and_decide_hours(planned):
+    rules = [{"where": {"train-epochs": 8}, "processes": 2, "nodes": 2, "minutes": 5}]
+    small, large = planned(variants=None, resources={"flops_per_second": 1e9, "rules": rules}).points
+    assert (small.processes, small.nodes, small.minutes) == (1, 1, None)
+    assert (large.processes, large.nodes, large.minutes) == (2, 2, 5)
+    assert small.seconds == small.flops / 1e9 and large.seconds == large.flops / 2e9
+    assert small.memory_bytes > large.memory_bytes // 2 > 0 and small.disk_bytes == 3 * 12 * small.parameters
+    with pytest.raises(ConfigurationError, match="--global-batch-size 8: is not a multiple"):
+        planned(resources={"processes": 3})
+
+
+def test_data_that_are_elsewhere_are_planned_with_the_stated_sizes(planned, corpus):
+    flags = toy(corpus)["flags"] | {"train-data-path": "nowhere/train", "valid-data-path": None}
+    with pytest.raises(ConfigurationError, match="nowhere/train"):
+        planned(flags=flags)
+    del flags["train-unique-tokens"]
+    stated = {"unique_tokens": 100_000, "vocabulary_size": 50257}
+    point = planned(flags=flags, data=stated).points[0]
+    assert (point.unique_tokens, point.train_samples) == (100_000, 4 * 100_000 // 32)
+
+
+def test_a_stage_waits_for_the_trials_that_it_chooses_from(planned):
+    tuning = {"trials": 2, "parameters": {"lr": {"min": 1e-3, "max": 1e-2}}}
+    stages = {"tune": {"tuning": tuning}, "final": {"best_of": "tune", "seeds": [1, 2]}, "last": {}}
+    result = planned(stages=stages)
+    assert {point.stage for point in result.points} == {"tune", "last"}
+    assert result.waiting == {"final": "waits for 8 of 8 points of stage tune"}
+
+
+def test_a_plan_is_read_back(planned, tmp_path):
+    points = planned().points
+    write_plan(tmp_path / "out", tmp_path / "sweep.yaml", points)
+    assert read_plan(tmp_path / "out") == points
+    assert [json.loads(line) for line in (tmp_path / "out/plan.jsonl").open()] == [asdict(point) for point in points]
+    (tmp_path / "out/plan.jsonl").write_text('{"id": 1}\n')
+    with pytest.raises(ConfigurationError, match=r"plan.jsonl: is damaged"):
+        read_plan(tmp_path / "out")
+    with pytest.raises(ConfigurationError, match=r"holds no sweep \(no plan.jsonl\)"):
+        read_plan(tmp_path)
+
+
+def test_the_options_of_a_command_name_a_folder(tmp_path, corpus):
+    from megatron.sweeps.commands import _folder
+
+    path = write(tmp_path, toy(corpus), name="demo")
+    assert str(_folder(Namespace(sweep=path, output=None))) == "runs/demo"
+    assert _folder(Namespace(sweep=tmp_path, output=None)) == tmp_path

@@ -1,0 +1,134 @@
+"""Sweep files: what they mean, and one clear line for each mistake."""
+
+import pytest
+import yaml
+
+from megatron.errors import ConfigurationError
+from megatron.sweeps.sweep_file import read_sweep
+from megatron.sweeps.trials import draw_trials
+
+GOOD = """
+name: demo
+description: what repetition does
+flags: {num-layers: 2, seq_length: 32, lr: 1e-3}
+parameters:
+  train-epochs: {values: [1, 4]}
+  model-size: [14M]
+variants:
+  ar: {flags: {objective: ar}}
+  mdm:
+    flags: {objective: mdm, lr: 2e-3}
+    parameters: {train-epochs: [4, 16, 64]}
+    tuning: {parameters: {mask-eps: {values: [0.001, 0.01]}}}
+seeds: [1, 2]
+stages:
+  tune:
+    seeds: [7]
+    tuning: {trials: 4, parameters: {lr: {distribution: log_uniform_values, min: 1e-4, max: 1e-2}}}
+  final: {best_of: tune, by: [train-epochs], variants: [mdm]}
+resources:
+  processes: 8
+  rules: [{where: {model-size: 1018M}, nodes: 2, processes: 16}]
+exclude: [{variant: mdm, train-epochs: 64}]
+"""
+
+
+def read(tmp_path, text):
+    path = tmp_path / "sweep.yaml"
+    path.write_text(text)
+    return read_sweep(path)
+
+
+def test_a_file_is_read_with_its_stages_variants_and_rules(tmp_path):
+    sweep = read(tmp_path, GOOD)
+    tune, final = sweep.stages
+    assert (sweep.name, sweep.description) == ("demo", "what repetition does")
+    assert tune.flags == {"num-layers": 2, "seq-length": 32, "lr": "1e-3"}  # YAML 1.1: no number without a dot
+    assert tune.parameters == {"train-epochs": (1, 4), "model-size": ("14M",)}
+    assert [variant.name for variant in tune.variants] == ["ar", "mdm"] and tune.seeds == (7,)
+    assert tune.variants[1].parameters == {"train-epochs": (4, 16, 64)}
+    assert tune.variants[1].tuned["mask-eps"].values == (0.001, 0.01)
+    assert final.best_of == "tune" and final.by == ("train-epochs",) and final.tuning is None and final.seeds == (1, 2)
+    assert [variant.name for variant in final.variants] == ["mdm"]
+    assert final.resources.processes == 8 and final.resources.rules[0][1] == {"nodes": 2, "processes": 16}
+    assert sweep.exclude == ({"variant": "mdm", "train-epochs": 64},)
+
+
+def test_a_file_without_variants_stages_or_seeds_is_one_stage_of_one_variant(tmp_path):
+    (stage,) = read(tmp_path, "flags: {num-layers: 2}\nparameters: {train-epochs: [1]}").stages
+    assert (stage.name, stage.variants[0].name, stage.seeds) == ("main", "default", (1234,))
+
+
+REFUSED = {
+    "flags: {num-layrs: 2}": "flags.num-layrs: num-layrs: is an unknown flag; did you mean num-layers?",
+    "flags: {save: x}": "flags.save: is not set in a sweep file: the sweep names the folder",
+    "flags: {seed: 1}": "flags.seed: is not set in a sweep file: give `seeds`",
+    "paramters: {}": "paramters: paramters: is an unknown key; did you mean parameters?",
+    "parameters: {train-epochs: []}": "parameters.train-epochs: has no values",
+    "parameters: {lr: {value: [1]}}": "parameters.lr.value: value: is an unknown key; did you mean values?",
+    "parameters: {train-epochs: 3}": "parameters.train-epochs: 3: is not a mapping",
+    "parameters: {train-epochs: [1, 1]}": "parameters.train-epochs: 1: is given twice",
+    "variants: {ar: {flag: {}}}": "variants.ar.flag: flag: is an unknown key; did you mean flags?",
+    "seeds: []": "seeds: is empty",
+    "seeds: [1, 1]": "seeds: [1, 1]: names a seed twice",
+    "seeds: [x]": "seeds: x: is not a number",
+    "seeds: [1.5]": "seeds: 1.5: must be a whole number",
+    "tuning: {trials: 2}": "tuning.parameters: is empty",
+    "tuning: {trials: 0, parameters: {lr: {min: 1, max: 2}}}": "tuning.trials: 0: must be a whole number of at least 1",
+    "tuning: {trials: 2, parameters: {lr: {distribution: normal, min: 1}}}": "normal: is an unknown distribution; "
+    "the names are categorical, int_uniform",
+    "tuning: {trials: 2, parameters: {lr: {min: 2, max: 1}}}": "parameters.lr: min 2 and max 1: uniform needs min",
+    "tuning: {trials: 2, parameters: {lr: {min: 1}}}": "distribution uniform takes min and max",
+    "stages: {a: {by: [lr]}}": "stages.a.by: does nothing without best_of",
+    "stages: {a: {best_of: b}}": "stages.a.best_of: b: is not an earlier stage (none)",
+    "stages: {a: {}, b: {best_of: a}}": "stages.b.best_of: a: has no tuning",
+    "stages: {a: {variants: [x]}}": "stages.a.variants: x: is an unknown variant",
+    "stages: {}": "stages: is empty",
+    "exclude: [{train-epoch: 1}]": "exclude.train-epoch: train-epoch: is an unknown flag; did you mean train-epochs?",
+    "exclude: [{train-epochs: 1}]": "exclude: train-epochs: is an unknown axis",
+    "resources: {processes: 0}": "resources.processes: 0: must be a whole number of at least 1",
+    "resources: {minutes: -1}": "resources.minutes: -1: must be positive",
+    "resources: {rules: [{where: {lr: 1}, cores: 2}]}": "resources.rules[0].cores: cores: is an unknown key",
+    "name: a/b": "name: a/b: names a folder and jobs",
+    "- 1": "[1]: is not a mapping",
+    "a: [": "is not YAML",
+    "seeds: [1]\nseeds: [2]": "is not YAML: seeds is given twice",
+    "flags: {num-layers: !!python/object/apply:os.system [ls]}": "is not YAML",
+}
+
+
+@pytest.mark.parametrize("text", REFUSED)
+def test_a_mistake_is_one_line_with_file_and_key(text, tmp_path):
+    with pytest.raises(ConfigurationError) as caught:
+        read(tmp_path, text)
+    message = str(caught.value)
+    assert message.startswith(str(tmp_path / "sweep.yaml")) and REFUSED[text] in message and "\n" not in message
+
+
+def drawn(tmp_path, trials, variant="ar", **parameters):
+    """Return the values of each tuned flag over the trials of a variant; `b` of mdm only is its own."""
+    own = {"mdm": {"tuning": {"parameters": {"mask-eps": {"values": [0.001, 0.01]}}}}}
+    text = yaml.safe_dump({"tuning": {"trials": trials, "parameters": parameters}, "variants": {"ar": {}, **own}})
+    (stage,) = read(tmp_path, text).stages
+    (chosen,) = [item for item in stage.variants if item.name == variant]
+    rows = draw_trials(stage.tuning, chosen.tuned)
+    return {name: [row[name] for row in rows] for name in rows[0]}
+
+
+LR = {"distribution": "log_uniform_values", "min": "1e-4", "max": "1e-2"}
+
+
+def test_trials_fill_their_range_evenly_on_its_scale(tmp_path):
+    values = drawn(tmp_path, 64, lr=LR)["lr"]
+    assert all(1e-4 <= value <= 1e-2 for value in values) and len(set(values)) == 64
+    assert sum(value < 1e-3 for value in values) == 32  # a Sobol sequence halves each range exactly
+    decays = drawn(tmp_path, 64, **{"weight-decay": {"min": 0, "max": 2}})["weight-decay"]
+    assert sum(value < 1 for value in decays) == 32 and max(decays) < 2
+    layers = drawn(tmp_path, 64, **{"num-layers": {"distribution": "int_uniform", "min": 1, "max": 4}})["num-layers"]
+    assert {value: layers.count(value) for value in set(layers)} == dict.fromkeys((1, 2, 3, 4), 16)
+
+
+def test_all_variants_have_as_many_trials_with_equal_values_of_the_shared_flags(tmp_path):
+    own, other = drawn(tmp_path, 8, "mdm", lr=LR), drawn(tmp_path, 8, "ar", lr=LR)
+    assert own["lr"] == other["lr"] and "mask-eps" not in other
+    assert own["mask-eps"].count(0.001) == 4
