@@ -34,8 +34,9 @@ from torch.utils._pytree import tree_iter
 from benchmarks.options import read_options
 from megatron.batch import Batch
 from megatron.config.flags import flag
-from megatron.config.sections import Config, Vocabulary
+from megatron.config.sections import Config
 from megatron.config.sizes import GPT2_VOCABULARY
+from megatron.config.vocabulary import Vocabulary
 from megatron.objectives.registry import capabilities
 from megatron.parallel.apply import build_engine
 from megatron.parallel.memory_estimate import Memory, peak_memory

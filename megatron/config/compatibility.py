@@ -1,7 +1,7 @@
 """Flags of Megatron-LM, Megatron-DeepSpeed, DeepSpeed and the published fork that this project spells differently.
 
 Each flag is an alias of flags of ours, a no-op (logged in one line, with the reason), or refused with a reason: none is
-ignored silently. Flags that are spelled alike are in `sections.py` only.
+ignored silently. Flags that are spelled alike are in `sections/` only.
 """
 
 import logging

@@ -6,8 +6,10 @@ from fractions import Fraction
 from megatron.config.capabilities import Capabilities
 from megatron.config.flags import require, spelling, typed
 from megatron.config.recipes import RECIPES
-from megatron.config.sections import SECTIONS, WITHOUT_DEEPSPEED, Config, Vocabulary
+from megatron.config.sections import SECTIONS, Config
+from megatron.config.sections.parallel import WITHOUT_DEEPSPEED
 from megatron.config.sizes import parameter_count
+from megatron.config.vocabulary import Vocabulary
 from megatron.errors import ConfigurationError
 
 BUDGETS = ("train_epochs", "train_samples", "train_iters", "train_flops")

@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
 from megatron.config.capabilities import Capabilities
-from megatron.config.sections import Config, Vocabulary
+from megatron.config.sections import Config
+from megatron.config.vocabulary import Vocabulary
 from megatron.parallel.rank_sizes import FP32, RankSizes
 
 BATCH_BYTES = 28  # per token of a micro-batch: ids, targets and scored positions int64, weights fp32

@@ -8,8 +8,9 @@ the head no logits.
 
 from dataclasses import dataclass
 
-from megatron.config.sections import Config, Vocabulary
+from megatron.config.sections import Config
 from megatron.config.sizes import block_shapes
+from megatron.config.vocabulary import Vocabulary
 from megatron.parallel.pipeline import layers_of
 from megatron.parallel.tensor import COLUMNS, ROWS
 

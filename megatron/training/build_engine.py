@@ -5,7 +5,8 @@ from importlib.util import find_spec
 import torch
 
 from megatron.config.flags import require
-from megatron.config.sections import Config, Vocabulary
+from megatron.config.sections import Config
+from megatron.config.vocabulary import Vocabulary
 from megatron.model.initialise import initialise
 from megatron.model.transformer import Transformer
 from megatron.parallel.apply import build_engine

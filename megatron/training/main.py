@@ -19,8 +19,9 @@ from functools import partial
 from megatron import stop_signals
 from megatron.config.layout_checks import check_batch, check_layout
 from megatron.config.resolve import Plan, no_op_flags, resolve
-from megatron.config.sections import Config, Vocabulary
+from megatron.config.sections import Config
 from megatron.config.sizes import flops_per_token
+from megatron.config.vocabulary import Vocabulary
 from megatron.errors import ConfigurationError
 from megatron.log import configure_logging
 from megatron.objectives.input_noise import build_input_noise

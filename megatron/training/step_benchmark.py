@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from megatron.config.layout_checks import check_batch, check_layout
-from megatron.config.sections import Config, Vocabulary
+from megatron.config.sections import Config
+from megatron.config.vocabulary import Vocabulary
 from megatron.errors import ConfigurationError
 from megatron.objectives.input_noise import build_input_noise
 from megatron.objectives.registry import build_objective, capabilities, document_rules

@@ -21,8 +21,9 @@ from benchmarks.memory import (
     print_table,
 )
 from benchmarks.memory import on_cpu as measure_on_cpu
-from megatron.config.sections import ModelConfig, Vocabulary
+from megatron.config.sections import ModelConfig
 from megatron.config.sizes import block_shapes, parameter_count
+from megatron.config.vocabulary import Vocabulary
 from megatron.model import linear_cross_entropy
 from megatron.model.block import Block
 from megatron.model.transformer import Transformer

@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 
-from megatron.config.sections import ModelConfig, Vocabulary
+from megatron.config.sections import ModelConfig
+from megatron.config.vocabulary import Vocabulary
 from megatron.model.transformer import Transformer
 from megatron.training import checkpoint
 from tests.conftest import records, run
