@@ -67,7 +67,7 @@ def check_fields(section) -> None:
         within = field.metadata["within"]
         if within and value is not None:
             remedy = "change it" if field.default is REQUIRED else "change it, or leave it out for the default"
-            require(value in within, name, value, f"{within.rule}; {remedy}")
+            require(value in within, name, value, f"{within.requirement}; {remedy}")
     given = [(name, field.metadata, value) for name, (field, value) in fields.items() if value != field.default]
     for name, metadata, value in given:
         for other in metadata["excludes"]:

@@ -42,7 +42,7 @@ class Range:
         return "not negative" if self.low == 0 else f"at least {self.low:g}"
 
     @property
-    def rule(self) -> str:
+    def requirement(self) -> str:
         """What a value must be, as in "must be at least 1" or "must not be negative"."""
         words = str(self)
         return "must not be negative" if words == "not negative" else f"must be {words}"

@@ -5,7 +5,8 @@ import re
 
 import pytest
 
-from megatron.config.compatibility import TABLE, NoOp, Refused
+from megatron.config.compatibility_entries import NoOp, Refused
+from megatron.config.compatibility_table import TABLE
 from megatron.config.layout_checks import check_batch, check_layout
 from megatron.config.resolve import BUDGETS, resolve
 from megatron.config.vocabulary import Vocabulary

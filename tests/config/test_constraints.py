@@ -65,7 +65,7 @@ def test_a_value_outside_its_range_is_refused_and_help_names_the_range(section, 
     remedy = "change it" if field.default is REQUIRED else "change it, or leave it out for the default"
     for value in outside(within):
         message = refusal(section, **{field.name: value})
-        assert message == f"{spelling(field.name)} {value}: {within.rule}; {remedy}"
+        assert message == f"{spelling(field.name)} {value}: {within.requirement}; {remedy}"
     assert field.default in (REQUIRED, None) or field.default in within
     assert re.search(rf"\({re.escape(str(within))}[;)]", help_of_flags[field.name])
 
