@@ -12,7 +12,7 @@ def check_layout(config: Config, size: int) -> None:
 
     Raises: ConfigurationError if it does not.
     """
-    parallel, model = config.parallel, config.model
+    parallel = config.parallel
     tensor, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     require(
         size % (tensor * stages) == 0,
