@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from megatron.batch import Batch
 from megatron.config.sizes import layers_of
 from megatron.model.transformer import Transformer
-from megatron.parallel.engine import Engine
+from megatron.parallel.engine import Engine, loss_scale
 from megatron.parallel.mesh import ParallelContext
 
 
@@ -125,7 +125,8 @@ class Pipeline(Engine):
         ]
 
         def loss_fn(nll: Tensor, _: Tensor) -> Tensor:
-            return nll.sum() * self.scale
+            total = nll.sum()
+            return total * loss_scale(total, self.scale)
 
         # the loss is summed here and divided by a global count, so the schedule must not scale gradients
         if len(stages) > 1:

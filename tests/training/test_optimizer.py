@@ -97,6 +97,18 @@ def test_apex_on_local_shards_equals_torch(ranks):
             torch.testing.assert_close(apex.state[b][moment].full_tensor(), adamw.state[a][moment].full_tensor())
 
 
+def test_apex_skips_a_step_that_is_not_finite(ranks):
+    model, apex = build(ranks, FusedAdam)
+    train(model, apex, 1)
+    before = [parameter.full_tensor().clone() for parameter in model.parameters()]
+    apex.found_inf = torch.ones(())
+    train(model, apex, 1)
+    assert all(map(torch.equal, before, [parameter.full_tensor() for parameter in model.parameters()]))
+    apex.found_inf = torch.zeros(())
+    train(model, apex, 1)
+    assert not any(map(torch.equal, before, [parameter.full_tensor() for parameter in model.parameters()]))
+
+
 def test_the_apex_of_pypi_is_not_taken_for_nvidias(monkeypatch, tmp_path):
     (tmp_path / "apex").mkdir()
     (tmp_path / "apex" / "__init__.py").write_text("")
