@@ -3,11 +3,12 @@
 `resolve.py` has the checks that need several sections.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from math import isfinite
 
-from megatron.config.flags import flag, one_namespace, require, spelling, typed
+from megatron.config.flags import REQUIRED, flag, one_namespace, require, spelling, typed
 from megatron.config.recipes import RECIPES
+from megatron.errors import ConfigurationError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -799,3 +800,29 @@ class Config:
     validation: ValidationConfig
     checkpoint: CheckpointConfig
     tracking: TrackingConfig
+
+    @classmethod
+    def from_recorded(cls, recorded: dict) -> "Config":
+        """Return the configuration in a run's config.json, whose keys are sections among others.
+
+        Fields that an older run does not have get their defaults.
+
+        Raises: ConfigurationError for an unknown or missing field, or an invalid value.
+        """
+        values = {name: recorded.get(name, {}) for name in SECTIONS}
+        if "objective_name" in recorded:  # runs older than --objective have only this key
+            values["objective"] = {"objective": recorded["objective_name"]} | values["objective"]
+        return cls(**{name: _section(name, values[name]) for name in SECTIONS})
+
+
+def _section(name: str, values: dict):
+    """Return the section `name` with the recorded `values`; JSON made lists of tuples."""
+    section = SECTIONS[name]
+    defaults = {field.name: field.default for field in fields(section)}
+    for field in values.keys() - defaults.keys():
+        raise ConfigurationError(
+            f"config.json: {name}.{field} is no setting of this version; use the version that trained the run"
+        )
+    for field in [field for field, default in defaults.items() if default is REQUIRED and field not in values]:
+        raise ConfigurationError(f"config.json: {name}.{field} is missing; restore the file")
+    return section(**{field: tuple(value) if isinstance(value, list) else value for field, value in values.items()})

@@ -154,18 +154,6 @@ def block_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes | {f"{name}.bias": (size,) for name, size in norms.items() if model.normalization == "layernorm"}
 
 
-# the column-parallel and the row-parallel layers of a block
-COLUMNS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
-ROWS = ("o_proj", "down_proj")
-
-
-def layers_of(stage: int, stages: int, num_layers: int) -> range:
-    """Return the layers of a pipeline stage: even shares, with one layer more for the first stages if need be."""
-    share, remainder = divmod(num_layers, stages)
-    start = stage * share + min(stage, remainder)
-    return range(start, start + share + (1 if stage < remainder else 0))
-
-
 def parameter_count(model: ModelConfig, vocabulary: Vocabulary) -> int:
     """Return N: all parameters of the model, the embedding (padding rows included) counted once."""
     block = sum(prod(shape) for shape in block_shapes(model).values())

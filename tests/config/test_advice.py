@@ -6,11 +6,11 @@ import re
 import pytest
 
 from megatron.config.compatibility import TABLE, NoOp, Refused
-from megatron.config.deepspeed_config import deepspeed_config
 from megatron.config.resolve import BUDGETS, check_batch, check_layout, resolve
 from megatron.config.sections import Vocabulary
 from megatron.errors import ConfigurationError
 from megatron.objectives.registry import capabilities
+from megatron.parallel.deepspeed_config import deepspeed_config
 from megatron.training.command_line import parse
 
 RANKS = 4
