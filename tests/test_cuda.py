@@ -158,11 +158,11 @@ def test_triton_kernels_of_the_head_equal_plain_operators(dtype, terms, monkeypa
     logits = torch.randn(300, 50_304, device="cuda", generator=generator).mul_(4).to(dtype)
     targets = torch.randint(50_258, (300,), device="cuda", generator=generator)
     weights = torch.rand(300, device="cuda", generator=generator)
-    results = []
+    results, options = [], {"vocab_size": 50_258, "shard": WHOLE, "terms": terms}
     for kernels in (linear_cross_entropy._kernels, lambda device: None):
         monkeypatch.setattr(linear_cross_entropy, "_kernels", kernels)
         gradient = logits.clone()
-        loss = linear_cross_entropy._to_gradient_(gradient, targets, weights, 50_258, WHOLE, terms)
+        loss = linear_cross_entropy._to_gradient_(gradient, targets, weights, **options)
         results.append((loss, gradient.float()))
     (loss, gradient), (plain_loss, plain_gradient) = results
     torch.testing.assert_close(loss, plain_loss, rtol=1e-5, atol=1e-5)

@@ -66,7 +66,7 @@ class DeepSpeedEngine(Engine):
         *,
         compile: bool,
     ):
-        super().__init__([model], [model], ranks, settings["zero_optimization"]["stage"])
+        super().__init__([model], [model], ranks, zero_stage=settings["zero_optimization"]["stage"])
         deepspeed = self._deepspeed = import_deepspeed(ranks.device)
         self.optimizer = optimizer
         self._limit = settings["gradient_clipping"]

@@ -39,7 +39,9 @@ class Engine:
     roots: Sequence[nn.Module]
     diverged: Tensor
 
-    def __init__(self, roots: Sequence[nn.Module], models: list[Transformer], ranks: ParallelContext, zero_stage: int):
+    def __init__(
+        self, roots: Sequence[nn.Module], models: list[Transformer], ranks: ParallelContext, *, zero_stage: int
+    ):
         self.roots = roots
         self.models = models
         self.ranks = ranks

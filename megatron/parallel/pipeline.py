@@ -68,8 +68,16 @@ class Pipeline(Engine):
 
     roots: list[Stage]
 
-    def __init__(self, roots: list[Stage], models: list[Transformer], ranks: ParallelContext, zero_stage: int, dtype):
-        super().__init__(roots, models, ranks, zero_stage)
+    def __init__(
+        self,
+        roots: list[Stage],
+        models: list[Transformer],
+        ranks: ParallelContext,
+        *,
+        zero_stage: int,
+        dtype: torch.dtype,
+    ):
+        super().__init__(roots, models, ranks, zero_stage=zero_stage)
         self.pp_rank, self.pp_size = ranks.along("pp")
         self.group = ranks.mesh.get_group("pp")
         self.tp_size = ranks.along("tp")[1]

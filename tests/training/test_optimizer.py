@@ -56,7 +56,7 @@ def ranks():
 
 def build_model(ranks, **changes):
     config = ModelConfig(num_layers=1, hidden_size=16, num_attention_heads=2, add_bias_linear=True, **changes)
-    return build_engine(config, Vocabulary(20), 1, ranks, ParallelConfig(), bf16=False, compile=False)
+    return build_engine(config, Vocabulary(20), ranks, ParallelConfig(), seed=1, bf16=False, compile=False)
 
 
 def build(ranks, fused_adam=None, steps=0):
