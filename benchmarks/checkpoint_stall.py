@@ -73,7 +73,7 @@ def main() -> None:
     ranks = initialize_parallel()
     try:
         vocabulary = Vocabulary(GPT2_VOCABULARY)
-        engine = build_engine(config, vocabulary, 1, ranks, ParallelConfig(), bf16=False, compile=False)
+        engine = build_engine(config, vocabulary, ranks, ParallelConfig(), seed=1, bf16=False, compile=False)
         optimizer = build_optimizer(engine, OptimizerConfig())
         start_state(optimizer, 0)
         with tempfile.TemporaryDirectory(dir=options.folder) as root:

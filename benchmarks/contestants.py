@@ -90,7 +90,7 @@ def implementations(shape: Shape, compile: bool, ranks: ParallelContext) -> list
 
 def ours(shape: Shape, compile: bool, ranks: ParallelContext) -> Step:
     """Return the step of our trainer, with world size 1."""
-    engine = build_engine(shape.model, shape.vocabulary, SEED, ranks, ParallelConfig(), bf16=True, compile=compile)
+    engine = build_engine(shape.model, shape.vocabulary, ranks, ParallelConfig(), seed=SEED, bf16=True, compile=compile)
     optimizer = build_optimizer(engine, OPTIMIZER)
 
     def step(batches: list[Batch], learning_rate: float) -> tuple[Tensor, Tensor]:

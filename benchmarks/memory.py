@@ -250,7 +250,7 @@ def measure(case: Case, rank: int, device: torch.device, steps: int = STEPS) -> 
         replicas=parallel.replicas(parallel.data_size(case.processes)),
     )
     bf16 = not config.training.fp32
-    engine = build_engine(config.model, vocabulary, 0, ranks, parallel, bf16=bf16, compile=False)
+    engine = build_engine(config.model, vocabulary, ranks, parallel, seed=0, bf16=bf16, compile=False)
     optimizer = build_optimizer(engine, config.optimizer)
     start_state(optimizer, 0)
     batches = [random_batch(config, vocabulary, seed) for seed in range(case.micro_batches)]

@@ -213,7 +213,7 @@ def _engine(member: Trained, vocabulary: Vocabulary, ranks: ParallelContext) -> 
     config = member.config
     bf16 = member.recorded["precision"] == "bf16"
     seed = config.training.seed
-    engine = build_engine(config.model, vocabulary, seed, ranks, config.parallel, bf16=bf16, compile=False)
+    engine = build_engine(config.model, vocabulary, ranks, config.parallel, seed=seed, bf16=bf16, compile=False)
     weights = {f"model.{name}": parameter.detach() for name, parameter in engine.named_parameters()}
     checkpoint.load(member.checkpoint, weights)
     return engine

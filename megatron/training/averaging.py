@@ -25,6 +25,7 @@ class Average:
     def __init__(self, engine: Engine, config: OptimizerConfig):
         weights = {name: parameter.detach() for name, parameter in engine.named_parameters()}
         self.config = config
+        self._engine = engine
         self.steps = 0  # steps averaged so far
         self._average = {name: tensor.clone() for name, tensor in weights.items()}
         # local shards, which share their storage with the DTensors above
@@ -32,11 +33,15 @@ class Average:
         self._weight_shards = _local_shards(weights.values())
 
     def update(self, samples: int) -> None:
-        """Update the average with the weights after the step that ended at `samples` consumed samples."""
+        """Update the average with the weights after the step that ended at `samples` consumed samples.
+
+        Once the run has diverged, it remains that of the last good step, as the weights do.
+        """
         if samples >= (self.config.average_from_samples or 0):
             self.steps += 1
             weight = 1 / self.steps if self.config.ema_decay is None else 1 - self.config.ema_decay
-            torch._foreach_lerp_(self._average_shards, self._weight_shards, weight)  # pyright: ignore[reportPrivateImportUsage]
+            weights = [weight * (1 - self._engine.diverged)] * len(self._average_shards)
+            torch._foreach_lerp_(self._average_shards, self._weight_shards, weights)  # pyright: ignore[reportPrivateImportUsage]
 
     @contextmanager
     def swapped(self) -> Iterator[None]:

@@ -51,7 +51,7 @@ def data(tmp_path_factory):
 
 
 def engine(ranks, index: int):
-    return build_engine(CONFIGS[index], VOCABULARY, index, ranks, ParallelConfig(), bf16=False, compile=False)
+    return build_engine(CONFIGS[index], VOCABULARY, ranks, ParallelConfig(), seed=index, bf16=False, compile=False)
 
 
 @torch.no_grad()

@@ -103,7 +103,7 @@ class Fsdp2:
         optimizer = OptimizerConfig(**vars(OPTIMIZER) | {"clip_grad": case.clip})
         config, parallel = ModelConfig(**MODEL | case.model), ParallelConfig()
         self.ranks, self.clip = ranks, case.clip
-        self.engine = build_engine(config, VOCABULARY, 5, ranks, parallel, bf16=case.bf16, compile=False)
+        self.engine = build_engine(config, VOCABULARY, ranks, parallel, seed=5, bf16=case.bf16, compile=False)
         self.optimizer = build_optimizer(self.engine, optimizer)
         start_state(self.optimizer, case.steps // 2 if source else 0)
         if source:

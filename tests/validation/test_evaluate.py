@@ -62,7 +62,7 @@ def plain_model() -> Transformer:
 
 
 def sharded_model(ranks) -> Engine:
-    return build_engine(CONFIG, VOCABULARY, 3, ranks, ParallelConfig(), bf16=False, compile=False)
+    return build_engine(CONFIG, VOCABULARY, ranks, ParallelConfig(), seed=3, bf16=False, compile=False)
 
 
 def objective(name: str):
