@@ -38,8 +38,8 @@ from megatron.config.flags import flag, require
 from megatron.config.sections import Vocabulary
 from megatron.config.sizes import GPT2_VOCABULARY, ladder_model
 from megatron.errors import ConfigurationError
-from megatron.evaluation.generate import generate
-from megatron.evaluation.sampling import Sampling
+from megatron.generation.generate import generate
+from megatron.generation.sampling import Sampling
 from megatron.model.transformer import Transformer
 from megatron.training.environment import device_name
 

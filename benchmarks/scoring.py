@@ -35,9 +35,9 @@ from benchmarks.contestants import version
 from benchmarks.options import read_options
 from megatron.config.flags import flag, require
 from megatron.data.indexed import IndexedDataset
-from megatron.evaluation.batched_forward import Limits, Row, ask
-from megatron.evaluation.requests import Request, Score, Scoring
-from megatron.evaluation.score import score
+from megatron.scoring.batched_forward import Limits, Row, ask
+from megatron.scoring.requests import Request, Score, Scoring
+from megatron.scoring.score import score
 from megatron.training.load_run import Trained, open_trained
 
 PUBLISHED_SAMPLES = 32  # Monte-Carlo samples of every request
@@ -241,7 +241,7 @@ def race(options: Options, run: Trained) -> dict:
     from transformers import PreTrainedTokenizerFast
 
     from megatron.convert.huggingface import hugging_face_config, hugging_face_model
-    from megatron.evaluation.language_model import MegatronLM
+    from megatron.scoring.lm_eval_adapter import MegatronLM
 
     tokenizer = run.tokenizer()
     tokenizer_file = tokenizer.named.removeprefix("--tokenizer-model ")

@@ -15,13 +15,15 @@ from tests.conftest import ROOT
 
 LAYERS = {
     "megatron": 0, "parent_process": 0, "stop_signals": 0, "errors": 0, "randomness": 0, "log": 0, "batch": 0,
-    "figures": 0,
+    "statistics": 0,
     "config": 1,
     "data": 2, "model": 2, "objectives": 2,
     "parallel": 3,
     "validation": 4,
     "training": 5,
-    "evaluation": 6, "convert": 6, "reporting": 6, "check": 6,
+    "generation": 6, "convert": 6, "check": 6,
+    "scoring": 7,
+    "reporting": 8,
 }  # fmt: skip
 INDEPENDENT = {frozenset({"parallel", "objectives"})}  # only training imports both
 TOP_LEVEL = {
@@ -111,7 +113,8 @@ def test_nothing_in_the_package_imports_tools_or_tests():
         ("megatron.training.main", "from megatron.reporting import report"),
         ("megatron.training.main", "importlib.import_module('megatron.reporting.report')"),
         ("megatron.errors", "from megatron.log import configure_logging"),
-        ("megatron.evaluation.score", "from megatron.convert import huggingface"),
+        ("megatron.generation.generate", "from megatron.convert import huggingface"),
+        ("megatron.scoring.score", "from megatron.reporting import runs"),
     ],
 )
 def test_a_planted_upward_import_is_found(module, planted):

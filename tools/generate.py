@@ -30,8 +30,8 @@ from tqdm import tqdm
 
 from megatron.config.flags import DescribedFormatter, Parser, add_section, build
 from megatron.errors import ConfigurationError
-from megatron.evaluation.sampling import Sampling
-from megatron.evaluation.texts import Request, check, max_generated_tokens, read_request, write_records, write_texts
+from megatron.generation.requests import Request, check, max_generated_tokens, read_request, write_records, write_texts
+from megatron.generation.sampling import Sampling
 from megatron.parallel.launch import check_alone
 from megatron.training.load_run import open_trained
 from megatron.training.run_folder import writing

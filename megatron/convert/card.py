@@ -64,7 +64,7 @@ evaluate, score or sample it with its training objective, convert it back to a r
 python tools/convert_checkpoint.py from-hf {name} --output runs/{name}
 python pretrain_mdm.py --skip-train --load runs/{name} --num-mc 32
 python tools/generate.py runs/{name} --prompt "..." --steps 64
-python -m megatron.evaluation.harness --pretrained runs/{name} --tasks hellaswag
+python -m megatron.scoring.lm_eval_cli --pretrained runs/{name} --tasks hellaswag
 ```
 """
 

@@ -8,8 +8,8 @@ import torch
 
 from megatron.config.sections import DataConfig, ModelConfig, ObjectiveConfig, Vocabulary
 from megatron.errors import ConfigurationError
-from megatron.evaluation.generate import check_empty_prompt, check_objective, generate, infill
-from megatron.evaluation.sampling import Sampling
+from megatron.generation.generate import check_empty_prompt, check_objective, generate, infill
+from megatron.generation.sampling import Sampling
 from megatron.model.initialise import initialise
 from megatron.model.transformer import Transformer
 from tests.frequencies import chi_square

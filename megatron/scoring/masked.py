@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from megatron.evaluation.batched_forward import Limits, Prediction, Row, ask
-from megatron.evaluation.mask_designs import Design, balanced_design, exhaustive_design, full_mask
-from megatron.evaluation.requests import REPLICATES, Score, Scoring
 from megatron.model.transformer import Transformer
 from megatron.randomness import stream
+from megatron.scoring.batched_forward import Limits, Prediction, Row, ask
+from megatron.scoring.mask_designs import Design, balanced_design, exhaustive_design, full_mask
+from megatron.scoring.requests import REPLICATES, Score, Scoring
 
 CHAIN_ROWS = 4096  # sequences of the chain rule that exist at one time
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from megatron.errors import ConfigurationError
-from megatron.evaluation.generate import generate, infill
-from megatron.evaluation.generate_diffusion import _Filling, certainty, fill
-from megatron.evaluation.sampling import ORDERS, Sampling, draw_keys
-from tests.evaluation.test_generate import EOD, NEVER, PROMPTS, SIZE, model
+from megatron.generation.diffusion import _Filling, certainty, fill
+from megatron.generation.generate import generate, infill
+from megatron.generation.sampling import ORDERS, Sampling, draw_keys
 from tests.frequencies import chi_square
+from tests.generation.test_generate import EOD, NEVER, PROMPTS, SIZE, model
 
 MASK = SIZE
 

@@ -9,13 +9,13 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from megatron.config.sections import DataConfig, ModelConfig, Vocabulary
 from megatron.errors import ConfigurationError
-from megatron.evaluation import score_masked
-from megatron.evaluation.batched_forward import Limits, batches
-from megatron.evaluation.mask_designs import balanced_design, exhaustive_design
-from megatron.evaluation.requests import Request, Scoring
-from megatron.evaluation.score import score, windows
 from megatron.model.initialise import initialise
 from megatron.model.transformer import Transformer
+from megatron.scoring import masked
+from megatron.scoring.batched_forward import Limits, batches
+from megatron.scoring.mask_designs import balanced_design, exhaustive_design
+from megatron.scoring.requests import Request, Scoring
+from megatron.scoring.score import score, windows
 
 VOCABULARY, EOD, SEQ_LENGTH = Vocabulary(7), 6, 24
 
@@ -45,13 +45,13 @@ def scored(model, requests, objective="mdm", seq_length=SEQ_LENGTH, finished=lam
 @pytest.fixture
 def rows(monkeypatch):
     """All rows that are evaluated by a masked-diffusion model."""
-    collected, plain = [], score_masked.ask
+    collected, plain = [], masked.ask
 
     def collect(model, batch, *arguments):
         collected.extend(batch)
         return plain(model, batch, *arguments)
 
-    monkeypatch.setattr(score_masked, "ask", collect)
+    monkeypatch.setattr(masked, "ask", collect)
     return collected
 
 

@@ -51,4 +51,4 @@ def _is_task_error(error: BaseException) -> bool:
     while trace:
         names.append(trace.tb_frame.f_globals.get("__name__", ""))
         trace = trace.tb_next
-    return any(name.startswith(TASK_MODULES) for name in names) and "megatron.evaluation.language_model" not in names
+    return any(name.startswith(TASK_MODULES) for name in names) and "megatron.scoring.lm_eval_adapter" not in names

@@ -21,12 +21,13 @@ from transformers import PreTrainedTokenizerFast
 from megatron.convert.huggingface import hugging_face_config, hugging_face_model
 from megatron.data.tokenizer import END, HFTokenizer
 from megatron.errors import ConfigurationError
-from megatron.evaluation.checkpoints import plot, score_checkpoints
-from megatron.evaluation.encoding import encode_pair
-from megatron.evaluation.harness import main as harness
-from megatron.evaluation.harness import prepare, read
-from megatron.evaluation.language_model import MegatronLM, cut, doc_key, read_generation
-from megatron.evaluation.requests import Scoring
+from megatron.reporting.plots import plot_task_scores
+from megatron.scoring.checkpoints import score_checkpoints
+from megatron.scoring.encoding import encode_pair
+from megatron.scoring.lm_eval_adapter import MegatronLM, cut, doc_key, read_generation
+from megatron.scoring.lm_eval_cli import main as harness
+from megatron.scoring.lm_eval_cli import prepare, read
+from megatron.scoring.requests import Scoring
 from megatron.training.load_run import open_trained
 from megatron.training.main import main as train
 from tests.conftest import ROOT, environment
@@ -519,7 +520,7 @@ def test_checkpoints_are_scored_along_a_run(runs, tasks, tmp_path):
     last = evaluated(MegatronLM(pretrained=str(runs / "ar")), tasks, ["choices"], limit=3)["results"]["choices"]
     assert record["points"][-1]["results"]["choices"]["acc,none"] == last["acc,none"]
     json.dumps(record)
-    plot(record, tmp_path / "scores.png")
+    plot_task_scores(record, tmp_path / "scores.png")
     assert (tmp_path / "scores.png").read_bytes().startswith(b"\x89PNG") and len(list(tmp_path.iterdir())) == 1
     for run, names, message in (
         (tmp_path, ["choices"], f"{tmp_path}: has no intact checkpoint"),
@@ -559,7 +560,7 @@ def _flip(file, whole: bytes):
     file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
 
 
-PROGRAMS = ["-m megatron.evaluation.harness", "tools/score_checkpoints.py"]
+PROGRAMS = ["-m megatron.scoring.lm_eval_cli", "tools/score_checkpoints.py"]
 
 
 @pytest.mark.parametrize("program", PROGRAMS)

@@ -17,15 +17,15 @@ from lm_eval.api.model import TemplateLM
 
 from megatron.config.flags import flag, require
 from megatron.errors import ConfigurationError
-from megatron.evaluation.answer_cache import AnswerCache
-from megatron.evaluation.encoding import EncodingCounts, encode_pair
-from megatron.evaluation.generate import check_empty_prompt, check_objective, generate
-from megatron.evaluation.requests import Request, Score, Scoring
-from megatron.evaluation.sampling import MASKED, Sampling
-from megatron.evaluation.score import score
+from megatron.generation.generate import check_empty_prompt, check_objective, generate
+from megatron.generation.sampling import MASKED, Sampling
 from megatron.objectives.registry import capabilities
 from megatron.parallel.launch import device, world_size
 from megatron.parallel.mesh import initialize_parallel
+from megatron.scoring.answer_cache import AnswerCache
+from megatron.scoring.encoding import EncodingCounts, encode_pair
+from megatron.scoring.requests import Request, Score, Scoring
+from megatron.scoring.score import score
 from megatron.training.load_run import Trained, open_trained
 from megatron.training.run_folder import writing
 

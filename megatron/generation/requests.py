@@ -13,8 +13,8 @@ from megatron.config.flags import flag, require, spelling, typed
 from megatron.data.text_files import check_encodable, decode_text, json_lines, open_text, read_text, text_kind
 from megatron.data.tokenizer import Tokenizer
 from megatron.errors import ConfigurationError
-from megatron.evaluation.generate import check_empty_prompt, check_gaps, check_objective, generate, infill
-from megatron.evaluation.sampling import MASKED, Sampling
+from megatron.generation.generate import check_empty_prompt, check_gaps, check_objective, generate, infill
+from megatron.generation.sampling import MASKED, Sampling
 from megatron.objectives.registry import capabilities
 from megatron.training.load_run import Trained
 from megatron.training.run_folder import writing

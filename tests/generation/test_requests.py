@@ -14,9 +14,9 @@ import zstandard
 
 from megatron.data.tokenizer import ByteTokenizer
 from megatron.errors import ConfigurationError
-from megatron.evaluation.generate import generate
-from megatron.evaluation.sampling import Sampling
-from megatron.evaluation.texts import MASK_SYMBOL, Prompt, Request, read_request, visible
+from megatron.generation.generate import generate
+from megatron.generation.requests import MASK_SYMBOL, Prompt, Request, read_request, visible
+from megatron.generation.sampling import Sampling
 from megatron.training.load_run import open_trained
 from megatron.training.main import main
 from tests.conftest import ROOT, environment

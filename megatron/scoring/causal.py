@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from megatron.batch import Batch
-from megatron.evaluation.batched_forward import Limits, Prediction, batches, pad, predict, select, split
-from megatron.evaluation.requests import Score
 from megatron.model.kv_cache import KVCache
 from megatron.model.transformer import Transformer
+from megatron.scoring.batched_forward import Limits, Prediction, batches, pad, predict, select, split
+from megatron.scoring.requests import Score
 
 
 @dataclass(frozen=True)

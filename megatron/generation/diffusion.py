@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron.batch import Batch
-from megatron.evaluation.sampling import Sampling, choose
+from megatron.generation.sampling import Sampling, choose
 from megatron.model.transformer import Transformer
 from megatron.randomness import stream
 

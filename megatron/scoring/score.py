@@ -14,13 +14,13 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from megatron.config.sections import DataConfig
-from megatron.evaluation.batched_forward import Limits
-from megatron.evaluation.generate import check_empty_prompt, check_objective
-from megatron.evaluation.requests import Request, Score, Scoring
-from megatron.evaluation.score_causal import Finished, Pair, score_causal
-from megatron.evaluation.score_masked import MaskedScorer, PendingRequest, content_key
+from megatron.generation.generate import check_empty_prompt, check_objective
 from megatron.model.transformer import Transformer
 from megatron.objectives.registry import capabilities
+from megatron.scoring.batched_forward import Limits
+from megatron.scoring.causal import Finished, Pair, score_causal
+from megatron.scoring.masked import MaskedScorer, PendingRequest, content_key
+from megatron.scoring.requests import Request, Score, Scoring
 
 logger = logging.getLogger(__name__)
 

@@ -14,8 +14,8 @@ from megatron.config.capabilities import Refused
 from megatron.config.flags import spelling
 from megatron.config.sections import DataConfig, ObjectiveConfig
 from megatron.errors import ConfigurationError
-from megatron.evaluation.generate_diffusion import OnStep, fill
-from megatron.evaluation.sampling import Sampling, choose, draw_keys
+from megatron.generation.diffusion import OnStep, fill
+from megatron.generation.sampling import Sampling, choose, draw_keys
 from megatron.model.kv_cache import KVCache
 from megatron.model.transformer import Transformer
 from megatron.objectives.registry import DOCUMENT_RULES, NO_TARGET_POSITIONS, can, capabilities
