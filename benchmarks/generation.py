@@ -100,7 +100,8 @@ def build(options: Options) -> dict[str, Generate]:
 
     def ours(objective: str, **settings) -> Generate:
         sampling = Sampling(max_new_tokens=options.max_new_tokens, **settings)
-        return lambda: generate(model, objective, prompts.tolist(), sampling, NO_EOD, options.batch_size)
+        limits = {"eod": NO_EOD, "batch_size": options.batch_size}
+        return lambda: generate(model, objective, prompts.tolist(), sampling, **limits)
 
     generators = {OURS: ours("ar")}
     missing = contestants.missing("transformers")

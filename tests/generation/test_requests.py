@@ -15,8 +15,9 @@ import zstandard
 from megatron.data.tokenizer import ByteTokenizer
 from megatron.errors import ConfigurationError
 from megatron.generation.generate import generate
-from megatron.generation.requests import MASK_SYMBOL, Prompt, Request, read_request, visible
+from megatron.generation.requests import Prompt, Request, read_request
 from megatron.generation.sampling import Sampling
+from megatron.generation.texts import MASK_SYMBOL, visible
 from megatron.training.load_run import open_trained
 from megatron.training.main import main
 from tests.conftest import ROOT, environment
@@ -63,7 +64,7 @@ def test_next_tokens_of_standard_input_and_of_a_file(runs, tmp_path, written):
     assert completed.returncode == 0, completed.stderr
     trained = open_trained(str(runs / "ar"))
     model, tokenizer = trained.model(), trained.tokenizer()
-    ids = generate(model, "ar", [tokenizer.encode("def main(")], Sampling(max_new_tokens=10), tokenizer.eod)[0]
+    ids = generate(model, "ar", [tokenizer.encode("def main(")], Sampling(max_new_tokens=10), eod=tokenizer.eod)[0]
     assert completed.stdout == f"def main({tokenizer.decode(ids)}\n" and completed.stderr == ""
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "import "}\n{"prompt": "def f(x):\\n"}\n')
     flags = "--max-new-tokens 12 --temperature 1 --top-k 50 --top-p 0.95 --num-samples 2 --seed 7 --average".split()
@@ -81,7 +82,7 @@ def test_next_tokens_of_standard_input_and_of_a_file(runs, tmp_path, written):
     model = open_trained(str(runs / "ar"), "best").model(average=True)
     prompts = [tokenizer.encode(record["prompt"]) for record in records]
     sampling = Sampling(max_new_tokens=12, temperature=1.0, top_k=50, top_p=0.95, seed=7)
-    assert [record["ids"] for record in records] == generate(model, "ar", prompts, sampling, tokenizer.eod)
+    assert [record["ids"] for record in records] == generate(model, "ar", prompts, sampling, eod=tokenizer.eod)
     for record in records:
         assert record["text"] == tokenizer.decode(record["ids"])
         assert (
