@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron.objectives.registry import OBJECTIVES
 from tests.conftest import ROOT
 
 LAYERS = {
@@ -192,6 +193,45 @@ def test_a_planted_unsafe_read_is_found(planted):
     assert unsafe_reads(planted)
     assert not unsafe_reads("torch.load(p, weights_only=True)")
     assert not unsafe_reads("import json\nnp.load(p)\nnp.load(p, allow_pickle=False)\njson.load(file)")
+
+
+def objective_comparisons(source: str) -> list[str]:
+    """Return the comparisons with an objective's name; what objectives can do is declared in the registry."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Compare):
+            operands = [node.left, *node.comparators]
+        elif isinstance(node, ast.match_case):
+            operands = [node.pattern]
+        else:
+            continue
+        constants = [part.value for operand in operands for part in ast.walk(operand) if isinstance(part, ast.Constant)]
+        if set(OBJECTIVES) & {value for value in constants if isinstance(value, str)}:
+            found.append(ast.unparse(node))
+    return found
+
+
+OUTSIDE_OBJECTIVES = [path for path in SOURCES if "objectives" not in path.relative_to(ROOT).parts]
+
+
+@pytest.mark.parametrize("path", OUTSIDE_OBJECTIVES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_only_objectives_compare_the_name_of_an_objective(path):
+    assert objective_comparisons(path.read_text()) == []
+
+
+@pytest.mark.parametrize(
+    "planted",
+    [
+        'if config.objective == "mdm": pass',
+        'causal = "ar" == name',
+        'masked = name not in ("ar", "dual")',
+        'flags = [x for x in y if x.name != "block-diffusion"]',
+        'match name:\n    case "mdm" | "dual":\n        pass',
+    ],
+)
+def test_a_planted_comparison_with_an_objective_is_found(planted):
+    assert len(objective_comparisons(planted)) == 1
+    assert not objective_comparisons('parse("ar", words)\nx = {"ar": 1}\ny = name == "adam"\nz = z or "mdm"')
 
 
 def absent_from_torch(source: str) -> list[str]:

@@ -60,8 +60,8 @@ def main() -> None:
         if detector:
             initialize_parallel(minutes=config.parallel.distributed_timeout_minutes)
         tasks = options.tasks.split(",")
-        cache = options.output / "answers"
-        record = score_checkpoints(options.run, tasks, options.scoring, options.include_path, options.limit, cache)
+        settings = {"include_path": options.include_path, "limit": options.limit, "cache": options.output / "answers"}
+        record = score_checkpoints(options.run, tasks, options.scoring, **settings)
         if not record["points"]:
             return  # rank 0 has them
         write_json(options.output / "scores.json", record)

@@ -70,7 +70,7 @@ python -m megatron.scoring.lm_eval_cli --pretrained runs/{name} --tasks hellaswa
 
 
 def model_card(
-    trained: Trained, tokenizer: "PreTrainedTokenizerFast", name: str, kind: str, average: bool, dtype: str
+    trained: Trained, tokenizer: "PreTrainedTokenizerFast", *, name: str, kind: str, average: bool, dtype: str
 ) -> str:
     """Return the README.md of an exported run: `name` is its title, `kind` its class in transformers."""
     masked = kind.endswith("MaskedLM")

@@ -18,6 +18,7 @@ from megatron.config.flags import spelling, typed
 from megatron.config.resolve import no_op_flags
 from megatron.config.sections import SECTIONS, Config, Vocabulary
 from megatron.errors import ConfigurationError
+from megatron.objectives.base import Likelihood
 from megatron.objectives.registry import DOCUMENT_RULES, build_objective, document_rules
 from megatron.parallel.apply import build_engine
 from megatron.parallel.engine import Engine
@@ -26,7 +27,7 @@ from megatron.statistics import clustered_ratio
 from megatron.training import checkpoint
 from megatron.training.datasets import Sources, open_sources
 from megatron.training.load_run import Trained, open_trained, trained_config
-from megatron.validation.evaluate import Evaluation, evaluate
+from megatron.validation.evaluate import Evaluation, ValidationSet, evaluate
 
 logger = logging.getLogger(__name__)
 
@@ -159,34 +160,11 @@ def evaluate_members(members: list[Trained], ranks: ParallelContext) -> dict:
     for line in no_op_flags(first.config, exact) if ranks.rank == 0 else ():
         logger.info(line)
     ensemble = Ensemble([_engine(member, vocabulary, ranks) for member in members])
-    evaluations = [
-        (data, name, likelihood) for data in sources.validation for name, likelihood in objective.evaluations(data.name)
-    ]
-    sets = {}
-    for data, name, likelihood in evaluations:
-        results = evaluate(
-            ensemble,
-            likelihood,
-            data,
-            seed=validation.eval_seed,
-            replicates=validation.num_mc,
-            batch_size=validation.eval_batch_size or first.config.training.micro_batch_size,
-            alignment=validation.eval_alignment,
-            models=2 * len(members),
-        )
-        singles, ensembles = results[: len(members)], results[len(members) :]
-        for member, evaluation in zip(members, singles, strict=True):
-            if not np.isfinite(evaluation.nats).all():
-                raise ConfigurationError(f"{member.name}: its loss on {name} is not finite; leave it out")
-        sets[name] = {
-            "upper_bound": not likelihood.exact,
-            "num_mc": 1 if likelihood.exact else validation.num_mc,
-            "members": [evaluation.summary() for evaluation in singles],
-            "ensembles": [
-                {"size": size, **evaluation.summary(), **_gain(singles[:size], evaluation)}
-                for size, evaluation in enumerate(ensembles, start=1)
-            ],
-        }
+    sets = {
+        name: _evaluate_set(members, ensemble, name, data=data, likelihood=likelihood)
+        for data in sources.validation
+        for name, likelihood in objective.evaluations(data.name)
+    }
     return {
         "objective_name": objective.name,
         "average": "probabilities",
@@ -206,12 +184,53 @@ def evaluate_members(members: list[Trained], ranks: ParallelContext) -> dict:
     }
 
 
+def _evaluate_set(
+    members: list[Trained], ensemble: Ensemble, name: str, *, data: ValidationSet, likelihood: Likelihood
+) -> dict:
+    """Return the summaries of every member, and of the ensembles of the first 1 to K of them, on one set.
+
+    Raises: ConfigurationError where the loss of a member is not finite.
+    """
+    first = members[0].config
+    validation = first.validation
+    results = evaluate(
+        ensemble,
+        likelihood,
+        data,
+        seed=validation.eval_seed,
+        replicates=validation.num_mc,
+        batch_size=validation.eval_batch_size or first.training.micro_batch_size,
+        alignment=validation.eval_alignment,
+        models=2 * len(members),
+    )
+    singles, ensembles = results[: len(members)], results[len(members) :]
+    for member, evaluation in zip(members, singles, strict=True):
+        if not np.isfinite(evaluation.nats).all():
+            raise ConfigurationError(f"{member.name}: its loss on {name} is not finite; leave it out")
+    return {
+        "upper_bound": not likelihood.exact,
+        "num_mc": 1 if likelihood.exact else validation.num_mc,
+        "members": [evaluation.summary() for evaluation in singles],
+        "ensembles": [
+            {"size": size, **evaluation.summary(), **_gain(singles[:size], evaluation)}
+            for size, evaluation in enumerate(ensembles, start=1)
+        ],
+    }
+
+
 def _engine(member: Trained, vocabulary: Vocabulary, ranks: ParallelContext) -> Engine:
     """Return the engine of a member with the weights of its checkpoint, without an optimizer."""
     config = member.config
     bf16 = member.recorded["precision"] == "bf16"
-    seed = config.training.seed
-    engine = build_engine(config.model, vocabulary, seed, ranks, config.parallel, bf16=bf16, compile=False)
+    engine = build_engine(
+        config.model,
+        vocabulary,
+        seed=config.training.seed,
+        ranks=ranks,
+        parallel=config.parallel,
+        bf16=bf16,
+        compile=False,
+    )
     weights = {f"model.{name}": parameter.detach() for name, parameter in engine.named_parameters()}
     checkpoint.load(member.checkpoint, weights)
     return engine

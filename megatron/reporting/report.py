@@ -114,7 +114,7 @@ def write_report(runs: list[Run], output: Path, tuning: str = "tuning", validati
     plots = plot_runs(runs, rows, output, validation)
     conclusions = sentences(rows, comparisons)
     warnings = caveats(rows, runs)
-    page = render(runs, rows, comparisons, conclusions, warnings, plots)
+    page = render(runs, rows, comparisons=comparisons, conclusions=conclusions, warnings=warnings, plots=plots)
     partial = output / "report.html.partial"
     partial.write_text(page, encoding="utf-8", errors="replace")
     partial.replace(output / "report.html")
@@ -180,7 +180,15 @@ def _inline(path: Path) -> str:
     return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
 
 
-def render(runs, rows, comparisons, conclusions, warnings, plots) -> str:
+def render(
+    runs: list[Run],
+    rows: list[dict],
+    *,
+    comparisons: list[tuple[str, str, Difference]],
+    conclusions: list[str],
+    warnings: list[str],
+    plots: dict[str, Path],
+) -> str:
     """Return the HTML page; it is self-contained, with plots inlined."""
     config, escape = runs[0].config, html.escape
 

@@ -113,7 +113,8 @@ def load_run(folder: str | Path) -> Run:
             valid.setdefault(record["set"], []).append(record)
     if not valid:
         raise ConfigurationError(f"{folder}: holds no validation record; train with --valid-data-path")
-    return Run(folder.name, folder, config, [record for record in records if record["kind"] == "train"], valid)
+    train = [record for record in records if record["kind"] == "train"]
+    return Run(name=folder.name, folder=folder, config=config, train=train, valid=valid)
 
 
 def curve(run: Run, name: str) -> list[dict]:
@@ -151,7 +152,7 @@ def paired_difference(first: tuple[Run, dict], second: tuple[Run, dict]) -> Diff
             f"{first[0].folder} and {second[0].folder}: scored different tokens and cannot be paired"
         )
     nats = [np.atleast_2d(sums["nats"]) for sums in documents]  # [R, D], R Monte-Carlo samples
-    difference = statistics.paired_difference(*nats, tokens)
+    difference = statistics.paired_difference(nats[0], nats[1], tokens)
     return Difference(difference.value, difference.standard_error or 0.0)
 
 

@@ -5,7 +5,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from megatron.errors import ConfigurationError
-from megatron.scoring.lm_eval_adapter import MegatronLM, Source
+from megatron.scoring.lm_eval_adapter import MegatronLM
+from megatron.scoring.lm_eval_arguments import Source
 from megatron.scoring.lm_eval_errors import check_include_path, faults_of_tasks
 from megatron.scoring.requests import Scoring
 from megatron.training.checkpoint import complete, damage
@@ -35,6 +36,7 @@ def score_checkpoints(
     run: str,
     tasks: list[str],
     scoring: Scoring,
+    *,
     include_path: str | None,
     limit: float | None,
     cache: Path | None = None,

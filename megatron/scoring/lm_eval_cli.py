@@ -28,6 +28,7 @@ from megatron.errors import ConfigurationError
 from megatron.log import configure_logging
 from megatron.parallel.launch import adopt_launcher, rank
 from megatron.parallel.mesh import initialize_parallel
+from megatron.scoring.lm_eval_arguments import Source, read_arguments, read_generation
 from megatron.scoring.lm_eval_errors import check_include_path, faults_of_tasks, leave_without_lm_eval
 from megatron.scoring.published_flags import check_training_flags, split_training_flags, translate_published
 from megatron.scoring.requests import Scoring
@@ -38,7 +39,7 @@ try:
     from lm_eval.api.registry import model_registry
     from lm_eval.utils import sanitize_model_name, setup_logging
 
-    from megatron.scoring.lm_eval_adapter import MegatronLM, Source, read_arguments, read_generation
+    from megatron.scoring.lm_eval_adapter import MegatronLM
 except ImportError as missing:
     leave_without_lm_eval(missing)
 

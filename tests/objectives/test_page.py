@@ -103,7 +103,7 @@ from megatron.scoring.score import score
 from megatron.training.load_run import open_trained
 trained = open_trained({str(prefix_run)!r}, "latest")
 requests = [Request([100], [101, 102])]
-print(score(trained.model(), "prefix", requests, Scoring(), trained.tokenizer().eod, 32)[0].upper_bound)
+print(score(trained.model(), "prefix", requests, Scoring(), eod=trained.tokenizer().eod, seq_length=32)[0].upper_bound)
 """
     result = in_copy(extended, "-c", scoring)
     assert result.stdout == "False\n", result.stderr
