@@ -699,3 +699,19 @@ def test_devices_and_rows_that_are_none(runs):
             MegatronLM(pretrained=str(runs / "ar"), **options)
         assert str(caught.value).startswith(message)
     assert MegatronLM(pretrained=str(runs / "ar"), batch_size="8", max_batch_size=4).scoring.batch_rows == 4
+
+
+def test_a_task_with_fewer_documents_than_ranks_is_refused(runs, tasks):
+    """lm-eval fails on a rank without a document; the launcher then ends the others."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += ["-m", "megatron.scoring.lm_eval_cli", "--pretrained", runs / "ar", "--tasks", "writing", "--limit", "1"]
+    completed = subprocess.run(
+        [*map(str, command), "--include_path", str(tasks)],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    message = "--tasks writing: a task has fewer documents than the 2 ranks; start fewer, or give a higher --limit"
+    assert completed.returncode and f"error: {message}" in completed.stderr.splitlines()
