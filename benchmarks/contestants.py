@@ -232,9 +232,8 @@ def version(package: str) -> str | None:
 def transformers_model(shape: Shape) -> nn.Module:
     """Return transformers' model with our weights, in training mode."""
     padded_vocab_size = shape.vocabulary.padded_size
-    return hugging_face_model(
-        shape.ours(), hugging_face_config(shape.model, rows=padded_vocab_size, positions=shape.seq_length)
-    ).train()
+    sizes = {"vocabulary_rows": padded_vocab_size, "max_positions": shape.seq_length}
+    return hugging_face_model(shape.ours(), hugging_face_config(shape.model, **sizes)).train()
 
 
 # their module name -> ours, of one block; query, key and value projections are packed into one matrix there

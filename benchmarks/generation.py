@@ -38,8 +38,8 @@ from megatron.config.flags import flag, require
 from megatron.config.sizes import GPT2_VOCABULARY, ladder_model
 from megatron.config.vocabulary import Vocabulary
 from megatron.errors import ConfigurationError
-from megatron.evaluation.generate import generate
-from megatron.evaluation.sampling import Sampling
+from megatron.generation.generate import generate
+from megatron.generation.sampling import Sampling
 from megatron.model.transformer import Transformer
 from megatron.training.environment import device_name
 
@@ -100,7 +100,8 @@ def build(options: Options) -> dict[str, Generate]:
 
     def ours(objective: str, **settings) -> Generate:
         sampling = Sampling(max_new_tokens=options.max_new_tokens, **settings)
-        return lambda: generate(model, objective, prompts.tolist(), sampling, NO_EOD, options.batch_size)
+        limits = {"eod": NO_EOD, "batch_size": options.batch_size}
+        return lambda: generate(model, objective, prompts.tolist(), sampling, **limits)
 
     generators = {OURS: ours("ar")}
     missing = contestants.missing("transformers")

@@ -35,9 +35,9 @@ from benchmarks.contestants import version
 from benchmarks.options import read_options
 from megatron.config.flags import flag, require
 from megatron.data.indexed import IndexedDataset
-from megatron.evaluation.batched_forward import Limits, Row, ask
-from megatron.evaluation.requests import Request, Score, Scoring
-from megatron.evaluation.score import score
+from megatron.scoring.batched_forward import Limits, MaskedSequence, predict_sequences
+from megatron.scoring.requests import Request, Score, Scoring
+from megatron.scoring.score import score
 from megatron.training.load_run import Trained, open_trained
 
 PUBLISHED_SAMPLES = 32  # Monte-Carlo samples of every request
@@ -141,10 +141,10 @@ def published(
                 tokens = np.array([*context, *continuation])
                 targets = tokens[masked]
                 tokens[masked] = run.vocabulary.mask_id
-                sequences.append(Row(tokens, masked, targets))
+                sequences.append(MaskedSequence(tokens, masked, targets))
                 text_indices.append(text_index)
                 times.append(t)
-    sums = [prediction.nll.sum() for prediction in ask(model, sequences, Limits(16384))]
+    sums = [prediction.nll.sum() for prediction in predict_sequences(model, sequences, Limits(16384))]
     return np.bincount(text_indices, np.array(sums) / times / num_samples, minlength=len(texts)).tolist()
 
 
@@ -162,7 +162,7 @@ def variances(options: Options, run: Trained) -> list[dict]:
             Request(*text, f"{draw}/{index}") for draw in range(options.draws) for index, text in enumerate(texts)
         ]
         scoring = Scoring(num_mc=PUBLISHED_SAMPLES, decide_at=0.0, only_mc_nll=True)
-        scores = score(model, "mdm", requests, scoring, run.tokenizer().eod, seq_length)
+        scores = score(model, "mdm", requests, scoring, eod=run.tokenizer().eod, seq_length=seq_length)
         ours = -np.array([estimate.log_likelihood for estimate in scores]).reshape(theirs.shape)  # [draws, texts]
         published_variance = theirs.var(axis=0, ddof=1).mean()
         variance = ours.var(axis=0, ddof=1).mean()
@@ -187,7 +187,7 @@ def questions(options: Options, run: Trained) -> dict:
 
     def ours(**settings) -> list[Score]:
         scoring = Scoring(only_mc_nll=True, **settings)
-        return score(model, "mdm", requests, scoring, run.tokenizer().eod, run.config.data.seq_length)
+        return score(model, "mdm", requests, scoring, eod=run.tokenizer().eod, seq_length=run.config.data.seq_length)
 
     def best(nlls) -> np.ndarray:
         return np.array(nlls).reshape(-1, NUM_CHOICES).argmin(1)
@@ -241,14 +241,15 @@ def race(options: Options, run: Trained) -> dict:
     from transformers import PreTrainedTokenizerFast
 
     from megatron.convert.huggingface import hugging_face_config, hugging_face_model
-    from megatron.evaluation.language_model import MegatronLM
+    from megatron.scoring.lm_eval_adapter import MegatronLM
 
     tokenizer = run.tokenizer()
-    tokenizer_file = tokenizer.named.removeprefix("--tokenizer-model ")
+    tokenizer_file = tokenizer.flag.removeprefix("--tokenizer-model ")
     hf_tokenizer = PreTrainedTokenizerFast(tokenizer_file=tokenizer_file, eos_token="<|endoftext|>")
     batch_size = 16
     ours = MegatronLM(pretrained=run.name, batch_size=batch_size, device="cpu")
-    hf_config = hugging_face_config(run.config.model, rows=run.vocabulary.size, positions=run.config.data.seq_length)
+    sizes = {"vocabulary_rows": run.vocabulary.size, "max_positions": run.config.data.seq_length}
+    hf_config = hugging_face_config(run.config.model, **sizes)
     hf_model = hugging_face_model(run.model(), hf_config)
     theirs = HFLM(pretrained=hf_model, tokenizer=hf_tokenizer, batch_size=batch_size, device="cpu", backend="causal")
     text_length = options.context + NUM_CHOICES * options.answer

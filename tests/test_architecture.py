@@ -11,17 +11,20 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron.objectives.registry import OBJECTIVES
 from tests.conftest import ROOT
 
 LAYERS = {
     "megatron": 0, "parent_process": 0, "stop_signals": 0, "errors": 0, "randomness": 0, "log": 0, "batch": 0,
-    "figures": 0,
+    "statistics": 0,
     "config": 1,
     "data": 2, "model": 2, "objectives": 2,
     "parallel": 3,
     "validation": 4,
     "training": 5,
-    "evaluation": 6, "convert": 6, "reporting": 6, "check": 6,
+    "generation": 6, "convert": 6, "check": 6,
+    "scoring": 7,
+    "reporting": 8,
 }  # fmt: skip
 INDEPENDENT = {frozenset({"parallel", "objectives"})}  # only training imports both
 TOP_LEVEL = {
@@ -111,7 +114,8 @@ def test_nothing_in_the_package_imports_tools_or_tests():
         ("megatron.training.main", "from megatron.reporting import report"),
         ("megatron.training.main", "importlib.import_module('megatron.reporting.report')"),
         ("megatron.errors", "from megatron.log import configure_logging"),
-        ("megatron.evaluation.score", "from megatron.convert import huggingface"),
+        ("megatron.generation.generate", "from megatron.convert import huggingface"),
+        ("megatron.scoring.score", "from megatron.reporting import runs"),
     ],
 )
 def test_a_planted_upward_import_is_found(module, planted):
@@ -189,6 +193,45 @@ def test_a_planted_unsafe_read_is_found(planted):
     assert unsafe_reads(planted)
     assert not unsafe_reads("torch.load(p, weights_only=True)")
     assert not unsafe_reads("import json\nnp.load(p)\nnp.load(p, allow_pickle=False)\njson.load(file)")
+
+
+def objective_comparisons(source: str) -> list[str]:
+    """Return the comparisons with an objective's name; what objectives can do is declared in the registry."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Compare):
+            operands = [node.left, *node.comparators]
+        elif isinstance(node, ast.match_case):
+            operands = [node.pattern]
+        else:
+            continue
+        constants = [part.value for operand in operands for part in ast.walk(operand) if isinstance(part, ast.Constant)]
+        if set(OBJECTIVES) & {value for value in constants if isinstance(value, str)}:
+            found.append(ast.unparse(node))
+    return found
+
+
+OUTSIDE_OBJECTIVES = [path for path in SOURCES if "objectives" not in path.relative_to(ROOT).parts]
+
+
+@pytest.mark.parametrize("path", OUTSIDE_OBJECTIVES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_only_objectives_compare_the_name_of_an_objective(path):
+    assert objective_comparisons(path.read_text()) == []
+
+
+@pytest.mark.parametrize(
+    "planted",
+    [
+        'if config.objective == "mdm": pass',
+        'causal = "ar" == name',
+        'masked = name not in ("ar", "dual")',
+        'flags = [x for x in y if x.name != "block-diffusion"]',
+        'match name:\n    case "mdm" | "dual":\n        pass',
+    ],
+)
+def test_a_planted_comparison_with_an_objective_is_found(planted):
+    assert len(objective_comparisons(planted)) == 1
+    assert not objective_comparisons('parse("ar", words)\nx = {"ar": 1}\ny = name == "adam"\nz = z or "mdm"')
 
 
 def absent_from_torch(source: str) -> list[str]:

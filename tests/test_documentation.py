@@ -227,7 +227,7 @@ def test_every_flag_that_a_document_names_exists(document):
     tools += [ROOT / "benchmarks" / "scoring.py"]
     tools += [ROOT / "tests" / "training" / "kill_loop.py", ROOT / "tests" / "record_runs.py"]
     texts = [help_of(tool) for tool in tools] + [
-        help_of("-m", name) for name in ("megatron.check", "megatron.evaluation.harness")
+        help_of("-m", name) for name in ("megatron.check", "megatron.scoring.lm_eval_cli")
     ]
     texts += [path.read_text() for path in scripts()]
     known |= {name for text in texts for name in re.findall(r"--[a-z][\w-]*", text)}

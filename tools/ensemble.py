@@ -26,8 +26,9 @@ from megatron.training.main import start
 
 # isort: split
 # OMP_WAIT_POLICY is set by the import above and must precede torch
-from megatron.evaluation.ensemble import evaluate_members, open_members, plot, settings, table
 from megatron.parallel.mesh import initialize_parallel
+from megatron.reporting.ensemble import evaluate_members, open_members, settings, table
+from megatron.reporting.plots import plot_ensembles
 from megatron.training.run_folder import write_json, writing
 
 
@@ -58,7 +59,7 @@ def main() -> None:
                 write_json(options.json, record)
             if options.plot:
                 with writing(options.plot):
-                    plot(record, options.plot)
+                    plot_ensembles(record, options.plot)
 
     def make_folders() -> None:
         for path in filter(None, (options.json, options.plot)):

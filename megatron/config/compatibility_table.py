@@ -309,7 +309,7 @@ SCORING = (
         "--task_list --results_path --eval_method --eval_fp32 --only_generate --only_mc_nll --sampling_eps "
         "--max_chunk_size --adaptive_seq_len --num_fewshot --inference --inference-batch-times-seqlen-threshold "
         "--max-tokens-to-oom",
-        "not supported, downstream tasks are run by python -m megatron.evaluation.harness, not by training; leave it "
+        "not supported, downstream tasks are run by python -m megatron.scoring.lm_eval_cli, not by training; leave it "
         "out",
     ),
 )

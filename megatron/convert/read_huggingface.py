@@ -66,7 +66,14 @@ def read_folder(path: Path) -> Folder:
         raise ConfigurationError(
             f"{path}/config.json: mask_token_id {config.mask_token_id} is not a row of the embedding; correct it"
         )
-    return Folder(path, family, config, model, weights, config.mask_token_id if masked else None)
+    return Folder(
+        path=path,
+        family=family,
+        config=config,
+        model=model,
+        weights=weights,
+        mask_row=config.mask_token_id if masked else None,
+    )
 
 
 def model_config(config: "PreTrainedConfig", raw: dict, path: Path) -> ModelConfig:

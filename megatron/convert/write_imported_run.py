@@ -121,7 +121,7 @@ def check_weights(weights: dict[str, Tensor], config: ModelConfig, vocabulary: V
 
 
 def fill_tables(
-    weights: dict[str, Tensor], config: ModelConfig, vocabulary: Vocabulary, seed: int, mask_row: int | None = None
+    weights: dict[str, Tensor], config: ModelConfig, vocabulary: Vocabulary, *, seed: int, mask_row: int | None = None
 ) -> dict[str, Tensor]:
     """Return `weights` with embedding and head [R, H] truncated or extended to the padded vocabulary.
 

@@ -72,23 +72,23 @@ def open_sources(config: Config) -> Sources:
 def _members(requested: DataSet, opened: dict[str, IndexedDataset], data: DataConfig) -> list[IndexedDataset]:
     """Return the members of a blend, each cut to its split of --split."""
     datasets = [opened[prefix] for prefix in requested.prefixes]
-    if requested.part is None:
+    if requested.split_index is None:
         return datasets
     splits = []
     for dataset in datasets:
-        first, last = split_edges(data.split_shares, len(dataset))[requested.part : requested.part + 2]
+        first, last = split_edges(data.split_shares, len(dataset))[requested.split_index : requested.split_index + 2]
         if not dataset.sizes[first:last].any():
             raise ConfigurationError(
                 f"--split {data.split}: leaves no tokens of {dataset.prefix} for {requested.name}, of {len(dataset)} "
                 "documents in all; change the shares or give --valid-data-path"
             )
-        splits.append(dataset.part(first, last))
+        splits.append(dataset.document_range(first, last))
     return splits
 
 
 def _suffices(requested: DataSet, opened: dict[str, IndexedDataset], data: DataConfig) -> bool:
     """Return whether a set holds at least one sample; only the test split of --split may be smaller."""
-    if requested.part != 2:
+    if requested.split_index != 2:
         return True
     for dataset in (opened[prefix] for prefix in requested.prefixes):
         first, last = split_edges(data.split_shares, len(dataset))[2:]
@@ -127,7 +127,7 @@ def _tokenizer(data: DataConfig, metadata: dict[str, dict]) -> Tokenizer:
         if size != tokenizer.vocabulary_size:
             fault = f"was tokenised with {size} ids, the tokenizer has {tokenizer.vocabulary_size}"
         elif recorded.get("tokenizer_hash", tokenizer.hash) != tokenizer.hash:
-            fault = f"was tokenised with another tokenizer than {tokenizer.named}"
+            fault = f"was tokenised with another tokenizer than {tokenizer.flag}"
         else:
             continue
         raise ConfigurationError(
@@ -159,7 +159,13 @@ def tokenizer_of_data(data: DataConfig, prefix: str, recorded: dict) -> Tokenize
             f"{prefix}: no tokenizer file is next to the data; give the tokenizer of the data "
             "(--tokenizer-type, --tokenizer-model, --vocab-file, --merge-file, --vocab-size)"
         )
-    return build_tokenizer(data.tokenizer_type, model, data.vocab_size, data.vocab_file, data.merge_file)
+    return build_tokenizer(
+        data.tokenizer_type,
+        model,
+        vocab_size=data.vocab_size,
+        vocab_file=data.vocab_file,
+        merge_file=data.merge_file,
+    )
 
 
 def _validation_set(

@@ -72,7 +72,7 @@ class Trained:
         expected = metadata.get("tokenizer_hash", tokenizer.hash)
         if (tokenizer.vocabulary_size, tokenizer.hash) != (self.vocabulary.size, expected):
             raise ConfigurationError(
-                f"{tokenizer.named}: is not the tokenizer of {self.name}, which has {self.vocabulary.size} ids; give "
+                f"{tokenizer.flag}: is not the tokenizer of {self.name}, which has {self.vocabulary.size} ids; give "
                 "the tokenizer of its training data"
             )
         return tokenizer

@@ -14,13 +14,15 @@ import time
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 import numpy as np
 
 from megatron.errors import ConfigurationError
 from megatron.stop_signals import StopRequested
-from megatron.validation.evaluate import Evaluation
+
+if TYPE_CHECKING:  # tools read run folders without torch
+    from megatron.validation.evaluate import Evaluation
 
 logger = logging.getLogger(__name__)
 
@@ -193,7 +195,7 @@ class RunFolder:
             self._records.write(json.dumps(record) + "\n")
             self._records.flush()
 
-    def save_evaluation(self, set_name: str, iteration: int, evaluation: Evaluation) -> None:
+    def save_evaluation(self, set_name: str, iteration: int, evaluation: "Evaluation") -> None:
         """Save the per-document sums, for paired comparisons."""
         self.check_lock()
         folder = self.path / "validation" / set_name

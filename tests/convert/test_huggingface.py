@@ -48,7 +48,7 @@ CASES += [(name, masked, size) for name in ("tied", "untied") for masked in (Fal
 def test_logits_survive_the_disk(name, masked, size, tmp_path):
     model = nontrivial_model(size, **MODELS[name])
     num_rows = size + int(masked)
-    config = hugging_face_config(model.config, rows=num_rows, positions=24, bidirectional=masked)
+    config = hugging_face_config(model.config, vocabulary_rows=num_rows, max_positions=24, bidirectional=masked)
     hugging_face_model(model, config).save_pretrained(tmp_path, max_shard_size="20KB")
     assert len([*tmp_path.glob("*.safetensors")]) > 1
     # transformers before 5 reads only rope_theta, and defaults to 10000

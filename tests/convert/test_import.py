@@ -21,7 +21,7 @@ from megatron.convert.export import export
 from megatron.convert.import_huggingface import import_folder
 from megatron.data.tokenizer import train_tokenizer
 from megatron.errors import ConfigurationError
-from megatron.evaluation.ensemble import open_members
+from megatron.reporting.ensemble import open_members
 from megatron.training import checkpoint
 from megatron.training.load_run import open_trained
 from megatron.training.main import main

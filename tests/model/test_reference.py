@@ -28,7 +28,7 @@ def build(config):
 
 
 def hugging_face_twin(model, family):
-    config = hugging_face_config(model.config, rows=VOCABULARY.padded_size, positions=64)
+    config = hugging_face_config(model.config, vocabulary_rows=VOCABULARY.padded_size, max_positions=64)
     twin = hugging_face_model(model, config)
     assert type(twin).__name__ == {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}[family]
     return twin

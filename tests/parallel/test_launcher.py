@@ -13,9 +13,9 @@ import pytest
 
 from megatron import parent_process
 from megatron.errors import ConfigurationError
-from megatron.evaluation import harness
 from megatron.parallel.failure_detector import FailureDetector, launcher
 from megatron.parallel.launch import adopt_launcher, check_alone, join
+from megatron.scoring import lm_eval_cli
 from megatron.training.main import main
 from tests.conftest import PLACE, ROOT, entry, environment
 from tests.forked import run_script
@@ -98,7 +98,7 @@ def test_training_with_invalid_variables_writes_nothing(variables, flags, tiny, 
 def test_scoring_is_refused_too(launch_variables, capsys):
     launch_variables("RANK=one")
     with pytest.raises(SystemExit) as exit:
-        harness.main(["run", "--model", "megatron", "--tasks", "x"])
+        lm_eval_cli.main(["run", "--model", "megatron", "--tasks", "x"])
     assert exit.value.code == 2 and capsys.readouterr().err.startswith("error: RANK=one: is not a whole number")
 
 

@@ -16,12 +16,12 @@ from megatron.config.vocabulary import Vocabulary
 from megatron.data.indexed import IndexedDataset, IndexedDatasetWriter
 from megatron.data.samples import ValidationWindows
 from megatron.errors import ConfigurationError
-from megatron.evaluation.ensemble import Ensemble, check_data, evaluate_members, open_members, settings, table
 from megatron.model.initialise import initialise
 from megatron.model.transformer import Transformer
 from megatron.objectives.base import EvaluationNoise
 from megatron.objectives.registry import build_objective
 from megatron.parallel.apply import build_engine
+from megatron.reporting.ensemble import Ensemble, check_data, evaluate_members, open_members, settings, table
 from megatron.training.datasets import open_sources
 from megatron.training.main import main
 from megatron.validation.evaluate import ValidationSet, evaluate

@@ -1,8 +1,8 @@
 """Downstream tasks: lm-eval's command line, with training runs as its model `megatron`.
 
-    python -m megatron.evaluation.harness --pretrained runs/mdm --checkpoint best --tasks arc_easy,hellaswag --num-mc 32
-    python -m megatron.evaluation.harness --model megatron --model_args pretrained=runs/ar --tasks lambada_standard
-    torchrun --standalone --nproc-per-node 8 -m megatron.evaluation.harness --pretrained runs/mdm --tasks piqa
+    python -m megatron.scoring.lm_eval_cli --pretrained runs/mdm --checkpoint best --tasks arc_easy,piqa --num-mc 32
+    python -m megatron.scoring.lm_eval_cli --model megatron --model_args pretrained=runs/ar --tasks lambada_standard
+    torchrun --standalone --nproc-per-node 8 -m megatron.scoring.lm_eval_cli --pretrained runs/mdm --tasks piqa
 
 All options of `lm_eval run` work in addition to those below: --tasks, --limit, --num_fewshot, --log_samples,
 --output_path, --use_cache, --include_path, --gen_kwargs, --batch_size (sequences; default auto: --batch-tokens).
@@ -25,12 +25,13 @@ from megatron.training.main import say, start
 from megatron.config.flags import DescribedFormatter, Parser, add_section, spelling
 from megatron.config.sections import Config
 from megatron.errors import ConfigurationError
-from megatron.evaluation.lm_eval_errors import check_include_path, faults_of_tasks, leave_without_lm_eval
-from megatron.evaluation.published_flags import check_training_flags, split_training_flags, translate_published
-from megatron.evaluation.requests import Scoring
 from megatron.log import configure_logging
 from megatron.parallel.launch import adopt_launcher, rank
 from megatron.parallel.mesh import initialize_parallel
+from megatron.scoring.lm_eval_arguments import Source, read_arguments, read_generation
+from megatron.scoring.lm_eval_errors import check_include_path, faults_of_tasks, leave_without_lm_eval
+from megatron.scoring.published_flags import check_training_flags, split_training_flags, translate_published
+from megatron.scoring.requests import Scoring
 from megatron.training.load_run import trained_config
 
 try:
@@ -38,7 +39,7 @@ try:
     from lm_eval.api.registry import model_registry
     from lm_eval.utils import sanitize_model_name, setup_logging
 
-    from megatron.evaluation.language_model import MegatronLM, Source, read_arguments, read_generation
+    from megatron.scoring.lm_eval_adapter import MegatronLM
 except ImportError as missing:
     leave_without_lm_eval(missing)
 
@@ -52,7 +53,7 @@ SECTIONS = (Source, Scoring)
 def parser() -> Parser:
     """Return the parser of the flags that are not lm-eval's."""
     scoring_parser = Parser(
-        prog="python -m megatron.evaluation.harness",
+        prog="python -m megatron.scoring.lm_eval_cli",
         description=__doc__,
         formatter_class=DescribedFormatter,
         allow_abbrev=False,

@@ -23,8 +23,8 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Row:
-    """A sequence for a bidirectional model, and the positions at which it predicts targets."""
+class MaskedSequence:
+    """A partly masked sequence for a bidirectional model, and the positions at which it predicts targets."""
 
     tokens: np.ndarray  # [T] ids
     positions: np.ndarray  # [A], in [0, T)
@@ -52,24 +52,27 @@ def batches(lengths: Sequence[int], limits: Limits) -> Iterator[list[int]]:
 
 
 @torch.no_grad()
-def ask(model: Transformer, rows: Sequence[Row], limits: Limits, guidance: float = 0.0) -> list[Prediction]:
-    """Return the predictions of a bidirectional model for each row.
+def predict_sequences(
+    model: Transformer, sequences: Sequence[MaskedSequence], limits: Limits, guidance: float = 0.0
+) -> list[Prediction]:
+    """Return the predictions of a bidirectional model for each sequence.
 
     With `guidance` w the logits are (1 + w) * conditional - w * unconditional (2410.18514).
     """
     predictions: dict[int, Prediction] = {}
-    for indices in batches([len(row.tokens) for row in rows], limits):
-        positions = [rows[index].positions for index in indices]
-        hidden = select(_hidden_states(model, [rows[index].tokens for index in indices]), positions)
+    for indices in batches([len(sequence.tokens) for sequence in sequences], limits):
+        batch = [sequences[index] for index in indices]
+        positions = [sequence.positions for sequence in batch]
+        hidden = select(_hidden_states(model, [sequence.tokens for sequence in batch]), positions)
         unconditional = None
         if guidance:
-            sequences = cast("list[np.ndarray]", [rows[index].unconditional for index in indices])
-            unconditional = select(_hidden_states(model, sequences), positions)
-        targets = np.concatenate([rows[index].targets for index in indices])
-        prediction = predict(model, hidden, targets, unconditional, guidance)
-        chunks = split(prediction, [len(row_positions) for row_positions in positions])
+            tokens = cast("list[np.ndarray]", [sequence.unconditional for sequence in batch])
+            unconditional = select(_hidden_states(model, tokens), positions)
+        targets = np.concatenate([sequence.targets for sequence in batch])
+        prediction = predict(model, hidden, targets, unconditional=unconditional, guidance=guidance)
+        chunks = split(prediction, [len(sequence.positions) for sequence in batch])
         predictions.update(zip(indices, chunks, strict=True))
-    return [predictions[index] for index in range(len(rows))]
+    return [predictions[index] for index in range(len(sequences))]
 
 
 def _hidden_states(model: Transformer, sequences: Sequence[np.ndarray]) -> Tensor:
@@ -103,6 +106,7 @@ def predict(
     model: Transformer,
     hidden: Tensor,
     targets: np.ndarray,
+    *,
     unconditional: Tensor | None = None,
     guidance: float = 0.0,
 ) -> Prediction:

@@ -14,13 +14,14 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from megatron.config.sections import DataConfig
-from megatron.evaluation.batched_forward import Limits
-from megatron.evaluation.generate import check_empty_prompt, check_objective
-from megatron.evaluation.requests import Request, Score, Scoring
-from megatron.evaluation.score_causal import Finished, Pair, score_causal
-from megatron.evaluation.score_masked import MaskedScorer, PendingRequest, content_key
+from megatron.generation.generate import check_empty_prompt, check_objective
 from megatron.model.transformer import Transformer
 from megatron.objectives.registry import capabilities
+from megatron.scoring.batched_forward import Limits
+from megatron.scoring.causal import Finished, Pair, score_causal
+from megatron.scoring.masked import MaskedScorer, content_key
+from megatron.scoring.pending import PendingRequest
+from megatron.scoring.requests import Request, Score, Scoring
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +44,7 @@ def score(
     objective_name: str,
     requests: Sequence[Request],
     scoring: Scoring,
+    *,
     eod: int,
     seq_length: int,
     data: DataConfig | None = None,
@@ -62,9 +64,8 @@ def score(
     if data is not None and any(not request.context for request in requests):
         check_empty_prompt(data)
     causal = capabilities(objective_name).scoring == "causal"
-    jobs = _jobs(
-        requests, eod, seq_length if causal else seq_length - 1
-    )  # the last token is no input of a causal model
+    longest = seq_length if causal else seq_length - 1  # the last token is no input of a causal model
+    jobs = _jobs(requests, eod, longest)
     split_jobs = sum(len(job.windows) > 1 for job in jobs)
     if split_jobs:
         logger.info("%d of %d texts are longer than --seq-length %d: windows", split_jobs, len(jobs), seq_length)
@@ -138,10 +139,10 @@ def sum_windows(scores: list[Score]) -> Score:
     return Score(
         sum(score.log_likelihood for score in scores),
         None if None in greedy else all(greedy),
-        math.hypot(*(score.standard_error for score in scores)),
-        sum(score.samples for score in scores),
-        sum(score.forward_tokens for score in scores),
-        any(score.upper_bound for score in scores),
+        standard_error=math.hypot(*(score.standard_error for score in scores)),
+        samples=sum(score.samples for score in scores),
+        forward_tokens=sum(score.forward_tokens for score in scores),
+        upper_bound=any(score.upper_bound for score in scores),
     )
 
 

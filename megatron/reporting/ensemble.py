@@ -8,7 +8,6 @@ losses.)
 
 import logging
 from dataclasses import fields
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,15 +19,16 @@ from megatron.config.resolve import no_op_flags
 from megatron.config.sections import SECTIONS, Config
 from megatron.config.vocabulary import Vocabulary
 from megatron.errors import ConfigurationError
-from megatron.figures import pyplot, save_png
+from megatron.objectives.base import Likelihood
 from megatron.objectives.registry import DOCUMENT_RULES, build_objective, document_rules
 from megatron.parallel.apply import build_engine
 from megatron.parallel.engine import Engine
 from megatron.parallel.mesh import ParallelContext
+from megatron.statistics import clustered_ratio
 from megatron.training import checkpoint
 from megatron.training.datasets import Sources, open_sources
 from megatron.training.load_run import Trained, open_trained, trained_config
-from megatron.validation.evaluate import Evaluation, evaluate
+from megatron.validation.evaluate import Evaluation, ValidationSet, evaluate
 
 logger = logging.getLogger(__name__)
 
@@ -161,34 +161,11 @@ def evaluate_members(members: list[Trained], ranks: ParallelContext) -> dict:
     for line in no_op_flags(first.config, exact) if ranks.rank == 0 else ():
         logger.info(line)
     ensemble = Ensemble([_engine(member, vocabulary, ranks) for member in members])
-    evaluations = [
-        (data, name, likelihood) for data in sources.validation for name, likelihood in objective.evaluations(data.name)
-    ]
-    sets = {}
-    for data, name, likelihood in evaluations:
-        results = evaluate(
-            ensemble,
-            likelihood,
-            data,
-            seed=validation.eval_seed,
-            replicates=validation.num_mc,
-            batch_size=validation.eval_batch_size or first.config.training.micro_batch_size,
-            alignment=validation.eval_alignment,
-            models=2 * len(members),
-        )
-        singles, ensembles = results[: len(members)], results[len(members) :]
-        for member, evaluation in zip(members, singles, strict=True):
-            if not np.isfinite(evaluation.nats).all():
-                raise ConfigurationError(f"{member.name}: its loss on {name} is not finite; leave it out")
-        sets[name] = {
-            "upper_bound": not likelihood.exact,
-            "num_mc": 1 if likelihood.exact else validation.num_mc,
-            "members": [evaluation.summary() for evaluation in singles],
-            "ensembles": [
-                {"size": size, **evaluation.summary(), **_gain(singles[:size], evaluation)}
-                for size, evaluation in enumerate(ensembles, start=1)
-            ],
-        }
+    sets = {
+        name: _evaluate_set(members, ensemble, name, data=data, likelihood=likelihood)
+        for data in sources.validation
+        for name, likelihood in objective.evaluations(data.name)
+    }
     return {
         "objective_name": objective.name,
         "average": "probabilities",
@@ -205,6 +182,40 @@ def evaluate_members(members: list[Trained], ranks: ParallelContext) -> dict:
             for member in members
         ],
         "sets": sets,
+    }
+
+
+def _evaluate_set(
+    members: list[Trained], ensemble: Ensemble, name: str, *, data: ValidationSet, likelihood: Likelihood
+) -> dict:
+    """Return the summaries of every member, and of the ensembles of the first 1 to K of them, on one set.
+
+    Raises: ConfigurationError where the loss of a member is not finite.
+    """
+    first = members[0].config
+    validation = first.validation
+    results = evaluate(
+        ensemble,
+        likelihood,
+        data,
+        seed=validation.eval_seed,
+        replicates=validation.num_mc,
+        batch_size=validation.eval_batch_size or first.training.micro_batch_size,
+        alignment=validation.eval_alignment,
+        models=2 * len(members),
+    )
+    singles, ensembles = results[: len(members)], results[len(members) :]
+    for member, evaluation in zip(members, singles, strict=True):
+        if not np.isfinite(evaluation.nats).all():
+            raise ConfigurationError(f"{member.name}: its loss on {name} is not finite; leave it out")
+    return {
+        "upper_bound": not likelihood.exact,
+        "num_mc": 1 if likelihood.exact else validation.num_mc,
+        "members": [evaluation.summary() for evaluation in singles],
+        "ensembles": [
+            {"size": size, **evaluation.summary(), **_gain(singles[:size], evaluation)}
+            for size, evaluation in enumerate(ensembles, start=1)
+        ],
     }
 
 
@@ -225,8 +236,8 @@ def _gain(members: list[Evaluation], ensemble: Evaluation) -> dict:
     Differences are paired by document, so that the difficulty of documents does not enter the error.
     """
     nats = np.mean([member.nats for member in members], axis=0) - ensemble.nats
-    paired = Evaluation(nats, ensemble.tokens, ensemble.bytes).summary()
-    return {"gain": paired["loss"], "gain_se": paired["data_se"]}
+    gain = clustered_ratio(nats, ensemble.tokens)  # nats [R, D]
+    return {"gain": gain.value, "gain_se": gain.standard_error}
 
 
 def table(record: dict) -> str:
@@ -258,21 +269,3 @@ def _cells(results: dict, summary: dict) -> list[str]:
     bound = "≤ " if results["upper_bound"] else ""
     errors = (f" ± {data_se:.4f}" if data_se else "") + (f" (mc {mc_se:.4f})" if mc_se else "")
     return [f"{bound}{loss:.4f}{errors}", f"{bound}{bits:.4f}" if bits else "-"]
-
-
-def plot(record: dict, path: Path) -> None:
-    """Write a PNG file of loss against the number of members, one panel per set."""
-    sets = record["sets"]
-    figure, panels = pyplot().subplots(1, len(sets), figsize=(5.5 * len(sets), 4.2), squeeze=False)
-    for axes, (name, results) in zip(panels[0], sets.items(), strict=True):
-        sizes = [summary["size"] for summary in results["ensembles"]]
-        losses, errors = zip(*((summary["loss"], summary["data_se"] or 0) for summary in results["ensembles"]))
-        axes.errorbar(sizes, losses, yerr=errors, fmt="o-", capsize=4, label="the first N together")
-        single_losses = [summary["loss"] for summary in results["members"]]
-        axes.plot([1] * len(single_losses), single_losses, "x", color="gray", label="each member")
-        bound = ", upper bound" if results["upper_bound"] else ""
-        axes.set(xlabel="members N", ylabel=f"nats per token{bound}", title=f"{name} (± over documents)")
-        axes.set_xticks(sizes)
-        axes.grid(alpha=0.3)
-        axes.legend(frameon=False)
-    save_png(figure, path)

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import NoReturn
 
 from megatron.errors import ConfigurationError
+from megatron.parallel.launch import world_size
 
 TASK_MODULES = ("lm_eval.tasks", "lm_eval.api.task", "lm_eval.config", "datasets")  # find tasks and load their data
+NO_DOCUMENT = "did not find any docs"  # lm-eval's error of a task without documents, and of a rank without its share
 
 
 def leave_without_lm_eval(missing: ImportError) -> NoReturn:
@@ -39,10 +41,11 @@ def faults_of_tasks(tasks: Sequence[str]) -> Iterator[None]:
         if not _is_task_error(error):
             raise
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise ConfigurationError(
-            f"--tasks {','.join(map(str, tasks)) or '-'}: {reason}; name tasks that `ls tasks` lists, with data that "
-            "this machine has or can download"
-        ) from error
+        remedy = "name tasks that `ls tasks` lists, with data that this machine has or can download"
+        if NO_DOCUMENT in reason and world_size() > 1:
+            reason = f"a task has fewer documents than the {world_size()} ranks"
+            remedy = "start fewer, or give a higher --limit"
+        raise ConfigurationError(f"--tasks {','.join(map(str, tasks)) or '-'}: {reason}; {remedy}") from error
 
 
 def _is_task_error(error: BaseException) -> bool:
@@ -51,4 +54,4 @@ def _is_task_error(error: BaseException) -> bool:
     while trace:
         names.append(trace.tb_frame.f_globals.get("__name__", ""))
         trace = trace.tb_next
-    return any(name.startswith(TASK_MODULES) for name in names) and "megatron.evaluation.language_model" not in names
+    return any(name.startswith(TASK_MODULES) for name in names) and "megatron.scoring.lm_eval_adapter" not in names

@@ -6,20 +6,17 @@ A text depends on the model, the seed and its own prompt: neither the batch size
 import logging
 from collections.abc import Callable
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from megatron.config.capabilities import Refused
 from megatron.config.flags import spelling
 from megatron.config.sections import DataConfig, ObjectiveConfig
 from megatron.errors import ConfigurationError
-from megatron.evaluation.generate_diffusion import OnStep, fill
-from megatron.evaluation.sampling import Sampling, choose, draw_keys
-from megatron.model.kv_cache import KVCache
+from megatron.generation.causal import CausalGenerator
+from megatron.generation.diffusion import OnStep, fill
+from megatron.generation.sampling import Sampling, draw_keys
 from megatron.model.transformer import Transformer
 from megatron.objectives.registry import DOCUMENT_RULES, NO_TARGET_POSITIONS, can, capabilities
-from megatron.randomness import stream
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +75,7 @@ def generate(
     objective_name: str,
     prompts: list[list[int]],
     sampling: Sampling,
+    *,
     eod: int,
     batch_size: int = 16,
     seq_length: int | None = None,
@@ -102,10 +100,12 @@ def generate(
     prompts = truncate_prompts([prompt or [eod] for prompt in prompts], sampling.max_new_tokens, seq_length)
     if capabilities(objective_name).generation == "masked":
         masked = [prompt + [model.vocabulary.mask_id] * sampling.max_new_tokens for prompt in prompts]
-        texts = fill(model, masked, sampling, batch_size, draw_keys(prompts), eod, True, advance, on_step)
+        settings = {"batch_size": batch_size, "eod": eod, "open_end": True, "advance": advance, "on_step": on_step}
+        texts = fill(model, masked, draw_keys(prompts), sampling, **settings)
         answers = [text[len(prompt) :] for text, prompt in zip(texts, prompts, strict=True)]
         return [_up_to(answer, eod) for answer in answers]
-    return _CausalGenerator(model, sampling, eod, advance, finished).generate(prompts, batch_size)
+    generator = CausalGenerator(model, sampling, eod=eod, advance=advance, finished=finished)
+    return generator.generate(prompts, batch_size)
 
 
 def infill(
@@ -113,6 +113,7 @@ def infill(
     objective_name: str,
     texts: list[list[int]],
     sampling: Sampling,
+    *,
     eod: int,
     batch_size: int = 16,
     seq_length: int | None = None,
@@ -142,7 +143,8 @@ def infill(
                 f"--steps {sampling.steps}: is more than the {num_masked} tokens of the gaps of a text, and each step "
                 "unmasks at least one; give fewer, or --remask"
             )
-    return fill(model, texts, sampling, batch_size, draw_keys(texts), eod, False, advance, on_step)
+    settings = {"batch_size": batch_size, "eod": eod, "open_end": False, "advance": advance, "on_step": on_step}
+    return fill(model, texts, draw_keys(texts), sampling, **settings)
 
 
 def truncate_prompts(prompts: list[list[int]], new_tokens: int, seq_length: int | None) -> list[list[int]]:
@@ -165,78 +167,6 @@ def truncate_prompts(prompts: list[list[int]], new_tokens: int, seq_length: int 
             *(num_truncated, len(prompts), new_tokens, room, seq_length),
         )
     return [prompt[-room:] for prompt in prompts]
-
-
-class _CausalGenerator:
-    """Next-token prediction with a KV cache: one forward pass over the prompts, then one per new token."""
-
-    def __init__(
-        self,
-        model: Transformer,
-        sampling: Sampling,
-        eod: int,
-        advance: Callable[[int], None],
-        finished: Callable[[list[int]], bool],
-    ):
-        self.model = model
-        self.sampling = sampling
-        self.eod = eod
-        self.advance = advance
-        self.finished = finished
-        self.device = model.embed_tokens.weight.device
-
-    def generate(self, prompts: list[list[int]], batch_size: int) -> list[list[int]]:
-        """Return the new tokens of each prompt."""
-        length, seed = self.sampling.max_new_tokens, self.sampling.seed
-        keys = draw_keys(prompts)
-        texts = [[] for _ in prompts]
-        order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))  # similar lengths share a batch
-        for start in range(0, len(order), batch_size):
-            indices = order[start : start + batch_size]
-            draws = np.stack([stream(seed, "generation", *keys[index]).random(length) for index in indices])
-            batch = self._batch([prompts[index] for index in indices], torch.from_numpy(draws).to(self.device))
-            for index, text in zip(indices, batch, strict=True):
-                texts[index] = text
-        return texts
-
-    def _batch(self, prompts: list[list[int]], draws: Tensor) -> list[list[int]]:
-        """Return the new tokens of B prompts; `draws` [B, max_new_tokens] are the uniform numbers of each token."""
-        cache = KVCache()
-        texts = [[] for _ in prompts]
-        rows = torch.arange(len(prompts), device=self.device)  # of the texts that are not finished
-        hidden = self._prefill(prompts, cache)
-        for step in range(self.sampling.max_new_tokens):
-            tokens = choose(self.model.head(hidden), self.sampling, draws[rows, step])
-            remaining = self.sampling.max_new_tokens - step
-            active = self._append(rows.tolist(), tokens.tolist(), texts, remaining)
-            if not active.all():  # finished texts leave the batch
-                rows, tokens, cache = rows[active], tokens[active], cache.select(active.nonzero()[:, 0])
-            if remaining == 1 or not len(rows):
-                break
-            hidden = self.model.read(tokens[:, None], cache)[:, -1]
-        return texts
-
-    def _prefill(self, prompts: list[list[int]], cache: KVCache) -> Tensor:
-        """Fill the KV cache with B prompts; return the hidden states of their last tokens, [B, H]."""
-        longest = max(map(len, prompts))
-        # padded on the left, so that all prompts end at the same index
-        tokens = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts], device=self.device)
-        lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
-        present = torch.arange(longest, device=self.device) >= longest - lengths[:, None]  # [B, T]
-        return self.model.read(tokens, cache, present)[:, -1]
-
-    def _append(self, rows: list[int], tokens: list[int], texts: list[list[int]], remaining: int) -> Tensor:
-        """Append a token to each of R texts; return which of them continue, bool [R].
-
-        `remaining` is the number of tokens up to the maximum, this one included.
-        """
-        active = []
-        for row, token in zip(rows, tokens, strict=True):
-            if token != self.eod:
-                texts[row].append(token)
-            active.append(token != self.eod and not self.finished(texts[row]))
-            self.advance(1 if active[-1] else remaining)
-        return torch.tensor(active, device=self.device)
 
 
 def _up_to(tokens: list[int], eod: int) -> list[int]:

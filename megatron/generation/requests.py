@@ -1,10 +1,8 @@
-"""Input and output of tools/generate.py: prompts and texts with gaps in, records out."""
+"""What to generate: the settings of a command, prompts, and texts with gaps."""
 
-import json
 import re
 import sys
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,14 +11,12 @@ from megatron.config.flags import flag, require, spelling, typed
 from megatron.data.text_files import check_encodable, decode_text, json_lines, open_text, read_text, text_kind
 from megatron.data.tokenizer import Tokenizer
 from megatron.errors import ConfigurationError
-from megatron.evaluation.generate import check_empty_prompt, check_gaps, check_objective, generate, infill
-from megatron.evaluation.sampling import MASKED, Sampling
+from megatron.generation.generate import check_empty_prompt, check_gaps, check_objective
+from megatron.generation.sampling import MASKED, Sampling
 from megatron.objectives.registry import capabilities
 from megatron.training.load_run import Trained
-from megatron.training.run_folder import writing
 
 GAP = re.compile(r"\{\{(\d+)\}\}")
-MASK_SYMBOL = "░"  # shows a masked position
 SOURCES = ("prompt", "prompt_file", "infill")
 
 
@@ -152,7 +148,9 @@ def _read_file(path: Path) -> list[Prompt]:
     return prompts
 
 
-def check(trained: Trained, request: Request, prompts: list[Prompt], sampling: Sampling, typed_flags: set[str]) -> None:
+def check(
+    trained: Trained, request: Request, prompts: list[Prompt], sampling: Sampling, *, typed_flags: set[str]
+) -> None:
     """Check that prompts suit the model and that every flag on the command line acts.
 
     Raises: ConfigurationError otherwise.
@@ -195,89 +193,3 @@ def max_generated_tokens(prompts: list[Prompt], request: Request, sampling: Samp
     """Return the maximum number of tokens that are generated."""
     lengths = [sum(prompt.gap_lengths) if prompt.gaps else sampling.max_new_tokens for prompt in prompts]
     return request.num_samples * sum(lengths)
-
-
-def write_texts(
-    trained: Trained,
-    request: Request,
-    prompts: list[Prompt],
-    sampling: Sampling,
-    advance: Callable[[int], None] = lambda tokens: None,
-    show: Callable[[str], None] = print,
-) -> list[dict]:
-    """Generate all texts; return one record per text: prompt, new text, ids, whole text and all settings.
-
-    `advance(n)` is called after n tokens, and with --show-steps `show(line)` after each step.
-    """
-    tokenizer = trained.tokenizer()
-    mask_id = trained.vocabulary.mask_id
-    model = trained.model(request.average, getattr(torch, request.dtype), request.torch_device)
-    prompts = [prompt for prompt in prompts for _ in range(request.num_samples)]
-    input_ids = [prompt.ids(tokenizer, mask_id) for prompt in prompts]
-
-    def show_step(step: int, rows: list[int], tokens: torch.Tensor) -> None:
-        show(f"step {step:4}: {visible(tokens[0].tolist(), tokenizer, mask_id)}")
-
-    objective = trained.recorded["objective_name"]
-    settings = {
-        "batch_size": request.batch_size,
-        "seq_length": trained.config.data.seq_length,
-        "advance": advance,
-        "on_step": show_step if request.show_steps else None,
-    }
-    function = infill if prompts[0].gaps else generate
-    output_ids = function(model, objective, input_ids, sampling, tokenizer.eod, **settings)
-    no_ops = [
-        *(() if capabilities(objective).generation == "masked" else MASKED),
-        *(["max_new_tokens"] if prompts[0].gaps else ()),
-    ]
-    source = {
-        "run": trained.name,
-        "checkpoint": str(trained.checkpoint),
-        "iteration": trained.meta["iteration"],
-        "objective": objective,
-        "average": request.average,
-        "dtype": request.dtype,
-        "device": request.torch_device,
-        **{name: value for name, value in asdict(sampling).items() if name not in no_ops},
-    }
-    return [
-        _record(prompt, index % request.num_samples, inputs, outputs, tokenizer, mask_id) | {"settings": source}
-        for index, (prompt, inputs, outputs) in enumerate(zip(prompts, input_ids, output_ids, strict=True))
-    ]
-
-
-def _record(
-    prompt: Prompt, sample: int, inputs: list[int], outputs: list[int], tokenizer: Tokenizer, mask_id: int
-) -> dict:
-    """Return the record of one text: `text` and `ids` are the output, `whole` is the text with its prompt."""
-    if not prompt.gaps:
-        text = tokenizer.decode(outputs)
-        whole = tokenizer.decode([*inputs, *outputs])
-        return {"prompt": prompt.text, "sample": sample, "text": text, "ids": outputs, "whole": whole}
-    filled = [token for token, before in zip(outputs, inputs, strict=True) if before == mask_id]
-    gaps = []
-    for length in prompt.gap_lengths:
-        gaps.append(tokenizer.decode(filled[:length]))
-        filled = filled[length:]
-    whole = tokenizer.decode(outputs)
-    return {"infill": prompt.text, "sample": sample, "text": whole, "ids": outputs, "whole": whole, "gaps": gaps}
-
-
-def visible(ids: list[int], tokenizer: Tokenizer, mask_id: int) -> str:
-    """Return a partly masked text in one line, with MASK_SYMBOL for [MASK]."""
-    runs: list[list[int]] = [[]]  # of visible tokens, and each [MASK] alone
-    for token in ids:
-        if token == mask_id or (runs[-1] and runs[-1][-1] == mask_id):
-            runs.append([])
-        runs[-1].append(token)
-    texts = [MASK_SYMBOL if run == [mask_id] else tokenizer.decode(run) for run in runs]
-    return "".join(texts).replace("\n", "\\n")
-
-
-def write_records(path: Path, records: list[dict]) -> None:
-    """Write one line per record; the file is written whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    with writing(path):
-        partial.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-        partial.replace(path)

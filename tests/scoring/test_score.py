@@ -10,13 +10,13 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from megatron.config.sections import DataConfig, ModelConfig
 from megatron.config.vocabulary import Vocabulary
 from megatron.errors import ConfigurationError
-from megatron.evaluation import score_masked
-from megatron.evaluation.batched_forward import Limits, batches
-from megatron.evaluation.mask_designs import balanced_design, exhaustive_design
-from megatron.evaluation.requests import Request, Scoring
-from megatron.evaluation.score import score, windows
 from megatron.model.initialise import initialise
 from megatron.model.transformer import Transformer
+from megatron.scoring import masked
+from megatron.scoring.batched_forward import Limits, batches
+from megatron.scoring.mask_designs import balanced_design, exhaustive_design
+from megatron.scoring.requests import Request, Scoring
+from megatron.scoring.score import score, windows
 
 VOCABULARY, EOD, SEQ_LENGTH = Vocabulary(7), 6, 24
 
@@ -40,19 +40,19 @@ def text(seed: int, size: int) -> list[int]:
 
 
 def scored(model, requests, objective="mdm", seq_length=SEQ_LENGTH, finished=lambda *_: None, **settings):
-    return score(model, objective, requests, Scoring(**settings), EOD, seq_length, finished=finished)
+    return score(model, objective, requests, Scoring(**settings), eod=EOD, seq_length=seq_length, finished=finished)
 
 
 @pytest.fixture
-def rows(monkeypatch):
-    """All rows that are evaluated by a masked-diffusion model."""
-    collected, plain = [], score_masked.ask
+def sequences(monkeypatch):
+    """All sequences that are evaluated by a masked-diffusion model."""
+    collected, plain = [], masked.predict_sequences
 
     def collect(model, batch, *arguments):
         collected.extend(batch)
         return plain(model, batch, *arguments)
 
-    monkeypatch.setattr(score_masked, "ask", collect)
+    monkeypatch.setattr(masked, "predict_sequences", collect)
     return collected
 
 
@@ -168,12 +168,12 @@ def order_nlls(model, context, continuation) -> np.ndarray:
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
-def test_short_answers_are_exact(model, rows, size):
+def test_short_answers_are_exact(model, sequences, size):
     context, continuation = text(11, 6), text(12 + size, size)
     (score,) = scored(model, [Request(context, continuation)], only_mc_nll=True)
     orders = order_nlls(model, context, continuation)
     assert score.log_likelihood == pytest.approx(-orders.mean(), abs=1e-5)
-    assert score.standard_error == 0 and score.samples == len(rows) == 2**size - 1
+    assert score.standard_error == 0 and score.samples == len(sequences) == 2**size - 1
     # Jensen: the exact value for the mean over orders of the products is at most the bound, and equal for one token
     assert score.upper_bound == (size > 1)
     assert -np.log(np.exp(-orders).mean()) <= orders.mean() + 1e-9
@@ -238,11 +238,12 @@ def published(model, context, continuation, rows, seed) -> float:
     return float((nll * masked / mask_probs[:, None]).sum() / rows)
 
 
-def test_rivals_share_their_masks(model, rows):
+def test_rivals_share_their_masks(model, sequences):
     context = text(41, 5)
     choices = [Request(context, text(seed, 9), "q") for seed in (42, 43)] + [Request(context, text(44, 10), "q")]
     scored(model, choices, num_mc=61, only_mc_nll=True, decide_at=0.0)
-    masks = [[row.tokens[5:] == VOCABULARY.mask_id for row in rows if len(row.tokens) == 5 + n] for n in (9, 10)]
+    ids = [sequence.tokens[5:] for sequence in sequences]
+    masks = [[tokens == VOCABULARY.mask_id for tokens in ids if len(tokens) == n] for n in (9, 10)]
     first, second = np.split(np.array(masks[0])[2:], 2)
     assert np.array_equal(first, second)
     # the longer choice has the same draws: rows with as many masked tokens have mostly the same masks
@@ -336,15 +337,15 @@ def test_the_chain_rule_of_one_order(model, order):
 
 
 @pytest.mark.parametrize("size", [40, 500])
-def test_the_chain_rule_never_sees_a_later_token(rows, size):
+def test_the_chain_rule_never_sees_a_later_token(sequences, size):
     model = build(4, num_layers=1, hidden_size=4, num_attention_heads=1)
     context, continuation = text(83, 3), text(84, size)
     (score,) = scored(model, [Request(context, continuation)], seq_length=512, method="chain")
-    assert len(rows) == score.samples == size
-    for index, row in enumerate(rows):
-        assert row.positions.tolist() == [3 + index] and len(row.tokens) == 3 + size
-        assert row.tokens[: 3 + index].tolist() == [*context, *continuation[:index]]
-        assert (row.tokens[3 + index :] == VOCABULARY.mask_id).all()
+    assert len(sequences) == score.samples == size
+    for index, sequence in enumerate(sequences):
+        assert sequence.positions.tolist() == [3 + index] and len(sequence.tokens) == 3 + size
+        assert sequence.tokens[: 3 + index].tolist() == [*context, *continuation[:index]]
+        assert (sequence.tokens[3 + index :] == VOCABULARY.mask_id).all()
     if size == 40:
         nats = [masked_nll(model, context, continuation, range(index, size))[index] for index in range(size)]
         assert score.log_likelihood == pytest.approx(-sum(nats), abs=1e-3)
@@ -387,20 +388,20 @@ def test_a_score_depends_on_its_request_alone(model):
     assert scored(model, requests, eval_seed=1)[8].log_likelihood != together[8].log_likelihood
 
 
-def test_nothing_stands_behind_an_answer_and_one_token_costs_one_row(model, rows):
+def test_nothing_stands_behind_an_answer_and_one_token_costs_one_row(model, sequences):
     scored(model, [Request(text(1, 6), [3]), Request(text(2, 4), text(3, 9))], num_mc=9)
-    assert sum(len(row.tokens) == 7 for row in rows) == 1
-    for row in rows:
-        context = 6 if len(row.tokens) == 7 else 4
-        assert len(row.tokens) in (7, 13) and not (row.tokens[:context] == VOCABULARY.mask_id).any()
+    assert sum(len(sequence.tokens) == 7 for sequence in sequences) == 1
+    for sequence in sequences:
+        context = 6 if len(sequence.tokens) == 7 else 4
+        assert len(sequence.tokens) in (7, 13) and not (sequence.tokens[:context] == VOCABULARY.mask_id).any()
 
 
-def test_a_long_context_is_cut_on_the_left(model, rows):
+def test_a_long_context_is_cut_on_the_left(model, sequences):
     context, continuation = text(5, 60), text(6, 4)
     (score,) = scored(model, [Request(context, continuation)], num_mc=9)
     assert score.truncated_tokens == 60 - 20
-    assert {len(row.tokens) for row in rows} == {SEQ_LENGTH}
-    assert all(row.tokens[:20].tolist() == context[-20:] for row in rows)
+    assert {len(sequence.tokens) for sequence in sequences} == {SEQ_LENGTH}
+    assert all(sequence.tokens[:20].tolist() == context[-20:] for sequence in sequences)
 
 
 def test_logits_are_made_where_something_is_asked(model, monkeypatch):
@@ -454,8 +455,8 @@ def test_what_has_no_meaning_is_refused(model, objective, settings, message):
 
 def test_models_of_separate_documents_have_not_read_behind_an_end(model):
     data = DataConfig(train_data_path=("x",), reset_attention_mask=True)
-    score(model, "ar", [Request([1], [2])], Scoring(), EOD, SEQ_LENGTH, data)
+    score(model, "ar", [Request([1], [2])], Scoring(), eod=EOD, seq_length=SEQ_LENGTH, data=data)
     with pytest.raises(
         ConfigurationError, match="--reset-attention-mask: this model was not trained to predict a document after"
     ):
-        score(model, "ar", [Request([], [2])], Scoring(), EOD, SEQ_LENGTH, data)
+        score(model, "ar", [Request([], [2])], Scoring(), eod=EOD, seq_length=SEQ_LENGTH, data=data)

@@ -66,15 +66,21 @@ class EncodingCounts:
     @classmethod
     def of_request(cls, truncated_tokens: int, encoded_alone: bool = False) -> "EncodingCounts":
         """Return the counts of one request."""
-        return cls(1, int(truncated_tokens > 0), truncated_tokens, truncated_tokens, int(encoded_alone))
+        return cls(
+            requests=1,
+            truncated=int(truncated_tokens > 0),
+            truncated_tokens=truncated_tokens,
+            max_truncated_tokens=truncated_tokens,
+            encoded_alone=int(encoded_alone),
+        )
 
     def __add__(self, other: "EncodingCounts") -> "EncodingCounts":
         return EncodingCounts(
-            self.requests + other.requests,
-            self.truncated + other.truncated,
-            self.truncated_tokens + other.truncated_tokens,
-            max(self.max_truncated_tokens, other.max_truncated_tokens),
-            self.encoded_alone + other.encoded_alone,
+            requests=self.requests + other.requests,
+            truncated=self.truncated + other.truncated,
+            truncated_tokens=self.truncated_tokens + other.truncated_tokens,
+            max_truncated_tokens=max(self.max_truncated_tokens, other.max_truncated_tokens),
+            encoded_alone=self.encoded_alone + other.encoded_alone,
         )
 
     def lines(self, seq_length: int) -> list[str]:

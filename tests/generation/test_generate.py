@@ -9,8 +9,8 @@ import torch
 from megatron.config.sections import DataConfig, ModelConfig, ObjectiveConfig
 from megatron.config.vocabulary import Vocabulary
 from megatron.errors import ConfigurationError
-from megatron.evaluation.generate import check_empty_prompt, check_objective, generate, infill
-from megatron.evaluation.sampling import Sampling
+from megatron.generation.generate import check_empty_prompt, check_objective, generate, infill
+from megatron.generation.sampling import Sampling
 from megatron.model.initialise import initialise
 from megatron.model.transformer import Transformer
 from tests.frequencies import chi_square
@@ -49,7 +49,7 @@ def greedy_by_rereading(transformer: Transformer, prompt: list[int], count: int)
 def test_greedy_texts_equal_those_of_transformers(form):
     transformer = model(**form)
     twin = hugging_face_twin(transformer, "llama")
-    texts = generate(transformer, "ar", PROMPTS, Sampling(max_new_tokens=20), EOD)
+    texts = generate(transformer, "ar", PROMPTS, Sampling(max_new_tokens=20), eod=EOD)
     excluded_ids = list(
         range(SIZE, transformer.vocabulary.padded_size)
     )  # transformers has logits for [MASK] and padding rows
@@ -72,21 +72,21 @@ def test_greedy_texts_equal_reading_anew(form):
 @pytest.mark.parametrize("objective", ["ar", "mdm"])
 def test_a_text_does_not_depend_on_its_batch(objective):
     transformer = model()
-    texts = generate(transformer, objective, PROMPTS, DRAWN, EOD)
+    texts = generate(transformer, objective, PROMPTS, DRAWN, eod=EOD)
     assert texts[0] != texts[4]  # equal prompts have different draws
     for size in (1, 2):
-        assert generate(transformer, objective, PROMPTS, DRAWN, EOD, batch_size=size) == texts
-    assert generate(transformer, objective, PROMPTS[::-1][1:], DRAWN, EOD) == [*texts[1:4][::-1], texts[0]]
+        assert generate(transformer, objective, PROMPTS, DRAWN, eod=EOD, batch_size=size) == texts
+    assert generate(transformer, objective, PROMPTS[::-1][1:], DRAWN, eod=EOD) == [*texts[1:4][::-1], texts[0]]
     for prompt, text in zip(PROMPTS[:4], texts):
-        assert generate(transformer, objective, [prompt], DRAWN, EOD) == [text]
+        assert generate(transformer, objective, [prompt], DRAWN, eod=EOD) == [text]
     other = Sampling(max_new_tokens=12, temperature=1.0, seed=4)
-    assert generate(transformer, objective, PROMPTS, other, EOD) != texts
+    assert generate(transformer, objective, PROMPTS, other, eod=EOD) != texts
 
 
 def test_a_longer_text_begins_as_a_shorter_one():
     transformer = model()
-    long = generate(transformer, "ar", PROMPTS, DRAWN, EOD)
-    short = generate(transformer, "ar", PROMPTS, Sampling(max_new_tokens=5, temperature=1.0, seed=3), EOD)
+    long = generate(transformer, "ar", PROMPTS, DRAWN, eod=EOD)
+    short = generate(transformer, "ar", PROMPTS, Sampling(max_new_tokens=5, temperature=1.0, seed=3), eod=EOD)
     assert short == [text[:5] for text in long]
 
 
@@ -150,14 +150,14 @@ def test_what_is_no_token_never_comes_out(objective):
     with torch.no_grad():
         transformer.embed_tokens.weight[SIZE:] *= 50  # [MASK] and padding rows would have the largest logits
     for sampling in (temperature_1(16), temperature_1(16, temperature=0.0)):
-        texts = generate(transformer, objective, PROMPTS, sampling, EOD)
+        texts = generate(transformer, objective, PROMPTS, sampling, eod=EOD)
         assert all(0 <= token < SIZE for text in texts for token in text)
 
 
 @pytest.mark.parametrize("objective", ["ar", "mdm"])
 def test_an_empty_prompt_is_the_start_of_a_document(objective):
     transformer = model()
-    empty, explicit = (generate(transformer, objective, [prompt], DRAWN, EOD) for prompt in ([], [EOD]))
+    empty, explicit = (generate(transformer, objective, [prompt], DRAWN, eod=EOD) for prompt in ([], [EOD]))
     assert empty == explicit
 
 
@@ -165,16 +165,16 @@ def test_an_empty_prompt_is_the_start_of_a_document(objective):
 def test_a_long_prompt_loses_its_beginning(objective, caplog):
     transformer = model()
     with caplog.at_level(logging.INFO):
-        texts = generate(transformer, objective, [PROMPTS[2], [7]], DRAWN, EOD, seq_length=16)
+        texts = generate(transformer, objective, [PROMPTS[2], [7]], DRAWN, eod=EOD, seq_length=16)
     assert "1 of 2 prompts are truncated on the left: with 12 new tokens, 4 fit into the 16" in caplog.text
-    assert texts == generate(transformer, objective, [PROMPTS[2][-4:], [7]], DRAWN, EOD)
+    assert texts == generate(transformer, objective, [PROMPTS[2][-4:], [7]], DRAWN, eod=EOD)
     with pytest.raises(ConfigurationError, match="^--max-new-tokens 12: leaves no room for a prompt in the 12 tokens"):
-        generate(transformer, objective, [[7]], DRAWN, EOD, seq_length=12)
+        generate(transformer, objective, [[7]], DRAWN, eod=EOD, seq_length=12)
 
 
 @pytest.mark.parametrize("objective", ["ar", "mdm"])
 def test_no_prompts_are_no_texts(objective):
-    assert generate(model(), objective, [], DRAWN, EOD) == []
+    assert generate(model(), objective, [], DRAWN, eod=EOD) == []
 
 
 def test_what_cannot_generate_is_refused():
@@ -189,18 +189,18 @@ def test_what_cannot_generate_is_refused():
         ("mdm", {"steps": 13}, "--steps 13: is more than --max-new-tokens 12"),
     ):
         with pytest.raises(ConfigurationError) as caught:
-            generate(transformer, name, PROMPTS, temperature_1(12, **settings), EOD)
+            generate(transformer, name, PROMPTS, temperature_1(12, **settings), eod=EOD)
         assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
     with pytest.raises(ConfigurationError, match="^--target-positions: such a model is given the position"):
         check_objective("ar", ObjectiveConfig(target_positions=True))
     with pytest.raises(
         ConfigurationError, match="^--objective ar: such a model predicts the next token from the tokens before it"
     ):
-        infill(transformer, "ar", [[1, SIZE, 2]], DRAWN, EOD)
+        infill(transformer, "ar", [[1, SIZE, 2]], DRAWN, eod=EOD)
     with pytest.raises(
         ConfigurationError, match="^--objective dual: such a model predicts the token of the next position"
     ):
-        infill(transformer, "dual", [[1, SIZE, 2]], DRAWN, EOD)
+        infill(transformer, "dual", [[1, SIZE, 2]], DRAWN, eod=EOD)
 
 
 @pytest.mark.parametrize("setting", ["reset_attention_mask", "reset_position_ids", "eod_mask_loss"])

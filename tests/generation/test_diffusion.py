@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from megatron.errors import ConfigurationError
-from megatron.evaluation.generate import generate, infill
-from megatron.evaluation.generate_diffusion import _Filling, certainty, fill
-from megatron.evaluation.sampling import ORDERS, Sampling, draw_keys
-from tests.evaluation.test_generate import EOD, NEVER, PROMPTS, SIZE, model
+from megatron.generation.diffusion import _Filling, certainty, fill
+from megatron.generation.generate import generate, infill
+from megatron.generation.sampling import ORDERS, Sampling, draw_keys
 from tests.frequencies import chi_square
+from tests.generation.test_generate import EOD, NEVER, PROMPTS, SIZE, model
 
 MASK = SIZE
 
@@ -31,7 +31,8 @@ class Steps:
 def filled(transformer, texts, sampling, batch_size=8):
     """Return the filled texts, in which any token may occur, and the state of each text after each step."""
     steps = Steps(texts)
-    outputs = fill(transformer, texts, sampling, batch_size, draw_keys(texts), NEVER, True, on_step=steps)
+    settings = {"batch_size": batch_size, "eod": NEVER, "open_end": True, "on_step": steps}
+    outputs = fill(transformer, texts, draw_keys(texts), sampling, **settings)
     return outputs, steps.states
 
 
@@ -234,10 +235,10 @@ def test_texts_that_are_decided_are_read_no_more(monkeypatch, settings):
     monkeypatch.setattr(
         transformer, "hidden_states", lambda batch: batch_sizes.append(len(batch.tokens)) or plain(batch)
     )
-    outputs = generate(transformer, "mdm", PROMPTS, sampling, end, advance=advances.append)
+    outputs = generate(transformer, "mdm", PROMPTS, sampling, eod=end, advance=advances.append)
     num_rows = sum(batch_sizes)
     monkeypatch.setattr(_Filling, "_drop_decided", lambda *_: None)
-    assert generate(transformer, "mdm", PROMPTS, sampling, end) == outputs
+    assert generate(transformer, "mdm", PROMPTS, sampling, eod=end) == outputs
     assert sum(advances) == 12 * len(PROMPTS) and outputs[2] == whole[: whole.index(end)]
     assert num_rows < sum(batch_sizes) - num_rows or "steps" in settings  # few steps may all be needed
 
@@ -249,17 +250,17 @@ def test_gaps_are_filled_and_all_else_stays():
     transformer = model()
     texts = [[1, MASK, MASK, 2, MASK, 3], [MASK, 4], [5, *[MASK] * 7], [1, MASK, MASK, 2, MASK, 3]]
     sampling = Sampling(temperature=1.0)
-    outputs = infill(transformer, "mdm", texts, sampling, EOD, batch_size=1)
+    outputs = infill(transformer, "mdm", texts, sampling, eod=EOD, batch_size=1)
     for text, output in zip(texts, outputs, strict=True):
         assert len(output) == len(text) and all(before in (MASK, token) for before, token in zip(text, output))
         assert all(0 <= token < SIZE for token in output)
-    assert outputs[0] != outputs[3] and infill(transformer, "mdm", texts, sampling, EOD, batch_size=4) == outputs
+    assert outputs[0] != outputs[3] and infill(transformer, "mdm", texts, sampling, eod=EOD, batch_size=4) == outputs
 
 
 def test_a_gap_is_filled_by_what_stands_on_both_sides():
     transformer = model()
-    left = [infill(transformer, "mdm", [[a, MASK, MASK, MASK, 7]], Sampling(), EOD)[0][1:4] for a in range(10)]
-    right = [infill(transformer, "mdm", [[7, MASK, MASK, MASK, b]], Sampling(), EOD)[0][1:4] for b in range(10)]
+    left = [infill(transformer, "mdm", [[a, MASK, MASK, MASK, 7]], Sampling(), eod=EOD)[0][1:4] for a in range(10)]
+    right = [infill(transformer, "mdm", [[7, MASK, MASK, MASK, b]], Sampling(), eod=EOD)[0][1:4] for b in range(10)]
     assert len(set(map(tuple, left))) > 3 and len(set(map(tuple, right))) > 3
 
 
@@ -267,8 +268,8 @@ def test_a_gap_is_filled_by_what_stands_on_both_sides():
 def test_no_document_ends_in_a_gap(sampling):
     transformer = model()
     text = [1, MASK, MASK, MASK, 2, MASK]
-    end = infill(transformer, "mdm", [text], sampling, EOD)[0][2]
-    output = infill(transformer, "mdm", [text], sampling, end)[0]
+    end = infill(transformer, "mdm", [text], sampling, eod=EOD)[0][2]
+    output = infill(transformer, "mdm", [text], sampling, eod=end)[0]
     assert end not in [token for token, before in zip(output, text) if before == MASK]
 
 
@@ -280,6 +281,6 @@ def test_gaps_that_cannot_be_filled_are_refused():
         ([[MASK] * 5, [MASK]], {"steps": 3}, "--steps 3: is more than the 1 tokens of the gaps"),
     ):
         with pytest.raises(ConfigurationError) as caught:
-            infill(transformer, "mdm", texts, Sampling(**settings), EOD, seq_length=10)
+            infill(transformer, "mdm", texts, Sampling(**settings), eod=EOD, seq_length=10)
         assert str(caught.value).startswith(message)
-    assert infill(transformer, "mdm", [[MASK]], Sampling(steps=3, remask=0.1), EOD, seq_length=10)
+    assert infill(transformer, "mdm", [[MASK]], Sampling(steps=3, remask=0.1), eod=EOD, seq_length=10)

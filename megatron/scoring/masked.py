@@ -5,58 +5,17 @@ Only tokens of the continuation are masked. The sequence ends with the continuat
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 
-from megatron.evaluation.batched_forward import Limits, Prediction, Row, ask
-from megatron.evaluation.mask_designs import Design, balanced_design, exhaustive_design, full_mask
-from megatron.evaluation.requests import REPLICATES, Score, Scoring
 from megatron.model.transformer import Transformer
 from megatron.randomness import stream
+from megatron.scoring.batched_forward import Limits, MaskedSequence, Prediction, predict_sequences
+from megatron.scoring.mask_designs import Design, balanced_design, exhaustive_design, full_mask
+from megatron.scoring.pending import Choices, PendingRequest, combine_rounds, undecided
+from megatron.scoring.requests import REPLICATES, Score, Scoring
 
-CHAIN_ROWS = 4096  # sequences of the chain rule that exist at one time
-
-Choices = Sequence["PendingRequest"]  # of one document
-
-
-@dataclass(eq=False)
-class PendingRequest:
-    """A request that is being scored: its sequence, and what is known of its likelihood so far.
-
-    A sampling round has REPLICATES independent replicates, and each estimates the bound of the whole continuation.
-    """
-
-    sequence: np.ndarray  # [T] ids of context and continuation
-    start: int  # index of the first token of the continuation
-    key: str  # key of its Monte-Carlo noise, the same for all choices of a document
-    length: float  # divisor of the length-normalised score
-    full_mask: Prediction | None = None  # predictions where the whole continuation is masked
-    exact: float | None = None  # nats, where no sampling is needed
-    rounds: list[np.ndarray] = field(default_factory=list)  # [REPLICATES] nats each
-    round_sizes: list[int] = field(default_factory=list)  # samples of each round
-    mean_nll: dict[bytes, float] = field(default_factory=dict)  # by mask, where the continuation is short
-    greedy: bool | None = None
-    samples: int = 0
-    forward_tokens: int = 0
-
-    @property
-    def size(self) -> int:
-        """The number of tokens of the continuation."""
-        return len(self.sequence) - self.start
-
-    def replicates(self, rounds: int) -> np.ndarray:
-        """Return the nats of the first rounds, [rounds, REPLICATES]; constant where the value is exact."""
-        if self.exact is not None:
-            return np.full((rounds, REPLICATES), self.exact)
-        return np.array(self.rounds[:rounds])
-
-
-def combine_rounds(replicates: np.ndarray, sizes: Sequence[int]) -> tuple[float, float]:
-    """Return the mean of `replicates` [rounds, R], weighted by the sizes of the rounds, and its standard error."""
-    share = np.array(sizes) / np.sum(sizes)
-    variances = replicates.var(axis=1, ddof=1) / replicates.shape[1]
-    return float(share @ replicates.mean(axis=1)), float(np.sqrt(share**2 @ variances))
+CHAIN_SEQUENCES = 4096  # sequences of the chain rule that exist at one time
 
 
 class MaskedScorer:
@@ -92,13 +51,20 @@ class MaskedScorer:
     def result(self, request: PendingRequest) -> Score:
         """Return the score of a request after `score`."""
         if self.scoring.only_generate:
-            return Score(float("nan"), request.greedy, 0.0, 0, request.forward_tokens)
+            return Score(float("nan"), request.greedy, forward_tokens=request.forward_tokens)
         nats = request.exact
         error = 0.0
         if nats is None:
             nats, error = combine_rounds(np.array(request.rounds), request.round_sizes)
         bound = self.scoring.method == "bound" and request.size > 1
-        return Score(-nats, request.greedy, error, request.samples, request.forward_tokens, bound)
+        return Score(
+            -nats,
+            request.greedy,
+            standard_error=error,
+            samples=request.samples,
+            forward_tokens=request.forward_tokens,
+            upper_bound=bound,
+        )
 
     # ------------------------------------------------------------------------------------ the bound
 
@@ -192,14 +158,15 @@ class MaskedScorer:
         turns = np.argsort(order)  # [n], when each token is predicted
         nats = 0.0
         greedy = True
-        for start in range(0, size, CHAIN_ROWS):
-            tokens = order[start : start + CHAIN_ROWS]
+        for start in range(0, size, CHAIN_SEQUENCES):
+            tokens = order[start : start + CHAIN_SEQUENCES]
             masks = turns >= np.arange(start, start + len(tokens))[:, None]  # [R, n]
-            rows = [self._row(request, mask, index) for mask, index in zip(masks, tokens[:, None], strict=True)]
-            for token, prediction in zip(tokens, self._predict(rows), strict=True):
+            targets = tokens[:, None]
+            sequences = [self._sequence(request, *pair) for pair in zip(masks, targets, strict=True)]
+            for token, prediction in zip(tokens, self._predict(sequences), strict=True):
                 nats += float(prediction.nll[0])
                 greedy &= bool(prediction.best[0] == request.sequence[request.start + token])
-            self._count(request, len(rows), samples=True)
+            self._count(request, len(sequences), samples=True)
         request.exact = nats
         request.greedy = None if self.scoring.only_mc_nll else greedy
 
@@ -237,28 +204,28 @@ class MaskedScorer:
         self, requests: list[PendingRequest], masks: list[np.ndarray], indices: list[int]
     ) -> list[Prediction]:
         """Return the predictions at all masked tokens of the requests at `indices`."""
-        rows = [self._row(requests[index], masks[index]) for index in indices]
+        sequences = [self._sequence(requests[index], masks[index]) for index in indices]
         for index in indices:
             self._count(requests[index], 1, samples=False)
-        return self._predict(rows)
+        return self._predict(sequences)
 
     # ------------------------------------------------------------------------------------ sequences of the model
 
     def _evaluate(self, requests: list[PendingRequest], designs: list[Design]) -> list[list[Prediction]]:
         """Return the predictions at every mask of the design of each request; all requests share batches."""
-        rows = [
-            self._row(request, mask)
+        sequences = [
+            self._sequence(request, mask)
             for request, design in zip(requests, designs, strict=True)
             for mask in design.masked
         ]
-        predictions = iter(self._predict(rows))
+        predictions = iter(self._predict(sequences))
         results = []
         for request, design in zip(requests, designs, strict=True):
             results.append([next(predictions) for _ in design.masked])
             self._count(request, len(design.masked), samples=True)
         return results
 
-    def _row(self, request: PendingRequest, mask: np.ndarray, targets: np.ndarray | None = None) -> Row:
+    def _sequence(self, request: PendingRequest, mask: np.ndarray, targets: np.ndarray | None = None) -> MaskedSequence:
         """Return the model's input for one `mask` [n] of a continuation of n tokens.
 
         `targets` are indices in [0, n), by default all masked tokens. A context of three tokens and a continuation of
@@ -280,56 +247,14 @@ class MaskedScorer:
         if self.scoring.cfg:
             unconditional = tokens.copy()
             unconditional[: request.start] = mask_id
-        return Row(tokens, positions, request.sequence[positions], unconditional)
+        return MaskedSequence(tokens, positions, request.sequence[positions], unconditional)
 
-    def _predict(self, rows: list[Row]) -> list[Prediction]:
-        return ask(self.model, rows, self.limits, self.scoring.cfg)
+    def _predict(self, sequences: list[MaskedSequence]) -> list[Prediction]:
+        return predict_sequences(self.model, sequences, self.limits, self.scoring.cfg)
 
     def _count(self, request: PendingRequest, sequences: int, samples: bool) -> None:
         request.samples += sequences if samples else 0
         request.forward_tokens += sequences * len(request.sequence) * (2 if self.scoring.cfg else 1)
-
-
-def undecided(choices: Choices, decide_at: float) -> list[PendingRequest]:
-    """Return the choices that may still be the best, or none where the best one is known.
-
-    The best choice has the lowest nats, or nats divided by length; a choice stays where either is undecided. The
-    difference of two choices has less noise than each of them, since they share their masks; it is taken over the
-    rounds that both have had.
-    """
-    if len(choices) == 1:
-        return list(choices)
-    open_choices: list[PendingRequest] = []
-    for lengths in ([1.0] * len(choices), [choice.length for choice in choices]):
-        values = [_estimate(choice) / length for choice, length in zip(choices, lengths, strict=True)]
-        best = int(np.argmin(values))
-        contenders = [
-            index
-            for index in range(len(choices))
-            if index != best and not _is_worse(choices[index], choices[best], lengths[index], lengths[best], decide_at)
-        ]
-        if contenders:
-            open_choices += [choices[index] for index in [best, *contenders] if choices[index] not in open_choices]
-    return open_choices
-
-
-def _estimate(request: PendingRequest) -> float:
-    if request.exact is not None:
-        return request.exact
-    return combine_rounds(np.array(request.rounds), request.round_sizes)[0]
-
-
-def _is_worse(
-    choice: PendingRequest, best: PendingRequest, choice_length: float, best_length: float, decide_at: float
-) -> bool:
-    """Return whether `choice` is worse than `best` by more than `decide_at` standard errors of the difference."""
-    if choice.exact is not None and best.exact is not None:
-        return True  # no sample can change it
-    rounds = min(len(request.rounds) for request in (choice, best) if request.exact is None)
-    sizes = (choice if choice.exact is None else best).round_sizes[:rounds]
-    differences = choice.replicates(rounds) / choice_length - best.replicates(rounds) / best_length
-    gap, error = combine_rounds(differences, sizes)
-    return gap > decide_at * error
 
 
 def content_key(tokens: Sequence[int]) -> str:

@@ -21,12 +21,14 @@ from transformers import PreTrainedTokenizerFast
 from megatron.convert.huggingface import hugging_face_config, hugging_face_model
 from megatron.data.tokenizer import END, HFTokenizer
 from megatron.errors import ConfigurationError
-from megatron.evaluation.checkpoints import plot, score_checkpoints
-from megatron.evaluation.encoding import encode_pair
-from megatron.evaluation.harness import main as harness
-from megatron.evaluation.harness import prepare, read
-from megatron.evaluation.language_model import MegatronLM, cut, doc_key, read_generation
-from megatron.evaluation.requests import Scoring
+from megatron.reporting.plots import plot_task_scores
+from megatron.scoring.checkpoints import score_checkpoints
+from megatron.scoring.encoding import encode_pair
+from megatron.scoring.lm_eval_adapter import MegatronLM, cut, doc_key
+from megatron.scoring.lm_eval_arguments import read_generation
+from megatron.scoring.lm_eval_cli import main as harness
+from megatron.scoring.lm_eval_cli import prepare, read
+from megatron.scoring.requests import Scoring
 from megatron.training.load_run import open_trained
 from megatron.training.main import main as train
 from tests.conftest import ROOT, environment
@@ -58,8 +60,8 @@ def twin(runs, tmp_path_factory):
     """The AR run in transformers' format."""
     pytest.importorskip("accelerate", reason="lm-eval's own model of transformers needs it: the extra test")
     folder, trained = tmp_path_factory.mktemp("twin"), open_trained(str(runs / "ar"))
-    rows = {"rows": trained.vocabulary.size, "positions": SEQ_LENGTH}
-    hugging_face_model(trained.model(), hugging_face_config(trained.config.model, **rows)).save_pretrained(folder)
+    sizes = {"vocabulary_rows": trained.vocabulary.size, "max_positions": SEQ_LENGTH}
+    hugging_face_model(trained.model(), hugging_face_config(trained.config.model, **sizes)).save_pretrained(folder)
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(runs / "data" / "tokenizer.json"), eos_token="<|endoftext|>")
     tokenizer.save_pretrained(folder)
     return folder
@@ -510,7 +512,7 @@ def test_the_cache_of_lm_eval_is_refused(runs, tasks, tmp_path):
 
 
 def test_checkpoints_are_scored_along_a_run(runs, tasks, tmp_path):
-    record = score_checkpoints(str(runs / "ar"), ["choices", "rolling"], Scoring(), str(tasks), limit=3)
+    record = score_checkpoints(str(runs / "ar"), ["choices", "rolling"], Scoring(), include_path=str(tasks), limit=3)
     assert [point["iteration"] for point in record["points"]] == [5, 6]
     unique = open_trained(str(runs / "ar")).recorded["unique_tokens"]
     for point in record["points"]:
@@ -519,38 +521,39 @@ def test_checkpoints_are_scored_along_a_run(runs, tasks, tmp_path):
     last = evaluated(MegatronLM(pretrained=str(runs / "ar")), tasks, ["choices"], limit=3)["results"]["choices"]
     assert record["points"][-1]["results"]["choices"]["acc,none"] == last["acc,none"]
     json.dumps(record)
-    plot(record, tmp_path / "scores.png")
+    plot_task_scores(record, tmp_path / "scores.png")
     assert (tmp_path / "scores.png").read_bytes().startswith(b"\x89PNG") and len(list(tmp_path.iterdir())) == 1
     for run, names, message in (
         (tmp_path, ["choices"], f"{tmp_path}: has no intact checkpoint"),
         (runs / "ar", ["x"], "--tasks x: is"),
     ):
         with pytest.raises(ConfigurationError) as caught:
-            score_checkpoints(str(run), names, Scoring(), str(tasks), None)
+            score_checkpoints(str(run), names, Scoring(), include_path=str(tasks), limit=None)
         assert str(caught.value).startswith(message)
     missing = tmp_path / "tasks"
     missing.mkdir()
     (missing / "choices.yaml").write_text((tasks / "choices.yaml").read_text().replace("choices.jsonl", "gone.jsonl"))
     with pytest.raises(ConfigurationError, match="--tasks choices: .*gone.jsonl"):
-        score_checkpoints(str(runs / "ar"), ["choices"], Scoring(), str(missing), None)
+        score_checkpoints(str(runs / "ar"), ["choices"], Scoring(), include_path=str(missing), limit=None)
 
 
 def test_a_damaged_checkpoint_is_named_and_the_others_are_scored(runs, tasks, tmp_path, caplog):
     shutil.copytree(runs / "ar", tmp_path / "run")
     folder = tmp_path / "run" / "checkpoints" / "iter_0000005"
     file = next(folder.glob("*.safetensors"))
-    whole, cache = file.read_bytes(), tmp_path / "answers"
+    whole = file.read_bytes()
+    settings = {"include_path": str(tasks), "limit": 3, "cache": tmp_path / "answers"}
     for damage in (lambda: file.write_bytes(whole[:1000]), lambda: _flip(file, whole), file.unlink):
         damage()
         caplog.clear()
-        record = score_checkpoints(str(tmp_path / "run"), ["choices"], Scoring(), str(tasks), 3, cache)
+        record = score_checkpoints(str(tmp_path / "run"), ["choices"], Scoring(), **settings)
         assert [point["iteration"] for point in record["points"]] == [6]
         (message,) = [line for line in caplog.messages if "is damaged (" in line]
         assert message.startswith(f"checkpoint {folder} is damaged ({file.name} ") and message.endswith(
             ") and left out"
         )
     file.write_bytes(whole)
-    record = score_checkpoints(str(tmp_path / "run"), ["choices"], Scoring(), str(tasks), 3, cache)
+    record = score_checkpoints(str(tmp_path / "run"), ["choices"], Scoring(), **settings)
     assert [point["iteration"] for point in record["points"]] == [5, 6]
     assert len((tmp_path / "answers_rank0.jsonl").read_text().split()) > 2  # of both checkpoints
 
@@ -559,7 +562,7 @@ def _flip(file, whole: bytes):
     file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
 
 
-PROGRAMS = ["-m megatron.evaluation.harness", "tools/score_checkpoints.py"]
+PROGRAMS = ["-m megatron.scoring.lm_eval_cli", "tools/score_checkpoints.py"]
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
@@ -696,3 +699,19 @@ def test_devices_and_rows_that_are_none(runs):
             MegatronLM(pretrained=str(runs / "ar"), **options)
         assert str(caught.value).startswith(message)
     assert MegatronLM(pretrained=str(runs / "ar"), batch_size="8", max_batch_size=4).scoring.batch_rows == 4
+
+
+def test_a_task_with_fewer_documents_than_ranks_is_refused(runs, tasks):
+    """lm-eval fails on a rank without a document; the launcher then ends the others."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += ["-m", "megatron.scoring.lm_eval_cli", "--pretrained", runs / "ar", "--tasks", "writing", "--limit", "1"]
+    completed = subprocess.run(
+        [*map(str, command), "--include_path", str(tasks)],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    message = "--tasks writing: a task has fewer documents than the 2 ranks; start fewer, or give a higher --limit"
+    assert completed.returncode and f"error: {message}" in completed.stderr.splitlines()

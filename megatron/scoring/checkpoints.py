@@ -1,14 +1,14 @@
-"""Downstream scores along a run: every checkpoint under lm-eval, and a plot of the scores against epochs."""
+"""Downstream scores along a run: every checkpoint under lm-eval."""
 
 import logging
 from dataclasses import asdict
 from pathlib import Path
 
 from megatron.errors import ConfigurationError
-from megatron.evaluation.language_model import MegatronLM, Source
-from megatron.evaluation.lm_eval_errors import check_include_path, faults_of_tasks
-from megatron.evaluation.requests import Scoring
-from megatron.figures import add_legend, literal, pyplot, save_png
+from megatron.scoring.lm_eval_adapter import MegatronLM
+from megatron.scoring.lm_eval_arguments import Source
+from megatron.scoring.lm_eval_errors import check_include_path, faults_of_tasks
+from megatron.scoring.requests import Scoring
 from megatron.training.checkpoint import complete, damage
 from megatron.training.run_folder import read_json
 
@@ -36,6 +36,7 @@ def score_checkpoints(
     run: str,
     tasks: list[str],
     scoring: Scoring,
+    *,
     include_path: str | None,
     limit: float | None,
     cache: Path | None = None,
@@ -77,27 +78,3 @@ def score_checkpoints(
             }
         )
     return {"run": run, "tasks": tasks, "scoring": asdict(scoring), "points": points}
-
-
-def plot(record: dict, path: Path) -> None:
-    """Write a PNG file with the first metric of each task against epochs; error bars are over documents."""
-    figure, axes = pyplot().subplots(figsize=(6, 4.2))
-    epochs = [point["epoch"] for point in record["points"]]
-    legend = []
-    for task in record["points"][0]["results"]:
-        metric = first_metric(record["points"][0]["results"][task])
-        values = [point["results"][task][metric] for point in record["points"]]
-        name, kind = metric.split(",")
-        errors = [point["results"][task].get(f"{name}_stderr,{kind}") for point in record["points"]]
-        errors = [error if isinstance(error, float) else 0.0 for error in errors]
-        legend.append((axes.errorbar(epochs, values, yerr=errors, fmt="o-", capsize=3), f"{task} {name}"))
-    axes.set(xlabel="epochs", ylabel="score (± over documents)")
-    literal(axes.set_title(record["run"]))
-    axes.grid(alpha=0.3)
-    add_legend(axes, legend)
-    save_png(figure, path)
-
-
-def first_metric(results: dict) -> str:
-    """Return the name of the first metric of a task that has a value and is not a standard error."""
-    return next(name for name, value in results.items() if "," in name and "_stderr" not in name and value is not None)

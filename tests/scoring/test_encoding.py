@@ -16,7 +16,7 @@ from megatron.data.tokenizer import (
     SentencePieceTokenizer,
     train_tokenizer,
 )
-from megatron.evaluation.encoding import EncodingCounts, encode_pair
+from megatron.scoring.encoding import EncodingCounts, encode_pair
 
 WORDS = "bo bak baka bakari naka kana sofu 12 121 it's, (naïve) 日本".split()
 LINES = [" ".join(random.Random(seed).choices(WORDS, k=9)) for seed in range(60)]

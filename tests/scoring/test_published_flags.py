@@ -8,7 +8,7 @@ from dataclasses import asdict
 import pytest
 
 from megatron.errors import ConfigurationError
-from megatron.evaluation.harness import main, read
+from megatron.scoring.lm_eval_cli import main, read
 from megatron.training.command_line import parse
 
 MODEL = "--num-layers 2 --hidden-size 32 --num-attention-heads 2 --kv-channels 16 --seq-length 64"

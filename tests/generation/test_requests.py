@@ -14,9 +14,10 @@ import zstandard
 
 from megatron.data.tokenizer import ByteTokenizer
 from megatron.errors import ConfigurationError
-from megatron.evaluation.generate import generate
-from megatron.evaluation.sampling import Sampling
-from megatron.evaluation.texts import MASK_SYMBOL, Prompt, Request, read_request, visible
+from megatron.generation.generate import generate
+from megatron.generation.requests import Prompt, Request, read_request
+from megatron.generation.sampling import Sampling
+from megatron.generation.texts import MASK_SYMBOL, visible
 from megatron.training.load_run import open_trained
 from megatron.training.main import main
 from tests.conftest import ROOT, environment
@@ -63,7 +64,7 @@ def test_next_tokens_of_standard_input_and_of_a_file(runs, tmp_path, written):
     assert completed.returncode == 0, completed.stderr
     trained = open_trained(str(runs / "ar"))
     model, tokenizer = trained.model(), trained.tokenizer()
-    ids = generate(model, "ar", [tokenizer.encode("def main(")], Sampling(max_new_tokens=10), tokenizer.eod)[0]
+    ids = generate(model, "ar", [tokenizer.encode("def main(")], Sampling(max_new_tokens=10), eod=tokenizer.eod)[0]
     assert completed.stdout == f"def main({tokenizer.decode(ids)}\n" and completed.stderr == ""
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "import "}\n{"prompt": "def f(x):\\n"}\n')
     flags = "--max-new-tokens 12 --temperature 1 --top-k 50 --top-p 0.95 --num-samples 2 --seed 7 --average".split()
@@ -81,7 +82,7 @@ def test_next_tokens_of_standard_input_and_of_a_file(runs, tmp_path, written):
     model = open_trained(str(runs / "ar"), "best").model(average=True)
     prompts = [tokenizer.encode(record["prompt"]) for record in records]
     sampling = Sampling(max_new_tokens=12, temperature=1.0, top_k=50, top_p=0.95, seed=7)
-    assert [record["ids"] for record in records] == generate(model, "ar", prompts, sampling, tokenizer.eod)
+    assert [record["ids"] for record in records] == generate(model, "ar", prompts, sampling, eod=tokenizer.eod)
     for record in records:
         assert record["text"] == tokenizer.decode(record["ids"])
         assert (
@@ -155,100 +156,121 @@ def test_what_is_not_there_yet_is_shown():
     assert visible([257], ByteTokenizer(), 257) == MASK_SYMBOL
 
 
-def test_what_would_not_act_is_refused(runs, tmp_path, monkeypatch, written):
-    ar, mdm = str(runs / "ar"), str(runs / "mdm")
-    prompt = ["--prompt", "a", "--max-new-tokens", "8"]
-    files = {"bad.jsonl": '{"prompt": "a"}\n{"text": "b"}\n', "both.jsonl": '{"prompt": "a"}\n{"infill": "b{{2}}"}\n'}
-    files |= {"two.jsonl": '{"prompt": 3}', "none.jsonl": "", "broken.jsonl": "{"}
-    for name, text in files.items():
-        (tmp_path / name).write_text(text)
-    (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe")
-    (tmp_path / "late.txt").write_bytes(b"caf\xe9")
-    (tmp_path / "half.jsonl").write_text('{"prompt": "\\ud800"}')
-    (tmp_path / "cut.txt.gz").write_bytes(gzip.compress(b"a prompt")[:-1])
-    ruled = tmp_path / "ruled"
-    shutil.copytree(runs / "ar", ruled)
-    recorded = json.loads((ruled / "config.json").read_text())
+PROMPT = ("--prompt", "a", "--max-new-tokens", "8")
+# command lines and the start of their messages; @ is a folder with the files below, capital letters are runs
+REFUSED = (
+    ([], "RUN: required and not given; name a folder"),
+    (["@", *PROMPT], "@: holds no run and is no checkpoint"),
+    (["AR", "--promt", "a"], "unknown flag --promt; did you mean --prompt?"),
+    (["AR", *PROMPT, "--temperature", "warm"], "--temperature warm: is not a number"),
+    (["AR", *PROMPT, "--top-k", "4"], "--top-k 4: has no effect on greedy decoding"),
+    (["AR", *PROMPT, "--seed", "4"], "--seed 4: has no effect on greedy decoding; give a --temperature"),
+    (["AR", *PROMPT, "--num-samples", "2"], "--num-samples 2: all would be equal"),
+    (["AR", *PROMPT, "--num-samples", "0"], "--num-samples 0: must be at least 1"),
+    (["AR", *PROMPT, "--batch-size", "0"], "--batch-size 0: must be at least 1"),
+    (["AR", *PROMPT, "--steps", "4"], "--steps: acts in masked diffusion, and AR was trained with --objective ar"),
+    (["AR", *PROMPT, "--order", "confidence"], "--order: acts in masked diffusion, and"),
+    (["AR", *PROMPT, "--remask=0.0"], "--remask: acts in masked diffusion, and"),
+    (["AR", *PROMPT, "--show-steps"], "--show-steps: acts in masked diffusion, and"),
+    (["AR", "--infill", "a{{2}}"], "--objective ar: such a model predicts the next token"),
+    (["AR", "--prompt", "a", "--gap", "2", "--suffix", "b"], "--objective ar: such a model predicts the next token"),
+    (["AR", *PROMPT, "--infill", "a{{2}}"], "--prompt and --infill: both are the text to continue"),
+    (["AR", *PROMPT, "--gap", "2"], "--prompt, --gap and --suffix: are given together"),
+    (["MDM", "--suffix", "b", "--gap", "2"], "--prompt, --gap and --suffix: are given together"),
+    (["MDM", "--prompt", "a", "--suffix", "b", "--gap", "0"], "--gap 0: must be at least 1"),
+    (
+        ["MDM", "--infill", "a{{2}}", "--max-new-tokens", "8"],
+        "--max-new-tokens: has no effect, the gaps have their own lengths",
+    ),
+    (["MDM", "--infill", "a"], "--infill: a text has no gap"),
+    (
+        ["MDM", "--infill", "a{{40}}"],
+        "--infill: a text has 41 tokens, gaps included, and this model",
+    ),
+    (["MDM", *PROMPT, "--steps", "9"], "--steps 9: is more than --max-new-tokens 8"),
+    (["MDM", "--prompt", "a"], "--max-new-tokens 128: leaves no room for a prompt in the 32 tokens of --seq-length"),
+    (["MDM", *PROMPT, "--show-steps", "--num-samples", "2", "--temperature", "1"], "--show-steps: shows one text"),
+    (["MDM", *PROMPT, "--average"], "MDM: holds no average of its weights"),
+    (["AR", *PROMPT, "--device", "tpu"], "--device tpu: is not available; this machine has cpu and 0 cuda"),
+    (["AR", *PROMPT, "--device", "cuda"], "--device cuda: is not available"),
+    (["AR", *PROMPT, "--device", "cuda:0"], "--device cuda:0: is not available"),
+    (["AR", *PROMPT, "--device", "cuda:x"], "--device cuda:x: is not available"),
+    (["AR", *PROMPT, "--dtype", "int8"], "--dtype int8: is not one of float32, bfloat16"),
+    (["AR", *PROMPT, "--checkpoint", "first"], "--checkpoint first: is not one of latest, best"),
+    (["ANY", *PROMPT], "--objective any-order: such a model is given the position"),
+    (["TARGETS", *PROMPT], "--target-positions: such a model is given the position"),
+    (["RULED", "--prompt", "", "--max-new-tokens", "8"], "--eod-mask-loss: this model was not trained to"),
+    (["AR", "--prompt-file", "@/no.txt"], "--prompt-file @/no.txt: cannot be read"),
+    (["AR", "--prompt-file", "@/bytes.txt"], "--prompt-file @/bytes.txt: is not UTF-8"),
+    (["AR", "--prompt-file", "@/late.txt"], "--prompt-file @/late.txt: is not UTF-8"),
+    (["AR", "--prompt-file", "@/half.jsonl"], "--prompt-file @/half.jsonl: line 1 is not text"),
+    (
+        ["AR", "--prompt-file", "@/cut.txt.gz"],
+        "--prompt-file @/cut.txt.gz: is damaged or truncated",
+    ),
+    (["AR", "--prompt", "a\udcff"], "--prompt is not text"),
+    (["MDM", "--infill", "a{{2}}\udcff"], "--infill is not text"),
+    (["MDM", "--prompt", "a", "--gap", "2", "--suffix", "\udcff"], "--suffix is not text"),
+    (["AR", "--prompt-file", "@/bad.jsonl"], "--prompt-file @/bad.jsonl: line 2 is neither"),
+    (["AR", "--prompt-file", "@/two.jsonl"], "--prompt-file @/two.jsonl: line 1 is neither"),
+    (
+        ["AR", "--prompt-file", "@/broken.jsonl"],
+        "--prompt-file @/broken.jsonl: line 1 is not JSON",
+    ),
+    (["AR", "--prompt-file", "@/none.jsonl"], "--prompt-file @/none.jsonl: has no line"),
+    (
+        ["MDM", "--prompt-file", "@/both.jsonl"],
+        "--prompt-file @/both.jsonl: has prompts and",
+    ),
+)
+FILES = {
+    "bad.jsonl": b'{"prompt": "a"}\n{"text": "b"}\n',
+    "both.jsonl": b'{"prompt": "a"}\n{"infill": "b{{2}}"}\n',
+    "two.jsonl": b'{"prompt": 3}',
+    "none.jsonl": b"",
+    "broken.jsonl": b"{",
+    "half.jsonl": b'{"prompt": "\\ud800"}',
+    "bytes.txt": b"\xff\xfe",
+    "late.txt": b"caf\xe9",
+    "cut.txt.gz": gzip.compress(b"a prompt")[:-1],
+}
+
+
+@pytest.fixture(scope="module")
+def refused_input(runs, tmp_path_factory):
+    """Return a function that replaces @ and the names of runs in a text."""
+    folder = tmp_path_factory.mktemp("refused")
+    for name, content in FILES.items():
+        (folder / name).write_bytes(content)
+    shutil.copytree(runs / "ar", folder / "ruled")
+    recorded = json.loads((folder / "ruled" / "config.json").read_text())
     recorded["data"]["eod_mask_loss"] = True
-    (ruled / "config.json").write_text(json.dumps(recorded))
-    masked = "acts in masked diffusion, and"
-    for arguments, message in (
-        ([], "RUN: required and not given; name a folder"),
-        ([str(tmp_path), *prompt], f"{tmp_path}: holds no run and is no checkpoint"),
-        ([ar, "--promt", "a"], "unknown flag --promt; did you mean --prompt?"),
-        ([ar, *prompt, "--temperature", "warm"], "--temperature warm: is not a number"),
-        ([ar, *prompt, "--top-k", "4"], "--top-k 4: has no effect on greedy decoding"),
-        ([ar, *prompt, "--seed", "4"], "--seed 4: has no effect on greedy decoding; give a --temperature"),
-        ([ar, *prompt, "--num-samples", "2"], "--num-samples 2: all would be equal"),
-        ([ar, *prompt, "--num-samples", "0"], "--num-samples 0: must be at least 1"),
-        ([ar, *prompt, "--batch-size", "0"], "--batch-size 0: must be at least 1"),
-        ([ar, *prompt, "--steps", "4"], f"--steps: {masked} {ar} was trained with --objective ar"),
-        ([ar, *prompt, "--order", "confidence"], f"--order: {masked}"),
-        ([ar, *prompt, "--remask=0.0"], f"--remask: {masked}"),
-        ([ar, *prompt, "--show-steps"], f"--show-steps: {masked}"),
-        ([ar, "--infill", "a{{2}}"], "--objective ar: such a model predicts the next token"),
-        ([ar, "--prompt", "a", "--gap", "2", "--suffix", "b"], "--objective ar: such a model predicts the next token"),
-        ([ar, *prompt, "--infill", "a{{2}}"], "--prompt and --infill: both are the text to continue"),
-        ([ar, *prompt, "--gap", "2"], "--prompt, --gap and --suffix: are given together"),
-        ([mdm, "--suffix", "b", "--gap", "2"], "--prompt, --gap and --suffix: are given together"),
-        ([mdm, "--prompt", "a", "--suffix", "b", "--gap", "0"], "--gap 0: must be at least 1"),
-        (
-            [mdm, "--infill", "a{{2}}", "--max-new-tokens", "8"],
-            "--max-new-tokens: has no effect, the gaps have their own lengths",
-        ),
-        ([mdm, "--infill", "a"], "--infill: a text has no gap"),
-        (
-            [mdm, "--infill", "a{{40}}"],
-            "--infill: a text has 41 tokens, gaps included, and this model",
-        ),
-        ([mdm, *prompt, "--steps", "9"], "--steps 9: is more than --max-new-tokens 8"),
-        ([mdm, "--prompt", "a"], "--max-new-tokens 128: leaves no room for a prompt in the 32 tokens of --seq-length"),
-        ([mdm, *prompt, "--show-steps", "--num-samples", "2", "--temperature", "1"], "--show-steps: shows one text"),
-        ([mdm, *prompt, "--average"], f"{mdm}: holds no average of its weights"),
-        ([ar, *prompt, "--device", "tpu"], "--device tpu: is not available; this machine has cpu and 0 cuda"),
-        ([ar, *prompt, "--device", "cuda"], "--device cuda: is not available"),
-        ([ar, *prompt, "--device", "cuda:0"], "--device cuda:0: is not available"),
-        ([ar, *prompt, "--device", "cuda:x"], "--device cuda:x: is not available"),
-        ([ar, *prompt, "--dtype", "int8"], "--dtype int8: is not one of float32, bfloat16"),
-        ([ar, *prompt, "--checkpoint", "first"], "--checkpoint first: is not one of latest, best"),
-        ([str(runs / "any"), *prompt], "--objective any-order: such a model is given the position"),
-        ([str(runs / "targets"), *prompt], "--target-positions: such a model is given the position"),
-        ([str(ruled), "--prompt", "", "--max-new-tokens", "8"], "--eod-mask-loss: this model was not trained to"),
-        ([ar, "--prompt-file", f"{tmp_path}/no.txt"], f"--prompt-file {tmp_path}/no.txt: cannot be read"),
-        ([ar, "--prompt-file", f"{tmp_path}/bytes.txt"], f"--prompt-file {tmp_path}/bytes.txt: is not UTF-8"),
-        ([ar, "--prompt-file", f"{tmp_path}/late.txt"], f"--prompt-file {tmp_path}/late.txt: is not UTF-8"),
-        ([ar, "--prompt-file", f"{tmp_path}/half.jsonl"], f"--prompt-file {tmp_path}/half.jsonl: line 1 is not text"),
-        (
-            [ar, "--prompt-file", f"{tmp_path}/cut.txt.gz"],
-            f"--prompt-file {tmp_path}/cut.txt.gz: is damaged or truncated",
-        ),
-        ([ar, "--prompt", "a\udcff"], "--prompt is not text"),
-        ([mdm, "--infill", "a{{2}}\udcff"], "--infill is not text"),
-        ([mdm, "--prompt", "a", "--gap", "2", "--suffix", "\udcff"], "--suffix is not text"),
-        ([ar, "--prompt-file", f"{tmp_path}/bad.jsonl"], f"--prompt-file {tmp_path}/bad.jsonl: line 2 is neither"),
-        ([ar, "--prompt-file", f"{tmp_path}/two.jsonl"], f"--prompt-file {tmp_path}/two.jsonl: line 1 is neither"),
-        (
-            [ar, "--prompt-file", f"{tmp_path}/broken.jsonl"],
-            f"--prompt-file {tmp_path}/broken.jsonl: line 1 is not JSON",
-        ),
-        ([ar, "--prompt-file", f"{tmp_path}/none.jsonl"], f"--prompt-file {tmp_path}/none.jsonl: has no line"),
-        (
-            [mdm, "--prompt-file", f"{tmp_path}/both.jsonl"],
-            f"--prompt-file {tmp_path}/both.jsonl: has prompts and",
-        ),
-    ):
-        with pytest.raises(ConfigurationError) as caught:
-            work(arguments)
-        assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
+    (folder / "ruled" / "config.json").write_text(json.dumps(recorded))
+    paths = {name.upper(): str(runs / name) for name in ("ar", "mdm", "any", "targets")}
+    paths |= {"RULED": str(folder / "ruled"), "@": str(folder)}
+    return lambda text: re.sub(rf"@|\b({'|'.join(paths)})\b", lambda match: paths[match[0]], text)
+
+
+@pytest.mark.parametrize("arguments, message", REFUSED, ids=lambda value: value if isinstance(value, str) else "")
+def test_what_would_not_act_is_refused(arguments, message, refused_input):
+    with pytest.raises(ConfigurationError) as caught:
+        work([refused_input(word) for word in arguments])
+    assert str(caught.value).startswith(refused_input(message)) and "\n" not in str(caught.value)
+
+
+def test_standard_input_without_a_prompt_is_refused(runs, monkeypatch):
     terminal = io.StringIO()
     terminal.isatty = lambda: True
     monkeypatch.setattr(sys, "stdin", terminal)
     with pytest.raises(ConfigurationError, match="^--prompt: required and not given"):
-        work([ar])
+        work([str(runs / "ar")])
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff")))
     with pytest.raises(ConfigurationError, match="^standard input: is not UTF-8"):
-        work([ar])
-    code, printed, message = written(ar, *prompt, "--steps", "4")
+        work([str(runs / "ar")])
+
+
+def test_the_command_reports_a_refusal_and_exits_with_code_2(runs, written):
+    code, printed, message = written(runs / "ar", *PROMPT, "--steps", "4")
     assert code == 2 and message.startswith("error: --steps: acts in masked") and not printed
 
 

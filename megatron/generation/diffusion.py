@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from megatron.batch import Batch
-from megatron.evaluation.sampling import Sampling, choose
+from megatron.generation.sampling import Sampling, choose
 from megatron.model.transformer import Transformer
 from megatron.randomness import stream
 
-LOGITS_ROWS = 1024  # positions whose logits exist at one time
+MAX_LOGIT_POSITIONS = 1024  # positions whose logits exist at one time
 
 # called after each step: its number from 1, the indices of the texts in this step, and their tokens [R, T]
 OnStep = Callable[[int, list[int], Tensor], None]
@@ -27,9 +27,10 @@ OnStep = Callable[[int, list[int], Tensor], None]
 def fill(
     model: Transformer,
     texts: list[list[int]],
-    sampling: Sampling,
-    batch_size: int,
     keys: list[tuple[int, int]],
+    sampling: Sampling,
+    *,
+    batch_size: int,
     eod: int,
     open_end: bool,
     advance: Callable[[int], None] = lambda tokens: None,
@@ -50,9 +51,8 @@ def fill(
     for (_, num_masked), members in sorted(groups.items(), reverse=True):
         for start in range(0, len(members) if num_masked else 0, batch_size):
             indices = members[start : start + batch_size]
-            filling = _Filling(
-                model, [texts[index] for index in indices], [keys[index] for index in indices], sampling, eod, open_end
-            )
+            batch_texts, batch_keys = [texts[index] for index in indices], [keys[index] for index in indices]
+            filling = _Filling(model, batch_texts, batch_keys, sampling, eod=eod, open_end=open_end)
             batch = filling.run(advance, _step_of_batch(on_step, indices) if on_step else None)
             for index, text in zip(indices, batch, strict=True):
                 filled[index] = text
@@ -68,7 +68,14 @@ class _Filling:
     """The state of B texts of T tokens, each with L masked positions."""
 
     def __init__(
-        self, model: Transformer, texts: list[list[int]], keys: list, sampling: Sampling, eod: int, open_end: bool
+        self,
+        model: Transformer,
+        texts: list[list[int]],
+        keys: list[tuple[int, int]],
+        sampling: Sampling,
+        *,
+        eod: int,
+        open_end: bool,
     ):
         self.model = model
         self.sampling = sampling
@@ -152,7 +159,7 @@ class _Filling:
         if self.sampling.order == "random":
             scores[candidates] = draws[candidates]
         else:
-            chunks = states[candidates].split(LOGITS_ROWS)
+            chunks = states[candidates].split(MAX_LOGIT_POSITIONS)
             certainties = [certainty(self._logits(chunk), self.sampling.order) for chunk in chunks]
             scores[candidates] = torch.cat(certainties).double()
         # earlier blocks have priority
@@ -161,7 +168,7 @@ class _Filling:
 
     def _choose(self, states: Tensor, draws: Tensor) -> Tensor:
         """Return tokens [N] sampled from hidden states [N, H] with uniform `draws` [N]."""
-        chunks = zip(states.split(LOGITS_ROWS), draws.split(LOGITS_ROWS), strict=True)
+        chunks = zip(states.split(MAX_LOGIT_POSITIONS), draws.split(MAX_LOGIT_POSITIONS), strict=True)
         return torch.cat([choose(self._logits(chunk), self.sampling, uniforms) for chunk, uniforms in chunks])
 
     def _logits(self, states: Tensor) -> Tensor:

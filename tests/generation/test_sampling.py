@@ -7,7 +7,7 @@ import torch
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from megatron.errors import ConfigurationError
-from megatron.evaluation.sampling import Sampling, choose, draw_keys, probabilities
+from megatron.generation.sampling import Sampling, choose, draw_keys, probabilities
 
 SMALLEST, LARGEST = 0.0, 1 - 2**-53  # uniform numbers in [0, 1)
 

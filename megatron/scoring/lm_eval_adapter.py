@@ -1,12 +1,10 @@
 """A training run as a model of lm-eval: log-likelihoods, rolling log-likelihoods and generation."""
 
-import difflib
 import hashlib
 import json
 import logging
-import typing
 from collections.abc import Callable, Iterator, Sequence, Set
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,94 +13,22 @@ import torch.distributed as dist
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 
-from megatron.config.flags import flag, require
 from megatron.errors import ConfigurationError
-from megatron.evaluation.answer_cache import AnswerCache
-from megatron.evaluation.encoding import EncodingCounts, encode_pair
-from megatron.evaluation.generate import check_empty_prompt, check_objective, generate
-from megatron.evaluation.requests import Request, Score, Scoring
-from megatron.evaluation.sampling import MASKED, Sampling
-from megatron.evaluation.score import score
+from megatron.generation.generate import check_empty_prompt, generate
+from megatron.generation.sampling import Sampling
 from megatron.objectives.registry import capabilities
 from megatron.parallel.launch import device, world_size
 from megatron.parallel.mesh import initialize_parallel
-from megatron.training.load_run import Trained, open_trained
+from megatron.scoring.answer_cache import AnswerCache
+from megatron.scoring.encoding import EncodingCounts, encode_pair
+from megatron.scoring.lm_eval_arguments import read_arguments, read_batch_size, read_generation
+from megatron.scoring.requests import Request, Score, Scoring
+from megatron.scoring.score import score
 from megatron.training.run_folder import writing
 
 logger = logging.getLogger(__name__)
 
-MAX_GEN_TOKS = 256  # where a task does not set max_gen_toks: lm-eval's default
 GENERATION_BATCH = 16  # texts that are generated at one time, without --batch-rows
-
-
-@dataclass(frozen=True, kw_only=True)
-class Source:
-    """Which model. In lm-eval's own form: --model megatron --model_args pretrained=RUN,checkpoint=best,num_mc=16."""
-
-    pretrained: str | None = flag(None, "the run: a folder that --save wrote, or a checkpoint in it", metavar="RUN")
-    checkpoint: str = flag(
-        "latest",
-        "the newest checkpoint, or that of the lowest loss on the first validation set",
-        choices=("latest", "best"),
-    )
-    average: bool = flag(False, "use the averaged weights of --ema-decay or --average-from-samples")
-    dtype: str | None = flag(
-        None, "dtype of the computation (default: that of the training run)", choices=("float32", "bfloat16")
-    )
-    records: str | None = flag(
-        None,
-        "write one line per request: its score, standard error and samples (default: scores_*.jsonl next to the "
-        "samples of --output_path)",
-        metavar="FILE.jsonl",
-    )
-
-    def __post_init__(self):
-        for name, choices in (("checkpoint", ("latest", "best")), ("dtype", (None, "float32", "bfloat16"))):
-            value = getattr(self, name)
-            require(value in choices, name, value, f"is not one of {', '.join(filter(None, choices))}")
-
-    def open(self) -> Trained:
-        """Return the run.
-
-        Raises: ConfigurationError where there is no run, its checkpoint is damaged, or its objective cannot be scored.
-        """
-        if not self.pretrained:
-            raise ConfigurationError("--pretrained: required and not given; name a folder that --save wrote")
-        trained = open_trained(self.pretrained, self.checkpoint)
-        check_objective(trained.recorded["objective_name"], trained.config.objective)
-        return trained
-
-
-def read_arguments(arguments: dict) -> tuple[Source, Scoring]:
-    """Return the sections of lm-eval's --model_args.
-
-    Raises: ConfigurationError for unknown names and values of another type.
-    """
-    sections = []
-    known = {}
-    for section in (Source, Scoring):
-        hints = typing.get_type_hints(section)
-        names = {field.name for field in fields(section)}
-        known |= dict.fromkeys(names)
-        values = {name: _convert(name, arguments[name], hints[name]) for name in names & set(arguments)}
-        sections.append(section(**values))
-    for name in arguments:
-        if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            remedy = f"did you mean {close[0]}?" if close else f"the names are {', '.join(sorted(known))}"
-            raise ConfigurationError(f"--model_args {name}={arguments[name]}: unknown name; {remedy}")
-    return tuple(sections)
-
-
-def _convert(name: str, value: Any, hint: Any) -> Any:
-    """Return a value of --model_args in the type of its field; lm-eval parses every number as a number."""
-    kinds = [kind for kind in (typing.get_args(hint) or (hint,)) if kind is not type(None)]
-    if value is None or kinds[0] is str:
-        return value if value is None else str(value)
-    kind = (int, float) if kinds[0] is float else kinds[0]
-    if not isinstance(value, kind) or (isinstance(value, bool) and kinds[0] is not bool):
-        raise ConfigurationError(f"--model_args {name}={value}: is not of type {kinds[0].__name__}; give such a value")
-    return value
 
 
 class MegatronLM(TemplateLM):
@@ -115,7 +41,7 @@ class MegatronLM(TemplateLM):
         super().__init__()
         self.source, scoring = read_arguments(arguments)
         if batch_size not in (None, "auto"):
-            scoring = replace(scoring, batch_rows=_batch_rows(batch_size))
+            scoring = replace(scoring, batch_rows=read_batch_size(batch_size))
         if max_batch_size is not None:
             limit = int(max_batch_size)
             scoring = replace(scoring, batch_rows=min(scoring.batch_rows or limit, limit))
@@ -153,7 +79,7 @@ class MegatronLM(TemplateLM):
     @property
     def tokenizer_name(self) -> str:
         """The flag and value that name the tokenizer."""
-        return self._tokenizer.named
+        return self._tokenizer.flag
 
     def set_cache_hook(self, cache_hook) -> None:
         """Refuse lm-eval's own cache: it mixes up checkpoints, settings, and documents with the same request."""
@@ -186,7 +112,7 @@ class MegatronLM(TemplateLM):
                 encoded_alone.add(id(instance))
             length = float(len(continuation.lstrip()))
             encoded.append(Request(pair.context, pair.continuation, doc_key(instance), length))
-        return self._score("loglikelihood", requests, encoded, self.scoring, encoded_alone)
+        return self._score("loglikelihood", requests, encoded, scoring=self.scoring, encoded_alone=encoded_alone)
 
     def _loglikelihood_tokens(self, requests, **_) -> list[tuple[float, bool]]:
         """Return the same for (strings, context ids, continuation ids), whose documents are unknown."""
@@ -203,7 +129,7 @@ class MegatronLM(TemplateLM):
         for instance, request in zip(requests, encoded, strict=True):
             self._check_tokens(instance, instance.args[0], request.continuation)
         scoring = replace(self.scoring, only_mc_nll=True)
-        return [nats for nats, _ in self._score("loglikelihood_rolling", requests, encoded, scoring)]
+        return [nats for nats, _ in self._score("loglikelihood_rolling", requests, encoded, scoring=scoring)]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Return a continuation of each context, up to the first of the stop strings in `until`.
@@ -266,11 +192,12 @@ class MegatronLM(TemplateLM):
             return cut(text, until) != text
 
         settings = {
+            "eod": self.eot_token_id,
             "batch_size": self.scoring.batch_rows or GENERATION_BATCH,
             "seq_length": self.seq_length,
             "finished": finished,
         }
-        new_tokens = generate(self.model, self.objective, prompts, sampling, self.eot_token_id, **settings)
+        new_tokens = generate(self.model, self.objective, prompts, sampling, **settings)
         return [cut(self._tokenizer.decode(tokens), until) for tokens in new_tokens]
 
     # ------------------------------------------------------------------------------------ several ranks
@@ -311,7 +238,7 @@ class MegatronLM(TemplateLM):
         """Raise ConfigurationError where the tokenizer drops a whole text: its log-likelihood would be 0."""
         if text and not ids:
             raise ConfigurationError(
-                f"--tasks {instance.task_name}: the tokenizer ({self._tokenizer.named}) drops all of {text[:40]!r} in "
+                f"--tasks {instance.task_name}: the tokenizer ({self._tokenizer.flag}) drops all of {text[:40]!r} in "
                 f"document {instance.doc_id}, so that it has no likelihood; leave the task out, or score a run whose "
                 "tokenizer encodes such text"
             )
@@ -363,6 +290,7 @@ class MegatronLM(TemplateLM):
         kind: str,
         instances: Sequence[Instance],
         requests: list[Request],
+        *,
         scoring: Scoring,
         encoded_alone: Set[int] = frozenset(),
     ) -> list[tuple[float, bool]]:
@@ -415,8 +343,13 @@ class MegatronLM(TemplateLM):
     def _compute(
         self, requests: list[Request], scoring: Scoring, finished: Callable[[int, Score], None] = lambda *_: None
     ) -> list[Score]:
-        data = self.trained.config.data
-        return score(self.model, self.objective, requests, scoring, self.eot_token_id, self.seq_length, data, finished)
+        settings = {
+            "eod": self.eot_token_id,
+            "seq_length": self.seq_length,
+            "data": self.trained.config.data,
+            "finished": finished,
+        }
+        return score(self.model, self.objective, requests, scoring, **settings)
 
     def _add_score(self, kind: str, instance: Instance, score: Score) -> None:
         """Add a score to the statistics and the records."""
@@ -440,37 +373,6 @@ def doc_key(instance: Instance) -> str:
     return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
 
 
-def read_generation(arguments: dict, objective: str, seq_length: int) -> tuple[Sampling, tuple[str, ...]]:
-    """Return the generation settings of a task and its stop strings.
-
-    Without do_sample decoding is greedy unless there is a temperature; with do_sample the temperature defaults to 1.
-
-    Raises: ConfigurationError for unknown settings and for lengths that leave no room for a prompt.
-    """
-    settings = dict(arguments)
-    until = settings.pop("until", None) or ()
-    until = (until,) if isinstance(until, str) else tuple(until)
-    length = int(settings.pop("max_gen_toks", MAX_GEN_TOKS))
-    if length >= seq_length:
-        raise ConfigurationError(
-            f"max_gen_toks {length} of a task: leaves no room for a prompt in the {seq_length} tokens of --seq-length "
-            f"that this model was trained on; give --gen_kwargs max_gen_toks={seq_length // 2} or fewer"
-        )
-    sample = settings.pop("do_sample", None)
-    temperature = float(settings.pop("temperature", 1.0 if sample else 0.0)) if sample is not False else 0.0
-    if sample is False:
-        settings.pop("temperature", None)
-    names = {field.name for field in fields(Sampling)} - {"max_new_tokens"}
-    for name in settings:
-        if name not in names or (capabilities(objective).generation == "causal" and name in MASKED):
-            problem = "acts in masked diffusion only" if name in names else "is not supported by these models"
-            raise ConfigurationError(f"--gen_kwargs {name}={settings[name]}: {problem}; leave it out")
-    if not temperature:  # these act on random draws only
-        for name in ("top_k", "top_p"):
-            settings.pop(name, None)
-    return Sampling(max_new_tokens=length, temperature=temperature, **settings), until
-
-
 def cut(text: str, until: Sequence[str]) -> str:
     """Return a text up to the first of the stop strings `until`."""
     ends = [text.find(stop) for stop in until if stop and stop in text]
@@ -479,15 +381,6 @@ def cut(text: str, until: Sequence[str]) -> str:
 
 def _loglikelihood(score: Score) -> tuple[float, bool]:
     return score.log_likelihood, bool(score.is_greedy)
-
-
-def _batch_rows(batch_size: Any) -> int:
-    """Return the sequences of lm-eval's --batch_size."""
-    if not str(batch_size).isdigit() or not int(batch_size):
-        raise ConfigurationError(
-            f"--batch_size {batch_size}: is neither auto nor a number of sequences; give one of them"
-        )
-    return int(batch_size)
 
 
 def _torch_device(name: str | None) -> torch.device:
