@@ -17,8 +17,8 @@ from megatron.errors import ConfigurationError
 from megatron.evaluation.generate import generate
 from megatron.evaluation.sampling import Sampling
 from megatron.evaluation.texts import MASK_SYMBOL, Prompt, Request, read_request, visible
+from megatron.training.launcher import main
 from megatron.training.load_run import open_trained
-from megatron.training.main import main
 from tests.conftest import ROOT, environment
 from tools.convert_checkpoint import main as convert
 from tools.generate import main as write
