@@ -35,8 +35,9 @@ from torch import Tensor
 from benchmarks.contestants import version
 from benchmarks.options import read_options, refuse
 from megatron.config.flags import flag, require
-from megatron.config.sections import OptimizerConfig, ParallelConfig, Vocabulary
+from megatron.config.sections import OptimizerConfig, ParallelConfig
 from megatron.config.sizes import GPT2_VOCABULARY, ladder_model
+from megatron.config.vocabulary import Vocabulary
 from megatron.errors import ConfigurationError
 from megatron.parallel.apply import build_engine
 from megatron.parallel.mesh import ParallelContext, destroy_parallel, initialize_parallel

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from benchmarks.plain import GPT as PlainGPT
 from megatron.batch import Batch
-from megatron.config.sections import ModelConfig, OptimizerConfig, ParallelConfig, Vocabulary
+from megatron.config.sections import ModelConfig, OptimizerConfig, ParallelConfig
+from megatron.config.vocabulary import Vocabulary
 from megatron.convert.huggingface import hugging_face_config, hugging_face_model
 from megatron.model.initialise import initialise
 from megatron.model.transformer import Transformer

@@ -35,8 +35,8 @@ from tqdm import tqdm
 from benchmarks import contestants
 from benchmarks.options import read_options, refuse
 from megatron.config.flags import flag, require
-from megatron.config.sections import Vocabulary
 from megatron.config.sizes import GPT2_VOCABULARY, ladder_model
+from megatron.config.vocabulary import Vocabulary
 from megatron.errors import ConfigurationError
 from megatron.evaluation.generate import generate
 from megatron.evaluation.sampling import Sampling

@@ -22,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.contestants import version
 from benchmarks.options import read_options, refuse
 from megatron.config.flags import flag, require
-from megatron.config.sections import Vocabulary
 from megatron.config.sizes import GPT2_VOCABULARY, flops_per_token
+from megatron.config.vocabulary import Vocabulary
 from megatron.errors import ConfigurationError
 from megatron.parallel.mesh import destroy_parallel, initialize_parallel
 from megatron.training.command_line import parse

@@ -22,8 +22,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.contestants import version
 from benchmarks.options import read_options, refuse
 from megatron.config.flags import flag, require
-from megatron.config.sections import Config, Vocabulary
+from megatron.config.sections import Config
 from megatron.config.sizes import GPT2_VOCABULARY, parameter_count
+from megatron.config.vocabulary import Vocabulary
 from megatron.errors import ConfigurationError
 from megatron.parallel.mesh import ParallelContext, destroy_parallel, initialize_parallel
 from megatron.training.command_line import parse

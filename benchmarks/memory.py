@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Measure the peak memory of training steps and compare it with the formula of megatron/config/memory.py.
+"""Measure the peak memory of training steps and compare it with the formula of megatron/parallel/memory_estimate.py.
 
     python benchmarks/memory.py
     python benchmarks/memory.py --output memory.json
@@ -34,11 +34,12 @@ from torch.utils._pytree import tree_iter
 from benchmarks.options import read_options
 from megatron.batch import Batch
 from megatron.config.flags import flag
-from megatron.config.memory import Memory, memory_per_process
-from megatron.config.sections import Config, Vocabulary
+from megatron.config.sections import Config
 from megatron.config.sizes import GPT2_VOCABULARY
+from megatron.config.vocabulary import Vocabulary
 from megatron.objectives.registry import capabilities
 from megatron.parallel.apply import build_engine
+from megatron.parallel.memory_estimate import Memory, peak_memory
 from megatron.parallel.mesh import build_parallel_context, destroy_parallel, initialize_parallel
 from megatron.training.command_line import parse
 from megatron.training.environment import device_name
@@ -69,7 +70,7 @@ class Case:
         """Return the memory that the formula predicts on "cpu" or "cuda"."""
         config = self.config
         precision = "fp32" if config.training.fp32 else "bf16"
-        return memory_per_process(
+        return peak_memory(
             config,
             Vocabulary(self.vocabulary_size),
             capabilities(config.objective.objective),

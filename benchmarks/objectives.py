@@ -28,8 +28,9 @@ from benchmarks.options import read_options
 from benchmarks.work import linears
 from megatron.batch import Batch
 from megatron.config.flags import flag, require
-from megatron.config.sections import Config, Vocabulary
+from megatron.config.sections import Config
 from megatron.config.sizes import GPT2_VOCABULARY, parameter_count
+from megatron.config.vocabulary import Vocabulary
 from megatron.objectives.input_noise import build_input_noise
 from megatron.objectives.registry import build_objective, document_rules
 from megatron.parallel.mesh import ParallelContext, destroy_parallel, initialize_parallel

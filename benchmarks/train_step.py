@@ -42,8 +42,9 @@ from benchmarks.meter import clock, peak_memory, start_memory
 from benchmarks.options import read_options, refuse
 from megatron.batch import Batch
 from megatron.config.flags import flag, require, typed
-from megatron.config.sections import ModelConfig, ObjectiveConfig, Vocabulary
+from megatron.config.sections import ModelConfig, ObjectiveConfig
 from megatron.config.sizes import GPT2_VOCABULARY, ladder_settings
+from megatron.config.vocabulary import Vocabulary
 from megatron.errors import ConfigurationError
 from megatron.objectives.registry import build_objective
 from megatron.parallel.mesh import ParallelContext, destroy_parallel, initialize_parallel

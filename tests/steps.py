@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from megatron.batch import Batch
-from megatron.config.sections import ModelConfig, ObjectiveConfig, OptimizerConfig, ParallelConfig, Vocabulary
+from megatron.config.sections import ModelConfig, ObjectiveConfig, OptimizerConfig, ParallelConfig
+from megatron.config.vocabulary import Vocabulary
 from megatron.objectives.documents import DocumentRules
 from megatron.objectives.input_noise import build_input_noise
 from megatron.objectives.masked_diffusion import MaskedDiffusion

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron.config.sections import Vocabulary
+from megatron.config.vocabulary import Vocabulary
 from megatron.model import linear_cross_entropy
 from megatron.model.linear_cross_entropy import PLAIN, WHOLE, Terms
 from megatron.objectives.registry import build_objective

@@ -105,8 +105,8 @@ WRONG_FLAGS = {
     "--normalization batchnorm": ("--normalization batchnorm", "rmsnorm, layernorm"),
     "--bf16 --fp32": ("--bf16", "--fp32", "give one"),
     "--token-dropout 0.1 --token-dropout-max 0.3": ("--token-dropout 0.1", "--token-dropout-max 0.3", "give one"),
-    "--num-query-groups 1": ("--num-query-groups 1", "needs --group-query-attention"),
-    "--group-query-attention": ("--group-query-attention", "needs --num-query-groups"),
+    "--num-query-groups 1": ("--num-query-groups 1", "does nothing without --group-query-attention"),
+    "--group-query-attention": ("--group-query-attention", "does nothing without --num-query-groups"),
 }
 
 

@@ -7,8 +7,8 @@
 
 It takes the flags of a training run (pretrain_gpt.py, pretrain_mdm.py) and --processes, the number of GPUs. It prints
 the peak memory of the rank that needs most, by kind, in GiB. 2 GiB for CUDA, NCCL and the fragmentation of the
-allocator are a guess; all else follows the formula in megatron/config/memory.py, for uncompiled blocks (compiled ones
-need less) and bf16, unless --fp32.
+allocator are a guess; all else follows the formula in megatron/parallel/memory_estimate.py, for uncompiled blocks
+(compiled ones need less) and bf16, unless --fp32.
 
 --search N lists layouts that fit, in this order: least tensor x pipeline parallelism (tensor parallelism within one
 node of eight, and before pipeline parallelism), lowest ZeRO stage from 1 on, no recomputation before selective and
@@ -25,12 +25,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron.config.flags import flag, require, typed
-from megatron.config.memory import Memory, memory_per_process
-from megatron.config.resolve import check_batch, check_layout
-from megatron.config.sections import Config, Vocabulary
+from megatron.config.layout_checks import check_batch, check_layout
+from megatron.config.sections import Config
 from megatron.config.sizes import GPT2_VOCABULARY
+from megatron.config.vocabulary import Vocabulary
 from megatron.errors import ConfigurationError
 from megatron.objectives.registry import capabilities
+from megatron.parallel.memory_estimate import Memory, peak_memory
 from megatron.training.command_line import parse_with
 
 GIB = 2**30
@@ -76,7 +77,7 @@ def estimate(options: Options, config: Config) -> Memory:
     check_batch(config, options.processes, declared)
     precision = "fp32" if config.training.fp32 else "bf16"
     vocabulary = Vocabulary(options.vocabulary_size)
-    return memory_per_process(config, vocabulary, declared, world_size=options.processes, precision=precision)
+    return peak_memory(config, vocabulary, declared, world_size=options.processes, precision=precision)
 
 
 def layouts(options: Options, config: Config) -> Iterator[tuple[Config, Memory]]:

@@ -27,12 +27,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from megatron.config.flags import flag, require, typed
-from megatron.config.memory import memory_per_process
-from megatron.config.sections import Config, Vocabulary
+from megatron.config.sections import Config
 from megatron.config.sizes import GPT2_VOCABULARY
+from megatron.config.vocabulary import Vocabulary
 from megatron.errors import ConfigurationError
 from megatron.log import configure_logging
 from megatron.objectives.registry import capabilities
+from megatron.parallel.memory_estimate import peak_memory
 from megatron.parallel.mesh import destroy_parallel, initialize_parallel
 from megatron.training.command_line import parse_with
 from megatron.training.device_info import device_memory
@@ -157,7 +158,7 @@ class Tuner:
             precision, kind = choose_precision(config, self.ranks.device), self.ranks.device.type
             settings = {"world_size": self.ranks.size, "precision": precision, "device": kind}
             declared = capabilities(config.objective.objective)
-            needed = memory_per_process(config, self.vocabulary, declared, **settings).total
+            needed = peak_memory(config, self.vocabulary, declared, **settings).total
             if needed > self.memory:
                 return f"does not fit: {needed / GIB:.1f} GiB of {self.memory / GIB:.1f}"
         return attempt(config, self.vocabulary, self.steps)

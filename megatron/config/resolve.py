@@ -2,29 +2,18 @@
 
 from dataclasses import asdict, dataclass, fields
 from fractions import Fraction
-from math import gcd
 
 from megatron.config.capabilities import Capabilities
 from megatron.config.flags import require, spelling, typed
 from megatron.config.recipes import RECIPES
-from megatron.config.sections import SECTIONS, WITHOUT_DEEPSPEED, Config, Vocabulary
+from megatron.config.sections import SECTIONS, Config
+from megatron.config.sections.parallel import WITHOUT_DEEPSPEED
 from megatron.config.sizes import parameter_count
+from megatron.config.vocabulary import Vocabulary
 from megatron.errors import ConfigurationError
 
 BUDGETS = ("train_epochs", "train_samples", "train_iters", "train_flops")
-# Fields that may change on resume: they affect neither data nor noise nor weights. The sections checkpoint and tracking
-# may change entirely.
-FREE_ON_RESUME = {
-    "model_size", "objective",
-    "num_workers", "micro_batch_size", "compile", "deterministic", "flash_attention", "log_interval", "exit_interval",
-    "exit_duration_in_mins", "kill_switch_file", "exit_code_when_stopped", "eval_interval", "eval_batch_size",
-    "skip_train", "dry_run",
-    "train_data_path", "train_data_path_file", "valid_data_path", "valid_data_path_file", "tokenizer_model",
-    "vocab_file", "merge_file", "bf16", "fp32", *BUDGETS,
-}  # fmt: skip
 EVALUATION = ("eval_interval", "eval_samples", "eval_batch_size", "eval_seed", "eval_alignment", "num_mc")
-# Values of the plan that a resume must keep; a branch may change them.
-BUDGET_PLAN = ("train_samples", "lr_decay_samples", "lr_warmup_samples", "unique_tokens")
 
 
 @dataclass(frozen=True)
@@ -169,155 +158,3 @@ def unpublished_defaults(config: Config, typed_flags: set[str], unused: list[str
     if config.training.recipe == "published" or not differing:
         return None
     return f"without --recipe published, defaults differ from the published system's: {', '.join(differing)}"
-
-
-def check_layout(config: Config, size: int) -> None:
-    """Check that the layout divides the world size `size`, and that it can divide the model."""
-    parallel, model = config.parallel, config.model
-    tensor, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    require(
-        size % (tensor * stages) == 0,
-        "tensor_model_parallel_size" if tensor > 1 else "pipeline_model_parallel_size",
-        tensor if tensor > 1 else stages,
-        f"makes groups of {tensor * stages} ranks ({tensor} tensor-parallel x {stages} stages), and {size} "
-        f"{'were' if size > 1 else 'was'} started; start a multiple of {tensor * stages}, or lower one of the two",
-    )
-    message = (
-        "cannot compile layers that are tensor-parallel and recomputed; leave out --compile or --recompute-granularity"
-    )
-    require(parallel.compiles or not config.training.compile, "compile", True, message)
-    dimensions = {
-        "--num-attention-heads": model.num_attention_heads,
-        "--num-query-groups": model.key_value_heads,
-        "--ffn-hidden-size": model.mlp_size,
-        "--seq-length": config.data.seq_length,
-    }
-    divisor = gcd(*dimensions.values())
-    fits = [count for count in range(1, tensor) if size % (count * stages) == 0 and divisor % count == 0]
-    for name, value in dimensions.items():
-        message = f"does not divide {name} {value}; give {max(fits, default=1)}, or change {name}"
-        require(value % tensor == 0, "tensor_model_parallel_size", tensor, message)
-    virtual = parallel.num_layers_per_virtual_pipeline_stage
-    require(
-        virtual is None or model.num_layers % (stages * virtual) == 0,
-        "num_layers_per_virtual_pipeline_stage",
-        virtual,
-        f"times {stages} stages does not divide --num-layers {model.num_layers}; change one",
-    )
-    chunks = parallel.chunks(model.num_layers)
-    message = "gives every rank one stage, as without the flag; leave it out or lower it"
-    require(virtual is None or chunks > 1, "num_layers_per_virtual_pipeline_stage", virtual, message)
-    blocks, longest = parallel.recompute_num_layers, -(-model.num_layers // (stages * chunks))
-    message = (
-        f"is more than the {longest} layer{'s' if longest > 1 else ''} of a stage; lower it, or leave it out for all"
-    )
-    require(blocks is None or blocks <= longest, "recompute_num_layers", blocks, message)
-    require(
-        model.num_layers >= stages * chunks,
-        "pipeline_model_parallel_size",
-        stages,
-        f"is more than --num-layers {model.num_layers}: every stage has at least one; lower it",
-    )
-    replicas, data_size = parallel.num_distributed_optimizer_instances, parallel.data_size(size)
-    require(
-        data_size % replicas == 0,
-        "num_distributed_optimizer_instances",
-        replicas,
-        f"does not divide the {data_size} data-parallel rank{'s' if data_size > 1 else ''}; change one",
-    )
-
-
-def check_batch(config: Config, size: int, capabilities: Capabilities) -> None:
-    """Check that a step divides into whole micro-batches over `size` ranks, enough of them for the pipeline."""
-    training, parallel = config.training, config.parallel
-    data_size, stages = parallel.data_size(size), parallel.pipeline_model_parallel_size
-    samples = training.micro_batch_size * data_size  # of one micro-batch on every data-parallel rank
-    steps, remainder = divmod(training.global_batch_size, samples)
-    nearest = " or ".join(str(count * samples) for count in (steps, steps + 1) if count)
-    kind = "data-parallel rank" if size > data_size else "rank"
-    require(
-        remainder == 0,
-        "global_batch_size",
-        training.global_batch_size,
-        f"is not a multiple of --micro-batch-size {training.micro_batch_size} times {data_size} "
-        f"{kind}{'s' if data_size > 1 else ''} = {samples}; take {nearest}",
-    )
-    causal, micro = config.objective.causal_samples(training.global_batch_size), training.micro_batch_size
-    fits = [f"{count * micro / training.global_batch_size:.6g}" for count in (causal // micro, causal // micro + 1)]
-    require(
-        not capabilities.mixes_kinds or causal % micro == 0,
-        "causal_ratio",
-        config.objective.causal_ratio,
-        f"is {causal} of the {training.global_batch_size} samples of a step, and all {micro} samples of a micro-batch "
-        f"have one objective; take {' or '.join(fits)}, or another --micro-batch-size",
-    )
-    interleaved = parallel.chunks(config.model.num_layers) > 1
-    needed = "a multiple of that" if interleaved else "at least as many"
-    require(
-        steps % stages == 0 if interleaved else steps >= stages,
-        "global_batch_size",
-        training.global_batch_size,
-        f"makes {steps} micro-batch{'es' if steps > 1 else ''} a step, and --pipeline-model-parallel-size {stages} "
-        f"needs {needed}; take {max(1, round(steps / stages)) * stages * samples}, or lower --micro-batch-size",
-    )
-
-
-def check_resume(recorded: dict, config: Config, plan: Plan, objective: str, branch: bool) -> None:
-    """Refuse to resume a run with another configuration.
-
-    `recorded` is the config.json of the run. A resume keeps everything but FREE_ON_RESUME; a branch
-    (--load A --save B) keeps only the objective, the model with its vocabulary, and the optimizer, whose moments it
-    continues with.
-
-    Raises: ConfigurationError with the first difference.
-    """
-    folder_flag = "load" if branch and config.checkpoint.load else "save"
-    folder = getattr(config.checkpoint, folder_flag)
-    remedy = f"resume with that, or branch: --load {folder} --save ANOTHER_DIR"
-    if recorded["objective_name"] != objective:
-        raise ConfigurationError(
-            f"{typed(folder_flag, folder)}: holds a run of objective {recorded['objective_name']}, not {objective}; "
-            f"give --objective {recorded['objective_name']} or another folder"
-        )
-    if recorded["vocabulary_size"] != plan.vocabulary_size:
-        raise ConfigurationError(
-            f"{typed(folder_flag, folder)}: holds a run over {recorded['vocabulary_size']} token ids, and this data "
-            f"has {plan.vocabulary_size}; give data of the same tokenizer, or start another run"
-        )
-    sections = ("model",) if branch else ("training", "model", "data", "objective", "optimizer", "validation")
-    for section in sections:
-        defaults = {field.name: field.default for field in fields(SECTIONS[section])}
-        for name, value in asdict(getattr(config, section)).items():
-            # a run that started before a flag existed has its default
-            before = _as_json(recorded.get(section, {}).get(name, defaults[name]))
-            value = _as_json(value)
-            if name not in FREE_ON_RESUME and before != value:
-                raise ConfigurationError(
-                    f"{typed(name, value)}: the run in {folder} was started with {typed(name, before)}; "
-                    + ("a branch keeps the model, so drop the change" if branch else remedy)
-                )
-    kind = recorded["optimizer"].get("optimizer", "adamw")
-    message = f"the run in {folder} was started with --optimizer {kind}, whose moments a branch continues with; keep it"
-    require(config.optimizer.optimizer == kind, "optimizer", config.optimizer.optimizer, message)
-    for name in () if branch else BUDGET_PLAN:
-        if recorded["plan"][name] != getattr(plan, name):
-            raise ConfigurationError(
-                f"{_cause(name, config)} makes {name.replace('_', ' ')} {getattr(plan, name)}, and the run in {folder} "
-                f"was started with {recorded['plan'][name]}; {remedy}"
-            )
-
-
-def _as_json(value):
-    """Return a tuple as the list that JSON makes of it, other values unchanged."""
-    return list(value) if isinstance(value, tuple) else value
-
-
-def _cause(name: str, config: Config) -> str:
-    """Return the flag, as typed, that determines a number of the plan."""
-    if name == "unique_tokens":
-        names = ("train_unique_tokens", "train_data_path_file", "train_data_path")
-        deciding = [(name, getattr(config.data, name) or None) for name in names]
-    else:
-        deciding = [(name, getattr(config.optimizer, name, None))]
-        deciding += [(budget, getattr(config.training, budget)) for budget in BUDGETS]
-    return next(typed(name, value) for name, value in deciding if value is not None)

@@ -7,7 +7,8 @@ sizes come from 2305.16264 (Scaling Data-Constrained Language Models).
 from math import prod
 from typing import TypedDict
 
-from megatron.config.sections import ModelConfig, Vocabulary
+from megatron.config.sections import ModelConfig
+from megatron.config.vocabulary import Vocabulary
 from megatron.errors import ConfigurationError
 
 # name: layers, hidden size, heads, head dimension. The names count a 4h GELU model; the published runs, and
@@ -152,18 +153,6 @@ def block_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     shapes |= {f"{name}.bias": shape[:1] for name, shape in layers.items() if model.add_bias_linear}
     shapes |= {f"{name}.weight": (size,) for name, size in norms.items()}
     return shapes | {f"{name}.bias": (size,) for name, size in norms.items() if model.normalization == "layernorm"}
-
-
-# the column-parallel and the row-parallel layers of a block
-COLUMNS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
-ROWS = ("o_proj", "down_proj")
-
-
-def layers_of(stage: int, stages: int, num_layers: int) -> range:
-    """Return the layers of a pipeline stage: even shares, with one layer more for the first stages if need be."""
-    share, remainder = divmod(num_layers, stages)
-    start = stage * share + min(stage, remainder)
-    return range(start, start + share + (1 if stage < remainder else 0))
 
 
 def parameter_count(model: ModelConfig, vocabulary: Vocabulary) -> int:

@@ -5,7 +5,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron.config.sections import ModelConfig, Vocabulary
+from megatron.config.sections import ModelConfig
+from megatron.config.vocabulary import Vocabulary
 from megatron.convert.export import EXTRA_ROWS, RECORD
 from megatron.convert.folders import check_new, new_folder
 from megatron.convert.huggingface import TABLES

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from megatron.config.flags import require
-from megatron.config.sections import ModelConfig, Vocabulary
+from megatron.config.sections import ModelConfig
+from megatron.config.vocabulary import Vocabulary
 from megatron.convert.folders import check_new, new_folder
 from megatron.convert.tokenizer import copy_tokenizer
 from megatron.convert.write_imported_run import check_weights, describe_import, fill_tables, model_flags, write_run

@@ -13,7 +13,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron.config.sections import ModelConfig, Vocabulary
+from megatron.config.sections import ModelConfig
+from megatron.config.vocabulary import Vocabulary
 from megatron.convert.huggingface import FAMILIES, TABLES, Family, our_name
 from megatron.convert.write_imported_run import check_weights
 from megatron.errors import ConfigurationError

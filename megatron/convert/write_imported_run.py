@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from megatron.config.flags import typed
 from megatron.config.resolve import resolve
-from megatron.config.sections import Config, ModelConfig, Vocabulary
+from megatron.config.sections import Config, ModelConfig
+from megatron.config.vocabulary import Vocabulary
 from megatron.convert.huggingface import TABLES
 from megatron.errors import ConfigurationError
 from megatron.model.initialise import initialise

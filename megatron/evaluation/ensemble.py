@@ -17,7 +17,8 @@ from torch import Tensor
 from megatron.batch import Batch
 from megatron.config.flags import spelling, typed
 from megatron.config.resolve import no_op_flags
-from megatron.config.sections import SECTIONS, Config, Vocabulary
+from megatron.config.sections import SECTIONS, Config
+from megatron.config.vocabulary import Vocabulary
 from megatron.errors import ConfigurationError
 from megatron.figures import pyplot, save_png
 from megatron.objectives.registry import DOCUMENT_RULES, build_objective, document_rules

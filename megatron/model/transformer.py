@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron.batch import Batch
-from megatron.config.sections import ModelConfig, Vocabulary
+from megatron.config.sections import ModelConfig
+from megatron.config.vocabulary import Vocabulary
 from megatron.model.attention import AttentionContext, block_mask, dense_mask
 from megatron.model.block import Block
 from megatron.model.kv_cache import KVCache

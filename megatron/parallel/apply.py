@@ -4,7 +4,8 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
-from megatron.config.sections import ModelConfig, ParallelConfig, Vocabulary
+from megatron.config.sections import ModelConfig, ParallelConfig
+from megatron.config.vocabulary import Vocabulary
 from megatron.model.initialise import initialise
 from megatron.model.transformer import Transformer
 from megatron.parallel.compiled import compile_blocks

@@ -11,10 +11,16 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleIn
 from torch.distributed.tensor import DTensor
 
 from megatron.batch import Batch
-from megatron.config.sizes import layers_of
 from megatron.model.transformer import Transformer
 from megatron.parallel.engine import Engine
 from megatron.parallel.mesh import ParallelContext
+
+
+def layers_of(stage: int, stages: int, num_layers: int) -> range:
+    """Return the layers of a pipeline stage: even shares, with one layer more for the first stages if need be."""
+    share, remainder = divmod(num_layers, stages)
+    start = stage * share + min(stage, remainder)
+    return range(start, start + share + (1 if stage < remainder else 0))
 
 
 def extract_stage(model: Transformer, stage: int, num_stages: int) -> Transformer:

@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
-from megatron.config.sizes import COLUMNS, ROWS
 from megatron.model.transformer import Transformer
 from megatron.parallel.collectives import gather_sequence, scatter_sequence
 from megatron.parallel.vocab_parallel import VocabParallelHead
 
+# the column-parallel and the row-parallel layers of a block
+COLUMNS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+ROWS = ("o_proj", "down_proj")
 HIDDEN_NORMS = ("input_layernorm", "post_attention_layernorm", "norm")  # of hidden states
 HEAD_NORMS = ("q_norm", "k_norm")  # of attention heads
 

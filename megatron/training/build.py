@@ -12,9 +12,11 @@ from dataclasses import asdict, dataclass
 import torch
 
 from megatron import stop_signals
-from megatron.config.resolve import Plan, check_batch, check_layout, resolve
-from megatron.config.sections import Config, Vocabulary
+from megatron.config.layout_checks import check_batch, check_layout
+from megatron.config.resolve import Plan, resolve
+from megatron.config.sections import Config
 from megatron.config.sizes import flops_per_token
+from megatron.config.vocabulary import Vocabulary
 from megatron.errors import ConfigurationError
 from megatron.objectives.base import Objective
 from megatron.objectives.documents import DocumentRules

@@ -4,13 +4,14 @@ from importlib.util import find_spec
 
 import torch
 
-from megatron.config.deepspeed_config import deepspeed_config
 from megatron.config.flags import require
-from megatron.config.sections import Config, Vocabulary
+from megatron.config.sections import Config
+from megatron.config.vocabulary import Vocabulary
 from megatron.model.initialise import initialise
 from megatron.model.transformer import Transformer
 from megatron.parallel.apply import build_engine
 from megatron.parallel.deepspeed import DeepSpeedEngine
+from megatron.parallel.deepspeed_config import deepspeed_config
 from megatron.parallel.engine import Engine
 from megatron.parallel.mesh import ParallelContext
 from megatron.parallel.recompute import recompute

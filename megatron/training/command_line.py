@@ -10,8 +10,9 @@ from megatron.config.compatibility import is_foreign, translate
 from megatron.config.flags import DescribedFormatter, HelpFormatter, Parser, add_section, build, spelling, typed_flags
 from megatron.config.recipes import RECIPES
 from megatron.config.resolve import BUDGETS, unpublished_defaults
-from megatron.config.sections import SECTIONS, Config, implied_tokenizer
+from megatron.config.sections import SECTIONS, Config
 from megatron.config.sizes import ladder_settings
+from megatron.config.tokenizer_flags import implied_tokenizer
 from megatron.objectives.registry import OBJECTIVES, foreign
 from megatron.training.run_folder import recorded_config
 

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import torch
 
-from megatron.config.sections import SENTENCE_PIECE, Config, Vocabulary
+from megatron.config.sections import Config
+from megatron.config.tokenizer_flags import SENTENCE_PIECE
+from megatron.config.vocabulary import Vocabulary
 from megatron.data.indexed import read_metadata
 from megatron.data.paths import requested_sets
 from megatron.data.tokenizer import Tokenizer

@@ -10,7 +10,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 
-from megatron.config.sections import Config, OptimizerConfig, Vocabulary
+from megatron.config.sections import Config, OptimizerConfig
+from megatron.config.vocabulary import Vocabulary
 from megatron.model.transformer import Transformer
 from megatron.parallel.engine import MOMENTS, Engine
 from megatron.training.muon import Muon

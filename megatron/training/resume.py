@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron.config.flags import require, typed
-from megatron.config.resolve import Plan, check_resume
+from megatron.config.resolve import Plan
 from megatron.config.sections import Config
 from megatron.errors import ConfigurationError
 from megatron.objectives.registry import capabilities
@@ -13,6 +13,7 @@ from megatron.parallel.mesh import ParallelContext
 from megatron.training.checkpoint_store import CheckpointStore, damage, is_checkpoint, read_meta
 from megatron.training.datasets import Sources
 from megatron.training.exit_conditions import on_any_rank, signal_reason
+from megatron.training.resume_checks import check_resume
 from megatron.training.run_folder import RunFolder, check_writable, read_records, recorded_config
 
 WAITING = "waiting"  # what rank 0 sends instead of an origin while it waits for the lock

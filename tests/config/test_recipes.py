@@ -6,8 +6,9 @@ import pytest
 
 from megatron.config.recipes import RECIPES
 from megatron.config.resolve import resolve
-from megatron.config.sections import SECTIONS, Vocabulary
+from megatron.config.sections import SECTIONS
 from megatron.config.sizes import UNIQUE_TOKENS
+from megatron.config.vocabulary import Vocabulary
 from megatron.errors import ConfigurationError
 from megatron.objectives.registry import capabilities
 from megatron.training.command_line import parse
@@ -106,10 +107,10 @@ def test_help_shows_the_defaults_of_the_recipe(objective, capsys):
             parse(objective, ["--help", "--recipe", recipe])
         assert left.value.code == 0
         shown[recipe] = " ".join(capsys.readouterr().out.split())
-    published = "dropout of attention probabilities (default: 0.1)"
+    published = "dropout of attention probabilities (in [0, 1); default: 0.1)"
     assert published in shown["published"] and published not in shown["default"]
     assert "(default: megatron)" in shown["published"] and "(default: documents)" in shown["default"]
-    assert "steps between checkpoints; default --eval-interval (default: 1000)" in shown["published"]
+    assert "steps between checkpoints; default --eval-interval (positive; default: 1000)" in shown["published"]
 
 
 def test_every_name_of_a_recipe_is_a_field():

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from megatron.config.resolve import resolve
-from megatron.config.sections import ModelConfig, Vocabulary
+from megatron.config.sections import ModelConfig
 from megatron.config.sizes import (
     BEST_ON_100M,
     COMPUTE_OPTIMAL,
@@ -15,11 +15,11 @@ from megatron.config.sizes import (
     UNIQUE_TOKENS,
     flops_per_token,
     ladder_model,
-    layers_of,
     non_embedding_count,
     parameter_count,
     published_count,
 )
+from megatron.config.vocabulary import Vocabulary
 from megatron.errors import ConfigurationError
 from megatron.objectives.registry import capabilities
 from megatron.training.command_line import parse
@@ -165,10 +165,3 @@ def test_five_steps_of_one_layer(width, tiny, tmp_path):
     small[small.index("--train-samples") + 1] = "40"
     run("mdm", *small, "--model-size", size, "--num-layers", 1, "--save", tmp_path)
     assert json.loads((tmp_path / "status.json").read_text())["iteration"] == 5
-
-
-@pytest.mark.parametrize("stages, layers", [(1, 3), (2, 3), (4, 18), (3, 47), (5, 5)])
-def test_stages_take_every_layer_once_in_even_shares(stages, layers):
-    shares = [layers_of(stage, stages, layers) for stage in range(stages)]
-    assert [layer for share in shares for layer in share] == list(range(layers))
-    assert max(map(len, shares)) - min(map(len, shares)) <= 1

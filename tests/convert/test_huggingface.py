@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
-from megatron.config.sections import ModelConfig, Vocabulary
+from megatron.config.sections import ModelConfig
+from megatron.config.vocabulary import Vocabulary
 from megatron.convert.huggingface import extra_rows, family_of, hugging_face_config, hugging_face_model
 from megatron.errors import ConfigurationError
 from megatron.model.initialise import initialise

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from megatron.config.sections import ModelConfig, ObjectiveConfig, ParallelConfig, Vocabulary
+from megatron.config.sections import ModelConfig, ObjectiveConfig, ParallelConfig
+from megatron.config.vocabulary import Vocabulary
 from megatron.data.indexed import IndexedDataset, IndexedDatasetWriter
 from megatron.data.samples import ValidationWindows
 from megatron.errors import ConfigurationError

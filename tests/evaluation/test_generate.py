@@ -6,7 +6,8 @@ from collections import Counter
 import pytest
 import torch
 
-from megatron.config.sections import DataConfig, ModelConfig, ObjectiveConfig, Vocabulary
+from megatron.config.sections import DataConfig, ModelConfig, ObjectiveConfig
+from megatron.config.vocabulary import Vocabulary
 from megatron.errors import ConfigurationError
 from megatron.evaluation.generate import check_empty_prompt, check_objective, generate, infill
 from megatron.evaluation.sampling import Sampling

@@ -7,7 +7,8 @@ import pytest
 import torch
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from megatron.config.sections import DataConfig, ModelConfig, Vocabulary
+from megatron.config.sections import DataConfig, ModelConfig
+from megatron.config.vocabulary import Vocabulary
 from megatron.errors import ConfigurationError
 from megatron.evaluation import score_masked
 from megatron.evaluation.batched_forward import Limits, batches

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from megatron.config.sections import ModelConfig, Vocabulary
+from megatron.config.sections import ModelConfig
+from megatron.config.vocabulary import Vocabulary
 from megatron.convert.huggingface import hugging_face_config, hugging_face_model
 from megatron.model.initialise import initialise
 from megatron.model.transformer import Transformer

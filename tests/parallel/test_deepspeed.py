@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 
-from megatron.config.deepspeed_config import deepspeed_config
 from megatron.config.sections import ModelConfig, ObjectiveConfig, OptimizerConfig, ParallelConfig
 from megatron.errors import ConfigurationError
 from megatron.model.initialise import initialise
@@ -23,6 +22,7 @@ from megatron.objectives.input_noise import build_input_noise
 from megatron.objectives.registry import build_objective
 from megatron.parallel.apply import build_engine
 from megatron.parallel.deepspeed import DeepSpeedEngine, import_deepspeed
+from megatron.parallel.deepspeed_config import deepspeed_config
 from megatron.parallel.mesh import ParallelContext
 from megatron.parallel.recompute import recompute
 from megatron.training.checkpoint_store import CheckpointStore, load_checkpoint

@@ -12,7 +12,7 @@ from megatron.objectives.documents import DocumentRules
 from megatron.parallel import tensor
 from megatron.parallel.engine import Engine
 from megatron.parallel.mesh import ParallelContext, build_parallel_context
-from megatron.parallel.pipeline import Pipeline
+from megatron.parallel.pipeline import Pipeline, layers_of
 from megatron.parallel.vocab_parallel import VocabParallelHead
 from megatron.training import muon
 from tests import steps
@@ -333,3 +333,10 @@ def test_twenty_steps_in_bf16_stay_near_those_in_fp32(parallel, single, layout):
     losses, expected = sum(parallel[1]["bf16", described((layout, "mdm"))]), single["mdm"][1]
     np.testing.assert_allclose(losses, expected, rtol=0.01)
     assert not np.allclose(losses, expected, rtol=1e-5)  # something was rounded
+
+
+@pytest.mark.parametrize("stages, layers", [(1, 3), (2, 3), (4, 18), (3, 47), (5, 5)])
+def test_stages_take_every_layer_once_in_even_shares(stages, layers):
+    shares = [layers_of(stage, stages, layers) for stage in range(stages)]
+    assert [layer for share in shares for layer in share] == list(range(layers))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1

@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 
-from megatron.config.sections import ModelConfig, Vocabulary
+from megatron.config.sections import ModelConfig
+from megatron.config.vocabulary import Vocabulary
 from megatron.model.transformer import Transformer
 from megatron.training.checkpoint_store import CheckpointStore, load_checkpoint, read_meta
 from tests.conftest import records, run

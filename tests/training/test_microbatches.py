@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.utils.data._utils import signal_handling
 
 from megatron import stop_signals
-from megatron.config.sections import ObjectiveConfig, Vocabulary
+from megatron.config.sections import ObjectiveConfig
+from megatron.config.vocabulary import Vocabulary
 from megatron.data.indexed import IndexedDataset, IndexedDatasetWriter
 from megatron.data.samples import TrainSamples
 from megatron.errors import ConfigurationError

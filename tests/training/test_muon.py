@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from megatron.config.sections import ModelConfig, OptimizerConfig, ParallelConfig, Vocabulary
+from megatron.config.sections import ModelConfig, OptimizerConfig, ParallelConfig
+from megatron.config.vocabulary import Vocabulary
 from megatron.parallel.apply import build_engine
 from megatron.training.muon import COEFFICIENTS, STEPS, orthogonalise
 from megatron.training.optimizer import build_optimizer, start_state

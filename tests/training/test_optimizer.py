@@ -9,8 +9,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron.config.sections import ModelConfig, OptimizerConfig, ParallelConfig, Vocabulary
+from megatron.config.sections import ModelConfig, OptimizerConfig, ParallelConfig
 from megatron.config.sizes import parameter_count
+from megatron.config.vocabulary import Vocabulary
 from megatron.parallel.apply import build_engine
 from megatron.parallel.mesh import destroy_parallel, initialize_parallel
 from megatron.training import optimizer as optimizers

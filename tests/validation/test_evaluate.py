@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
-from megatron.config.sections import ModelConfig, ObjectiveConfig, OptimizerConfig, ParallelConfig, Vocabulary
+from megatron.config.sections import ModelConfig, ObjectiveConfig, OptimizerConfig, ParallelConfig
+from megatron.config.vocabulary import Vocabulary
 from megatron.data.indexed import IndexedDataset, IndexedDatasetWriter
 from megatron.data.samples import TrainSamples, ValidationWindows
 from megatron.model.initialise import initialise

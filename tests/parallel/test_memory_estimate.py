@@ -21,14 +21,16 @@ from benchmarks.memory import (
     print_table,
 )
 from benchmarks.memory import on_cpu as measure_on_cpu
-from megatron.config import memory
-from megatron.config.memory import _Rank, memory_per_process
-from megatron.config.sections import ModelConfig, Vocabulary
+from megatron.config.sections import ModelConfig
 from megatron.config.sizes import block_shapes, parameter_count
+from megatron.config.vocabulary import Vocabulary
 from megatron.model import linear_cross_entropy
 from megatron.model.block import Block
 from megatron.model.transformer import Transformer
 from megatron.objectives.registry import capabilities
+from megatron.parallel import rank_sizes
+from megatron.parallel.memory_estimate import peak_memory
+from megatron.parallel.rank_sizes import RankSizes
 from tests.distributed import joined
 from tests.steps import patched
 
@@ -95,10 +97,10 @@ def check(case: Case, peak: dict) -> None:
 
 
 FAULTS = [
-    ("_head", lambda self: 0, CASES[10]),
-    ("_backward_workspace", 0, CASES[1]),
-    ("_compute_weights", lambda self, *_: 0, CASES[6]),
-    ("_pipeline_buffers", 0, CASES[9]),
+    ("head", lambda self: 0, CASES[10]),
+    ("backward_workspace", 0, CASES[1]),
+    ("compute_weights", lambda self, *_: 0, CASES[6]),
+    ("pipeline_buffers", 0, CASES[9]),
     ("in_flight", 1, CASES[8]),
 ]
 
@@ -106,7 +108,7 @@ FAULTS = [
 @pytest.mark.slow
 @pytest.mark.parametrize("name, value, case", FAULTS, ids=[name for name, *_ in FAULTS])
 def test_a_planted_omission_is_detected(measured, name, value, case):
-    with patched(_Rank, name, value), pytest.raises(AssertionError):
+    with patched(RankSizes, name, value), pytest.raises(AssertionError):
         check(case, measured[case])
 
 
@@ -132,7 +134,7 @@ def test_the_head_as_on_cuda():
         joined(),
     ):
         peak = measure(case, 0, CPU, steps=1)["total"]
-    with patched(memory, "HEAD_POSITIONS", {"cuda": 1500}), patched(memory, "HEAD_IN_PLACE", set()):
+    with patched(rank_sizes, "HEAD_POSITIONS", {"cuda": 1500}), patched(rank_sizes, "HEAD_IN_PLACE", set()):
         computed = case.formula("cuda")
     assert computed.moment == "head" and computed.head > 0.4 * computed.total
     assert computed.total == pytest.approx(peak, rel=TOLERANCE)
@@ -150,10 +152,8 @@ def test_the_rank_that_needs_most_decides():
     deep = replace(config, model=replace(config.model, num_layers=24))
     wide = Vocabulary(500_000)
     settings = {"world_size": 2, "precision": "bf16"}
-    assert (
-        memory_per_process(deep, Vocabulary(500), capabilities("ar"), **settings).stage == 0
-    )  # more micro-batches in flight
-    assert memory_per_process(config, wide, capabilities("ar"), **settings).stage == 1  # the head
+    assert peak_memory(deep, Vocabulary(500), capabilities("ar"), **settings).stage == 0  # more micro-batches in flight
+    assert peak_memory(config, wide, capabilities("ar"), **settings).stage == 1  # the head
 
 
 @pytest.mark.parametrize("changes", MODELS, ids=lambda changes: "-".join(changes) or "plain")
@@ -166,5 +166,5 @@ def test_shapes_are_those_of_the_model(changes):
 
 
 def test_constants_equal_those_of_the_head():
-    assert memory.HEAD_POSITIONS == linear_cross_entropy.CHUNK_ROWS
-    assert memory.HEAD_ELEMENTS == {"cpu": linear_cross_entropy.CACHED_NUMBERS}
+    assert rank_sizes.HEAD_POSITIONS == linear_cross_entropy.CHUNK_ROWS
+    assert rank_sizes.HEAD_ELEMENTS == {"cpu": linear_cross_entropy.CACHED_NUMBERS}

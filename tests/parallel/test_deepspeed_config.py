@@ -7,9 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron.config.deepspeed_config import deepspeed_config
 from megatron.config.sections import OptimizerConfig
 from megatron.errors import ConfigurationError
+from megatron.parallel.deepspeed_config import deepspeed_config
 
 TRAINING = SimpleNamespace(micro_batch_size=4, global_batch_size=32)
 PUBLISHED = {
