@@ -41,7 +41,7 @@ from megatron.config.vocabulary import Vocabulary
 from megatron.errors import ConfigurationError
 from megatron.parallel.apply import build_engine
 from megatron.parallel.mesh import ParallelContext, destroy_parallel, initialize_parallel
-from megatron.training import checkpoint
+from megatron.training.checkpoint_store import CheckpointStore
 from megatron.training.environment import device_name
 from megatron.training.optimizer import build_optimizer, start_state
 from megatron.training.saver import Saver
@@ -107,7 +107,7 @@ def measure(options: Options, root: Path, state: Callable[[], dict[str, Tensor]]
             seconds["writing"].append(now - start)
             seconds["longest_pause"].append(longest_pause)
             saver.wait()
-            checkpoint.prune(root, keep=set())
+            CheckpointStore(root).prune(keep=set())
     ratios = {f"stall : {name}": _ratio(seconds["stall"], seconds[name]) for name in ("copy", "clone")}
     return {
         "settings": asdict(options),

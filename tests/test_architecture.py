@@ -106,13 +106,13 @@ def test_nothing_in_the_package_imports_tools_or_tests():
     "module, planted",
     [
         ("megatron.config.sizes", "from megatron.model.transformer import Transformer"),
-        ("megatron.data.indexed", "def f():\n    import megatron.training.main"),
+        ("megatron.data.indexed", "def f():\n    import megatron.training.launcher"),
         ("megatron.model.block", "from megatron.objectives import build_objective"),
         ("megatron.model.block", "from ..training import main"),
         ("megatron.parallel.apply", "from megatron.objectives.base import EvaluationNoise"),
         ("megatron.objectives.base", "from megatron import parallel"),
-        ("megatron.training.main", "from megatron.reporting import report"),
-        ("megatron.training.main", "importlib.import_module('megatron.reporting.report')"),
+        ("megatron.training.launcher", "from megatron.reporting import report"),
+        ("megatron.training.launcher", "importlib.import_module('megatron.reporting.report')"),
         ("megatron.errors", "from megatron.log import configure_logging"),
         ("megatron.generation.generate", "from megatron.convert import huggingface"),
         ("megatron.scoring.score", "from megatron.reporting import runs"),
@@ -125,8 +125,8 @@ def test_a_planted_upward_import_is_found(module, planted):
 @pytest.mark.parametrize(
     "module, allowed",
     [
-        ("megatron.training.main", "from megatron.objectives import build_objective"),
-        ("megatron.training.step", "from . import checkpoint\nfrom megatron.training import device_info"),
+        ("megatron.training.launcher", "from megatron.objectives import build_objective"),
+        ("megatron.training.step", "from . import checkpoint_store\nfrom megatron.training import device_info"),
         ("megatron.training.environment", "import megatron\nfrom megatron import __version__"),
         ("megatron.data.corpus", "import json, torch\nfrom numpy import load"),
     ],

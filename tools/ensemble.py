@@ -22,7 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron.training.main import start
+from megatron.training.launcher import launch
 
 # isort: split
 # OMP_WAIT_POLICY is set by the import above and must precede torch
@@ -66,7 +66,7 @@ def main() -> None:
             with writing(path):  # fail before the evaluation, not after it
                 path.parent.mkdir(parents=True, exist_ok=True)
 
-    start(lambda: settings(options.runs[0], flags), work)
+    launch(lambda: settings(options.runs[0], flags), work)
 
 
 if __name__ == "__main__":

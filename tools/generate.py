@@ -22,7 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron.training.main import configure_logging, say
+from megatron.training.launcher import configure_logging, report_error
 
 # isort: split
 # OMP_WAIT_POLICY is set by the import above and must precede torch
@@ -52,7 +52,7 @@ def main() -> None:
         check_alone()
         work(sys.argv[1:])
     except (ConfigurationError, OSError) as error:
-        sys.exit(say(error, 2 if isinstance(error, ConfigurationError) else 1))
+        sys.exit(report_error(error, 2 if isinstance(error, ConfigurationError) else 1))
 
 
 def work(arguments: list[str]) -> None:

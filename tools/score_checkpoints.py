@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron.training.main import start
+from megatron.training.launcher import launch
 
 # isort: split
 # OMP_WAIT_POLICY is set by the import above and must precede torch
@@ -70,7 +70,7 @@ def main() -> None:
             scores = [f"{task} {results[first_metric(results)]:.4f}" for task, results in point["results"].items()]
             print(f"epoch {point['epoch']:.2f}  step {point['iteration']}  {'  '.join(scores)}")
 
-    start(read, work)
+    launch(read, work)
 
 
 if __name__ == "__main__":

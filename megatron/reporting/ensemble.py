@@ -25,7 +25,7 @@ from megatron.parallel.apply import build_engine
 from megatron.parallel.engine import Engine
 from megatron.parallel.mesh import ParallelContext
 from megatron.statistics import clustered_ratio
-from megatron.training import checkpoint
+from megatron.training.checkpoint_store import load_checkpoint
 from megatron.training.datasets import Sources, open_sources
 from megatron.training.load_run import Trained, open_trained, trained_config
 from megatron.validation.evaluate import Evaluation, ValidationSet, evaluate
@@ -226,7 +226,7 @@ def _engine(member: Trained, vocabulary: Vocabulary, ranks: ParallelContext) -> 
     seed = config.training.seed
     engine = build_engine(config.model, vocabulary, ranks, config.parallel, seed=seed, bf16=bf16, compile=False)
     weights = {f"model.{name}": parameter.detach() for name, parameter in engine.named_parameters()}
-    checkpoint.load(member.checkpoint, weights)
+    load_checkpoint(member.checkpoint, weights)
     return engine
 
 

@@ -1,6 +1,5 @@
 """Downstream scores along a run: every checkpoint under lm-eval."""
 
-import logging
 from dataclasses import asdict
 from pathlib import Path
 
@@ -9,10 +8,7 @@ from megatron.scoring.lm_eval_adapter import MegatronLM
 from megatron.scoring.lm_eval_arguments import Source
 from megatron.scoring.lm_eval_errors import check_include_path, faults_of_tasks
 from megatron.scoring.requests import Scoring
-from megatron.training.checkpoint import complete, damage
-from megatron.training.run_folder import read_json
-
-logger = logging.getLogger(__name__)
+from megatron.training.checkpoint_store import CheckpointStore, read_meta
 
 
 def checkpoints(run: str) -> list[Path]:
@@ -20,13 +16,7 @@ def checkpoints(run: str) -> list[Path]:
 
     Raises: ConfigurationError where none is left.
     """
-    intact = []
-    for folder in complete(Path(run) / "checkpoints"):
-        fault = damage(folder)
-        if fault is None:
-            intact.append(folder)
-        else:
-            logger.warning("checkpoint %s is damaged (%s) and left out", folder, fault)
+    intact = CheckpointStore.of_run(Path(run)).intact()
     if not intact:
         raise ConfigurationError(f"{run}: has no intact checkpoint; name a folder that --save wrote")
     return intact
@@ -66,7 +56,7 @@ def score_checkpoints(
         if evaluation is None:  # not rank 0
             continue
         recorded = model.trained.recorded
-        meta = read_json(folder / "meta.json")
+        meta = read_meta(folder)
         tokens = meta["consumed_samples"] * model.seq_length
         points.append(
             {

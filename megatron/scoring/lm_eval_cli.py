@@ -18,7 +18,7 @@ import time
 from dataclasses import fields
 from pathlib import Path
 
-from megatron.training.main import say, start
+from megatron.training.launcher import launch, report_error
 
 # isort: split
 # OMP_WAIT_POLICY is set by the import above and must precede torch
@@ -150,7 +150,7 @@ def main(arguments: list[str] | None = None) -> None:
         setup_logging(logging.INFO if rank() == 0 else logging.WARNING)
         options = read(arguments)
     except ConfigurationError as error:
-        sys.exit(say(error, 2))
+        sys.exit(report_error(error, 2))
     if options.command != "run" or options.model != NAME:
         options.func(options)  # lm-eval alone
         return
@@ -161,7 +161,7 @@ def main(arguments: list[str] | None = None) -> None:
         with faults_of_tasks(options.tasks or []):
             options.func(options)
 
-    start(lambda: prepare(options), work)
+    launch(lambda: prepare(options), work)
 
 
 if __name__ == "__main__":

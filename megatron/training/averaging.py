@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from megatron.config.sections import OptimizerConfig
 from megatron.parallel.engine import Engine
-from megatron.training import checkpoint
+from megatron.training.checkpoint_store import load_checkpoint
 from megatron.training.resume import Origin
 
 
@@ -70,7 +70,7 @@ class Average:
         """
         recorded = origin.meta["config"]["optimizer"]
         if all(recorded.get(name) == getattr(self.config, name) for name in ("ema_decay", "average_from_samples")):
-            checkpoint.load(origin.checkpoint, self.tensors())
+            load_checkpoint(origin.checkpoint, self.tensors())
             self.steps = origin.meta["averaged_steps"]
 
 

@@ -52,8 +52,16 @@ def start_engine(
     seed = config.training.seed
     settings = check_engine(config, ranks.size, bf16)
     if settings is None:
-        precision = {"bf16": bf16, "fp8_recipe": config.training.fp8_recipe}
-        engine = build_engine(config.model, vocabulary, ranks, parallel, seed=seed, **precision, compile=compile)
+        engine = build_engine(
+            config.model,
+            vocabulary,
+            seed=seed,
+            ranks=ranks,
+            parallel=parallel,
+            bf16=bf16,
+            fp8_recipe=config.training.fp8_recipe,
+            compile=compile,
+        )
         optimizer = build_optimizer(engine, config.optimizer)
         start_state(optimizer, steps)
         return engine, optimizer

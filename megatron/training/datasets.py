@@ -19,7 +19,7 @@ from megatron.validation.evaluate import ValidationSet
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Sources:
     """The data of a run, opened and checked."""
 
@@ -57,15 +57,15 @@ def open_sources(config: Config) -> Sources:
     hashes = [metadata[prefix].get("corpus_hash", "") for prefix in train.prefixes]
     sources = [metadata[prefix].get("source", prefix) for prefix in train.prefixes]
     return Sources(
-        tokenizer,
-        _training(train, train_members, config),
-        train.prefixes,
-        [_validation_set(requested, members[requested.name], config, tokenizer) for requested in held_out],
-        combined_hash(hashes, train.weights) if all(hashes) else fingerprints["--train-data-path"],
-        sources[0] if len(sources) == 1 else sources,
-        metadata[train.prefixes[0]].get("python_version"),
-        fingerprints,
-        _shared_13grams(held_out, metadata),
+        tokenizer=tokenizer,
+        train=_training(train, train_members, config),
+        train_prefixes=train.prefixes,
+        validation=[_validation_set(requested, members[requested.name], config, tokenizer) for requested in held_out],
+        corpus_hash=combined_hash(hashes, train.weights) if all(hashes) else fingerprints["--train-data-path"],
+        corpus_source=sources[0] if len(sources) == 1 else sources,
+        corpus_python_version=metadata[train.prefixes[0]].get("python_version"),
+        fingerprints=fingerprints,
+        shared_13grams=_shared_13grams(held_out, metadata),
     )
 
 

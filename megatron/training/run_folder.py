@@ -233,6 +233,13 @@ def read_records(folder: Path, up_to_iteration: float = math.inf) -> list[dict]:
     return records
 
 
+def recorded_config(path: Path) -> dict | None:
+    """Return the recorded configuration of a run folder or a checkpoint folder; None if `path` is neither."""
+    if (path / "meta.json").exists():
+        return read_json(path / "meta.json")["config"]
+    return read_json(path / "config.json") if (path / "config.json").exists() else None
+
+
 def _owner_name() -> str:
     """Return host, process id and Slurm job, as squeue names it: a task of a job array is 40_0."""
     job = os.environ.get("SLURM_JOB_ID", "none")

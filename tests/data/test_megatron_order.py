@@ -6,7 +6,7 @@ import pytest
 from megatron.data.indexed import IndexedDataset, IndexedDatasetWriter
 from megatron.data.megatron_order import MegatronOrder
 from megatron.data.samples import TrainSamples
-from megatron.training.main import main
+from megatron.training.launcher import main
 
 SIZES = {
     "even": [7, 7, 7, 7],

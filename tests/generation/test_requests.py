@@ -18,8 +18,8 @@ from megatron.generation.generate import generate
 from megatron.generation.requests import Prompt, Request, read_request
 from megatron.generation.sampling import Sampling
 from megatron.generation.texts import MASK_SYMBOL, visible
+from megatron.training.launcher import main
 from megatron.training.load_run import open_trained
-from megatron.training.main import main
 from tests.conftest import ROOT, environment
 from tools.convert_checkpoint import main as convert
 from tools.generate import main as write

@@ -16,7 +16,7 @@ from megatron.errors import ConfigurationError
 from megatron.parallel.failure_detector import FailureDetector, launcher
 from megatron.parallel.launch import adopt_launcher, check_alone, join
 from megatron.scoring import lm_eval_cli
-from megatron.training.main import main
+from megatron.training.launcher import main
 from tests.conftest import PLACE, ROOT, entry, environment
 from tests.forked import run_script
 from tests.training.jobs import alive
@@ -161,7 +161,7 @@ import time
 from pathlib import Path
 entry_point = sys.argv.pop(1)
 folder, rank = Path(sys.argv[1]), int(sys.argv[2])
-sys.modules["megatron.training.main"] = types.SimpleNamespace(main=main)
+sys.modules["megatron.training.launcher"] = types.SimpleNamespace(main=main)
 runpy.run_path(entry_point, run_name="__main__")
 """
 

@@ -23,7 +23,7 @@ from megatron.objectives.registry import build_objective
 from megatron.parallel.apply import build_engine
 from megatron.reporting.ensemble import Ensemble, check_data, evaluate_members, open_members, settings, table
 from megatron.training.datasets import open_sources
-from megatron.training.main import main
+from megatron.training.launcher import main
 from megatron.validation.evaluate import ValidationSet, evaluate
 from tests.conftest import ROOT, changed, environment, records
 from tests.distributed import joined

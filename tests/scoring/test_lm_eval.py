@@ -29,8 +29,8 @@ from megatron.scoring.lm_eval_arguments import read_generation
 from megatron.scoring.lm_eval_cli import main as harness
 from megatron.scoring.lm_eval_cli import prepare, read
 from megatron.scoring.requests import Scoring
+from megatron.training.launcher import main as train
 from megatron.training.load_run import open_trained
-from megatron.training.main import main as train
 from tests.conftest import ROOT, environment
 from tests.distributed import spawn
 
@@ -483,7 +483,7 @@ def test_a_cache_answers_for_its_own_model_and_settings_only(runs, tasks, tmp_pa
     changed = json.loads(meta.read_text())
     changed["files"] = {name: [size, checksum ^ 1] for name, (size, checksum) in changed["files"].items()}
     meta.write_text(json.dumps(changed))
-    monkeypatch.setattr("megatron.training.checkpoint.damage", lambda folder: None)
+    monkeypatch.setattr("megatron.training.checkpoint_store.damage", lambda folder: None)
     moved = tmp_path / "moved"
     shutil.copytree(runs / "mdm", moved)
     computed = []

@@ -12,7 +12,7 @@ import pytest
 
 from megatron.errors import ConfigurationError
 from megatron.training.command_line import parse
-from megatron.training.main import main
+from megatron.training.launcher import main
 from megatron.training.run_folder import LockError, RunFolder
 from tests.training.jobs import lines, newest
 from tests.training.runs import Run, contents, status

@@ -248,7 +248,8 @@ def test_evaluation_does_not_touch_training(ranks, prefix, name):
         optimizer = build_optimizer(model, OptimizerConfig())
         samples = TrainSamples(IndexedDataset(prefix), SEQ_LENGTH, seed=1)
         noise = build_input_noise(ObjectiveConfig(), VOCABULARY, 1)
-        feed = MicroBatches(samples, objective(name), noise, 1, 0, 20, 4, 4, 0, 1)
+        sizes = {"micro_batch_size": 4, "global_batch_size": 4, "rank": 0, "size": 1}
+        feed = MicroBatches(samples, objective(name), noise, seed=1, first_sample=0, train_samples=20, **sizes)
         step_losses = []
         for step in range(feed.steps):
             reseed(1, step, ranks)
