@@ -197,7 +197,7 @@ def test_a_planted_unsafe_read_is_found(planted):
 
 def objective_comparisons(source: str) -> list[str]:
     """Return the comparisons with an objective's name; what objectives can do is declared in the registry."""
-    found = []
+    comparisons = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Compare):
             operands = [node.left, *node.comparators]
@@ -207,8 +207,8 @@ def objective_comparisons(source: str) -> list[str]:
             continue
         constants = [part.value for operand in operands for part in ast.walk(operand) if isinstance(part, ast.Constant)]
         if set(OBJECTIVES) & {value for value in constants if isinstance(value, str)}:
-            found.append(ast.unparse(node))
-    return found
+            comparisons.append(ast.unparse(node))
+    return comparisons
 
 
 OUTSIDE_OBJECTIVES = [path for path in SOURCES if "objectives" not in path.relative_to(ROOT).parts]

@@ -77,12 +77,9 @@ def _plot_validation(runs: list[Run], validation: str, key: str, xlabel: str, *,
         losses = [record["loss"] for record in records]
         (line,) = axes.plot([record[key] for record in records], losses, "o-", ms=3, color=colour)
         legend.append((line, run.name + (" (upper bound)" if run.is_bound(validation) else "")))
-    title = f"Validation loss against {xlabel}"
-    axes.set(xlabel=xlabel, ylabel="nats per token", title=title, xscale="log")
-    axes.grid(alpha=0.3)
     add_legend(axes, legend)
-    save_png(figure, path)
-    return title
+    axes.set(xlabel=xlabel, xscale="log")
+    return _save_losses(figure, axes, f"Validation loss against {xlabel}", path)
 
 
 def _plot_training(runs: list[Run], validation: str, path: Path) -> str:
@@ -96,12 +93,9 @@ def _plot_training(runs: list[Run], validation: str, path: Path) -> str:
         losses = [record["loss"] for record in records]
         (line,) = axes.plot([record["epoch"] for record in records], losses, "-", color=colour)
         legend.append((line, f"{run.name}, validation"))
-    title = "Training (dashed, with corruption and dropout) and validation"
-    axes.set(xlabel=EPOCHS, ylabel="nats per token", title=title, xscale="log")
-    axes.grid(alpha=0.3)
     add_legend(axes, legend)
-    save_png(figure, path)
-    return title
+    axes.set(xlabel=EPOCHS, xscale="log")
+    return _save_losses(figure, axes, "Training (dashed, with corruption and dropout) and validation", path)
 
 
 def _plot_best_points(rows: list[dict], path: Path) -> str:
@@ -116,7 +110,11 @@ def _plot_best_points(rows: list[dict], path: Path) -> str:
     axes.set_xticks(range(len(rows)), [row["name"] for row in rows])
     literal(*axes.get_xticklabels())
     axes.set_xlim(-0.5, len(rows) - 0.5)
-    title = "Best points with standard errors (triangle: upper bound)"
+    return _save_losses(figure, axes, "Best points with standard errors (triangle: upper bound)", path)
+
+
+def _save_losses(figure, axes, title: str, path: Path) -> str:
+    """Write a plot of losses as a PNG file; return its title."""
     axes.set(ylabel="nats per token", title=title)
     axes.grid(alpha=0.3)
     save_png(figure, path)
