@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron.config.compatibility import TABLE
+from megatron.config.compatibility_table import TABLE
 from megatron.errors import ConfigurationError
 from megatron.training.command_line import parse, parser
 from tests.conftest import ROOT

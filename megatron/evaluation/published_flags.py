@@ -5,7 +5,9 @@ import difflib
 import logging
 from dataclasses import asdict
 
-from megatron.config.compatibility import TABLE, NoOp, Same, no_op, no_op_value, one_table, refused, translate
+from megatron.config.compatibility import translate
+from megatron.config.compatibility_entries import NoOp, Same, no_op, no_op_value, one_table, refused
+from megatron.config.compatibility_table import TABLE
 from megatron.config.flags import spelling, typed
 from megatron.config.sections import Config
 from megatron.config.sizes import ladder_settings

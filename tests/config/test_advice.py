@@ -5,7 +5,8 @@ import re
 
 import pytest
 
-from megatron.config.compatibility import TABLE, NoOp, Refused
+from megatron.config.compatibility_entries import NoOp, Refused
+from megatron.config.compatibility_table import TABLE
 from megatron.config.deepspeed_config import deepspeed_config
 from megatron.config.resolve import BUDGETS, check_batch, check_layout, resolve
 from megatron.config.sections import Vocabulary
