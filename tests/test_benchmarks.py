@@ -12,6 +12,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 
+from benchmarks import harness
 from tests.conftest import ROOT, environment
 
 TOY = "--num-layers 2 --hidden-size 64 --num-attention-heads 2 --vocab-size 500 --seq-length 32 --rounds 2".split()
@@ -41,6 +42,30 @@ def report_of(benchmark: str, folder) -> dict:
     assert done.returncode == 0, done.stderr[-3000:]
     assert (folder / "report.md").read_text() in done.stdout
     return json.loads((folder / "report.json").read_text())
+
+
+def test_contestants_alternate_after_warm_up():
+    calls = []
+    contestants = {name: lambda turn, name=name: calls.append(f"{name}{turn}") for name in "abc"}
+    timings = harness.interleave(contestants, 2, torch.device("cpu"), warm_up=1)
+    assert calls == "a0 b0 c0 b1 c1 a1 c2 a2 b2".split()
+    assert {name: len(seconds) for name, seconds in timings.seconds.items()} == dict(a=2, b=2, c=2)
+    assert not timings.memory
+
+
+def test_figures_are_ratios_by_round_and_cells():
+    ratios = harness.ratios([2.0, 9.0, 4.0], [1.0, 3.0, 1.0])
+    assert ratios == [2.0, 3.0, 4.0]
+    assert harness.summary(ratios) == {"median": 3.0, "min": 2.0, "max": 4.0}
+    assert harness.spread([0.002, 0.001, 0.004], ".1f", unit=1e-3) == ["2.0", "1.0 - 4.0"]
+    assert harness.markdown_table(("a", "b"), [(1, "-")]) == "| a | b |\n|---|---|\n| 1 | - |\n"
+
+
+def test_the_environment_of_a_result_is_one_line():
+    environment = harness.environment(torch.device("cpu"), "no-such-package")
+    line = harness.environment_line(environment)
+    assert line.startswith(environment["date"]) and f"torch {torch.__version__}" in line
+    assert environment["versions"]["no-such-package"] is None and "no-such-package" not in line
 
 
 COLUMNS = "ms/step, min - max, tokens/s, mfu_palm, util_ceiling, util_exec, step / floor, peak GB, step GB"
