@@ -191,7 +191,7 @@ def environment_line(environment: dict) -> str:
 
 
 def publish(report: dict, tables: str, output: str | None) -> None:
-    """Print the environment and the Markdown tables of a report; with `output` write a JSON file, and a .md file of them."""
+    """Print environment and Markdown tables of a report; with `output` also write the report as JSON, them as .md."""
     text = f"{environment_line(report['environment'])}\n\n{tables.strip()}"
     print(text)
     if output:
