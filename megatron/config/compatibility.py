@@ -1,6 +1,7 @@
-"""Translates command lines of Megatron-LM, Megatron-DeepSpeed, DeepSpeed and the published fork into our flags.
+"""Understands flags of Megatron-LM, Megatron-DeepSpeed, DeepSpeed and the published fork, by the compatibility table.
 
-`compatibility_table.py` has the flags that this project spells differently: aliases, no-ops and refused ones.
+Each flag is an alias of flags of ours, a no-op (logged in one line, with the reason), or refused with a reason: none is
+ignored silently.
 """
 
 import logging

@@ -1,7 +1,4 @@
-"""Entries of a table of foreign flags, and the functions that write many of one kind.
-
-A flag is an alias of flags of ours, a no-op (logged in one line, with the reason), or refused with a reason.
-"""
+"""Entries of the compatibility table: an alias, a no-op flag, a refused flag."""
 
 from dataclasses import dataclass
 
@@ -46,7 +43,9 @@ def no_op(names: str, reason: str) -> dict:
 
 def no_op_value(names: str, reason: str, only: str = "", otherwise: str = "") -> dict:
     """Return table entries of flags with one value and without effect."""
-    return {name: NoOp(reason, True, tuple(only.split()), otherwise) for name in names.split()}
+    return {
+        name: NoOp(reason, takes_value=True, only=tuple(only.split()), otherwise=otherwise) for name in names.split()
+    }
 
 
 def refused(names: str, reason: str) -> dict:

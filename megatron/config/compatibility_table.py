@@ -1,6 +1,6 @@
-"""Flags of Megatron-LM, Megatron-DeepSpeed, DeepSpeed and the published fork that this project spells differently.
+"""Table of the flags of Megatron-LM, Megatron-DeepSpeed, DeepSpeed and the published fork that are spelled otherwise.
 
-None is ignored silently. Flags that are spelled alike are fields of the sections only.
+Flags that are spelled alike are in `sections/` only.
 """
 
 from megatron.config.compatibility_entries import NoOp, Same, later, no_op, no_op_value, one_table, refused
@@ -11,28 +11,27 @@ PLAIN = "without --deepspeed and --deepspeed-config"
 EXPERTS = "there is no mixture of experts"
 ENGINE = "data parallelism is FSDP2, or DeepSpeed's with --deepspeed"
 MASK_ROW = "[MASK] is the only id after the tokenizer's"
-TABLE = one_table(
-    {
-        "--data-path": Same("--train-data-path"),
-        "--deterministic-mode": Same("--deterministic", switch=True),
-        "--disable-bias-linear": Same("--no-add-bias-linear", switch=True),
-        "--encoder-num-layers": Same("--num-layers"),
-        "--encoder-seq-length": Same("--seq-length"),
-        "--eval-iters": Same("--eval-samples", batches=True),
-        "--layernorm-epsilon": Same("--norm-epsilon"),
-        "--low-noise-iter": Same("--low-noise-samples", batches=True),
-        "--lr-decay-iters": Same("--lr-decay-samples", batches=True),
-        "--lr-warmup-iters": Same("--lr-warmup-samples", batches=True),
-        "--lr-wsd-decay-iters": Same("--lr-wsd-decay-samples", batches=True),
-        "--num-key-value-heads": Same("--group-query-attention --num-query-groups"),
-        "--rotary-position-embeddings-theta": Same("--rotary-base"),
-        "--use-distributed-optimizer": Same("--zero-stage 1"),
-        "--deepspeed_config": Same("--deepspeed-config"),
-        "--recompute-activations": Same("--recompute-granularity selective"),
-        "--checkpoint-activations": Same("--recompute-granularity full"),
-        "--cpu-optimizer": Same("--cpu-offload", switch=True),
-    },
-    # ------------------------------------------------------------------ model
+ALIASES = {
+    "--data-path": Same("--train-data-path"),
+    "--deterministic-mode": Same("--deterministic", switch=True),
+    "--disable-bias-linear": Same("--no-add-bias-linear", switch=True),
+    "--encoder-num-layers": Same("--num-layers"),
+    "--encoder-seq-length": Same("--seq-length"),
+    "--eval-iters": Same("--eval-samples", batches=True),
+    "--layernorm-epsilon": Same("--norm-epsilon"),
+    "--low-noise-iter": Same("--low-noise-samples", batches=True),
+    "--lr-decay-iters": Same("--lr-decay-samples", batches=True),
+    "--lr-warmup-iters": Same("--lr-warmup-samples", batches=True),
+    "--lr-wsd-decay-iters": Same("--lr-wsd-decay-samples", batches=True),
+    "--num-key-value-heads": Same("--group-query-attention --num-query-groups"),
+    "--rotary-position-embeddings-theta": Same("--rotary-base"),
+    "--use-distributed-optimizer": Same("--zero-stage 1"),
+    "--deepspeed_config": Same("--deepspeed-config"),
+    "--recompute-activations": Same("--recompute-granularity selective"),
+    "--checkpoint-activations": Same("--recompute-granularity full"),
+    "--cpu-optimizer": Same("--cpu-offload", switch=True),
+}
+MODEL = (
     no_op("--use-rotary-position-embeddings", "positions are always rotary"),
     no_op("--no-position-embedding", "there are no learned positions"),
     no_op_value(
@@ -78,7 +77,8 @@ TABLE = one_table(
         "--decoder-num-layers --decoder-seq-length",
         "not supported, the model is a decoder without an encoder; give --num-layers and --seq-length",
     ),
-    # -------------------------------------------------------------- precision
+)
+PRECISION = (
     no_op("--accumulate-allreduce-grads-in-fp32", "gradients are always accumulated and reduced in fp32"),
     refused("--fp16", "not supported, training computes in bf16 or fp32; give --bf16 or --fp32"),
     refused(
@@ -96,7 +96,8 @@ TABLE = one_table(
         "--fp8-amax-compute-algo",
         "not supported, FP8 matrix products are torchao's; give --fp8-recipe tensorwise or rowwise",
     ),
-    # ---------------------------------------------------------------- kernels
+)
+KERNEL_CHOICES = (
     no_op(
         "--use-flash-attn --use-flash-attn-v1 --use-flash-attn-v2 --use-flash-attn-triton --use-flash-attn-builder "
         "--no-masked-softmax-fusion --no-bias-gelu-fusion --no-bias-swiglu-fusion --no-bias-dropout-fusion "
@@ -105,7 +106,8 @@ TABLE = one_table(
         KERNELS,
     ),
     no_op_value("--transformer-impl --attention-backend", KERNELS),
-    # --------------------------------------------------------- parallel layout
+)
+LAYOUT = (
     no_op_value(
         "--context-parallel-size --ds-sequence-parallel-size",
         "1 is the default",
@@ -157,7 +159,8 @@ TABLE = one_table(
         "not supported, zero-bubble schedules give wrong gradients with sharded parameters; leave it out",
     ),
     refused("--data-parallel-random-init", "not supported, every rank starts from the same weights; leave it out"),
-    # -------------------------------------------------------------- DeepSpeed
+)
+DEEPSPEED = (
     refused("--deepspeed_mpi", "not supported, torchrun, deepspeed or srun start a run; leave it out"),
     refused("--deepscale --deepscale_config", "not supported; give --deepspeed and --deepspeed-config"),
     refused(
@@ -186,12 +189,14 @@ TABLE = one_table(
         "--deepspeed-activation-checkpointing --partition-activations --contigious-checkpointing --checkpoint-in-cpu",
         "not supported, activation checkpointing is PyTorch's, with DeepSpeed too; give --recompute-granularity",
     ),
-    # ------------------------------------------------------- batch and budget
+)
+BUDGET = (
     refused("--batch-size", "not supported; give --micro-batch-size"),
     refused("--train-tokens", "not supported; give --train-samples, tokens / --seq-length"),
     refused("--train-data-exact-num-epochs", "not supported; leave it out, or give --train-epochs as the budget"),
     later("--rampup-batch-size", "batch size ramp-up"),
-    # --------------------------------------------------- optimizer, schedule
+)
+OPTIMIZER = (
     refused("--sgd-momentum", "not supported, the optimizer is AdamW or, with --optimizer muon, Muon; leave it out"),
     no_op("--muon-use-nesterov", "Muon's momentum is always Nesterov's"),
     no_op_value(
@@ -216,7 +221,8 @@ TABLE = one_table(
         "not supported, a run keeps its schedule, and a branch (--load A --save B) takes the schedule of its flags; "
         "leave it out",
     ),
-    # ------------------------------------------------------------------- data
+)
+DATA = (
     no_op_value(
         "--data-impl",
         "token files are always memory-mapped",
@@ -246,7 +252,8 @@ TABLE = one_table(
         "--data-efficiency-curriculum-learning --random-ltd --mock-data",
         "not supported, the data are token files, read in full; leave it out",
     ),
-    # ------------------------------------------------------------ checkpoints
+)
+CHECKPOINTS = (
     no_op("--exit-signal-handler", "SIGTERM, SIGUSR1, SIGUSR2 and SIGINT always stop a run, and save"),
     no_op("--no-load-rng --no-save-rng", "no generator state is saved; noise is a function of seed and sample index"),
     no_op("--use-checkpoint-args", "the recorded configuration is checked on resume, and used with --skip-train"),
@@ -264,7 +271,8 @@ TABLE = one_table(
     no_op("--async-save", "checkpoints are always written in the background"),
     no_op("--universal-checkpoint", "every checkpoint can be loaded in any parallel layout"),
     refused("--adlr-autoresume --adlr-autoresume-interval", "not supported; give --exit-duration-in-mins"),
-    # ---------------------------------------------------------------- records
+)
+RECORDS = (
     no_op("--log-validation-ppl-to-tensorboard", "validation perplexity is always written"),
     no_op("--log-timers-to-tensorboard --log-throughput", "throughput is in every training record"),
     no_op("--log-memory-to-tensorboard", "memory is in every training record"),
@@ -282,7 +290,8 @@ TABLE = one_table(
         "--profile-ranks",
         "these metrics and profiles",
     ),
-    # ------------------------------------------------- the fork's objectives
+)
+OBJECTIVES = (
     # of type bool: a value may follow, and in the published system any value means True
     {"--use-order-list": NoOp("--num-order-list above 1 enables orders", may_take_value=True)},
     refused(
@@ -294,7 +303,8 @@ TABLE = one_table(
         "--target-random-ratio --use-target-position-embeddings --block-size --order-list",
         "not supported, it has no effect in the published system; leave it out",
     ),
-    # ---------------------------------------------------------------- scoring
+)
+SCORING = (
     refused(
         "--task_list --results_path --eval_method --eval_fp32 --only_generate --only_mc_nll --sampling_eps "
         "--max_chunk_size --adaptive_seq_len --num_fewshot --inference --inference-batch-times-seqlen-threshold "
@@ -302,7 +312,8 @@ TABLE = one_table(
         "not supported, downstream tasks are run by python -m megatron.evaluation.harness, not by training; leave it "
         "out",
     ),
-    # ------------------------------------------------- features left out
+)
+LEFT_OUT = (
     refused(
         "--num-experts --num-experts-switch --mlp-type --topk --expert-interval --disable-moe-token-dropping "
         "--moe-train-capacity-factor --moe-eval-capacity-factor --moe-min-capacity --moe-loss-coeff "
@@ -338,7 +349,22 @@ TABLE = one_table(
         "not supported, there are no vision models; leave it out",
     ),
 )
-
+TABLE = one_table(
+    ALIASES,
+    *MODEL,
+    *PRECISION,
+    *KERNEL_CHOICES,
+    *LAYOUT,
+    *DEEPSPEED,
+    *BUDGET,
+    *OPTIMIZER,
+    *DATA,
+    *CHECKPOINTS,
+    *RECORDS,
+    *OBJECTIVES,
+    *SCORING,
+    *LEFT_OUT,
+)
 
 # flags that are spelled as in Megatron and differ in meaning
 DIFFERENCES = {
