@@ -8,7 +8,7 @@ allocator come on top.
     forward pass, head  | backward of the last block ... of the first  | reduction of the embedding | update
     activations grow    | activations are freed, gradients appear      | (and of the head, if tied) |
 
-`benchmarks/memory/run.py` compares this with measured peaks, for FSDP2 and the pipeline schedules of torch 2.13.
+`benchmarks/memory.py` compares this with measured peaks, for FSDP2 and the pipeline schedules of torch 2.13.
 Activations are counted as by Korthikanti et al., Reducing Activation Recomputation in Large Transformer Models
 (2205.05198), section 4; here attention saves no [S, S] matrix and the head no logits.
 """
