@@ -223,8 +223,7 @@ def test_flags_of_an_example_reach_every_run(script):
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_every_flag_that_a_document_names_exists(document):
     known = FOREIGN_FLAGS | set(parser("ar")._option_string_actions) | set(TABLE)
-    tools = [*(ROOT / "tools").glob("*.py"), ROOT / "benchmarks" / "train_step.py"]
-    tools += [ROOT / "benchmarks" / "scoring.py"]
+    tools = [*(ROOT / "tools").glob("*.py"), *sorted((ROOT / "benchmarks").glob("*/run.py"))]
     tools += [ROOT / "tests" / "training" / "kill_loop.py", ROOT / "tests" / "record_runs.py"]
     texts = [help_of(tool) for tool in tools] + [
         help_of("-m", name) for name in ("megatron.check", "megatron.scoring.lm_eval_cli")

@@ -6,7 +6,7 @@ The largest sum is the peak. `rank_sizes.py` has the terms. Sizes are bytes of l
     forward pass, head  | backward of the last block ... of the first  | reduction of the embedding | update
     activations grow    | activations are freed, gradients appear      | (and of the head, if tied) |
 
-`benchmarks/memory.py` compares this with measured peaks, for FSDP2 and the pipeline schedules of torch 2.13.
+`benchmarks/memory/run.py` compares this with measured peaks, for FSDP2 and the pipeline schedules of torch 2.13.
 """
 
 from collections.abc import Iterator

@@ -23,6 +23,7 @@ from megatron.data.tokenizer import train_tokenizer
 from megatron.errors import ConfigurationError
 from megatron.reporting.ensemble import open_members
 from megatron.training.checkpoint_store import CheckpointStore
+from megatron.training.launcher import main
 from megatron.training.load_run import open_trained
 from tests.conftest import records
 from tests.convert.conftest import convert

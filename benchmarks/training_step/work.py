@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from benchmarks.contestants import Shape
+from benchmarks.training_step.implementations import Shape
 from megatron.config.sizes import block_shapes, flops_per_token, parameter_count
 
 BEFORE_ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")

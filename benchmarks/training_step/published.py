@@ -37,7 +37,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.contestants import OPTIMIZER, Implementation, Shape, Step, accumulate, ours, update
+from benchmarks.training_step.implementations import (
+    OPTIMIZER,
+    Implementation,
+    Shape,
+    Step,
+    accumulate,
+    ours,
+    packed_weights,
+    update,
+)
 from megatron.batch import Batch
 from megatron.errors import ConfigurationError
 from megatron.parallel.deepspeed import import_deepspeed
@@ -80,15 +89,20 @@ def implementations(shape: Shape, folder: str, compiled: bool, ranks: ParallelCo
     steps = []
     for objective in MODELS:
         for dropout in (0.0, DROPOUT):
-            build = partial(published, shape, objective, dropout, folder, ranks.device)
-            steps.append(Implementation("published", objective, False, build, dropout))
+            build = partial(published, shape, objective, dropout=dropout, folder=folder, device=ranks.device)
+            steps.append(
+                Implementation(system="published", objective=objective, compiled=False, build=build, dropout=dropout)
+            )
     for compile in (False, True) if compiled else (False,):
         build = cache(partial(ours, shape_with_dropout, compile, ranks))  # one model for both objectives
-        steps += [Implementation("ours", objective, compile, build, DROPOUT) for objective in MODELS]
+        steps += [
+            Implementation(system="ours", objective=objective, compiled=compile, build=build, dropout=DROPOUT)
+            for objective in MODELS
+        ]
     return steps
 
 
-def published(shape: Shape, objective: str, dropout: float, folder: str, device: torch.device) -> Step:
+def published(shape: Shape, objective: str, *, dropout: float, folder: str, device: torch.device) -> Step:
     """Return the published step of an objective, with our initial weights."""
     clone = _load(folder, device)
     with _clone_modules(folder), contextlib.redirect_stdout(io.StringIO()):
@@ -158,16 +172,9 @@ LABELS: dict[str, Callable[[Batch], tuple[Tensor, ...]]] = {"ar": _ar_labels, "m
 
 def _weights(shape: Shape) -> dict[str, Tensor]:
     """Return our weights as a state dict of the pipe."""
-    weights = shape.ours().state_dict()
-    num_layers = shape.model.num_layers
-    our_names = {
-        f"{layer + FIRST_BLOCK}.{their_name}.weight": [f"layers.{layer}.{name}.weight" for name in names]
-        for layer in range(num_layers)
-        for their_name, names in BLOCK.items()
-    }
-    our_names["tied_modules.embed.word_embeddings.weight"] = ["embed_tokens.weight"]
-    our_names[f"{num_layers + FIRST_BLOCK}.weight"] = ["norm.weight"]
-    return {their_name: torch.cat([weights[name] for name in names]) for their_name, names in our_names.items()}
+    ends = {"tied_modules.embed.word_embeddings.weight": "embed_tokens.weight"}
+    ends[f"{shape.model.num_layers + FIRST_BLOCK}.weight"] = "norm.weight"
+    return packed_weights(shape, BLOCK, "{layer}.{name}.weight", ends, first_block=FIRST_BLOCK)
 
 
 def _arguments(clone: SimpleNamespace, shape: Shape, dropout: float):

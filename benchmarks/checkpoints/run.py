@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Measure how long training stalls for a checkpoint, compared with a plain copy of the same bytes; print JSON.
+"""Measure how long training stalls for a checkpoint, compared with a plain copy of the same bytes.
 
-    python benchmarks/checkpoint_stall.py
-    python benchmarks/checkpoint_stall.py --model-size 35M --rounds 3 --output stall.json
+    python benchmarks/checkpoints/run.py
+    python benchmarks/checkpoints/run.py --model-size 35M --rounds 3 --output stall.json
 
 A model of the ladder in fp32 with two Adam moments, world size 1, on the CPU. Every round times `copy_` of all tensors
 into preallocated memory, `clone` of all tensors, the call that saves (the stall), and the asynchronous write that
@@ -15,26 +15,34 @@ import os
 # before torch is imported: one thread, no accelerator
 os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
-import json
-import platform
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from datetime import date
+from functools import partial
 from pathlib import Path
-from statistics import median
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 from torch import Tensor
 
-from benchmarks.contestants import version
-from benchmarks.options import read_options, refuse
-from megatron.config.flags import flag, require
+from benchmarks.harness import (
+    environment,
+    markdown_table,
+    output_flag,
+    publish,
+    ratios,
+    read_options,
+    refuse,
+    require_positive,
+    seconds_of,
+    spread,
+    summary,
+)
+from megatron.config.flags import flag
 from megatron.config.sections import OptimizerConfig, ParallelConfig
 from megatron.config.sizes import GPT2_VOCABULARY, ladder_model
 from megatron.config.vocabulary import Vocabulary
@@ -42,9 +50,17 @@ from megatron.errors import ConfigurationError
 from megatron.parallel.apply import build_engine
 from megatron.parallel.mesh import ParallelContext, destroy_parallel, initialize_parallel
 from megatron.training.checkpoint_store import CheckpointStore
-from megatron.training.environment import device_name
 from megatron.training.optimizer import build_optimizer, start_state
 from megatron.training.saver import Saver
+
+OPERATIONS = {
+    "stall": "stall: the call that saves",
+    "copy": "`copy_` into preallocated memory",
+    "clone": "`clone`",
+    "writing": "asynchronous write to disk",
+    "longest_pause": "longest pause of the main thread during the write",
+}
+wall_seconds = partial(seconds_of, clock=time.perf_counter)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,10 +72,10 @@ class Options:
     folder: str | None = flag(
         None, "where to write them; they are removed again; default the system's temporary folder", metavar="DIR"
     )
-    output: str | None = flag(None, "also write the JSON to a file", metavar="FILE")
+    output: str | None = output_flag()
 
     def __post_init__(self):
-        require(self.rounds >= 1, "rounds", self.rounds, "must be at least 1")
+        require_positive(self, ("rounds",))
 
 
 def main() -> None:
@@ -80,21 +96,19 @@ def main() -> None:
             report = measure(options, Path(root), lambda: engine.tensors(optimizer), ranks)
     finally:
         destroy_parallel()
-    print(json.dumps(report, indent=1))
-    if options.output:
-        Path(options.output).write_text(json.dumps(report, indent=1) + "\n")
+    publish(report, table(report), options.output)
 
 
 def measure(options: Options, root: Path, state: Callable[[], dict[str, Tensor]], ranks: ParallelContext) -> dict:
     """Return the report: seconds of each operation by round, with settings, sizes and versions."""
     tensors = [tensor.to_local() for tensor in state().values()]
-    preallocated = [tensor.clone() for tensor in tensors]
-    seconds = {name: [] for name in ("copy", "clone", "stall", "writing", "longest_pause")}
+    pairs = [(tensor.clone(), tensor) for tensor in tensors]
+    seconds = {name: [] for name in OPERATIONS}
     with Saver(root, ranks) as saver:
-        reserving = _seconds(lambda: (saver.reserve(state()), saver.wait()))
+        reserving = wall_seconds(lambda: (saver.reserve(state()), saver.wait()))
         for iteration in range(options.rounds):
-            seconds["copy"].append(_seconds(lambda: [a.copy_(b) for a, b in zip(preallocated, tensors, strict=True)]))
-            seconds["clone"].append(_seconds(lambda: [tensor.clone() for tensor in tensors]))
+            seconds["copy"].append(wall_seconds(lambda: [copy.copy_(tensor) for copy, tensor in pairs]))
+            seconds["clone"].append(wall_seconds(lambda: [tensor.clone() for tensor in tensors]))
             complete = threading.Event()
             start = time.perf_counter()
             saver.save(state(), {"iteration": iteration}, complete.set)
@@ -108,31 +122,28 @@ def measure(options: Options, root: Path, state: Callable[[], dict[str, Tensor]]
             seconds["longest_pause"].append(longest_pause)
             saver.wait()
             CheckpointStore(root).prune(keep=set())
-    ratios = {f"stall : {name}": _ratio(seconds["stall"], seconds[name]) for name in ("copy", "clone")}
     return {
         "settings": asdict(options),
         "parameters": sum(tensor.numel() for tensor in tensors) // 3,
         "bytes": sum(tensor.nbytes for tensor in tensors),
         "tensors": len(tensors),
-        "versions": {name: version(name) for name in ("torch", "safetensors")},
-        "python": platform.python_version(),
-        "machine": device_name(torch.device("cpu")),
-        "date": date.today().isoformat(),
+        "environment": environment(torch.device("cpu"), "safetensors"),
         "seconds": seconds | {"reserving": reserving},
-        "ratios": ratios,
+        "ratios": {f"stall : {name}": summary(ratios(seconds["stall"], seconds[name])) for name in ("copy", "clone")},
     }
 
 
-def _ratio(numerators: list[float], denominators: list[float]) -> dict[str, float]:
-    """Return median, smallest and largest of the ratios by round."""
-    ratios = [numerator / denominator for numerator, denominator in zip(numerators, denominators, strict=True)]
-    return {"median": median(ratios), "min": min(ratios), "max": max(ratios)}
-
-
-def _seconds(function: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
+def table(report: dict) -> str:
+    """Return the report as a Markdown table."""
+    seconds = report["seconds"]
+    rows = []
+    for name, description in OPERATIONS.items():
+        compared = spread(ratios(seconds["stall"], seconds[name])) if name in ("copy", "clone") else ["", ""]
+        rows.append((description, *spread(seconds[name], ".1f", unit=1e-3), *compared))
+    size = f"{report['settings']['model_size']}, {report['bytes'] / 1e9:.2f} GB in {report['tensors']} tensors"
+    columns = ("operation", "ms", "min - max", "stall / operation", "min - max")
+    allocation = f"memory for the copies was allocated in {seconds['reserving']:.1f} s of the thread"
+    return f"{size}; {allocation}\n\n{markdown_table(columns, rows)}"
 
 
 if __name__ == "__main__":

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from benchmarks.contestants import Shape
-from benchmarks.meter import clock
-from benchmarks.work import attention_flops, bytes_moved, linears
+from benchmarks.harness import clock
+from benchmarks.training_step.implementations import Shape
+from benchmarks.training_step.work import attention_flops, bytes_moved, linears
 
 MATMUL_SIDE = {"cuda": 8192, "cpu": 2048}  # rows and columns of the large matmul
 COPY_BYTES = {"cuda": 2**30, "cpu": 2**27}  # larger than any cache

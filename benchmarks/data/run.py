@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Measure the data pipeline: preprocessing, opening a data set for training, reading samples; and how each scales.
 
-    python benchmarks/data.py
-    python benchmarks/data.py --documents 1000 200000 --epochs 1 500 --output data.json
+    python benchmarks/data/run.py
+    python benchmarks/data/run.py --documents 1000 200000 --epochs 1 500 --output data.json
 
 Preprocessing: the source of Python's standard library, repeated and written as .jsonl, through all of
 tools/preprocess_data.py with a trained tokenizer, compared with the tokenizers library alone on the same text.
@@ -17,27 +17,34 @@ import os
 os.environ |= {"OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 import json
-import platform
 import resource
 import subprocess
 import sys
 import tempfile
 import time
 import tracemalloc
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from datetime import date
 from itertools import product
 from pathlib import Path
 from statistics import median
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from benchmarks.contestants import version
-from benchmarks.options import read_options
+from benchmarks.harness import (
+    ROOT,
+    environment,
+    markdown_table,
+    output_flag,
+    publish,
+    read_options,
+    require_positive,
+    seconds_of,
+)
 from megatron.config.flags import flag, require
 from megatron.data.corpus import standard_library
 from megatron.data.indexed import IndexedDataset, IndexedDatasetWriter
@@ -45,7 +52,6 @@ from megatron.data.preprocess import BATCH_CHARACTERS, preprocess
 from megatron.data.preprocess_options import PreprocessOptions
 from megatron.data.samples import TrainSamples
 from megatron.data.tokenizer import HFTokenizer, train_tokenizer
-from megatron.training.environment import device_name
 
 SEQ_LENGTH = 2048
 MEAN_TOKENS = 500  # per document; document lengths are log-normal
@@ -62,12 +68,12 @@ class Options:
     documents: tuple[int, ...] = flag((1_000, 10_000, 100_000), "documents of the data sets to read", metavar="N")
     epochs: tuple[int, ...] = flag((1, 10, 100), "epochs that a run trains for", metavar="N")
     rounds: int = flag(3, "repetitions of each measurement; the median is reported")
-    output: str | None = flag(None, "also write the JSON to a file", metavar="FILE")
+    output: str | None = output_flag()
 
     def __post_init__(self):
         for name in ("copies", "documents", "epochs"):
             require(min(getattr(self, name)) >= 1, name, " ".join(map(str, getattr(self, name))), "must be at least 1")
-        require(self.rounds >= 1, "rounds", self.rounds, "must be at least 1")
+        require_positive(self, ("rounds",))
         require(self.documents[0] * MEAN_TOKENS > 2 * SEQ_LENGTH, "documents", self.documents[0], "give at least 10")
 
 
@@ -77,27 +83,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         report = {
             "settings": asdict(options),
-            "versions": {"python": platform.python_version()}
-            | {name: version(name) for name in ("torch", "numpy", "tokenizers")},
-            "machine": device_name(torch.device("cpu")),
-            "date": date.today().isoformat(),
+            "environment": environment(torch.device("cpu"), "numpy", "tokenizers"),
             "preprocessing": preprocessing(options, Path(folder)),
             "starting": starting(options, Path(folder)),
             "program": program(options, Path(folder)),
         }
-    print_report(report)
-    if options.output:
-        Path(options.output).write_text(json.dumps(report, indent=1) + "\n")
+    publish(report, tables(report), options.output)
 
 
-def seconds(work, rounds: int) -> float:
+def median_seconds(work: Callable[[], object], rounds: int) -> float:
     """Return the median CPU time of `work()`."""
-    times = []
-    for _ in range(rounds):
-        start = time.process_time()
-        work()
-        times.append(time.process_time() - start)
-    return median(times)
+    return median(seconds_of(work) for _ in range(rounds))
 
 
 def preprocessing(options: Options, folder: Path) -> list[dict]:
@@ -140,8 +136,8 @@ def _preprocessing_times(texts: list[str], tokenizer_path: Path, output_dir: Pat
 
     return {
         "megabytes": sum(len(text.encode()) for text in texts) / 1e6,
-        "seconds": seconds(write_dataset, rounds),
-        "tokenizers_seconds": seconds(tokenize, rounds),
+        "seconds": median_seconds(write_dataset, rounds),
+        "tokenizers_seconds": median_seconds(tokenize, rounds),
     }
 
 
@@ -164,13 +160,13 @@ def _reading_times(dataset: IndexedDataset, order: str, samples: int, rounds: in
         train_samples[0]
         return train_samples
 
-    start_seconds = seconds(start, rounds)
+    start_seconds = median_seconds(start, rounds)
     tracemalloc.start()
     train_samples = start()
     peak_bytes = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     sample_indices = np.linspace(0, samples - 1, SAMPLES).astype(int)  # in the order of a run: epoch after epoch
-    reading_seconds = seconds(lambda: [train_samples[int(index)] for index in sample_indices], 1)
+    reading_seconds = median_seconds(lambda: [train_samples[int(index)] for index in sample_indices], 1)
     return {"seconds": start_seconds, "bytes": peak_bytes, "seconds_per_sample": reading_seconds / SAMPLES}
 
 
@@ -189,7 +185,7 @@ def program(options: Options, folder: Path) -> dict:
     data = folder / f"documents_{options.documents[0]}"
     flags = "--num-layers 2 --hidden-size 64 --num-attention-heads 2 --train-iters 1 --global-batch-size 8".split()
     flags += ["--seq-length", "64", "--tokenizer-type", "NullTokenizer", "--vocab-size", "50256"]
-    script = str(Path(__file__).resolve().parents[1] / "pretrain_gpt.py")
+    script = str(ROOT / "pretrain_gpt.py")
     commands = {
         "pretrain_gpt.py": [script, "--train-data-path", str(data), *flags],
         "import torch": ["-c", "import torch"],
@@ -208,26 +204,29 @@ def _process(command: list[str], rounds: int) -> dict:
     return {"wall": median(wall), "cpu": median(cpu)}
 
 
-def print_report(report: dict) -> None:
-    """Print the report as Markdown tables."""
-    versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
-    print(f"{report['date']}, {report['machine']}, one thread; {versions}\n")
-    print("| text, MB | seconds | MB/s | tokenizers alone, MB/s | share of the time |\n|---|---|---|---|---|")
+def tables(report: dict) -> str:
+    """Return the report as Markdown tables."""
+    text_rows = []
     for row in report["preprocessing"]:
         size, total, tokenizers = row["megabytes"], row["seconds"], row["tokenizers_seconds"]
-        print(f"| {size:.1f} | {total:.2f} | {size / total:.2f} | {size / tokenizers:.2f} | {tokenizers / total:.0%} |")
-    print("\n| order | documents | epochs | samples | first sample, ms | memory, MB | µs per sample | Mtokens/s |")
-    print("|---|---|---|---|---|---|---|---|")
+        speeds = (f"{size / total:.2f}", f"{size / tokenizers:.2f}")
+        text_rows.append((f"{size:.1f}", f"{total:.2f}", *speeds, f"{tokenizers / total:.0%}"))
+    sample_rows = []
     for row in report["starting"]:
+        counts = (f"{row['documents']:,}", row["epochs"], f"{row['samples']:,}")
+        start = (f"{1000 * row['seconds']:.1f}", f"{row['bytes'] / 1e6:.1f}")
         microseconds = 1e6 * row["seconds_per_sample"]
-        print(
-            f"| {row['order']} | {row['documents']:,} | {row['epochs']} | {row['samples']:,} | "
-            f"{1000 * row['seconds']:.1f} | {row['bytes'] / 1e6:.1f} | {microseconds:.0f} | "
-            f"{SEQ_LENGTH / microseconds:.0f} |"
-        )
-    print("\n| program | wall-clock seconds | CPU seconds |\n|---|---|---|")
-    for name, row in report["program"].items():
-        print(f"| {name} | {row['wall']:.1f} | {row['cpu']:.1f} |")
+        sample_rows.append((row["order"], *counts, *start, f"{microseconds:.0f}", f"{SEQ_LENGTH / microseconds:.0f}"))
+    program_rows = [(name, f"{row['wall']:.1f}", f"{row['cpu']:.1f}") for name, row in report["program"].items()]
+    tables = (
+        (("text, MB", "seconds", "MB/s", "tokenizers alone, MB/s", "share of the time"), text_rows),
+        (
+            ("order", "documents", "epochs", "samples", "first sample, ms", "memory, MB", "µs per sample", "Mtokens/s"),
+            sample_rows,
+        ),
+        (("program", "wall-clock seconds", "CPU seconds"), program_rows),
+    )
+    return "\n".join(markdown_table(columns, rows) for columns, rows in tables)
 
 
 if __name__ == "__main__":

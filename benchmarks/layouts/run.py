@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Train the same steps in every parallel layout that fits the world size; print speed, memory and loss as JSON.
+"""Train the same steps in every parallel layout that fits the world size; print speed, memory and loss of each.
 
-    python benchmarks/layouts.py --output layouts.json                                     # one GPU, or the CPU
-    torchrun --standalone --nproc-per-node 8 benchmarks/layouts.py --output layouts.json
+    python benchmarks/layouts/run.py --output layouts.json                                     # one GPU, or the CPU
+    torchrun --standalone --nproc-per-node 8 benchmarks/layouts/run.py --output layouts.json
 
 FSDP2 with ZeRO 0 to 3, activation checkpointing, CPU offload and compiled blocks; DeepSpeed with ZeRO 0 to 3 if it is
 installed; tensor and pipeline parallelism if the world size allows it. The losses must agree: all layouts train on the
@@ -10,18 +10,23 @@ same tokens and masks. Offload needs a GPU. Times are of single steps after warm
 """
 
 import json
-import platform
 import sys
 from dataclasses import asdict, dataclass
-from datetime import date
 from importlib.util import find_spec
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks.contestants import version
-from benchmarks.options import read_options, refuse
-from megatron.config.flags import flag, require
+from benchmarks.harness import (
+    environment,
+    markdown_table,
+    output_flag,
+    publish,
+    read_options,
+    refuse,
+    require_positive,
+)
+from megatron.config.flags import flag
 from megatron.config.sections import Config
 from megatron.config.sizes import GPT2_VOCABULARY, parameter_count
 from megatron.config.vocabulary import Vocabulary
@@ -29,7 +34,7 @@ from megatron.errors import ConfigurationError
 from megatron.parallel.mesh import ParallelContext, destroy_parallel, initialize_parallel
 from megatron.training.command_line import parse
 from megatron.training.device_info import peak_flops
-from megatron.training.environment import choose_precision, device_name
+from megatron.training.environment import choose_precision
 from megatron.training.step_benchmark import WARM_UP, attempt
 
 LOSS_TOLERANCE = {"bf16": 2e-2, "fp32": 1e-4}  # relative, at the last step
@@ -46,11 +51,10 @@ class Options:
     micro_batches: int = flag(4, "micro-batches per step and rank, if every rank is data parallel")
     steps: int = flag(10, f"timed steps, after {WARM_UP} warm-up steps")
     compile: bool = flag(True, "also try compiled blocks")
-    output: str | None = flag(None, "also write the JSON to a file", metavar="FILE")
+    output: str | None = output_flag()
 
     def __post_init__(self):
-        for name in ("micro_batch_size", "micro_batches", "steps"):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
+        require_positive(self, ("micro_batch_size", "micro_batches", "steps"))
 
 
 def layouts(ranks: int, cuda: bool) -> list[str]:
@@ -81,9 +85,7 @@ def main() -> None:
     finally:
         destroy_parallel()
     if report:
-        print(json.dumps(report, indent=1))
-        if options.output:
-            Path(options.output).write_text(json.dumps(report, indent=1) + "\n")
+        publish(report, table(report), options.output)
         check(report)
 
 
@@ -101,11 +103,8 @@ def measure(options: Options) -> dict | None:
         return None
     config = configuration(options, "", ranks.size)
     return {
-        "date": str(date.today()),
-        "device": device_name(ranks.device),
-        "processes": ranks.size,
+        "environment": environment(ranks.device, "deepspeed"),
         "precision": choose_precision(config, ranks.device),
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in ("torch", "deepspeed")},
         "settings": vars(options) | {"parameters": parameter_count(config.model, Vocabulary(GPT2_VOCABULARY))},
         "layouts": results,
     }
@@ -129,6 +128,20 @@ def measure_layout(options: Options, flags: str, ranks: ParallelContext) -> dict
     peak = peak_flops(ranks.device) * ranks.size
     mfu = 6 * parameter_count(config.model, vocabulary) * trial.tokens_per_second / peak if peak else None
     return asdict(trial) | {"mfu": mfu}
+
+
+def table(report: dict) -> str:
+    """Return the report as a Markdown table."""
+    rows = []
+    for flags, result in report["layouts"].items():
+        if "failed" in result:
+            rows.append((f"`{flags}`", result["failed"], "", "", ""))
+            continue
+        mfu = "-" if result["mfu"] is None else f"{result['mfu']:.3f}"
+        memory = f"{result['memory_bytes'] / 1e9:.2f}"
+        rows.append((f"`{flags}`", f"{result['tokens_per_second']:,.0f}", mfu, memory, f"{result['loss']:.6f}"))
+    setting = f"{report['settings']['objective'].upper()}, {report['settings']['model_size']}, {report['precision']}"
+    return f"{setting}\n\n{markdown_table(('layout', 'tokens/s', 'MFU', 'peak GB', 'loss'), rows)}"
 
 
 def check(report: dict) -> None:

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Time greedy generation: ours against transformers' `generate` with the same weights, and MDM by number of steps.
 
-    python benchmarks/generation.py
-    python benchmarks/generation.py --model-size 35M --batch-size 16 --rounds 5 --output generation.json
+    python benchmarks/generation/run.py
+    python benchmarks/generation/run.py --model-size 35M --batch-size 16 --rounds 5 --output generation.json
 
 A model of the ladder with random weights, in fp32, on one CPU thread. All implementations continue the same prompts by
 the same number of tokens; no end-of-document token stops them. Before anything is timed, transformers must give our
@@ -16,34 +16,41 @@ import os
 # before torch is imported: one thread, no accelerator
 os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
-import json
-import platform
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from datetime import date
+from functools import partial
 from pathlib import Path
-from statistics import median
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
-from benchmarks import contestants
-from benchmarks.options import read_options, refuse
-from megatron.config.flags import flag, require
+from benchmarks.harness import (
+    environment,
+    interleave,
+    markdown_table,
+    output_flag,
+    publish,
+    ratios,
+    read_options,
+    refuse,
+    require_positive,
+    spread,
+)
+from benchmarks.training_step import peers
+from benchmarks.training_step.implementations import Shape
+from megatron.config.flags import flag
 from megatron.config.sizes import GPT2_VOCABULARY, ladder_model
 from megatron.config.vocabulary import Vocabulary
 from megatron.errors import ConfigurationError
 from megatron.generation.generate import generate
 from megatron.generation.sampling import Sampling
 from megatron.model.transformer import Transformer
-from megatron.training.environment import device_name
 
 OURS, THEIRS = "ours AR", "transformers AR"
+CPU = torch.device("cpu")
 NO_EOD = -1  # not a token id: nothing ends a sequence
 
 Generate = Callable[[], list[list[int]]]  # returns the new tokens of each sequence
@@ -60,11 +67,10 @@ class Options:
     )
     batch_size: int = flag(8, "sequences generated at once")
     rounds: int = flag(5, "how often each implementation is timed")
-    output: str | None = flag(None, "also write the JSON to a file", metavar="FILE")
+    output: str | None = output_flag()
 
     def __post_init__(self):
-        for name in ("prompt_length", "max_new_tokens", "batch_size", "rounds"):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
+        require_positive(self, ("prompt_length", "max_new_tokens", "batch_size", "rounds"))
 
 
 def main() -> None:
@@ -76,39 +82,39 @@ def main() -> None:
     except ConfigurationError as error:
         refuse(error)
     check_tokens(generators)
+    contestants = {name: partial(_generate, generator) for name, generator in generators.items()}
     report = {
         "settings": asdict(options),
-        "versions": {name: contestants.version(name) for name in ("torch", "transformers")},
-        "python": platform.python_version(),
-        "machine": device_name(torch.device("cpu")),
-        "date": date.today().isoformat(),
-        "seconds": measure(generators, options.rounds),
+        "environment": environment(CPU, "transformers"),
+        "seconds": interleave(contestants, options.rounds, CPU).seconds,
     }
-    print(table(report))
-    if options.output:
-        Path(options.output).write_text(json.dumps(report, indent=1) + "\n")
+    publish(report, table(report), options.output)
+
+
+def _generate(generator: Generate, turn: int) -> None:
+    generator()
 
 
 def build(options: Options) -> dict[str, Generate]:
     """Return the implementations by name; transformers only if it is installed."""
     vocabulary = Vocabulary(GPT2_VOCABULARY)
     length = options.prompt_length + options.max_new_tokens
-    shape = contestants.Shape(ladder_model(options.model_size), vocabulary, length)
+    shape = Shape(ladder_model(options.model_size), vocabulary, length)
     model = shape.ours().eval()
     generator = torch.Generator().manual_seed(1)
     prompts = torch.randint(vocabulary.size, (options.batch_size, options.prompt_length), generator=generator)  # [B, P]
 
-    def ours(objective: str, **settings) -> Generate:
-        sampling = Sampling(max_new_tokens=options.max_new_tokens, **settings)
-        limits = {"eod": NO_EOD, "batch_size": options.batch_size}
-        return lambda: generate(model, objective, prompts.tolist(), sampling, **limits)
+    def ours(objective: str, **sampling_settings) -> Generate:
+        sampling = Sampling(max_new_tokens=options.max_new_tokens, **sampling_settings)
+        settings = {"eod": NO_EOD, "batch_size": options.batch_size}
+        return lambda: generate(model, objective, prompts.tolist(), sampling, **settings)
 
     generators = {OURS: ours("ar")}
-    missing = contestants.missing("transformers")
+    missing = peers.missing("transformers")
     if missing:
         print(f"transformers: skipped, {missing}")
     else:
-        theirs = contestants.transformers_model(shape).eval()
+        theirs = peers.transformers_model(shape).eval()
         check_logits(model, theirs, prompts)
         generators[THEIRS] = transformers(theirs, shape, prompts, options.max_new_tokens)
     steps = options.max_new_tokens
@@ -118,7 +124,7 @@ def build(options: Options) -> dict[str, Generate]:
     return generators
 
 
-def transformers(model: nn.Module, shape: contestants.Shape, prompts: torch.Tensor, new_tokens: int) -> Generate:
+def transformers(model: nn.Module, shape: Shape, prompts: torch.Tensor, new_tokens: int) -> Generate:
     """Return transformers' greedy generation with its KV cache."""
     padded_rows = list(range(shape.vocabulary.size, shape.vocabulary.padded_size))
     with torch.no_grad():  # a padded vocabulary row must never have the highest logit
@@ -151,35 +157,18 @@ def check_tokens(generators: dict[str, Generate]) -> None:
     print("check passed: the same logits and greedy tokens\n")
 
 
-def measure(generators: dict[str, Generate], rounds: int) -> dict[str, list[float]]:
-    """Return the CPU seconds of each implementation by round."""
-    names = list(generators)
-    seconds = {name: [] for name in names}
-    for turn in tqdm(range(rounds), unit="round", disable=None):
-        shift = turn % len(names)
-        for name in names[shift:] + names[:shift]:
-            start = time.process_time()
-            generators[name]()
-            seconds[name].append(time.process_time() - start)
-    return seconds
-
-
 def table(report: dict) -> str:
     """Return the report as a Markdown table."""
     settings = report["settings"]
     seconds = report["seconds"]
     tokens = settings["batch_size"] * settings["max_new_tokens"]
     base = THEIRS if THEIRS in seconds else OURS
-    lines = [
-        f"| greedy, {settings['model_size']} | tokens per CPU second | min - max | speed / {base} | min - max |",
-        "|---|---|---|---|---|",
-    ]
+    title = f"greedy, {settings['model_size']}"
+    rows = []
     for name, times in seconds.items():
         speeds = [tokens / cpu_seconds for cpu_seconds in times]
-        ratios = [base_seconds / cpu_seconds for cpu_seconds, base_seconds in zip(times, seconds[base], strict=True)]
-        spread = f"{min(speeds):.0f} - {max(speeds):.0f} | {median(ratios):.2f} | {min(ratios):.2f} - {max(ratios):.2f}"
-        lines.append(f"| {name} | {median(speeds):.0f} | {spread} |")
-    return "\n".join(lines)
+        rows.append((name, *spread(speeds, ".0f"), *spread(ratios(seconds[base], times))))
+    return markdown_table((title, "tokens per CPU second", "min - max", f"speed / {base}", "min - max"), rows)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Measure how the cost per token grows with model size, sequence length and number of data-parallel ranks.
 
-    python benchmarks/growth.py
-    python benchmarks/growth.py --model-sizes 140M 425M 1018M --seq-lengths 1024 2048 4096 --tokens 32768    # a GPU
-    torchrun --standalone --nproc-per-node 2 benchmarks/growth.py --seq-lengths 512 --output growth_2.json
+    python benchmarks/growth/run.py
+    python benchmarks/growth/run.py --model-sizes 140M 425M 1018M --seq-lengths 1024 2048 4096 --tokens 32768    # a GPU
+    torchrun --standalone --nproc-per-node 2 benchmarks/growth/run.py --seq-lengths 512 --output growth_2.json
 
 Every step has the same number of tokens per rank. Costs are relative to the first row, and so are the FLOPs in the
 column next to them. Small models and short sequences cost more than their FLOPs: operations other than matrix products,
@@ -11,23 +11,28 @@ and matrices too small for the machine. Times are medians of single steps in wal
 """
 
 import json
-import platform
 import sys
 from dataclasses import asdict, dataclass
-from datetime import date
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks.contestants import version
-from benchmarks.options import read_options, refuse
+from benchmarks.harness import (
+    environment,
+    markdown_table,
+    output_flag,
+    publish,
+    read_options,
+    refuse,
+    require_positive,
+)
 from megatron.config.flags import flag, require
 from megatron.config.sizes import GPT2_VOCABULARY, flops_per_token
 from megatron.config.vocabulary import Vocabulary
 from megatron.errors import ConfigurationError
 from megatron.parallel.mesh import destroy_parallel, initialize_parallel
 from megatron.training.command_line import parse
-from megatron.training.environment import choose_precision, device_name
+from megatron.training.environment import choose_precision
 from megatron.training.step_benchmark import Trial, attempt
 
 
@@ -41,10 +46,10 @@ class Options:
     tokens: int = flag(4096, "tokens per step and rank")
     steps: int = flag(5, "timed steps")
     compile: bool = flag(False, "compile the blocks")
-    output: str | None = flag(None, "also write the JSON to a file", metavar="FILE")
+    output: str | None = output_flag()
 
     def __post_init__(self):
-        require(self.steps >= 1, "steps", self.steps, "must be at least 1")
+        require_positive(self, ("steps",))
         for length in self.seq_lengths:
             require(
                 length >= 1 and self.tokens % length == 0, "seq_lengths", length, f"must divide --tokens {self.tokens}"
@@ -66,17 +71,12 @@ def main() -> None:
         config = parse(options.objective, ["--model-size", options.model_sizes[0]])
         report = {
             "settings": asdict(options),
-            "versions": {"python": platform.python_version(), "torch": version("torch")},
-            "machine": device_name(ranks.device),
+            "environment": environment(ranks.device),
             "precision": choose_precision(config, ranks.device),
-            "processes": ranks.size,
-            "date": date.today().isoformat(),
             "rows": rows,
         }
         if ranks.rank == 0:
-            print_report(report)
-            if options.output:
-                Path(options.output).write_text(json.dumps(report, indent=1) + "\n")
+            publish(report, table(report), options.output)
     except ConfigurationError as error:
         refuse(error)
     finally:
@@ -95,26 +95,29 @@ def measure(options: Options, size: str, length: int, ranks: int) -> dict:
     return row | (asdict(trial) if isinstance(trial, Trial) else {"failed": trial})
 
 
-def print_report(report: dict) -> None:
-    """Print the report as a Markdown table."""
-    settings = report["settings"]
+def table(report: dict) -> str:
+    """Return the report as a Markdown table."""
     first = report["rows"][0]
-    print(
-        f"{report['date']}, {report['machine']} x{report['processes']}, {report['precision']}, "
-        f"{settings['objective'].upper()}, torch {report['versions']['torch']}\n"
-    )
-    print("| size | sequence | samples | tokens/s | cost per token / first row | FLOPs / first row | memory, GB |")
-    print("|---|---|---|---|---|---|---|")
+    rows = []
     for row in report["rows"]:
-        setting = f"| {row['size']} | {row['seq_length']:,} | {row['samples']} | "
+        setting = (row["size"], f"{row['seq_length']:,}", row["samples"])
         if "failed" in row or "failed" in first:
-            print(setting + row.get("failed", "") + " | | | |")
+            rows.append((*setting, row.get("failed", ""), "", "", ""))
             continue
         cost = first["tokens_per_second"] / row["tokens_per_second"]
         flops = row["flops_per_token"] / first["flops_per_token"]
-        print(
-            f"{setting}{row['tokens_per_second']:,.0f} | {cost:.2f} | {flops:.2f} | {row['memory_bytes'] / 1e9:.2f} |"
-        )
+        memory = f"{row['memory_bytes'] / 1e9:.2f}"
+        rows.append((*setting, f"{row['tokens_per_second']:,.0f}", f"{cost:.2f}", f"{flops:.2f}", memory))
+    columns = (
+        "size",
+        "sequence",
+        "samples",
+        "tokens/s",
+        "cost per token / first row",
+        "FLOPs / first row",
+        "memory, GB",
+    )
+    return f"{report['settings']['objective'].upper()}, {report['precision']}\n\n{markdown_table(columns, rows)}"
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Time a training step of every objective and regulariser relative to plain AR, and compare with the ratio of FLOPs.
 
-    python benchmarks/objectives.py --output objectives.json
+    python benchmarks/objectives/run.py --output objectives.json
 
 Noise and batches are prepared within the step, as in a run with --num-workers 0. Every round times one step of each
 case, in a rotating order. Ratios are taken within a round, and the table gives their median; times are CPU time on a
@@ -9,25 +9,29 @@ CPU. "explained" is the ratio of matrix-product FLOPs: forward passes and positi
 the head at scored positions only.
 """
 
-import json
-import platform
 import sys
-import time
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from statistics import median
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import numpy as np
-from tqdm import tqdm
-
-from benchmarks.contestants import Shape, version
-from benchmarks.options import read_options
-from benchmarks.work import linears
+from benchmarks.harness import (
+    environment,
+    interleave,
+    markdown_table,
+    output_flag,
+    publish,
+    ratios,
+    read_options,
+    require_positive,
+    spread,
+    summary,
+)
+from benchmarks.training_step.implementations import Shape
+from benchmarks.training_step.work import linears
 from megatron.batch import Batch
-from megatron.config.flags import flag, require
+from megatron.config.flags import flag
 from megatron.config.sections import Config
 from megatron.config.sizes import GPT2_VOCABULARY, parameter_count
 from megatron.config.vocabulary import Vocabulary
@@ -37,7 +41,7 @@ from megatron.parallel.mesh import ParallelContext, destroy_parallel, initialize
 from megatron.training.averaging import start_average
 from megatron.training.build_engine import start_engine
 from megatron.training.command_line import parse
-from megatron.training.environment import choose_precision, device_name
+from megatron.training.environment import choose_precision
 from megatron.training.microbatches import MicroBatches
 from megatron.training.step import reseed, train_step
 from megatron.training.step_benchmark import RandomText
@@ -80,15 +84,14 @@ class Options:
     micro_batch_size: int = flag(2, "samples per micro-batch; a step has two micro-batches")
     rounds: int = flag(9, f"timed steps of each case, after {WARM_UP} warm-up steps")
     compile: bool = flag(False, "compile the blocks")
-    output: str | None = flag(None, "also write the JSON to a file", metavar="FILE")
+    output: str | None = output_flag()
 
     def __post_init__(self):
-        for name in ("seq_length", "micro_batch_size", "rounds"):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
+        require_positive(self, ("seq_length", "micro_batch_size", "rounds"))
 
 
 class Case:
-    """One row of the table: its configuration, model, optimizer and data, and the times of its steps."""
+    """One row of the table: its configuration, model, optimizer and data."""
 
     def __init__(self, flags: str, options: Options, ranks: ParallelContext):
         global_batch_size = 2 * options.micro_batch_size
@@ -98,7 +101,6 @@ class Case:
         self.flags = flags
         self.config = config = parse("ar", (base + flags).split())
         self.ranks = ranks
-        self.clock = time.process_time if ranks.device.type == "cpu" else time.perf_counter
         bf16 = choose_precision(config, ranks.device) == "bf16"
         self.engine, self.optimizer = start_engine(
             config, VOCABULARY, ranks, bf16=bf16, compile=options.compile, steps=0
@@ -117,19 +119,15 @@ class Case:
             rank=0,
             size=1,
         )
-        self.seconds: list[float] = []  # by step
         self.multiplications: list[float] = []  # of the forward passes, by step
 
     def step(self, iteration: int) -> None:
-        """Take a step and record its time and its multiplications."""
+        """Take a step and record its multiplications."""
         reseed(1, iteration, self.ranks)
-        start = self.clock()
         batches = [batch for index in range(2) for batch in self.data[2 * iteration + index]]
-        result = train_step(self.engine, self.optimizer, batches, learning_rate=1e-4, weight_decay=0.1, clip_grad=1.0)
+        train_step(self.engine, self.optimizer, batches, learning_rate=1e-4, weight_decay=0.1, clip_grad=1.0)
         if self.average:
             self.average.update(iteration)
-        float(result.loss)  # synchronises with the device
-        self.seconds.append(self.clock() - start)
         self.multiplications.append(sum(multiplications(self.config, batch) for batch in batches))
 
 
@@ -155,52 +153,43 @@ def main() -> None:
         report = compete(options, ranks)
     finally:
         destroy_parallel()
-    print(table(report))
-    if options.output:
-        Path(options.output).write_text(json.dumps(report, indent=1) + "\n")
+    publish(report, table(report), options.output)
 
 
 def compete(options: Options, ranks: ParallelContext) -> dict:
     """Return the report: the time of every case, and its ratio to plain AR, measured and explained."""
     cases = [Case(flags, options, ranks) for flags in CASES]
-    for iteration in tqdm(range(WARM_UP + options.rounds), unit="round", disable=not sys.stderr.isatty()):
-        shift = iteration % len(cases)
-        for case in cases[shift:] + cases[:shift]:
-            case.step(iteration)
+    contestants = {case.flags: case.step for case in cases}
+    seconds = interleave(contestants, options.rounds, ranks.device, warm_up=WARM_UP).seconds
     (plain,) = [case for case in cases if case.flags == PLAIN]
     return {
-        "date": str(date.today()),
-        "device": device_name(ranks.device),
+        "environment": environment(ranks.device),
         "precision": choose_precision(plain.config, ranks.device),
-        "versions": {"python": platform.python_version(), "torch": version("torch")},
         "settings": vars(options) | {"parameters": parameter_count(plain.config.model, VOCABULARY)},
-        "results": {case.flags: _result(case, plain) for case in cases},
+        "results": {case.flags: _result(case, plain, seconds) for case in cases},
     }
 
 
-def _result(case: Case, plain: Case) -> dict:
-    seconds = np.array(case.seconds[WARM_UP:])
-    ratios = seconds / np.array(plain.seconds[WARM_UP:])
+def _result(case: Case, plain: Case, seconds: dict[str, list[float]]) -> dict:
+    times = seconds[case.flags]
     return {
-        "seconds_per_step": median(seconds),
-        "tokens_per_second": case.data.global_batch_size * case.data.samples.seq_length / median(seconds),
-        "times_plain": median(ratios),
-        "lowest": min(ratios),
-        "highest": max(ratios),
+        "seconds": times,
+        "tokens_per_second": case.data.global_batch_size * case.data.samples.seq_length / median(times),
+        "times_plain": summary(ratios(times, seconds[plain.flags])),
         "explained": sum(case.multiplications[WARM_UP:]) / sum(plain.multiplications[WARM_UP:]),
     }
 
 
 def table(report: dict) -> str:
     """Return the report as a Markdown table."""
-    lines = ["| flags | ms/step | tokens/s | time / plain AR | min - max | explained |", "|---|---|---|---|---|---|"]
-    for flags, result in report["results"].items():
-        lines.append(
-            f"| `{flags}` | {1000 * result['seconds_per_step']:.0f} | {result['tokens_per_second']:.0f} | "
-            f"{result['times_plain']:.2f} | {result['lowest']:.2f} - {result['highest']:.2f} | "
-            f"{result['explained']:.2f} |"
-        )
-    return "\n".join(lines)
+    results = report["results"]
+    rows = []
+    for flags, result in results.items():
+        speed = (f"{1000 * median(result['seconds']):.0f}", f"{result['tokens_per_second']:.0f}")
+        compared = spread(ratios(result["seconds"], results[PLAIN]["seconds"]))
+        rows.append((f"`{flags}`", *speed, *compared, f"{result['explained']:.2f}"))
+    columns = ("flags", "ms/step", "tokens/s", "time / plain AR", "min - max", "explained")
+    return f"{report['precision']}\n\n{markdown_table(columns, rows)}"
 
 
 if __name__ == "__main__":
