@@ -20,7 +20,7 @@ measure() {
 
 # step SIZE MICRO_BATCH_SIZE MICRO_BATCHES NAME FLAGS...: time optimizer steps of 131,072 tokens.
 step() {
-    measure "$4" "$python" benchmarks/train_step.py --model-size "$1" --seq-length 2048 --micro-batch-size "$2" \
+    measure "$4" "$python" benchmarks/training_step/run.py --model-size "$1" --seq-length 2048 --micro-batch-size "$2" \
         --micro-batches "$3" --rounds 5 --output "$out/$4.json" "${@:5}"
 }
 

@@ -40,7 +40,7 @@ class Batch:
     def unscored(cls, tokens: Tensor, causal: bool, position_ids: Tensor | None = None) -> "Batch":
         """Return a batch of `tokens` [B, T] without scored positions."""
         weights = torch.zeros(tokens.shape, device=tokens.device)
-        return cls(tokens, tokens, weights, np.zeros(len(tokens)), causal, position_ids)
+        return cls(tokens, tokens, weights, np.zeros(len(tokens)), causal=causal, position_ids=position_ids)
 
     @property
     def count(self) -> float:

@@ -14,7 +14,7 @@ from pathlib import Path
 from unittest import mock
 
 _context = get_context("forkserver")
-_context.set_forkserver_preload(["megatron.training.main", __name__])
+_context.set_forkserver_preload(["megatron.training.launcher", __name__])
 
 
 def free_port() -> int:

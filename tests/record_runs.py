@@ -119,7 +119,7 @@ def record(folder: Path) -> dict[str, dict[str, str]]:
         print(f"{name}: evaluation, scoring, generation, export", flush=True)
         scores, text, exported = folder / f"{name}_scores", folder / f"{name}.jsonl", folder / f"{name}_hf"
         scoring = ["--tasks", "choices", "--include_path", folder, "--output_path", scores, "--log_samples"]
-        command("-m megatron.evaluation.harness", "--pretrained", folder / name, *scoring)
+        command("-m megatron.scoring.lm_eval_cli", "--pretrained", folder / name, *scoring)
         samples = [json.loads(line) for path in scores.rglob("samples_*.jsonl") for line in path.open()]
         responses = json.dumps(sorted((sample["doc_id"], sample["filtered_resps"]) for sample in samples))
         command("tools/generate.py", folder / name, "--prompt", "You may", "--max-new-tokens", 8, "--output", text)

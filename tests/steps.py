@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from megatron.batch import Batch
-from megatron.config.sections import ModelConfig, ObjectiveConfig, OptimizerConfig, ParallelConfig, Vocabulary
+from megatron.config.sections import ModelConfig, ObjectiveConfig, OptimizerConfig, ParallelConfig
+from megatron.config.vocabulary import Vocabulary
 from megatron.objectives.documents import DocumentRules
 from megatron.objectives.input_noise import build_input_noise
 from megatron.objectives.masked_diffusion import MaskedDiffusion
@@ -93,7 +94,9 @@ def build(
 ):
     """Return the engine with its initial weights, its optimizer and its data for `steps` steps."""
     config = ModelConfig(**MODEL | case.model)
-    engine = build_engine(config, VOCABULARY, 5, ranks, parallel, bf16=bf16, compile=compile, fp8_recipe=fp8_recipe)
+    engine = build_engine(
+        config, VOCABULARY, ranks, parallel, seed=5, bf16=bf16, compile=compile, fp8_recipe=fp8_recipe
+    )
     optimizer = build_optimizer(engine, OptimizerConfig(lr=1.0, weight_decay=WEIGHT_DECAY, **case.optimizer))
     start_state(optimizer, 0)
     eps = 1e-9 if case.nothing_masked else 1e-3

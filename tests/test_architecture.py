@@ -11,17 +11,20 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron.objectives.registry import OBJECTIVES
 from tests.conftest import ROOT
 
 LAYERS = {
     "megatron": 0, "parent_process": 0, "stop_signals": 0, "errors": 0, "randomness": 0, "log": 0, "batch": 0,
-    "figures": 0,
+    "statistics": 0,
     "config": 1,
     "data": 2, "model": 2, "objectives": 2,
     "parallel": 3,
     "validation": 4,
     "training": 5,
-    "evaluation": 6, "convert": 6, "reporting": 6, "check": 6, "sweeps": 6,
+    "generation": 6, "convert": 6, "check": 6, "sweeps": 6,
+    "scoring": 7,
+    "reporting": 8,
 }  # fmt: skip
 INDEPENDENT = {frozenset({"parallel", "objectives"})}  # only training imports both
 TOP_LEVEL = {
@@ -31,6 +34,20 @@ TOP_LEVEL = {
 }  # fmt: skip
 MODULES = sorted((ROOT / "megatron").rglob("*.py"))
 SOURCES = [*MODULES, *sorted((ROOT / "tools").rglob("*.py")), *sorted(ROOT.glob("pretrain_*.py"))]
+LIMITED = [*SOURCES, *sorted((ROOT / "benchmarks").rglob("*.py"))]
+MAX_FILE_LINES = 450
+MAX_FUNCTION_LINES = 60
+MAX_POSITIONAL = 4  # arguments of a call
+# callables that take more, as patterns of the expression that is called
+UNLIMITED = (
+    r"(F|torch|np)\.\w+",  # PyTorch's and NumPy's own
+    r"create_block_mask",
+    r"\w+\.apply",  # of an autograd function: its arguments have no keywords
+    r"\w+\[.+\]",  # a launch of a Triton kernel
+    r"logger\.\w+",  # the values of a format string
+    r"\w+\.pack",  # of struct
+    r"one_table",  # takes any number of tables
+)
 
 
 def dotted(path: Path) -> str:
@@ -78,8 +95,16 @@ def forbidden_imports(module: str, source: str, is_package: bool = False) -> lis
     return faults
 
 
-def test_every_subpackage_has_a_layer():
-    assert {subpackage(dotted(path)) for path in MODULES} <= set(LAYERS)
+def test_the_layers_are_those_of_the_tree():
+    """LAYERS has every module of the top level and every package folder, and nothing that is gone."""
+    top_level = {subpackage(dotted(path)) for path in MODULES}
+    folders = {
+        path.relative_to(ROOT / "megatron").parts[0]
+        for path in (ROOT / "megatron").rglob("*.py")
+        if path.parent != ROOT / "megatron"
+    }
+    assert top_level | folders == set(LAYERS)
+    assert all((ROOT / "megatron" / folder / "__init__.py").is_file() for folder in folders)
 
 
 def test_the_documented_layers_are_those_of_the_code():
@@ -96,22 +121,73 @@ def test_imports_run_downwards(path):
 def test_nothing_in_the_package_imports_tools_or_tests():
     for path in MODULES:
         names = {node.module for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)}
-        assert not {(name or "").split(".")[0] for name in names} & {"tools", "tests"}, path
+        assert not {(name or "").split(".")[0] for name in names} & {"tools", "tests", "benchmarks"}, path
+
+
+def imported_modules(module: str, source: str, modules: set[str], is_package: bool = False) -> set[str]:
+    """Return which of `modules` a module imports, anywhere in the file; `from package import module` is the module."""
+    imported = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            package = module.split(".")[: len(module.split(".")) - node.level + is_package] if node.level else []
+            base = ".".join([*package, *filter(None, [node.module])])
+            names = {f"{base}.{alias.name}" for alias in node.names}
+            imported |= names if names <= modules else (names & modules) | {base}
+    return imported & modules
+
+
+def import_cycle(graph: dict[str, set[str]]) -> list[str]:
+    """Return the modules of a cycle of imports, in order and the first one twice, or []."""
+    done = set()
+
+    def search(module: str, path: list[str]) -> list[str]:
+        if module in path:
+            return [*path[path.index(module) :], module]
+        if module not in done:
+            for imported in sorted(graph[module]):
+                if cycle := search(imported, [*path, module]):
+                    return cycle
+            done.add(module)
+        return []
+
+    return next(filter(None, (search(module, []) for module in graph)), [])
+
+
+def test_there_is_no_import_cycle():
+    names = {dotted(path) for path in LIMITED}
+    graph = {
+        dotted(path): imported_modules(dotted(path), path.read_text(), names, path.name == "__init__.py")
+        for path in LIMITED
+    }
+    assert import_cycle(graph) == []
+
+
+def test_a_planted_import_cycle_is_found():
+    modules = {"megatron", "megatron.a", "megatron.b", "megatron.c"}
+    sources = {"a": "from megatron import b", "b": "def f():\n    from megatron.c import x", "c": "from . import a, y"}
+    graph = {"megatron": set()}
+    graph |= {f"megatron.{name}": imported_modules(f"megatron.{name}", text, modules) for name, text in sources.items()}
+    assert graph["megatron.b"] == {"megatron.c"}
+    assert import_cycle(graph) == ["megatron.a", "megatron.b", "megatron.c", "megatron.a"]
+    assert import_cycle(graph | {"megatron.c": {"megatron"}}) == []
 
 
 @pytest.mark.parametrize(
     "module, planted",
     [
         ("megatron.config.sizes", "from megatron.model.transformer import Transformer"),
-        ("megatron.data.indexed", "def f():\n    import megatron.training.main"),
+        ("megatron.data.indexed", "def f():\n    import megatron.training.launcher"),
         ("megatron.model.block", "from megatron.objectives import build_objective"),
         ("megatron.model.block", "from ..training import main"),
         ("megatron.parallel.apply", "from megatron.objectives.base import EvaluationNoise"),
         ("megatron.objectives.base", "from megatron import parallel"),
-        ("megatron.training.main", "from megatron.reporting import report"),
-        ("megatron.training.main", "importlib.import_module('megatron.reporting.report')"),
+        ("megatron.training.launcher", "from megatron.reporting import report"),
+        ("megatron.training.launcher", "importlib.import_module('megatron.reporting.report')"),
         ("megatron.errors", "from megatron.log import configure_logging"),
-        ("megatron.evaluation.score", "from megatron.convert import huggingface"),
+        ("megatron.generation.generate", "from megatron.convert import huggingface"),
+        ("megatron.scoring.score", "from megatron.reporting import runs"),
     ],
 )
 def test_a_planted_upward_import_is_found(module, planted):
@@ -121,8 +197,8 @@ def test_a_planted_upward_import_is_found(module, planted):
 @pytest.mark.parametrize(
     "module, allowed",
     [
-        ("megatron.training.main", "from megatron.objectives import build_objective"),
-        ("megatron.training.step", "from . import checkpoint\nfrom megatron.training import device_info"),
+        ("megatron.training.launcher", "from megatron.objectives import build_objective"),
+        ("megatron.training.step", "from . import checkpoint_store\nfrom megatron.training import device_info"),
         ("megatron.training.environment", "import megatron\nfrom megatron import __version__"),
         ("megatron.data.corpus", "import json, torch\nfrom numpy import load"),
     ],
@@ -137,6 +213,68 @@ def test_the_tree_has_no_other_top_level_files():
     if result.returncode:
         pytest.skip("not a git checkout")
     assert {line.split("/")[0] for line in result.stdout.splitlines()} <= TOP_LEVEL
+
+
+# ------------------------------------------------------------------ sizes
+
+
+def size_violations(source: str) -> list[str]:
+    """Return what exceeds a limit in a file: its lines, the lines of a function, the positional arguments of a call."""
+    lines = len(source.splitlines())
+    violations = [f"{lines} lines"] if lines > MAX_FILE_LINES else []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            lines = node.end_lineno - node.lineno + 1
+            if lines > MAX_FUNCTION_LINES:
+                violations.append(f"line {node.lineno}: {node.name} has {lines} lines")
+        elif isinstance(node, ast.Call):
+            function = ast.unparse(node.func)
+            arguments = [argument for argument in node.args if not isinstance(argument, ast.Starred)]
+            if function in ("partial", "functools.partial"):  # a call of its first argument
+                function, arguments = ast.unparse(node.args[0]), arguments[1:]
+            if len(arguments) > MAX_POSITIONAL and not any(re.fullmatch(pattern, function) for pattern in UNLIMITED):
+                violations.append(f"line {node.lineno}: {function} is given {len(arguments)} positional arguments")
+    return violations
+
+
+@pytest.mark.parametrize("path", LIMITED, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_functions_and_calls_are_small(path):
+    assert size_violations(path.read_text()) == []
+
+
+@pytest.mark.parametrize(
+    "planted",
+    [
+        "x = 1\n" * 451,
+        "def f():\n" + "    x = 1\n" * 60,
+        "class A:\n    async def f(self):\n" + "        x = 1\n" * 60,
+        "f(1, 2, 3, 4, 5)",
+        "self._score(1, 2, 3, 4, *rest, 5, x=6)",
+        "partial(f, 1, 2, 3, 4, 5)",
+        "apply(1, 2, 3, 4, 5)",
+    ],
+)
+def test_a_planted_excess_is_found(planted):
+    assert len(size_violations(planted)) == 1
+
+
+@pytest.mark.parametrize(
+    "allowed",
+    [
+        "x = 1\n" * 450,
+        "def f():\n" + "    x = 1\n" * 59,
+        "f(1, 2, 3, 4, *rest, x=5)",
+        "partial(f, 1, 2, 3, 4)",
+        "F.layer_norm(1, 2, 3, 4, 5)",
+        "_LinearCrossEntropy.apply(1, 2, 3, 4, 5)",
+        "kernel[rows,](1, 2, 3, 4, 5)",
+    ],
+)
+def test_what_is_within_the_limits_is_allowed(allowed):
+    assert size_violations(allowed) == []
+
+
+# ------------------------------------------------------------------ calls
 
 
 UNPICKLERS = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
@@ -189,6 +327,45 @@ def test_a_planted_unsafe_read_is_found(planted):
     assert unsafe_reads(planted)
     assert not unsafe_reads("torch.load(p, weights_only=True)")
     assert not unsafe_reads("import json\nnp.load(p)\nnp.load(p, allow_pickle=False)\njson.load(file)")
+
+
+def objective_comparisons(source: str) -> list[str]:
+    """Return the comparisons with an objective's name; what objectives can do is declared in the registry."""
+    comparisons = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Compare):
+            operands = [node.left, *node.comparators]
+        elif isinstance(node, ast.match_case):
+            operands = [node.pattern]
+        else:
+            continue
+        constants = [part.value for operand in operands for part in ast.walk(operand) if isinstance(part, ast.Constant)]
+        if set(OBJECTIVES) & {value for value in constants if isinstance(value, str)}:
+            comparisons.append(ast.unparse(node))
+    return comparisons
+
+
+OUTSIDE_OBJECTIVES = [path for path in SOURCES if "objectives" not in path.relative_to(ROOT).parts]
+
+
+@pytest.mark.parametrize("path", OUTSIDE_OBJECTIVES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_only_objectives_compare_the_name_of_an_objective(path):
+    assert objective_comparisons(path.read_text()) == []
+
+
+@pytest.mark.parametrize(
+    "planted",
+    [
+        'if config.objective == "mdm": pass',
+        'causal = "ar" == name',
+        'masked = name not in ("ar", "dual")',
+        'flags = [x for x in y if x.name != "block-diffusion"]',
+        'match name:\n    case "mdm" | "dual":\n        pass',
+    ],
+)
+def test_a_planted_comparison_with_an_objective_is_found(planted):
+    assert len(objective_comparisons(planted)) == 1
+    assert not objective_comparisons('parse("ar", words)\nx = {"ar": 1}\ny = name == "adam"\nz = z or "mdm"')
 
 
 def absent_from_torch(source: str) -> list[str]:

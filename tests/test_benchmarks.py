@@ -12,6 +12,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 
+from benchmarks import harness
 from tests.conftest import ROOT, environment
 
 TOY = "--num-layers 2 --hidden-size 64 --num-attention-heads 2 --vocab-size 500 --seq-length 32 --rounds 2".split()
@@ -19,17 +20,52 @@ TOY += "--steps 1 --micro-batches 2 --no-compile --device cpu".split()
 # transformers with other rotary frequencies, everything else equal
 FAULT = """
 from dataclasses import replace
-from benchmarks import contestants, generation, train_step
-build = contestants.transformers_model
-contestants.transformers_model = lambda shape: build(replace(shape, model=replace(shape.model, rotary_base=3.0)))
-{benchmark}.main()
+from benchmarks.{subject} import run
+from benchmarks.training_step import peers
+build = peers.transformers_model
+peers.transformers_model = lambda shape: build(replace(shape, model=replace(shape.model, rotary_base=3.0)))
+run.main()
 """
 
 
 def run(*arguments, script: str | None = None) -> subprocess.CompletedProcess:
-    program = ["benchmarks/train_step.py"] if script is None else ["-c", script]
+    program = ["benchmarks/training_step/run.py"] if script is None else ["-c", script]
     command = [sys.executable, *program, *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
+
+
+def report_of(benchmark: str, folder) -> dict:
+    """Run the benchmark of a subject; return the JSON that it writes to --output, next to the tables that it prints."""
+    subject, *flags = benchmark.split()
+    command = [sys.executable, f"benchmarks/{subject}/run.py", *flags, "--output", str(folder / "report.json")]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (folder / "report.md").read_text() in done.stdout
+    return json.loads((folder / "report.json").read_text())
+
+
+def test_contestants_alternate_after_warm_up():
+    calls = []
+    contestants = {name: lambda turn, name=name: calls.append(f"{name}{turn}") for name in "abc"}
+    timings = harness.interleave(contestants, 2, torch.device("cpu"), warm_up=1)
+    assert calls == "a0 b0 c0 b1 c1 a1 c2 a2 b2".split()
+    assert {name: len(seconds) for name, seconds in timings.seconds.items()} == dict(a=2, b=2, c=2)
+    assert not timings.memory
+
+
+def test_figures_are_ratios_by_round_and_cells():
+    ratios = harness.ratios([2.0, 9.0, 4.0], [1.0, 3.0, 1.0])
+    assert ratios == [2.0, 3.0, 4.0]
+    assert harness.summary(ratios) == {"median": 3.0, "min": 2.0, "max": 4.0}
+    assert harness.spread([0.002, 0.001, 0.004], ".1f", unit=1e-3) == ["2.0", "1.0 - 4.0"]
+    assert harness.markdown_table(("a", "b"), [(1, "-")]) == "| a | b |\n|---|---|\n| 1 | - |\n"
+
+
+def test_the_environment_of_a_result_is_one_line():
+    environment = harness.environment(torch.device("cpu"), "no-such-package")
+    line = harness.environment_line(environment)
+    assert line.startswith(environment["date"]) and f"torch {torch.__version__}" in line
+    assert environment["versions"]["no-such-package"] is None and "no-such-package" not in line
 
 
 COLUMNS = "ms/step, min - max, tokens/s, mfu_palm, util_ceiling, util_exec, step / floor, peak GB, step GB"
@@ -73,11 +109,13 @@ FLOPS = """
 import json
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from benchmarks import train_step, work
-from benchmarks.contestants import Shape
-from megatron.config.sections import ModelConfig, Vocabulary
+from benchmarks.training_step import parity, work
+from benchmarks.training_step.implementations import Shape
+from benchmarks.training_step.options import Options
+from megatron.config.sections import ModelConfig
+from megatron.config.vocabulary import Vocabulary
 shape = Shape(ModelConfig(num_layers=3, hidden_size=64, num_attention_heads=2), Vocabulary(500), 256)
-for name, ((batch,),) in train_step.batches(train_step.Options(seq_length=256, micro_batch_size=4), shape, 1).items():
+for name, ((batch,),) in parity.batches(Options(seq_length=256, micro_batch_size=4), shape, 1).items():
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         shape.ours()(batch).sum().backward()
     required = work.required_flops(shape, 1024, len(batch.scored_positions), batch.causal)
@@ -98,10 +136,11 @@ def test_required_flops_are_what_pytorch_counts():
 
 
 ROOFS = """
-from benchmarks.ceilings import Ceilings
-from benchmarks.contestants import Shape
-from benchmarks.work import bytes_moved, palm_flops
-from megatron.config.sections import ModelConfig, Vocabulary
+from benchmarks.training_step.ceilings import Ceilings
+from benchmarks.training_step.implementations import Shape
+from benchmarks.training_step.work import bytes_moved, palm_flops
+from megatron.config.sections import ModelConfig
+from megatron.config.vocabulary import Vocabulary
 shape = Shape(ModelConfig(num_layers=1, hidden_size=64, num_attention_heads=1), Vocabulary(100), 8)
 names = ("64 x 64", "64 x 128", "128 x 64")
 rates = {name: dict(zip(("forward", "input gradient", "weight gradient"), (1e6, 2e6, 2e6))) for name in names}
@@ -127,12 +166,13 @@ def test_the_floor_is_the_sum_of_its_terms():
 GPU_GATES = """
 import json
 import torch
-from benchmarks import report, train_step
-options = train_step.Options(model_size="140M", seq_length=2048)
+from benchmarks.training_step.gates import gates
+from benchmarks.training_step.options import Options
+options = Options(model_size="140M", seq_length=2048)
 seconds = {"ours AR": 1.0, "ours MDM": 1.0, "ours MDM full head": 1.08, "nanogpt AR": 1.05, "litgpt AR": 1.2}
 times = {f"{name} compiled": [value] * 3 for name, value in seconds.items()} | {"published MDM eager": [2.6] * 3}
 figures = {name: {"util_ceiling": 0.53, "floor_seconds": 0.95} for name in times}
-for gate in report.gates(options, torch.device("cuda"), times, figures):
+for gate in gates(options, torch.device("cuda"), times, figures):
     print(json.dumps([gate["what"], round(gate["median"], 3), gate["at_least"] or gate["at_most"], gate["passed"]]))
 """
 
@@ -153,11 +193,11 @@ def test_the_gates_on_a_gpu_depend_on_the_model_size():
 
 MEMORY = """
 import torch
-from benchmarks import ceilings, train_step
+from benchmarks.training_step import ceilings, run
 def measure(*arguments):
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 ceilings.measure = measure
-train_step.main()
+run.main()
 """
 
 
@@ -184,7 +224,7 @@ def test_compiled_implementations_compute_the_same():
 
 
 def test_a_peer_that_computes_something_else_is_refused():
-    done = run(*TOY, script=FAULT.format(benchmark="train_step"))
+    done = run(*TOY, script=FAULT.format(subject="training_step"))
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("transformers AR eager computes something else: its ")
     assert "| gate |" not in done.stdout
@@ -222,11 +262,11 @@ if find_spec("litgpt") is None:
 # importing torch dominates, so one process parses all of them
 PARSE_ALL = """
 import sys
-from benchmarks import train_step
+from benchmarks.training_step import run
 for flags in sys.argv[1:]:
     sys.argv[1:] = flags.split()
     try:
-        train_step.main()
+        run.main()
     except SystemExit as error:
         print(error.code)
 """
@@ -244,33 +284,25 @@ def test_a_user_error_exits_with_code_2():
     assert run("--rounds", "none").returncode == 2
 
 
-def test_the_stall_of_a_small_model_is_measured():
-    command = [sys.executable, "benchmarks/checkpoint_stall.py"]
-    done = subprocess.run(
-        [*command, "--model-size", "7M", "--rounds", "2"], cwd=ROOT, env=environment(), capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout)
+def test_the_stall_of_a_small_model_is_measured(tmp_path):
+    report = report_of("checkpoints --model-size 7M --rounds 2", tmp_path)
     assert report["bytes"] == 12 * report["parameters"]
     assert all(min(report["seconds"][name]) > 0 for name in ("copy", "clone", "stall", "writing", "longest_pause"))
-    refused = subprocess.run([*command, "--model-size", "8M"], cwd=ROOT, capture_output=True, text=True)
+    command = [sys.executable, "benchmarks/checkpoints/run.py", "--model-size", "8M"]
+    refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert refused.returncode == 2 and refused.stderr.startswith("error: --model-size 8M: is not on the ladder")
 
 
 @pytest.mark.slow
-def test_every_layout_of_one_process_trains_the_same():
-    command = [sys.executable, "benchmarks/layouts.py", *"--model-size 7M --seq-length 32 --micro-batch-size 1".split()]
-    command += "--micro-batches 2 --steps 1 --no-compile".split()
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr[-3000:]
-    layouts = json.loads(done.stdout)["layouts"]
+def test_every_layout_of_one_process_trains_the_same(tmp_path):
+    flags = "--model-size 7M --seq-length 32 --micro-batch-size 1 --micro-batches 2 --steps 1 --no-compile"
+    layouts = report_of(f"layouts {flags}", tmp_path)["layouts"]
     assert len(layouts) == (6 if find_spec("deepspeed") is None else 10)
     assert all(layout["tokens_per_second"] > 0 and layout["memory_bytes"] > 0 for layout in layouts.values())
 
 
 FEW_CASES = """
-import sys
-from benchmarks import objectives
+from benchmarks.objectives import run as objectives
 cases = ["--objective block-diffusion", "--masked-input-weight 0.4"]
 assert set(cases) < set(objectives.CASES)
 objectives.CASES = [objectives.PLAIN, *cases]
@@ -285,9 +317,10 @@ def test_regularisers_are_timed_and_compared_with_their_flops(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads((tmp_path / "objectives.json").read_text())
     plain, blocks, masked = report["results"].values()
-    assert plain["times_plain"] == plain["explained"] == 1 and masked["explained"] == 2
+    assert plain["times_plain"]["median"] == plain["explained"] == 1 and masked["explained"] == 2
     assert 0 < blocks["explained"] < 2  # twice the positions, at most half of them scored
-    assert done.stdout.count("\n") == 2 + len(report["results"])
+    rows = [line for line in done.stdout.splitlines() if line.startswith("| `--")]
+    assert len(rows) == len(report["results"])
 
 
 GENERATION = "--model-size 7M --prompt-length 6 --max-new-tokens 4 --batch-size 2 --rounds 1".split()
@@ -295,7 +328,7 @@ GENERATION = "--model-size 7M --prompt-length 6 --max-new-tokens 4 --batch-size 
 
 def test_generation_is_compared_with_transformers(tmp_path):
     flags = [*GENERATION, "--output", tmp_path / "generation.json"]
-    done = run(*flags, script="from benchmarks import generation; generation.main()")
+    done = run(*flags, script="from benchmarks.generation import run; run.main()")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "check passed" in done.stdout
     seconds = json.loads((tmp_path / "generation.json").read_text())["seconds"]
@@ -306,23 +339,14 @@ def test_generation_is_compared_with_transformers(tmp_path):
 
 
 def test_generation_by_another_model_is_refused():
-    done = run(*GENERATION, script=FAULT.format(benchmark="generation"))
+    done = run(*GENERATION, script=FAULT.format(subject="generation"))
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == "transformers AR computes something else: its logits differ from ours"
 
 
-def report_of(benchmark: str, folder) -> dict:
-    """Run a benchmark and return the JSON that it writes to --output."""
-    script, *flags = benchmark.split()
-    command = [sys.executable, f"benchmarks/{script}", *flags, "--output", str(folder / "report.json")]
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return json.loads((folder / "report.json").read_text())
-
-
 @pytest.mark.slow
 def test_preprocessing_starting_and_reading_are_measured(tmp_path):
-    report = report_of("data.py --copies 1 --documents 50 --epochs 1 3 --rounds 1", tmp_path)
+    report = report_of("data --copies 1 --documents 50 --epochs 1 3 --rounds 1", tmp_path)
     (text,) = report["preprocessing"]
     assert text["megabytes"] > 5 and 0 < text["tokenizers_seconds"] < 1.1 * text["seconds"]
     assert {(row["order"], row["epochs"]) for row in report["starting"]} == {
@@ -334,7 +358,7 @@ def test_preprocessing_starting_and_reading_are_measured(tmp_path):
 
 @pytest.mark.slow
 def test_growth_is_measured_and_compared_with_flops(tmp_path):
-    rows = report_of("growth.py --model-sizes 7M 20M --seq-lengths 32 64 --tokens 64 --steps 1", tmp_path)["rows"]
+    rows = report_of("growth --model-sizes 7M 20M --seq-lengths 32 64 --tokens 64 --steps 1", tmp_path)["rows"]
     assert [(row["size"], row["seq_length"], row["samples"]) for row in rows] == [
         ("7M", 32, 2),
         ("20M", 32, 2),

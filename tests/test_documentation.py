@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron.config.compatibility import TABLE
+from megatron.config.compatibility_table import TABLE
 from megatron.errors import ConfigurationError
 from megatron.training.command_line import parse, parser
 from tests.conftest import ROOT
@@ -223,11 +223,10 @@ def test_flags_of_an_example_reach_every_run(script):
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_every_flag_that_a_document_names_exists(document):
     known = FOREIGN_FLAGS | set(parser("ar")._option_string_actions) | set(TABLE)
-    tools = [*(ROOT / "tools").glob("*.py"), ROOT / "benchmarks" / "train_step.py"]
-    tools += [ROOT / "benchmarks" / "scoring.py"]
+    tools = [*(ROOT / "tools").glob("*.py"), *sorted((ROOT / "benchmarks").glob("*/run.py"))]
     tools += [ROOT / "tests" / "training" / "kill_loop.py", ROOT / "tests" / "record_runs.py"]
     texts = [help_of(tool) for tool in tools] + [
-        help_of("-m", name) for name in ("megatron.check", "megatron.evaluation.harness")
+        help_of("-m", name) for name in ("megatron.check", "megatron.scoring.lm_eval_cli")
     ]
     texts += [path.read_text() for path in scripts()]
     known |= {name for text in texts for name in re.findall(r"--[a-z][\w-]*", text)}

@@ -19,9 +19,9 @@ from torch.distributed.checkpoint import CheckpointException, FileSystemReader
 
 from megatron.data.index_file import HEADER, MAGIC
 from megatron.errors import ConfigurationError
-from megatron.training import checkpoint
+from megatron.training.checkpoint_store import damage, load_checkpoint
 from megatron.training.command_line import parse
-from megatron.training.main import main
+from megatron.training.launcher import main
 from tests.conftest import entry, environment, records, run
 
 NETWORK = "--num-layers 2 --hidden-size 32 --num-attention-heads 2".split()
@@ -105,8 +105,8 @@ WRONG_FLAGS = {
     "--normalization batchnorm": ("--normalization batchnorm", "rmsnorm, layernorm"),
     "--bf16 --fp32": ("--bf16", "--fp32", "give one"),
     "--token-dropout 0.1 --token-dropout-max 0.3": ("--token-dropout 0.1", "--token-dropout-max 0.3", "give one"),
-    "--num-query-groups 1": ("--num-query-groups 1", "needs --group-query-attention"),
-    "--group-query-attention": ("--group-query-attention", "needs --num-query-groups"),
+    "--num-query-groups 1": ("--num-query-groups 1", "does nothing without --group-query-attention"),
+    "--group-query-attention": ("--group-query-attention", "does nothing without --num-query-groups"),
 }
 
 
@@ -532,9 +532,9 @@ def test_a_pickle_that_the_checksums_were_made_for_is_not_executed_either(whole,
     meta = json.loads(path.with_name("meta.json").read_text())
     meta["files"][path.name] = [path.stat().st_size, zlib.crc32(path.read_bytes())]
     path.with_name("meta.json").write_text(json.dumps(meta))
-    assert checkpoint.damage(path.parent) is None
+    assert damage(path.parent) is None
     with pytest.raises(CheckpointException, match="header too large"):
-        checkpoint.load(path.parent, {"model.norm.weight": torch.zeros(1)})
+        load_checkpoint(path.parent, {"model.norm.weight": torch.zeros(1)})
     assert not mark.exists()
 
 

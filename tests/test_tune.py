@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from megatron.config.sections import Vocabulary
+from megatron.config.vocabulary import Vocabulary
 from megatron.training.command_line import parse_with
 from megatron.training.step_benchmark import Trial, attempt
 from tests.conftest import ROOT, environment

@@ -28,10 +28,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron.training.main import configure_logging, say
+from megatron.training.launcher import configure_logging, report_error
 
 # isort: split
-# importing training.main sets OMP_WAIT_POLICY, which must happen before torch is imported
+# importing training.launcher sets OMP_WAIT_POLICY, which must happen before torch is imported
 from megatron.convert.export import DTYPES, export
 from megatron.convert.import_huggingface import import_folder
 from megatron.convert.megatron_deepspeed import import_checkpoint
@@ -49,7 +49,7 @@ def main() -> None:
         for line in options.convert(options, flags):
             print(line)
     except (ConfigurationError, OSError) as error:
-        sys.exit(say(error, 2 if isinstance(error, ConfigurationError) else 1))
+        sys.exit(report_error(error, 2 if isinstance(error, ConfigurationError) else 1))
     except KeyboardInterrupt:
         sys.exit(print("error: interrupted; nothing was written", file=sys.stderr) or 130)
 

@@ -22,12 +22,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron.training.main import start
+from megatron.training.launcher import launch
 
 # isort: split
 # OMP_WAIT_POLICY is set by the import above and must precede torch
-from megatron.evaluation.ensemble import evaluate_members, open_members, plot, settings, table
 from megatron.parallel.mesh import initialize_parallel
+from megatron.reporting.ensemble import evaluate_members, open_members, settings, table
+from megatron.reporting.plots import plot_ensembles
 from megatron.training.run_folder import write_json, writing
 
 
@@ -58,14 +59,14 @@ def main() -> None:
                 write_json(options.json, record)
             if options.plot:
                 with writing(options.plot):
-                    plot(record, options.plot)
+                    plot_ensembles(record, options.plot)
 
     def make_folders() -> None:
         for path in filter(None, (options.json, options.plot)):
             with writing(path):  # fail before the evaluation, not after it
                 path.parent.mkdir(parents=True, exist_ok=True)
 
-    start(lambda: settings(options.runs[0], flags), work)
+    launch(lambda: settings(options.runs[0], flags), work)
 
 
 if __name__ == "__main__":

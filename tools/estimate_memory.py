@@ -26,8 +26,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron.config.flags import flag, require, typed
 from megatron.config.layout_checks import check_batch, check_layout
-from megatron.config.sections import Config, Vocabulary
+from megatron.config.sections import Config
 from megatron.config.sizes import GPT2_VOCABULARY
+from megatron.config.vocabulary import Vocabulary
 from megatron.errors import ConfigurationError
 from megatron.objectives.registry import capabilities
 from megatron.parallel.memory_estimate import Memory, peak_memory

@@ -22,7 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron.training.main import configure_logging, say
+from megatron.training.launcher import configure_logging, report_error
 
 # isort: split
 # OMP_WAIT_POLICY is set by the import above and must precede torch
@@ -30,13 +30,19 @@ from tqdm import tqdm
 
 from megatron.config.flags import DescribedFormatter, Parser, add_section, build
 from megatron.errors import ConfigurationError
-from megatron.evaluation.sampling import Sampling
-from megatron.evaluation.texts import Request, check, max_generated_tokens, read_request, write_records, write_texts
+from megatron.generation.requests import Request, check, max_generated_tokens, read_request
+from megatron.generation.sampling import Sampling
+from megatron.generation.texts import write_records, write_texts
 from megatron.parallel.launch import check_alone
 from megatron.training.load_run import open_trained
 from megatron.training.run_folder import writing
 
 logger = logging.getLogger(__name__)
+
+
+def print_step(line: str) -> None:
+    """Print a line of --show-steps."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def main() -> None:
@@ -46,7 +52,7 @@ def main() -> None:
         check_alone()
         work(sys.argv[1:])
     except (ConfigurationError, OSError) as error:
-        sys.exit(say(error, 2 if isinstance(error, ConfigurationError) else 1))
+        sys.exit(report_error(error, 2 if isinstance(error, ConfigurationError) else 1))
 
 
 def work(arguments: list[str]) -> None:
@@ -65,16 +71,15 @@ def work(arguments: list[str]) -> None:
         raise ConfigurationError("RUN: required and not given; name a folder that --save wrote")
     trained = open_trained(namespace.run, request.checkpoint)
     prompts = read_request(request)
-    check(trained, request, prompts, sampling, {word.split("=")[0] for word in arguments if word.startswith("--")})
+    typed_flags = {word.split("=")[0] for word in arguments if word.startswith("--")}
+    check(trained, request, prompts, sampling, typed_flags=typed_flags)
     if request.output:
         with writing(Path(request.output)):  # fail before the generation, not after it
             Path(request.output).parent.mkdir(parents=True, exist_ok=True)
     total = max_generated_tokens(prompts, request, sampling)
     # shown after 2 seconds and on a terminal only
     with tqdm(total=total, unit="token", delay=2, disable=True if request.show_steps else None) as bar:
-        records = write_texts(
-            trained, request, prompts, sampling, bar.update, lambda line: print(line, file=sys.stderr, flush=True)
-        )
+        records = write_texts(trained, request, prompts, sampling, advance=bar.update, show=print_step)
     for number, record in enumerate(records, start=1):
         if len(records) > 1:
             print(f"--- text {number} of {len(records)}")

@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron.config.flags import DescribedFormatter, Parser, add_section, build, typed_flags
-from megatron.config.sections import implied_tokenizer
+from megatron.config.tokenizer_flags import implied_tokenizer
 from megatron.data.preprocess import preprocess
 from megatron.data.preprocess_options import PreprocessOptions
 from megatron.data.round_trip import describe_changes

@@ -8,7 +8,7 @@
 Writes DIR/scores.json and DIR/scores.png; damaged checkpoints are logged and left out. Answers are written to
 DIR/answers_* as they are computed, so that the same command resumes where it was stopped. Training with
 --keep-every-epochs keeps more checkpoints than the newest two and the best. The settings of scoring are those of
-python -m megatron.evaluation.harness.
+python -m megatron.scoring.lm_eval_cli.
 """
 
 import argparse
@@ -17,20 +17,21 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron.training.main import start
+from megatron.training.launcher import launch
 
 # isort: split
 # OMP_WAIT_POLICY is set by the import above and must precede torch
 from megatron.config.flags import DescribedFormatter, Parser, add_section, build
 from megatron.config.sections import Config
-from megatron.evaluation.lm_eval_errors import leave_without_lm_eval
-from megatron.evaluation.requests import Scoring
 from megatron.parallel.mesh import initialize_parallel
+from megatron.reporting.plots import first_metric, plot_task_scores
+from megatron.scoring.lm_eval_errors import leave_without_lm_eval
+from megatron.scoring.requests import Scoring
 from megatron.training.load_run import trained_config
 from megatron.training.run_folder import write_json, writing
 
 try:
-    from megatron.evaluation.checkpoints import first_metric, plot, score_checkpoints
+    from megatron.scoring.checkpoints import score_checkpoints
 except ImportError as missing:
     leave_without_lm_eval(missing)
 
@@ -59,17 +60,17 @@ def main() -> None:
         if detector:
             initialize_parallel(minutes=config.parallel.distributed_timeout_minutes)
         tasks = options.tasks.split(",")
-        cache = options.output / "answers"
-        record = score_checkpoints(options.run, tasks, options.scoring, options.include_path, options.limit, cache)
+        settings = {"include_path": options.include_path, "limit": options.limit, "cache": options.output / "answers"}
+        record = score_checkpoints(options.run, tasks, options.scoring, **settings)
         if not record["points"]:
             return  # rank 0 has them
         write_json(options.output / "scores.json", record)
-        plot(record, options.output / "scores.png")
+        plot_task_scores(record, options.output / "scores.png")
         for point in record["points"]:
             scores = [f"{task} {results[first_metric(results)]:.4f}" for task, results in point["results"].items()]
             print(f"epoch {point['epoch']:.2f}  step {point['iteration']}  {'  '.join(scores)}")
 
-    start(read, work)
+    launch(read, work)
 
 
 if __name__ == "__main__":

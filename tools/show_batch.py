@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from megatron.batch import Batch
-from megatron.config.sections import Vocabulary
+from megatron.config.vocabulary import Vocabulary
 from megatron.errors import ConfigurationError
 from megatron.objectives.input_noise import build_input_noise
 from megatron.objectives.registry import build_objective, document_rules

@@ -13,7 +13,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron.config.flags import DescribedFormatter, Parser
-from megatron.config.sections import Vocabulary
 from megatron.config.sizes import (
     BEST_ON_100M,
     COMPUTE_OPTIMAL,
@@ -27,6 +26,7 @@ from megatron.config.sizes import (
     parameter_count,
     published_count,
 )
+from megatron.config.vocabulary import Vocabulary
 from megatron.errors import ConfigurationError
 
 

@@ -2,7 +2,8 @@
 
 A section is a frozen dataclass whose fields are declared with `flag`. `num_layers: int` becomes `--num-layers`,
 `bool` becomes `--x / --no-x`, a tuple takes several values, `choices` are checked, and a field without a
-default is required. All flags share one namespace, so the same field name in two sections is a programming error.
+default is required. A field declares its range and the flags that it needs or excludes; a `Section` checks them and
+--help shows them. All flags share one namespace, so the same field name in two sections is a programming error.
 """
 
 import argparse
@@ -14,15 +15,86 @@ import types
 import typing
 from typing import Any
 
+from megatron.config.ranges import Range
 from megatron.errors import ConfigurationError
 
 REQUIRED = dataclasses.MISSING
 
 
-def flag(default: Any = REQUIRED, help: str = "", *, choices=None, metavar=None) -> Any:
-    """Return the dataclass field of a section, with the metadata of its command-line flag."""
-    metadata = {"help": help, "choices": choices, "metavar": metavar}
-    return dataclasses.field(default=default, metadata=metadata)
+def flag(
+    default: Any = REQUIRED,
+    help: str = "",
+    *,
+    choices=None,
+    metavar=None,
+    within: str | None = None,
+    needs: str | None = None,
+    excludes: str | tuple[str, ...] = (),
+) -> Any:
+    """Return the dataclass field of a section, with the metadata of its command-line flag.
+
+    Values other than None lie `within` an interval, such as "[0, 1)". A value other than the default does nothing
+    without the field `needs`, and excludes the fields `excludes`: names of fields of the same section, which then
+    have other values than their defaults, or a name and a value, such as "optimizer muon".
+    """
+    return dataclasses.field(
+        default=default,
+        metadata={
+            "help": help,
+            "choices": choices,
+            "metavar": metavar,
+            "within": Range.parse(within) if within else None,
+            "needs": (needs,) if needs else (),
+            "excludes": (excludes,) if isinstance(excludes, str) else excludes,
+        },
+    )
+
+
+class Section:
+    """Base class of the sections, which are frozen dataclasses: checks what the fields declare."""
+
+    def __post_init__(self):
+        check_fields(self)
+
+
+def check_fields(section) -> None:
+    """Check the fields of a section against the ranges, needs and exclusions that they declare.
+
+    Raises: ConfigurationError for the first field that breaks one.
+    """
+    fields = {field.name: (field, getattr(section, field.name)) for field in dataclasses.fields(section)}
+    for name, (field, value) in fields.items():
+        within = field.metadata["within"]
+        if within and value is not None:
+            remedy = "change it" if field.default is REQUIRED else "change it, or leave it out for the default"
+            require(value in within, name, value, f"{within.requirement}; {remedy}")
+    given = [(name, field.metadata, value) for name, (field, value) in fields.items() if value != field.default]
+    for name, metadata, value in given:
+        for other in metadata["excludes"]:
+            message = f"excludes {_typed_relation(section, other)}; give one of them"
+            require(not _is_given(section, other), name, value, message)
+        for other in metadata["needs"]:
+            message = f"does nothing without {_spelled_relation(other)}; give both or neither"
+            require(_is_given(section, other), name, value, message)
+
+
+def _is_given(section, relation: str) -> bool:
+    """Return whether a section has the value of a relation ("optimizer muon"), or another than the default ("lr")."""
+    name, _, wanted = relation.partition(" ")
+    value = getattr(section, name)
+    return value == wanted if wanted else value not in (getattr(type(section), name), "", ())
+
+
+def _spelled_relation(relation: str) -> str:
+    """Return a relation as it is typed: `--optimizer muon`, `--lr`."""
+    name, space, wanted = relation.partition(" ")
+    return spelling(name) + space + wanted
+
+
+def _typed_relation(section, relation: str) -> str:
+    """Return the field of a relation and its value as a user types them."""
+    name = relation.partition(" ")[0]
+    return typed(name, getattr(section, name))
 
 
 def spelling(name: str) -> str:
@@ -139,20 +211,23 @@ def add_section(parser: argparse.ArgumentParser, section: type, defaults: dict, 
                 options["metavar"] = "{" + ",".join(choices) + "}"
         action = group.add_argument(spelling(field.name), **options)
         described = [f"{name}: {text}" for name, text in registered.get(field.name, {}).items()]
-        action.help = _described("; ".join([field.metadata["help"], *described]), default)
+        action.help = _described("; ".join([field.metadata["help"], *described]), field.metadata, default)
 
 
-def _described(help: str, default) -> str:
-    """Return the help with its default; argparse formats it with %, so percent signs are doubled."""
+def _described(help: str, metadata, default) -> str:
+    """Return the help with constraints and default; argparse formats it with %, so percent signs are doubled."""
+    notes = [str(metadata["within"])] if metadata["within"] else []
+    notes += [f"needs {_spelled_relation(other)}" for other in metadata["needs"]]
+    notes += [f"excludes {_spelled_relation(other)}" for other in metadata["excludes"]]
     if default is REQUIRED:
-        help = f"{help} (required)"
+        notes.append("required")
     elif default not in (None, ()):
         if isinstance(default, bool):
             default = "on" if default else "off"
         elif isinstance(default, tuple):
             default = " ".join(map(str, default))
-        help = f"{help} (default: {default})"
-    return help.replace("%", "%%")
+        notes.append(f"default: {default}")
+    return f"{help} ({'; '.join(notes)})".replace("%", "%%") if notes else help.replace("%", "%%")
 
 
 def _plain(kind):

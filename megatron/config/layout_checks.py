@@ -8,8 +8,11 @@ from megatron.config.sections import Config
 
 
 def check_layout(config: Config, size: int) -> None:
-    """Check that the layout divides the world size `size`, and that it can divide the model."""
-    parallel, model = config.parallel, config.model
+    """Check that the layout divides the world size `size`, and that it can divide the model.
+
+    Raises: ConfigurationError if it does not.
+    """
+    parallel = config.parallel
     tensor, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     require(
         size % (tensor * stages) == 0,
@@ -22,6 +25,21 @@ def check_layout(config: Config, size: int) -> None:
         "cannot compile layers that are tensor-parallel and recomputed; leave out --compile or --recompute-granularity"
     )
     require(parallel.compiles or not config.training.compile, "compile", True, message)
+    _check_tensor_parallel(config, size)
+    _check_stages(config)
+    replicas, data_size = parallel.num_distributed_optimizer_instances, parallel.data_size(size)
+    require(
+        data_size % replicas == 0,
+        "num_distributed_optimizer_instances",
+        replicas,
+        f"does not divide the {data_size} data-parallel rank{'s' if data_size > 1 else ''}; change one",
+    )
+
+
+def _check_tensor_parallel(config: Config, size: int) -> None:
+    """Check that the tensor-parallel ranks can divide heads, MLP and sequence."""
+    parallel, model = config.parallel, config.model
+    tensor, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     dimensions = {
         "--num-attention-heads": model.num_attention_heads,
         "--num-query-groups": model.key_value_heads,
@@ -33,7 +51,12 @@ def check_layout(config: Config, size: int) -> None:
     for name, value in dimensions.items():
         message = f"does not divide {name} {value}; give {max(fits, default=1)}, or change {name}"
         require(value % tensor == 0, "tensor_model_parallel_size", tensor, message)
-    virtual = parallel.num_layers_per_virtual_pipeline_stage
+
+
+def _check_stages(config: Config) -> None:
+    """Check that every pipeline stage has layers, in equal shares where ranks have several stages."""
+    parallel, model = config.parallel, config.model
+    stages, virtual = parallel.pipeline_model_parallel_size, parallel.num_layers_per_virtual_pipeline_stage
     require(
         virtual is None or model.num_layers % (stages * virtual) == 0,
         "num_layers_per_virtual_pipeline_stage",
@@ -54,17 +77,13 @@ def check_layout(config: Config, size: int) -> None:
         stages,
         f"is more than --num-layers {model.num_layers}: every stage has at least one; lower it",
     )
-    replicas, data_size = parallel.num_distributed_optimizer_instances, parallel.data_size(size)
-    require(
-        data_size % replicas == 0,
-        "num_distributed_optimizer_instances",
-        replicas,
-        f"does not divide the {data_size} data-parallel rank{'s' if data_size > 1 else ''}; change one",
-    )
 
 
 def check_batch(config: Config, size: int, capabilities: Capabilities) -> None:
-    """Check that a step divides into whole micro-batches over `size` ranks, enough of them for the pipeline."""
+    """Check that a step divides into whole micro-batches over `size` ranks, enough of them for the pipeline.
+
+    Raises: ConfigurationError if it does not.
+    """
     training, parallel = config.training, config.parallel
     data_size, stages = parallel.data_size(size), parallel.pipeline_model_parallel_size
     samples = training.micro_batch_size * data_size  # of one micro-batch on every data-parallel rank

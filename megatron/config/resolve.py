@@ -6,8 +6,10 @@ from fractions import Fraction
 from megatron.config.capabilities import Capabilities
 from megatron.config.flags import require, spelling, typed
 from megatron.config.recipes import RECIPES
-from megatron.config.sections import SECTIONS, WITHOUT_DEEPSPEED, Config, Vocabulary
+from megatron.config.sections import SECTIONS, Config
+from megatron.config.sections.parallel import WITHOUT_DEEPSPEED
 from megatron.config.sizes import parameter_count
+from megatron.config.vocabulary import Vocabulary
 from megatron.errors import ConfigurationError
 
 BUDGETS = ("train_epochs", "train_samples", "train_iters", "train_flops")
@@ -125,7 +127,8 @@ def no_op_flags(config: Config, exact: bool) -> list[str]:
     if exact:
         reasons.append(("validation", ("num_mc", "eval_seed"), "an exact likelihood has no evaluation noise"))
     if not config.checkpoint.save:
-        reasons.append(("checkpoint", ("save_interval", "keep_every_epochs"), "no --save names a run folder"))
+        unsaved = ("save_interval", "keep_every_epochs", "keep_iterations")
+        reasons.append(("checkpoint", unsaved, "no --save names a run folder"))
     if not config.data.holds_out:
         reasons.append(("validation", EVALUATION, "no --valid-data-path names a validation set"))
     if config.validation.skip_train:

@@ -7,7 +7,8 @@ sizes come from 2305.16264 (Scaling Data-Constrained Language Models).
 from math import prod
 from typing import TypedDict
 
-from megatron.config.sections import ModelConfig, Vocabulary
+from megatron.config.sections import ModelConfig
+from megatron.config.vocabulary import Vocabulary
 from megatron.errors import ConfigurationError
 
 # name: layers, hidden size, heads, head dimension. The names count a 4h GELU model; the published runs, and

@@ -64,13 +64,13 @@ evaluate, score or sample it with its training objective, convert it back to a r
 python tools/convert_checkpoint.py from-hf {name} --output runs/{name}
 python pretrain_mdm.py --skip-train --load runs/{name} --num-mc 32
 python tools/generate.py runs/{name} --prompt "..." --steps 64
-python -m megatron.evaluation.harness --pretrained runs/{name} --tasks hellaswag
+python -m megatron.scoring.lm_eval_cli --pretrained runs/{name} --tasks hellaswag
 ```
 """
 
 
 def model_card(
-    trained: Trained, tokenizer: "PreTrainedTokenizerFast", name: str, kind: str, average: bool, dtype: str
+    trained: Trained, tokenizer: "PreTrainedTokenizerFast", *, name: str, kind: str, average: bool, dtype: str
 ) -> str:
     """Return the README.md of an exported run: `name` is its title, `kind` its class in transformers."""
     masked = kind.endswith("MaskedLM")

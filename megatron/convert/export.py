@@ -81,8 +81,8 @@ def export(
     num_rows = trained.vocabulary.size + int(masked)
     config = hugging_face_config(
         trained.config.model,
-        rows=num_rows,
-        positions=max_positions,
+        vocabulary_rows=num_rows,
+        max_positions=max_positions,
         bidirectional=masked,
         eos_token_id=tokenizer.eod,
         pad_token_id=tokenizer.eod,  # padding is never attended to
@@ -95,7 +95,9 @@ def export(
         save_file(extra_rows(model, num_rows), folder / EXTRA_ROWS)
         exported_tokenizer = write_tokenizer(folder, tokenizer, masked=masked, positions=max_positions)
         write_json(folder / RECORD, record(trained, average, dtype))
-        card = model_card(trained, exported_tokenizer, output.name, family.model, average, dtype)
+        card = model_card(
+            trained, exported_tokenizer, name=output.name, kind=family.model, average=average, dtype=dtype
+        )
         (folder / "README.md").write_text(card, encoding="utf-8")
     kind = "masked language model" if masked else "causal language model"
     return [

@@ -94,25 +94,24 @@ def family_of(config: ModelConfig, bidirectional: bool = False) -> Family:
 
 
 def hugging_face_config(
-    config: ModelConfig, *, rows: int, positions: int, bidirectional: bool = False, **tokens: int | None
+    config: ModelConfig, *, vocabulary_rows: int, max_positions: int, bidirectional: bool = False, **tokens: int | None
 ) -> "PreTrainedConfig":
     """Return the transformers configuration of the model.
 
-    `rows` is the number of vocabulary rows, `positions` the maximum number of positions. `tokens` are
-    further fields: bos_token_id, eos_token_id, pad_token_id (default None), mask_token_id.
+    `tokens` are further fields: bos_token_id, eos_token_id, pad_token_id (default None), mask_token_id.
 
     Raises: ConfigurationError as `family_of` does.
     """
     family = family_of(config, bidirectional)
     result = family.new_config(
-        vocab_size=rows,
+        vocab_size=vocabulary_rows,
         hidden_size=config.hidden_size,
         intermediate_size=config.mlp_size,
         num_hidden_layers=config.num_layers,
         num_attention_heads=config.num_attention_heads,
         num_key_value_heads=config.key_value_heads,
         head_dim=config.head_size,
-        max_position_embeddings=positions,
+        max_position_embeddings=max_positions,
         rms_norm_eps=config.norm_epsilon,
         rope_parameters={"rope_type": "default", "rope_theta": config.rotary_base},
         tie_word_embeddings=not config.untie_embeddings_and_output_weights,

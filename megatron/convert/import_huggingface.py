@@ -5,7 +5,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron.config.sections import ModelConfig, Vocabulary
+from megatron.config.sections import ModelConfig
+from megatron.config.vocabulary import Vocabulary
 from megatron.convert.export import EXTRA_ROWS, RECORD
 from megatron.convert.folders import check_new, new_folder
 from megatron.convert.huggingface import TABLES
@@ -37,7 +38,7 @@ def import_folder(path: Path, output: Path, seq_length: int | None = None) -> li
     folder = read_folder(path)
     if (path / RECORD).exists():
         return _restore(folder, output, seq_length)
-    return _import_foreign(folder, output, seq_length)
+    return _import_model(folder, output, seq_length)
 
 
 def _restore(folder: Folder, output: Path, seq_length: int | None) -> list[str]:
@@ -102,7 +103,7 @@ def _with_extra_rows(
     if not path.exists():
         first, last = folder.config.vocab_size, vocabulary.padded_size - 1
         note = f"{path.name} is missing: vocabulary rows {first} to {last} are newly initialised"
-        return fill_tables(weights, model, vocabulary, seed), [note]
+        return fill_tables(weights, model, vocabulary, seed=seed), [note]
     extra = {name: tensor.float() for name, tensor in read_tensors(path).items()}
     for name in [name for name in TABLES if name in weights]:
         shape = (vocabulary.padded_size - folder.config.vocab_size, model.hidden_size)
@@ -126,7 +127,7 @@ def _restore_tokenizer(path: Path, partial: Path, output: Path, recorded: dict) 
             recorded["data"] = recorded["data"] | changes
 
 
-def _import_foreign(folder: Folder, output: Path, seq_length: int | None) -> list[str]:
+def _import_model(folder: Folder, output: Path, seq_length: int | None) -> list[str]:
     """Write a run of which only the model, its weights and, if we support it, its tokenizer are known."""
     objective = "mdm" if folder.family.bidirectional else "ar"
     num_rows = folder.config.vocab_size
@@ -153,7 +154,8 @@ def _import_foreign(folder: Folder, output: Path, seq_length: int | None) -> lis
         flags += ["--seq-length", str(seq_length or folder.config.max_position_embeddings)]
         config = parse(objective, [*model_flags(folder.model).split(), *flags, "--train-samples", "1", "--fp32"])
         vocabulary = Vocabulary(size)
-        weights = fill_tables(folder.weights, folder.model, vocabulary, config.training.seed, folder.mask_row)
+        row = {"seed": config.training.seed, "mask_row": folder.mask_row}
+        weights = fill_tables(folder.weights, folder.model, vocabulary, **row)
         recorded = describe_import(config, vocabulary, str(folder.path))
         write_run(partial, recorded, weights, config.training.global_batch_size)
     return [

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from megatron.config.flags import require
-from megatron.config.sections import ModelConfig, Vocabulary
+from megatron.config.sections import ModelConfig
+from megatron.config.vocabulary import Vocabulary
 from megatron.convert.folders import check_new, new_folder
 from megatron.convert.tokenizer import copy_tokenizer
 from megatron.convert.write_imported_run import check_weights, describe_import, fill_tables, model_flags, write_run
@@ -51,12 +52,16 @@ def import_checkpoint(path: Path, output: Path, flags: list[str], by_head: bool 
     require(not model.group_query_attention, "group_query_attention", True, message)
     require(not model.qk_layernorm, "qk_layernorm", True, "does not exist in these files; leave it out")
     tokenizer = build_tokenizer(
-        data.tokenizer_type, data.tokenizer_model, data.vocab_size, data.vocab_file, data.merge_file
+        data.tokenizer_type,
+        data.tokenizer_model,
+        vocab_size=data.vocab_size,
+        vocab_file=data.vocab_file,
+        merge_file=data.merge_file,
     )
     vocabulary = Vocabulary(tokenizer.vocabulary_size)
     weights = read_checkpoint(path, model, vocabulary, by_head)
     mask_row = _mask_row(weights, vocabulary, objective, path)
-    weights = fill_tables(weights, model, vocabulary, config.training.seed, mask_row)
+    weights = fill_tables(weights, model, vocabulary, seed=config.training.seed, mask_row=mask_row)
     recorded = describe_import(config, vocabulary, str(path), "bf16" if config.training.bf16 else "fp32")
     with new_folder(output) as partial:
         recorded["data"] |= copy_tokenizer(tokenizer, partial, output)

@@ -13,7 +13,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron.config.sections import ModelConfig, Vocabulary
+from megatron.config.sections import ModelConfig
+from megatron.config.vocabulary import Vocabulary
 from megatron.convert.huggingface import FAMILIES, TABLES, Family, our_name
 from megatron.convert.write_imported_run import check_weights
 from megatron.errors import ConfigurationError
@@ -65,7 +66,14 @@ def read_folder(path: Path) -> Folder:
         raise ConfigurationError(
             f"{path}/config.json: mask_token_id {config.mask_token_id} is not a row of the embedding; correct it"
         )
-    return Folder(path, family, config, model, weights, config.mask_token_id if masked else None)
+    return Folder(
+        path=path,
+        family=family,
+        config=config,
+        model=model,
+        weights=weights,
+        mask_row=config.mask_token_id if masked else None,
+    )
 
 
 def model_config(config: "PreTrainedConfig", raw: dict, path: Path) -> ModelConfig:

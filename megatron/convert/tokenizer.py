@@ -53,7 +53,7 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, *, masked: bool, positio
     for text in _probes(tokenizer):
         if loaded(text, verbose=False)["input_ids"] != tokenizer.encode(text):
             raise ConfigurationError(
-                f"{tokenizer.named}: transformers gives other ids for the text {text!r}, so scores would differ; this "
+                f"{tokenizer.flag}: transformers gives other ids for the text {text!r}, so scores would differ; this "
                 "run cannot be exported with its tokenizer"
             )
     if tokenizer.source is not None:
@@ -71,7 +71,7 @@ def _probes(tokenizer: Tokenizer) -> Iterator[str]:
     if isinstance(tokenizer, HFTokenizer):
         symbols = [token["content"] for token in json.loads(tokenizer.source)["added_tokens"]]
     elif isinstance(tokenizer, GPTSentencePieceTokenizer):
-        symbols = [*sentence_piece.symbols(tokenizer.source, tokenizer.named), *tokenizer.added]
+        symbols = [*sentence_piece.symbols(tokenizer.source, tokenizer.flag), *tokenizer.added_pieces]
     for symbol in symbols:
         yield symbol
         yield f"a{symbol}b  {symbol} {symbol}{symbol}\n"
@@ -96,7 +96,7 @@ def hugging_face_tokenizer(tokenizer: Tokenizer, *, masked: bool, positions: int
         library.add_special_tokens([special["mask_token"]])
         if library.token_to_id(special["mask_token"]) != tokenizer.vocabulary_size:
             raise ConfigurationError(
-                f"{tokenizer.named}: its ids have gaps, and the tokenizers library would assign one of them to the "
+                f"{tokenizer.flag}: its ids have gaps, and the tokenizers library would assign one of them to the "
                 f"mask token, which is {tokenizer.vocabulary_size}; this run cannot be exported with its tokenizer"
             )
     return PreTrainedTokenizerFast(
@@ -116,8 +116,8 @@ def _library(tokenizer: Tokenizer) -> Library:
     if isinstance(tokenizer, HFTokenizer):
         return _without_extras(tokenizer.source)
     if isinstance(tokenizer, GPTSentencePieceTokenizer):
-        library = sentence_piece.convert(tokenizer.source, tokenizer.named)
-        library.add_special_tokens(list(tokenizer.added))
+        library = sentence_piece.convert(tokenizer.source, tokenizer.flag)
+        library.add_special_tokens(list(tokenizer.added_pieces))
         return library
     return _byte_level() if isinstance(tokenizer, ByteTokenizer) else _number_words(tokenizer)
 

@@ -17,17 +17,20 @@ from torch import Tensor, nn
 
 from megatron.config.flags import typed
 from megatron.config.resolve import resolve
-from megatron.config.sections import Config, ModelConfig, Vocabulary
+from megatron.config.sections import Config, ModelConfig
+from megatron.config.vocabulary import Vocabulary
 from megatron.convert.huggingface import TABLES
 from megatron.errors import ConfigurationError
 from megatron.model.initialise import initialise
 from megatron.model.transformer import Transformer
 from megatron.objectives.registry import capabilities
 from megatron.parallel.mesh import ParallelContext, destroy_parallel, initialize_parallel
+from megatron.training.checkpoint_store import CheckpointStore
 from megatron.training.environment import describe
 from megatron.training.load_run import trained_config
 from megatron.training.optimizer import parameter_groups
-from megatron.training.run_folder import RunFolder, write_json
+from megatron.training.progress import Progress
+from megatron.training.run_folder import RunFolder
 from megatron.training.saver import Saver
 
 
@@ -54,12 +57,11 @@ def write_run(folder: Path, recorded: dict, weights: dict[str, Tensor], time_blo
     state |= _moments(config, Vocabulary(recorded["vocabulary_size"]))
     if config.optimizer.averages:
         state |= {f"average.{name}": tensor for name, tensor in weights.items()}
-    meta = {"iteration": 0, "consumed_samples": 0, "seconds": 0.0, "time_block": time_block, "averaged_steps": 0}
+    meta = asdict(Progress(time_block=time_block)) | {"averaged_steps": 0}
     meta |= {"permanent": False, "config": recorded}
     with one_process() as ranks, Saver(run.checkpoints, ranks) as saver:
         saver.save(state, meta, then=lambda: None)
-    pointer = {"folder": "iter_0000000", "iteration": 0, "consumed_samples": 0, "loss": None, "set": None}
-    write_json(run.checkpoints / "latest.json", pointer)
+    CheckpointStore(run.checkpoints, run.check_lock).update_pointers({}, None)
     run.status("stopped", f"imported from {recorded['imported']['source']}", 0, 0)
 
 
@@ -81,7 +83,14 @@ def describe_import(config: Config, vocabulary: Vocabulary, source: str, precisi
     command = shlex.join(sys.argv)
     with one_process() as ranks:
         description = describe(
-            config.objective.objective, config, plan, UnknownData(source), vocabulary, ranks, precision, False, command
+            config,
+            plan,
+            UnknownData(source),
+            vocabulary=vocabulary,
+            ranks=ranks,
+            precision=precision,
+            compiled=False,
+            command=command,
         )
     return description | {"branched_from": None, "imported": {"source": source}}
 
@@ -120,7 +129,7 @@ def check_weights(weights: dict[str, Tensor], config: ModelConfig, vocabulary: V
 
 
 def fill_tables(
-    weights: dict[str, Tensor], config: ModelConfig, vocabulary: Vocabulary, seed: int, mask_row: int | None = None
+    weights: dict[str, Tensor], config: ModelConfig, vocabulary: Vocabulary, *, seed: int, mask_row: int | None = None
 ) -> dict[str, Tensor]:
     """Return `weights` with embedding and head [R, H] truncated or extended to the padded vocabulary.
 

@@ -60,11 +60,11 @@ class Index:
             raise ConfigurationError(f"{path}: has {size} bytes and needs {expected}; it is truncated, write it again")
         mapped = np.memmap(path, mode="r", dtype=np.uint8)
         return cls(
-            path,
-            np.dtype(DTYPES[code]),
-            np.frombuffer(mapped, np.int32, count, HEADER.size),
-            np.frombuffer(mapped, np.int64, count, HEADER.size + 4 * count),
-            np.frombuffer(mapped, np.int64, boundaries, HEADER.size + 12 * count),
+            path=path,
+            dtype=np.dtype(DTYPES[code]),
+            sizes=np.frombuffer(mapped, np.int32, count, HEADER.size),
+            offsets=np.frombuffer(mapped, np.int64, count, HEADER.size + 4 * count),
+            boundaries=np.frombuffer(mapped, np.int64, boundaries, HEADER.size + 12 * count),
         )
 
     def check(self) -> int:

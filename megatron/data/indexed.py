@@ -53,7 +53,7 @@ class IndexedDataset:
         """Return a view of tokens start .. stop-1 of the concatenated documents."""
         return self._checked(self._tokens[start:stop])
 
-    def part(self, first: int, last: int) -> "IndexedDataset":
+    def document_range(self, first: int, last: int) -> "IndexedDataset":
         """Return documents first .. last-1, which have at least one token, as a data set."""
         subset = copy(self)
         subset.sizes = self.sizes[first:last]

@@ -16,12 +16,12 @@ PUBLISHED_LINE = re.compile(r'\s*"[^"]*"(\s+"[^"]*")*\s*')
 
 @dataclass(frozen=True)
 class DataSet:
-    """A set: the data prefixes of its members with their weights in the blend, and its part of --split."""
+    """A set: the data prefixes of its members with their weights in the blend, and its share of --split."""
 
     name: str
     prefixes: tuple[str, ...]
     weights: tuple[float, ...]
-    part: int | None = None  # 0, 1, 2: training, validation, test
+    split_index: int | None = None  # 0, 1, 2: training, validation, test
 
 
 def requested_sets(data: DataConfig, with_test: bool) -> tuple[DataSet, list[DataSet]]:
@@ -39,7 +39,7 @@ def requested_sets(data: DataConfig, with_test: bool) -> tuple[DataSet, list[Dat
     shares = [*data.split_shares, 0.0, 0.0]
     names = {1: "validation", 2: "test"} if with_test else {1: "validation"}
     return train, [
-        DataSet(name, train.prefixes, train.weights, part) for part, name in names.items() if shares[part] > 0
+        DataSet(name, train.prefixes, train.weights, index) for index, name in names.items() if shares[index] > 0
     ]
 
 
@@ -112,7 +112,7 @@ def _held_out(words: list[str], named: str) -> list[DataSet]:
     return [DataSet(name, (prefix,), (1.0,)) for name, prefix in pairs]
 
 
-def _blend(name: str, words: list[str], named: str, part: int | None) -> DataSet:
+def _blend(name: str, words: list[str], named: str, split_index: int | None) -> DataSet:
     """Return a set of one data prefix, or of pairs of weight and prefix."""
     if len(words) == 1:
         words = ["1", *words]
@@ -130,7 +130,7 @@ def _blend(name: str, words: list[str], named: str, part: int | None) -> DataSet
     if len(set(prefixes)) < len(prefixes):
         duplicate = next(prefix for prefix in prefixes if prefixes.count(prefix) > 1)
         raise ConfigurationError(f"{named}: names {duplicate} twice; add its weights")
-    return DataSet(name, tuple(prefixes), tuple(float(weight) for weight in weights), part)
+    return DataSet(name, tuple(prefixes), tuple(float(weight) for weight in weights), split_index)
 
 
 def _number(word: str) -> float | None:

@@ -47,8 +47,17 @@ def preprocess(options: PreprocessOptions) -> dict | None:
             shutil.rmtree(stage, ignore_errors=True)  # left by a killed process
             stage.mkdir()
             tokenizer = _make_tokenizer(options, stage, text.sizes["train"]["bytes"])
-            tokens, round_trips = _tokenise(options, stage, tokenizer, text, held_out)
-            summary = _describe(options, stage, tokenizer, settings, text, tokens, held_out, round_trips)
+            tokens, round_trips = _tokenise(options, stage, tokenizer, text=text, held_out=held_out)
+            summary = _describe(
+                options,
+                stage,
+                tokenizer=tokenizer,
+                settings=settings,
+                text=text,
+                tokens=tokens,
+                held_out=held_out,
+                round_trips=round_trips,
+            )
             _publish(stage, folder, options.source)
         except OSError as error:
             raise OSError(
@@ -87,7 +96,11 @@ def _make_tokenizer(options: PreprocessOptions, stage: Path, train_bytes: int) -
         train_tokenizer(_training_texts(options, train_bytes), options.trained_ids, path)
     model = options.tokenizer_model or path
     tokenizer = build_tokenizer(
-        options.tokenizer_type, model, options.vocab_size, options.vocab_file, options.merge_file
+        options.tokenizer_type,
+        model,
+        vocab_size=options.vocab_size,
+        vocab_file=options.vocab_file,
+        merge_file=options.merge_file,
     )
     if tokenizer.source is not None:
         path.write_bytes(tokenizer.source)  # so that training reads it next to the data, without a flag
@@ -106,7 +119,7 @@ def _training_texts(options: PreprocessOptions, train_bytes: int) -> Iterator[st
 
 
 def _tokenise(
-    options: PreprocessOptions, stage: Path, tokenizer: Tokenizer, text: Fingerprint, held_out: dict[str, HeldOut]
+    options: PreprocessOptions, stage: Path, tokenizer: Tokenizer, *, text: Fingerprint, held_out: dict[str, HeldOut]
 ) -> tuple[dict[str, int], dict[str, RoundTrip]]:
     """Write all splits, each document with `eod` at its end; return the tokens and the round trip of each split.
 
@@ -114,7 +127,7 @@ def _tokenise(
     """
     fingerprint = Fingerprint()
     tokens = dict.fromkeys(options.written, 0)
-    round_trips = {name: RoundTrip(tokenizer.named) for name in options.written}
+    round_trips = {name: RoundTrip(tokenizer.flag) for name in options.written}
     with ExitStack() as stack:
         bar = stack.enter_context(_bar("tokenising", sum(size["bytes"] for size in text.sizes.values())))
         writers = {
@@ -159,6 +172,7 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
 def _describe(
     options: PreprocessOptions,
     stage: Path,
+    *,
     tokenizer: Tokenizer,
     settings: dict,
     text: Fingerprint,

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
 
-from megatron.config.flags import flag, require
-from megatron.config.sections import SENTENCE_PIECE, TOKENIZERS, check_tokenizer
+from megatron.config.flags import Section, flag, require
+from megatron.config.tokenizer_flags import SENTENCE_PIECE, TOKENIZERS, check_tokenizer
 from megatron.data.corpus import SPLITS, Document, standard_library
 from megatron.data.text_files import read_documents
 from megatron.data.tokenizer import SMALLEST_TRAINED, file_hash
@@ -15,7 +15,7 @@ DEFAULT_TRAINED = 512  # vocabulary size of a trained tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
-class PreprocessOptions:
+class PreprocessOptions(Section):
     """Text and tokens."""
 
     output_dir: Path = flag(  # noqa: RUF009
@@ -51,7 +51,10 @@ class PreprocessOptions:
         metavar="V",
     )
     vocab_size: int | None = flag(
-        None, "vocabulary size of a NullTokenizer, without the end-of-document id that it adds", metavar="V"
+        None,
+        "vocabulary size of a NullTokenizer, without the end-of-document id that it adds",
+        metavar="V",
+        within="[1, inf)",
     )
     vocab_file: str | None = flag(
         None, "vocab.json of a GPT2BPETokenizer; implies that type if --tokenizer-type is not given", metavar="FILE"
@@ -59,6 +62,7 @@ class PreprocessOptions:
     merge_file: str | None = flag(None, "merges.txt of a GPT2BPETokenizer; likewise", metavar="FILE")
 
     def __post_init__(self):
+        super().__post_init__()
         check_tokenizer(self)
         shares, kind = self.shares, self.tokenizer_type
         model, train = self.tokenizer_model, self.train_tokenizer

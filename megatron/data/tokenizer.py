@@ -25,7 +25,7 @@ class HFTokenizer:
     def __init__(self, path: str | Path | None):
         from tokenizers import Tokenizer as Library
 
-        self.named, self.hash = f"--tokenizer-model {path}", file_hash(path, "tokenizer.json")
+        self.flag, self.hash = f"--tokenizer-model {path}", file_hash(path, "tokenizer.json")
         assert path is not None
         self.source = Path(path).read_bytes()  # to write the same tokenizer next to the data
         try:
@@ -46,7 +46,7 @@ class HFTokenizer:
         eod = self._library.token_to_id(end)
         if eod is None or eod in self.encode(end):
             fault = f"has no {end} token" if eod is None else f"reads the text {end} as the end of a document"
-            raise ConfigurationError(f'{self.named}: {fault}; give it one, as an added token with "special": true')
+            raise ConfigurationError(f'{self.flag}: {fault}; give it one, as an added token with "special": true')
         self.eod = eod
 
     def encode(self, text: str) -> list[int]:
@@ -65,7 +65,7 @@ class HFTokenizer:
             yield
         except Exception as error:  # the library raises bare Exception
             raise ConfigurationError(
-                f"{self.named}: cannot encode the text ({error}); give it an unknown token, or one for every character"
+                f"{self.flag}: cannot encode the text ({error}); give it an unknown token, or one for every character"
             ) from None
 
     def decode(self, ids) -> str:
@@ -100,14 +100,14 @@ class GPT2BPETokenizer(HFTokenizer):
         from tokenizers import Tokenizer as Library
         from tokenizers import decoders, models, pre_tokenizers
 
-        self.named = f"--vocab-file {vocab_file} and --merge-file {merge_file}"
+        self.flag = f"--vocab-file {vocab_file} and --merge-file {merge_file}"
         for name, path in (("--vocab-file", vocab_file), ("--merge-file", merge_file)):
             if not Path(path).is_file():
                 raise ConfigurationError(f"{name} {path}: no such file; give GPT-2's vocab.json and merges.txt")
         try:
             self._library = Library(models.BPE.from_file(str(vocab_file), str(merge_file)))
         except Exception as error:  # the library raises bare Exception
-            raise ConfigurationError(f"{self.named}: do not belong together ({error}); give GPT-2's own pair") from None
+            raise ConfigurationError(f"{self.flag}: do not belong together ({error}); give GPT-2's own pair") from None
         self._library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         self._library.decoder = decoders.ByteLevel()
         if self._library.token_to_id(END) is not None:
@@ -121,12 +121,12 @@ class GPTSentencePieceTokenizer:
     """A tokenizer.model of the `sentencepiece` library; its end-of-sentence piece is the end-of-document token."""
 
     lossless: Literal[False] = False  # most models normalise white space at least
-    added: tuple[str, ...] = ()  # pieces of the ids after the model's own
+    added_pieces: tuple[str, ...] = ()  # pieces of the ids after the model's own
 
     def __init__(self, path: str | Path | None):
         from sentencepiece import SentencePieceProcessor
 
-        self.named, self.hash = f"--tokenizer-model {path}", file_hash(path, "tokenizer.model")
+        self.flag, self.hash = f"--tokenizer-model {path}", file_hash(path, "tokenizer.model")
         assert path is not None
         self.source = Path(path).read_bytes()
         self._library = SentencePieceProcessor()
@@ -134,13 +134,13 @@ class GPTSentencePieceTokenizer:
             self._library.LoadFromSerializedProto(self.source)
         except (RuntimeError, OSError) as error:
             raise ConfigurationError(
-                f"{self.named}: is not a SentencePiece model ({str(error).splitlines()[0]}); "
+                f"{self.flag}: is not a SentencePiece model ({str(error).splitlines()[0]}); "
                 "give the one that made the data"
             ) from None
         self.vocabulary_size, self.eod, end = self._special_ids()
         if self.eod < 0 or self.eod in self.encode(end):
             fault = "has no end-of-sentence piece" if self.eod < 0 else f"reads the text {end} as the end of a document"
-            raise ConfigurationError(f"{self.named}: {fault}; train it with a control symbol for that")
+            raise ConfigurationError(f"{self.flag}: {fault}; train it with a control symbol for that")
 
     def _special_ids(self) -> tuple[int, int, str]:
         """Return the vocabulary size, the end-of-document id, and its piece."""
@@ -178,7 +178,7 @@ class SentencePieceTokenizer(GPTSentencePieceTokenizer):
         named = [library.IdToPiece(index) if index >= 0 else absent for index, absent in own]
         for piece in ("<CLS>", "<SEP>", "<EOD>", "<MASK>", *named):
             pieces.setdefault(piece, len(pieces))
-        self.added = tuple(pieces)[size:]
+        self.added_pieces = tuple(pieces)[size:]
         return len(pieces), pieces["<EOD>"], "<EOD>"
 
 
@@ -187,7 +187,7 @@ class ByteTokenizer:
 
     lossless: Literal[True] = True
     vocabulary_size, eod = 257, 256
-    named, hash, source = "--tokenizer-type ByteTokenizer", None, None
+    flag, hash, source = "--tokenizer-type ByteTokenizer", None, None
 
     def encode(self, text: str) -> list[int]:
         """Return the bytes of a text."""
@@ -213,7 +213,7 @@ class NullTokenizer:
 
     def __init__(self, vocab_size: int):
         self.vocabulary_size, self.eod = vocab_size + 1, vocab_size
-        self.named, self.hash, self.source = f"--vocab-size {vocab_size}", None, None
+        self.flag, self.hash, self.source = f"--vocab-size {vocab_size}", None, None
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text."""
@@ -246,6 +246,7 @@ Tokenizer = HFTokenizer | GPTSentencePieceTokenizer | ByteTokenizer | NullTokeni
 def build_tokenizer(
     tokenizer_type: str,
     tokenizer_model: str | Path | None = None,
+    *,
     vocab_size: int | None = None,
     vocab_file: str | None = None,
     merge_file: str | None = None,

@@ -45,10 +45,11 @@ class Attention(nn.Module):
         self.k_norm = normalisation(config, config.head_size) if config.qk_layernorm else nn.Identity()
 
     def forward(self, hidden: Tensor, context: AttentionContext) -> Tensor:
-        """Return the attention output before `o_proj`, [B, S, heads * D], for hidden states [B, S, H].
+        """Return the attention output, [B, S, H] -> [B, S, H]."""
+        return self.o_proj(self.attend(hidden, context))
 
-        The block calls `o_proj`, so that the last block can apply it at scored positions only.
-        """
+    def attend(self, hidden: Tensor, context: AttentionContext) -> Tensor:
+        """Return the attention output before `o_proj`, [B, S, heads * D], for hidden states [B, S, H]."""
         # head counts are inferred by `unflatten`, so that a tensor-parallel shard of the heads works unchanged
         q = self.q_norm(self.q_proj(hidden).unflatten(-1, (-1, self.head_size))).transpose(1, 2)  # [B, heads, S, D]
         k = self.k_norm(self.k_proj(hidden).unflatten(-1, (-1, self.head_size))).transpose(1, 2)  # [B, kv_heads, S, D]

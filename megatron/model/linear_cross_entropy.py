@@ -70,8 +70,9 @@ def linear_cross_entropy(
     hidden: Tensor,
     head: Tensor,
     targets: Tensor,
-    weights: Tensor,
     positions: Tensor,
+    *,
+    weights: Tensor,
     vocab_size: int,
     shard: WholeHead = WHOLE,
     terms: Terms = PLAIN,
@@ -88,13 +89,13 @@ def linear_cross_entropy(
 
 @torch.no_grad()
 def linear_nll(
-    hidden: Tensor, head: Tensor, targets: Tensor, positions: Tensor, vocab_size: int, shard: WholeHead = WHOLE
+    hidden: Tensor, head: Tensor, targets: Tensor, positions: Tensor, *, vocab_size: int, shard: WholeHead = WHOLE
 ) -> Tensor:
     """Return the nll at `positions`, fp32 [N], 0 elsewhere; without an autograd graph."""
     nll = torch.zeros(len(hidden), device=hidden.device)
     for chunk, padded, chunk_targets in _chunks(targets, positions):
         slices = _slices(hidden[padded] @ head.T, chunk_targets, split=shard.whole)
-        chunk_nll = [_softmax_(logits, target, vocab_size, shard).nll for logits, target in slices]
+        chunk_nll = [_softmax_(logits, target, vocab_size=vocab_size, shard=shard).nll for logits, target in slices]
         nll[chunk] = torch.cat(chunk_nll)[: len(chunk)]
     return nll
 
@@ -112,7 +113,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             inputs = hidden[padded]  # [C, H]
             chunk_weights = _pad(weights[chunk], len(padded))  # [C]
             chunk_logits = torch.mm(inputs, head.T, out=logits[: len(padded)])  # [C, V]
-            chunk_loss = _to_gradient_(chunk_logits, chunk_targets, chunk_weights, vocab_size, shard, terms)
+            options = {"vocab_size": vocab_size, "shard": shard, "terms": terms}
+            chunk_loss = _to_gradient_(chunk_logits, chunk_targets, chunk_weights, **options)
             loss += (chunk_loss * chunk_weights).sum()
             grad_hidden[chunk] = (chunk_logits @ head)[: len(chunk)]
             torch.mm(chunk_logits.T, inputs, out=chunk_grad_head)
@@ -156,14 +158,14 @@ def _slices(matrix: Tensor, *tensors: Tensor, split: bool = True) -> Iterator[tu
 
 
 def _to_gradient_(
-    logits: Tensor, targets: Tensor, weights: Tensor, vocab_size: int, shard: WholeHead, terms: Terms
+    logits: Tensor, targets: Tensor, weights: Tensor, *, vocab_size: int, shard: WholeHead, terms: Terms
 ) -> Tensor:
     """Overwrite logits [C, V] with weights * d loss / d logits; return the loss, fp32 [C]."""
     smoothing, z_loss = terms
     losses = []
     # each slice is a collective over shards, which may differ in their number of rows: they take one slice
     for slice_logits, target, weight in _slices(logits, targets, weights, split=shard.whole):
-        softmax = _softmax_(slice_logits, target, vocab_size, shard, with_mean=bool(smoothing))
+        softmax = _softmax_(slice_logits, target, vocab_size=vocab_size, shard=shard, with_mean=bool(smoothing))
         loss = softmax.nll
         scale = weight
         if softmax.mean_logit is not None:  # label smoothing
@@ -198,7 +200,13 @@ class _Softmax:
             kernels = _kernels(logits.device.type)
             assert kernels is not None
             kernels.write_gradient_(
-                logits, self.local_target, self.max_logit, scale, at_target, everywhere, self.num_ids
+                logits,
+                self.local_target,
+                max_logit=self.max_logit,
+                scale=scale,
+                at_index=at_target,
+                everywhere=everywhere,
+                num_ids=self.num_ids,
             )
             return
         gradient = self.exps.mul_(scale)
@@ -208,7 +216,9 @@ class _Softmax:
         logits.copy_(gradient)
 
 
-def _softmax_(logits: Tensor, targets: Tensor, vocab_size: int, shard: WholeHead, with_mean: bool = False) -> _Softmax:
+def _softmax_(
+    logits: Tensor, targets: Tensor, *, vocab_size: int, shard: WholeHead, with_mean: bool = False
+) -> _Softmax:
     """Return the softmax of logits [C, V] in fp32; may overwrite `logits`."""
     num_ids = min(logits.shape[1], max(0, vocab_size - shard.start))
     local_target = (targets - shard.start)[:, None]
@@ -236,7 +246,17 @@ def _softmax_(logits: Tensor, targets: Tensor, vocab_size: int, shard: WholeHead
     sum_exp, target_logit, *means = shard.total(torch.cat(partial_sums, dim=1)).split(1, dim=1)
     mean_logit = means[0] if with_mean else None
     nll = (sum_exp.log() - target_logit).squeeze(1)
-    return _Softmax(nll, exps, max_logit, sum_exp, target_logit, mean_logit, local_target, is_local.float(), num_ids)
+    return _Softmax(
+        nll=nll,
+        exps=exps,
+        max_logit=max_logit,
+        sum_exp=sum_exp,
+        target_logit=target_logit,
+        mean_logit=mean_logit,
+        local_target=local_target,
+        is_local=is_local.float(),
+        num_ids=num_ids,
+    )
 
 
 @functools.cache

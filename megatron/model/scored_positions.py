@@ -1,8 +1,4 @@
-"""Selection of the scored positions before o_proj and the MLP of the last block.
-
-At a position without a score, only the keys and values of the last block are used. So the last block's o_proj and MLP,
-the final norm and the head run at the scored positions only: for masked diffusion, half of them on average.
-"""
+"""Selection of the scored positions of a batch, as chunks of one size; the last block uses it."""
 
 from typing import NamedTuple
 

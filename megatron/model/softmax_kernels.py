@@ -28,7 +28,14 @@ def statistics(logits: Tensor, index: Tensor, num_ids: int) -> tuple[Tensor, Ten
 
 
 def write_gradient_(
-    logits: Tensor, index: Tensor, max_logit: Tensor, scale: Tensor, at_index: Tensor, everywhere: Tensor, num_ids: int
+    logits: Tensor,
+    index: Tensor,
+    *,
+    max_logit: Tensor,
+    scale: Tensor,
+    at_index: Tensor,
+    everywhere: Tensor,
+    num_ids: int,
 ) -> None:
     """Overwrite logits [C, V] with scale * exp(logit - max_logit) + everywhere, + at_index at `index`.
 

@@ -8,10 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron.batch import Batch
-from megatron.config.sections import ModelConfig, Vocabulary
+from megatron.config.sections import ModelConfig
+from megatron.config.vocabulary import Vocabulary
 from megatron.model.attention import AttentionContext, block_mask, dense_mask
 from megatron.model.block import Block
 from megatron.model.kv_cache import KVCache
+from megatron.model.last_block import LastBlock
 from megatron.model.linear_cross_entropy import PLAIN, WHOLE, Terms, linear_cross_entropy, linear_nll
 from megatron.model.norm import normalisation
 from megatron.model.rotary import RotaryTable, rotary_table
@@ -32,7 +34,8 @@ class Transformer(nn.Module):
         self.softmax_size = vocabulary.padded_size if config.softmax_over_padding else vocabulary.size
         self.embed_tokens = nn.Embedding(vocabulary.padded_size, config.hidden_size)
         # keyed by name, so that a pipeline stage can delete layers without renumbering the others
-        self.layers = nn.ModuleDict({str(index): Block(config) for index in range(config.num_layers)})
+        self.layers = nn.ModuleDict({str(index): Block(config) for index in range(config.num_layers - 1)})
+        self.layers[str(config.num_layers - 1)] = LastBlock(config)
         self.norm = normalisation(config, config.hidden_size)
         if config.untie_embeddings_and_output_weights:
             self.lm_head = nn.Linear(config.hidden_size, vocabulary.padded_size, bias=False)
@@ -64,16 +67,15 @@ class Transformer(nn.Module):
             positions = torch.arange(len(positions), device=positions.device)
         hidden = hidden.flatten(0, -2)  # [N, H]
         head = self.head_shard.local(self.lm_weight())  # [V, H]
+        softmax = {"vocab_size": self.softmax_size, "shard": self.head_shard}
         if per_position:
-            nll = linear_nll(hidden, head, targets, positions, self.softmax_size, self.head_shard)
+            nll = linear_nll(hidden, head, targets, positions, **softmax)
             if selection is not None:
                 zeros = nll.new_zeros(batch.weights.numel())
                 nll = zeros.index_copy_(0, batch.scored_positions, nll[: len(positions)])
             return nll.view_as(batch.weights)
         terms = Terms(self.config.label_smoothing, self.config.z_loss) if self.training else PLAIN
-        return linear_cross_entropy(
-            hidden, head, targets, weights, positions, self.softmax_size, self.head_shard, terms
-        )
+        return linear_cross_entropy(hidden, head, targets, positions, weights=weights, terms=terms, **softmax)
 
     def hidden_states(self, batch: Batch, hidden: Tensor | None = None, selection: Selection | None = None) -> Tensor:
         """Return the input of the head, [B, T, H], or of a `selection` only, [chunks * size, H]."""
@@ -86,9 +88,9 @@ class Transformer(nn.Module):
             assert hidden is not None
             states = hidden
         context = self._attention_context(batch, states.dtype)
-        last = len(self.layers) - 1
-        for index, (block, residual_scale) in enumerate(zip(self.layers.values(), residual_scales, strict=True)):
-            states = block(states, context, residual_scale, selection if index == last else None)
+        for block, residual_scale in zip(self.layers.values(), residual_scales, strict=True):
+            selected = (selection,) if isinstance(block, LastBlock) else ()
+            states = block(states, context, residual_scale, *selected)
         return self.norm(states) if self.is_last_stage else states
 
     def _attention_context(self, batch: Batch, dtype: torch.dtype) -> AttentionContext:
@@ -124,7 +126,8 @@ class Transformer(nn.Module):
         mask = None if visible is None else dense_mask(visible, hidden.dtype)
         causal = mask is None and tokens.shape[1] > 1  # several tokens need no mask only where the cache was empty
         for name, block in self.layers.items():
-            hidden = block(hidden, AttentionContext(rotary, rotary, causal, mask, cache.block(name)))
+            context = AttentionContext(rotary, rotary, causal, mask=mask, kv_cache=cache.block(name))
+            hidden = block(hidden, context)
         return self.norm(hidden)
 
     def logits(self, tokens: Tensor, causal: bool, position_ids: Tensor | None = None) -> Tensor:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron.batch import Batch
-from megatron.config.sections import ObjectiveConfig, Vocabulary
+from megatron.config.sections import ObjectiveConfig
+from megatron.config.vocabulary import Vocabulary
 from megatron.objectives.row_masking import RowMasking
 from megatron.objectives.stochastic_depth import StochasticDepth
 from megatron.objectives.token_dropout import MaskedInput, RandomReplacement, TokenDropout

@@ -8,7 +8,8 @@ from dataclasses import dataclass, fields
 
 from megatron.config.capabilities import Capabilities, Refused
 from megatron.config.flags import require
-from megatron.config.sections import DataConfig, ObjectiveConfig, Vocabulary
+from megatron.config.sections import DataConfig, ObjectiveConfig
+from megatron.config.vocabulary import Vocabulary
 from megatron.objectives.any_order import AnyOrder
 from megatron.objectives.autoregressive import Autoregressive
 from megatron.objectives.base import Likelihood, Objective

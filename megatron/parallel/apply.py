@@ -1,10 +1,13 @@
 """Turns a plain model into a parallel one; the order of the steps is in `build_engine`."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
-from megatron.config.sections import ModelConfig, ParallelConfig, Vocabulary
+from megatron.config.sections import ModelConfig, ParallelConfig
+from megatron.config.vocabulary import Vocabulary
 from megatron.model.initialise import initialise
 from megatron.model.transformer import Transformer
 from megatron.parallel.compiled import compile_blocks
@@ -19,10 +22,10 @@ from megatron.parallel.tensor import apply_tensor_parallel
 def build_engine(
     config: ModelConfig,
     vocabulary: Vocabulary,
-    seed: int,
     ranks: ParallelContext,
     parallel: ParallelConfig,
     *,
+    seed: int,
     bf16: bool,
     compile: bool,
     fp8_recipe: str | None = None,
@@ -64,14 +67,19 @@ def build_engine(
             compile_blocks(chunk, ranks.device)
     stages = [Stage(chunk) for chunk in models] if pp_size > 1 else []
     for root, chunk in zip(stages or models, models, strict=True):
-        _shard(root, chunk, ranks, parallel, compute_dtype)
+        _shard(root, chunk.layers.values(), ranks, parallel, dtype=compute_dtype)
     if stages:
-        return Pipeline(stages, models, ranks, parallel.fsdp_stage, compute_dtype)
-    return Engine(models, models, ranks, parallel.fsdp_stage)
+        return Pipeline(stages, models, ranks, zero_stage=parallel.fsdp_stage, dtype=compute_dtype)
+    return Engine(models, models, ranks, zero_stage=parallel.fsdp_stage)
 
 
 def _shard(
-    root: nn.Module, model: Transformer, ranks: ParallelContext, parallel: ParallelConfig, dtype: torch.dtype
+    root: nn.Module,
+    blocks: Iterable[nn.Module],
+    ranks: ParallelContext,
+    parallel: ParallelConfig,
+    *,
+    dtype: torch.dtype,
 ) -> None:
     """Shard parameters, gradients and optimizer state over the data-parallel ranks with FSDP2.
 
@@ -86,6 +94,6 @@ def _shard(
         "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False),
         "offload_policy": CPUOffloadPolicy() if parallel.cpu_offload else OffloadPolicy(),
     }
-    for block in model.layers.values():
+    for block in blocks:
         fully_shard(block, **options)
     fully_shard(root, **options)

@@ -4,7 +4,7 @@ from typing import Any, cast
 
 import torch
 
-from megatron.model.block import Block
+from megatron.model.last_block import LastBlock
 from megatron.model.transformer import Transformer
 
 # inductor options: on a CPU its own RNG draws dropout masks element by element, which costs more than compiling saves
@@ -22,8 +22,8 @@ def compile_blocks(model: Transformer, device: torch.device) -> None:
     settings: dict[str, Any] = {"fullgraph": True, "dynamic": False, "options": OPTIONS.get(device.type)}
     blocks = list(model.layers.values())
     if model.is_last_stage and model.selects_scored_positions:
-        last = cast(Block, blocks.pop())
-        last.mix = torch.compile(last.mix, **settings)
+        last = cast(LastBlock, blocks.pop())
+        last.attend = torch.compile(last.attend, **settings)
         last.finish = torch.compile(last.finish, **settings)
     for block in blocks:
         block.compile(**settings)

@@ -21,7 +21,7 @@ from megatron.batch import Batch
 from megatron.errors import ConfigurationError
 from megatron.model.transformer import Transformer
 from megatron.parallel.compiled import compile_blocks
-from megatron.parallel.engine import MOMENTS, Engine
+from megatron.parallel.engine import MOMENTS, Engine, loss_scale
 from megatron.parallel.mesh import ParallelContext
 
 logger = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ class DeepSpeedEngine(Engine):
         *,
         compile: bool,
     ):
-        super().__init__([model], [model], ranks, settings["zero_optimization"]["stage"])
+        super().__init__([model], [model], ranks, zero_stage=settings["zero_optimization"]["stage"])
         deepspeed = self._deepspeed = import_deepspeed(ranks.device)
         self.optimizer = optimizer
         self._limit = settings["gradient_clipping"]
@@ -111,24 +111,33 @@ class DeepSpeedEngine(Engine):
             self._engine.set_gradient_accumulation_boundary(index == len(batches) - 1)
             share = self._engine(batch.to(self.ranks.device)).sum() / count
             # DeepSpeed averages over the ranks, and the count is already global
-            self._engine.backward(share * self.ranks.data_size, scale_wrt_gas=False)
+            self._engine.backward(share * loss_scale(share, self.ranks.data_size), scale_wrt_gas=False)
             loss += share.detach()
         return loss
 
     def update(self, optimizer: torch.optim.Optimizer, limit: float) -> Tensor:
         """Clip, step and clear the gradients; return the global norm before clipping, [].
 
-        `optimizer` and `limit` must be those of the constructor. If the norm is not finite, DeepSpeed skips the step.
+        `optimizer` and `limit` must be those of the constructor. At stages 1 to 3 DeepSpeed itself skips a step whose
+        norm is not finite (its host knows the norm before the step), but not the steps after it.
         """
         assert optimizer is self.optimizer and limit == self._limit
-        norm = self.clip(limit) if self.zero_stage == 0 else None
+        if self.zero_stage == 0:
+            norm = self.clip(limit)
+            self.skip_if_diverged(optimizer, norm)
+            self._engine.step()
+            return norm
         self._engine.step()
-        norm = self._engine.get_global_grad_norm() if norm is None else norm
-        return torch.as_tensor(norm, dtype=torch.float32, device=self.ranks.device).detach().clone()
+        norm = self._engine.get_global_grad_norm()
+        norm = torch.as_tensor(norm, dtype=torch.float32, device=self.ranks.device).detach().clone()
+        if self._engine.optimizer.overflow:  # on all ranks
+            # with offload the parameters of the optimizer are in host memory
+            self.skip_if_diverged(optimizer, norm.to(next(iter(optimizer.state)).device))
+        return norm
 
     def clip(self, limit: float) -> Tensor:
         """Clip for `update` at stage 0, where DeepSpeed does not return the norm."""
-        return nn.utils.clip_grad_norm_(self.parameters(), limit or float("inf"))
+        return nn.utils.clip_grad_norm_(self.parameters(), limit or float("inf")).detach()
 
     @torch.no_grad()
     def tensors(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

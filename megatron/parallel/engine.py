@@ -1,7 +1,7 @@
 """The engine: the interface between training and a parallel model, the same for every layout."""
 
 from collections.abc import Iterator, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -16,20 +16,37 @@ from megatron.parallel.mesh import ParallelContext
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state of a parameter
 
 
+def loss_scale(loss: Tensor, scale: float) -> Tensor:
+    """Return `scale` as a factor of `loss`, [], or NaN if the loss is not finite.
+
+    The gradients of a loss that is not finite are NaN then, so the global norm alone shows every rank that a step must
+    be skipped, without another collective.
+    """
+    return scale + 0 * loss.detach()
+
+
 class Engine:
     """A model sharded by FSDP2 that this rank runs from the first layer to the last.
 
     `roots` are the modules that FSDP2 wraps: here the model itself. `Pipeline` runs pipeline stages of a model,
     `DeepSpeedEngine` shards with DeepSpeed instead.
+
+    From the first step whose loss or gradients are not finite, no update is applied: weights and moments remain those
+    of the step before it. `diverged`, fp32 [], is 1 from that step on, else 0; it is equal on all ranks and stays on
+    the device of the parameters, so that the host does not wait for it.
     """
 
     roots: Sequence[nn.Module]
+    diverged: Tensor
 
-    def __init__(self, roots: Sequence[nn.Module], models: list[Transformer], ranks: ParallelContext, zero_stage: int):
+    def __init__(
+        self, roots: Sequence[nn.Module], models: list[Transformer], ranks: ParallelContext, *, zero_stage: int
+    ):
         self.roots = roots
         self.models = models
         self.ranks = ranks
         self.zero_stage = zero_stage
+        self.diverged = torch.zeros((), device=next(self.parameters()).device)
 
     def backward(self, batches: list[Batch], count: float) -> Tensor:
         """Compute and reduce the gradients of sum(weights * nll) / count; return this rank's share of the loss, [].
@@ -47,7 +64,7 @@ class Engine:
             sharding.set_reshard_after_backward(is_last or self.zero_stage >= 3)
             share = root(batch.to(self.ranks.device)).sum() / count
             # the reduction averages over the data-parallel ranks, and the count is already global
-            (share * self.ranks.data_size).backward()
+            (share * loss_scale(share, self.ranks.data_size)).backward()
             loss += share.detach()
         return loss if self.ranks.is_loss_rank else torch.zeros_like(loss)
 
@@ -79,11 +96,20 @@ class Engine:
         )
 
     def update(self, optimizer: torch.optim.Optimizer, limit: float) -> Tensor:
-        """Clip, step and clear the gradients; return the global norm before clipping, []."""
+        """Clip, step and clear the gradients; return the global norm before clipping, [].
+
+        The optimizer skips the step where its attribute `found_inf`, a tensor, is 1, as PyTorch's fused AdamW does.
+        """
         norm = self.clip(limit)
+        self.skip_if_diverged(optimizer, norm)
         optimizer.step()
         optimizer.zero_grad()
         return norm
+
+    def skip_if_diverged(self, optimizer: torch.optim.Optimizer, norm: Tensor) -> None:
+        """Make the optimizer skip its steps if the global norm of this or of an earlier step is not finite."""
+        self.diverged = torch.where(norm.isfinite(), self.diverged, 1.0)
+        cast(Any, optimizer).found_inf = self.diverged
 
     def tensors(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
         """Return the tensors of a checkpoint by name: `model.<name>` and `optimizer.<moment>.<name>`.

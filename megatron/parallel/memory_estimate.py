@@ -6,14 +6,15 @@ The largest sum is the peak. `rank_sizes.py` has the terms. Sizes are bytes of l
     forward pass, head  | backward of the last block ... of the first  | reduction of the embedding | update
     activations grow    | activations are freed, gradients appear      | (and of the head, if tied) |
 
-`benchmarks/memory.py` compares this with measured peaks, for FSDP2 and the pipeline schedules of torch 2.13.
+`benchmarks/memory/run.py` compares this with measured peaks, for FSDP2 and the pipeline schedules of torch 2.13.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
 from megatron.config.capabilities import Capabilities
-from megatron.config.sections import Config, Vocabulary
+from megatron.config.sections import Config
+from megatron.config.vocabulary import Vocabulary
 from megatron.parallel.rank_sizes import FP32, RankSizes
 
 BATCH_BYTES = 28  # per token of a micro-batch: ids, targets and scored positions int64, weights fp32

@@ -122,7 +122,7 @@ def build_parallel_context(
     for axis in AXES:
         _set_pg_timeout(timeout, mesh.get_group(axis))
     patient = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=PATIENCE)) if size > 1 else None
-    return ParallelContext(rank, size, device, mesh, timeout, patient)
+    return ParallelContext(rank=rank, size=size, device=device, mesh=mesh, timeout=timeout, patient=patient)
 
 
 def destroy_parallel() -> None:

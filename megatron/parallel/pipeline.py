@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from megatron.batch import Batch
 from megatron.model.transformer import Transformer
-from megatron.parallel.engine import Engine
+from megatron.parallel.engine import Engine, loss_scale
 from megatron.parallel.mesh import ParallelContext
 
 
@@ -68,8 +68,16 @@ class Pipeline(Engine):
 
     roots: list[Stage]
 
-    def __init__(self, roots: list[Stage], models: list[Transformer], ranks: ParallelContext, zero_stage: int, dtype):
-        super().__init__(roots, models, ranks, zero_stage)
+    def __init__(
+        self,
+        roots: list[Stage],
+        models: list[Transformer],
+        ranks: ParallelContext,
+        *,
+        zero_stage: int,
+        dtype: torch.dtype,
+    ):
+        super().__init__(roots, models, ranks, zero_stage=zero_stage)
         self.pp_rank, self.pp_size = ranks.along("pp")
         self.group = ranks.mesh.get_group("pp")
         self.tp_size = ranks.along("tp")[1]
@@ -131,7 +139,8 @@ class Pipeline(Engine):
         ]
 
         def loss_fn(nll: Tensor, _: Tensor) -> Tensor:
-            return nll.sum() * self.scale
+            total = nll.sum()
+            return total * loss_scale(total, self.scale)
 
         # the loss is summed here and divided by a global count, so the schedule must not scale gradients
         if len(stages) > 1:

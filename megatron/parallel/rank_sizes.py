@@ -8,10 +8,11 @@ the head no logits.
 
 from dataclasses import dataclass
 
-from megatron.config.sections import Config, Vocabulary
+from megatron.config.sections import Config
 from megatron.config.sizes import block_shapes
+from megatron.config.vocabulary import Vocabulary
 from megatron.parallel.pipeline import layers_of
-from megatron.parallel.tensor import COLUMNS, ROWS
+from megatron.parallel.tensor import REPLACEMENTS
 
 FP32 = 4  # bytes
 # as in megatron/model/linear_cross_entropy.py: positions per chunk of logits, and elements in fp32 at a time
@@ -46,9 +47,8 @@ def _elements(shapes: list[tuple[int, ...]], num_shards: int) -> _Elements:
 def _shard_shape(name: str, shape: tuple[int, ...], tp_size: int) -> tuple[int, ...]:
     """Return the shape of a block's parameter on each of `tp_size` tensor-parallel ranks."""
     layer, kind = name.split(".")[-2:]
-    if layer in COLUMNS:
-        return (shape[0] // tp_size, *shape[1:])
-    return (shape[0], shape[1] // tp_size) if layer in ROWS and kind == "weight" else shape
+    placement = REPLACEMENTS[layer].placements[kind]
+    return tuple(size // tp_size if placement.is_shard(dim) else size for dim, size in enumerate(shape))
 
 
 class RankSizes:

@@ -5,7 +5,7 @@ plain tensors, so that attention kernels, dropout and loss need no changes. Norm
 on a shard of the sequence (sequence parallelism is always on).
 """
 
-from typing import cast
+from typing import ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,67 +16,47 @@ from megatron.model.transformer import Transformer
 from megatron.parallel.collectives import gather_sequence, scatter_sequence
 from megatron.parallel.vocab_parallel import VocabParallelHead
 
-# the column-parallel and the row-parallel layers of a block
-COLUMNS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
-ROWS = ("o_proj", "down_proj")
-HIDDEN_NORMS = ("input_layernorm", "post_attention_layernorm", "norm")  # of hidden states
-HEAD_NORMS = ("q_norm", "k_norm")  # of attention heads
-
-
-def apply_tensor_parallel(model: Transformer, mesh: DeviceMesh) -> None:
-    """Replace the layers of `model` by tensor-parallel ones over the one-dimensional `mesh`, in place.
-
-    Every rank holds all weights before; nothing is communicated.
-    """
-    for owner in list(model.modules()):
-        for name, layer in list(owner.named_children()):
-            if name in (*COLUMNS, "lm_head"):
-                setattr(owner, name, ColumnParallelLinear(cast(nn.Linear, layer), mesh))
-            elif name in ROWS:
-                setattr(owner, name, RowParallelLinear(cast(nn.Linear, layer), mesh))
-            elif name in (*HIDDEN_NORMS, *HEAD_NORMS) and isinstance(layer, nn.RMSNorm | nn.LayerNorm):
-                setattr(owner, name, ParallelNorm(layer, mesh, gather=name in HIDDEN_NORMS))
-            elif name == "embed_tokens":
-                setattr(owner, name, VocabParallelEmbedding(cast(nn.Embedding, layer), mesh))
-    model.head_shard = VocabParallelHead(mesh, model.vocabulary.padded_size)
-
-
-def _distribute(parameter: Tensor, mesh: DeviceMesh, placement: Placement) -> DTensor:
-    """Return a parameter that every rank holds whole as a DTensor, of which each rank keeps its shard."""
-    shards = distribute_tensor(parameter.detach(), mesh, [placement], src_data_rank=None)
-    return cast(DTensor, nn.Parameter(shards))  # an nn.Parameter keeps the class of its tensor
-
-
-def _distribute_bias(bias: Tensor | None, mesh: DeviceMesh, placement: Placement) -> DTensor | None:
-    return None if bias is None else _distribute(bias, mesh, placement)
-
 
 def _replicated(parameter: DTensor) -> Tensor:
     """Return the local copy of a replicated parameter that acts on a shard of the data: its gradient is partial."""
     return parameter.to_local(grad_placements=[Partial()])
 
 
-class ColumnParallelLinear(nn.Module):
+class ParallelLayer(nn.Module):
+    """A layer whose weight and bias, if it has one, are DTensors over the ranks of a tensor-parallel group."""
+
+    placements: ClassVar[dict[str, Placement]]  # of "weight" and "bias"
+    weight: DTensor
+    bias: DTensor | None
+
+    def __init__(self, layer: nn.Module, mesh: DeviceMesh):
+        super().__init__()
+        for name, placement in self.placements.items():
+            parameter = getattr(layer, name, None)
+            if parameter is not None:  # every rank holds it whole and keeps its shard
+                shards = distribute_tensor(parameter.detach(), mesh, [placement], src_data_rank=None)
+                parameter = nn.Parameter(shards)  # keeps the class of its tensor
+            self.register_parameter(name, parameter)
+
+
+class ColumnParallelLinear(ParallelLayer):
     """Linear layer sharded over its outputs: the whole sequence [B, S, H] -> this rank's columns [B, S, out/tp]."""
 
-    def __init__(self, linear: nn.Linear, mesh: DeviceMesh):
-        super().__init__()
-        self.weight = _distribute(linear.weight, mesh, Shard(0))
-        self.bias = _distribute_bias(linear.bias, mesh, Shard(0))
+    placements: ClassVar = {"weight": Shard(0), "bias": Shard(0)}
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Return this rank's output columns; no communication."""
         return F.linear(hidden, self.weight.to_local(), None if self.bias is None else self.bias.to_local())
 
 
-class RowParallelLinear(nn.Module):
+class RowParallelLinear(ParallelLayer):
     """Linear layer sharded over its inputs: this rank's columns [B, S, in/tp] -> its sequence shard [B, S/tp, H]."""
 
+    placements: ClassVar = {"weight": Shard(1), "bias": Replicate()}
+
     def __init__(self, linear: nn.Linear, mesh: DeviceMesh):
-        super().__init__()
+        super().__init__(linear, mesh)
         self.group = mesh.get_group()
-        self.weight = _distribute(linear.weight, mesh, Shard(1))
-        self.bias = _distribute_bias(linear.bias, mesh, Replicate())
 
     def forward(self, columns: Tensor) -> Tensor:
         """Return this rank's sequence shard of the sum over all ranks; one reduce-scatter."""
@@ -84,35 +64,33 @@ class RowParallelLinear(nn.Module):
         return hidden if self.bias is None else hidden + _replicated(self.bias)
 
 
-class ParallelNorm(nn.Module):
-    """RMSNorm or LayerNorm of a sequence shard, then gathered, [B, S/tp, H] -> [B, S, H]; or of this rank's heads."""
+class ParallelNorm(ParallelLayer):
+    """RMSNorm or LayerNorm of this rank's attention heads, [B, S, heads/tp, D] -> the same."""
 
-    def __init__(self, norm: nn.RMSNorm | nn.LayerNorm, mesh: DeviceMesh, gather: bool):
-        super().__init__()
+    placements: ClassVar = {"weight": Replicate(), "bias": Replicate()}
+
+    def __init__(self, norm: nn.RMSNorm | nn.LayerNorm, mesh: DeviceMesh):
+        super().__init__(norm, mesh)
         assert norm.eps is not None
         self.shape, self.eps, self.layernorm = norm.normalized_shape, norm.eps, isinstance(norm, nn.LayerNorm)
-        self.group = mesh.get_group() if gather else None
-        self.weight = _distribute(norm.weight, mesh, Replicate())
-        self.bias = _distribute_bias(getattr(norm, "bias", None), mesh, Replicate())
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Return the normalised hidden states, all-gathered along the sequence unless they are heads."""
+        """Return the normalised values; no communication."""
         weight = _replicated(self.weight)
-        if self.layernorm:
-            bias = None if self.bias is None else _replicated(self.bias)
-            hidden = F.layer_norm(hidden, self.shape, weight, bias, self.eps)
-        else:
-            hidden = F.rms_norm(hidden, self.shape, weight, self.eps)
-        return hidden if self.group is None else gather_sequence(hidden, self.group)
+        if not self.layernorm:
+            return F.rms_norm(hidden, self.shape, weight, self.eps)
+        bias = None if self.bias is None else _replicated(self.bias)
+        return F.layer_norm(hidden, self.shape, weight, bias, self.eps)
 
 
-class VocabParallelEmbedding(nn.Module):
+class VocabParallelEmbedding(ParallelLayer):
     """Embedding sharded over the vocabulary: token ids [B, S] -> this rank's sequence shard [B, S/tp, H]."""
 
+    placements: ClassVar = {"weight": Shard(0)}
+
     def __init__(self, embedding: nn.Embedding, mesh: DeviceMesh):
-        super().__init__()
+        super().__init__(embedding, mesh)
         self.group = mesh.get_group()
-        self.weight = _distribute(embedding.weight, mesh, Shard(0))
         self.start = VocabParallelHead(mesh, embedding.num_embeddings).start
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -122,3 +100,45 @@ class VocabParallelEmbedding(nn.Module):
         is_local = (index >= 0) & (index < len(table))
         embedded = F.embedding(index.where(is_local, 0), table) * is_local[..., None]
         return scatter_sequence(embedded, self.group)
+
+
+class SequenceParallelNorm(ParallelNorm):
+    """RMSNorm or LayerNorm of a sequence shard of hidden states, then gathered, [B, S/tp, H] -> [B, S, H]."""
+
+    def __init__(self, norm: nn.RMSNorm | nn.LayerNorm, mesh: DeviceMesh):
+        super().__init__(norm, mesh)
+        self.group = mesh.get_group()
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return the normalised hidden states of the whole sequence; one all-gather."""
+        return gather_sequence(super().forward(hidden), self.group)
+
+
+REPLACEMENTS: dict[str, type[ParallelLayer]] = {  # by the name of the layer in its module
+    "embed_tokens": VocabParallelEmbedding,
+    "input_layernorm": SequenceParallelNorm,
+    "q_proj": ColumnParallelLinear,
+    "k_proj": ColumnParallelLinear,
+    "v_proj": ColumnParallelLinear,
+    "q_norm": ParallelNorm,
+    "k_norm": ParallelNorm,
+    "o_proj": RowParallelLinear,
+    "post_attention_layernorm": SequenceParallelNorm,
+    "gate_proj": ColumnParallelLinear,
+    "up_proj": ColumnParallelLinear,
+    "down_proj": RowParallelLinear,
+    "norm": SequenceParallelNorm,
+    "lm_head": ColumnParallelLinear,
+}
+
+
+def apply_tensor_parallel(model: Transformer, mesh: DeviceMesh) -> None:
+    """Replace the layers of `model` by tensor-parallel ones over the one-dimensional `mesh`, in place.
+
+    Every rank holds all weights before; nothing is communicated.
+    """
+    for owner in list(model.modules()):
+        for name, layer in list(owner.named_children()):
+            if name in REPLACEMENTS and not isinstance(layer, nn.Identity):
+                setattr(owner, name, REPLACEMENTS[name](layer, mesh))
+    model.head_shard = VocabParallelHead(mesh, model.vocabulary.padded_size)

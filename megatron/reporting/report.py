@@ -7,10 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron.figures import add_legend, literal, pyplot
+from megatron.reporting.plots import plot_runs
 from megatron.reporting.runs import Difference, Run, best_point, check_comparable, curve, paired_difference
-
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito's palette
 
 
 def summarise(run: Run, tuning: str, validation: str) -> dict:
@@ -113,10 +111,10 @@ def write_report(runs: list[Run], output: Path, tuning: str = "tuning", validati
     comparisons = [(a[0].name, b[0].name, paired_difference(a, b)) for a, b in combinations(points, 2)]
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
-    plots = draw(runs, rows, output, validation)
+    plots = plot_runs(runs, rows, output, validation)
     conclusions = sentences(rows, comparisons)
     warnings = caveats(rows, runs)
-    page = render(runs, rows, comparisons, conclusions, warnings, plots)
+    page = render(runs, rows, comparisons=comparisons, conclusions=conclusions, warnings=warnings, plots=plots)
     partial = output / "report.html.partial"
     partial.write_text(page, encoding="utf-8", errors="replace")
     partial.replace(output / "report.html")
@@ -168,67 +166,6 @@ def text_table(rows: list[dict]) -> str:
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in table)
 
 
-def draw(runs: list[Run], rows: list[dict], output: Path, validation: str) -> dict[str, Path]:
-    """Draw all plots as PNG files; return title -> file."""
-    plots = {}
-
-    def finish(figure, axes, names, title, file, xlabel, logarithmic=True):
-        axes.set(xlabel=xlabel, ylabel="nats per token", title=title)
-        if logarithmic:
-            axes.set_xscale("log")
-        axes.grid(alpha=0.3)
-        if names:
-            add_legend(axes, names)
-        figure.savefig(output / file, dpi=120, bbox_inches="tight")
-        pyplot().close(figure)
-        plots[title] = output / file
-
-    for key, label in (("epoch", "epochs of the unique tokens"), ("flops", "training FLOPs (6ND)")):
-        (figure, axes), names = pyplot().subplots(figsize=(7, 4.5)), []
-        for run, colour in zip(runs, COLOURS * len(runs)):
-            records = curve(run, validation)
-            losses = [record["loss"] for record in records]
-            (line,) = axes.plot([record[key] for record in records], losses, "o-", ms=3, color=colour)
-            names.append((line, run.name + (" (upper bound)" if run.is_bound(validation) else "")))
-        finish(figure, axes, names, f"Validation loss against {label}", f"validation_{key}.png", label)
-    (figure, axes), names = pyplot().subplots(figsize=(7, 4.5)), []
-    for run, colour in zip(runs, COLOURS * len(runs)):
-        (line,) = axes.plot(*_smooth(run.train), "--", color=colour, alpha=0.7)
-        names.append((line, f"{run.name}, training"))
-        records = curve(run, validation)
-        losses = [record["loss"] for record in records]
-        (line,) = axes.plot([record["epoch"] for record in records], losses, "-", color=colour)
-        names.append((line, f"{run.name}, validation"))
-    finish(
-        figure,
-        axes,
-        names,
-        "Training (dashed, with corruption and dropout) and validation",
-        "train_validation.png",
-        "epochs of the unique tokens",
-    )
-    figure, axes = pyplot().subplots(figsize=(7, 3))
-    for index, (row, colour) in enumerate(zip(rows, COLOURS * len(rows))):
-        best = row["best"]
-        # the standard error over documents already includes the evaluation noise
-        axes.errorbar(
-            index, best["loss"], yerr=best["data_se"] or 0, fmt="v" if row["bound"] else "o", color=colour, capsize=4
-        )
-    axes.set_xticks(range(len(rows)), [row["name"] for row in rows])
-    literal(*axes.get_xticklabels())
-    axes.set_xlim(-0.5, len(rows) - 0.5)
-    title = "Best points with standard errors (triangle: upper bound)"
-    finish(figure, axes, [], title, "best.png", "", logarithmic=False)
-    return plots
-
-
-def _smooth(train: list[dict], points: int = 60) -> tuple[np.ndarray, np.ndarray]:
-    """Return epochs and losses averaged over at most `points` equal intervals of the run."""
-    epochs, losses = np.array([[record["epoch"], record["loss"]] for record in train]).T
-    intervals = np.array_split(np.arange(len(epochs)), min(points, len(epochs)))
-    return np.array([epochs[i].mean() for i in intervals]), np.array([losses[i].mean() for i in intervals])
-
-
 STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;max-width:76rem;margin:2rem auto;padding:0 1rem;color:#222}
 table{border-collapse:collapse;margin:1rem 0;font-size:.85rem}
@@ -243,7 +180,15 @@ def _inline(path: Path) -> str:
     return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
 
 
-def render(runs, rows, comparisons, conclusions, warnings, plots) -> str:
+def render(
+    runs: list[Run],
+    rows: list[dict],
+    *,
+    comparisons: list[tuple[str, str, Difference]],
+    conclusions: list[str],
+    warnings: list[str],
+    plots: dict[str, Path],
+) -> str:
     """Return the HTML page; it is self-contained, with plots inlined."""
     config, escape = runs[0].config, html.escape
 

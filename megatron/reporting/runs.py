@@ -1,8 +1,8 @@
 """Load runs from their folders and compare them by document.
 
-Best points are chosen on the tuning set and reported on the validation set. The paired difference of two models is the
-ratio estimator sum(n1 - n2) / sum(tokens) with documents as clusters; n1 and n2 are a document's nats. Evaluation noise
-varies between documents, so the standard error over documents includes it.
+Best points are chosen on the tuning set and reported on the validation set. The paired difference of two models is
+sum(n1 - n2) / sum(tokens) over documents; n1 and n2 are a document's nats. Evaluation noise varies between documents,
+so the standard error over documents includes it.
 """
 
 import os
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron import statistics
 from megatron.errors import ConfigurationError
 from megatron.training.run_folder import read_json, read_records
 
@@ -71,7 +72,7 @@ class Difference:
     """Nats per token by which one evaluation exceeds another, paired by document."""
 
     nats: float
-    se: float
+    se: float  # over documents; 0 where there is only one
 
     @property
     def ratio(self) -> float:
@@ -112,7 +113,8 @@ def load_run(folder: str | Path) -> Run:
             valid.setdefault(record["set"], []).append(record)
     if not valid:
         raise ConfigurationError(f"{folder}: holds no validation record; train with --valid-data-path")
-    return Run(folder.name, folder, config, [record for record in records if record["kind"] == "train"], valid)
+    train = [record for record in records if record["kind"] == "train"]
+    return Run(name=folder.name, folder=folder, config=config, train=train, valid=valid)
 
 
 def curve(run: Run, name: str) -> list[dict]:
@@ -149,15 +151,9 @@ def paired_difference(first: tuple[Run, dict], second: tuple[Run, dict]) -> Diff
         raise ConfigurationError(
             f"{first[0].folder} and {second[0].folder}: scored different tokens and cannot be paired"
         )
-    total = tokens.sum()
-    nats = [np.atleast_2d(sums["nats"]).mean(0) for sums in documents]  # [D], mean over Monte-Carlo samples
-    difference = nats[0] - nats[1]
-    mean = difference.sum() / total
-    scored = tokens > 0
-    num_clusters = int(scored.sum())
-    residuals = (difference - mean * tokens)[scored]
-    variance = num_clusters / max(1, num_clusters - 1) * (residuals**2).sum() / total**2
-    return Difference(float(mean), float(np.sqrt(variance)))
+    nats = [np.atleast_2d(sums["nats"]) for sums in documents]  # [R, D], R Monte-Carlo samples
+    difference = statistics.paired_difference(nats[0], nats[1], tokens)
+    return Difference(difference.value, difference.standard_error or 0.0)
 
 
 def _documents(run: Run, record: dict):

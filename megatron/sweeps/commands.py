@@ -29,6 +29,8 @@ def plan(options: Namespace) -> int:
     print(costs(planned.points))
     for stage, reason in planned.waiting.items():
         print(f"stage {stage}: {reason}; plan again then")
+    for note in planned.notes:
+        print(note)
     print(f"\nplan: {folder / PLAN}")
     return 0
 
@@ -170,8 +172,9 @@ def costs(points: Sequence[Point]) -> str:
     runs = unique_runs(points)
     for point in runs:
         memory = "-" if point.memory_bytes is None else f"{point.memory_bytes / GIB:.1f}"
-        hours = "-" if point.seconds is None else f"{point.seconds / 3600:.3g}"
-        amounts = (f"{point.parameters / 1e6:.2f}M", f"{point.tokens:.3g}", f"{point.epochs:.4g}", f"{point.flops:.2e}")
+        hours = "-" if point.own_seconds is None else f"{point.own_seconds / 3600:.3g}"
+        amounts = (f"{point.parameters / 1e6:.2f}M", f"{point.tokens:.3g}", f"{point.epochs:.4g}")
+        amounts += (f"{point.own_flops:.2e}",)
         rows.append((point.id, *amounts, memory, str(point.processes), hours, point.label))
     widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row[:-1], widths)) + f"  {row[-1]}" for row in rows]
@@ -181,11 +184,15 @@ def costs(points: Sequence[Point]) -> str:
         lines.append(f"{point.label}: the same run as {first.label}")
     if len(shared) > 10:
         lines.append(f"and {len(shared) - 10} more points that share a run")
-    hours = [point.seconds * point.processes / 3600 for point in runs if point.seconds is not None]
+    hours = [point.own_seconds * point.processes / 3600 for point in runs if point.own_seconds is not None]
     time_needed = f", {sum(hours):.3g} GPU-hours" if len(hours) == len(runs) else ""
     disk = sum(point.disk_bytes for point in runs) / GIB
-    flops, tokens = sum(point.flops for point in runs), sum(point.tokens for point in runs)
+    flops, tokens = sum(point.own_flops for point in runs), sum(point.tokens * point.own_share for point in runs)
     lines.append(
         f"\n{len(runs)} runs: {tokens:.3g} tokens, {flops:.3g} FLOPs{time_needed}, {disk:.3g} GiB of checkpoints"
     )
+    branches = sum(point.trunk is not None for point in runs)
+    if branches:
+        whole = sum(point.flops for point in runs)
+        lines.append(f"{branches} runs are WSD branches: {flops / whole:.0%} of the FLOPs of full runs")
     return "\n".join(lines)

@@ -22,11 +22,13 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from megatron.errors import ConfigurationError
 from megatron.sweeps.launch import LOCKED, ROOT, local_command, local_environment
 from megatron.sweeps.points import Point, unique_runs
-from megatron.sweeps.states import State, last_record, run_state
+from megatron.sweeps.states import State, run_state
+from megatron.sweeps.status import run_progress
 
 logger = logging.getLogger(__name__)
 
 POLL = 0.2  # seconds between looks at the running processes
+TRUNK_POLL = 1.0
 LOCK_POLL = 5.0  # seconds between looks at a run that another process writes
 SAVE_SECONDS = 120.0  # that a run has to save after SIGTERM
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -84,8 +86,8 @@ class LocalQueue:
                     f"{point.label}: needs {point.processes} processes, and --slots is {options.slots}; raise it, or "
                     "lower `processes` under `resources`"
                 )
-        self.total_flops = sum(point.flops for point in runs)
-        self.waiting = [_Job(point) for point in sorted(runs, key=lambda point: -point.flops / point.processes)]
+        self.total_flops = sum(point.own_flops for point in runs)
+        self.waiting = [_Job(point) for point in sorted(runs, key=lambda point: -point.own_flops / point.processes)]
         self.running: list[_Job] = []
         self.failures: dict[str, str] = {}
         self.finished: set[str] = set()
@@ -128,12 +130,21 @@ class LocalQueue:
             if state.name == "finished":
                 self.waiting.remove(job)
                 self.finished.add(job.point.id)
+            elif self._waits_for_trunk(job.point):
+                job.not_before = time.monotonic() + TRUNK_POLL
             elif state.name == "running":
                 job.not_before = time.monotonic() + LOCK_POLL
             elif state.has_own_fault and not self.options.retry_failed and not job.attempts:
                 self._fail(job, state.reason)
             else:
                 self._start(job)
+
+    def _waits_for_trunk(self, point: Point) -> bool:
+        """Return whether the checkpoint to continue from is still to come."""
+        checkpoint = point.trunk_checkpoint(self.folder)
+        if checkpoint is None or checkpoint.is_dir() or point.trunk in self.failures:
+            return False
+        return run_state(self.folder / "runs" / str(point.trunk)).name != "finished"
 
     def _start(self, job: _Job) -> None:
         self.waiting.remove(job)
@@ -236,8 +247,8 @@ class LocalQueue:
         if bar.disable:
             return
         jobs = {job.point.id: job.point for job in [*self.waiting, *self.running]}
-        left = sum(point.flops for point in jobs.values())
-        begun = sum(last_record(job.point.folder(self.folder)).get("flops", 0.0) for job in self.running)
+        left = sum(point.own_flops for point in jobs.values())
+        begun = sum(run_progress(job.point, self.folder).share * job.point.own_flops for job in self.running)
         bar.n = max(bar.n, 1.0 - (left - begun) / self.total_flops)
         counts = f"{len(self.finished)} finished, {len(self.running)} running, {len(self.waiting)} waiting"
         bar.set_postfix_str(counts + (f", {len(self.failures)} failed" if self.failures else ""), refresh=True)

@@ -13,10 +13,12 @@ from typing import Any
 from tqdm import tqdm
 
 from megatron.config.layout_checks import check_batch, check_layout
-from megatron.config.resolve import Plan, resolve
-from megatron.config.sections import Config, Vocabulary
+from megatron.config.resolve import resolve
+from megatron.config.sections import Config
+from megatron.config.vocabulary import Vocabulary
 from megatron.errors import ConfigurationError
 from megatron.objectives.registry import build_objective, capabilities
+from megatron.sweeps.branches import Resolved, assign_trunks
 from megatron.sweeps.choices import best_trials
 from megatron.sweeps.points import Point, identity, text
 from megatron.sweeps.run_costs import DataSizes, disk_bytes, memory_bytes
@@ -39,6 +41,7 @@ class Planned:
     points: list[Point] = field(default_factory=list)
     waiting: dict[str, str] = field(default_factory=dict)  # reason by stage
     choices: dict[str, list[dict]] = field(default_factory=dict)  # of the stages with best_of
+    notes: list[str] = field(default_factory=list)  # why WSD points are trained in full
 
 
 def plan_sweep(sweep: Sweep, folder: Path, progress: bool = False) -> Planned:
@@ -49,11 +52,12 @@ def plan_sweep(sweep: Sweep, folder: Path, progress: bool = False) -> Planned:
     Raises: ConfigurationError that names every impossible point, up to a screenful.
     """
     planned, errors, data_sizes = Planned(), [], DataSizes(sweep)
+    resolved: list[Resolved] = []
     for stage in sweep.stages:
         tuned: dict = {}
         if stage.best_of is not None:
             source = next(other for other in sweep.stages if other.name == stage.best_of)
-            points = [point for point in planned.points if point.stage == stage.best_of]
+            points = [item.point for item in resolved if item.point.stage == stage.best_of]
             if stage.best_of in planned.waiting:
                 planned.waiting[stage.name] = f"waits for stage {stage.best_of}"
                 continue
@@ -66,18 +70,21 @@ def plan_sweep(sweep: Sweep, folder: Path, progress: bool = False) -> Planned:
         drafts = list(_drafts(sweep, stage, tuned))
         for draft in tqdm(drafts, desc=f"plan {stage.name}", disable=not progress, leave=False):
             try:
-                planned.points.append(_resolved(draft, data_sizes))
+                resolved.append(_resolved(draft, data_sizes))
             except ConfigurationError as error:
                 errors.append(f"{draft.label}: {error}")
     if errors:
         listed = "".join(f"\n  {error}" for error in errors[:10])
         more = f"\n  and {len(errors) - 10} more" if len(errors) > 10 else ""
         raise ConfigurationError(
-            f"{sweep.path}: {len(errors)} of {len(errors) + len(planned.points)} points cannot run; correct their "
+            f"{sweep.path}: {len(errors)} of {len(errors) + len(resolved)} points cannot run; correct their "
             f"flags, or leave them out with `exclude`:{listed}{more}"
         )
-    if not planned.points:
+    if not resolved:
         raise ConfigurationError(f"{sweep.path}: has no point; every combination is excluded")
+    planned.points = [item.point for item in resolved]
+    if sweep.wsd_branches:
+        planned.points, planned.notes = assign_trunks(resolved)
     return planned
 
 
@@ -134,7 +141,7 @@ def words(flags: Flags) -> list[str]:
     return line
 
 
-def _resolved(draft: _Draft, data_sizes: DataSizes) -> Point:
+def _resolved(draft: _Draft, data_sizes: DataSizes) -> Resolved:
     """Return the point of a draft.
 
     Raises: ConfigurationError where the training command would refuse it.
@@ -156,8 +163,9 @@ def _resolved(draft: _Draft, data_sizes: DataSizes) -> Point:
     seq_length = config.data.seq_length
     flops = plan.flops(plan.train_samples, seq_length)
     speed = resources["flops_per_second"]
-    return Point(
-        id=_identity(config, plan),
+    settings = _settings(config)
+    point = Point(
+        id=identity(settings | {f"plan.{name}": getattr(plan, name) for name in BUDGET_PLAN}),
         stage=draft.stage.name,
         variant=draft.variant.name,
         axes=draft.axes,
@@ -179,6 +187,7 @@ def _resolved(draft: _Draft, data_sizes: DataSizes) -> Point:
         disk_bytes=disk_bytes(config, plan, seq_length),
         seconds=None if speed is None else flops / (speed * resources["processes"]),
     )
+    return Resolved(point, config, plan, family=identity(settings))
 
 
 def _resources(draft: _Draft) -> dict[str, Any]:
@@ -190,12 +199,12 @@ def _resources(draft: _Draft) -> dict[str, Any]:
     return resources
 
 
-def _identity(config: Config, plan: Plan) -> str:
-    settings = {
+def _settings(config: Config) -> dict[str, Any]:
+    """Return the settings that decide the result of a run, but for its budget."""
+    return {
         f"{section}.{name}": value
         for section, values in asdict(config).items()
         if section not in SECTIONS_NOT_IN_ID
         for name, value in values.items()
         if name not in NOT_IN_ID
     }
-    return identity(settings | {f"plan.{name}": getattr(plan, name) for name in BUDGET_PLAN})

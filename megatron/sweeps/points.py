@@ -11,12 +11,13 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megatron.errors import ConfigurationError
 from megatron.training.run_folder import writing
+from megatron.training.saver import folder_name
 
 PLAN, SWEEP_COPY, CHOICES = "plan.jsonl", "sweep.yaml", "choices.json"
 
@@ -45,7 +46,11 @@ class Point:
     flops: float
     memory_bytes: int | None  # peak of the rank that needs most, on a CUDA device; None where no formula holds
     disk_bytes: int
-    seconds: float | None = None  # at the given throughput
+    seconds: float | None = None  # of the whole budget, at the given throughput
+    trunk: str | None = None  # id of the longer run whose checkpoint this one continues from
+    trunk_iteration: int = 0
+    trunk_samples: int = 0  # consumed there
+    keep_iterations: list[int] = field(default_factory=list)  # checkpoints that shorter runs continue from
 
     @property
     def label(self) -> str:
@@ -54,6 +59,27 @@ class Point:
         words += [self.variant, *(f"{name} {text(value)}" for name, value in self.axes.items())]
         words += [f"trial {self.trial}"] if self.trial is not None else []
         return ", ".join([*words, f"seed {self.seed}"])
+
+    @property
+    def own_flops(self) -> float:
+        """The FLOPs that this run computes itself, without those of its trunk."""
+        return self.flops * self.own_share
+
+    @property
+    def own_seconds(self) -> float | None:
+        """The time of this run itself, without that of its trunk."""
+        return None if self.seconds is None else self.seconds * self.own_share
+
+    @property
+    def own_share(self) -> float:
+        """The share of the budget that this run trains itself; the trunk has trained the rest."""
+        return 1 - self.trunk_samples / self.train_samples
+
+    def trunk_checkpoint(self, sweep: Path) -> Path | None:
+        """Return the folder of the checkpoint to continue from, whether or not it exists yet."""
+        if self.trunk is None:
+            return None
+        return sweep / "runs" / self.trunk / "checkpoints" / folder_name(self.trunk_iteration)
 
     def folder(self, sweep: Path) -> Path:
         """Return the run folder of the point in the sweep folder."""

@@ -1,7 +1,8 @@
 """What a run needs: its data, its memory on the device and its checkpoints on disk."""
 
 from megatron.config.resolve import Plan
-from megatron.config.sections import Config, DataConfig, Vocabulary
+from megatron.config.sections import Config, DataConfig
+from megatron.config.vocabulary import Vocabulary
 from megatron.data.indexed import data_files
 from megatron.data.paths import requested_sets
 from megatron.errors import ConfigurationError

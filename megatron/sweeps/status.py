@@ -21,8 +21,8 @@ class RunStatus:
 
     point: Point
     state: State
-    share: float  # of its budget, 0 to 1
-    seconds: float  # of training so far
+    share: float  # of what it trains itself, 0 to 1
+    seconds: float  # of training so far, of this run itself
     loss: float | None  # of the last record, training or validation
 
     @property
@@ -52,7 +52,7 @@ class SweepStatus:
     @property
     def share(self) -> float:
         """The share of the FLOPs of all runs that is done."""
-        return sum(run.share * run.point.flops for run in self.runs) / sum(run.point.flops for run in self.runs)
+        return self._flops_done / self._flops
 
     @property
     def process_hours(self) -> float:
@@ -62,9 +62,17 @@ class SweepStatus:
     @property
     def remaining_process_hours(self) -> float | None:
         """The estimate for the rest at the measured FLOPs per second of a rank; None before anything was measured."""
-        done = sum(run.share * run.point.flops for run in self.runs)
-        total = sum(run.point.flops for run in self.runs)
-        return None if not done or not self.process_hours else self.process_hours * (total - done) / done
+        if not self.process_hours or not self._flops_done:
+            return None
+        return self.process_hours * (self._flops / self._flops_done - 1)
+
+    @property
+    def _flops(self) -> float:
+        return sum(run.point.own_flops for run in self.runs)
+
+    @property
+    def _flops_done(self) -> float:
+        return sum(run.share * run.point.own_flops for run in self.runs)
 
     def line(self) -> str:
         """Return the summary: counts, progress, hours."""
@@ -77,14 +85,17 @@ class SweepStatus:
 
 def sweep_status(folder: Path, points: Sequence[Point]) -> SweepStatus:
     """Return the status of every run of a plan."""
-    runs = []
-    for point in unique_runs(points):
-        state = run_state(point.folder(folder))
-        record = last_record(point.folder(folder)) if state.name != "waiting" else {}
-        samples = record.get("consumed_samples", state.consumed_samples)
-        share = 1.0 if state.name == "finished" else samples / point.train_samples
-        runs.append(RunStatus(point, state, share, record.get("seconds", 0.0), record.get("loss")))
-    return SweepStatus(folder, runs)
+    return SweepStatus(folder, [run_progress(point, folder) for point in unique_runs(points)])
+
+
+def run_progress(point: Point, folder: Path) -> RunStatus:
+    """Return the status of one run of a sweep."""
+    state = run_state(point.folder(folder))
+    record = last_record(point.folder(folder)) if state.name != "waiting" else {}
+    samples = max(record.get("consumed_samples", state.consumed_samples) - point.trunk_samples, 0)
+    share = 1.0 if state.name == "finished" else samples / (point.train_samples - point.trunk_samples)
+    seconds = record.get("seconds", 0.0) * point.own_share  # a branch's records begin with its trunk's
+    return RunStatus(point, state, share, seconds, record.get("loss"))
 
 
 def table(status: SweepStatus) -> str:

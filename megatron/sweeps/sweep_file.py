@@ -12,12 +12,12 @@ from typing import Any
 
 import yaml
 
-from megatron.config.compatibility import TABLE
+from megatron.config.compatibility_table import TABLE
 from megatron.config.sections import SECTIONS
 from megatron.errors import ConfigurationError
 
 STAGE_KEYS = ("flags", "parameters", "variants", "seeds", "tuning", "resources", "best_of", "by")
-SWEEP_KEYS = ("name", "description", "data", "exclude", "stages", *STAGE_KEYS)
+SWEEP_KEYS = ("name", "description", "data", "exclude", "wsd_branches", "stages", *STAGE_KEYS)
 VARIANT_KEYS = ("flags", "parameters", "tuning")
 DISTRIBUTIONS = {
     "uniform": ("min", "max"),
@@ -106,6 +106,7 @@ class Sweep:
     description: str
     stages: tuple[Stage, ...]
     exclude: tuple[dict[str, Any], ...]
+    wsd_branches: bool  # whether runs that differ only in budget share their constant part
     data: dict[str, int]  # unique_tokens and vocabulary_size to plan with where the data are not on this machine
 
 
@@ -156,6 +157,7 @@ class _Reader:
             exclude=tuple(
                 self._where("exclude", rule, stages) for rule in self.sequence("exclude", top.get("exclude"))
             ),
+            wsd_branches=self._switch("wsd_branches", top.get("wsd_branches", True)),
             data={key: self.whole(f"data.{key}", value, 1) for key, value in assumed.items()},
         )
 
@@ -368,6 +370,11 @@ class _Reader:
         if given is not None and not isinstance(given, list):
             raise self.error(key, f"{given}: is not a list; write [{given}]")
         return given or []
+
+    def _switch(self, key: str, given: Any) -> bool:
+        if not isinstance(given, bool):
+            raise self.error(key, f"{given}: is neither true nor false; correct it")
+        return given
 
     def whole(self, key: str, given: Any, minimum: int) -> int:
         """Return a whole number of at least `minimum`."""

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from megatron.config.sections import OptimizerConfig
 from megatron.parallel.engine import Engine
-from megatron.training import checkpoint
+from megatron.training.checkpoint_store import load_checkpoint
 from megatron.training.resume import Origin
 
 
@@ -25,6 +25,7 @@ class Average:
     def __init__(self, engine: Engine, config: OptimizerConfig):
         weights = {name: parameter.detach() for name, parameter in engine.named_parameters()}
         self.config = config
+        self._engine = engine
         self.steps = 0  # steps averaged so far
         self._average = {name: tensor.clone() for name, tensor in weights.items()}
         # local shards, which share their storage with the DTensors above
@@ -32,11 +33,15 @@ class Average:
         self._weight_shards = _local_shards(weights.values())
 
     def update(self, samples: int) -> None:
-        """Update the average with the weights after the step that ended at `samples` consumed samples."""
+        """Update the average with the weights after the step that ended at `samples` consumed samples.
+
+        Once the run has diverged, it remains that of the last good step, as the weights do.
+        """
         if samples >= (self.config.average_from_samples or 0):
             self.steps += 1
             weight = 1 / self.steps if self.config.ema_decay is None else 1 - self.config.ema_decay
-            torch._foreach_lerp_(self._average_shards, self._weight_shards, weight)  # pyright: ignore[reportPrivateImportUsage]
+            weights = [weight * (1 - self._engine.diverged)] * len(self._average_shards)
+            torch._foreach_lerp_(self._average_shards, self._weight_shards, weights)  # pyright: ignore[reportPrivateImportUsage]
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
@@ -65,7 +70,7 @@ class Average:
         """
         recorded = origin.meta["config"]["optimizer"]
         if all(recorded.get(name) == getattr(self.config, name) for name in ("ema_decay", "average_from_samples")):
-            checkpoint.load(origin.checkpoint, self.tensors())
+            load_checkpoint(origin.checkpoint, self.tensors())
             self.steps = origin.meta["averaged_steps"]
 
 

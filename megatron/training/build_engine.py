@@ -5,7 +5,8 @@ from importlib.util import find_spec
 import torch
 
 from megatron.config.flags import require
-from megatron.config.sections import Config, Vocabulary
+from megatron.config.sections import Config
+from megatron.config.vocabulary import Vocabulary
 from megatron.model.initialise import initialise
 from megatron.model.transformer import Transformer
 from megatron.parallel.apply import build_engine
@@ -51,8 +52,16 @@ def start_engine(
     seed = config.training.seed
     settings = check_engine(config, ranks.size, bf16)
     if settings is None:
-        precision = {"bf16": bf16, "fp8_recipe": config.training.fp8_recipe}
-        engine = build_engine(config.model, vocabulary, seed, ranks, parallel, **precision, compile=compile)
+        engine = build_engine(
+            config.model,
+            vocabulary,
+            seed=seed,
+            ranks=ranks,
+            parallel=parallel,
+            bf16=bf16,
+            fp8_recipe=config.training.fp8_recipe,
+            compile=compile,
+        )
         optimizer = build_optimizer(engine, config.optimizer)
         start_state(optimizer, steps)
         return engine, optimizer

@@ -3,16 +3,18 @@
 import argparse
 import dataclasses
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 from megatron.config.compatibility import is_foreign, translate
 from megatron.config.flags import DescribedFormatter, HelpFormatter, Parser, add_section, build, spelling, typed_flags
 from megatron.config.recipes import RECIPES
 from megatron.config.resolve import BUDGETS, unpublished_defaults
-from megatron.config.sections import SECTIONS, Config, implied_tokenizer
+from megatron.config.sections import SECTIONS, Config
 from megatron.config.sizes import ladder_settings
+from megatron.config.tokenizer_flags import implied_tokenizer
 from megatron.objectives.registry import OBJECTIVES, foreign
-from megatron.training.resume import recorded_config
+from megatron.training.run_folder import recorded_config
 
 logger = logging.getLogger(__name__)
 
@@ -60,8 +62,18 @@ def parse_run(objective: str, arguments: list[str]) -> Config:
     return config
 
 
-def _configuration(objective: str, arguments: list[str]) -> Config:
-    namespace = parser(objective, implied(objective, arguments)).parse_known(arguments)
+def parse_over(config: Config, arguments: list[str]) -> Config:
+    """Return `config` with the flags of a command line on top.
+
+    Raises: ConfigurationError for anything wrong in the command line.
+    """
+    objective = config.objective.objective
+    settings = _flat(dataclasses.asdict(config))
+    return _configuration(objective, translate(arguments, _batch(objective, arguments, settings)), settings)
+
+
+def _configuration(objective: str, arguments: list[str], recorded: dict | None = None) -> Config:
+    namespace = parser(objective, implied(objective, arguments, recorded)).parse_known(arguments)
     return Config(**{name: build(section, namespace) for name, section in SECTIONS.items()})
 
 
@@ -72,7 +84,7 @@ def parse_with(options: type, description: str, arguments: list[str], shown: tup
 
     Raises: ConfigurationError for anything wrong in the command line.
     """
-    objective = _early_flags(arguments, "--objective").get("objective") or "ar"
+    objective = _early_flags(arguments, ("--objective",)).get("objective") or "ar"
     arguments = translate(arguments, _batch(objective, arguments))
     result = Parser(description=description, formatter_class=DescribedFormatter, allow_abbrev=False)
     add_section(result, options, {})
@@ -86,16 +98,21 @@ def parse_with(options: type, description: str, arguments: list[str], shown: tup
     return build(options, namespace), Config(**{name: build(kind, namespace) for name, kind in SECTIONS.items()})
 
 
-def implied(objective: str, arguments: list[str]) -> dict:
-    """Return what --recipe, --model-size, --skip-train and tokenizer files imply: defaults that flags override."""
-    early = _early_flags(arguments, "--objective", "--recipe", "--save", "--load", "--model-size", skip_train=True)
+def implied(objective: str, arguments: list[str], recorded: dict | None = None) -> dict:
+    """Return what --recipe, --model-size, --skip-train and tokenizer files imply: defaults that flags override.
+
+    `recorded` are the settings of a run, by flag; without them, --skip-train reads those of its run.
+    """
+    names = ("--objective", "--recipe", "--save", "--load", "--model-size")
+    early = _early_flags(arguments, names, skip_train=True)
     # unknown recipes and objectives are rejected later, by the full parser
     recipe = RECIPES.get(early.get("recipe") or "", {})
     chosen_objective = early.get("objective") or objective
     unused = foreign(chosen_objective) if chosen_objective in OBJECTIVES else ()
     settings = {name: value for name, value in recipe.items() if name not in unused}
-    if early.get("skip_train"):
-        settings |= recorded_settings(early.get("load") or early.get("save"))
+    if recorded is None and early.get("skip_train"):
+        recorded = recorded_settings(early.get("load") or early.get("save"))
+    settings |= recorded or {}
     if early.get("model_size"):
         settings |= ladder_settings(early["model_size"])
     typed = typed_flags(arguments)
@@ -106,34 +123,53 @@ def implied(objective: str, arguments: list[str]) -> dict:
 
 
 def recorded_settings(source: str | None) -> dict:
-    """Return the recorded settings of the run that --skip-train evaluates, as defaults.
-
-    The parallel layout is not among them: any layout can evaluate.
-    """
+    """Return the settings, by flag, of the run that --skip-train evaluates; {} if there is no run."""
     recorded = source and recorded_config(Path(source))
-    if not recorded:
-        return {}
-    sections = [
-        recorded.get(section, {}) for section in SECTIONS if section not in ("parallel", "checkpoint", "tracking")
-    ]
-    settings = {name: value for section in sections for name, value in section.items()}
-    # the precision of the run, not the default of this device
-    settings |= {"bf16": None, "fp32": None, recorded["precision"]: True}
-    settings |= {"fp8_recipe": None, "flash_attention": None}  # this device may not support them
-    return settings | {"objective": recorded["objective_name"]}  # runs older than the flag have only this key
+    return _flat(evaluation_sections(recorded)) if recorded else {}
 
 
-def _batch(objective: str, arguments: list[str]) -> int:
+def evaluation_sections(recorded: dict) -> dict[str, dict]:
+    """Return the sections of a run's config.json with which it is evaluated, on any device and in any layout.
+
+    The precision is that of the run, not the default of this device.
+    """
+    sections = {name: recorded.get(name, {}) for name in SECTIONS if name not in ("parallel", "checkpoint", "tracking")}
+    precision = {"bf16": None, "fp32": None, recorded["precision"]: True}
+    kernels = {"fp8_recipe": None, "flash_attention": None}  # this device may not support them
+    sections["training"] = sections["training"] | precision | kernels
+    # runs older than --objective have only the name
+    sections["objective"] = sections["objective"] | {"objective": recorded["objective_name"]}
+    return sections
+
+
+def evaluation_config(recorded: dict, load: str, flags: Sequence[str] = ()) -> Config:
+    """Return the configuration with which --skip-train --load `load` evaluates the run of config.json `recorded`.
+
+    `flags` are those of pretrain_gpt.py and override the recorded settings.
+
+    Raises: ConfigurationError for settings that this version does not have, and wrong flags.
+    """
+    sections = evaluation_sections(recorded)
+    sections["validation"] = sections["validation"] | {"skip_train": True}
+    config = Config.from_recorded(sections | {"checkpoint": {"load": load}})
+    return parse_over(config, list(flags)) if flags else config
+
+
+def _flat(sections: dict[str, dict]) -> dict:
+    return {name: value for section in sections.values() for name, value in section.items()}
+
+
+def _batch(objective: str, arguments: list[str], recorded: dict | None = None) -> int:
     """Return --global-batch-size of a command line that is not translated yet."""
-    text = _early_flags(arguments, "--global-batch-size").get("global_batch_size")
+    text = _early_flags(arguments, ("--global-batch-size",)).get("global_batch_size")
     try:
-        default = implied(objective, arguments).get("global_batch_size", _own_default("global_batch_size"))
+        default = implied(objective, arguments, recorded).get("global_batch_size", _own_default("global_batch_size"))
         return int(float(text or default))
     except (ValueError, OverflowError):
         return 1  # the full parser reports the error
 
 
-def _early_flags(arguments: list[str], *names: str, skip_train: bool = False) -> dict:
+def _early_flags(arguments: list[str], names: tuple[str, ...], *, skip_train: bool = False) -> dict:
     """Return a few flags of a command line before the full parse; {} if they are malformed."""
     partial = Parser(add_help=False, allow_abbrev=False)
     for name in names:

@@ -19,7 +19,7 @@ from megatron.validation.evaluate import ValidationSet
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Sources:
     """The data of a run, opened and checked."""
 
@@ -57,38 +57,38 @@ def open_sources(config: Config) -> Sources:
     hashes = [metadata[prefix].get("corpus_hash", "") for prefix in train.prefixes]
     sources = [metadata[prefix].get("source", prefix) for prefix in train.prefixes]
     return Sources(
-        tokenizer,
-        _training(train, train_members, config),
-        train.prefixes,
-        [_validation_set(requested, members[requested.name], config, tokenizer) for requested in held_out],
-        combined_hash(hashes, train.weights) if all(hashes) else fingerprints["--train-data-path"],
-        sources[0] if len(sources) == 1 else sources,
-        metadata[train.prefixes[0]].get("python_version"),
-        fingerprints,
-        _shared_13grams(held_out, metadata),
+        tokenizer=tokenizer,
+        train=_training(train, train_members, config),
+        train_prefixes=train.prefixes,
+        validation=[_validation_set(requested, members[requested.name], config, tokenizer) for requested in held_out],
+        corpus_hash=combined_hash(hashes, train.weights) if all(hashes) else fingerprints["--train-data-path"],
+        corpus_source=sources[0] if len(sources) == 1 else sources,
+        corpus_python_version=metadata[train.prefixes[0]].get("python_version"),
+        fingerprints=fingerprints,
+        shared_13grams=_shared_13grams(held_out, metadata),
     )
 
 
 def _members(requested: DataSet, opened: dict[str, IndexedDataset], data: DataConfig) -> list[IndexedDataset]:
     """Return the members of a blend, each cut to its split of --split."""
     datasets = [opened[prefix] for prefix in requested.prefixes]
-    if requested.part is None:
+    if requested.split_index is None:
         return datasets
     splits = []
     for dataset in datasets:
-        first, last = split_edges(data.split_shares, len(dataset))[requested.part : requested.part + 2]
+        first, last = split_edges(data.split_shares, len(dataset))[requested.split_index : requested.split_index + 2]
         if not dataset.sizes[first:last].any():
             raise ConfigurationError(
                 f"--split {data.split}: leaves no tokens of {dataset.prefix} for {requested.name}, of {len(dataset)} "
                 "documents in all; change the shares or give --valid-data-path"
             )
-        splits.append(dataset.part(first, last))
+        splits.append(dataset.document_range(first, last))
     return splits
 
 
 def _suffices(requested: DataSet, opened: dict[str, IndexedDataset], data: DataConfig) -> bool:
     """Return whether a set holds at least one sample; only the test split of --split may be smaller."""
-    if requested.part != 2:
+    if requested.split_index != 2:
         return True
     for dataset in (opened[prefix] for prefix in requested.prefixes):
         first, last = split_edges(data.split_shares, len(dataset))[2:]
@@ -127,7 +127,7 @@ def _tokenizer(data: DataConfig, metadata: dict[str, dict]) -> Tokenizer:
         if size != tokenizer.vocabulary_size:
             fault = f"was tokenised with {size} ids, the tokenizer has {tokenizer.vocabulary_size}"
         elif recorded.get("tokenizer_hash", tokenizer.hash) != tokenizer.hash:
-            fault = f"was tokenised with another tokenizer than {tokenizer.named}"
+            fault = f"was tokenised with another tokenizer than {tokenizer.flag}"
         else:
             continue
         raise ConfigurationError(
@@ -159,7 +159,13 @@ def tokenizer_of_data(data: DataConfig, prefix: str, recorded: dict) -> Tokenize
             f"{prefix}: no tokenizer file is next to the data; give the tokenizer of the data "
             "(--tokenizer-type, --tokenizer-model, --vocab-file, --merge-file, --vocab-size)"
         )
-    return build_tokenizer(data.tokenizer_type, model, data.vocab_size, data.vocab_file, data.merge_file)
+    return build_tokenizer(
+        data.tokenizer_type,
+        model,
+        vocab_size=data.vocab_size,
+        vocab_file=data.vocab_file,
+        merge_file=data.merge_file,
+    )
 
 
 def _validation_set(

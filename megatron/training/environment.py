@@ -146,7 +146,7 @@ def choose_compile(config: Config, plan: Plan, ranks: ParallelContext) -> bool:
     return compile
 
 
-def describe(objective, config, plan, sources, vocabulary, ranks, precision, compiled, command) -> dict:
+def describe(config, plan, sources, *, vocabulary, ranks, precision, compiled, command) -> dict:
     """Return the contents of config.json: everything that is needed to repeat the run."""
     packages = ["torch", "numpy", "tokenizers", "safetensors"]
     if config.parallel.deepspeed:
@@ -154,7 +154,7 @@ def describe(objective, config, plan, sources, vocabulary, ranks, precision, com
     if config.training.fp8_recipe is not None:
         packages.append("torchao")
     return {
-        "objective_name": objective,
+        "objective_name": config.objective.objective,
         "recipe": config.training.recipe,
         **asdict(config),
         "plan": asdict(plan),

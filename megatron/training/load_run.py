@@ -6,20 +6,21 @@ from pathlib import Path
 
 import torch
 
-from megatron.config.sections import SENTENCE_PIECE, Config, Vocabulary
+from megatron.config.sections import Config
+from megatron.config.tokenizer_flags import SENTENCE_PIECE
+from megatron.config.vocabulary import Vocabulary
 from megatron.data.indexed import read_metadata
 from megatron.data.paths import requested_sets
 from megatron.data.tokenizer import Tokenizer
 from megatron.errors import ConfigurationError
 from megatron.model.transformer import Transformer
-from megatron.training import checkpoint
-from megatron.training.command_line import parse
+from megatron.training.checkpoint_store import find_checkpoint, load_checkpoint, read_meta
+from megatron.training.command_line import evaluation_config
 from megatron.training.datasets import tokenizer_of_data
-from megatron.training.resume import recorded_config
-from megatron.training.run_folder import read_json
+from megatron.training.run_folder import recorded_config
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Trained:
     """A training run at one of its checkpoints."""
 
@@ -48,7 +49,7 @@ class Trained:
             model = Transformer(self.config.model, self.vocabulary)
         prefix = "average" if average else "model"
         weights = {f"{prefix}.{name}": parameter.detach() for name, parameter in model.named_parameters()}
-        checkpoint.load(self.checkpoint, weights)
+        load_checkpoint(self.checkpoint, weights)
         return model.to(dtype).eval()
 
     def tokenizer(self) -> Tokenizer:
@@ -70,7 +71,7 @@ class Trained:
         expected = metadata.get("tokenizer_hash", tokenizer.hash)
         if (tokenizer.vocabulary_size, tokenizer.hash) != (self.vocabulary.size, expected):
             raise ConfigurationError(
-                f"{tokenizer.named}: is not the tokenizer of {self.name}, which has {self.vocabulary.size} ids; give "
+                f"{tokenizer.flag}: is not the tokenizer of {self.name}, which has {self.vocabulary.size} ids; give "
                 "the tokenizer of its training data"
             )
         return tokenizer
@@ -83,10 +84,9 @@ def open_trained(run: str, which: str = "latest", flags: Sequence[str] = ()) -> 
 
     Raises: ConfigurationError if there is no run or no such checkpoint, or if it is damaged.
     """
-    config, folder = trained_config(run, flags), find_checkpoint(Path(run), which)
-    recorded = recorded_config(Path(run))
-    assert recorded is not None
-    return Trained(run, config, recorded, folder, read_json(folder / "meta.json"))
+    recorded = _recorded(run)
+    config, folder = evaluation_config(recorded, run, flags), find_checkpoint(Path(run), which)
+    return Trained(name=run, config=config, recorded=recorded, checkpoint=folder, meta=read_meta(folder))
 
 
 def trained_config(run: str, flags: Sequence[str] = ()) -> Config:
@@ -94,31 +94,11 @@ def trained_config(run: str, flags: Sequence[str] = ()) -> Config:
 
     Raises: ConfigurationError if there is no run.
     """
-    if recorded_config(Path(run)) is None:
+    return evaluation_config(_recorded(run), run, flags)
+
+
+def _recorded(run: str) -> dict:
+    recorded = recorded_config(Path(run))
+    if recorded is None:
         raise ConfigurationError(f"{run}: holds no run and is no checkpoint; give a folder that --save wrote")
-    return parse("ar", ["--skip-train", "--load", run, *flags])  # the recorded objective replaces "ar"
-
-
-def find_checkpoint(run: Path, which: str) -> Path:
-    """Return the folder of a run's "latest" or "best" checkpoint, or `run` itself if it is a checkpoint.
-
-    Raises: ConfigurationError if there is none or it is damaged.
-    """
-    if (run / "meta.json").exists():
-        folder = run
-    elif which == "latest":
-        newest = checkpoint.newest(run / "checkpoints", mend=False)
-        if newest is None:
-            raise ConfigurationError(f"{run}: holds no checkpoint; train it first")
-        return newest[0]
-    else:
-        pointer = run / "checkpoints" / "best.json"
-        if not pointer.exists():
-            raise ConfigurationError(
-                f"--checkpoint best: {run} has no checkpoint that was validated; give --checkpoint latest"
-            )
-        folder = pointer.with_name(read_json(pointer)["folder"])
-    fault = checkpoint.damage(folder)
-    if fault:
-        raise ConfigurationError(f"{folder}: is damaged ({fault}); give another checkpoint of that run")
-    return folder
+    return recorded

@@ -3,7 +3,7 @@
 import os
 import signal
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from multiprocessing.connection import wait
 from multiprocessing.context import ForkContext, ForkProcess
@@ -43,6 +43,7 @@ class MicroBatches(Dataset):
     samples: Samples
     objective: Objective
     noise: InputNoise
+    _: KW_ONLY
     seed: int
     first_sample: int
     train_samples: int

@@ -5,6 +5,8 @@ the update scale of Liu et al., Muon is Scalable for LLM Training (2502.16982), 
 are shared with AdamW: torch.optim.Muon with adjust_lr_fn="match_rms_adamw", on sharded matrices.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.distributed.tensor import distribute_tensor
@@ -45,7 +47,9 @@ class Muon(Optimizer):
     def __init__(self, group: dict, adamw: Optimizer, momentum: float):
         super().__init__([group, *adamw.param_groups], {})
         adamw.state = self.state
-        self.adamw, self.momentum = adamw, momentum
+        self.adamw: Any = adamw
+        self.momentum = momentum
+        self.found_inf = torch.zeros((), device=group["params"][0].device)  # 1: skip the step, as in torch's AdamW
 
     @torch.no_grad()
     def step(self) -> None:
@@ -54,12 +58,19 @@ class Muon(Optimizer):
         rate, decay = group["lr"], group["weight_decay"]
         for parameter in group["params"]:
             gradient, momentum = parameter.grad, self.state[parameter]["momentum_buffer"]
-            momentum.lerp_(gradient, 1 - self.momentum)
+            new_momentum = momentum.lerp(gradient, 1 - self.momentum)
             mesh = parameter.device_mesh
-            whole = gradient.lerp(momentum, self.momentum).full_tensor()  # Nesterov's momentum
+            whole = gradient.lerp(new_momentum, self.momentum).full_tensor()  # Nesterov's momentum
             update = orthogonalise(whole.to(mesh.device_type))  # with --cpu-offload the matrix is in host memory
             shard = distribute_tensor(update, mesh, parameter.placements, src_data_rank=None).to_local()
-            local = parameter.to_local()
-            local.mul_(1 - rate * decay)
-            local.add_(shard.to(local.device), alpha=-rate * SCALE * max(parameter.shape) ** 0.5)
+            weights = parameter.to_local()
+            new_weights = weights * (1 - rate * decay)
+            new_weights.add_(shard.to(weights.device), alpha=-rate * SCALE * max(parameter.shape) ** 0.5)
+            self._store(weights, new_weights)
+            self._store(momentum.to_local(), new_momentum.to_local())
+        self.adamw.found_inf = self.found_inf
         self.adamw.step()
+
+    def _store(self, tensor: Tensor, value: Tensor) -> None:
+        """Set `tensor` to `value`, unless the step is skipped."""
+        torch.where(self.found_inf.bool(), tensor, value, out=tensor)

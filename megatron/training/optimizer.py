@@ -1,6 +1,7 @@
 """Builds AdamW, or Muon with AdamW, over parameter groups by kind; weight decay applies to some kinds.
 
-On CUDA the AdamW update is NVIDIA apex's if that is installed, else PyTorch's fused one.
+On CUDA the AdamW update is NVIDIA apex's if that is installed, else PyTorch's fused one. All optimizers skip a step, so
+that nothing changes, where their attribute `found_inf`, a tensor, is 1.
 """
 
 from collections.abc import Iterator
@@ -10,7 +11,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 
-from megatron.config.sections import Config, OptimizerConfig, Vocabulary
+from megatron.config.sections import Config, OptimizerConfig
+from megatron.config.vocabulary import Vocabulary
 from megatron.model.transformer import Transformer
 from megatron.parallel.engine import MOMENTS, Engine
 from megatron.training.muon import Muon
@@ -107,8 +109,11 @@ class ShardedApexAdam(Optimizer):
     """Apex's FusedAdam on the local shards of DTensor parameters, which its kernels do not support directly.
 
     Parameters, gradients and moments remain DTensors outside, as for every optimizer here; apex updates their
-    storage. `start_state` must be called before the first step.
+    storage. `start_state` must be called before the first step. Apex's kernel cannot skip a step on the device: the
+    host waits for `found_inf`.
     """
+
+    found_inf: torch.Tensor | None = None  # 1: skip the step, as in torch's AdamW
 
     def __init__(self, fused_adam: type, groups: list[dict], **options):
         super().__init__(groups, options)
@@ -130,6 +135,8 @@ class ShardedApexAdam(Optimizer):
     @torch.no_grad()
     def step(self) -> None:
         """Update all parameters from their gradients."""
+        if self.found_inf is not None and bool(self.found_inf):
+            return
         for outer, inner in zip(self.param_groups, self._apex.param_groups, strict=True):
             inner["lr"], inner["weight_decay"] = outer["lr"], outer["weight_decay"]
             for parameter in outer["params"]:

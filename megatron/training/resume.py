@@ -10,16 +10,16 @@ from megatron.config.sections import Config
 from megatron.errors import ConfigurationError
 from megatron.objectives.registry import capabilities
 from megatron.parallel.mesh import ParallelContext
-from megatron.training import checkpoint
+from megatron.training.checkpoint_store import CheckpointStore, damage, is_checkpoint, read_meta
 from megatron.training.datasets import Sources
 from megatron.training.exit_conditions import on_any_rank, signal_reason
 from megatron.training.resume_checks import check_resume
-from megatron.training.run_folder import RunFolder, check_writable, read_json, read_records
+from megatron.training.run_folder import RunFolder, check_writable, read_records, recorded_config
 
 WAITING = "waiting"  # what rank 0 sends instead of an origin while it waits for the lock
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Origin:
     """The checkpoint that a run resumes from, and the records up to it."""
 
@@ -31,7 +31,7 @@ class Origin:
 
 
 def open_run(
-    config: Config, plan: Plan, objective: str, sources: Sources, precision: str, ranks: ParallelContext
+    config: Config, plan: Plan, sources: Sources, *, precision: str, ranks: ParallelContext
 ) -> tuple[RunFolder | None, Origin | None]:
     """Return the run folder (on rank 0; None on other ranks, without --save and with --skip-train) and the origin.
 
@@ -49,21 +49,14 @@ def open_run(
         _source(config)  # fails before a folder is created
         if config.checkpoint.save and not config.validation.skip_train:
             folders.append(RunFolder(config.checkpoint.save, config.checkpoint.wait_for_lock, stop_reason))
-        return find_origin(config, plan, objective, sources, precision)
+        return find_origin(config, plan, sources, precision=precision)
 
     while (origin := ranks.from_rank_0(find)) == WAITING:
         on_any_rank(signal_reason(), ranks)
     return (folders[0] if folders else None), origin
 
 
-def recorded_config(path: Path) -> dict | None:
-    """Return the recorded configuration of a run folder or a checkpoint folder; None if `path` is neither."""
-    if (path / "meta.json").exists():
-        return read_json(path / "meta.json")["config"]
-    return read_json(path / "config.json") if (path / "config.json").exists() else None
-
-
-def check_run(config: Config, plan: Plan, objective: str, sources: Sources, precision: str | None) -> None:
+def check_run(config: Config, plan: Plan, sources: Sources, precision: str | None) -> None:
     """Make the checks of `open_run` without writing anything, except for the lock of the run folder.
 
     `precision` is None if the device decides it.
@@ -72,17 +65,17 @@ def check_run(config: Config, plan: Plan, objective: str, sources: Sources, prec
     """
     if config.checkpoint.save and not config.validation.skip_train:
         check_writable(Path(config.checkpoint.save))
-    find_origin(config, plan, objective, sources, precision, read_only=True)
+    find_origin(config, plan, sources, precision=precision, read_only=True)
 
 
 def find_origin(
-    config: Config, plan: Plan, objective: str, sources: Sources, precision: str | None, read_only: bool = False
+    config: Config, plan: Plan, sources: Sources, *, precision: str | None, read_only: bool = False
 ) -> Origin | None:
     """Return the checkpoint to resume from, or None to start from scratch.
 
     Raises: ConfigurationError if it does not fit the configuration.
     """
-    only_evaluate = config.validation.skip_train
+    objective, only_evaluate = config.objective.objective, config.validation.skip_train
     source, branched = _source(config)
     if source is None:
         return None
@@ -103,13 +96,17 @@ def find_origin(
         message = f"the run in {source} was started with {typed('split', split)}; leave the flag out"
         require(config.data.split == split, "split", config.data.split, message)
     if branched and not only_evaluate:
-        _check_branch(recorded, meta, config, plan, source)
+        _check_branch(recorded, meta, config, plan=plan, source=source)
     elif not only_evaluate:
-        _check_surroundings(recorded, sources, precision, config, source)
+        _check_surroundings(recorded, sources, precision, config=config, source=source)
     if capabilities(objective).mixes_kinds and not only_evaluate:
         _check_kinds(meta, config, source)
     return Origin(
-        run, folder, meta, read_records(run, meta["iteration"]), str(folder) if branched else recorded["branched_from"]
+        run=run,
+        checkpoint=folder,
+        meta=meta,
+        records=read_records(run, meta["iteration"]),
+        branched_from=str(folder) if branched else recorded["branched_from"],
     )
 
 
@@ -133,10 +130,10 @@ def _source(config: Config) -> tuple[Path | None, bool]:
         raise ConfigurationError(
             f"--load {source}: holds no run (no config.json) and is no checkpoint; give a folder that --save wrote"
         )
-    if branched and settings.save and checkpoint.has_any(save / "checkpoints"):
+    if branched and settings.save and CheckpointStore.of_run(save).has_any():
         return save, False  # the branch already has checkpoints: resume it
     required = branched or only_evaluate or settings.exit_on_missing_checkpoint
-    if required and not ((source / "meta.json").exists() or checkpoint.has_any(source / "checkpoints")):
+    if required and not (is_checkpoint(source) or CheckpointStore.of_run(source).has_any()):
         remedy = "" if branched or only_evaluate else ", or leave out --exit-on-missing-checkpoint"
         flag = "--load" if settings.load else "--save"
         raise ConfigurationError(f"{flag} {source}: holds no checkpoint; train it first{remedy}")
@@ -145,16 +142,16 @@ def _source(config: Config) -> tuple[Path | None, bool]:
 
 def _checkpoint(source: Path, rename_damaged: bool) -> tuple[Path, Path, dict] | None:
     """Return run, folder and meta.json of a run's newest checkpoint, or of `source` if it is a checkpoint."""
-    if (source / "meta.json").exists():
-        fault = checkpoint.damage(source)
+    if is_checkpoint(source):
+        fault = damage(source)
         if fault:
             raise ConfigurationError(f"--load {source}: is damaged ({fault}); give another checkpoint of that run")
-        return source.resolve().parents[1], source, read_json(source / "meta.json")
-    newest = checkpoint.newest(source / "checkpoints", rename_damaged)
-    return newest and (source, *newest)
+        return source.resolve().parents[1], source, read_meta(source)
+    newest = CheckpointStore.of_run(source).newest(rename_damaged=rename_damaged)
+    return newest and (source, newest, read_meta(newest))
 
 
-def _check_branch(recorded: dict, meta: dict, config: Config, plan: Plan, source: Path) -> None:
+def _check_branch(recorded: dict, meta: dict, config: Config, *, plan: Plan, source: Path) -> None:
     """Reject a branch whose sample count would be wrong or has already reached the budget."""
     recorded_length = recorded["data"]["seq_length"]
     require(
@@ -190,7 +187,9 @@ def _check_kinds(meta: dict, config: Config, source: Path) -> None:
     )
 
 
-def _check_surroundings(recorded: dict, sources: Sources, precision: str | None, config: Config, source: Path) -> None:
+def _check_surroundings(
+    recorded: dict, sources: Sources, precision: str | None, *, config: Config, source: Path
+) -> None:
     """Reject other data under the same name, and a device whose default precision differs from the run's."""
     remedy = f"or branch: --load {source} --save ANOTHER_DIR"
     for name, fingerprint in recorded["fingerprints"].items():

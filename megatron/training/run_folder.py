@@ -14,13 +14,15 @@ import time
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 import numpy as np
 
 from megatron.errors import ConfigurationError
 from megatron.stop_signals import StopRequested
-from megatron.validation.evaluate import Evaluation
+
+if TYPE_CHECKING:  # tools read run folders without torch
+    from megatron.validation.evaluate import Evaluation
 
 logger = logging.getLogger(__name__)
 
@@ -193,7 +195,7 @@ class RunFolder:
             self._records.write(json.dumps(record) + "\n")
             self._records.flush()
 
-    def save_evaluation(self, set_name: str, iteration: int, evaluation: Evaluation) -> None:
+    def save_evaluation(self, set_name: str, iteration: int, evaluation: "Evaluation") -> None:
         """Save the per-document sums, for paired comparisons."""
         self.check_lock()
         folder = self.path / "validation" / set_name
@@ -229,6 +231,13 @@ def read_records(folder: Path, up_to_iteration: float = math.inf) -> list[dict]:
         if record["iteration"] <= up_to_iteration:
             records.append(record)
     return records
+
+
+def recorded_config(path: Path) -> dict | None:
+    """Return the recorded configuration of a run folder or a checkpoint folder; None if `path` is neither."""
+    if (path / "meta.json").exists():
+        return read_json(path / "meta.json")["config"]
+    return read_json(path / "config.json") if (path / "config.json").exists() else None
 
 
 def _owner_name() -> str:

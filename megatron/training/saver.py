@@ -30,17 +30,22 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWr
 from torch.distributed.tensor import DTensor
 
 from megatron.parallel.mesh import PATIENCE, ParallelContext
-from megatron.training.checkpoint import BLOCK, folder_name
 from megatron.training.run_folder import LockError, write_json
 
 logger = logging.getLogger(__name__)
 
+BLOCK = 1 << 24  # bytes per read, write or checksum update
 DTYPES = {
     torch.float32: "F32",
     torch.bfloat16: "BF16",
     torch.float16: "F16",
     torch.int64: "I64",
 }  # names in safetensors
+
+
+def folder_name(iteration: int) -> str:
+    """Return the folder name of the checkpoint of a step."""
+    return f"iter_{iteration:07d}"
 
 
 class Saver:

@@ -9,12 +9,14 @@ import numpy as np
 import torch
 
 from megatron.config.layout_checks import check_batch, check_layout
-from megatron.config.sections import Config, Vocabulary
+from megatron.config.sections import Config
+from megatron.config.vocabulary import Vocabulary
 from megatron.errors import ConfigurationError
+from megatron.objectives.documents import DocumentRules
 from megatron.objectives.input_noise import build_input_noise
 from megatron.objectives.registry import build_objective, capabilities, document_rules
 from megatron.parallel.launch import world_size
-from megatron.parallel.mesh import initialize_parallel
+from megatron.parallel.mesh import ParallelContext, initialize_parallel
 from megatron.training.build_engine import start_engine
 from megatron.training.device_info import peak_memory
 from megatron.training.environment import choose_precision, prepare_device
@@ -54,18 +56,10 @@ def attempt(config: Config, vocabulary: Vocabulary, steps: int) -> Trial | str:
 
     Raises: torch.OutOfMemoryError on the rank that runs out of memory, if there are several ranks.
     """
-    parallel, training, seq_length = config.parallel, config.training, config.data.seq_length
     try:
         # id 0 serves as the end-of-document token
         documents = document_rules(config.data, config.objective, eod=0)
-        check_layout(config, world_size())
-        check_batch(config, world_size(), capabilities(config.objective.objective))
-        ranks = initialize_parallel(
-            tensor=parallel.tensor_model_parallel_size,
-            pipeline=parallel.pipeline_model_parallel_size,
-            replicas=parallel.replicas(parallel.data_size(world_size())),
-        )
-        prepare_device(config, ranks.device)
+        ranks = _join(config)
     except ConfigurationError as error:
         return f"refused: {error}"
     torch._dynamo.reset()  # code compiled for other configurations counts towards the recompilation limit
@@ -73,34 +67,62 @@ def attempt(config: Config, vocabulary: Vocabulary, steps: int) -> Trial | str:
     if ranks.device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    bf16, compile = choose_precision(config, ranks.device) == "bf16", bool(training.compile)
     try:
-        engine, optimizer = start_engine(config, vocabulary, ranks, bf16=bf16, compile=compile, steps=0)
-        data = MicroBatches(
-            RandomText(vocabulary.size, seq_length),
-            build_objective(config.objective, vocabulary, training.global_batch_size, documents),
-            build_input_noise(config.objective, vocabulary, config.model.num_layers),
-            seed=training.seed,
-            first_sample=0,
-            train_samples=(WARM_UP + steps) * training.global_batch_size,
-            micro_batch_size=training.micro_batch_size,
-            global_batch_size=training.global_batch_size,
-            rank=ranks.data_rank,
-            size=ranks.data_size,
-        )
-        seconds = []
-        for step in range(data.steps):
-            batches = [batch for index in range(data.per_step) for batch in data[step * data.per_step + index]]
-            if ranks.device.type == "cuda":
-                batches = [batch.pin_memory() for batch in batches]  # as the training loader does
-            start = time.perf_counter()
-            result = train_step(engine, optimizer, batches, learning_rate=1e-4, weight_decay=0.1, clip_grad=1.0)
-            (loss,) = ranks.sum(float(result.loss))  # synchronises with the device
-            seconds.append(time.perf_counter() - start)
+        return _measure(config, vocabulary, ranks, documents=documents, steps=steps)
     except torch.OutOfMemoryError as error:
         if ranks.size > 1:
             raise  # other ranks wait in a collective; the launcher ends them
         return f"out of memory: {str(error).splitlines()[0]}"
+
+
+def _join(config: Config) -> ParallelContext:
+    """Return the ranks of the configured layout; a collective call. Raises: ConfigurationError if it does not fit."""
+    parallel = config.parallel
+    check_layout(config, world_size())
+    check_batch(config, world_size(), capabilities(config.objective.objective))
+    ranks = initialize_parallel(
+        tensor=parallel.tensor_model_parallel_size,
+        pipeline=parallel.pipeline_model_parallel_size,
+        replicas=parallel.replicas(parallel.data_size(world_size())),
+    )
+    prepare_device(config, ranks.device)
+    return ranks
+
+
+def _measure(
+    config: Config, vocabulary: Vocabulary, ranks: ParallelContext, *, documents: DocumentRules | None, steps: int
+) -> Trial:
+    """Return the measurements of `steps` steps after `WARM_UP` untimed ones."""
+    training, seq_length = config.training, config.data.seq_length
+    bf16, compile = choose_precision(config, ranks.device) == "bf16", bool(training.compile)
+    engine, optimizer = start_engine(config, vocabulary, ranks, bf16=bf16, compile=compile, steps=0)
+    data = MicroBatches(
+        RandomText(vocabulary.size, seq_length),
+        build_objective(config.objective, vocabulary, training.global_batch_size, documents),
+        build_input_noise(config.objective, vocabulary, config.model.num_layers),
+        seed=training.seed,
+        first_sample=0,
+        train_samples=(WARM_UP + steps) * training.global_batch_size,
+        micro_batch_size=training.micro_batch_size,
+        global_batch_size=training.global_batch_size,
+        rank=ranks.data_rank,
+        size=ranks.data_size,
+    )
+    seconds = []
+    for step in range(data.steps):
+        batches = [batch for index in range(data.per_step) for batch in data[step * data.per_step + index]]
+        if ranks.device.type == "cuda":
+            batches = [batch.pin_memory() for batch in batches]  # as the training loader does
+        start = time.perf_counter()
+        result = train_step(engine, optimizer, batches, learning_rate=1e-4, weight_decay=0.1, clip_grad=1.0)
+        (loss,) = ranks.sum(float(result.loss))  # synchronises with the device
+        seconds.append(time.perf_counter() - start)
     seconds_per_step = ranks.from_rank_0(lambda: median(seconds[WARM_UP:]))  # so that all ranks decide alike
-    speed = training.global_batch_size * seq_length / seconds_per_step
-    return Trial(seconds_per_step, speed, seconds[0], peak_memory(ranks.device), loss, float(result.grad_norm))
+    return Trial(
+        seconds_per_step=seconds_per_step,
+        tokens_per_second=training.global_batch_size * seq_length / seconds_per_step,
+        first_step_seconds=seconds[0],
+        memory_bytes=peak_memory(ranks.device),
+        loss=loss,
+        grad_norm=float(result.grad_norm),
+    )

@@ -204,6 +204,6 @@ def start_trackers(config: Config, folder: RunFolder | None, description: dict, 
     if settings.tensorboard_dir:
         factories[typed("tensorboard_dir", settings.tensorboard_dir)] = partial(TensorBoard, settings, past_records)
     if settings.wandb_project:
-        factory = partial(WeightsAndBiases, settings, folder, description, past_records)
+        factory = partial(WeightsAndBiases, settings, folder, description=description, past_records=past_records)
         factories[typed("wandb_project", settings.wandb_project)] = factory
     return Trackers({} if config.validation.skip_train else factories)

@@ -14,6 +14,7 @@ from megatron.data.blend import ValidationBlend
 from megatron.data.samples import ValidationWindows
 from megatron.objectives.base import EvaluationNoise, Likelihood
 from megatron.parallel.mesh import ParallelContext
+from megatron.statistics import clustered_ratio
 
 
 class EvaluationEngine(Protocol):
@@ -57,21 +58,18 @@ class Evaluation:
         """Return loss (nats per token), mc_se, data_se and bits_per_byte.
 
         mc_se is the standard error over independent noise replicates, None if there is only one.
-        data_se treats documents as clusters sampled at random: the ratio estimator's standard error
-        (Cochran, Sampling Techniques, 1977, section 6.3). It includes the noise that differs between
-        documents, so it is the whole error for another set of documents: adding mc_se would count noise twice.
+        data_se is the standard error over documents, None if only one has scored tokens. It includes the noise that
+        differs between documents, so it is the whole error for another set of documents: adding mc_se would count
+        noise twice.
         """
-        means = self.nats.sum(axis=1) / self.tokens.sum()
-        loss, replicates = float(means.mean()), len(means)
-        scored = self.tokens > 0  # [D]
-        residual = self.nats.mean(axis=0)[scored] - loss * self.tokens[scored]
-        clusters = int(scored.sum())
-        data_se = np.sqrt(clusters / max(1, clusters - 1) * (residual**2).sum()) / self.tokens.sum()
+        loss = clustered_ratio(self.nats, self.tokens)
+        means = self.nats.sum(axis=1) / self.tokens.sum()  # [R]
+        replicates = len(means)
         text = 0 if self.bytes is None else self.bytes.sum()
         return {
-            "loss": loss,
+            "loss": loss.value,
             "mc_se": float(means.std(ddof=1) / np.sqrt(replicates)) if replicates > 1 else None,
-            "data_se": float(data_se) if clusters > 1 else None,
+            "data_se": loss.standard_error,
             "bits_per_byte": float(self.nats.mean(axis=0).sum() / np.log(2) / text) if text > 0 else None,
         }
 

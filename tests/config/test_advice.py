@@ -5,10 +5,11 @@ import re
 
 import pytest
 
-from megatron.config.compatibility import TABLE, NoOp, Refused
+from megatron.config.compatibility_entries import NoOp, Refused
+from megatron.config.compatibility_table import TABLE
 from megatron.config.layout_checks import check_batch, check_layout
 from megatron.config.resolve import BUDGETS, resolve
-from megatron.config.sections import Vocabulary
+from megatron.config.vocabulary import Vocabulary
 from megatron.errors import ConfigurationError
 from megatron.objectives.registry import capabilities
 from megatron.parallel.deepspeed_config import deepspeed_config
@@ -136,7 +137,7 @@ FOLLOWED = [
     ("--tensor-model-parallel-size 2 --recompute-granularity full --compile", "leave out --compile or "
      "--recompute-granularity", ["--tensor-model-parallel-size 2 --recompute-granularity full",
                                  "--tensor-model-parallel-size 2 --compile"]),
-    ("--lr-wsd-decay-samples 9", "needs --lr-decay-style WSD; give both or neither",
+    ("--lr-wsd-decay-samples 9", "does nothing without --lr-decay-style WSD; give both or neither",
      ["--lr-wsd-decay-samples 9 --lr-decay-style WSD", ""]),
     ("--tensor-model-parallel-size 4 --group-query-attention --num-query-groups 2",
      "does not divide --num-query-groups 2; give 2, or change --num-query-groups",

@@ -4,7 +4,9 @@ import logging
 
 import pytest
 
-from megatron.config.compatibility import TABLE, NoOp, Refused, Same, markdown, one_table, refused, translate
+from megatron.config.compatibility import markdown, translate
+from megatron.config.compatibility_entries import NoOp, Refused, Same, one_table, refused
+from megatron.config.compatibility_table import TABLE
 from megatron.config.sections import SECTIONS
 from megatron.errors import ConfigurationError
 from megatron.training.command_line import parse, parser

@@ -170,8 +170,9 @@ def test_help_is_grouped_complete_and_fits(objective):
         for field in dataclasses.fields(section):
             position = text.index(f"\n  --{field.name.replace('_', '-')}", position)
     flat = " ".join(text.split())
-    assert flat.count("(required)") == 3 and "number of transformer blocks (required)" in flat
-    assert "peak learning rate (default: 0.0002)" in flat and "SwiGLU MLP; --no-swiglu is GELU (default: on)" in flat
+    assert flat.count("; required)") == 3 and "number of transformer blocks (at least 1; required)" in flat
+    assert "peak learning rate (positive; default: 0.0002)" in flat
+    assert "SwiGLU MLP; --no-swiglu is GELU (default: on)" in flat
     assert "(default: None)" not in flat and "default: False" not in flat and "PREFIX" in flat
     assert "default 1% of the budget" in flat and "%%" not in flat
     assert not [

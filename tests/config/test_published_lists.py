@@ -8,8 +8,8 @@ import pytest
 
 from megatron.config.layout_checks import check_batch, check_layout
 from megatron.config.resolve import resolve
-from megatron.config.sections import Vocabulary
 from megatron.config.sizes import LADDER, UNIQUE_TOKENS
+from megatron.config.vocabulary import Vocabulary
 from megatron.objectives.registry import capabilities
 from megatron.parallel.deepspeed_config import deepspeed_config
 from megatron.training.command_line import parse, parse_run

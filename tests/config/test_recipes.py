@@ -6,8 +6,9 @@ import pytest
 
 from megatron.config.recipes import RECIPES
 from megatron.config.resolve import resolve
-from megatron.config.sections import SECTIONS, Vocabulary
+from megatron.config.sections import SECTIONS
 from megatron.config.sizes import UNIQUE_TOKENS
+from megatron.config.vocabulary import Vocabulary
 from megatron.errors import ConfigurationError
 from megatron.objectives.registry import capabilities
 from megatron.training.command_line import parse
@@ -40,7 +41,8 @@ OURS = {
     "deterministic", "fp8_recipe", "flash_attention",
     "train_epochs", "train_samples", "train_iters", "train_flops", "lr_warmup_samples", "lr_decay_samples",
     "lr_wsd_decay_samples", "exit_interval", "exit_duration_in_mins", "kill_switch_file", "exit_code_when_stopped",
-    "dry_run", "eval_batch_size", "eval_seed", "save", "load", "wait_for_lock", "keep_every_epochs", "objective",
+    "dry_run", "eval_batch_size", "eval_seed", "save", "load", "wait_for_lock", "keep_every_epochs", "keep_iterations",
+    "objective",
     "exit_on_missing_checkpoint", "causal_ratio", "diffusion_block_size",
     "right_to_left_ratio", "target_offset_max", "target_positions", "random_replacement", "masked_input_weight",
     "masked_input_max", "stochastic_depth", "low_noise_ratio", "label_smoothing", "z_loss", "muon_momentum",
@@ -106,10 +108,10 @@ def test_help_shows_the_defaults_of_the_recipe(objective, capsys):
             parse(objective, ["--help", "--recipe", recipe])
         assert left.value.code == 0
         shown[recipe] = " ".join(capsys.readouterr().out.split())
-    published = "dropout of attention probabilities (default: 0.1)"
+    published = "dropout of attention probabilities (in [0, 1); default: 0.1)"
     assert published in shown["published"] and published not in shown["default"]
     assert "(default: megatron)" in shown["published"] and "(default: documents)" in shown["default"]
-    assert "steps between checkpoints; default --eval-interval (default: 1000)" in shown["published"]
+    assert "steps between checkpoints; default --eval-interval (positive; default: 1000)" in shown["published"]
 
 
 def test_every_name_of_a_recipe_is_a_field():

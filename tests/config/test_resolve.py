@@ -5,8 +5,9 @@ from fractions import Fraction
 import pytest
 
 from megatron.config.resolve import resolve
-from megatron.config.sections import ModelConfig, Vocabulary
+from megatron.config.sections import ModelConfig
 from megatron.config.sizes import parameter_count
+from megatron.config.vocabulary import Vocabulary
 from megatron.errors import ConfigurationError
 from megatron.model.transformer import Transformer
 from megatron.objectives.registry import capabilities

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from megatron.config.resolve import resolve
-from megatron.config.sections import ModelConfig, Vocabulary
+from megatron.config.sections import ModelConfig
 from megatron.config.sizes import (
     BEST_ON_100M,
     COMPUTE_OPTIMAL,
@@ -19,6 +19,7 @@ from megatron.config.sizes import (
     parameter_count,
     published_count,
 )
+from megatron.config.vocabulary import Vocabulary
 from megatron.errors import ConfigurationError
 from megatron.objectives.registry import capabilities
 from megatron.training.command_line import parse

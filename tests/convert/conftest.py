@@ -9,7 +9,7 @@ from warnings import catch_warnings
 
 import pytest
 
-from megatron.training.main import main
+from megatron.training.launcher import main
 from tests.conftest import ROOT, environment
 
 

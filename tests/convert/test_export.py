@@ -15,8 +15,8 @@ from megatron.errors import ConfigurationError
 from megatron.objectives.base import EvaluationNoise
 from megatron.objectives.registry import build_objective
 from megatron.training.datasets import open_sources
+from megatron.training.launcher import main
 from megatron.training.load_run import open_trained, trained_config
-from megatron.training.main import main
 from tests.conftest import changed, records, run
 from tests.convert.conftest import convert
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
-from megatron.config.sections import ModelConfig, Vocabulary
+from megatron.config.sections import ModelConfig
+from megatron.config.vocabulary import Vocabulary
 from megatron.convert.huggingface import extra_rows, family_of, hugging_face_config, hugging_face_model
 from megatron.errors import ConfigurationError
 from megatron.model.initialise import initialise
@@ -47,7 +48,7 @@ CASES += [(name, masked, size) for name in ("tied", "untied") for masked in (Fal
 def test_logits_survive_the_disk(name, masked, size, tmp_path):
     model = nontrivial_model(size, **MODELS[name])
     num_rows = size + int(masked)
-    config = hugging_face_config(model.config, rows=num_rows, positions=24, bidirectional=masked)
+    config = hugging_face_config(model.config, vocabulary_rows=num_rows, max_positions=24, bidirectional=masked)
     hugging_face_model(model, config).save_pretrained(tmp_path, max_shard_size="20KB")
     assert len([*tmp_path.glob("*.safetensors")]) > 1
     # transformers before 5 reads only rope_theta, and defaults to 10000

@@ -21,10 +21,10 @@ from megatron.convert.export import export
 from megatron.convert.import_huggingface import import_folder
 from megatron.data.tokenizer import train_tokenizer
 from megatron.errors import ConfigurationError
-from megatron.evaluation.ensemble import open_members
-from megatron.training import checkpoint
+from megatron.reporting.ensemble import open_members
+from megatron.training.checkpoint_store import CheckpointStore
+from megatron.training.launcher import main
 from megatron.training.load_run import open_trained
-from megatron.training.main import main
 from tests.conftest import records
 from tests.convert.conftest import convert
 
@@ -372,4 +372,4 @@ def test_damaged_and_dangerous_folders(llama, runs, tmp_path):
         assert message in str(caught.value)
     with pytest.raises(ConfigurationError, match="--output .*: exists already"):
         import_folder(llama, tmp_path / "hf")
-    assert checkpoint.complete(tmp_path) == []
+    assert CheckpointStore(tmp_path).complete() == []

@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 
 from megatron.convert.export import export
 from megatron.convert.tokenizer import write_tokenizer
+from megatron.training.launcher import main
 from megatron.training.load_run import open_trained
-from megatron.training.main import main
 from tests.conftest import environment
 from tests.convert.test_converted_tokenizer import TEXTS, folder, our_tokenizer  # noqa: F401 (a fixture)
 from tests.convert.test_sentence_piece import LLAMA, trained

@@ -6,7 +6,7 @@ import pytest
 from megatron.data.indexed import IndexedDataset, IndexedDatasetWriter
 from megatron.data.megatron_order import MegatronOrder
 from megatron.data.samples import TrainSamples
-from megatron.training.main import main
+from megatron.training.launcher import main
 
 SIZES = {
     "even": [7, 7, 7, 7],
@@ -92,7 +92,7 @@ def test_unique_tokens_cut_the_documents(tmp_path):
 @pytest.mark.parametrize("requested", [3, 9, 40])
 def test_a_part_of_split_keeps_its_empty_documents_at_the_end(tmp_path, requested):
     whole = write(tmp_path, [4, 0, 9, 30, 0, 0, 17, 55])
-    samples = TrainSamples(whole.part(1, 6), 5, 7, "megatron")
+    samples = TrainSamples(whole.document_range(1, 6), 5, 7, "megatron")
     samples.request(requested)
     expected, _, _ = slowly([0, 9, 30, 0, 0], 5, 7, requested)
     assert [samples[i].tolist() for i in range(requested)] == [

@@ -144,7 +144,7 @@ def test_split_names_its_parts():
     assert [held_out_set.name for held_out_set in requested_sets(data, with_test=False)[1]] == ["validation"]
     assert requested(train_data_path=("a",), split="1")[1] == []
     train, held_out = requested(train_data_path=("a",), split="8,2", valid_data_path=("v",))
-    assert train.part == 0 and held_out == [DataSet("validation", ("v",), (1.0,))]
+    assert train.split_index == 0 and held_out == [DataSet("validation", ("v",), (1.0,))]
 
 
 @pytest.mark.parametrize("split", ["", "a", "1,2,3,4", "0,1", "-1,2", "nan,1", "inf", "1;2", "1.2.3"])

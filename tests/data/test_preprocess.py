@@ -199,7 +199,7 @@ def test_an_interrupted_writer_changes_nothing(text, tmp_path, monkeypatch, mome
     preprocess(options(text, folder))
     before = contents(folder)
 
-    def fail(*_):
+    def fail(*_, **__):
         raise error
 
     if moment == "encode_batch":
@@ -242,9 +242,8 @@ def test_files_move_into_place_with_corpus_json_last(text, tmp_path, monkeypatch
 def test_a_killed_writer_leaves_no_data_set_and_the_next_one_clears_up(text, tmp_path):
     folder = tmp_path / "data"
     flags = ["--output-dir", folder, "--input", text, "--tokenizer-type", "ByteTokenizer", "--splits", *SHARES]
-    stop = (
-        "from megatron.data import preprocess; preprocess._describe = lambda *_: os.kill(os.getpid(), signal.SIGKILL)"
-    )
+    kill = "lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)"
+    stop = f"from megatron.data import preprocess; preprocess._describe = {kill}"
     start = f"sys.argv = {command(*flags)[1:]}; runpy.run_path(sys.argv[0], run_name='__main__')"
     program = f"import os, runpy, signal, sys; {stop}; {start}"
     killed = subprocess.run([sys.executable, "-c", program], env=environment(), cwd=ROOT, capture_output=True)

@@ -227,7 +227,7 @@ def test_a_missing_tokenizer_is_refused(refused, missing):
 
 
 def test_null_tokenizer_has_one_more_id_and_takes_numbers_only(refused):
-    null = build_tokenizer("NullTokenizer", None, 100)
+    null = build_tokenizer("NullTokenizer", vocab_size=100)
     assert isinstance(null, NullTokenizer)
     assert (null.vocabulary_size, null.eod, null.token_bytes()) == (101, 100, None)
     assert null.encode(" 0 99\n7 ") == [0, 99, 7] == null.encode_batch(["1", "0 99 7"])[1]

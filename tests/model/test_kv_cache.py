@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from megatron.config.sections import ModelConfig, Vocabulary
+from megatron.config.sections import ModelConfig
+from megatron.config.vocabulary import Vocabulary
 from megatron.model.initialise import initialise
 from megatron.model.kv_cache import KVCache
 from megatron.model.transformer import Transformer

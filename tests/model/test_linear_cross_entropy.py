@@ -62,7 +62,7 @@ def gradients(loss, *inputs):
 def test_loss_and_gradients_equal_the_plain_twin(monkeypatch, chunk, scored, terms):
     monkeypatch.setitem(fused.CHUNK_ROWS, "cpu", chunk)
     hidden, head, targets, weights, positions = problem(scored)
-    loss = linear_cross_entropy(hidden, head, targets, weights, positions, SIZE, terms=terms)
+    loss = linear_cross_entropy(hidden, head, targets, positions, weights=weights, vocab_size=SIZE, terms=terms)
     expected = reference_linear_cross_entropy(hidden, head, targets, weights, SIZE, terms)
     assert loss.shape == (1,) and loss.dtype == torch.float32
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-6)
@@ -76,7 +76,7 @@ def test_the_last_chunk_is_padded_to_a_smaller_multiple(monkeypatch):
     monkeypatch.setitem(fused.LAST_CHUNK_MULTIPLE, "cpu", 8)
     monkeypatch.setattr(torch, "mm", lambda *factors, out: shapes.append(out.shape) or product(*factors, out=out))
     hidden, head, targets, weights, positions = problem(45)
-    loss = linear_cross_entropy(hidden, head, targets, weights, positions, SIZE)
+    loss = linear_cross_entropy(hidden, head, targets, positions, weights=weights, vocab_size=SIZE)
     expected = reference_linear_cross_entropy(hidden, head, targets, weights, SIZE)
     assert [shape[0] for shape in shapes if shape[1] == PADDED] == [32, 16]
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-6)
@@ -88,14 +88,14 @@ def test_the_last_chunk_is_padded_to_a_smaller_multiple(monkeypatch):
 def test_rows_outside_the_tokenizer_get_exactly_no_gradient(terms):
     hidden, head, targets, weights, positions = problem(30)
     head.data[SIZE:] = 50.0  # would dominate the softmax
-    loss = linear_cross_entropy(hidden, head, targets, weights, positions, SIZE, terms=terms)
+    loss = linear_cross_entropy(hidden, head, targets, positions, weights=weights, vocab_size=SIZE, terms=terms)
     torch.testing.assert_close(loss, reference_linear_cross_entropy(hidden, head, targets, weights, SIZE, terms))
     assert gradients(loss, head)[0][SIZE:].abs().max() == 0
 
 
 def test_no_scored_row_gives_zero_and_a_graph():
     hidden, head, targets, weights, positions = problem(0)
-    loss = linear_cross_entropy(hidden, head, targets, weights, positions, SIZE)
+    loss = linear_cross_entropy(hidden, head, targets, positions, weights=weights, vocab_size=SIZE)
     loss.backward()
     assert loss.item() == 0
     assert hidden.grad.abs().max() == 0 and head.grad.abs().max() == 0
@@ -104,7 +104,7 @@ def test_no_scored_row_gives_zero_and_a_graph():
 @pytest.mark.parametrize("terms", TERMS)
 def test_bfloat16_gradients_point_the_same_way(terms):
     hidden, head, targets, weights, positions = problem(POSITIONS, torch.bfloat16)
-    loss = linear_cross_entropy(hidden, head, targets, weights, positions, SIZE, terms=terms)
+    loss = linear_cross_entropy(hidden, head, targets, positions, weights=weights, vocab_size=SIZE, terms=terms)
     expected = reference_linear_cross_entropy(hidden, head, targets, weights, SIZE, terms)
     torch.testing.assert_close(loss, expected, rtol=5e-3, atol=0)
     for actual, desired in zip(gradients(loss, hidden, head), gradients(expected, hidden, head), strict=True):
@@ -130,7 +130,9 @@ def test_terms_that_are_off_change_no_bit(variant):
     nll = total.log() - logits.gather(1, target[:, None])
     gradient = (exps * (weight / total)).scatter_add(1, target[:, None], -weight)
     with torch.enable_grad():
-        loss = linear_cross_entropy(hidden, head, targets, weights, positions, SIZE, terms=Terms(0.0, 0.0))
+        loss = linear_cross_entropy(
+            hidden, head, targets, positions, weights=weights, vocab_size=SIZE, terms=Terms(0.0, 0.0)
+        )
         grad_hidden, grad_head = torch.autograd.grad(loss, (hidden, head))
     assert torch.equal(loss, (nll * weight).sum()[None])
     assert torch.equal(grad_hidden[positions], (gradient @ head)[: len(positions)])
@@ -140,7 +142,7 @@ def test_terms_that_are_off_change_no_bit(variant):
 def test_nll_per_position_is_unweighted_and_leaves_no_graph(monkeypatch):
     monkeypatch.setitem(fused.CHUNK_ROWS, "cpu", 8)
     hidden, head, targets, weights, positions = problem(19)
-    nll = linear_nll(hidden, head, targets, positions, SIZE)
+    nll = linear_nll(hidden, head, targets, positions, vocab_size=SIZE)
     expected = F.cross_entropy(hidden @ head[:SIZE].T, targets, reduction="none")
     torch.testing.assert_close(nll, torch.where(weights > 0, expected, 0.0).detach(), rtol=1e-6, atol=1e-6)
     assert not nll.requires_grad
@@ -149,16 +151,16 @@ def test_nll_per_position_is_unweighted_and_leaves_no_graph(monkeypatch):
 def test_bits_of_a_row_do_not_depend_on_the_other_rows(monkeypatch):
     monkeypatch.setitem(fused.CHUNK_ROWS, "cpu", 8)
     hidden, head, targets, _, _ = problem(0)
-    few = linear_nll(hidden, head, targets, torch.arange(3), SIZE)
-    linear_nll(hidden, head, targets, torch.arange(17), SIZE)
-    many = linear_nll(hidden, head, targets, torch.arange(POSITIONS), SIZE)
+    few = linear_nll(hidden, head, targets, torch.arange(3), vocab_size=SIZE)
+    linear_nll(hidden, head, targets, torch.arange(17), vocab_size=SIZE)
+    many = linear_nll(hidden, head, targets, torch.arange(POSITIONS), vocab_size=SIZE)
     assert torch.equal(few[:3], many[:3])
 
 
 def test_an_unscored_target_need_not_be_an_id_of_the_tokenizer():
     hidden, head, targets, weights, _ = problem(5)
     weights[0], targets[0] = 0.0, SIZE
-    loss = linear_cross_entropy(hidden, head, targets, weights, weights.nonzero().flatten(), SIZE)
+    loss = linear_cross_entropy(hidden, head, targets, weights.nonzero().flatten(), weights=weights, vocab_size=SIZE)
     assert math.isfinite(loss.item())
 
 
@@ -191,10 +193,11 @@ def test_shards_of_a_head_write_their_shards_of_the_gradient(terms):
     targets, weights = torch.tensor([0, 5, 63, 64, 65, 99, 100]), torch.rand(7, generator=generator)
     gradient = logits.clone()
     is_left = targets < cut
-    loss = fused._to_gradient_(gradient, targets, weights, SIZE, fused.WHOLE, terms)
+    loss = fused._to_gradient_(gradient, targets, weights, vocab_size=SIZE, shard=fused.WHOLE, terms=terms)
     left, right = logits[:, :cut].clone(), logits[:, cut:].clone()
     left_shard = OneShardOfTwo(0, logits[:, cut:SIZE], (targets - cut).where(~is_left, 0), ~is_left)
     right_shard = OneShardOfTwo(cut, logits[:, :cut], targets.where(is_left, 0), is_left)
     for shard_logits, shard in ((left, left_shard), (right, right_shard)):
-        torch.testing.assert_close(fused._to_gradient_(shard_logits, targets, weights, SIZE, shard, terms), loss)
+        options = {"vocab_size": SIZE, "shard": shard, "terms": terms}
+        torch.testing.assert_close(fused._to_gradient_(shard_logits, targets, weights, **options), loss)
     torch.testing.assert_close(torch.cat((left, right), 1), gradient, rtol=1e-5, atol=1e-6)

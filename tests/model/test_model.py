@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from megatron.batch import Batch
-from megatron.config.sections import ModelConfig, Vocabulary
+from megatron.config.sections import ModelConfig
+from megatron.config.vocabulary import Vocabulary
 from megatron.model.initialise import initialise
 from megatron.model.norm import normalisation
 from megatron.model.transformer import Transformer

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from megatron.config.sections import ModelConfig, Vocabulary
+from megatron.config.sections import ModelConfig
+from megatron.config.vocabulary import Vocabulary
 from megatron.convert.huggingface import hugging_face_config, hugging_face_model
 from megatron.model.initialise import initialise
 from megatron.model.transformer import Transformer
@@ -27,7 +28,7 @@ def build(config):
 
 
 def hugging_face_twin(model, family):
-    config = hugging_face_config(model.config, rows=VOCABULARY.padded_size, positions=64)
+    config = hugging_face_config(model.config, vocabulary_rows=VOCABULARY.padded_size, max_positions=64)
     twin = hugging_face_model(model, config)
     assert type(twin).__name__ == {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}[family]
     return twin

@@ -13,7 +13,8 @@ import torch
 
 from megatron.config.layout_checks import check_batch
 from megatron.config.resolve import resolve
-from megatron.config.sections import Config, Vocabulary
+from megatron.config.sections import Config
+from megatron.config.vocabulary import Vocabulary
 from megatron.errors import ConfigurationError
 from megatron.objectives.base import EvaluationNoise
 from megatron.objectives.input_noise import build_input_noise

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from megatron.batch import without_padding
-from megatron.config.sections import ModelConfig, ObjectiveConfig, Vocabulary
+from megatron.config.sections import ModelConfig, ObjectiveConfig
+from megatron.config.vocabulary import Vocabulary
 from megatron.errors import ConfigurationError
 from megatron.model.initialise import initialise
 from megatron.model.transformer import Transformer

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from megatron.batch import Batch
-from megatron.config.sections import ModelConfig, Vocabulary
+from megatron.config.sections import ModelConfig
+from megatron.config.vocabulary import Vocabulary
 from megatron.model.initialise import initialise
 from megatron.model.transformer import Transformer
 from megatron.objectives.base import EvaluationNoise

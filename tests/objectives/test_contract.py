@@ -6,7 +6,8 @@ import torch
 
 from megatron.batch import without_padding
 from megatron.config.capabilities import Refused
-from megatron.config.sections import ObjectiveConfig, Vocabulary
+from megatron.config.sections import ObjectiveConfig
+from megatron.config.vocabulary import Vocabulary
 from megatron.objectives.base import EvaluationNoise
 from megatron.objectives.registry import OBJECTIVES, build_objective, capabilities
 from megatron.objectives.token_dropout import TokenDropout

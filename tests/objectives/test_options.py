@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from megatron.batch import Batch
-from megatron.config.sections import DataConfig, ModelConfig, ObjectiveConfig, Vocabulary
+from megatron.config.sections import DataConfig, ModelConfig, ObjectiveConfig
+from megatron.config.vocabulary import Vocabulary
 from megatron.errors import ConfigurationError
 from megatron.model.attention import Attention, AttentionContext
 from megatron.model.initialise import initialise

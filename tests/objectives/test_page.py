@@ -98,12 +98,12 @@ def test_it_has_the_uses_of_its_entry_and_no_others(extended, prefix_run, tmp_pa
     assert result.returncode == 0, result.stderr
     assert len(json.loads((tmp_path / "texts.jsonl").read_text())["ids"]) <= 4
     scoring = f"""
-from megatron.evaluation.requests import Request, Scoring
-from megatron.evaluation.score import score
+from megatron.scoring.requests import Request, Scoring
+from megatron.scoring.score import score
 from megatron.training.load_run import open_trained
 trained = open_trained({str(prefix_run)!r}, "latest")
 requests = [Request([100], [101, 102])]
-print(score(trained.model(), "prefix", requests, Scoring(), trained.tokenizer().eod, 32)[0].upper_bound)
+print(score(trained.model(), "prefix", requests, Scoring(), eod=trained.tokenizer().eod, seq_length=32)[0].upper_bound)
 """
     result = in_copy(extended, "-c", scoring)
     assert result.stdout == "False\n", result.stderr

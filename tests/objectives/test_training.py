@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from megatron.data.indexed import IndexedDataset
-from megatron.training.main import main
+from megatron.training.launcher import main
 from tests.conftest import records
 
 SETTINGS = (

@@ -25,7 +25,7 @@ from megatron.parallel.deepspeed import DeepSpeedEngine, import_deepspeed
 from megatron.parallel.deepspeed_config import deepspeed_config
 from megatron.parallel.mesh import ParallelContext
 from megatron.parallel.recompute import recompute
-from megatron.training import checkpoint
+from megatron.training.checkpoint_store import CheckpointStore, load_checkpoint
 from megatron.training.microbatches import MicroBatches
 from megatron.training.optimizer import build_optimizer, start_state
 from megatron.training.saver import Saver
@@ -103,11 +103,11 @@ class Fsdp2:
         optimizer = OptimizerConfig(**vars(OPTIMIZER) | {"clip_grad": case.clip})
         config, parallel = ModelConfig(**MODEL | case.model), ParallelConfig()
         self.ranks, self.clip = ranks, case.clip
-        self.engine = build_engine(config, VOCABULARY, 5, ranks, parallel, bf16=case.bf16, compile=False)
+        self.engine = build_engine(config, VOCABULARY, ranks, parallel, seed=5, bf16=case.bf16, compile=False)
         self.optimizer = build_optimizer(self.engine, optimizer)
         start_state(self.optimizer, case.steps // 2 if source else 0)
         if source:
-            checkpoint.load(source, self.tensors())
+            load_checkpoint(source, self.tensors())
 
     def step(self, batches, rate: float):
         rates = {"learning_rate": rate, "weight_decay": DECAY * rate, "clip_grad": self.clip}
@@ -133,7 +133,7 @@ class Zero:
         self.engine = DeepSpeedEngine(model, self.optimizer, settings, ranks, compile=False)
         if source:
             state = self.tensors()
-            checkpoint.load(source, state)
+            load_checkpoint(source, state)
             self.engine.load(state, case.steps // 2)
 
     def step(self, batches, rate: float):
@@ -211,7 +211,7 @@ def two_ranks(ranks: ParallelContext, folder: Path) -> dict:
         engine = Zero(ranks, MOVED, None, stage)
         train(engine, MOVED, first_half)
         save(engine, folder / f"zero-{stage}", MOVED)
-        moved = Zero(ranks, MOVED, checkpoint.complete(folder / "fsdp2")[0], stage)
+        moved = Zero(ranks, MOVED, CheckpointStore(folder / "fsdp2").complete()[0], stage)
         runs["moved", stage] = train(moved, MOVED, second_half)
         broken = Zero(ranks, CASES["ar"], None, stage)
         with torch.no_grad():
@@ -308,7 +308,7 @@ def test_a_run_moves_from_fsdp2_to_deepspeed(single, two, stage):
 @installed
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_run_moves_from_deepspeed_to_fsdp2(single, two, stage):
-    source = checkpoint.complete(single["folder"] / f"zero-{stage}")[0]
+    source = CheckpointStore(single["folder"] / f"zero-{stage}").complete()[0]
     assert {path.suffix for path in source.iterdir()} == {".json", ".safetensors"}
     with joined() as ranks:
         moved = train(Fsdp2(ranks, MOVED, source), MOVED, range(MOVED.steps // 2, MOVED.steps))

@@ -13,10 +13,10 @@ import pytest
 
 from megatron import parent_process
 from megatron.errors import ConfigurationError
-from megatron.evaluation import harness
 from megatron.parallel.failure_detector import FailureDetector, launcher
 from megatron.parallel.launch import adopt_launcher, check_alone, join
-from megatron.training.main import main
+from megatron.scoring import lm_eval_cli
+from megatron.training.launcher import main
 from tests.conftest import PLACE, ROOT, entry, environment
 from tests.forked import run_script
 from tests.training.jobs import alive
@@ -98,7 +98,7 @@ def test_training_with_invalid_variables_writes_nothing(variables, flags, tiny, 
 def test_scoring_is_refused_too(launch_variables, capsys):
     launch_variables("RANK=one")
     with pytest.raises(SystemExit) as exit:
-        harness.main(["run", "--model", "megatron", "--tasks", "x"])
+        lm_eval_cli.main(["run", "--model", "megatron", "--tasks", "x"])
     assert exit.value.code == 2 and capsys.readouterr().err.startswith("error: RANK=one: is not a whole number")
 
 
@@ -161,7 +161,7 @@ import time
 from pathlib import Path
 entry_point = sys.argv.pop(1)
 folder, rank = Path(sys.argv[1]), int(sys.argv[2])
-sys.modules["megatron.training.main"] = types.SimpleNamespace(main=main)
+sys.modules["megatron.training.launcher"] = types.SimpleNamespace(main=main)
 runpy.run_path(entry_point, run_name="__main__")
 """
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks.memory import (
+from benchmarks.memory.cases import (
     CPU_CASES,
     CUDA_CASES,
     FULL,
@@ -17,12 +17,12 @@ from benchmarks.memory import (
     SMALL,
     TENSOR,
     Case,
-    measure,
-    print_table,
 )
-from benchmarks.memory import on_cpu as measure_on_cpu
-from megatron.config.sections import ModelConfig, Vocabulary
+from benchmarks.memory.run import measure, table
+from benchmarks.memory.run import on_cpu as measure_on_cpu
+from megatron.config.sections import ModelConfig
 from megatron.config.sizes import block_shapes, parameter_count
+from megatron.config.vocabulary import Vocabulary
 from megatron.model import linear_cross_entropy
 from megatron.model.block import Block
 from megatron.model.transformer import Transformer
@@ -111,9 +111,9 @@ def test_a_planted_omission_is_detected(measured, name, value, case):
         check(case, measured[case])
 
 
-def test_the_benchmark_prints_a_line_a_case(alone, capsys):
-    print_table([(case, case.formula("cpu"), peak) for case, peak in alone.items()])
-    header, _, *lines = capsys.readouterr().out.splitlines()
+def test_the_table_of_the_benchmark_has_a_line_a_case(alone):
+    rows = [(case, case.formula("cpu"), peak) for case, peak in alone.items()]
+    header, _, *lines = table(rows).splitlines()
     assert header.startswith("| processes | micro-batches | flags | measured MB | formula MB | ratio |")
     assert len(lines) == len(alone) and lines[0].startswith("| 1 | 2 | small | ")
 

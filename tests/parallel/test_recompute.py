@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from megatron.batch import Batch
-from megatron.config.sections import ModelConfig, ParallelConfig, Vocabulary
+from megatron.config.sections import ModelConfig, ParallelConfig
+from megatron.config.vocabulary import Vocabulary
 from megatron.model.initialise import initialise
 from megatron.model.transformer import Transformer
 from megatron.parallel import recompute as recomputation

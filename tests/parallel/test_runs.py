@@ -5,9 +5,10 @@ import json
 import pytest
 import torch
 
-from megatron.config.sections import ModelConfig, Vocabulary
+from megatron.config.sections import ModelConfig
+from megatron.config.vocabulary import Vocabulary
 from megatron.model.transformer import Transformer
-from megatron.training import checkpoint
+from megatron.training.checkpoint_store import CheckpointStore, load_checkpoint, read_meta
 from tests.conftest import records, run
 
 TENSOR, PIPELINE = ("--tensor-model-parallel-size", 2), ("--pipeline-model-parallel-size", 2)
@@ -48,10 +49,11 @@ def test_a_run_moves_between_layouts(name, flags, tmp_path):
 
 def plain_weights(folder) -> list[torch.Tensor]:
     """Return the weights of the newest checkpoint, read into a plain model in one process, without process groups."""
-    newest, meta = checkpoint.newest(folder / "checkpoints", mend=False)
+    newest = CheckpointStore(folder / "checkpoints").newest()
+    meta = read_meta(newest)
     recorded = meta["config"]
     model = Transformer(ModelConfig(**recorded["model"]), Vocabulary(recorded["vocabulary_size"]))
-    checkpoint.load(newest, {f"model.{name}": parameter.data for name, parameter in model.named_parameters()})
+    load_checkpoint(newest, {f"model.{name}": parameter.data for name, parameter in model.named_parameters()})
     return list(model.parameters())
 
 

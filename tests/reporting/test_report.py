@@ -11,6 +11,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from megatron.errors import ConfigurationError
+from megatron.reporting.plots import plot_task_scores
 from megatron.reporting.report import write_report
 from megatron.reporting.runs import best_point, check_comparable, load_run, load_runs, paired_difference
 from tests.conftest import ROOT, run
@@ -144,12 +145,9 @@ def test_names_are_displayed_literally(folders, tmp_path, plot_texts):
 
 
 def test_tasks_and_runs_are_named_literally_in_the_plot_of_their_scores(tmp_path, plot_texts):
-    pytest.importorskip("lm_eval")
-    from megatron.evaluation.checkpoints import plot
-
     results = {task: {"acc,none": 0.5, "acc_stderr,none": 0.1} for task in ("_mine", "a$b$")}
     points = [{"epoch": epoch, "results": results} for epoch in (1.0, 2.0)]
-    plot({"run": "runs/$1_$2", "points": points}, tmp_path / "scores.png")
+    plot_task_scores({"run": "runs/$1_$2", "points": points}, tmp_path / "scores.png")
     texts = plot_texts["scores.png"]
     assert [text.get_text() for text in texts] == ["_mine acc", "a$b$ acc", "runs/$1_$2"]
     assert not any(text.get_parse_math() for text in texts)

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from megatron.config.sections import OptimizerConfig, ParallelConfig
-from megatron.training import checkpoint
 from megatron.training.averaging import Average, start_average
+from megatron.training.checkpoint_store import load_checkpoint
 from megatron.training.optimizer import start_state
-from megatron.training.saver import Saver
+from megatron.training.saver import Saver, folder_name
 from megatron.training.step import train_step
 from tests.distributed import joined
 from tests.steps import GLOBAL_BATCH, Case, batches_of_step, build, patched, whole
@@ -28,7 +28,7 @@ class Training:
         self.config, self.ranks = OptimizerConfig(**KINDS[kind]), ranks
         if origin:
             start_state(self.optimizer, origin.meta["iteration"])
-            checkpoint.load(origin.checkpoint, self.engine.tensors(self.optimizer))
+            load_checkpoint(origin.checkpoint, self.engine.tensors(self.optimizer))
         self.average = start_average(self.engine, self.config, origin)
         self.weights = [self._weights()]
 
@@ -52,7 +52,7 @@ class Training:
         meta = {"iteration": steps, "averaged_steps": self.average.steps, "config": {"optimizer": settings}}
         with Saver(folder, self.ranks) as saver:
             saver.save(self.engine.tensors(self.optimizer) | self.average.tensors(), meta, then=lambda: None)
-        return SimpleNamespace(checkpoint=folder / checkpoint.folder_name(steps), meta=meta)
+        return SimpleNamespace(checkpoint=folder / folder_name(steps), meta=meta)
 
 
 def expected(weights: list[dict], kind: str) -> dict[str, np.ndarray]:

@@ -8,7 +8,7 @@ from megatron.data.indexed import IndexedDataset
 from megatron.data.paths import split_edges
 from megatron.training.command_line import parse
 from megatron.training.datasets import open_sources
-from megatron.training.main import main
+from megatron.training.launcher import main
 from tests.conftest import records, run
 from tests.test_errors import check_error
 

@@ -6,7 +6,8 @@ import shutil
 
 import pytest
 
-from megatron.training import checkpoint
+from megatron.training.checkpoint_store import CheckpointStore
+from megatron.training.saver import folder_name
 from tests.conftest import records, run
 
 EPOCHS = [*"--train-unique-tokens 400 --save-interval 2 --eval-interval 2 --keep-every-epochs 2".split()]
@@ -149,7 +150,7 @@ EIGHT_DIGITS = [9, 9_999_990, 9_999_995, 10_000_000, 10_000_005, 123_456_789]
 def write_checkpoints(root, steps):
     """Write complete checkpoints without tensors, in a random order."""
     for step in random.Random(0).sample(steps, len(steps)):
-        folder = root / checkpoint.folder_name(step)
+        folder = root / folder_name(step)
         folder.mkdir()
         (folder / "meta.json").write_text(json.dumps({"iteration": step, "files": {}, "permanent": False}))
 
@@ -160,11 +161,11 @@ def test_checkpoints_are_ordered_by_number_whatever_their_digits(tmp_path, count
     write_checkpoints(tmp_path, steps)
     for name in ("iter_12345678.partial", "iter_99999999.damaged", "iter_x"):
         (tmp_path / name).mkdir()
-    assert [int(folder.name[5:]) for folder in checkpoint.complete(tmp_path)] == steps
-    assert checkpoint.newest(tmp_path, mend=False)[1]["iteration"] == steps[-1]
+    assert [int(folder.name[5:]) for folder in CheckpointStore(tmp_path).complete()] == steps
+    assert CheckpointStore(tmp_path).newest().name == folder_name(steps[-1])
 
 
 def test_pruning_removes_the_oldest_by_number(tmp_path):
     write_checkpoints(tmp_path, EIGHT_DIGITS)
-    checkpoint.prune(tmp_path, keep={9_999_995})
+    CheckpointStore(tmp_path).prune(keep={9_999_995})
     assert {int(path.name[5:]) for path in tmp_path.iterdir()} == {9_999_995, 10_000_005, 123_456_789}

@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.utils.data._utils import signal_handling
 
 from megatron import stop_signals
-from megatron.config.sections import ObjectiveConfig, Vocabulary
+from megatron.config.sections import ObjectiveConfig
+from megatron.config.vocabulary import Vocabulary
 from megatron.data.indexed import IndexedDataset, IndexedDatasetWriter
 from megatron.data.samples import TrainSamples
 from megatron.errors import ConfigurationError
@@ -91,7 +92,18 @@ def feed(
     noise = build_input_noise(config, VOCABULARY, num_layers=2)
     samples_by_index, counts = {}, []
     for rank in range(size):
-        data = MicroBatches(samples, objective, noise, SEED, first, budget, micro_batch, global_batch, rank, size)
+        data = MicroBatches(
+            samples,
+            objective,
+            noise,
+            seed=SEED,
+            first_sample=first,
+            train_samples=budget,
+            micro_batch_size=micro_batch,
+            global_batch_size=global_batch,
+            rank=rank,
+            size=size,
+        )
         counts = counts or [0] * data.steps
         with Loader(data, workers, torch.device("cpu")) as batches:
             for index, (batch,) in enumerate(batches):
@@ -144,7 +156,11 @@ def test_processes_and_micro_batches_change_nothing(samples, variant, size, micr
 
 def test_a_micro_batch_of_all_ranks_is_one_stretch_of_sample_indices(samples):
     """Times of consecutive samples are nearly stratified, so every global micro-batch covers all of [0, 1)."""
-    data = [MicroBatches(samples, None, None, SEED, 5, BUDGET, 2, GLOBAL_BATCH, rank, 2) for rank in (0, 1)]
+    sizes = {"micro_batch_size": 2, "global_batch_size": GLOBAL_BATCH, "size": 2}
+    data = [
+        MicroBatches(samples, None, None, seed=SEED, first_sample=5, train_samples=BUDGET, rank=rank, **sizes)
+        for rank in (0, 1)
+    ]
     assert [rank.sample_indices(1).tolist() for rank in data] == [[9, 10], [11, 12]]
     assert [rank.sample_indices(2).tolist() for rank in data] == [[13, 14], [15, 16]]
     assert (data[0].per_step, data[0].steps) == (2, 3)
@@ -245,7 +261,9 @@ def open_loader(samples, workers: int) -> Loader:
     config = ObjectiveConfig()
     objective = build_objective(config, VOCABULARY, time_block=8)
     noise = build_input_noise(config, VOCABULARY, num_layers=2)
-    return Loader(MicroBatches(samples, objective, noise, SEED, 0, 10**6, 4, 8, 0, 1), workers, torch.device("cpu"))
+    sizes = {"micro_batch_size": 4, "global_batch_size": 8, "rank": 0, "size": 1}
+    data = MicroBatches(samples, objective, noise, seed=SEED, first_sample=0, train_samples=10**6, **sizes)
+    return Loader(data, workers, torch.device("cpu"))
 
 
 @contextmanager

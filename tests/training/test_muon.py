@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from megatron.config.sections import ModelConfig, OptimizerConfig, ParallelConfig, Vocabulary
+from megatron.config.sections import ModelConfig, OptimizerConfig, ParallelConfig
+from megatron.config.vocabulary import Vocabulary
 from megatron.parallel.apply import build_engine
 from megatron.training.muon import COEFFICIENTS, STEPS, orthogonalise
 from megatron.training.optimizer import build_optimizer, start_state
@@ -36,7 +37,7 @@ def test_five_steps_are_those_of_torch():
     """Equal to torch.optim.Muon (in fp32) on matrices of the blocks, and to torch's AdamW on other parameters."""
     with joined() as ranks, patched(torch.Tensor, "bfloat16", torch.Tensor.float):
         model, parallel = ModelConfig(**MODEL, untie_embeddings_and_output_weights=True), ParallelConfig()
-        engine = build_engine(model, Vocabulary(20), 1, ranks, parallel, bf16=False, compile=False)
+        engine = build_engine(model, Vocabulary(20), ranks, parallel, seed=1, bf16=False, compile=False)
         optimizer = build_optimizer(engine, CONFIG)
         start_state(optimizer, 0)
         copies = {name: p.full_tensor().detach().clone().requires_grad_() for name, p in engine.named_parameters()}

@@ -9,8 +9,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron.config.sections import ModelConfig, OptimizerConfig, ParallelConfig, Vocabulary
+from megatron.config.sections import ModelConfig, OptimizerConfig, ParallelConfig
 from megatron.config.sizes import parameter_count
+from megatron.config.vocabulary import Vocabulary
 from megatron.parallel.apply import build_engine
 from megatron.parallel.mesh import destroy_parallel, initialize_parallel
 from megatron.training import optimizer as optimizers
@@ -56,7 +57,7 @@ def ranks():
 
 def build_model(ranks, **changes):
     config = ModelConfig(num_layers=1, hidden_size=16, num_attention_heads=2, add_bias_linear=True, **changes)
-    return build_engine(config, Vocabulary(20), 1, ranks, ParallelConfig(), bf16=False, compile=False)
+    return build_engine(config, Vocabulary(20), ranks, ParallelConfig(), seed=1, bf16=False, compile=False)
 
 
 def build(ranks, fused_adam=None, steps=0):
@@ -95,6 +96,18 @@ def test_apex_on_local_shards_equals_torch(ranks):
         torch.testing.assert_close(b.full_tensor(), a.full_tensor(), rtol=1e-5, atol=1e-6, msg=name)
         for moment in MOMENTS:  # part of a checkpoint
             torch.testing.assert_close(apex.state[b][moment].full_tensor(), adamw.state[a][moment].full_tensor())
+
+
+def test_apex_skips_a_step_that_is_not_finite(ranks):
+    model, apex = build(ranks, FusedAdam)
+    train(model, apex, 1)
+    before = [parameter.full_tensor().clone() for parameter in model.parameters()]
+    apex.found_inf = torch.ones(())
+    train(model, apex, 1)
+    assert all(map(torch.equal, before, [parameter.full_tensor() for parameter in model.parameters()]))
+    apex.found_inf = torch.zeros(())
+    train(model, apex, 1)
+    assert not any(map(torch.equal, before, [parameter.full_tensor() for parameter in model.parameters()]))
 
 
 def test_the_apex_of_pypi_is_not_taken_for_nvidias(monkeypatch, tmp_path):

@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 
 from megatron.config.resolve import resolve
-from megatron.config.sections import Vocabulary
+from megatron.config.vocabulary import Vocabulary
 from megatron.errors import ConfigurationError
 from megatron.objectives.registry import capabilities
 from megatron.training.command_line import parse

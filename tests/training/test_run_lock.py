@@ -12,7 +12,7 @@ import pytest
 
 from megatron.errors import ConfigurationError
 from megatron.training.command_line import parse
-from megatron.training.main import main
+from megatron.training.launcher import main
 from megatron.training.run_folder import LockError, RunFolder
 from tests.training.jobs import lines, newest
 from tests.training.runs import Run, contents, status
@@ -84,11 +84,11 @@ def test_a_signal_to_any_rank_ends_the_wait(rank, reason, locked, tiny, tmp_path
 @pytest.mark.parametrize(
     "flags, message",
     [
-        ("--save x --wait-for-lock -1", "--wait-for-lock -1.0: .*from 0 to 720"),
-        ("--save x --wait-for-lock 1440", "--wait-for-lock 1440.0: .*from 0 to 720"),
+        ("--save x --wait-for-lock -1", "--wait-for-lock -1.0: .*in .0, 720."),
+        ("--save x --wait-for-lock 1440", "--wait-for-lock 1440.0: .*in .0, 720."),
         ("--wait-for-lock 5", "--wait-for-lock 5.0: does nothing without --save"),
-        ("--exit-code-when-stopped 256", "--exit-code-when-stopped 256: .*from 0 to 255"),
-        ("--exit-code-when-stopped -1", "--exit-code-when-stopped -1: .*from 0 to 255"),
+        ("--exit-code-when-stopped 256", "--exit-code-when-stopped 256: .*in .0, 255."),
+        ("--exit-code-when-stopped -1", "--exit-code-when-stopped -1: .*in .0, 255."),
     ],
 )
 def test_values_that_cannot_be_are_refused(flags, message):

@@ -12,8 +12,9 @@ import torch
 from safetensors import safe_open
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from megatron.training import checkpoint, saver
-from megatron.training.saver import Saver, write_safetensors
+from megatron.training import saver
+from megatron.training.checkpoint_store import CheckpointStore, damage, load_checkpoint
+from megatron.training.saver import BLOCK, Saver, folder_name, write_safetensors
 from tests.conftest import ROOT, environment, records, run
 from tests.distributed import joined, spawn
 
@@ -54,7 +55,7 @@ def save_and_train_on(ranks, root):
     for iteration in (1, 2):
         loaded = sharded(ranks, {name: torch.zeros_like(tensor) for name, tensor in values(0).items()})
         loaded["only of the second"] = torch.zeros(2, 3)
-        checkpoint.load(root / checkpoint.folder_name(iteration), loaded)
+        load_checkpoint(root / folder_name(iteration), loaded)
         whole = {name: loaded[name].full_tensor().tolist() for name in values(0)}
         loaded_states.append(whole | {"only of the second": loaded["only of the second"].tolist()})
     return loaded_states
@@ -103,7 +104,7 @@ def test_steps_after_the_call_are_not_in_the_checkpoint(two_ranks):
 
 
 def test_every_file_is_listed_with_its_size_and_checksum(two_ranks):
-    for folder in checkpoint.complete(two_ranks[0] / "equal"):
+    for folder in CheckpointStore(two_ranks[0] / "equal").complete():
         listed = json.loads((folder / "meta.json").read_text())["files"]
         assert set(listed) == {path.name for path in folder.glob("*.safetensors")} and len(listed) == 2
         for name, (size, checksum) in listed.items():
@@ -117,9 +118,9 @@ def test_a_full_disk_on_one_rank_is_raised_on_both_at_the_next_save(two_ranks):
         assert "iter_0000002" in line and "No space left on device" in line and "older checkpoints" in line
         assert remaining == ["iter_0000001"]
         assert completed == ([1, 4] if rank == 0 else [])  # the third was never started
-    names = [path.name for path in checkpoint.complete(two_ranks[0] / "full")]
+    names = [path.name for path in CheckpointStore(two_ranks[0] / "full").complete()]
     assert names == ["iter_0000001", "iter_0000004"]
-    assert all(checkpoint.damage(two_ranks[0] / "full" / name) is None for name in names)
+    assert all(damage(two_ranks[0] / "full" / name) is None for name in names)
 
 
 # ----------------------------------------------------------------------------------------- one rank
@@ -146,10 +147,10 @@ def test_a_save_returns_while_its_file_is_being_written_and_the_next_one_waits(s
     with joined() as ranks, Saver(tmp_path, ranks) as saving:
         state = values(0)
         saving.save(state, meta(1), lambda: completed.append(1))
-        assert "end" not in log and not checkpoint.complete(tmp_path) and not completed
+        assert "end" not in log and not CheckpointStore(tmp_path).complete() and not completed
         threading.Timer(0.3, released.set).start()
         saving.save(state, meta(2), lambda: completed.append(2))
-        assert completed[0] == 1 and next(path.name for path in checkpoint.complete(tmp_path)) == "iter_0000001"
+        assert completed[0] == 1 and next(path.name for path in CheckpointStore(tmp_path).complete()) == "iter_0000001"
     assert log == ["begin", "end"] * 2 and completed == [1, 2]
 
 
@@ -186,7 +187,7 @@ def test_a_file_is_what_safetensors_reads(tmp_path):
         "half": torch.randn(7).bfloat16(),
         "scalar": torch.tensor(2.0),
         "none": torch.zeros(0, 4),
-        "large": torch.arange(checkpoint.BLOCK // 4 + 1).float(),
+        "large": torch.arange(BLOCK // 4 + 1).float(),
         "transposed": torch.randn(2, 3).T,
     }
     path = tmp_path / "a.safetensors"
@@ -205,7 +206,7 @@ BEFORE = """
 import os, signal, sys, time
 from pathlib import Path
 from megatron.training import saver
-from megatron.training.main import main
+from megatron.training.launcher import main
 
 folder, write = Path(sys.argv[1]), saver.write_safetensors
 
@@ -257,7 +258,7 @@ def test_training_continues_while_a_checkpoint_is_written(tiny, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert [record["iteration"] for record in records(tmp_path, "train")] == [*range(1, 13)]
     assert json.loads((tmp_path / "checkpoints" / "latest.json").read_text())["iteration"] == 12
-    assert [path.name[5:] for path in checkpoint.complete(tmp_path / "checkpoints")] == ["0000008", "0000012"]
+    assert [path.name[5:] for path in CheckpointStore(tmp_path / "checkpoints").complete()] == ["0000008", "0000012"]
 
 
 def test_a_run_killed_while_its_checkpoint_is_written_resumes_from_the_one_before(tiny, tmp_path):

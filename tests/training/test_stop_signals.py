@@ -209,7 +209,7 @@ def test_an_evaluation_ends_at_once(size, tiny, whole, tmp_path):
 
 
 def test_a_training_run_within_another_program_leaves_its_signals_alone(tiny):
-    from megatron.training.main import main
+    from megatron.training.launcher import main
 
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
     with pytest.raises(SystemExit) as stopped:

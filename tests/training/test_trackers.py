@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from wandb.proto.wandb_internal_pb2 import Record
 
 from megatron.config.sections import TrackingConfig
-from megatron.training.main import main
+from megatron.training.launcher import main
 from megatron.training.trackers import TensorBoard, Trackers
 from tests.conftest import entry, environment, records, run
 

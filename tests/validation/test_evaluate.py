@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
-from megatron.config.sections import ModelConfig, ObjectiveConfig, OptimizerConfig, ParallelConfig, Vocabulary
+from megatron.config.sections import ModelConfig, ObjectiveConfig, OptimizerConfig, ParallelConfig
+from megatron.config.vocabulary import Vocabulary
 from megatron.data.indexed import IndexedDataset, IndexedDatasetWriter
 from megatron.data.samples import TrainSamples, ValidationWindows
 from megatron.model.initialise import initialise
@@ -61,7 +62,7 @@ def plain_model() -> Transformer:
 
 
 def sharded_model(ranks) -> Engine:
-    return build_engine(CONFIG, VOCABULARY, 3, ranks, ParallelConfig(), bf16=False, compile=False)
+    return build_engine(CONFIG, VOCABULARY, ranks, ParallelConfig(), seed=3, bf16=False, compile=False)
 
 
 def objective(name: str):
@@ -247,7 +248,8 @@ def test_evaluation_does_not_touch_training(ranks, prefix, name):
         optimizer = build_optimizer(model, OptimizerConfig())
         samples = TrainSamples(IndexedDataset(prefix), SEQ_LENGTH, seed=1)
         noise = build_input_noise(ObjectiveConfig(), VOCABULARY, 1)
-        feed = MicroBatches(samples, objective(name), noise, 1, 0, 20, 4, 4, 0, 1)
+        sizes = {"micro_batch_size": 4, "global_batch_size": 4, "rank": 0, "size": 1}
+        feed = MicroBatches(samples, objective(name), noise, seed=1, first_sample=0, train_samples=20, **sizes)
         step_losses = []
         for step in range(feed.steps):
             reseed(1, step, ranks)

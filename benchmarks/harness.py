@@ -1,0 +1,199 @@
+"""What every benchmark shares: command line, clocks, interleaved timing, ratios, the environment record, results.
+
+A benchmark is a folder with `run.py`. It reads its flags with `read_options`, times its contestants with `interleave`,
+compares them with `ratios`, and hands a report of plain values and its Markdown tables to `publish`.
+"""
+
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from datetime import date
+from importlib import metadata
+from pathlib import Path
+from statistics import median
+
+import torch
+from tqdm import tqdm
+
+from megatron.config.flags import DescribedFormatter, Parser, add_section, build, flag, require
+from megatron.errors import ConfigurationError
+from megatron.training.environment import device_name
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# ------------------------------------------------------------------ command line
+
+
+def read_options(section: type, description: str):
+    """Return the `section`, which has an `output`, parsed from the command line; exits with code 2 if it is invalid."""
+    parser = Parser(description=description, formatter_class=DescribedFormatter, allow_abbrev=False)
+    add_section(parser, section, {})
+    try:
+        options = build(section, parser.parse_known(sys.argv[1:]))
+        folder = Path(options.output or ".").parent
+        require(folder.is_dir(), "output", options.output, f"{folder} is not a folder; create it first")
+        return options
+    except ConfigurationError as error:
+        refuse(error)
+
+
+def refuse(error: ConfigurationError) -> None:
+    """Print the error in one line and exit with code 2."""
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
+
+
+def output_flag() -> str | None:
+    """Return the field of --output."""
+    return flag(None, "also write the JSON to a file, and the tables next to it as .md", metavar="FILE")
+
+
+def require_positive(options, names: Iterable[str]) -> None:
+    """Check that fields are at least 1.
+
+    Raises: ConfigurationError
+    """
+    for name in names:
+        require(getattr(options, name) >= 1, name, getattr(options, name), "must be at least 1")
+
+
+# ------------------------------------------------------------------ time and memory
+
+
+def clock(device: torch.device) -> float:
+    """Return a time in seconds: wall-clock time after a synchronisation on CUDA, CPU time of the process on a CPU.
+
+    CPU time is less sensitive to other load on the machine.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        return time.perf_counter()
+    return time.process_time()
+
+
+def seconds_of(work: Callable[[], object], clock: Callable[[], float] = time.process_time) -> float:
+    """Return the seconds of one call of `work`, by default of CPU time."""
+    start = clock()
+    work()
+    return clock() - start
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Measurements by name of the contestant."""
+
+    seconds: dict[str, list[float]]  # by round
+    memory: dict[str, dict[str, int]]  # bytes on CUDA in the last round: "peak" and "step"; empty on a CPU
+
+
+def interleave(
+    contestants: Mapping[str, Callable[[int], object]],
+    rounds: int,
+    device: torch.device,
+    *,
+    warm_up: int = 0,
+) -> Timings:
+    """Return the times of all contestants; every round calls each of them once, in a rotating order.
+
+    A contestant is called with the number of its round, which starts at 0 in the `warm_up` rounds that come before the
+    `rounds` timed ones. Load that changes during the run thereby affects all contestants alike. "peak" memory includes
+    what all of them keep allocated between their turns, "step" excludes it.
+    """
+    names = list(contestants)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    memory = {}
+    cuda = device.type == "cuda"
+    with tqdm(total=(warm_up + rounds) * len(names), desc="rounds", leave=False, disable=None) as bar:
+        for turn in range(warm_up + rounds):
+            for name in rotated(names, turn):
+                if cuda:
+                    torch.cuda.reset_peak_memory_stats(device)
+                    allocated = torch.cuda.memory_allocated(device)
+                start = clock(device)
+                contestants[name](turn)
+                if turn >= warm_up:
+                    seconds[name].append(clock(device) - start)
+                if cuda:
+                    peak = torch.cuda.max_memory_allocated(device)
+                    memory[name] = {"peak": peak, "step": peak - allocated}
+                bar.update()
+    return Timings(seconds, memory)
+
+
+def rotated(names: list[str], turn: int) -> list[str]:
+    """Return the order of a round, which starts one name later in each."""
+    shift = turn % len(names)
+    return names[shift:] + names[:shift]
+
+
+# ------------------------------------------------------------------ figures
+
+
+def ratios(numerators: Iterable[float], denominators: Iterable[float]) -> list[float]:
+    """Return the ratios by round."""
+    return [numerator / denominator for numerator, denominator in zip(numerators, denominators, strict=True)]
+
+
+def summary(values: list[float]) -> dict[str, float]:
+    """Return median, smallest and largest value."""
+    return {"median": median(values), "min": min(values), "max": max(values)}
+
+
+def spread(values: list[float], format_spec: str = ".2f", *, unit: float = 1.0) -> list[str]:
+    """Return two cells of a table, the median and the range: "1.24" and "1.02 - 1.33"."""
+    low, middle, high = (format(value / unit, format_spec) for value in (min(values), median(values), max(values)))
+    return [middle, f"{low} - {high}"]
+
+
+def markdown_table(columns: Iterable[str], rows: Iterable[Iterable]) -> str:
+    """Return a Markdown table."""
+    lines = [list(columns), *([str(cell) for cell in row] for row in rows)]
+    lines = [f"| {' | '.join(cells)} |" for cells in lines]
+    return "\n".join([lines[0], "|" + "---|" * (lines[0].count(" | ") + 1), *lines[1:]]) + "\n"
+
+
+# ------------------------------------------------------------------ results
+
+
+def version(package: str) -> str | None:
+    """Return the installed version of a package, or None."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def environment(device: torch.device, *packages: str) -> dict:
+    """Return what a measurement depends on apart from its settings: date, machine, threads, ranks, versions."""
+    return {
+        "date": date.today().isoformat(),
+        "device": device.type,
+        "machine": device_name(device),
+        "threads": torch.get_num_threads(),
+        "world_size": int(os.environ.get("WORLD_SIZE", 1)),
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in ("torch", *packages)},
+    }
+
+
+def environment_line(environment: dict) -> str:
+    """Return the environment as the line above a table; packages that are not installed are left out."""
+    place = environment["machine"]
+    if environment["device"] == "cpu":
+        place += ", one thread" if environment["threads"] == 1 else f", {environment['threads']} threads"
+    if environment["world_size"] > 1:
+        place += f", {environment['world_size']} ranks"
+    versions = ", ".join(f"{name} {number}" for name, number in environment["versions"].items() if number)
+    return f"{environment['date']}, {place}; {versions}"
+
+
+def publish(report: dict, tables: str, output: str | None) -> None:
+    """Print environment and Markdown tables of a report; with `output` also write the report as JSON, them as .md."""
+    text = f"{environment_line(report['environment'])}\n\n{tables.strip()}"
+    print(text)
+    if output:
+        Path(output).write_text(json.dumps(report, indent=1) + "\n")
+        Path(output).with_suffix(".md").write_text(text + "\n")

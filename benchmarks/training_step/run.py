@@ -1,0 +1,131 @@
+#!/usr/bin/env python3
+"""Time our training step against those of other systems, and report the utilisation of the device: one device, bf16.
+
+    python benchmarks/training_step/run.py                                    # on the GPU, or one CPU thread
+    python benchmarks/training_step/run.py --model-size 140M --seq-length 2048 --micro-batch-size 16 --micro-batches 4
+    python benchmarks/training_step/run.py --only "ours *" "litgpt AR compiled" --rounds 15 --output step.json
+
+1. The ceilings of the device are measured (ceilings.py).
+2. All implementations have the same model, weights, batches and optimizer. Each takes steps with learning rate 0 that
+   score a few positions only. Loss and gradient norm must match those of the first implementation with the same
+   objective, which is our eager step unless --only excludes it. This also warms up and compiles.
+3. Every round times each implementation, in a rotating order. Ratios are taken within a round.
+
+A step is forward, backward, gradient accumulation, clipping, optimizer and zeroing the gradients. It moves batches to
+the device that were prepared in advance. Time is wall-clock time between synchronisations on CUDA, and CPU time of the
+process on a CPU.
+"""
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
+
+import sys
+from collections.abc import Callable
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import numpy as np
+import torch
+
+from benchmarks.harness import interleave, publish, read_options, refuse
+from benchmarks.training_step import ceilings, parity, published, report
+from benchmarks.training_step.implementations import Implementation, Shape
+from benchmarks.training_step.options import Options, shape_of
+from benchmarks.training_step.peers import PEERS, implementations, missing
+from megatron.batch import Batch
+from megatron.config.flags import require
+from megatron.errors import ConfigurationError
+from megatron.parallel.mesh import ParallelContext, destroy_parallel, initialize_parallel
+
+LEARNING_RATE = 1e-4
+
+
+def main() -> None:
+    """Run the benchmark from the command line."""
+    options = read_options(Options, __doc__)
+    if options.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # takes effect because CUDA is not initialised yet
+    torch.set_num_threads(1)
+    try:
+        no_gpu = "there is no GPU that PyTorch can use; leave the flag out to run on the CPU"
+        require(options.device != "cuda" or torch.cuda.is_available(), "device", options.device, no_gpu)
+        shape = shape_of(options)
+        ranks = initialize_parallel()
+        result = measure(options, shape, select(options, shape, ranks), ranks.device)
+    except ConfigurationError as error:
+        refuse(error)
+    except torch.OutOfMemoryError as error:
+        remedy = "give fewer implementations with --only, or a smaller --micro-batch-size with more --micro-batches"
+        sys.exit(f"error: {str(error).splitlines()[0].rstrip('.')}; {remedy}")
+    finally:
+        destroy_parallel()
+    publish(result, report.tables(result), options.output)
+
+
+def select(options: Options, shape: Shape, ranks: ParallelContext) -> list[Implementation]:
+    """Return the implementations that the flags select and that can run; print a line for each peer that cannot."""
+    available = implementations(shape, False, ranks)
+    if options.compile:
+        available += implementations(shape, True, ranks)
+    if options.published is not None:
+        problem = published.missing(options.published, ranks.device)
+        require(problem is None, "published", options.published, problem)
+        available += published.implementations(shape, options.published, options.compile, ranks)
+    for pattern in options.only:
+        no_match = f"matches no implementation; choose from {', '.join(choice.name for choice in available)}"
+        require(any(fnmatchcase(choice.name, pattern) for choice in available), "only", pattern, no_match)
+    selected = [
+        choice
+        for choice in available
+        if not options.only or any(fnmatchcase(choice.name, pattern) for pattern in options.only)
+    ]
+    systems = {choice.system for choice in selected}
+    problems = {peer: problem for peer in PEERS if peer in systems and (problem := missing(peer))}
+    for peer, problem in problems.items():
+        if options.require_peers:
+            raise ConfigurationError(f"--require-peers: {peer} cannot run, {problem}; see benchmarks/README.md")
+        print(f"{peer}: skipped, {problem}")
+    return [choice for choice in selected if choice.system not in problems]
+
+
+def measure(options: Options, shape: Shape, implementations: list[Implementation], device: torch.device) -> dict:
+    """Return the report of a run: all measurements, figures and gates."""
+    exactness = parity.check_exactness(options, shape, device)
+    measured_ceilings = ceilings.measure(shape, options.micro_batch_size, device)
+    differences = parity.check(implementations, parity.check_batches(options, shape))
+    batches = parity.batches(options, shape, options.rounds * options.steps)
+    num_scored = {
+        kind: float(np.mean([len(batch.scored_positions) for step in steps for batch in step]))
+        for kind, steps in batches.items()
+    }
+    contestants = {
+        implementation.name: turns(implementation, batches[implementation.batches], options.steps)
+        for implementation in implementations
+    }
+    timings = interleave(contestants, options.rounds, device)
+    measurements = report.Measurements(
+        ceilings=measured_ceilings,
+        exactness=exactness,
+        parity=differences,
+        num_scored=num_scored,
+        times={name: [value / options.steps for value in seconds] for name, seconds in timings.seconds.items()},
+        memory=timings.memory,
+    )
+    return report.describe(options, shape, device, implementations=implementations, measurements=measurements)
+
+
+def turns(implementation: Implementation, batches: list[list[Batch]], steps: int) -> Callable[[int], None]:
+    """Return the function that takes the `steps` steps of a round."""
+
+    def turn(number: int) -> None:
+        for step in batches[number * steps : (number + 1) * steps]:
+            implementation.step(step, LEARNING_RATE)
+
+    return turn
+
+
+if __name__ == "__main__":
+    main()

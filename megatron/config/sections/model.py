@@ -1,0 +1,119 @@
+"""The model section."""
+
+from dataclasses import dataclass
+
+from megatron.config.flags import Section, flag, require
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(Section):
+    """Model: a Llama-style decoder, causal or bidirectional."""
+
+    model_size: str | None = flag(
+        None,
+        "model size from the published ladder, such as 140M: sets layers, hidden size, heads and head dimension; "
+        "explicit flags win",
+        metavar="NAME",
+    )
+    num_layers: int = flag(help="number of transformer blocks", within="[1, inf)")
+    hidden_size: int = flag(help="hidden size: width of the residual stream", within="[1, inf)")
+    num_attention_heads: int = flag(help="number of query heads", within="[1, inf)")
+    kv_channels: int | None = flag(
+        None, "dimension of each head, an even number; default --hidden-size / --num-attention-heads", within="[1, inf)"
+    )
+    group_query_attention: bool = flag(
+        False, "grouped-query attention (GQA) with --num-query-groups key/value heads", needs="num_query_groups"
+    )
+    num_query_groups: int | None = flag(
+        None,
+        "number of key/value heads",
+        within="[1, inf)",
+        needs="group_query_attention",
+    )
+    ffn_hidden_size: int | None = flag(
+        None,
+        "hidden size of the MLP; default floor(8h/3/64)*64 (at least 64) with SwiGLU, 4h with GELU, h = --hidden-size",
+        within="[1, inf)",
+    )
+    swiglu: bool = flag(True, "SwiGLU MLP; --no-swiglu is GELU")
+    normalization: str = flag("rmsnorm", "normalisation layer", choices=("rmsnorm", "layernorm"))
+    norm_epsilon: float = flag(1e-5, "epsilon of RMSNorm or LayerNorm", within="(0, inf)")
+    qk_layernorm: bool = flag(
+        False, "normalise queries and keys per head before the rotary embedding (QK-norm), as in Qwen3"
+    )
+    rotary_base: float = flag(10000.0, "base (theta) of the rotary position embedding (RoPE)", within="(0, inf)")
+    add_bias_linear: bool = flag(False, "add biases to the linear layers")
+    untie_embeddings_and_output_weights: bool = flag(
+        False, "give the output head its own weights instead of those of the token embedding"
+    )
+    softmax_over_padding: bool = flag(
+        False,
+        "include [MASK] and the padding rows of the vocabulary in the softmax, in training and in validation",
+    )
+    init_method_std: float = flag(
+        0.02,
+        "standard deviation of the initial weights; the output projections of attention and MLP use STD / sqrt(2 * "
+        "--num-layers)",
+        metavar="STD",
+        within="(0, inf)",
+    )
+    attention_dropout: float = flag(0.0, "dropout of attention probabilities", metavar="P", within="[0, 1)")
+    hidden_dropout: float = flag(
+        0.0,
+        "dropout of the attention and MLP outputs, before they are added to the residual stream",
+        metavar="P",
+        within="[0, 1)",
+    )
+    mlp_dropout: float = flag(0.0, "dropout inside the MLP, after the activation", metavar="P", within="[0, 1)")
+    embedding_dropout: float = flag(0.0, "dropout of the token embeddings", metavar="P", within="[0, 1)")
+    label_smoothing: float = flag(
+        0.0,
+        "label smoothing of the training loss: (1 - E) nll + E times the mean of -log p over the ids",
+        metavar="E",
+        within="[0, 1)",
+    )
+    z_loss: float = flag(
+        0.0,
+        "z-loss: add C log(Z)^2 to the training loss, Z the normaliser of the softmax",
+        metavar="C",
+        within="[0, inf)",
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(
+            self.kv_channels is not None or self.hidden_size % self.num_attention_heads == 0,
+            "hidden_size",
+            self.hidden_size,
+            f"is not a multiple of --num-attention-heads {self.num_attention_heads}; change one or give --kv-channels",
+        )
+        require(
+            self.head_size % 2 == 0,
+            "kv_channels" if self.kv_channels else "hidden_size",
+            self.kv_channels or self.hidden_size,
+            f"gives heads of dimension {self.head_size}, and rotary embeddings need an even one; change it",
+        )
+        require(
+            self.num_attention_heads % self.key_value_heads == 0,
+            "num_query_groups",
+            self.num_query_groups,
+            f"does not divide --num-attention-heads {self.num_attention_heads}; change one",
+        )
+
+    @property
+    def head_size(self) -> int:
+        """Dimension of each attention head."""
+        return self.kv_channels or self.hidden_size // self.num_attention_heads
+
+    @property
+    def key_value_heads(self) -> int:
+        """Number of key/value heads."""
+        return self.num_query_groups or self.num_attention_heads
+
+    @property
+    def mlp_size(self) -> int:
+        """Hidden size of the MLP: --ffn-hidden-size or its default."""
+        if self.ffn_hidden_size:
+            return self.ffn_hidden_size
+        # as in the published ladder; see "What Makes ... Data-Constrained Settings", 2507.15857, appendix 8
+        return max(64, 8 * self.hidden_size // 3 // 64 * 64) if self.swiglu else 4 * self.hidden_size

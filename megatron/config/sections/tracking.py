@@ -1,0 +1,36 @@
+"""The tracking section."""
+
+from dataclasses import dataclass
+
+from megatron.config.flags import Section, flag, require
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackingConfig(Section):
+    """Tracking: TensorBoard and Weights & Biases, in addition to metrics.jsonl."""
+
+    tensorboard_dir: str | None = flag(
+        None, "TensorBoard: folder of event files, of this run only; default off", metavar="DIR"
+    )
+    tensorboard_queue_size: int = flag(
+        100, "TensorBoard: size of the queue of pending events", within="[1, inf)", needs="tensorboard_dir"
+    )
+    wandb_project: str | None = flag(
+        None, "Weights & Biases: project of the run; offline without a login; default off", metavar="NAME"
+    )
+    wandb_exp_name: str | None = flag(
+        None, "Weights & Biases: name of the run; default the name of its folder", metavar="NAME", needs="wandb_project"
+    )
+    wandb_group: str | None = flag(None, "Weights & Biases: group of the run", metavar="NAME", needs="wandb_project")
+    wandb_save_dir: str | None = flag(
+        None,
+        "Weights & Biases: folder of its local files; default the run folder",
+        metavar="DIR",
+        needs="wandb_project",
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        forbidden = set(self.wandb_project or "") & set("/\\#?%:")
+        message = "a project's name has none of / \\ # ? % : in it; change it"
+        require(not forbidden, "wandb_project", self.wandb_project, message)

@@ -1,1 +1,0 @@
-"""Scoring under lm-eval, text generation, and ensembles of training runs."""

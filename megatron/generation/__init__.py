@@ -1,0 +1,1 @@
+"""Text generation: requests, sampling, next-token prediction with a KV cache, and masked diffusion."""

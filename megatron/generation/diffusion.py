@@ -1,0 +1,205 @@
+"""Text by masked diffusion: [MASK] positions are filled over several steps, each a bidirectional forward pass.
+
+A forward pass gives, at every masked position, the distribution of its token given all visible tokens. Some positions
+are selected, and a token is sampled for each of them. One position per step, in random order and at temperature 1,
+samples from the any-order model exactly; several positions per step are sampled as if they were independent.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron.batch import Batch
+from megatron.generation.sampling import Sampling, choose
+from megatron.model.transformer import Transformer
+from megatron.randomness import stream
+
+MAX_LOGIT_POSITIONS = 1024  # positions whose logits exist at one time
+
+# called after each step: its number from 1, the indices of the texts in this step, and their tokens [R, T]
+OnStep = Callable[[int, list[int], Tensor], None]
+
+
+@torch.no_grad()
+def fill(
+    model: Transformer,
+    texts: list[list[int]],
+    keys: list[tuple[int, int]],
+    sampling: Sampling,
+    *,
+    batch_size: int,
+    eod: int,
+    open_end: bool,
+    advance: Callable[[int], None] = lambda tokens: None,
+    on_step: OnStep | None = None,
+) -> list[list[int]]:
+    """Return `texts` with every [MASK] replaced by a token of the tokenizer; all other tokens stay.
+
+    With the seed, `keys` are the keys of each text's draws. With an `open_end` tokens after the first new `eod` do not
+    matter and may stay [MASK]. Otherwise the text continues after its gaps, and `eod` is never filled in. `advance(n)`
+    is called after n positions are decided.
+    """
+    mask_id = model.vocabulary.mask_id
+    groups = defaultdict(list)
+    filled = [list(text) for text in texts]
+    for index, text in enumerate(texts):
+        # texts of the same length and number of masked tokens share a batch, so nothing is padded
+        groups[len(text), text.count(mask_id)].append(index)
+    for (_, num_masked), members in sorted(groups.items(), reverse=True):
+        for start in range(0, len(members) if num_masked else 0, batch_size):
+            indices = members[start : start + batch_size]
+            batch_texts, batch_keys = [texts[index] for index in indices], [keys[index] for index in indices]
+            filling = _Filling(model, batch_texts, batch_keys, sampling, eod=eod, open_end=open_end)
+            batch = filling.run(advance, _step_of_batch(on_step, indices) if on_step else None)
+            for index, text in zip(indices, batch, strict=True):
+                filled[index] = text
+    return filled
+
+
+def _step_of_batch(on_step: OnStep, indices: list[int]) -> OnStep:
+    """Return `on_step` for a batch with the texts at `indices`."""
+    return lambda step, active, tokens: on_step(step, [indices[row] for row in active], tokens)
+
+
+class _Filling:
+    """The state of B texts of T tokens, each with L masked positions."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        texts: list[list[int]],
+        keys: list[tuple[int, int]],
+        sampling: Sampling,
+        *,
+        eod: int,
+        open_end: bool,
+    ):
+        self.model = model
+        self.sampling = sampling
+        self.keys = keys
+        self.eod = eod
+        self.open_end = open_end
+        self.device = model.embed_tokens.weight.device
+        self.mask_id = model.vocabulary.mask_id
+        self.tokens = torch.tensor(texts, device=self.device)  # [B, T]
+        masked = self.tokens == self.mask_id
+        self.positions = masked.nonzero()[:, 1].view(len(texts), -1)  # [B, L], from left to right
+        self.length = self.positions.shape[1]
+        self.steps = sampling.steps or self.length
+        size = sampling.block_length or self.length
+        self.blocks = torch.arange(self.length, device=self.device) // size  # [L]
+        self.active = torch.arange(len(texts), device=self.device)  # [R], texts that are not decided yet
+
+    def run(self, advance: Callable[[int], None], on_step: OnStep | None) -> list[list[int]]:
+        """Return the filled texts."""
+        for step in range(self.steps):
+            before, after = (self.length * count // self.steps for count in (step, step + 1))
+            self._step(step, before, after)
+            active = self.active.tolist()
+            advance(len(active) * (after - before))
+            if on_step:
+                on_step(step + 1, active, self.tokens[self.active])
+            self._drop_decided(advance, after)
+            if not len(self.active):
+                break
+        return self.tokens.tolist()
+
+    def _step(self, step: int, before: int, after: int) -> None:
+        """Run one step, after which `after` of the L positions are filled; `before` of them were.
+
+        1. Select the filled positions that are masked again (--remask).
+        2. Select as many masked positions as are to be filled, by --order.
+        3. Sample a token for each of them.
+        """
+        draws = self._draws(step)  # [3, R, L]
+        tokens, positions = self.tokens[self.active], self.positions[self.active]
+        answers = tokens.gather(1, positions)  # [R, L]
+        masked = answers == self.mask_id
+        remasked = self._remasked(~masked, draws[2], before, after)
+        counts = after - before + remasked.sum(1)  # [R]
+        if counts.any():
+            states = self.model.hidden_states(Batch.unscored(tokens, causal=False))
+            states = states.gather(1, positions[..., None].expand(-1, -1, states.shape[-1]))  # [R, L, H]
+            selected = self._highest(self._scores(states, masked, counts, draws[1]), counts)
+            answers[selected] = self._choose(states[selected], draws[0][selected])
+            answers[remasked] = self.mask_id
+            self.tokens[self.active] = tokens.scatter(1, positions, answers)
+
+    def _draws(self, step: int) -> Tensor:
+        """Return uniform numbers for the token, the order and the remasking of each position, fp64 [3, R, L]."""
+        keys = [self.keys[row] for row in self.active.tolist()]
+        if not self.sampling.is_random:
+            return torch.zeros((3, len(keys), self.length), dtype=torch.float64, device=self.device)
+        draws = [stream(self.sampling.seed, "filling", *key, step).random((3, self.length)) for key in keys]
+        return torch.from_numpy(np.stack(draws, axis=1)).to(self.device)
+
+    def _remasked(self, filled: Tensor, draws: Tensor, before: int, after: int) -> Tensor:
+        """Return which of the filled positions [R, L] are masked again in this step, to be filled in a later one.
+
+        Each is with the probability of --remask, or a lower one where the expected number would exceed the number of
+        masked positions after the step (ReMDM-cap, 2503.00307, with exact counts instead of expectations).
+        """
+        room = self.length - after
+        if not self.sampling.remask or not before or not room:
+            return torch.zeros_like(filled)
+        probability = min(self.sampling.remask, room / before)
+        remasked = filled & (draws < probability)
+        return remasked & self._highest(torch.where(remasked, -draws, float("-inf")), remasked.sum(1).clamp(max=room))
+
+    def _scores(self, states: Tensor, masked: Tensor, counts: Tensor, draws: Tensor) -> Tensor:
+        """Return the priority of each position [R, L]: the highest are filled first, -inf is not filled."""
+        ordinal = masked.cumsum(1)
+        # [R], the last block that the next `counts` positions reach
+        last_block = torch.where(masked & (ordinal <= counts[:, None]), self.blocks, -1).amax(1)
+        candidates = masked & (self.blocks <= last_block[:, None])
+        scores = torch.full_like(draws, float("-inf"))
+        if self.sampling.order == "random":
+            scores[candidates] = draws[candidates]
+        else:
+            chunks = states[candidates].split(MAX_LOGIT_POSITIONS)
+            certainties = [certainty(self._logits(chunk), self.sampling.order) for chunk in chunks]
+            scores[candidates] = torch.cat(certainties).double()
+        # earlier blocks have priority
+        earlier = candidates & (self.blocks < last_block[:, None])
+        return scores.masked_fill(earlier, float("inf"))
+
+    def _choose(self, states: Tensor, draws: Tensor) -> Tensor:
+        """Return tokens [N] sampled from hidden states [N, H] with uniform `draws` [N]."""
+        chunks = zip(states.split(MAX_LOGIT_POSITIONS), draws.split(MAX_LOGIT_POSITIONS), strict=True)
+        return torch.cat([choose(self._logits(chunk), self.sampling, uniforms) for chunk, uniforms in chunks])
+
+    def _logits(self, states: Tensor) -> Tensor:
+        """Return fp32 logits [N, V] of hidden states [N, H]."""
+        logits = self.model.head(states)
+        if not self.open_end:
+            logits[:, self.eod] = float("-inf")
+        return logits
+
+    def _highest(self, scores: Tensor, counts: Tensor) -> Tensor:
+        """Return which elements of each row of `scores` [R, L] are its `counts` [R] highest; ties go to the left."""
+        ranks = scores.argsort(dim=1, descending=True, stable=True).argsort(1)
+        return ranks < counts[:, None]
+
+    def _drop_decided(self, advance: Callable[[int], None], after: int) -> None:
+        """Remove texts that are decided from the batch: those with no masked token before their first `eod`."""
+        if not self.open_end or self.sampling.remask:
+            return
+        answers = self.tokens[self.active].gather(1, self.positions[self.active])
+        undecided = ((answers == self.mask_id) & ((answers == self.eod).cumsum(1) == 0)).any(1)
+        advance(int((~undecided).sum()) * (self.length - after))
+        self.active = self.active[undecided]
+
+
+def certainty(logits: Tensor, order: str) -> Tensor:
+    """Return the certainty of the model at each row of `logits` [N, V], [N]; higher is more certain.
+
+    confidence: the highest probability (LLaDA, 2502.09992); margin: the difference of the highest two (2502.06768);
+    entropy: the negative entropy. All are of the model's own distribution, at temperature 1.
+    """
+    if order == "entropy":
+        return -torch.special.entr(logits.softmax(-1)).sum(-1)
+    highest = (logits.topk(2).values - logits.logsumexp(-1, keepdim=True)).exp()
+    return highest[:, 0] if order == "confidence" else highest[:, 0] - highest[:, 1]

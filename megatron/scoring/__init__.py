@@ -1,0 +1,1 @@
+"""Likelihood scoring, and lm-eval with training runs as its model."""

@@ -1,0 +1,50 @@
+"""The log lines at the start of a run: no-op flags, what it resumes, its size, layout and regularised parameters."""
+
+import logging
+from dataclasses import asdict
+
+from megatron.config.resolve import no_op_flags
+from megatron.training.build import RunParts
+from megatron.training.optimizer import parameter_table
+from megatron.training.resume import Origin
+
+logger = logging.getLogger(__name__)
+
+
+def announce(parts: RunParts) -> None:
+    """Log what is about to run."""
+    config = parts.config
+    for line in no_op_flags(config, exact=all(likelihood.exact for likelihood in parts.objective.likelihoods)):
+        logger.info(line)
+    if not config.checkpoint.save and not config.validation.skip_train:
+        logger.info("nothing is saved: no --save names a run folder")
+    if parts.origin:
+        _announce_origin(parts, parts.origin)
+    _announce_size(parts)
+    for line in () if config.validation.skip_train else parameter_table(config, parts.run.vocabulary):
+        logger.info(line)
+
+
+def _announce_origin(parts: RunParts, origin: Origin) -> None:
+    logger.info("continuing from %s at step %d", origin.checkpoint, origin.meta["iteration"])
+    recorded, model = origin.meta["config"], parts.config.model
+    dropout = (model.attention_dropout, model.hidden_dropout, model.mlp_dropout, model.embedding_dropout)
+    layout = (parts.ranks.size, asdict(parts.config.parallel))
+    if (recorded["processes"], recorded.get("parallel")) != layout and any(dropout):
+        logger.info("the parallel layout changed: dropout masks differ, and losses agree statistically")
+
+
+def _announce_size(parts: RunParts) -> None:
+    config, plan, ranks, engine = parts.config, parts.plan, parts.ranks, parts.state.engine
+    fp8_recipe, precision = config.training.fp8_recipe, parts.device.precision
+    axes = {"tensor": "tp", "pipeline": "pp", "replicas": "replicate", "shards": "shard"}
+    layout = [f"{ranks.along(axis)[1]} {name}" for name, axis in axes.items() if ranks.along(axis)[1] > 1]
+    zero_stage = f"{'DeepSpeed ' if config.parallel.deepspeed else ''}ZeRO {engine.zero_stage}"
+    logger.info(
+        "%s: %.2fM parameters, %s unique tokens, %d samples of %d tokens in %d steps (%.1f epochs), %s%s on %s x%d%s",
+        parts.objective.name, plan.parameters / 1e6, f"{plan.unique_tokens:,}", plan.train_samples,
+        config.data.seq_length, plan.steps, parts.epoch(plan.train_samples),
+        f"{precision} and {fp8_recipe} fp8" if fp8_recipe else precision, ", compiled" if parts.device.compiled else "",
+        ranks.device.type, ranks.size,
+        f" ({', '.join([*layout, zero_stage])})" if ranks.size > 1 else "",
+    )  # fmt: skip

@@ -1,0 +1,225 @@
+"""Ensembles: the mean of probabilities by brute force, incompatible members, the command on real runs."""
+
+import bisect
+import inspect
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from megatron.config.sections import ModelConfig, ObjectiveConfig, ParallelConfig
+from megatron.config.vocabulary import Vocabulary
+from megatron.data.indexed import IndexedDataset, IndexedDatasetWriter
+from megatron.data.samples import ValidationWindows
+from megatron.errors import ConfigurationError
+from megatron.model.initialise import initialise
+from megatron.model.transformer import Transformer
+from megatron.objectives.base import EvaluationNoise
+from megatron.objectives.registry import build_objective
+from megatron.parallel.apply import build_engine
+from megatron.reporting.ensemble import Ensemble, check_data, evaluate_members, open_members, settings, table
+from megatron.training.datasets import open_sources
+from megatron.training.launcher import main
+from megatron.validation.evaluate import ValidationSet, evaluate
+from tests.conftest import ROOT, changed, environment, records
+from tests.distributed import joined
+
+VOCABULARY, SEQ_LENGTH = Vocabulary(257), 16
+SIZES = [dict(num_layers=1, hidden_size=16), dict(num_layers=2, hidden_size=24)]
+CONFIGS = [ModelConfig(**size, num_attention_heads=2, init_method_std=0.5) for size in SIZES]
+SETTINGS = {"seed": 1, "replicates": 2, "batch_size": 4, "alignment": "common"}
+
+
+@pytest.fixture
+def ranks():
+    with joined() as ranks:
+        yield ranks
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    prefix = str(tmp_path_factory.mktemp("data") / "text")
+    with IndexedDatasetWriter(prefix, VOCABULARY.size) as writer:
+        for line in inspect.getsource(bisect).splitlines()[:12]:
+            writer.add_document([*line.encode(), 256])
+    dataset = IndexedDataset(prefix, VOCABULARY.size)
+    return ValidationSet("text", ValidationWindows(dataset, SEQ_LENGTH), len(dataset), None)
+
+
+def engine(ranks, index: int):
+    return build_engine(CONFIGS[index], VOCABULARY, ranks, ParallelConfig(), seed=index, bf16=False, compile=False)
+
+
+@torch.no_grad()
+def probabilities(index: int, tokens: torch.Tensor, causal: bool) -> torch.Tensor:
+    """Return the softmax [B, S, V] of an uncompiled model with the weights of `engine`."""
+    model = Transformer(CONFIGS[index], VOCABULARY)
+    initialise(model, CONFIGS[index], index)
+    return model.eval().logits(tokens, causal).double().softmax(-1)
+
+
+@pytest.mark.parametrize("name", ["ar", "mdm"])
+def test_an_ensemble_is_the_mean_of_probabilities(ranks, data, name):
+    objective = build_objective(ObjectiveConfig(objective=name), VOCABULARY, time_block=8)
+    windows = np.arange(len(data.windows))
+    ids, owners = (np.stack(column) for column in zip(*(data.windows[int(window)] for window in windows)))
+    owners = owners[:, objective.target_offset : objective.target_offset + SEQ_LENGTH]
+    ensemble = Ensemble([engine(ranks, 0), engine(ranks, 1)])
+    evaluations = evaluate(ensemble, objective, data, **SETTINGS, models=4)
+    for replicate in range(len(evaluations[0].nats)):
+        batch = objective.evaluation(ids, EvaluationNoise(1, "text", replicate), windows, "common")
+        members = [probabilities(index, batch.tokens, batch.causal) for index in (0, 1)]
+        for evaluation, p in zip(evaluations, [*members, members[0], sum(members) / 2], strict=True):
+            nats = -p.gather(-1, batch.targets[..., None])[..., 0].log() * batch.weights
+            expected = np.bincount(owners.ravel(), nats.numpy().ravel(), minlength=data.documents)
+            np.testing.assert_allclose(evaluation.nats[replicate], expected, rtol=1e-5)
+    losses = [evaluation.summary()["loss"] for evaluation in evaluations]
+    assert losses[3] < (losses[0] + losses[1]) / 2  # -log is convex
+
+
+@pytest.mark.parametrize("name", ["ar", "mdm"])
+def test_copies_of_a_model_are_that_model(ranks, data, name):
+    objective = build_objective(ObjectiveConfig(objective=name), VOCABULARY, time_block=8)
+    (expected,) = evaluate(engine(ranks, 0), objective, data, **SETTINGS)
+    for evaluation in evaluate(Ensemble([engine(ranks, 0)] * 3), objective, data, **SETTINGS, models=6):
+        np.testing.assert_allclose(evaluation.nats, expected.nats, rtol=1e-5, atol=1e-5)
+        assert np.array_equal(evaluation.tokens, expected.tokens)
+
+
+def test_each_member_runs_once_a_batch(ranks, data):
+    objective = build_objective(ObjectiveConfig(objective="mdm"), VOCABULARY, time_block=8)
+    members, calls = [engine(ranks, 0), engine(ranks, 1)], []
+    for member in members:
+        member.roots[0].register_forward_pre_hook(lambda *_: calls.append(1))
+    evaluate(Ensemble(members), objective, data, **SETTINGS, models=4)
+    assert len(calls) == 2 * SETTINGS["replicates"] * -(-len(data.windows) // SETTINGS["batch_size"])
+
+
+# ------------------------------------------------------------------------------------ trained runs
+
+
+@pytest.fixture(scope="module")
+def runs(tiny, tmp_path_factory):
+    """Two MDM runs of different sizes and seeds and an AR run, one after another in this process."""
+    root = tmp_path_factory.mktemp("runs")
+    main("mdm", [*tiny, "--seed", "1", "--save", str(root / "first")])
+    main("mdm", [*tiny, "--seed", "2", "--hidden-size", "48", "--save", str(root / "second")])
+    main("ar", [*tiny, "--save", str(root / "ar")])
+    return root
+
+
+def command(*arguments, world_size: int = 1) -> subprocess.CompletedProcess:
+    words = [sys.executable, ROOT / "tools" / "ensemble.py", *arguments]
+    if world_size > 1:
+        words[1:1] = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world_size}"]
+    return subprocess.run(list(map(str, words)), env=environment(), capture_output=True, text=True, timeout=300)
+
+
+def test_two_runs_are_evaluated_by_one_process_and_by_two(runs, tmp_path):
+    paths = [tmp_path / "new" / "results.json", tmp_path / "results.png"]
+    completed = command(runs / "first", runs / "second", "--json", paths[0], "--plot", paths[1])
+    assert completed.returncode == 0, completed.stderr
+    assert (
+        "≤ " in completed.stdout
+        and "average probabilities" in completed.stdout
+        and "the first 2 together" in completed.stdout
+    )
+    assert paths[1].read_bytes().startswith(b"\x89PNG") and not [*tmp_path.rglob("*.partial")]
+    record = json.loads(paths[0].read_text())
+    assert [*record["sets"]] == ["tuning", "validation"]
+    assert all(results["upper_bound"] and results["num_mc"] == 4 for results in record["sets"].values())
+    for name, results in record["sets"].items():
+        for run, summary in zip(("first", "second"), results["members"], strict=True):
+            last = [record_of_set for record_of_set in records(runs / run, "valid") if record_of_set["set"] == name][-1]
+            assert summary == pytest.approx({key: last[key] for key in summary}, rel=1e-5)
+        single, both = results["ensembles"]
+        losses = [summary["loss"] for summary in results["members"]]
+        assert {key: single[key] for key in results["members"][0]} == results["members"][0] and single["gain"] == 0
+        assert both["size"] == 2 and both["loss"] < np.mean(losses) and both["gain_se"] > 0 and both["mc_se"] > 0
+        assert both["gain"] == pytest.approx(np.mean(losses) - both["loss"])
+    again = command(runs / "first", runs / "second", "--json", tmp_path / "two.json", world_size=2)
+    assert again.returncode == 0, again.stderr
+    other_record = json.loads((tmp_path / "two.json").read_text())
+    for name, results in record["sets"].items():
+        for kind in ("members", "ensembles"):
+            for summary, other_summary in zip(results[kind], other_record["sets"][name][kind], strict=True):
+                assert other_summary == pytest.approx(summary, rel=1e-4, abs=1e-6)
+
+
+def test_checkpoints_and_flags_of_an_evaluation(runs, ranks):
+    older = runs / "first" / "checkpoints" / "iter_0000008"
+    names = [str(runs / "ar"), str(runs / "ar" / "checkpoints" / "iter_0000008")]
+    record = evaluate_members(open_members(names, "latest", ["--eval-samples", "3"]), ranks)
+    assert [member["iteration"] for member in record["members"]] == [12, 8] and not record["sets"]["validation"][
+        "upper_bound"
+    ]
+    last = [valid["loss"] for valid in records(runs / "ar", "valid")][-1]
+    assert record["sets"]["validation"]["members"][0]["loss"] != last  # other windows
+    assert "≤" not in table(record) and "mc" not in table(record)
+    best = open_members([str(runs / "second"), str(older)], "best", [])[0]
+    assert best.checkpoint.name == json.loads((runs / "second" / "checkpoints" / "best.json").read_text())["folder"]
+
+
+def test_what_cannot_stand_together_is_refused(runs, tmp_path):
+    first, second, ar = (str(runs / name) for name in ("first", "second", "ar"))
+    sized = changed(runs / "second", tmp_path / "sized", vocabulary_size=300)
+    aligned = changed(runs / "second", tmp_path / "aligned", validation={"eval_alignment": "published"})
+    empty = changed(runs / "second", tmp_path / "empty")
+    shutil.rmtree(tmp_path / "empty" / "checkpoints")
+    blind = changed(runs / "second", tmp_path / "blind")
+    (tmp_path / "blind" / "checkpoints" / "best.json").unlink()
+    damaged = changed(runs / "second", tmp_path / "damaged") + "/checkpoints/iter_0000012"
+    next((tmp_path / "damaged" / "checkpoints" / "iter_0000012").glob("*.safetensors")).unlink()
+    newest = f"{first}/checkpoints/iter_0000012"
+    for names, which, flags, message in (
+        ([first], "latest", [], f"{first}: is one member, and an ensemble needs two or more; name another run"),
+        ([first, newest], "latest", [], f"{newest}: is the same checkpoint as {first}; name each member once"),
+        (
+            [first, ar],
+            "latest",
+            [],
+            f"{ar}: has objective ar, and {first} has mdm; members must share it, leave one out",
+        ),
+        ([first, sized], "latest", [], f"{sized}: has vocabulary size 300, and {first} has 257; members must share it"),
+        ([first, aligned], "latest", [], f"{aligned}: has --eval-alignment published, and {first} has common; members"),
+        ([first, str(tmp_path)], "latest", [], f"{tmp_path}: holds no run and is no checkpoint; give a folder that"),
+        ([first, empty], "latest", [], f"{empty}: holds no checkpoint; train it first"),
+        ([first, blind], "best", [], f"--checkpoint best: {blind} has no checkpoint that was validated; give"),
+        ([first, damaged], "latest", [], f"{damaged}: is damaged ("),
+        (
+            [first, second],
+            "latest",
+            ["--num-layers", "3"],
+            "--num-layers 3: is neither a flag of data nor of validation",
+        ),
+        ([first, second], "latest", ["--num-mcc", "3"], "unknown flag --num-mcc; did you mean --num-mc?"),
+    ):
+        with pytest.raises(ConfigurationError) as caught:
+            open_members(names, which, flags)
+        assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
+    assert (
+        len(open_members([first, aligned], "latest", ["--eval-alignment", "common"])) == 2
+    )  # the flag makes them equal
+    completed = command(first, ar)
+    assert (
+        completed.returncode == 2
+        and completed.stderr.startswith(f"error: {ar}: has objective ar")
+        and not completed.stdout
+    )
+
+
+def test_other_data_than_a_member_knows_is_refused(runs, tmp_path):
+    first = str(runs / "first")
+    other = changed(runs / "second", tmp_path / "other", fingerprints={"validation": "another"})
+    sized = [changed(runs / name, tmp_path / name, vocabulary_size=300) for name in ("first", "second")]
+    for names, message in (
+        ([first, other], f"{other}: was validated on other tokens named validation; leave"),
+        (sized, f"{sized[0]}: has 300 token ids, and this data has 257; give data of its tokenizer"),
+    ):
+        with pytest.raises(ConfigurationError) as caught:
+            check_data(open_members(names, "latest", []), open_sources(settings(first, [])))
+        assert str(caught.value).startswith(message)

@@ -1,0 +1,88 @@
+"""Batch scripts of a sweep: one array for each resource class, valid bash, and clear errors for site files."""
+
+import re
+import subprocess
+
+import pytest
+
+from megatron.errors import ConfigurationError
+from megatron.sweeps.plan import plan_sweep
+from megatron.sweeps.slurm import read_site, submit_array, write_arrays
+from megatron.sweeps.sweep_file import read_sweep
+from tests.conftest import ROOT
+from tests.sweeps.files import toy, write
+
+
+@pytest.fixture
+def planned(corpus, tmp_path):
+    rules = [{"where": {"variant": "mdm"}, "processes": 4, "nodes": 2, "minutes": 90}]
+    flags = toy(corpus)["flags"] | {"micro-batch-size": 1}
+    path = write(tmp_path, toy(corpus), flags=flags, resources={"rules": rules})
+    return plan_sweep(read_sweep(path), tmp_path / "out").points
+
+
+def test_every_resource_class_is_an_array_whose_script_is_valid_bash(planned, tmp_path):
+    (tmp_path / "site.yaml").write_text(
+        "partition: long\naccount: 17\nsbatch: [--mem=0, --constraint=h100]\nsetup: module load cuda\nthrottle: 3\n"
+    )
+    site = read_site(tmp_path / "site.yaml")
+    single, double = write_arrays(tmp_path / "out", planned, site)
+    assert [point.variant for point in single.points] == ["ar", "ar"] and len(double.points) == 2
+    assert [point.axes["train-epochs"] for point in single.points] == [8, 4]  # the longest first
+    text = double.script.read_text()
+    for line in (
+        "#SBATCH --array 0-1%3",
+        "#SBATCH --nodes 2 --ntasks-per-node 2 --cpus-per-task 8",
+        "#SBATCH --gpus-per-node 2",
+        "#SBATCH --time 90 --signal USR1@300 --requeue --open-mode append",
+        "#SBATCH --partition long",
+        "#SBATCH --account 17",
+        "#SBATCH --constraint=h100",
+        "module load cuda",
+    ):
+        assert line in text.splitlines(), text
+    assert double.tasks.read_text().split() == [point.id for point in double.points]
+    for array in (single, double):
+        subprocess.run(["bash", "-n", array.script], check=True)
+    again, _ = write_arrays(tmp_path / "out", planned, site)
+    assert again.script != single.script and single.script.exists()  # a submitted script never changes
+
+
+def test_the_site_comes_from_the_environment_too(monkeypatch, tmp_path):
+    monkeypatch.setenv("SITE_PARTITION", "gpu")
+    monkeypatch.setenv("SITE_GPUS", "false")
+    monkeypatch.setenv("SITE_SBATCH", "[--mem=0]")
+    site = read_site(None)
+    assert (site.partition, site.gpus, site.sbatch) == ("gpu", False, ("--mem=0",))
+
+
+def test_the_example_site_file_is_read():
+    site = read_site(ROOT / "examples_scaling" / "sweeps" / "site.yaml")
+    assert site.partition == "gpu" and site.account is None and site.sbatch == ("--mem=0",)
+
+
+REFUSED = {
+    "partitoin: gpu": "partitoin: is an unknown key; the keys are partition, account",
+    "gpus: 8": "gpus: 8: is not true or false",
+    "throttle: many": "throttle: many: is not a whole number",
+    "sbatch: --mem=0": "sbatch: --mem=0: is not a list of options",
+    "- gpu": "is not a mapping",
+    "a: [": "cannot be read as YAML",
+}
+
+
+@pytest.mark.parametrize("text", REFUSED)
+def test_a_mistake_in_a_site_file_is_one_line(text, tmp_path):
+    (tmp_path / "site.yaml").write_text(text)
+    with pytest.raises(ConfigurationError, match=re.escape(REFUSED[text])):
+        read_site(tmp_path / "site.yaml")
+
+
+def test_what_does_not_fit_the_site_and_a_machine_without_slurm_are_named(planned, monkeypatch, tmp_path):
+    (tmp_path / "site.yaml").write_text("processes_per_node: 1")
+    with pytest.raises(ConfigurationError, match="needs 2 processes on a node, and the site has processes_per_node 1"):
+        write_arrays(tmp_path / "out", planned, read_site(tmp_path / "site.yaml"))
+    array, _ = write_arrays(tmp_path / "out", planned, read_site(None))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ConfigurationError, match="there is no sbatch on this machine"):
+        submit_array(array)
