@@ -22,6 +22,10 @@ setup(
         "sentencepiece",
         "tqdm",
         "matplotlib",
+        "jinja2",
+        "pyarrow",
+        "pyyaml",
+        "scipy",
     ],
     extras_require={
         "test": [

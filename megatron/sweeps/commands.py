@@ -112,16 +112,21 @@ def run_task(options: Namespace) -> int:
 
 def _submit(options: Namespace, folder: Path, points: Sequence[Point], leave: tuple[str, ...]) -> int:
     site = slurm.read_site(options.site)
-    chosen = [point for point in points if run_state(point.folder(folder)).name not in leave]
+    queued = slurm.queued_runs(folder)
+    chosen = [point for point in points if point.id not in queued and run_state(point.folder(folder)).name not in leave]
+    if queued:
+        print(f"{len(queued)} runs are in the queue already")
     if not chosen:
         print("nothing to submit: " + sweep_status(folder, points).line())
         return 0
+    trunk_jobs: list[str] = []
     for array in slurm.write_arrays(folder, chosen, site):
         print(f"{array.script}: {len(array.points)} tasks")
         if options.dry_run:
             print(array.script.read_text())
             continue
-        job = slurm.submit_array(array)
+        job = slurm.submit_array(array, after=trunk_jobs if array.are_branches else ())
+        trunk_jobs += [] if array.are_branches else [job]
         print(f"submitted: job {job}; `scancel {job}` ends it, `scancel --signal=USR1 {job}` saves and requeues")
     return 0
 

@@ -43,7 +43,7 @@ class Site:
     cores_per_process: int = 8
     sbatch: tuple[str, ...] = ()  # further options of sbatch, such as --constraint=h100
     setup: str = ""  # shell lines before a run: modules, container variables
-    python: str = sys.executable  # on the compute nodes
+    python: str = sys.executable  # on the compute nodes, from the clone
     throttle: int = 0  # tasks of an array that run at a time; 0: no limit
     signal_seconds: int = 300  # before the time limit, to save
     wait_for_lock_minutes: float = 10.0  # for a predecessor on a node that was lost
@@ -52,11 +52,17 @@ class Site:
 
 @dataclass(frozen=True)
 class Array:
-    """One job array: its script, its task list, and the points of the tasks."""
+    """One job array: its script, its task list, and the points of the tasks; branches wait for the arrays of trunks."""
 
     script: Path
     tasks: Path
     points: list[Point]
+    are_branches: bool
+
+    @property
+    def job_file(self) -> Path:
+        """The file with the id of the submitted job."""
+        return self.script.with_suffix(".job")
 
 
 def read_site(path: Path | None) -> Site:
@@ -84,27 +90,27 @@ def read_site(path: Path | None) -> Site:
 
 
 def _typed(named: str, name: str, value: Any) -> Any:
+    """Return a value of a site in the type of its field."""
     default = getattr(Site(), name)
-    kinds = {bool: "true or false", int: "a whole number", float: "a number", tuple: "a list of options"}
-    if isinstance(default, tuple) and isinstance(value, list):
-        return tuple(map(str, value))
-    right = isinstance(value, bool) == isinstance(default, bool)
-    if isinstance(default, (int, float)) and not isinstance(value, type(default)):
-        right = right and isinstance(value, int) and isinstance(default, float)
-    elif isinstance(default, (str, type(None))):
-        right = isinstance(value, (str, int)) and not isinstance(value, bool)
-        value = str(value)
-    elif isinstance(default, tuple):
-        right = False
+    if isinstance(default, tuple):
+        right, kind = isinstance(value, list), "a list of options"
+    elif isinstance(default, bool):
+        right, kind = isinstance(value, bool), "true or false"
+    elif isinstance(default, int):
+        right, kind = type(value) is int, "a whole number"
+    elif isinstance(default, float):
+        right, kind = type(value) in (int, float), "a number"
+    else:
+        right, kind = value is None or type(value) in (str, int), "text"
     if not right:
-        raise ConfigurationError(
-            f"--site {named}: {name}: {value}: is not {kinds.get(type(default), 'text')}; correct it"
-        )
-    return value
+        raise ConfigurationError(f"--site {named}: {name}: {value}: is not {kind}; correct it")
+    if isinstance(value, list):
+        return tuple(map(str, value))
+    return str(value) if kind == "text" and value is not None else value
 
 
 def write_arrays(folder: Path, points: Sequence[Point], site: Site) -> list[Array]:
-    """Write a script and a frozen list of tasks for each resource class of the points.
+    """Write a script and a frozen list of tasks for each resource class of the points, WSD branches last.
 
     Raises: ConfigurationError if a point does not fit the site.
     """
@@ -116,19 +122,19 @@ def write_arrays(folder: Path, points: Sequence[Point], site: Site) -> list[Arra
                 f"{point.label}: needs {per_node} processes on a node, and the site has processes_per_node "
                 f"{site.processes_per_node}; give it more `nodes` under `resources`"
             )
-        classes[point.nodes, per_node, point.minutes].append(point)
+        classes[point.trunk is not None, point.nodes, per_node, point.minutes].append(point)
     slurm = folder / "slurm"
     slurm.mkdir(parents=True, exist_ok=True)
     (folder / "logs").mkdir(exist_ok=True)
     arrays = []
-    for (nodes, per_node, minutes), members in classes.items():
-        members = sorted(members, key=lambda point: -point.flops)
-        name = f"{nodes}x{per_node}" + (f"-{minutes:g}min" if minutes else "")
+    for (are_branches, nodes, per_node, minutes), members in sorted(classes.items(), key=lambda item: item[0][0]):
+        members = sorted(members, key=lambda point: -point.own_flops)
+        name = f"{nodes}x{per_node}" + (f"-{minutes:g}min" if minutes else "") + ("-branches" if are_branches else "")
         number = len(list(slurm.glob(f"{name}-*.sh")))
         script, tasks = slurm / f"{name}-{number}.sh", slurm / f"{name}-{number}.tasks"
         replace_file(tasks, "".join(f"{point.id}\n" for point in members))
         replace_file(script, _script(folder.resolve(), tasks.resolve(), members, site))
-        arrays.append(Array(script, tasks, members))
+        arrays.append(Array(script, tasks, members, are_branches))
     return arrays
 
 
@@ -164,20 +170,38 @@ def _script(folder: Path, tasks: Path, points: list[Point], site: Site) -> str:
     )
 
 
-def submit_array(array: Array) -> str:
-    """Submit a script; return the id of the job.
+def submit_array(array: Array, after: Sequence[str] = ()) -> str:
+    """Submit a script, to start when the jobs `after` have ended; return the id of the job.
 
     Raises: ConfigurationError with sbatch's message.
     """
+    # afterany: without its trunk's checkpoint a branch trains in full
+    dependency = [f"--dependency=afterany:{':'.join(after)}"] if after else []
     try:
-        done = subprocess.run(["sbatch", "--parsable", str(array.script)], capture_output=True, text=True)
+        done = subprocess.run(["sbatch", "--parsable", *dependency, str(array.script)], capture_output=True, text=True)
     except FileNotFoundError:
         raise ConfigurationError(
             f"{array.script}: there is no sbatch on this machine; submit it on a login node, or use `run`"
         ) from None
     if done.returncode:
         raise ConfigurationError(f"{array.script}: sbatch refused it: {done.stderr.strip()}; correct the site file")
-    return done.stdout.strip().partition(";")[0]
+    job = done.stdout.strip().partition(";")[0]
+    replace_file(array.job_file, f"{job}\n")
+    return job
+
+
+def queued_runs(folder: Path) -> set[str]:
+    """Return the ids of the runs whose tasks are pending or running in SLURM's queue; none without SLURM."""
+    queued = set()
+    for path in (folder / "slurm").glob("*.job"):
+        command = ["squeue", "--noheader", "--array", "--jobs", path.read_text().strip(), "--format", "%K"]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True)
+        except FileNotFoundError:
+            return set()
+        ids = path.with_suffix(".tasks").read_text().split()
+        queued |= {ids[int(task)] for task in done.stdout.split() if task.isdecimal()}
+    return queued
 
 
 # ------------------------------------------------------------------------------------------------ inside a task
@@ -200,6 +224,10 @@ def run_task(folder: Path, points: Sequence[Point], point_id: str, *, retries: i
     if state.has_own_fault:
         logger.error("%s: has failed: %s; not started again", point.label, state.reason)
         return 1
+    checkpoint = point.trunk_checkpoint(folder)
+    if checkpoint is not None and not checkpoint.is_dir() and run_state(folder / "runs" / str(point.trunk)).holder:
+        logger.info("%s: its trunk %s is still running; requeued until it has the checkpoint", point.label, point.trunk)
+        return _requeue(LOCKED)
     # caught, not ignored: srun, which inherits ignored signals, must still get and forward them
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, lambda *_: None)
@@ -219,19 +247,24 @@ def run_task(folder: Path, points: Sequence[Point], point_id: str, *, retries: i
 
 
 def _note_failure(folder: Path, point: Point, code: int) -> int:
-    """Append a failure to the log of failures of a point; return how many there are."""
+    """Append a failure to the log of failures of a point; return how many this task has had."""
     path = folder / "logs" / f"{point.id}.failures.jsonl"
-    nodes, job = os.environ.get("SLURM_JOB_NODELIST", ""), os.environ.get("SLURM_JOB_ID", "")
+    nodes, task = os.environ.get("SLURM_JOB_NODELIST", ""), _task()
     with open(path, "a+") as file:
-        file.write(json.dumps({"time": time.time(), "nodes": nodes, "job": job, "code": code}) + "\n")
+        file.write(json.dumps({"time": time.time(), "nodes": nodes, "job": task, "code": code}) + "\n")
         file.seek(0)
-        return len(file.readlines())
+        return sum(json.loads(line)["job"] == task for line in file)
+
+
+def _task() -> str:
+    """Return the task as scontrol takes it: the plain job id of one task of an array would name all of them."""
+    return f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
 
 
 def _requeue(code: int, exclude: str = "") -> int:
-    job = os.environ["SLURM_JOB_ID"]
+    task = _task()
     if exclude and int(os.environ.get("SLURM_JOB_NUM_NODES", "1")) == 1:  # of several nodes the bad one is not known
-        subprocess.run(["scontrol", "update", f"JobId={job}", f"ExcNodeList={exclude}"], check=False)
-    subprocess.run(["scontrol", "requeue", job], check=False)
+        subprocess.run(["scontrol", "update", f"JobId={task}", f"ExcNodeList={exclude}"], check=False)
+    subprocess.run(["scontrol", "requeue", task], check=False)
     time.sleep(REQUEUE_WAIT)  # SLURM ends this task meanwhile
     return code

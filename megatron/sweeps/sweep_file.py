@@ -306,8 +306,7 @@ class _Reader:
         rules = []
         for index, rule in enumerate(self.sequence(f"{key}.rules", given.get("rules"))):
             rule = self.mapping(f"{key}.rules[{index}]", rule, ("where", *names[:-1]))
-            where = self.mapping(f"{key}.rules[{index}].where", rule.get("where"), None)
-            where = {self.flag_name(f"{key}.rules[{index}].where", name): value for name, value in where.items()}
+            where = self._conditions(f"{key}.rules[{index}].where", rule.get("where"))
             rules.append((where, self._amounts(f"{key}.rules[{index}]", rule)))
         return Resources(**self._amounts(key, given), rules=tuple(rules))
 
@@ -324,8 +323,7 @@ class _Reader:
         return amounts
 
     def _where(self, key: str, rule: Any, stages: tuple[Stage, ...]) -> dict[str, Any]:
-        rule = self.mapping(key, rule, None)
-        where = {"variant" if name == "variant" else self.flag_name(key, name): value for name, value in rule.items()}
+        where = self._conditions(key, rule)
         axes = {"variant"}
         for stage in stages:
             axes |= {*stage.parameters, *(name for variant in stage.variants for name in variant.parameters)}
@@ -333,6 +331,11 @@ class _Reader:
             if name not in axes:
                 raise self.error(key, _unknown(name, axes, "axis"))
         return where
+
+    def _conditions(self, key: str, given: Any) -> dict[str, Any]:
+        """Return the values that a point must have: of its variant and its flags."""
+        given = self.mapping(key, given, None)
+        return {"variant" if name == "variant" else self.flag_name(key, name): value for name, value in given.items()}
 
     # ------------------------------------------------------------------------------------------------- values
 

@@ -33,7 +33,7 @@ def draw_trials(tuning: Tuning, own: dict[str, Distribution]) -> list[dict[str, 
     return [
         {
             name: _value(distribution, share)
-            for (name, distribution), share in zip(parameters.items(), point, strict=True)
+            for (name, distribution), share in zip(parameters.items(), point, strict=False)
         }
         for point in points.tolist()
     ]
