@@ -181,7 +181,7 @@ def test_a_run_whose_data_are_gone_is_exported_by_the_file_of_its_tokenizer(runs
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
 def test_an_interrupted_export_leaves_nothing(runs, tmp_path, monkeypatch, error):
-    def fail(*_):
+    def fail(*_, **__):
         raise error
 
     monkeypatch.setattr(module, "model_card", fail)  # called after all weights are written

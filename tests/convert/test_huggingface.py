@@ -73,7 +73,7 @@ def test_a_wrong_reading_would_be_noticed():
     """The comparison can fail: another attention direction, rotary base or epsilon exceeds its tolerance."""
     model = nontrivial_model()
     tokens = torch.randint(97, (2, 24), generator=torch.Generator().manual_seed(1))
-    settings = {"rows": 97, "positions": 24}
+    settings = {"vocabulary_rows": 97, "max_positions": 24}
     right = hugging_face_config(model.config, **settings)
     wrong_base, wrong_epsilon = (hugging_face_config(model.config, **settings) for _ in range(2))
     wrong_base.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0}
