@@ -116,7 +116,7 @@ def test_target_positions_rotate_the_queries_to_the_target():
     hidden = torch.randn(1, 5, 12, generator=torch.Generator().manual_seed(2))
     position_ids, targets = torch.tensor([[0, 3, 1, 4, 2]]), torch.tensor([[3, 1, 4, 2, 5]])
     context = AttentionContext(rotary_table(targets, 6, 10000.0), rotary_table(position_ids, 6, 10000.0), True)
-    output = attention(hidden, context)
+    output = attention.attend(hidden, context)
     heads = [getattr(attention, f"{name}_proj")(hidden)[0].unflatten(-1, (2, 6)) for name in "qkv"]
     query, key = (torch.complex(head[..., :3], head[..., 3:]) for head in heads[:2])  # rotate-half pairs
     angles = 1 / 10000.0 ** (torch.arange(0, 6, 2) / 6)

@@ -95,6 +95,7 @@ def test_branches_equal_full_runs_to_the_last_bit(corpus, tmp_path):
     assert "continuing from" in (tmp_path / "branched" / "logs" / f"{log}.log").read_text()
 
 
+@pytest.mark.slow
 def test_a_budget_that_is_added_after_its_trunk_has_finished_is_trained_in_full(corpus, tmp_path):
     variants = {"ar": {"flags": {"objective": "ar"}}}
     first = sweep(corpus, tmp_path, epochs=(12,), variants=variants)

@@ -114,6 +114,7 @@ def test_runs_end_when_their_queue_is_killed(sweep, tmp_path):
     assert results(folder) == rows
 
 
+@pytest.mark.slow
 def test_two_queues_never_do_a_run_twice(sweep, tmp_path):
     path, rows = sweep
     folder = tmp_path / "shared"
@@ -149,6 +150,7 @@ def test_a_run_that_fails_for_a_passing_reason_is_started_again(sweep, tmp_path)
     assert results(folder) == rows
 
 
+@pytest.mark.slow
 def test_a_hanging_run_is_found_and_started_again(sweep, tmp_path):
     path, rows = sweep
     folder = tmp_path / "hanging"
@@ -171,17 +173,18 @@ def test_what_this_machine_cannot_run_is_refused_before_anything_starts(sweep, c
     assert not (tmp_path / "a" / "runs").exists() and not (tmp_path / "b" / "runs").exists()
 
 
-def test_a_run_that_is_no_longer_in_the_file_is_not_forgotten_while_it_runs(sweep, corpus, tmp_path):
-    path, _ = sweep
+def test_a_run_that_is_no_longer_in_the_file_is_not_forgotten_while_it_runs(corpus, tmp_path):
+    (tmp_path / "long").mkdir()
+    long = write(tmp_path / "long", toy(corpus), parameters={"train-epochs": [10_000]}, variants=None)
     folder = tmp_path / "changed"
-    process = start("run", path, folder, "--slots", 1)
+    process = start("run", long, folder, "--slots", 1)
     running(folder)
     changed = write(tmp_path, toy(corpus), parameters={"train-epochs": [2]})
     output = finish("plan", changed, folder)
     process.terminate()
     process.wait(timeout=60)
     assert "is running, and the changed file no longer has it; stop it first" in output
-    assert "2.05e+03" not in finish("plan", changed, folder).splitlines()[-4]
+    assert "is running" not in finish("plan", changed, folder).splitlines()[-1]  # stopped, it may leave the plan
 
 
 def test_a_stage_takes_the_best_trials_and_records_how_they_were_chosen(corpus, tmp_path):
