@@ -46,6 +46,8 @@ FOREIGN = {
 FOREIGN_FLAGS = {
     "--no-deps",
     "--standalone",
+    "--exclusive",
+    "--mem-per-cpu",
     "--nproc-per-node",
     "--nnodes",
     "--node-rank",
@@ -189,7 +191,8 @@ def test_every_example_prints_commands_that_parse(script, world_size):
     for words in example_commands:
         check(words)
     runs = [words for words in example_commands if any(word in OBJECTIVES for word in words)]
-    assert runs and all(("torch.distributed.run" in words) == (world_size == "2") for words in runs)
+    assert runs or any("tools/sweep.py" in words for words in example_commands)
+    assert all(("torch.distributed.run" in words) == (world_size == "2") for words in runs)
 
 
 def test_the_benchmark_of_a_gpu_prints_commands_that_parse(tmp_path):

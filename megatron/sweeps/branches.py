@@ -40,7 +40,7 @@ def assign_trunks(resolved: Sequence[Resolved]) -> tuple[list[Point], list[str]]
     reasons: dict[str, int] = {}
     for members in families.values():
         trunk = max(members.values(), key=lambda item: item.plan.train_samples)
-        kept: set[int] = set()
+        branch_steps: set[int] = set()
         for item in members.values():
             if item is trunk:
                 continue
@@ -49,14 +49,14 @@ def assign_trunks(resolved: Sequence[Resolved]) -> tuple[list[Point], list[str]]
             if obstacle:
                 reasons[obstacle] = reasons.get(obstacle, 0) + 1
                 continue
-            kept.add(iteration)
+            branch_steps.add(iteration)
             samples = iteration * item.config.training.global_batch_size
             changes[item.point.id] = {
                 "trunk": trunk.point.id,
                 "trunk_iteration": iteration,
                 "trunk_samples": samples,
             }
-        changes[trunk.point.id] = {"keep_iterations": sorted(kept)}
+        changes[trunk.point.id] = {"keep_iterations": sorted(branch_steps)}
     points = [replace(item.point, **changes.get(item.point.id, {})) for item in resolved]
     return points, [f"{count} WSD points are trained in full: {reason}" for reason, count in reasons.items()]
 

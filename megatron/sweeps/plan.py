@@ -120,7 +120,7 @@ def _drafts(sweep: Sweep, stage: Stage, chosen: dict[tuple, Flags]) -> Iterator[
         for values in itertools.product(*axes.values()):
             point = dict(zip(axes, values, strict=True))
             named = {"variant": variant.name, **point}
-            if any(all(named.get(name) == value for name, value in rule.items()) for rule in sweep.exclude):
+            if any(all(named.get(name) == value for name, value in excluded.items()) for excluded in sweep.exclude):
                 continue
             best = chosen.get((variant.name, *(point[name] for name in stage.by)), {})
             for seed in stage.seeds:

@@ -95,7 +95,7 @@ def run_progress(point: Point, folder: Path) -> RunStatus:
     samples = max(record.get("consumed_samples", state.consumed_samples) - point.trunk_samples, 0)
     share = 1.0 if state.name == "finished" else samples / (point.train_samples - point.trunk_samples)
     seconds = record.get("seconds", 0.0) * point.own_share  # a branch's records begin with its trunk's
-    return RunStatus(point, state, share, seconds, record.get("loss"))
+    return RunStatus(point=point, state=state, share=share, seconds=seconds, loss=record.get("loss"))
 
 
 def table(status: SweepStatus) -> str:

@@ -60,7 +60,7 @@ class Tuning:
 
 @dataclass(frozen=True, kw_only=True)
 class Resources:
-    """What a run needs. A `rule` gives other values to the points that match all its `where` values."""
+    """What a run needs. An entry of `rules` gives other values to the points that match all its `where` values."""
 
     nodes: int = 1
     processes: int = 1  # ranks, over all nodes
@@ -155,7 +155,8 @@ class _Reader:
             description=str(top.get("description", "")).strip(),
             stages=stages,
             exclude=tuple(
-                self._where("exclude", rule, stages) for rule in self.sequence("exclude", top.get("exclude"))
+                self._where("exclude", combination, stages)
+                for combination in self.sequence("exclude", top.get("exclude"))
             ),
             wsd_branches=self._switch("wsd_branches", top.get("wsd_branches", True)),
             data={key: self.whole(f"data.{key}", value, 1) for key, value in assumed.items()},
@@ -296,18 +297,18 @@ class _Reader:
             return Distribution(kind, values=tuple(self.sequence(f"{key}.values", given["values"])))
         low, high = (self.number(f"{key}.{bound}", given[bound]) for bound in wanted)
         if not low < high or (kind == "log_uniform_values" and low <= 0):
-            rule = "0 < min < max" if kind == "log_uniform_values" else "min < max"
-            raise self.error(key, f"min {low:g} and max {high:g}: {kind} needs {rule}; correct them")
+            condition = "0 < min < max" if kind == "log_uniform_values" else "min < max"
+            raise self.error(key, f"min {low:g} and max {high:g}: {kind} needs {condition}; correct them")
         return Distribution(kind, low, high)
 
     def _resources(self, key: str, given: Any, stage: dict) -> Resources:
         names = [field.name for field in fields(Resources)]
         given = self.mapping(key, given or {}, names)
         rules = []
-        for index, rule in enumerate(self.sequence(f"{key}.rules", given.get("rules"))):
-            rule = self.mapping(f"{key}.rules[{index}]", rule, ("where", *names[:-1]))
-            where = self._conditions(f"{key}.rules[{index}].where", rule.get("where"))
-            rules.append((where, self._amounts(f"{key}.rules[{index}]", rule)))
+        for index, entry in enumerate(self.sequence(f"{key}.rules", given.get("rules"))):
+            entry = self.mapping(f"{key}.rules[{index}]", entry, ("where", *names[:-1]))
+            where = self._conditions(f"{key}.rules[{index}].where", entry.get("where"))
+            rules.append((where, self._amounts(f"{key}.rules[{index}]", entry)))
         return Resources(**self._amounts(key, given), rules=tuple(rules))
 
     def _amounts(self, key: str, given: dict) -> dict[str, Any]:
@@ -322,8 +323,8 @@ class _Reader:
                     raise self.error(f"{key}.{name}", f"{amounts[name]:g}: must be positive; correct it")
         return amounts
 
-    def _where(self, key: str, rule: Any, stages: tuple[Stage, ...]) -> dict[str, Any]:
-        where = self._conditions(key, rule)
+    def _where(self, key: str, given: Any, stages: tuple[Stage, ...]) -> dict[str, Any]:
+        where = self._conditions(key, given)
         axes = {"variant"}
         for stage in stages:
             axes |= {*stage.parameters, *(name for variant in stage.variants for name in variant.parameters)}

@@ -231,6 +231,7 @@ REFUSED = [
     (ValidationConfig, {"eval_batch_size": 0}, "--eval-batch-size 0: must be positive"),
     (CheckpointConfig, {"save_interval": 0}, "--save-interval 0: must be positive"),
     (CheckpointConfig, {"keep_every_epochs": 0.0}, "--keep-every-epochs 0.0: must be positive"),
+    (CheckpointConfig, {"keep_iterations": (5, 0)}, "--keep-iterations 5 0: steps are counted from 1; change it"),
     (CheckpointConfig, {"wait_for_lock": 721.0}, "--wait-for-lock 721.0: must be in [0, 720]"),
     (CheckpointConfig, {"wait_for_lock": 5.0}, "--wait-for-lock 5.0: does nothing without --save; give both"),
     (TrackingConfig, {"tensorboard_queue_size": 0}, "--tensorboard-queue-size 0: must be at least 1"),

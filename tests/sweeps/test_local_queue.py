@@ -231,7 +231,7 @@ def test_a_queue_that_is_killed_at_random_moments_ends_like_an_uninterrupted_one
 
 def children(pid: int) -> list[int]:
     """Return all descendants of a process."""
-    found = []
+    descendants = []
     for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
-        found += [int(child), *children(int(child))]
-    return found
+        descendants += [int(child), *children(int(child))]
+    return descendants
