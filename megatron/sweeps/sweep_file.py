@@ -149,7 +149,6 @@ class _Reader:
         assumed = self.mapping("data", top.get("data", {}), ("unique_tokens", "vocabulary_size"))
         base = {key: top[key] for key in STAGE_KEYS if key in top}
         stages = self._stages(base, top.get("stages"))
-        excluded = self.sequence("exclude", top.get("exclude"))
         return Sweep(
             path=self.path,
             name=name,
