@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from megatron.config.resolve import Plan
-from megatron.config.sections import Config
+from megatron.config.sections import Config, DataConfig
+from megatron.data.paths import requested_sets
+from megatron.errors import ConfigurationError
 from megatron.sweeps.points import Point
 from megatron.training.schedule import learning_rate, weight_decay
 
@@ -73,7 +75,7 @@ def _obstacle(item: Resolved, trunk: Resolved, iteration: int) -> str | None:
         return "their decay begins in the first step"
     if item.config.data.epoch_order == "megatron":
         return "--epoch-order megatron depends on the budget; take another one"
-    if len(item.config.data.train_data_path) > 1 or item.config.data.train_data_path_file:
+    if _is_blend(item.config.data):
         return "a blend's order may depend on the budget; give one data set in train-data-path"
     if item.plan.eval_interval != trunk.plan.eval_interval:
         return "their validations lie at other steps; give eval-interval"
@@ -83,6 +85,14 @@ def _obstacle(item: Resolved, trunk: Resolved, iteration: int) -> str | None:
         if _rates(item, step * size) != _rates(trunk, step * size):
             return "their learning rate or weight decay differs from the first steps on; give lr-warmup-samples"
     return None
+
+
+def _is_blend(data: DataConfig) -> bool:
+    try:
+        train, _ = requested_sets(data, with_test=False)
+    except ConfigurationError:
+        return False  # the data are not on this machine; training refuses an inexact branch
+    return len(train.prefixes) > 1
 
 
 def _rates(item: Resolved, samples: int) -> tuple[float, float]:
