@@ -31,10 +31,10 @@ def main() -> None:
         sys.exit(options.command(options))
     except ConfigurationError as error:
         sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
-    except OSError as error:
-        sys.exit(print(f"error: {error}", file=sys.stderr) or 1)
     except BrokenPipeError:
         os._exit(1)
+    except OSError as error:
+        sys.exit(print(f"error: {error}", file=sys.stderr) or 1)
 
 
 def _options() -> argparse.Namespace:
@@ -58,7 +58,11 @@ def _options() -> argparse.Namespace:
     )
     for name, command, help in (
         ("submit", submit, "train all runs that are not finished as SLURM job arrays"),
-        ("resubmit", resubmit, "submit again what failed, stopped or was lost"),
+        (
+            "resubmit",
+            resubmit,
+            "submit again what is not finished, running or in the queue, whatever it failed of",
+        ),
     ):
         sub = add(name, command, help)
         sub.add_argument("--site", type=Path, metavar="FILE", help="YAML file of the cluster: partition, account, ...")
@@ -68,6 +72,7 @@ def _options() -> argparse.Namespace:
     task = add("run-task", run_task, "train the point of a SLURM array task; called by the scripts of `submit`")
     task.add_argument("--tasks", type=Path, required=True, metavar="FILE", help="points of the tasks, an id a line")
     task.add_argument("--retries", type=int, default=2, metavar="N", help="after passing failures (default: 2)")
+    task.add_argument("--retry-failed", action="store_true", help="start diverged and too large runs again, too")
     task.add_argument("--wait-for-lock", type=float, default=10.0, metavar="M", help="minutes (default: 10)")
     return parser.parse_args()
 

@@ -159,7 +159,7 @@ def _validation(trained: Trained, average: bool) -> Iterator[str]:
     yield "|---|---|---|---|---|"
     has_bounds = False
     for record in records:
-        bound = record["bound"]
+        bound = record.get("bound", record["mc_se"] is not None)  # older records only have their noise
         has_bounds |= bound
         sign = "≤ " if bound else ""
         bits = record["bits_per_byte"]

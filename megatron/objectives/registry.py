@@ -157,13 +157,18 @@ FOREIGN = {
 
 
 def capabilities(name: str) -> Capabilities:
-    """Return what objective `name` declares about its models and samples."""
+    """Return what objective `name` declares about its models and samples.
+
+    Raises: ConfigurationError for a name that this version does not know, as of a run of another one.
+    """
+    require(name in OBJECTIVES, "objective", name, f"is not one of {', '.join(OBJECTIVES)}")
     return OBJECTIVES[name].capabilities
 
 
 def can(use: str) -> str:
     """Return the objectives whose models have a use, a field of Capabilities, as text: "ar, mdm or dual"."""
-    names = [name for name in OBJECTIVES if not isinstance(getattr(capabilities(name), use), Refused)]
+    values = {name: getattr(capabilities(name), use) for name in OBJECTIVES}
+    names = [name for name, value in values.items() if value and not isinstance(value, Refused)]
     return f"{', '.join(names[:-1])} or {names[-1]}" if len(names) > 1 else names[0]
 
 

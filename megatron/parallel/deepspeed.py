@@ -130,7 +130,7 @@ class DeepSpeedEngine(Engine):
         self._engine.step()
         norm = self._engine.get_global_grad_norm()
         norm = torch.as_tensor(norm, dtype=torch.float32, device=self.ranks.device).detach().clone()
-        if self._engine.optimizer.overflow:  # on all ranks
+        if self._engine.optimizer.overflow or not norm.isfinite():  # on all ranks
             # with offload the parameters of the optimizer are in host memory
             self.skip_if_diverged(optimizer, norm.to(next(iter(optimizer.state)).device))
         return norm

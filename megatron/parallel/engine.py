@@ -108,7 +108,7 @@ class Engine:
 
     def skip_if_diverged(self, optimizer: torch.optim.Optimizer, norm: Tensor) -> None:
         """Make the optimizer skip its steps if the global norm of this or of an earlier step is not finite."""
-        self.diverged = torch.where(norm.isfinite(), self.diverged, 1.0)
+        self.diverged = torch.where(norm.isfinite(), self.diverged.to(norm.device), 1.0)
         cast(Any, optimizer).found_inf = self.diverged
 
     def tensors(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -50,8 +50,9 @@ class Run:
         return self.train[-1]["consumed_samples"] >= self.config["train_samples"]
 
     def is_bound(self, name: str) -> bool:
-        """Return whether the losses on a validation set are upper bounds."""
-        return curve(self, name)[-1]["bound"]
+        """Return whether the losses on a validation set are upper bounds; older records only have their noise."""
+        record = curve(self, name)[-1]
+        return record.get("bound", record.get("mc_se") is not None)
 
     def regularisers(self) -> str:
         """Return the regularisers of the run and its weight decay, as text."""

@@ -14,6 +14,7 @@ from megatron.config.sections import Config, DataConfig
 from megatron.data.paths import requested_sets
 from megatron.errors import ConfigurationError
 from megatron.sweeps.points import Point
+from megatron.sweeps.run_costs import PRUNED_TO
 from megatron.training.schedule import learning_rate, weight_decay
 
 CHECKED_STEPS = 1000  # at which the schedules of trunk and branch are compared
@@ -58,7 +59,9 @@ def assign_trunks(resolved: Sequence[Resolved]) -> tuple[list[Point], list[str]]
                 "trunk_iteration": iteration,
                 "trunk_samples": samples,
             }
-        changes[trunk.point.id] = {"keep_iterations": sorted(branch_steps)}
+        size = trunk.point.disk_bytes // PRUNED_TO
+        disk = trunk.point.disk_bytes + len(branch_steps) * size
+        changes[trunk.point.id] = {"keep_iterations": sorted(branch_steps), "disk_bytes": disk}
     points = [replace(item.point, **changes.get(item.point.id, {})) for item in resolved]
     return points, [f"{count} WSD points are trained in full: {reason}" for reason, count in reasons.items()]
 
@@ -66,7 +69,7 @@ def assign_trunks(resolved: Sequence[Resolved]) -> tuple[list[Point], list[str]]
 def _last_common_step(item: Resolved) -> int:
     """Return the last step before the decay of a run."""
     constant = item.plan.lr_decay_samples - item.plan.lr_wsd_decay_samples
-    return constant // item.config.training.global_batch_size
+    return min(constant, item.plan.train_samples - 1) // item.config.training.global_batch_size
 
 
 def _obstacle(item: Resolved, trunk: Resolved, iteration: int) -> str | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.errors import ConfigurationError
-from megatron.sweeps.points import Point
+from megatron.sweeps.points import Point, text
 from megatron.sweeps.states import State, run_state
 from megatron.training.run_folder import read_records
 
@@ -25,18 +25,22 @@ def best_trials(points: Sequence[Point], folder: Path, *, set_name: str, by: Seq
     """Return the best trial of each variant and combination of the axes `by`, or what it waits for.
 
     A trial's loss is the lowest validation loss of its run on `set_name`, averaged over seeds and all other axes. A
-    trial with a failed run is out: its loss is not known, and an average over the others would favour it.
+    trial with a run that diverged or ran out of memory is out: an average over the others would favour it.
 
     Raises: ConfigurationError if a finished run was not validated on that set, or no trial of a group finished.
     """
     states = {point.id: run_state(point.folder(folder)) for point in points}
-    unfinished = [point for point in points if states[point.id].name not in ("finished", "failed")]
+    unfinished = [
+        point for point in points if states[point.id].name != "finished" and not states[point.id].has_own_fault
+    ]
     if unfinished:
-        return f"waits for {len(unfinished)} of {len(points)} points of stage {points[0].stage}"
+        failed = sum(states[point.id].name in ("failed", "lost") for point in unfinished)
+        note = f", {failed} of them failed or lost" if failed else ""
+        return f"waits for {len(unfinished)} of {len(points)} points of stage {points[0].stage}{note}"
     losses: dict[tuple, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     tuned: dict[tuple, dict[int, dict]] = defaultdict(dict)
     for point in points:
-        group = (point.variant, *(point.axes[name] for name in by))
+        group = (point.variant, *(text(point.axes[name]) for name in by))
         assert point.trial is not None
         tuned[group][point.trial] = point.tuned
         losses[group][point.trial].append(_loss(point, folder, states[point.id], set_name))
@@ -60,7 +64,7 @@ def best_trials(points: Sequence[Point], folder: Path, *, set_name: str, by: Seq
 
 
 def _loss(point: Point, folder: Path, state: State, set_name: str) -> float:
-    if state.name == "failed":
+    if state.has_own_fault:
         return float("inf")
     records = read_records(point.folder(folder))
     losses = [record["loss"] for record in records if record["kind"] == "valid" and record["set"] == set_name]

@@ -85,15 +85,15 @@ def collect(options: Namespace) -> int:
 
 
 def submit(options: Namespace) -> int:
-    """Submit every run that is neither finished nor running."""
+    """Submit every run that is not finished, running, in the queue, or failed for a reason of its own."""
     folder, planned = _planned(options)
-    return _submit(options, folder, planned.points, leave=("finished", "running"))
+    return _submit(options, folder, planned.points, retry_failed=False)
 
 
 def resubmit(options: Namespace) -> int:
-    """Submit again what failed, stopped or was lost."""
+    """Submit again what is neither finished, running nor in the queue, whatever it failed of."""
     folder = _folder(options)
-    return _submit(options, folder, read_plan(folder), leave=("finished", "running", "waiting"))
+    return _submit(options, folder, read_plan(folder), retry_failed=True)
 
 
 def run_task(options: Namespace) -> int:
@@ -107,20 +107,28 @@ def run_task(options: Namespace) -> int:
         )
     points = read_plan(options.sweep)
     settings = {"retries": options.retries, "wait_for_lock": options.wait_for_lock}
+    settings["retry_failed"] = options.retry_failed
     return slurm.run_task(options.sweep, points, ids[int(index)], **settings)
 
 
-def _submit(options: Namespace, folder: Path, points: Sequence[Point], leave: tuple[str, ...]) -> int:
+def _submit(options: Namespace, folder: Path, points: Sequence[Point], *, retry_failed: bool) -> int:
     site = slurm.read_site(options.site)
     queued = slurm.queued_runs(folder)
-    chosen = [point for point in points if point.id not in queued and run_state(point.folder(folder)).name not in leave]
+    states = {point.id: run_state(point.folder(folder)) for point in points if point.id not in queued}
+    chosen = [
+        point
+        for point in points
+        if point.id in states
+        and states[point.id].name not in ("finished", "running")
+        and (retry_failed or not states[point.id].has_own_fault)
+    ]
     if queued:
         print(f"{len(queued)} runs are in the queue already")
     if not chosen:
         print("nothing to submit: " + sweep_status(folder, points).line())
         return 0
-    trunk_jobs: list[str] = []
-    for array in slurm.write_arrays(folder, chosen, site):
+    trunk_jobs = sorted({queued[str(point.trunk)] for point in chosen if point.trunk in queued})
+    for array in slurm.write_arrays(folder, chosen, site, retry_failed=retry_failed):
         print(f"{array.script}: {len(array.points)} tasks")
         if options.dry_run:
             print(array.script.read_text())

@@ -16,14 +16,13 @@ FORWARDED = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"
 
 def training_command(point: Point, sweep: Path) -> list[str]:
     """Return the command that trains the run of a point in one process, or as one rank of several."""
-    script = os.path.relpath(ROOT / point.script)
     words = [*point.arguments, "--save", str(point.folder(sweep))]
     if point.keep_iterations:
         words += ["--keep-iterations", *map(str, point.keep_iterations)]
     checkpoint = point.trunk_checkpoint(sweep)
     if checkpoint is not None and checkpoint.is_dir():  # else the trunk has none, and this run trains all of it
         words += ["--load", str(checkpoint)]
-    return [sys.executable, script, *words]
+    return [sys.executable, str(ROOT / point.script), *words]
 
 
 def local_command(point: Point, sweep: Path) -> list[str]:

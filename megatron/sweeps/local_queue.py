@@ -20,10 +20,11 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from megatron.errors import ConfigurationError
-from megatron.sweeps.launch import LOCKED, ROOT, local_command, local_environment
+from megatron.sweeps.launch import LOCKED, local_command, local_environment
 from megatron.sweeps.points import Point, unique_runs
 from megatron.sweeps.states import State, run_state
 from megatron.sweeps.status import run_progress
+from megatron.training.checkpoint_store import CheckpointStore
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +56,8 @@ class _Job:
     process: subprocess.Popen | None = None
     slots: list[int] = field(default_factory=list)
     log_offset: int = 0
+    started: float = 0.0  # wall-clock time of this start
+    iteration: int = 0  # of the run at its last end
     terminated: float = 0.0  # when SIGTERM was sent
 
 
@@ -124,7 +127,9 @@ class LocalQueue:
 
     def _start_waiting(self) -> None:
         for job in list(self.waiting):
-            if job.not_before > time.monotonic() or job.point.processes > len(self.free):
+            if self.signal:
+                return
+            if job.not_before > time.monotonic() or self._slots(job.point.processes) is None:
                 continue
             state = run_state(job.point.folder(self.folder))
             if state.name == "finished":
@@ -139,25 +144,35 @@ class LocalQueue:
             else:
                 self._start(job)
 
+    def _slots(self, count: int) -> list[int] | None:
+        """Return `count` free slots, on different devices; None if there are too few."""
+        devices = len(self.options.devices)
+        slots: dict[int, int] = {}  # by device, or by slot on the CPU
+        for slot in self.free:
+            slots.setdefault(slot % devices if devices else slot, slot)
+        return list(slots.values())[:count] if len(slots) >= count else None
+
     def _waits_for_trunk(self, point: Point) -> bool:
         """Return whether the checkpoint to continue from is still to come."""
         checkpoint = point.trunk_checkpoint(self.folder)
         if checkpoint is None or checkpoint.is_dir() or point.trunk in self.failures:
             return False
+        if CheckpointStore.of_run(point.folder(self.folder)).has_any():
+            return False  # it resumes from its own
         return run_state(self.folder / "runs" / str(point.trunk)).name != "finished"
 
     def _start(self, job: _Job) -> None:
         self.waiting.remove(job)
-        job.slots = [self.free.pop(0) for _ in range(job.point.processes)]
+        job.slots = self._slots(job.point.processes) or []
+        self.free = [slot for slot in self.free if slot not in job.slots]
         devices = self.options.devices
-        used = list(dict.fromkeys(devices[slot % len(devices)] for slot in job.slots)) if devices else []
+        used = [devices[slot % len(devices)] for slot in job.slots] if devices else []
         log = self.folder / "logs" / f"{job.point.id}.log"
         command = local_command(job.point, self.folder)
         with open(log, "ab") as output:
             job.log_offset = output.tell()
             job.process = subprocess.Popen(
                 command,
-                cwd=ROOT,
                 env=local_environment(used, self.options.slots),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -165,7 +180,7 @@ class LocalQueue:
                 start_new_session=True,  # Ctrl-C reaches the queue only, which tells the runs once
                 preexec_fn=_end_with_parent,
             )
-        job.terminated = 0.0
+        job.terminated, job.started = 0.0, time.time()
         self.running.append(job)
         logger.info("%s: started (%s)", job.point.label, log.relative_to(self.folder))
 
@@ -176,6 +191,8 @@ class LocalQueue:
         code = job.process.poll()
         if code is not None:
             self._ended(job, code)
+        elif self.signal and not job.terminated:
+            self._terminate(job)
         elif job.terminated:
             if time.monotonic() > job.terminated + SAVE_SECONDS:
                 _signal_session(job.process, signal.SIGKILL)
@@ -186,8 +203,8 @@ class LocalQueue:
     def _is_hanging(self, job: _Job) -> bool:
         state = run_state(job.point.folder(self.folder))
         log = self.folder / "logs" / f"{job.point.id}.log"
-        silent = min(state.silent_seconds, time.time() - log.stat().st_mtime) if state.holder else 0.0
-        return silent > 60 * self.options.hang_minutes
+        silent = time.time() - max(job.started, log.stat().st_mtime)
+        return min(silent, state.silent_seconds if state.holder else silent) > 60 * self.options.hang_minutes
 
     def _ended(self, job: _Job, code: int) -> None:
         self.running.remove(job)
@@ -200,6 +217,9 @@ class LocalQueue:
             logger.info("%s: %s at step %d", job.point.label, state.name, state.iteration)
         elif code == LOCKED or state.name == "running":  # another process was faster
             job.not_before = time.monotonic() + LOCK_POLL
+            self.waiting.append(job)
+        elif state.name == "stopped" and state.iteration > job.iteration:  # as its own flags or a person asked
+            job.iteration = state.iteration
             self.waiting.append(job)
         elif code == 2 or state.has_own_fault or job.attempts >= self.options.retries:
             self._fail(job, self._reason(job, state, code))

@@ -14,13 +14,13 @@ from tqdm import tqdm
 
 from megatron.config.layout_checks import check_batch, check_layout
 from megatron.config.resolve import resolve
-from megatron.config.sections import Config
+from megatron.config.sections import SECTIONS, Config
 from megatron.config.vocabulary import Vocabulary
 from megatron.errors import ConfigurationError
 from megatron.objectives.registry import build_objective, capabilities
 from megatron.sweeps.branches import Resolved, assign_trunks
 from megatron.sweeps.choices import best_trials
-from megatron.sweeps.points import Point, identity, text
+from megatron.sweeps.points import Point, identity, same_value, text
 from megatron.sweeps.run_costs import DataSizes, disk_bytes, memory_bytes
 from megatron.sweeps.sweep_file import Flags, Stage, Sweep, Variant
 from megatron.sweeps.trials import draw_trials
@@ -120,9 +120,17 @@ def _drafts(sweep: Sweep, stage: Stage, chosen: dict[tuple, Flags]) -> Iterator[
         for values in itertools.product(*axes.values()):
             point = dict(zip(axes, values, strict=True))
             named = {"variant": variant.name, **point}
-            if any(all(named.get(name) == value for name, value in excluded.items()) for excluded in sweep.exclude):
+            if any(_matches(named, excluded) for excluded in sweep.exclude):
                 continue
-            best = chosen.get((variant.name, *(point[name] for name in stage.by)), {})
+            best: Flags = {}
+            if stage.best_of is not None:
+                group = (variant.name, *(text(point[name]) for name in stage.by))
+                if group not in chosen:
+                    raise ConfigurationError(
+                        f"{sweep.path}: stages.{stage.name}: stage {stage.best_of} has no trial for {', '.join(group)};"
+                        " add the values there, or drop the axis from `by`"
+                    )
+                best = chosen[group]
             for seed in stage.seeds:
                 for trial, tuned in trials:
                     yield _Draft(
@@ -194,17 +202,24 @@ def _resources(draft: _Draft) -> dict[str, Any]:
     resources = asdict(draft.stage.resources)
     named = {"variant": draft.variant.name, **draft.flags}
     for where, amounts in draft.stage.resources.rules:
-        if all(named.get(name) == value for name, value in where.items()):
+        if _matches(named, where):
             resources |= amounts
     return resources
 
 
+def _matches(flags: Flags, conditions: dict[str, Any]) -> bool:
+    return all(name in flags and same_value(flags[name], value) for name, value in conditions.items())
+
+
 def _settings(config: Config) -> dict[str, Any]:
-    """Return the settings that decide the result of a run, but for its budget."""
+    """Return the settings that decide the result of a run, but for its budget.
+
+    Defaults are left out, so that a later flag, off by default, keeps the ids of the runs that exist.
+    """
     return {
         f"{section}.{name}": value
         for section, values in asdict(config).items()
         if section not in SECTIONS_NOT_IN_ID
         for name, value in values.items()
-        if name not in NOT_IN_ID
+        if name not in NOT_IN_ID and value != getattr(SECTIONS[section], name, None)
     }

@@ -86,6 +86,16 @@ class Point:
         return sweep / "runs" / self.id
 
 
+def same_value(one: Any, other: Any) -> bool:
+    """Return whether two values of a sweep file are the same flag value: 4, 4.0 and "4" are."""
+    if isinstance(one, bool) or isinstance(other, bool):
+        return one is other
+    try:
+        return float(one) == float(other)
+    except (TypeError, ValueError):
+        return text(one) == text(other)
+
+
 def text(value: Any) -> str:
     """Return a value of a sweep file as text."""
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
@@ -117,7 +127,10 @@ def replace_file(path: Path, content: str) -> None:
     """
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     with writing(path):
-        partial.write_text(content, encoding="utf-8")
+        with open(partial, "w", encoding="utf-8") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
         partial.replace(path)
 
 
@@ -130,9 +143,12 @@ def read_plan(folder: Path) -> list[Point]:
     if not path.is_file():
         raise ConfigurationError(f"{folder}: holds no sweep (no {PLAN}); name a folder that tools/sweep.py plan wrote")
     try:
-        return [Point(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+        points = [Point(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
     except (ValueError, TypeError) as error:
         raise ConfigurationError(f"{path}: is damaged ({error}); plan the sweep again") from None
+    if not points:
+        raise ConfigurationError(f"{path}: is empty; plan the sweep again")
+    return points
 
 
 def identity(settings: dict) -> str:

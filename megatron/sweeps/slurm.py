@@ -4,9 +4,11 @@
 `srun` and asks SLURM to requeue what was stopped, preempted, or failed for a passing reason.
 """
 
+import itertools
 import json
 import logging
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -14,6 +16,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -85,8 +88,17 @@ def read_site(path: Path | None) -> Site:
         raise ConfigurationError(f"--site {named}: {unknown}: is an unknown key; the keys are {', '.join(types)}")
     for name in types:
         if f"SITE_{name.upper()}" in os.environ:
-            given[name] = yaml.safe_load(os.environ[f"SITE_{name.upper()}"])
+            given[name] = _of_environment(name, os.environ[f"SITE_{name.upper()}"])
     return Site(**{name: _typed(named, name, value) for name, value in given.items()})
+
+
+def _of_environment(name: str, value: str) -> Any:
+    if isinstance(getattr(Site(), name), (str, type(None))):
+        return value
+    try:
+        return yaml.safe_load(value)
+    except yaml.YAMLError:
+        return value  # of a wrong type, which is named later
 
 
 def _typed(named: str, name: str, value: Any) -> Any:
@@ -102,6 +114,7 @@ def _typed(named: str, name: str, value: Any) -> Any:
         right, kind = type(value) in (int, float), "a number"
     else:
         right, kind = value is None or type(value) in (str, int), "text"
+        value = default if value is None else value
     if not right:
         raise ConfigurationError(f"--site {named}: {name}: {value}: is not {kind}; correct it")
     if isinstance(value, list):
@@ -109,13 +122,28 @@ def _typed(named: str, name: str, value: Any) -> Any:
     return str(value) if kind == "text" and value is not None else value
 
 
-def write_arrays(folder: Path, points: Sequence[Point], site: Site) -> list[Array]:
+def _new_file(slurm: Path, name: str) -> Path:
+    """Create the task list of a new array; submitted ones never change."""
+    for number in itertools.count():
+        path = slurm / f"{name}-{number}.tasks"
+        with suppress(FileExistsError):
+            path.touch(exist_ok=False)
+            return path
+    raise AssertionError
+
+
+def write_arrays(folder: Path, points: Sequence[Point], site: Site, *, retry_failed: bool = False) -> list[Array]:
     """Write a script and a frozen list of tasks for each resource class of the points, WSD branches last.
 
     Raises: ConfigurationError if a point does not fit the site.
     """
     classes: dict[tuple, list[Point]] = defaultdict(list)
     for point in unique_runs(points):
+        if point.minutes and 60 * point.minutes < 2 * site.signal_seconds:
+            raise ConfigurationError(
+                f"{point.label}: has minutes {point.minutes:g}, and the site's signal_seconds {site.signal_seconds} "
+                "leave no time to train; raise one or lower the other"
+            )
         per_node = point.processes // point.nodes
         if per_node > site.processes_per_node:
             raise ConfigurationError(
@@ -130,20 +158,20 @@ def write_arrays(folder: Path, points: Sequence[Point], site: Site) -> list[Arra
     for (are_branches, nodes, per_node, minutes), members in sorted(classes.items(), key=lambda item: item[0][0]):
         members = sorted(members, key=lambda point: -point.own_flops)
         name = f"{nodes}x{per_node}" + (f"-{minutes:g}min" if minutes else "") + ("-branches" if are_branches else "")
-        number = len(list(slurm.glob(f"{name}-*.sh")))
-        script, tasks = slurm / f"{name}-{number}.sh", slurm / f"{name}-{number}.tasks"
+        tasks = _new_file(slurm, name)
+        script = tasks.with_suffix(".sh")
         replace_file(tasks, "".join(f"{point.id}\n" for point in members))
-        replace_file(script, _script(folder.resolve(), tasks.resolve(), members, site))
+        replace_file(script, _script(folder.resolve(), tasks.resolve(), members, site, retry_failed))
         arrays.append(Array(script, tasks, members, are_branches))
     return arrays
 
 
-def _script(folder: Path, tasks: Path, points: list[Point], site: Site) -> str:
+def _script(folder: Path, tasks: Path, points: list[Point], site: Site, retry_failed: bool) -> str:
     point = points[0]
     per_node, minutes = point.processes // point.nodes, point.minutes or DEFAULT_MINUTES
     throttle = f"%{site.throttle}" if site.throttle else ""
     options = [
-        f"--job-name {folder.name}",
+        f"--job-name {re.sub(r'[^A-Za-z0-9_.-]', '_', folder.name)}",
         f"--array 0-{len(points) - 1}{throttle}",
         f"--nodes {point.nodes} --ntasks-per-node {per_node} --cpus-per-task {site.cores_per_process}",
         f"--time {max(1, round(minutes))} --signal USR1@{site.signal_seconds} --requeue --open-mode append",
@@ -153,17 +181,19 @@ def _script(folder: Path, tasks: Path, points: list[Point], site: Site) -> str:
     options += [f"--{name} {value}" for name in ("partition", "account", "qos") if (value := getattr(site, name))]
     lines = ["#!/usr/bin/env bash", *(f"#SBATCH {option}" for option in [*options, *site.sbatch])]
     settings = f"--retries {site.retries} --wait-for-lock {site.wait_for_lock_minutes:g}"
+    settings += " --retry-failed" if retry_failed else ""
+    python = ROOT / site.python if (ROOT / site.python).exists() else site.python
     return "\n".join(
         [
             *lines,
-            "set -uo pipefail",
-            f"cd {shlex.quote(str(ROOT))}",
+            f"cd {shlex.quote(str(Path.cwd()))} || exit 1",
             *([site.setup.rstrip()] if site.setup.strip() else []),
             "export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK OMP_NUM_THREADS=${OMP_NUM_THREADS:-$SLURM_CPUS_PER_TASK}",
             'export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
             "export MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000)) # jobs that share a node need different ports",
             # exec: SLURM's signals reach the process that waits for srun, not a shell that dies of them
-            f"exec {shlex.quote(site.python)} tools/sweep.py run-task {shlex.quote(str(folder))} "
+            f"exec {shlex.quote(str(python))} {shlex.quote(str(ROOT / 'tools' / 'sweep.py'))} "
+            f"run-task {shlex.quote(str(folder))} "
             f"--tasks {shlex.quote(str(tasks))} {settings}",
             "",
         ]
@@ -190,24 +220,32 @@ def submit_array(array: Array, after: Sequence[str] = ()) -> str:
     return job
 
 
-def queued_runs(folder: Path) -> set[str]:
-    """Return the ids of the runs whose tasks are pending or running in SLURM's queue; none without SLURM."""
-    queued = set()
+def queued_runs(folder: Path) -> dict[str, str]:
+    """Return the job of each run whose task is pending or running in SLURM's queue; none without SLURM.
+
+    Raises: ConfigurationError if the queue cannot be read.
+    """
+    queued: dict[str, str] = {}
     for path in (folder / "slurm").glob("*.job"):
-        command = ["squeue", "--noheader", "--array", "--jobs", path.read_text().strip(), "--format", "%K"]
+        job = path.read_text().strip()
+        command = ["squeue", "--noheader", "--array", "--jobs", job, "--format", "%K"]
         try:
             done = subprocess.run(command, capture_output=True, text=True)
         except FileNotFoundError:
-            return set()
+            return {}
+        if done.returncode and "Invalid job id" not in done.stderr:  # SLURM forgets jobs that have ended
+            raise ConfigurationError(f"squeue: {done.stderr.strip()}; try again when the controller answers")
         ids = path.with_suffix(".tasks").read_text().split()
-        queued |= {ids[int(task)] for task in done.stdout.split() if task.isdecimal()}
+        queued |= {ids[int(task)]: job for task in done.stdout.split() if task.isdecimal()}
     return queued
 
 
 # ------------------------------------------------------------------------------------------------ inside a task
 
 
-def run_task(folder: Path, points: Sequence[Point], point_id: str, *, retries: int, wait_for_lock: float) -> int:
+def run_task(
+    folder: Path, points: Sequence[Point], point_id: str, *, retries: int, wait_for_lock: float, retry_failed: bool
+) -> int:
     """Train one point with srun; requeue the task where the run should go on. Return the exit code of the task.
 
     Raises: ConfigurationError if the plan no longer has the point.
@@ -221,23 +259,27 @@ def run_task(folder: Path, points: Sequence[Point], point_id: str, *, retries: i
     if state.name == "finished":
         logger.info("%s: is finished", point.label)
         return 0
-    if state.has_own_fault:
+    if state.has_own_fault and (not retry_failed or "SLURM_RESTART_COUNT" in os.environ):
         logger.error("%s: has failed: %s; not started again", point.label, state.reason)
         return 1
     checkpoint = point.trunk_checkpoint(folder)
-    if checkpoint is not None and not checkpoint.is_dir() and run_state(folder / "runs" / str(point.trunk)).holder:
-        logger.info("%s: its trunk %s is still running; requeued until it has the checkpoint", point.label, point.trunk)
-        return _requeue(LOCKED)
     # caught, not ignored: srun, which inherits ignored signals, must still get and forward them
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+    cancelled: list[int] = []  # SIGTERM to this process: scancel, not the time limit or a preemption
+    signal.signal(signal.SIGTERM, lambda number, _: cancelled.append(number))
+    for number in (signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, lambda *_: None)
+    if checkpoint is not None and not checkpoint.is_dir() and point.trunk in queued_runs(folder):
+        logger.info("%s: its trunk %s has no checkpoint yet; requeued until then", point.label, point.trunk)
+        return _requeue(LOCKED)
     logger.info("%s: starts", point.label)
     extra = ["--exit-code-when-stopped", str(STOPPED), "--wait-for-lock", f"{wait_for_lock:g}"]
     command = ["srun", "--kill-on-bad-exit=1", *training_command(point, folder), *extra]
-    code = subprocess.run(command, cwd=ROOT).returncode
+    code = subprocess.run(command).returncode
     state = run_state(point.folder(folder))
     if state.name == "finished":
         return 0
+    if cancelled:
+        return code or 1
     if code in (STOPPED, LOCKED):
         return _requeue(code)
     if code != 2 and not state.has_own_fault and _note_failure(folder, point, code) <= retries:
@@ -253,7 +295,7 @@ def _note_failure(folder: Path, point: Point, code: int) -> int:
     with open(path, "a+") as file:
         file.write(json.dumps({"time": time.time(), "nodes": nodes, "job": task, "code": code}) + "\n")
         file.seek(0)
-        return sum(json.loads(line)["job"] == task for line in file)
+        return sum(f'"job": "{task}"' in line for line in file)
 
 
 def _task() -> str:
@@ -263,8 +305,9 @@ def _task() -> str:
 
 def _requeue(code: int, exclude: str = "") -> int:
     task = _task()
-    if exclude and int(os.environ.get("SLURM_JOB_NUM_NODES", "1")) == 1:  # of several nodes the bad one is not known
-        subprocess.run(["scontrol", "update", f"JobId={task}", f"ExcNodeList={exclude}"], check=False)
     subprocess.run(["scontrol", "requeue", task], check=False)
+    if exclude and int(os.environ.get("SLURM_JOB_NUM_NODES", "1")) == 1:  # of several nodes the bad one is not known
+        # only a pending task can be changed
+        subprocess.run(["scontrol", "update", f"JobId={task}", f"ExcNodeList={exclude}"], check=False)
     time.sleep(REQUEUE_WAIT)  # SLURM ends this task meanwhile
     return code

@@ -41,10 +41,9 @@ class State:
 
 def run_state(folder: Path) -> State:
     """Return the state of a run folder."""
-    try:
-        status = read_json(folder / "status.json")
-    except ConfigurationError:
-        status = {"state": "waiting", "reason": "", "iteration": 0, "consumed_samples": 0}
+    status = {"state": "waiting", "reason": "", "iteration": 0, "consumed_samples": 0}
+    with suppress(ConfigurationError, TypeError):  # missing or damaged
+        status |= read_json(folder / "status.json")
     progress = {"iteration": status["iteration"], "consumed_samples": status["consumed_samples"]}
     if status["state"] == "finished":
         return State("finished", **progress)

@@ -3,13 +3,16 @@
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
 
+from megatron.errors import ConfigurationError
 from megatron.sweeps.points import Point, replace_file, unique_runs
 from megatron.sweeps.states import State, last_record, run_state
+from megatron.training.run_folder import read_json
 
 STATES = ("finished", "running", "stopped", "lost", "waiting", "failed")
 SILENT_MINUTES = 30.0  # a running run without any record for as long may hang
@@ -92,9 +95,11 @@ def run_progress(point: Point, folder: Path) -> RunStatus:
     """Return the status of one run of a sweep."""
     state = run_state(point.folder(folder))
     record = last_record(point.folder(folder)) if state.name != "waiting" else {}
-    samples = max(record.get("consumed_samples", state.consumed_samples) - point.trunk_samples, 0)
-    share = 1.0 if state.name == "finished" else samples / (point.train_samples - point.trunk_samples)
-    seconds = record.get("seconds", 0.0) * point.own_share  # a branch's records begin with its trunk's
+    # a branch's records begin with its trunk's
+    trunk_samples = point.trunk_samples if point.trunk and _is_branch(point.folder(folder)) else 0
+    samples = max(record.get("consumed_samples", state.consumed_samples) - trunk_samples, 0)
+    share = 1.0 if state.name == "finished" else samples / (point.train_samples - trunk_samples)
+    seconds = record.get("seconds", 0.0) * (1 - trunk_samples / point.train_samples)
     return RunStatus(point=point, state=state, share=share, seconds=seconds, loss=record.get("loss"))
 
 
@@ -106,6 +111,13 @@ def table(status: SweepStatus) -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     lines = ["  ".join([*(cell.ljust(width) for cell, width in zip(row, widths)), row[4]]).rstrip() for row in rows]
     return "\n".join([*lines, "", status.line()])
+
+
+def _is_branch(run: Path) -> bool:
+    """Return whether a run has continued from a checkpoint of its trunk."""
+    with suppress(ConfigurationError, TypeError):
+        return read_json(run / "config.json").get("branched_from") is not None
+    return False
 
 
 PAGE = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string("""<!doctype html>

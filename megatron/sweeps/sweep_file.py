@@ -5,6 +5,8 @@ needs the training parser or the data sets happens in `plan`.
 """
 
 import difflib
+import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -15,6 +17,7 @@ import yaml
 from megatron.config.compatibility_table import TABLE
 from megatron.config.sections import SECTIONS
 from megatron.errors import ConfigurationError
+from megatron.sweeps.points import same_value, text
 
 STAGE_KEYS = ("flags", "parameters", "variants", "seeds", "tuning", "resources", "best_of", "by")
 SWEEP_KEYS = ("name", "description", "data", "exclude", "wsd_branches", "stages", *STAGE_KEYS)
@@ -123,11 +126,17 @@ class _UniqueKeys(yaml.SafeLoader):
 
     def construct_mapping(self, node, deep=False):
         """Return a mapping."""
-        names = [self.construct_object(key, deep=True) for key, _ in node.value]
+        names = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != MERGE]
         double = next((name for name in names if names.count(name) > 1), None)
         if double is not None:
             raise yaml.MarkedYAMLError(problem=f"{double} is given twice", problem_mark=node.start_mark)
         return super().construct_mapping(node, deep)
+
+
+# numbers as in YAML 1.2 and on the command line: 1e-3 needs no dot
+_UniqueKeys.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+e[-+]?[0-9]+$", re.I), list("-+0123456789")
+)
 
 
 class _Reader:
@@ -167,10 +176,10 @@ class _Reader:
             return yaml.load(self.path.read_text(encoding="utf-8"), _UniqueKeys) or {}  # a SafeLoader
         except OSError as error:
             raise ConfigurationError(f"{self.path}: cannot be read ({error.strerror}); name a sweep file") from None
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+        except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, an impossible date
             mark = getattr(error, "problem_mark", None)
             place = f", line {mark.line + 1}" if mark else ""
-            problem = getattr(error, "problem", None) or "is not UTF-8 text"
+            problem = getattr(error, "problem", None) or str(error)
             raise ConfigurationError(f"{self.path}{place}: is not YAML: {problem}; correct it") from None
 
     # ------------------------------------------------------------------------------------------------- stages
@@ -214,7 +223,7 @@ class _Reader:
             seeds=tuple(self.whole(f"{key}seeds", seed, 0) for seed in self._seeds(f"{key}seeds", given.get("seeds"))),
             tuning=None if tuning is None else self._tuning(f"{key}tuning", tuning, variants),
             resources=self._resources(f"{key}resources", given.get("resources"), given),
-            best_of=given.get("best_of"),
+            best_of=None if given.get("best_of") is None else str(given["best_of"]),
             by=tuple(self.sequence(f"{key}by", given.get("by"))),
         )
         self._check_best(key, stage, earlier)
@@ -237,8 +246,12 @@ class _Reader:
             if variant.name not in [other.name for other in source.variants]:
                 raise self.error(f"{key}best_of", f"{stage.best_of}: has no variant {variant.name}; add it there")
             for axis in stage.by:
-                if axis not in {**stage.parameters, **variant.parameters}:
-                    raise self.error(f"{key}by", f"{axis}: is no axis of this stage; name one of its parameters")
+                twin = next(other for other in source.variants if other.name == variant.name)
+                for owner, axes in ((stage, variant.parameters), (source, twin.parameters)):
+                    if axis not in {**owner.parameters, **axes}:
+                        raise self.error(
+                            f"{key}by", f"{axis}: is no axis of stage {owner.name}; name one of both stages"
+                        )
 
     def _variant(self, key: str, name: str, given: Any) -> Variant:
         given = self.mapping(key, given or {}, VARIANT_KEYS)
@@ -257,9 +270,11 @@ class _Reader:
             values = self.sequence(f"{key}.{name}", values)
             if not values:
                 raise self.error(f"{key}.{name}", "has no values; give at least one, or drop the axis")
-            double = next((value for value in values if values.count(value) > 1), None)
-            if double is not None:
-                raise self.error(f"{key}.{name}", f"{double}: is given twice; drop one")
+            for index, value in enumerate(values):
+                if not isinstance(value, (str, int, float, bool, list)):
+                    raise self.error(f"{key}.{name}", f"{value}: is neither text nor a number; write it in quotes")
+                if any(same_value(value, other) for other in values[:index]):
+                    raise self.error(f"{key}.{name}", f"{value}: is given twice; drop one")
             axes[name] = tuple(values)
         return axes
 
@@ -294,6 +309,8 @@ class _Reader:
         if set(given) - {"distribution"} != set(wanted):
             raise self.error(key, f"distribution {kind} takes {' and '.join(wanted)}; give exactly these")
         if kind == "categorical":
+            if not self.sequence(f"{key}.values", given["values"]):
+                raise self.error(f"{key}.values", "is empty; give at least one value")
             return Distribution(kind, values=tuple(self.sequence(f"{key}.values", given["values"])))
         low, high = (self.number(f"{key}.{bound}", given[bound]) for bound in wanted)
         if not low < high or (kind == "log_uniform_values" and low <= 0):
@@ -325,12 +342,17 @@ class _Reader:
 
     def _where(self, key: str, given: Any, stages: tuple[Stage, ...]) -> dict[str, Any]:
         where = self._conditions(key, given)
-        axes = {"variant"}
+        axes: dict[str, list] = {"variant": [variant.name for stage in stages for variant in stage.variants]}
         for stage in stages:
-            axes |= {*stage.parameters, *(name for variant in stage.variants for name in variant.parameters)}
-        for name in where:
+            for parameters in (stage.parameters, *(variant.parameters for variant in stage.variants)):
+                for name, values in parameters.items():
+                    axes.setdefault(name, []).extend(values)
+        for name, value in where.items():
             if name not in axes:
                 raise self.error(key, _unknown(name, axes, "axis"))
+            if not any(same_value(value, other) for other in axes[name]):
+                known = ", ".join(dict.fromkeys(map(text, axes[name])))
+                raise self.error(f"{key}.{name}", f"{value}: is no value of it ({known}); correct it")
         return where
 
     def _conditions(self, key: str, given: Any) -> dict[str, Any]:
@@ -390,13 +412,14 @@ class _Reader:
     def number(self, key: str, given: Any) -> float:
         """Return a number; YAML reads 1e-3, without a dot, as text."""
         try:
-            if isinstance(given, bool) or given is None:
+            if isinstance(given, bool) or given is None or not math.isfinite(float(given)):
                 raise ValueError
             return float(given)
         except (TypeError, ValueError):
             raise self.error(key, f"{given}: is not a number; write it like 3, 0.1 or 1e-3") from None
 
 
+MERGE = "tag:yaml.org,2002:merge"
 FLAG_NAMES = sorted(
     {field.name.replace("_", "-") for section in SECTIONS.values() for field in fields(section)}
     | {spelled.lstrip("-") for spelled in TABLE}

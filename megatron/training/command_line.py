@@ -13,7 +13,7 @@ from megatron.config.resolve import BUDGETS, unpublished_defaults
 from megatron.config.sections import SECTIONS, Config
 from megatron.config.sizes import ladder_settings
 from megatron.config.tokenizer_flags import implied_tokenizer
-from megatron.objectives.registry import OBJECTIVES, foreign
+from megatron.objectives.registry import OBJECTIVES, capabilities, foreign
 from megatron.training.run_folder import recorded_config
 
 logger = logging.getLogger(__name__)
@@ -152,6 +152,7 @@ def evaluation_config(recorded: dict, load: str, flags: Sequence[str] = ()) -> C
     sections = evaluation_sections(recorded)
     sections["validation"] = sections["validation"] | {"skip_train": True}
     config = Config.from_recorded(sections | {"checkpoint": {"load": load}})
+    capabilities(config.objective.objective)  # of this version
     return parse_over(config, list(flags)) if flags else config
 
 

@@ -133,3 +133,22 @@ def test_a_task_whose_point_left_the_plan_says_so(cluster, sweep, corpus, tmp_pa
         env = environment() | {"SLURM_ARRAY_TASK_ID": index}
         done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True)
         assert done.returncode == 2 and message in done.stderr, done.stderr
+
+
+def test_a_cancelled_array_saves_and_is_not_requeued(cluster, sweep, tmp_path):
+    path, _ = sweep
+    folder = tmp_path / "cancelled"
+    jobs = submit(cluster, "submit", path, folder)
+    wait_for_running(folder)
+    for job in jobs:
+        cluster.signal(job)
+    deadline = time.monotonic() + 90
+    while cluster.output("squeue", "--noheader", "--jobs", ",".join(jobs)):
+        assert time.monotonic() < deadline, cluster.output("squeue")
+        time.sleep(1)
+    assert "running" not in states(folder).values()
+    assert "stopped" in states(folder).values(), logs(folder)
+    resubmitted = submit(cluster, "resubmit", path, folder)
+    assert len(resubmitted) == 2 and submit(cluster, "resubmit", path, folder) == []  # they are in the queue
+    for job in resubmitted:
+        cluster.signal(job)

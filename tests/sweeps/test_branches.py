@@ -68,6 +68,13 @@ def test_branches_do_not_change_ids_and_can_be_switched_off(corpus, tmp_path):
     assert not any(point.trunk for point in cosine.points) and cosine.notes == []
 
 
+def test_a_branch_never_starts_after_the_end_of_its_own_budget(corpus, tmp_path):
+    flags = {"lr-decay-samples": 512}  # of the trunk; the shorter run stops within the constant rate
+    short, trunk = planned(sweep(corpus, tmp_path, (4, 32), flags, variants=None), tmp_path).points
+    assert short.trunk == trunk.id and short.trunk_samples == 56 < short.train_samples == 64
+    assert 0 < short.own_share < 1
+
+
 def weights(run) -> dict[str, bytes]:
     """Return the bytes of every tensor in the newest checkpoint of a run."""
     newest = max((run / "checkpoints").glob("iter_*"))

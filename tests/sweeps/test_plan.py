@@ -7,6 +7,7 @@ from dataclasses import asdict
 import pytest
 
 from megatron.errors import ConfigurationError
+from megatron.sweeps.choices import Choices
 from megatron.sweeps.commands import costs
 from megatron.sweeps.plan import plan_sweep
 from megatron.sweeps.points import read_plan, write_plan
@@ -45,7 +46,7 @@ def test_points_are_the_product_of_variants_axes_and_seeds(planned):
 def test_an_axis_of_a_variant_replaces_the_shared_one_and_combinations_are_excluded(planned, corpus):
     variants = toy(corpus)["variants"]
     variants["mdm"]["parameters"] = {"train-epochs": [8, 16, 32]}
-    points = planned(variants=variants, exclude=[{"variant": "mdm", "train-epochs": 16}]).points
+    points = planned(variants=variants, exclude=[{"variant": "mdm", "train-epochs": "16.0"}]).points
     assert [(point.variant, point.axes["train-epochs"]) for point in points] == [
         ("ar", 4), ("ar", 8), ("mdm", 8), ("mdm", 32),
     ]  # fmt: skip
@@ -112,6 +113,17 @@ def test_a_stage_waits_for_the_trials_that_it_chooses_from(planned):
     assert result.waiting == {"final": "waits for 8 of 8 points of stage tune"}
 
 
+def test_a_stage_takes_no_defaults_where_an_earlier_one_was_not_tuned(planned, monkeypatch):
+    tuning = {"trials": 2, "parameters": {"lr": {"min": 1e-3, "max": 1e-2}}}
+    parameters = {"train-epochs": [4, 8]}
+    tune = {"tuning": tuning, "parameters": {"train-epochs": [4]}}
+    stages = {"tune": tune, "final": {"best_of": "tune", "by": ["train-epochs"], "parameters": parameters}}
+    chosen = Choices({("ar", "4"): {"lr": 0.5}, ("mdm", "4"): {"lr": 0.5}}, [])
+    monkeypatch.setattr("megatron.sweeps.plan.best_trials", lambda *_, **__: chosen)
+    with pytest.raises(ConfigurationError, match="stages.final: stage tune has no trial for ar, 8; add the values"):
+        planned(stages=stages)
+
+
 def test_a_plan_is_read_back(planned, tmp_path):
     points = planned().points
     write_plan(tmp_path / "out", tmp_path / "sweep.yaml", points)
@@ -119,6 +131,9 @@ def test_a_plan_is_read_back(planned, tmp_path):
     assert [json.loads(line) for line in (tmp_path / "out/plan.jsonl").open()] == [asdict(point) for point in points]
     (tmp_path / "out/plan.jsonl").write_text('{"id": 1}\n')
     with pytest.raises(ConfigurationError, match=r"plan.jsonl: is damaged"):
+        read_plan(tmp_path / "out")
+    (tmp_path / "out/plan.jsonl").write_text("")
+    with pytest.raises(ConfigurationError, match=r"plan.jsonl: is empty"):
         read_plan(tmp_path / "out")
     with pytest.raises(ConfigurationError, match=r"holds no sweep \(no plan.jsonl\)"):
         read_plan(tmp_path)

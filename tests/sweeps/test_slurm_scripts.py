@@ -44,6 +44,7 @@ def test_every_resource_class_is_an_array_whose_script_is_valid_bash(planned, tm
     assert double.tasks.read_text().split() == [point.id for point in double.points]
     for array in (single, double):
         subprocess.run(["bash", "-n", array.script], check=True)
+    assert text.splitlines()[-1].endswith(f"--tasks {double.tasks} --retries 2 --wait-for-lock 10")
     again, _ = write_arrays(tmp_path / "out", planned, site)
     assert again.script != single.script and single.script.exists()  # a submitted script never changes
 
@@ -64,6 +65,7 @@ def test_the_example_site_file_is_read():
 REFUSED = {
     "partitoin: gpu": "partitoin: is an unknown key; the keys are partition, account",
     "gpus: 8": "gpus: 8: is not true or false",
+    "retries: 1.5": "retries: 1.5: is not a whole number",
     "throttle: many": "throttle: many: is not a whole number",
     "sbatch: --mem=0": "sbatch: --mem=0: is not a list of options",
     "- gpu": "is not a mapping",
@@ -82,7 +84,20 @@ def test_what_does_not_fit_the_site_and_a_machine_without_slurm_are_named(planne
     (tmp_path / "site.yaml").write_text("processes_per_node: 1")
     with pytest.raises(ConfigurationError, match="needs 2 processes on a node, and the site has processes_per_node 1"):
         write_arrays(tmp_path / "out", planned, read_site(tmp_path / "site.yaml"))
+    (tmp_path / "site.yaml").write_text("signal_seconds: 3600\nsetup:\npython:\n")
+    with pytest.raises(ConfigurationError, match="has minutes 90, and the site's signal_seconds 3600 leave no time"):
+        write_arrays(tmp_path / "out", planned, read_site(tmp_path / "site.yaml"))
     array, _ = write_arrays(tmp_path / "out", planned, read_site(None))
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ConfigurationError, match="there is no sbatch on this machine"):
         submit_array(array)
+
+
+def test_branches_are_arrays_of_their_own_after_those_of_the_trunks(corpus, tmp_path):
+    flags = toy(corpus)["flags"] | {"lr-decay-style": "WSD", "lr-warmup-samples": 16}
+    path = write(tmp_path, toy(corpus), flags=flags)
+    points = plan_sweep(read_sweep(path), tmp_path / "out").points
+    trunks, branches = write_arrays(tmp_path / "out", points, read_site(None), retry_failed=True)
+    assert not trunks.are_branches and branches.are_branches and "branches" in branches.script.name
+    assert {point.trunk for point in branches.points} == {point.id for point in trunks.points}
+    assert "--retry-failed" in trunks.script.read_text()

@@ -43,7 +43,7 @@ def test_a_file_is_read_with_its_stages_variants_and_rules(tmp_path):
     sweep = read(tmp_path, GOOD)
     tune, final = sweep.stages
     assert (sweep.name, sweep.description) == ("demo", "what repetition does")
-    assert tune.flags == {"num-layers": 2, "seq-length": 32, "lr": "1e-3"}  # YAML 1.1: no number without a dot
+    assert tune.flags == {"num-layers": 2, "seq-length": 32, "lr": 0.001}
     assert tune.parameters == {"train-epochs": (1, 4), "model-size": ("14M",)}
     assert [variant.name for variant in tune.variants] == ["ar", "mdm"] and tune.seeds == (7,)
     assert tune.variants[1].parameters == {"train-epochs": (4, 16, 64)}
@@ -67,7 +67,15 @@ REFUSED = {
     "parameters: {train-epochs: []}": "parameters.train-epochs: has no values",
     "parameters: {lr: {value: [1]}}": "parameters.lr.value: value: is an unknown key; did you mean values?",
     "parameters: {train-epochs: 3}": "parameters.train-epochs: 3: is not a mapping",
-    "parameters: {train-epochs: [1, 1]}": "parameters.train-epochs: 1: is given twice",
+    "parameters: {train-epochs: [1, 1.0]}": "parameters.train-epochs: 1.0: is given twice",
+    "parameters: {lr: [1e-3, '0.001']}": "parameters.lr: 0.001: is given twice",
+    "parameters: {model-size: [2024-02-03]}": "parameters.model-size: 2024-02-03: is neither text nor a number",
+    "description: 2024-02-30": "is not YAML: day is out of range",
+    "seeds: [.inf]": "seeds: inf: is not a number",
+    "tuning: {trials: 2, parameters: {lr: {values: []}}}": "tuning.parameters.lr.values: is empty",
+    "parameters: {train-epochs: [1]}\nexclude: [{train-epochs: 2}]": "exclude.train-epochs: 2: is no value of it (1)",
+    "variants: {ar: {}}\nexclude: [{variant: mdm}]": "exclude.variant: mdm: is no value of it (ar)",
+    "wsd_branches: 1": "wsd_branches: 1: is neither true nor false",
     "variants: {ar: {flag: {}}}": "variants.ar.flag: flag: is an unknown key; did you mean flags?",
     "seeds: []": "seeds: is empty",
     "seeds: [1, 1]": "seeds: [1, 1]: names a seed twice",
@@ -82,6 +90,8 @@ REFUSED = {
     "stages: {a: {by: [lr]}}": "stages.a.by: does nothing without best_of",
     "stages: {a: {best_of: b}}": "stages.a.best_of: b: is not an earlier stage (none)",
     "stages: {a: {}, b: {best_of: a}}": "stages.b.best_of: a: has no tuning",
+    "stages: {a: {tuning: {trials: 2, parameters: {lr: {min: 1, max: 2}}}}, "
+    "b: {best_of: a, by: [train-epochs], parameters: {train-epochs: [1]}}}": "train-epochs: is no axis of stage a",
     "stages: {a: {variants: [x]}}": "stages.a.variants: x: is an unknown variant",
     "stages: {}": "stages: is empty",
     "exclude: [{train-epoch: 1}]": "exclude.train-epoch: train-epoch: is an unknown flag; did you mean train-epochs?",
