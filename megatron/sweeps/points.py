@@ -86,14 +86,14 @@ class Point:
         return sweep / "runs" / self.id
 
 
-def same_value(one: Any, other: Any) -> bool:
+def same_value(first: Any, second: Any) -> bool:
     """Return whether two values of a sweep file are the same flag value: 4, 4.0 and "4" are."""
-    if isinstance(one, bool) or isinstance(other, bool):
-        return one is other
+    if isinstance(first, bool) or isinstance(second, bool):
+        return first is second
     try:
-        return float(one) == float(other)
+        return float(first) == float(second)
     except (TypeError, ValueError):
-        return text(one) == text(other)
+        return text(first) == text(second)
 
 
 def text(value: Any) -> str:

@@ -101,6 +101,7 @@ def test_a_stopped_queue_saves_its_runs_and_resumes(sweep, tmp_path):
     assert results(folder) == rows
 
 
+@pytest.mark.slow
 def test_runs_end_when_their_queue_is_killed(sweep, tmp_path):
     path, rows = sweep
     folder = tmp_path / "orphans"
@@ -138,6 +139,7 @@ def test_a_diverging_run_fails_once_with_its_reason_and_the_others_finish(sweep,
     assert finish("run", path, folder, "--slots", 2, "--retry-failed").count("started") == 3
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_for_a_passing_reason_is_started_again(sweep, tmp_path):
     path, rows = sweep
     folder = tmp_path / "killed"
@@ -173,6 +175,7 @@ def test_what_this_machine_cannot_run_is_refused_before_anything_starts(sweep, c
     assert not (tmp_path / "a" / "runs").exists() and not (tmp_path / "b" / "runs").exists()
 
 
+@pytest.mark.slow
 def test_a_run_that_is_no_longer_in_the_file_is_not_forgotten_while_it_runs(corpus, tmp_path):
     (tmp_path / "long").mkdir()
     long = write(tmp_path / "long", toy(corpus), parameters={"train-epochs": [10_000]}, variants=None)
