@@ -26,6 +26,7 @@ from pathlib import Path
 
 CORE = ("torch", "numpy", "safetensors", "tokenizers", "sentencepiece", "tqdm", "matplotlib")
 CORE += ("jinja2", "pyarrow", "pyyaml", "scipy")
+MODULES = {"pyyaml": "yaml"}  # whose names are not those of their packages
 TORCH = (2, 11)  # the oldest version that works
 # package -> the extra of setup.py that installs it
 OPTIONAL = {
@@ -92,7 +93,7 @@ def core_packages() -> Iterator[Finding]:
     yield Finding("python", platform.python_version())
     for name in CORE:
         try:
-            import_module(name)
+            import_module(MODULES.get(name, name))
             version = metadata.version(name)
         except Exception as error:  # a broken installation can raise anything
             yield Finding(name, f"does not import ({_line(error)}); run: bash install.sh", failed=True)
