@@ -161,12 +161,12 @@ def write_arrays(folder: Path, points: Sequence[Point], site: Site, *, retry_fai
         tasks = _new_file(slurm, name)
         script = tasks.with_suffix(".sh")
         replace_file(tasks, "".join(f"{point.id}\n" for point in members))
-        replace_file(script, _script(folder.resolve(), tasks.resolve(), members, site, retry_failed))
+        replace_file(script, _script(folder.resolve(), tasks.resolve(), members, site, retry_failed=retry_failed))
         arrays.append(Array(script, tasks, members, are_branches))
     return arrays
 
 
-def _script(folder: Path, tasks: Path, points: list[Point], site: Site, retry_failed: bool) -> str:
+def _script(folder: Path, tasks: Path, points: list[Point], site: Site, *, retry_failed: bool) -> str:
     point = points[0]
     per_node, minutes = point.processes // point.nodes, point.minutes or DEFAULT_MINUTES
     throttle = f"%{site.throttle}" if site.throttle else ""

@@ -7,6 +7,7 @@ import pytest
 
 from megatron.config.sections import Config
 from megatron.errors import ConfigurationError
+from megatron.objectives.registry import capabilities
 from megatron.training.command_line import parse
 
 MODEL = "--num-layers 2 --hidden-size 32 --num-attention-heads 2"
@@ -66,3 +67,14 @@ def test_invalid_values_are_refused_as_on_the_command_line():
     damaged["training"]["log_interval"] = 0
     with pytest.raises(ConfigurationError, match="^--log-interval 0: must be at least 1"):
         Config.from_recorded(damaged)
+
+
+def test_a_value_or_objective_of_another_version_is_one_line():
+    values = recorded(MODEL)
+    values["model"]["normalization"] = "foo"
+    with pytest.raises(
+        ConfigurationError, match=r"config.json: model.normalization foo: is not one of rmsnorm, layernorm"
+    ):
+        Config.from_recorded(values)
+    with pytest.raises(ConfigurationError, match="--objective xyz: is not one of ar, mdm"):
+        capabilities("xyz")

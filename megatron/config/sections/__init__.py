@@ -5,7 +5,7 @@
 
 from dataclasses import dataclass, fields
 
-from megatron.config.flags import REQUIRED, one_namespace, require
+from megatron.config.flags import REQUIRED, one_namespace
 from megatron.config.sections.checkpoint import CheckpointConfig
 from megatron.config.sections.data import DataConfig
 from megatron.config.sections.model import ModelConfig
@@ -86,6 +86,9 @@ def _section(name: str, values: dict):
         raise ConfigurationError(f"config.json: {name}.{field} is missing; restore the file")
     for field in fields(section):
         choices, value = field.metadata["choices"], values.get(field.name)
-        if choices and value is not None:
-            require(value in choices, field.name, value, f"is not one of {', '.join(choices)}")
+        if choices and value is not None and value not in choices:
+            raise ConfigurationError(
+                f"config.json: {name}.{field.name} {value}: is not one of {', '.join(choices)}; use the version that "
+                "trained the run"
+            )
     return section(**{field: tuple(value) if isinstance(value, list) else value for field, value in values.items()})
