@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The five-minute sweep of epochs.yaml on this machine: data, all runs, one table and a page. Ctrl-C saves and stops it;
+# The sweep of epochs.yaml, about four minutes on this machine: data, all runs, one table and a page. Ctrl-C saves and stops it;
 # the same command resumes. OUT is the folder of the sweep (default runs/epochs); DRY_RUN=1 only prints.
 source "$(dirname "$0")/../lib/run.sh"
 out=${OUT:-runs/epochs}
