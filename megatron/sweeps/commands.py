@@ -188,7 +188,7 @@ def costs(points: Sequence[Point]) -> str:
         hours = "-" if point.own_seconds is None else f"{point.own_seconds / 3600:.3g}"
         amounts = (f"{point.parameters / 1e6:.2f}M", f"{point.tokens:.3g}", f"{point.epochs:.4g}")
         amounts += (f"{point.own_flops:.2e}",)
-        rows.append((point.id, *amounts, memory, str(point.processes), hours, point.label))
+        rows.append((point.id, *amounts, memory, str(point.world_size), hours, point.label))
     widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row[:-1], widths)) + f"  {row[-1]}" for row in rows]
     shared = [point for point in points if point not in runs]
@@ -197,7 +197,7 @@ def costs(points: Sequence[Point]) -> str:
         lines.append(f"{point.label}: the same run as {first.label}")
     if len(shared) > 10:
         lines.append(f"and {len(shared) - 10} more points that share a run")
-    hours = [point.own_seconds * point.processes / 3600 for point in runs if point.own_seconds is not None]
+    hours = [point.own_seconds * point.world_size / 3600 for point in runs if point.own_seconds is not None]
     time_needed = f", {sum(hours):.3g} GPU-hours" if len(hours) == len(runs) else ""
     disk = sum(point.disk_bytes for point in runs) / GIB
     flops, tokens = sum(point.own_flops for point in runs), sum(point.tokens * point.own_share for point in runs)

@@ -28,9 +28,9 @@ def training_command(point: Point, sweep: Path) -> list[str]:
 def local_command(point: Point, sweep: Path) -> list[str]:
     """Return the command that trains the run of a point on this node."""
     python, *words = training_command(point, sweep)
-    if point.processes == 1:
+    if point.world_size == 1:
         return [python, *words, "--exit-code-when-stopped", str(STOPPED)]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(point.processes)]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(point.world_size)]
     return [python, *torchrun, "--signals-to-handle", FORWARDED, *words]
 
 

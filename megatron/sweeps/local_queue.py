@@ -28,7 +28,7 @@ from megatron.training.checkpoint_store import CheckpointStore
 
 logger = logging.getLogger(__name__)
 
-POLL = 0.2  # seconds between looks at the running processes
+POLL = 0.2  # seconds between looks at the runs in progress
 TRUNK_POLL = 1.0
 LOCK_POLL = 5.0  # seconds between looks at a run that another process writes
 SAVE_SECONDS = 120.0  # that a run has to save after SIGTERM
@@ -84,13 +84,13 @@ class LocalQueue:
                 raise ConfigurationError(
                     f"{point.label}: needs {point.nodes} nodes, and `run` uses this machine alone; submit the sweep"
                 )
-            if point.processes > options.slots:
+            if point.world_size > options.slots:
                 raise ConfigurationError(
-                    f"{point.label}: needs {point.processes} processes, and --slots is {options.slots}; raise it, or "
-                    "lower `processes` under `resources`"
+                    f"{point.label}: needs {point.world_size} ranks, and --slots is {options.slots}; raise it, or "
+                    "lower `world_size` under `resources`"
                 )
         self.total_flops = sum(point.own_flops for point in runs)
-        self.waiting = [_Job(point) for point in sorted(runs, key=lambda point: -point.own_flops / point.processes)]
+        self.waiting = [_Job(point) for point in sorted(runs, key=lambda point: -point.own_flops / point.world_size)]
         self.running: list[_Job] = []
         self.failures: dict[str, str] = {}
         self.finished: set[str] = set()
@@ -129,7 +129,7 @@ class LocalQueue:
         for job in list(self.waiting):
             if self.signal:
                 return
-            if job.not_before > time.monotonic() or self._slots(job.point.processes) is None:
+            if job.not_before > time.monotonic() or self._slots(job.point.world_size) is None:
                 continue
             state = run_state(job.point.folder(self.folder))
             if state.name == "finished":
@@ -163,7 +163,7 @@ class LocalQueue:
 
     def _start(self, job: _Job) -> None:
         self.waiting.remove(job)
-        job.slots = self._slots(job.point.processes) or []
+        job.slots = self._slots(job.point.world_size) or []
         self.free = [slot for slot in self.free if slot not in job.slots]
         devices = self.options.devices
         used = [devices[slot % len(devices)] for slot in job.slots] if devices else []

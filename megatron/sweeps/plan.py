@@ -162,11 +162,11 @@ def _resolved(draft: _Draft, data_sizes: DataSizes) -> Resolved:
     vocabulary = Vocabulary(vocabulary_size)
     plan = resolve(config, vocabulary, unique_tokens, declared)
     build_objective(config.objective, vocabulary, config.training.global_batch_size)
-    check_layout(config, resources["processes"])
-    check_batch(config, resources["processes"], declared)
-    if resources["processes"] % resources["nodes"]:
+    check_layout(config, resources["world_size"])
+    check_batch(config, resources["world_size"], declared)
+    if resources["world_size"] % resources["nodes"]:
         raise ConfigurationError(
-            f"resources: {resources['processes']} processes do not divide over {resources['nodes']} nodes; change one"
+            f"resources: {resources['world_size']} ranks do not divide over {resources['nodes']} nodes; change one"
         )
     seq_length = config.data.seq_length
     flops = plan.flops(plan.train_samples, seq_length)
@@ -183,7 +183,7 @@ def _resolved(draft: _Draft, data_sizes: DataSizes) -> Resolved:
         script=ENTRY_POINTS.get(config.objective.objective, "pretrain_gpt.py"),
         arguments=arguments,
         nodes=resources["nodes"],
-        processes=resources["processes"],
+        world_size=resources["world_size"],
         minutes=resources["minutes"],
         parameters=plan.parameters,
         unique_tokens=plan.unique_tokens,
@@ -191,9 +191,9 @@ def _resolved(draft: _Draft, data_sizes: DataSizes) -> Resolved:
         tokens=plan.tokens(plan.train_samples, seq_length),
         epochs=plan.train_samples * seq_length / plan.unique_tokens,
         flops=flops,
-        memory_bytes=memory_bytes(config, vocabulary, resources["processes"]),
+        memory_bytes=memory_bytes(config, vocabulary, resources["world_size"]),
         disk_bytes=disk_bytes(config, plan, seq_length),
-        seconds=None if speed is None else flops / (speed * resources["processes"]),
+        seconds=None if speed is None else flops / (speed * resources["world_size"]),
     )
     return Resolved(point, config, plan, family=identity(settings))
 

@@ -36,7 +36,7 @@ class Point:
     script: str
     arguments: list[str]
     nodes: int
-    processes: int
+    world_size: int
     minutes: float | None
     parameters: int
     unique_tokens: int

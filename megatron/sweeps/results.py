@@ -16,7 +16,7 @@ from megatron.training.run_folder import read_records
 
 # columns of every table, in this order; then one column per axis and tuned flag, named like the flag
 POINT_COLUMNS = ("stage", "variant", "seed", "trial", "id", "state")
-COST_COLUMNS = ("parameters", "unique_tokens", "train_samples", "processes")
+COST_COLUMNS = ("parameters", "unique_tokens", "train_samples", "world_size")
 RECORD_COLUMNS = {
     "set": pa.string(),
     "iteration": pa.int64(),

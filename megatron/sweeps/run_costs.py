@@ -62,9 +62,9 @@ def disk_bytes(config: Config, plan: Plan, seq_length: int) -> int:
     return size * (PRUNED_TO + permanent)
 
 
-def memory_bytes(config: Config, vocabulary: Vocabulary, processes: int) -> int | None:
+def memory_bytes(config: Config, vocabulary: Vocabulary, world_size: int) -> int | None:
     """Return the peak memory of the rank that needs most, on CUDA; None where no formula holds."""
     if config.parallel.deepspeed:
         return None  # the formula is FSDP2's
-    settings = {"world_size": processes, "precision": "fp32" if config.training.fp32 else "bf16"}
+    settings = {"world_size": world_size, "precision": "fp32" if config.training.fp32 else "bf16"}
     return peak_memory(config, vocabulary, capabilities(config.objective.objective), **settings).total

@@ -41,9 +41,9 @@ class Site:
     partition: str | None = None
     account: str | None = None
     qos: str | None = None
-    gpus: bool = True  # a GPU for each process (--gpus-per-node)
-    processes_per_node: int = 8
-    cores_per_process: int = 8
+    gpus: bool = True  # a GPU for each rank (--gpus-per-node)
+    ranks_per_node: int = 8
+    cores_per_rank: int = 8
     sbatch: tuple[str, ...] = ()  # further options of sbatch, such as --constraint=h100
     setup: str = ""  # shell lines before a run: modules, container variables
     python: str = sys.executable  # on the compute nodes, from the clone
@@ -144,11 +144,11 @@ def write_arrays(folder: Path, points: Sequence[Point], site: Site, *, retry_fai
                 f"{point.label}: has minutes {point.minutes:g}, and the site's signal_seconds {site.signal_seconds} "
                 "leave no time to train; raise one or lower the other"
             )
-        per_node = point.processes // point.nodes
-        if per_node > site.processes_per_node:
+        per_node = point.world_size // point.nodes
+        if per_node > site.ranks_per_node:
             raise ConfigurationError(
-                f"{point.label}: needs {per_node} processes on a node, and the site has processes_per_node "
-                f"{site.processes_per_node}; give it more `nodes` under `resources`"
+                f"{point.label}: needs {per_node} ranks on a node, and the site has ranks_per_node "
+                f"{site.ranks_per_node}; give it more `nodes` under `resources`"
             )
         classes[point.trunk is not None, point.nodes, per_node, point.minutes].append(point)
     slurm = folder / "slurm"
@@ -168,12 +168,12 @@ def write_arrays(folder: Path, points: Sequence[Point], site: Site, *, retry_fai
 
 def _script(folder: Path, tasks: Path, points: list[Point], site: Site, *, retry_failed: bool) -> str:
     point = points[0]
-    per_node, minutes = point.processes // point.nodes, point.minutes or DEFAULT_MINUTES
+    per_node, minutes = point.world_size // point.nodes, point.minutes or DEFAULT_MINUTES
     throttle = f"%{site.throttle}" if site.throttle else ""
     options = [
         f"--job-name {re.sub(r'[^A-Za-z0-9_.-]', '_', folder.name)}",
         f"--array 0-{len(points) - 1}{throttle}",
-        f"--nodes {point.nodes} --ntasks-per-node {per_node} --cpus-per-task {site.cores_per_process}",
+        f"--nodes {point.nodes} --ntasks-per-node {per_node} --cpus-per-task {site.cores_per_rank}",
         f"--time {max(1, round(minutes))} --signal USR1@{site.signal_seconds} --requeue --open-mode append",
         f"--output {shlex.quote(str(folder / 'logs'))}/slurm-%A_%a.log",
     ]

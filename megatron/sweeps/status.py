@@ -58,16 +58,16 @@ class SweepStatus:
         return self._flops_done / self._flops
 
     @property
-    def process_hours(self) -> float:
+    def rank_hours(self) -> float:
         """Hours of all ranks that were spent on training: GPU-hours where each rank has a GPU."""
-        return sum(run.seconds * run.point.processes for run in self.runs) / 3600
+        return sum(run.seconds * run.point.world_size for run in self.runs) / 3600
 
     @property
-    def remaining_process_hours(self) -> float | None:
+    def remaining_rank_hours(self) -> float | None:
         """The estimate for the rest at the measured FLOPs per second of a rank; None before anything was measured."""
-        if not self.process_hours or not self._flops_done:
+        if not self.rank_hours or not self._flops_done:
             return None
-        return self.process_hours * (self._flops / self._flops_done - 1)
+        return self.rank_hours * (self._flops / self._flops_done - 1)
 
     @property
     def _flops(self) -> float:
@@ -80,9 +80,9 @@ class SweepStatus:
     def line(self) -> str:
         """Return the summary: counts, progress, hours."""
         counts = ", ".join(f"{self.counts[name]} {name}" for name in STATES if self.counts[name])
-        rest = self.remaining_process_hours
+        rest = self.remaining_rank_hours
         left = "" if rest is None else f", about {rest:.3g} left"
-        spent = f"{self.share:.0%} of the FLOPs, {self.process_hours:.3g} process-hours{left}"
+        spent = f"{self.share:.0%} of the FLOPs, {self.rank_hours:.3g} rank-hours{left}"
         return f"{len(self.runs)} runs: {counts}; {spent}"
 
 

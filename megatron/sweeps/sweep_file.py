@@ -66,7 +66,7 @@ class Resources:
     """What a run needs. An entry of `rules` gives other values to the points that match all its `where` values."""
 
     nodes: int = 1
-    processes: int = 1  # ranks, over all nodes
+    world_size: int = 1  # ranks, over all nodes
     minutes: float | None = None  # time limit of one job; a longer run is requeued
     flops_per_second: float | None = None  # model FLOPs of one rank, for estimates of time
     rules: tuple[tuple[dict[str, Any], dict[str, Any]], ...] = ()
@@ -330,7 +330,7 @@ class _Reader:
 
     def _amounts(self, key: str, given: dict) -> dict[str, Any]:
         amounts: dict[str, Any] = {}
-        for name in ("nodes", "processes"):
+        for name in ("nodes", "world_size"):
             if name in given:
                 amounts[name] = self.whole(f"{key}.{name}", given[name], 1)
         for name in ("minutes", "flops_per_second"):

@@ -35,9 +35,9 @@ def sweep(corpus, tmp_path_factory):
     folder = tmp_path_factory.mktemp("sweep")
     content = toy(corpus)
     content["flags"] |= {"num-layers": 4, "hidden-size": 128, "num-attention-heads": 4, "eval-interval": 8}
-    rules = [{"where": {"variant": "mdm"}, "processes": 2, "nodes": 2}]
+    rules = [{"where": {"variant": "mdm"}, "world_size": 2, "nodes": 2}]
     path = write(folder, content, parameters={"train-epochs": [8, 24]}, resources={"rules": rules, "minutes": 10})
-    site = {"gpus": False, "cores_per_process": 1, "signal_seconds": 60, "wait_for_lock_minutes": 1}
+    site = {"gpus": False, "cores_per_rank": 1, "signal_seconds": 60, "wait_for_lock_minutes": 1}
     site |= {"setup": "export OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES=", "python": sys.executable}
     (folder / "site.yaml").write_text(yaml.safe_dump(site))
     local = write(folder, content, parameters={"train-epochs": [8, 24]}, resources={"rules": [rules[0] | {"nodes": 1}]})

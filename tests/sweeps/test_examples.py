@@ -29,7 +29,7 @@ def test_an_example_is_planned_and_states_its_cost(path, tmp_path):
         assert len(runs) == 9
         return
     assert stated, path
-    hours = sum(point.own_seconds * point.processes for point in runs) / 3600
+    hours = sum(point.own_seconds * point.world_size for point in runs) / 3600
     assert int(stated[1]) == len(runs) and float(stated[2].replace(",", "")) == pytest.approx(hours, rel=0.01)
     assert all(point.memory_bytes < 76 * 2**30 for point in runs)  # an H100 has 80 GB
 

@@ -1,4 +1,4 @@
-"""The local queue: real runs in processes, interrupted, killed, failing, hanging, and two queues on one sweep."""
+"""The local queue: real runs, interrupted, killed, failing, hanging, and two queues on one sweep."""
 
 import os
 import random
@@ -168,9 +168,9 @@ def test_a_hanging_run_is_found_and_started_again(sweep, tmp_path):
 
 
 def test_what_this_machine_cannot_run_is_refused_before_anything_starts(sweep, corpus, tmp_path):
-    path = write(tmp_path, toy(corpus), resources={"processes": 2})
-    assert "needs 2 processes, and --slots is 1; raise it" in finish("run", path, tmp_path / "a", "--slots", 1)
-    path = write(tmp_path, toy(corpus), resources={"processes": 2, "nodes": 2})
+    path = write(tmp_path, toy(corpus), resources={"world_size": 2})
+    assert "needs 2 ranks, and --slots is 1; raise it" in finish("run", path, tmp_path / "a", "--slots", 1)
+    path = write(tmp_path, toy(corpus), resources={"world_size": 2, "nodes": 2})
     assert "needs 2 nodes, and `run` uses this machine alone" in finish("run", path, tmp_path / "b", "--slots", 2)
     assert not (tmp_path / "a" / "runs").exists() and not (tmp_path / "b" / "runs").exists()
 

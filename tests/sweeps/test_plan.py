@@ -58,7 +58,7 @@ def test_an_id_depends_on_what_decides_the_result_and_on_nothing_else(planned, c
     assert before.items() <= more.items() and len(set(more.values())) == 8
     flags = toy(corpus)["flags"]
     free = flags | {"save-interval": 8, "num-workers": 2, "micro-batch-size": 2, "log-interval": 5}
-    assert ids(planned(flags=free, resources={"processes": 2})) == before
+    assert ids(planned(flags=free, resources={"world_size": 2})) == before
     for changed in ({"lr": "2e-2"}, {"fp32": None, "bf16": True}, {"weight-decay": 0.2}, {"eval-samples": 12}):
         assert not set(ids(planned(flags=flags | changed)).values()) & set(before.values()), changed
 
@@ -85,14 +85,14 @@ def test_every_impossible_point_is_named_with_its_reason(planned, corpus):
 
 
 def test_resources_follow_their_rules_and_decide_hours(planned):
-    rules = [{"where": {"train-epochs": 8}, "processes": 2, "nodes": 2, "minutes": 5}]
+    rules = [{"where": {"train-epochs": 8}, "world_size": 2, "nodes": 2, "minutes": 5}]
     small, large = planned(variants=None, resources={"flops_per_second": 1e9, "rules": rules}).points
-    assert (small.processes, small.nodes, small.minutes) == (1, 1, None)
-    assert (large.processes, large.nodes, large.minutes) == (2, 2, 5)
+    assert (small.world_size, small.nodes, small.minutes) == (1, 1, None)
+    assert (large.world_size, large.nodes, large.minutes) == (2, 2, 5)
     assert small.seconds == small.flops / 1e9 and large.seconds == large.flops / 2e9
     assert small.memory_bytes > large.memory_bytes // 2 > 0 and small.disk_bytes == 3 * 12 * small.parameters
     with pytest.raises(ConfigurationError, match="--global-batch-size 8: is not a multiple"):
-        planned(resources={"processes": 3})
+        planned(resources={"world_size": 3})
 
 
 def test_data_that_are_elsewhere_are_planned_with_the_stated_sizes(planned, corpus):

@@ -15,7 +15,7 @@ from tests.sweeps.files import toy, write
 
 @pytest.fixture
 def planned(corpus, tmp_path):
-    rules = [{"where": {"variant": "mdm"}, "processes": 4, "nodes": 2, "minutes": 90}]
+    rules = [{"where": {"variant": "mdm"}, "world_size": 4, "nodes": 2, "minutes": 90}]
     flags = toy(corpus)["flags"] | {"micro-batch-size": 1}
     path = write(tmp_path, toy(corpus), flags=flags, resources={"rules": rules})
     return plan_sweep(read_sweep(path), tmp_path / "out").points
@@ -81,8 +81,8 @@ def test_a_mistake_in_a_site_file_is_one_line(text, tmp_path):
 
 
 def test_what_does_not_fit_the_site_and_a_machine_without_slurm_are_named(planned, monkeypatch, tmp_path):
-    (tmp_path / "site.yaml").write_text("processes_per_node: 1")
-    with pytest.raises(ConfigurationError, match="needs 2 processes on a node, and the site has processes_per_node 1"):
+    (tmp_path / "site.yaml").write_text("ranks_per_node: 1")
+    with pytest.raises(ConfigurationError, match="needs 2 ranks on a node, and the site has ranks_per_node 1"):
         write_arrays(tmp_path / "out", planned, read_site(tmp_path / "site.yaml"))
     (tmp_path / "site.yaml").write_text("signal_seconds: 3600\nsetup:\npython:\n")
     with pytest.raises(ConfigurationError, match="has minutes 90, and the site's signal_seconds 3600 leave no time"):

@@ -27,8 +27,8 @@ stages:
     tuning: {trials: 4, parameters: {lr: {distribution: log_uniform_values, min: 1e-4, max: 1e-2}}}
   final: {best_of: tune, by: [train-epochs], variants: [mdm]}
 resources:
-  processes: 8
-  rules: [{where: {model-size: 1018M}, nodes: 2, processes: 16}]
+  world_size: 8
+  rules: [{where: {model-size: 1018M}, nodes: 2, world_size: 16}]
 exclude: [{variant: mdm, train-epochs: 64}]
 """
 
@@ -50,7 +50,7 @@ def test_a_file_is_read_with_its_stages_variants_and_rules(tmp_path):
     assert tune.variants[1].tuned["mask-eps"].values == (0.001, 0.01)
     assert final.best_of == "tune" and final.by == ("train-epochs",) and final.tuning is None and final.seeds == (1, 2)
     assert [variant.name for variant in final.variants] == ["mdm"]
-    assert final.resources.processes == 8 and final.resources.rules[0][1] == {"nodes": 2, "processes": 16}
+    assert final.resources.world_size == 8 and final.resources.rules[0][1] == {"nodes": 2, "world_size": 16}
     assert sweep.exclude == ({"variant": "mdm", "train-epochs": 64},)
 
 
@@ -96,7 +96,7 @@ REFUSED = {
     "stages: {}": "stages: is empty",
     "exclude: [{train-epoch: 1}]": "exclude.train-epoch: train-epoch: is an unknown flag; did you mean train-epochs?",
     "exclude: [{train-epochs: 1}]": "exclude: train-epochs: is an unknown axis",
-    "resources: {processes: 0}": "resources.processes: 0: must be a whole number of at least 1",
+    "resources: {world_size: 0}": "resources.world_size: 0: must be a whole number of at least 1",
     "resources: {minutes: -1}": "resources.minutes: -1: must be positive",
     "resources: {rules: [{where: {lr: 1}, cores: 2}]}": "resources.rules[0].cores: cores: is an unknown key",
     "name: a/b": "name: a/b: names a folder and jobs",
