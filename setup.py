@@ -33,6 +33,8 @@ setup(
             "lm-eval[hf]>=0.4.13",
             "protobuf",
             "pytest",
+            "pytest-rerunfailures",
+            "pytest-timeout",
             "pytest-xdist",
             "pyright[nodejs]",
             "ruff",

@@ -17,6 +17,13 @@ ROOT = Path(__file__).resolve().parents[1]
 MODULES = "abc ast bisect calendar cmd code codecs copy csv dis enum fnmatch glob gzip heapq inspect io keyword".split()
 
 
+def pytest_collection_modifyitems(items):
+    """Give slow tests an hour before they count as hanging."""
+    for item in items:
+        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(3600))
+
+
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
     """A folder with train, tuning and validation data: a dozen modules of the standard library, byte tokens."""

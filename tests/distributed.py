@@ -3,6 +3,7 @@
 Importing torch takes most of the time, so a test module spawns once and runs all its cases inside.
 """
 
+import faulthandler
 import os
 import pickle
 import tempfile
@@ -28,11 +29,14 @@ def joined(rank: int = 0, size: int = 1, store: dist.Store | None = None) -> Ite
         dist.destroy_process_group()
 
 
+HANG_SECONDS = 300  # after which a rank ends with the stacks of its threads
+
+
 def spawn(function: Callable, size: int, *arguments) -> list:
     """Return what `function(ranks, *arguments)` returns on each of `size` ranks, by rank.
 
-    The function must be at the top level of a module, and its result picklable. The first rank that raises ends the
-    others; its traceback is raised here.
+    The function must be at the top level of a module, and its result picklable. The first rank that raises or hangs
+    ends the others; its traceback is raised here.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -40,20 +44,25 @@ def spawn(function: Callable, size: int, *arguments) -> list:
             with forkserver_environment(dict(os.environ)):
                 child_arguments = (size, folder, function, arguments)
                 torch.multiprocessing.start_processes(_child, child_arguments, nprocs=size, start_method="forkserver")
-        except torch.multiprocessing.ProcessRaisedException:
+        except (torch.multiprocessing.ProcessRaisedException, torch.multiprocessing.ProcessExitedException):
             # other ranks may fail too, because this one is gone
-            first = min(folder.glob("error of rank *"), key=lambda path: path.stat().st_mtime_ns)
+            errors = [path for path in folder.glob("error of rank *") if path.stat().st_size]
+            if not errors:  # killed by a signal
+                raise
+            first = min(errors, key=lambda path: path.stat().st_mtime_ns)
             raise RuntimeError(f"{first.name}\n{first.read_text()}") from None
         return [pickle.loads((folder / str(rank)).read_bytes()) for rank in range(size)]
 
 
 def _child(rank: int, size: int, folder: Path, function: Callable, arguments: tuple) -> None:
     torch.set_num_threads(1)
+    error = open(folder / f"error of rank {rank}", "w")  # noqa: SIM115 (open while the rank runs)
+    faulthandler.dump_traceback_later(HANG_SECONDS, exit=True, file=error)
     with joined(rank, size, dist.FileStore(str(folder / "store"), size)) as ranks:
         try:
             result = function(ranks, *arguments)
         except BaseException:
-            (folder / f"error of rank {rank}").write_text(traceback.format_exc())
+            print(traceback.format_exc(), file=error, flush=True)
             raise
     (folder / str(rank)).write_bytes(pickle.dumps(result))
     os._exit(0)  # a thread of gloo that outlives its group aborts about one process in fifty at a regular exit

@@ -14,5 +14,6 @@ elif [[ "${1:-}" == --all ]]; then
 fi
 bash install.sh "${extras[@]}"
 export OMP_NUM_THREADS=1
-# Two workers, one file at a time each, so that the fixtures of a file are set up once.
-exec .venv/bin/python -m pytest -q -n 2 --dist loadfile "${select[@]}" "$@"
+# Two workers, one file at a time each, so that the fixtures of a file are set up once. A failed test is repeated once,
+# since most start processes that compete for two cores; the summary lists it as RERUN, with its first error.
+exec .venv/bin/python -m pytest -q -n 2 --dist loadfile --reruns 1 -rfER "${select[@]}" "$@"
