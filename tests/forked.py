@@ -1,5 +1,6 @@
 """Processes forked from a server that has imported torch: they start four seconds sooner."""
 
+import itertools
 import os
 import runpy
 import socket
@@ -8,7 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing import forkserver, get_context
 from pathlib import Path
 from unittest import mock
@@ -17,9 +18,15 @@ _context = get_context("forkserver")
 _context.set_forkserver_preload(["megatron.training.launcher", __name__])
 
 
+# below the ports that the kernel gives to outgoing connections, and another range for each worker of pytest-xdist
+_ports = itertools.count(12_000 + 2_000 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]) + os.getpid() % 1_000)
+
+
 def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return listener.getsockname()[1]
+    """Return a port that no process uses, and that no other caller gets before its process listens on it."""
+    while True:
+        with suppress(OSError), socket.create_server(("127.0.0.1", next(_ports))) as listener:
+            return listener.getsockname()[1]
 
 
 @contextmanager

@@ -285,7 +285,11 @@ def test_an_interrupted_run_leaves_a_partial_file_that_resumes(clone, server, pu
     server.cuts = {f"{TRAIN}.bin": 30_000}
     server.resume.clear()
     process = subprocess.Popen(
-        ["bash", clone / "download.sh"], env=environment(clone), stdout=subprocess.DEVNULL, start_new_session=True
+        ["bash", clone / "download.sh"],
+        env=environment(clone),
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
     )
     partial = clone / "data" / f"{TRAIN}.bin.partial"
     deadline = time.monotonic() + 20
