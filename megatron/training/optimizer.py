@@ -109,8 +109,8 @@ class ShardedApexAdam(Optimizer):
     """Apex's FusedAdam on the local shards of DTensor parameters, which its kernels do not support directly.
 
     Parameters, gradients and moments remain DTensors outside, as for every optimizer here; apex updates their
-    storage. `start_state` must be called before the first step. Apex's kernel cannot skip a step on the device: the
-    host waits for `found_inf`.
+    storage. `start_state` must be called before the first step. Apex's capturable kernels read the learning rate, the
+    step count and whether to skip on the device, so that the host waits for nothing; the last comes from a GradScaler.
     """
 
     found_inf: torch.Tensor | None = None  # 1: skip the step, as in torch's AdamW
@@ -122,23 +122,36 @@ class ShardedApexAdam(Optimizer):
             for group in self.param_groups
             for parameter in group["params"]
         }
-        local_groups = [group | {"params": [self._local[p] for p in group["params"]]} for group in self.param_groups]
-        self._apex = fused_adam(local_groups, **options, adam_w_mode=True)
+        local_groups = [
+            {"params": [self._local[p] for p in group["params"]], "weight_decay": group["weight_decay"]}
+            for group in self.param_groups
+        ]
+        self._apex = fused_adam(local_groups, **options, adam_w_mode=True, capturable=True)
+        self._device = next(iter(self._local.values())).device
 
     def attach(self, steps: int) -> None:
         """Make apex use the moments of `self.state`, and `steps` as the step count."""
         for parameter, local in self._local.items():
             self._apex.state[local] = {moment: self.state[parameter][moment].to_local() for moment in MOMENTS}
         for group in self._apex.param_groups:
-            group["step"] = steps
+            group["step"] = torch.tensor([steps], dtype=torch.int32, device=self._device)
+            group["lr"] = torch.zeros(1, device=self._device)  # of its own: apex may share one among its groups
 
     @torch.no_grad()
     def step(self) -> None:
-        """Update all parameters from their gradients."""
-        if self.found_inf is not None and bool(self.found_inf):
-            return
+        """Update all parameters from their gradients, or none if `found_inf` is 1."""
         for outer, inner in zip(self.param_groups, self._apex.param_groups, strict=True):
-            inner["lr"], inner["weight_decay"] = outer["lr"], outer["weight_decay"]
+            inner["lr"].fill_(outer["lr"])
+            inner["weight_decay"] = outer["weight_decay"]
             for parameter in outer["params"]:
                 self._local[parameter].grad = parameter.grad.to_local()
-        self._apex.step()
+        self._apex.step(grad_scaler=self)
+
+    def _check_inf_per_device(self, _optimizer: Optimizer) -> dict[torch.device, torch.Tensor]:
+        """Return whether to skip, as torch.amp.GradScaler does for apex."""
+        found_inf = torch.zeros(1, device=self._device) if self.found_inf is None else self.found_inf.reshape(1)
+        return {self._device: found_inf}
+
+    def _get_scale_async(self) -> torch.Tensor:
+        """Return the factor of the loss that apex divides gradients by, as torch.amp.GradScaler does: 1."""
+        return torch.ones(1, device=self._device)

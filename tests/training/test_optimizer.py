@@ -1,7 +1,8 @@
 """AdamW: which parameters decay, and apex's kernel on local shards.
 
-Apex runs on CUDA only. The code around it is tested here with a stand-in of the documented interface: `state` by
-parameter, `step` counted in the group, moments created only if they are missing.
+Apex runs on CUDA only. The code around it is tested here with a stand-in of its interface where it is capturable
+(apex/optimizers/fused_adam.py): `state` by parameter, learning rate and step count as tensors of a group, and a
+GradScaler that decides whether to skip.
 """
 
 from dataclasses import replace
@@ -29,24 +30,31 @@ CONFIG = OptimizerConfig(lr=1e-2, weight_decay=0.3)
 
 
 class FusedAdam(torch.optim.Optimizer):
-    """AdamW in five lines, with the interface of apex.optimizers.FusedAdam."""
+    """AdamW with the interface of apex.optimizers.FusedAdam."""
 
-    def __init__(self, groups, lr, betas, eps, adam_w_mode):
-        assert adam_w_mode
-        super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
+    def __init__(self, groups, lr, betas, eps, adam_w_mode, capturable):
+        assert adam_w_mode and capturable
+        super().__init__(groups, {"lr": torch.tensor(lr), "betas": betas, "eps": eps, "weight_decay": 0.0})
+        for group in self.param_groups:
+            group["lr"] = group["lr"].to(group["params"][0].device)
 
     @torch.no_grad()
-    def step(self):
+    def step(self, grad_scaler):
         for group in self.param_groups:
-            group["step"] = group.get("step", 0) + 1
+            device = group["params"][0].device
+            skip = grad_scaler._check_inf_per_device(self)[device]
+            assert skip.shape == (1,) and group["step"].dtype == torch.int32
+            group["step"] += 1
             (beta1, beta2), step = group["betas"], group["step"]
             for p in group["params"]:
-                mean, square = (self.state[p][moment] for moment in MOMENTS)
-                mean.lerp_(p.grad, 1 - beta1)
-                square.mul_(beta2).addcmul_(p.grad, p.grad, value=1 - beta2)
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                denominator = (square / (1 - beta2**step)).sqrt() + group["eps"]
-                p.addcdiv_(mean, denominator, value=-group["lr"] / (1 - beta1**step))
+                grad, (mean, square) = p.grad / grad_scaler._get_scale_async(), (self.state[p][m] for m in MOMENTS)
+                new_mean = mean.lerp(grad, 1 - beta1)
+                new_square = square * beta2 + (1 - beta2) * grad * grad
+                denominator = (new_square / (1 - beta2**step)).sqrt() + group["eps"]
+                decayed = p * (1 - group["lr"] * group["weight_decay"])
+                updated = decayed - group["lr"] / (1 - beta1**step) * new_mean / denominator
+                for old, new in ((mean, new_mean), (square, new_square), (p, updated)):
+                    old.copy_(torch.where(skip == 1, old, new))
 
 
 @pytest.fixture(scope="module")
