@@ -54,6 +54,12 @@ class Points:
         """Return log D. [R]"""
         return np.log(self.tokens)
 
+    @cached_property
+    def log_extra_epochs(self) -> np.ndarray:
+        """Return log R, -inf without repetition. [R]"""
+        with np.errstate(divide="ignore"):
+            return np.log(self.extra_epochs)
+
 
 @dataclass(frozen=True, eq=False)
 class LawTable(Points):
@@ -95,14 +101,15 @@ class Form(ABC):
     parameters: ClassVar[tuple[str, ...]]  # public names, in the order of theta
     published: ClassVar[Mapping[str, float]] = {}  # constants of the source, where it gives them
     base: ClassVar[tuple[str, ...]] = ()  # parameters that a fit without repetition gives: those of --base
+    vanishing: ClassVar[tuple[str, ...]] = ("E",)  # parameters that may be 0
     # Values of each parameter in the grid of starts. Those of `losses` are in units of the lowest loss of the table,
     # those of `amplitudes` are values of their term at the centre of the table.
     grid: ClassVar[Mapping[str, Sequence[float]]]
     losses: ClassVar[tuple[str, ...]] = ("E", "A", "B")
-    # parameter -> (its exponent, the attribute of Points with the logarithm of the variable)
-    amplitudes: ClassVar[Mapping[str, tuple[str, str]]] = {
-        "A": ("alpha", "log_parameters"),
-        "B": ("beta", "log_tokens"),
+    # parameter -> the power laws it is multiplied with: (attribute of Points, sign, name or value of the exponent)
+    amplitudes: ClassVar[Mapping[str, Sequence[tuple[str, int, str | float]]]] = {
+        "A": (("log_parameters", -1, "alpha"),),
+        "B": (("log_tokens", -1, "beta"),),
     }
 
     @abstractmethod
@@ -146,9 +153,12 @@ class Form(ABC):
         for name in self.losses:
             if name in free:
                 values[name] = values[name] * table.loss.min()
-        for name, (exponent, variable) in self.amplitudes.items():
-            if name in free:
-                values[name] = values[name] * np.exp(values[exponent] * getattr(table, variable).mean())
+        for name, powers in self.amplitudes.items():
+            for variable, sign, exponent in powers if name in free else ():
+                centre = getattr(table, variable)
+                centre = centre[np.isfinite(centre)].mean() if np.isfinite(centre).any() else 0.0
+                power = values[exponent] if isinstance(exponent, str) else exponent
+                values[name] = values[name] * np.exp(-sign * power * centre)
         with np.errstate(divide="ignore"):
             return np.log(np.stack([values[name] for name in self.parameters], axis=-1))
 

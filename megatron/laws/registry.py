@@ -9,9 +9,28 @@ import numpy as np
 
 from megatron.errors import ConfigurationError
 from megatron.laws.base import Form, Law
+from megatron.laws.forms.bounded import Bounded
 from megatron.laws.forms.chinchilla import Chinchilla
+from megatron.laws.forms.geometric import Geometric
+from megatron.laws.forms.outer_exponent import OuterExponent
+from megatron.laws.forms.overfitting import Overfitting
+from megatron.laws.forms.overfitting_linear import OverfittingLinear
+from megatron.laws.forms.quokka import Quokka
+from megatron.laws.forms.repetition import Repetition
 
-FORMS: dict[str, Form] = {form.name: form for form in (Chinchilla(),)}
+FORMS: dict[str, Form] = {
+    form.name: form
+    for form in (
+        Chinchilla(),
+        OuterExponent(),
+        Repetition(),
+        Geometric(),
+        Quokka(),
+        Overfitting(),
+        OverfittingLinear(),
+        Bounded(),
+    )
+}
 
 
 def form_named(name: str, flag: str = "--form") -> Form:
