@@ -5,7 +5,7 @@ unique tokens and none twice, so that forms use min(U, D) unique tokens.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import product
@@ -101,6 +101,9 @@ class Form(ABC):
     parameters: ClassVar[tuple[str, ...]]  # public names, in the order of theta
     published: ClassVar[Mapping[str, float]] = {}  # constants of the source, where it gives them
     base: ClassVar[tuple[str, ...]] = ()  # parameters that a fit without repetition gives: those of --base
+    across_budgets: ClassVar[tuple[str, ...]] = (
+        "beta",
+    )  # parameters that need runs of several numbers of unique tokens
     vanishing: ClassVar[tuple[str, ...]] = ("E",)  # parameters that may be 0
     # Values of each parameter in the grid of starts. Those of `losses` are in units of the lowest loss of the table,
     # those of `amplitudes` are values of their term at the centre of the table.
@@ -120,10 +123,9 @@ class Form(ABC):
         """Return log L [..., R] for theta [..., P]."""
         return self.log_loss_and_gradient(theta, points)[0]
 
-    @property
-    def minimum_rows(self) -> int:
-        """The fewest rows of a fit of all parameters: two more than parameters, so that residuals exist."""
-        return len(self.parameters) + 2
+    def minimum_rows(self, frozen: Collection[str] = ()) -> int:
+        """Return the fewest rows of a fit: two more than fitted parameters, so that residuals exist."""
+        return len(set(self.parameters) - set(frozen)) + 2
 
     def internal(self, values: Mapping[str, float]) -> np.ndarray:
         """Return theta [P] of public values; 0 becomes -inf."""

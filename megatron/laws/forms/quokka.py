@@ -21,6 +21,7 @@ class Quokka(Form):
     equation = "L = E + A / N^alpha + B / D'^beta, D' = U e^p exp(-((e - 1) / e_p)^gamma), e_p = c U^m / N^k"
     source = "Ni et al. 2510.03280"
     parameters = ("E", "A", "B", "alpha", "beta", "p", "c", "m", "k", "gamma")
+    across_budgets = ("beta", "m")
     published: ClassVar = {
         "E": 0.0,
         "A": 1535.23,

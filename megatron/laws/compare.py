@@ -1,0 +1,100 @@
+"""Compares forms fitted to the same rows: information criteria of Huber's likelihood, and errors on held-out budgets."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.optimize import minimize_scalar
+from scipy.special import erf
+
+from megatron.laws.fit import Fit
+from megatron.laws.optimise import HUBER_DELTA, descend
+
+MAX_FOLDS = 10  # budgets are held out one at a time, or in this many ranges where there are more
+
+
+def log_likelihood(value: float, num_rows: int) -> float:
+    """Return the log likelihood of a sum of Huber's losses over `num_rows` residuals, at the best scale s.
+
+    The density of a residual is exp(-huber(r) / s) / Z(s), Huber's least favourable one with a free scale, which is
+    nearly Laplace's where residuals exceed delta (Huber 1964; Besiroglu et al. 2404.10102 use the same likelihood):
+    Z(s) = sqrt(2 pi s) erf(delta / sqrt(2 s)) + 2 s / delta exp(-delta^2 / (2 s)).
+    """
+
+    def negative(log_scale: float) -> float:
+        scale = np.exp(log_scale)
+        tail = 2 * scale / HUBER_DELTA * np.exp(-(HUBER_DELTA**2) / (2 * scale))
+        normaliser = np.sqrt(2 * np.pi * scale) * erf(HUBER_DELTA / np.sqrt(2 * scale)) + tail
+        return num_rows * np.log(normaliser) + value / scale
+
+    guess = np.log(max(value / num_rows, 1e-20))
+    result = minimize_scalar(negative, bounds=(guess - 3, guess + 3), method="bounded", options={"xatol": 1e-9})
+    return -float(result.fun)
+
+
+def information_criteria(fit: Fit) -> dict[str, float]:
+    """Return AIC and BIC of a fit, with the scale counted as a parameter; only differences on equal rows mean anything.
+
+    Runs that differ in their seed only count as one observation for BIC's penalty.
+    """
+    likelihood = log_likelihood(fit.value, len(fit.table))
+    count = len(fit.free) + 1
+    return {
+        "log_likelihood": likelihood,
+        "aic": 2 * count - 2 * likelihood,
+        "bic": count * float(np.log(fit.num_groups)) - 2 * likelihood,
+    }
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The error of a fit to all other budgets on the runs of one budget, or of a range of budgets."""
+
+    lowest: float  # unique tokens
+    highest: float
+    num_rows: int
+    error: float  # root mean square of predicted minus observed loss, in nats per token
+    bias: float  # mean of predicted minus observed loss
+
+
+def leave_one_budget_out(fit: Fit) -> list[HeldOut]:
+    """Return the prediction errors on each budget of unique tokens from a fit to the others; [] for a single budget.
+
+    A budget is left out of the comparison if the others have too few rows or budgets for the form.
+    """
+    table = fit.table
+    folds = np.array_split(table.budgets, min(len(table.budgets), MAX_FOLDS))
+    masks = [np.isin(table.unique_tokens, budgets) for budgets in folds]
+    needed = fit.form.minimum_rows(fit.frozen)
+    across = [name for name in fit.form.across_budgets if name in fit.free]
+    masks = [
+        mask
+        for mask in masks
+        if (~mask).sum() >= needed and len(np.unique(table.unique_tokens[~mask])) >= (2 if across else 1)
+    ]
+    if len(table.budgets) < 2 or not masks:
+        return []
+    starts = np.repeat(fit.theta[None], len(masks), axis=0)
+    theta, _ = descend(fit.objective, starts, weights=np.array([~mask for mask in masks], dtype=float))
+    predicted = np.exp(fit.form.log_loss(theta, table))  # [K, R]
+    results = []
+    for mask, losses in zip(masks, predicted, strict=True):
+        errors = losses[mask] - table.loss[mask]
+        budgets = table.unique_tokens[mask]
+        results.append(
+            HeldOut(
+                lowest=float(budgets.min()),
+                highest=float(budgets.max()),
+                num_rows=int(mask.sum()),
+                error=float(np.sqrt((errors**2).mean())),
+                bias=float(errors.mean()),
+            )
+        )
+    return results
+
+
+def held_out_error(results: list[HeldOut]) -> float | None:
+    """Return the root mean square error over all held-out runs in nats per token, None without any."""
+    if not results:
+        return None
+    rows = np.array([result.num_rows for result in results])
+    return float(np.sqrt((rows * np.array([result.error for result in results]) ** 2).sum() / rows.sum()))
