@@ -1,4 +1,4 @@
-"""Compares forms fitted to the same rows: information criteria of Huber's likelihood, and errors on held-out budgets."""
+"""Compares forms fitted to the same rows: information criteria of the likelihood, errors on held-out budgets."""
 
 from dataclasses import dataclass
 
