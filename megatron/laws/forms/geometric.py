@@ -32,11 +32,11 @@ class Geometric(Repetition):
         ratio = extra * rate
         left = np.exp(-ratio)
         small = ratio < 1e-4
-        safe = np.where(small, 1.0, ratio)
-        gained = extra * unit * np.where(small, 1 - ratio / 2 + ratio**2 / 6, -np.expm1(-safe) / safe)
+        safe, tiny = np.maximum(ratio, 1e-4), np.minimum(ratio, 1e-4)
+        gained = extra * unit * np.where(small, 1 - tiny / 2 + tiny**2 / 6, -np.expm1(-safe) / safe)
         share = 1 / (1 + 1 / decay)
         exact = gained - extra * left * share
         # for small ratios, of unit - share, the expansion in 1 / R* too
         difference = np.where(decay > 1e4, 0.5 / decay - 2 / (3 * decay**2), unit - share)
-        series = extra * (difference - ratio * (unit / 2 - share) + ratio**2 * (unit / 6 - share / 2))
+        series = extra * (difference - tiny * (unit / 2 - share) + tiny**2 * (unit / 6 - share / 2))
         return gained, np.where(small, series, exact), left * unit

@@ -20,8 +20,9 @@ class OverfittingLinear(Overfitting):
     source = "Lovelace et al. 2605.01640, form of one parameter"
     parameters = ("E", "A", "B", "alpha", "beta", "P")
     grid: ClassVar = {name: values for name, values in Overfitting.grid.items() if name not in ("d", "k")}
-    amplitudes: ClassVar = Overfitting.amplitudes | {
-        "P": (("log_extra_epochs", 1, 1.0), ("log_parameters", 1, 1.0), ("log_unique", -1, 1.0))
+    amplitudes: ClassVar = {
+        **Overfitting.amplitudes,
+        "P": (("log_extra_epochs", 1, 1.0), ("log_parameters", 1, 1.0), ("log_unique", -1, 1.0)),
     }
 
     def log_loss_and_gradient(self, theta: np.ndarray, points: Points) -> tuple[np.ndarray, np.ndarray]:

@@ -100,7 +100,7 @@ class Repetition(Form):
         ratio = extra / np.maximum(np.exp(log_decay), 1e-300)
         left = np.exp(-ratio)
         small = ratio < 1e-4
-        safe = np.where(small, 1.0, ratio)
-        gained = extra * np.where(small, 1 - ratio / 2 + ratio**2 / 6, -np.expm1(-safe) / safe)
-        by_decay = np.where(small, extra * (ratio / 2 - ratio**2 / 3), gained - extra * left)
+        safe, tiny = np.maximum(ratio, 1e-4), np.minimum(ratio, 1e-4)
+        gained = extra * np.where(small, 1 - tiny / 2 + tiny**2 / 6, -np.expm1(-safe) / safe)
+        by_decay = np.where(small, extra * (tiny / 2 - tiny**2 / 3), gained - extra * left)
         return gained, by_decay, left
