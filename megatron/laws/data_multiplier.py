@@ -166,15 +166,17 @@ class Multiplier:
 def curve(name: str, runs: Runs) -> Curve:
     """Return the curve of runs over data budgets.
 
-    A run of less than an epoch counts with the tokens that it has read.
+    A run's budget is its training set. On a set that no run has read to its end, such as the corpus of fresh-token runs,
+    it is the tokens that the run has read.
     """
-    with np.errstate(invalid="ignore"):
-        read = np.where(runs.tokens < runs.unique_tokens, runs.tokens, runs.unique_tokens)  # tokens may be NaN
-    budgets = np.unique(read)
+    partial = runs.tokens < runs.unique_tokens  # [R], false where tokens are NaN
+    whole_sets = runs.unique_tokens[~partial]
+    budget_of_run = np.where(partial & ~np.isin(runs.unique_tokens, whole_sets), runs.tokens, runs.unique_tokens)
+    budgets = np.unique(budget_of_run)
     recipes = []
     for budget in budgets:
-        groups = np.unique(runs.group[read == budget])
-        chosen = [_recipe(runs, np.flatnonzero((runs.group == group) & (read == budget))) for group in groups]
+        groups = np.unique(runs.group[budget_of_run == budget])
+        chosen = [_recipe(runs, np.flatnonzero((runs.group == group) & (budget_of_run == budget))) for group in groups]
         recipes.append(sorted(chosen, key=lambda recipe: recipe.selection_losses.mean()))
     return Curve(
         name=name,

@@ -202,11 +202,14 @@ def test_a_baseline_chosen_by_its_reported_losses_is_marked(sweep, run_tool):
     assert "variant=ar trial=0: one recipe;" in single and "were chosen by" not in single
 
 
-def test_a_run_of_less_than_an_epoch_counts_with_the_tokens_it_has_read(tmp_path):
+def test_runs_of_less_than_an_epoch_count_with_what_they_read_of_a_set_that_none_has_read(tmp_path):
     path = tmp_path / "t.csv"
-    path.write_text("unique_tokens,epochs,loss\n1000,0.5,4.0\n1000,2,3.0\n2000,1,2.5\n")
+    path.write_text("unique_tokens,epochs,loss\n1000,0.5,4.0\n1000,2,3.0\n8000,0.25,2.5\n8000,0.5,2.3\n")
     runs = read_runs(path, Selection(), required=("unique_tokens", "loss"))
-    assert curve("all", runs).budgets.tolist() == [500, 1000, 2000]
+    budgets = curve("all", runs)
+    # half an epoch is a poor recipe for 1000 tokens, where others repeat them; nobody has read all 8000
+    assert budgets.budgets.tolist() == [1000, 2000, 4000]
+    assert budgets.losses.tolist() == [3.0, 2.5, 2.3] and len(budgets.recipes[0]) == 2
 
 
 @pytest.mark.parametrize(
