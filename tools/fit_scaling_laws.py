@@ -72,7 +72,8 @@ def _run(options: argparse.Namespace) -> None:
     print("\n\n".join(str(result) for result in studies))
     rows = comparison(studies)
     if len(studies) > 1:
-        print(f"\nforms on the same {len(table)} rows, AIC and BIC of Huber's likelihood\n{comparison_table(rows)}")
+        print(f"\nforms on the same {len(table)} rows; AIC and BIC of Huber's likelihood, errors on held-out budgets")
+        print(comparison_table(rows))
     replies = _answer(studies, budgets, flops, other)
     options.output.mkdir(parents=True, exist_ok=True)
     fits = [result.to_json() for result in studies]

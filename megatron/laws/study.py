@@ -8,7 +8,7 @@ import numpy as np
 
 from megatron.laws.base import Form, Law, LawTable, Points
 from megatron.laws.bootstrap import bootstrap, interval
-from megatron.laws.compare import HeldOut, held_out_error, information_criteria, leave_one_budget_out
+from megatron.laws.compare import HeldOut, held_out_errors, information_criteria, leave_one_budget_out
 from megatron.laws.fit import Fit, fit
 from megatron.laws.optimise import HUBER_DELTA
 from megatron.laws.profile import DETERMINED, DIVERGED, LIMIT_FACTOR, WEAK, Profile, profiles
@@ -80,15 +80,21 @@ class Study:
         }
 
     def curves(self) -> list[dict[str, Any]]:
-        """Return loss against epochs for some budgets and sizes, with runs and bootstrap bands; [] if it diverged."""
+        """Return loss against epochs for some budgets and sizes, with runs and bootstrap bands; [] if it diverged.
+
+        The budgets are those with the most runs, among those that were read for different numbers of epochs.
+        """
         law = self.law
         if law is None:
             return []
         table = self.fit.table
+        rows = {budget: table.unique_tokens == budget for budget in table.budgets}
+        repeated = [budget for budget in table.budgets if len(np.unique(table.epochs[rows[budget]])) > 1]
+        chosen = sorted(sorted(repeated, key=lambda budget: -rows[budget].sum())[:CURVE_BUDGETS])
         return [
-            _curve(law, table, budget, size, self.level)
-            for budget in _spread(table.budgets, CURVE_BUDGETS)
-            for size in _spread(np.unique(table.parameters[table.unique_tokens == budget]), CURVE_SIZES)
+            _curve(law, (budget, size), table, self.level)
+            for budget in chosen
+            for size in _spread(np.unique(table.parameters[rows[budget]]), CURVE_SIZES)
         ]
 
     def to_json(self) -> dict[str, Any]:
@@ -109,7 +115,7 @@ class Study:
             "starts": {"number": self.fit.num_starts, "at_the_best_objective": self.fit.agreeing_starts},
             "criteria": dict(self.criteria),
             "r2": self.r2,
-            "held_out": {"error": held_out_error(self.held_out), "budgets": [asdict(row) for row in self.held_out]},
+            "held_out": {"errors": held_out_errors(self.held_out), "budgets": [asdict(row) for row in self.held_out]},
             "residuals": {
                 "parameters": table.parameters.tolist(),
                 "unique_tokens": table.unique_tokens.tolist(),
@@ -165,8 +171,9 @@ class Study:
         return lines
 
     def _footer(self) -> list[str]:
-        error = held_out_error(self.held_out)
-        held_out = "none: too few budgets or rows" if error is None else f"{error:.4f} nats per token (RMS)"
+        held_out = "none, too few budgets or rows"
+        if errors := held_out_errors(self.held_out):
+            held_out = f"{errors['median']:.4f} nats per token (median), {errors['rms']:.4f} (RMS)"
         lines = [f"  leave-one-budget-out error: {held_out}"]
         if self.diverged:
             name = self.diverged[0]
@@ -216,7 +223,7 @@ def comparison(studies: list[Study]) -> list[dict[str, Any]]:
             "delta_aic": study.criteria["aic"] - lowest["aic"],
             "delta_bic": study.criteria["bic"] - lowest["bic"],
             "r2": study.r2,
-            "held_out_error": held_out_error(study.held_out),
+            "held_out_errors": held_out_errors(study.held_out),
             "diverged": study.diverged,
         }
         for study in sorted(studies, key=lambda study: study.criteria["aic"])
@@ -225,13 +232,13 @@ def comparison(studies: list[Study]) -> list[dict[str, Any]]:
 
 def comparison_table(rows: list[dict[str, Any]]) -> str:
     """Return a comparison as text."""
-    lines = [f"{'form':20} {'fitted':>6} {'objective':>11} {'dAIC':>9} {'dBIC':>9} {'R2':>8} {'held out':>9}"]
+    lines = [f"{'form':20} {'fitted':>6} {'objective':>11} {'dAIC':>9} {'dBIC':>9} {'R2':>8} {'median':>8} {'RMS':>8}"]
     for row in rows:
-        error = "-" if row["held_out_error"] is None else f"{row['held_out_error']:.4f}"
+        errors = [f"{error:.4f}" for error in (row["held_out_errors"] or {}).values()] or ["-", "-"]
         note = f"  diverged: {', '.join(row['diverged'])}" if row["diverged"] else ""
         lines.append(
             f"{row['form']:20} {row['fitted_parameters']:6} {row['objective']:11.6g} {row['delta_aic']:9.2f} "
-            f"{row['delta_bic']:9.2f} {row['r2']:8.4f} {error:>9}{note}"
+            f"{row['delta_bic']:9.2f} {row['r2']:8.4f} {errors[1]:>8} {errors[0]:>8}{note}"
         )
     return "\n".join(lines)
 
@@ -248,8 +255,9 @@ def _spread(values: np.ndarray, most: int) -> np.ndarray:
     return values[np.unique(np.linspace(0, len(values) - 1, min(most, len(values))).round().astype(int))]
 
 
-def _curve(law: Law, table: LawTable, budget: float, size: float, level: float) -> dict[str, Any]:
+def _curve(law: Law, budget_and_size: tuple[float, float], table: LawTable, level: float) -> dict[str, Any]:
     """Return the curve of one budget and size: epochs, loss, the band of the draws, and the runs."""
+    budget, size = budget_and_size
     rows = (table.unique_tokens == budget) & (table.parameters == size)
     within = table.epochs[table.unique_tokens == budget]
     epochs = np.geomspace(within.min(), max(within.max(), within.min() * 1.01), CURVE_POINTS)
