@@ -51,9 +51,7 @@ class HeldOut:
 
     lowest: float  # unique tokens
     highest: float
-    num_rows: int
-    error: float  # root mean square of predicted minus observed loss, in nats per token
-    bias: float  # mean of predicted minus observed loss
+    errors: tuple[float, ...]  # predicted minus observed loss of each run, in nats per token
 
 
 def leave_one_budget_out(fit: Fit) -> list[HeldOut]:
@@ -84,17 +82,15 @@ def leave_one_budget_out(fit: Fit) -> list[HeldOut]:
             HeldOut(
                 lowest=float(budgets.min()),
                 highest=float(budgets.max()),
-                num_rows=int(mask.sum()),
-                error=float(np.sqrt((errors**2).mean())),
-                bias=float(errors.mean()),
+                errors=tuple(errors.tolist()),
             )
         )
     return results
 
 
-def held_out_error(results: list[HeldOut]) -> float | None:
-    """Return the root mean square error over all held-out runs in nats per token, None without any."""
+def held_out_errors(results: list[HeldOut]) -> dict[str, float] | None:
+    """Return root mean square and median of the absolute errors of all held-out runs in nats; None without any."""
     if not results:
         return None
-    rows = np.array([result.num_rows for result in results])
-    return float(np.sqrt((rows * np.array([result.error for result in results]) ** 2).sum() / rows.sum()))
+    errors = np.concatenate([result.errors for result in results])
+    return {"rms": float(np.sqrt((errors**2).mean())), "median": float(np.median(np.abs(errors)))}

@@ -15,7 +15,6 @@ from megatron.laws.base import Form, LawTable
 HUBER_DELTA = 1e-3  # of log loss; Hoffmann et al. 2203.15556 and every later fit of the field
 THETA_LIMIT = 100.0  # bounds of every logarithm; what reaches them diverged
 LONGEST_STEP = 3.0  # of a logarithm in one Gauss-Newton step
-ITERATIONS = 200
 POLISH_TOLERANCE = 1e-14  # relative change of the objective at which L-BFGS-B stops
 
 
@@ -49,12 +48,17 @@ class Objective:
 
 
 def descend(
-    objective: Objective, theta: np.ndarray, *, weights: np.ndarray | None = None, tolerance: float = 1e-7
+    objective: Objective,
+    theta: np.ndarray,
+    *,
+    weights: np.ndarray | None = None,
+    tolerance: float = 1e-7,
+    iterations: int = 200,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return S local minima theta [S, P] and their objectives [S], from S starts theta [S, P].
 
     `weights` [S, R] weighs the rows, for each start by its own. A start stops after four steps that improve its
-    objective by less than the relative `tolerance`.
+    objective by less than the relative `tolerance`, or after `iterations`.
     """
     free = np.array(objective.free)
     theta = theta.copy()
@@ -64,7 +68,7 @@ def descend(
     damping = np.full(len(theta), 1e-2)
     stalled = np.zeros(len(theta), dtype=int)
     active = np.arange(len(theta))
-    for _ in range(ITERATIONS):
+    for _ in range(iterations):
         if not len(active):
             break
         step = _gauss_newton(rows[active], residuals[active], gradient[active], damping[active])

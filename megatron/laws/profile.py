@@ -27,7 +27,9 @@ from megatron.laws.optimise import HUBER_DELTA, THETA_LIMIT, Objective, descend
 LIMIT_FACTOR = 1e4  # how far a profile is followed on each side of the best value
 NO_OPTIMUM = 0.1  # statistic: a likelihood ratio of exp(0.05)
 WIDE = 10.0  # largest ratio of the ends of an interval that counts as determined
-STEPS = np.array([0.02, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0, 1.5, 2.0, 3.0, 4.0, 5.5, 7.0, np.log(LIMIT_FACTOR)])
+NEAR = (0.7, 1.4, 2.1, 3.0)  # distances from the best value in standard errors, then those in logarithms
+FAR = (0.25, 0.6, 1.2, 2.5, 5.0, np.log(LIMIT_FACTOR))
+ITERATIONS = 60
 RELEVANT = 10.0  # times the threshold: above, a profile need not be exact
 
 DETERMINED = "determined"
@@ -51,15 +53,22 @@ class Profile:
 
 def profiles(fit: Fit, level: float, progress: bool = False) -> dict[str, Profile]:
     """Return the profile of every fitted parameter with its interval at a confidence level."""
-    scale = 2 * _ratio(fit)
+    curvature, variance = _curvature_and_variance(fit)
+    correction = (fit.num_groups - len(fit.free)) / fit.num_groups
+    scale = 2 * max(correction, 1 / fit.num_groups) * curvature / variance
     degrees = max(fit.num_groups - len(fit.free), 1)
     threshold = float(t.ppf((1 + level) / 2, degrees) ** 2)
-    names = tqdm(fit.free, desc="profiles", disable=not progress, leave=False)
-    return {name: _profile(fit, name, scale=scale, threshold=threshold) for name in names}
+    gradient = fit.objective.residuals(fit.theta)[1]  # [F, R]
+    covariance = np.linalg.pinv(gradient @ gradient.T) * variance * len(fit.table) / curvature**2
+    errors = np.sqrt(np.diagonal(covariance))
+    progressing = tqdm(zip(fit.free, errors), total=len(errors), desc="profiles", disable=not progress, leave=False)
+    return {
+        name: _profile(fit, name, error=float(error), scale=scale, threshold=threshold) for name, error in progressing
+    }
 
 
-def _ratio(fit: Fit) -> float:
-    """Return curvature / variance of the module docstring, with a correction for the fitted parameters.
+def _curvature_and_variance(fit: Fit) -> tuple[float, float]:
+    """Return curvature and variance of the module docstring.
 
     psi' is 1 for residuals within delta only: a handful of rows. Their density at 0 is therefore estimated from the
     rows within a bandwidth of 1.84 s n^(-1/5) (the normal-reference rule for a box), s the scale of the median.
@@ -69,25 +78,26 @@ def _ratio(fit: Fit) -> float:
     bandwidth = max(1.84 * scale * len(residuals) ** -0.2, HUBER_DELTA)
     curvature = (np.abs(residuals) <= bandwidth).sum() * HUBER_DELTA / bandwidth
     psi = np.clip(residuals, -HUBER_DELTA, HUBER_DELTA)
-    groups, index = np.unique(fit.table.group, return_inverse=True)
+    index = np.unique(fit.table.group, return_inverse=True)[1]
     variance = (np.bincount(index, weights=psi) ** 2).sum()
-    correction = (len(groups) - len(fit.free)) / len(groups)
-    return float(max(correction, 1 / len(groups)) * curvature / max(variance, np.finfo(float).tiny))
+    return float(curvature), max(float(variance), np.finfo(float).tiny)
 
 
-def _profile(fit: Fit, name: str, *, scale: float, threshold: float) -> Profile:
+def _profile(fit: Fit, name: str, *, error: float, scale: float, threshold: float) -> Profile:
     """Follow the profile of one parameter to both sides, all distances at once."""
     index = fit.form.parameters.index(name)
     others = tuple(other for other in fit.objective.free if other != index)
-    offsets = np.concatenate([-STEPS[::-1], [0.0], STEPS])
+    near = np.array(NEAR) * np.clip(error, 1e-4, 1.0)
+    steps = np.concatenate([near, [distance for distance in FAR if distance > 1.2 * near[-1]]])
+    offsets = np.concatenate([-steps[::-1], [0.0], steps])
     thetas = np.clip(fit.theta[index] + offsets, -THETA_LIMIT, THETA_LIMIT)
     starts = np.repeat(fit.theta[None], len(offsets), axis=0)
     starts[:, index] = thetas
     objectives = _walk(Objective(fit.form, fit.table, others), starts, fit.value + RELEVANT * threshold / scale)
-    objectives[len(STEPS)] = fit.value
+    objectives[len(steps)] = fit.value
     statistics = scale * np.maximum(objectives - fit.value, 0.0)
-    low = _crossing(thetas[len(STEPS) :: -1], statistics[len(STEPS) :: -1], threshold)
-    high = _crossing(thetas[len(STEPS) :], statistics[len(STEPS) :], threshold)
+    low = _crossing(thetas[len(steps) :: -1], statistics[len(steps) :: -1], threshold)
+    high = _crossing(thetas[len(steps) :], statistics[len(steps) :], threshold)
     status, direction = _status(statistics, low, high)
     public = [None if end is None else float(np.exp(end)) for end in (low, high)]
     return Profile(
@@ -110,15 +120,15 @@ def _walk(objective: Objective, starts: np.ndarray, relevant: float) -> np.ndarr
     """
     if not objective.free:
         return objective.value(starts)
-    theta, values = descend(objective, starts, tolerance=1e-3)
+    theta, values = descend(objective, starts, tolerance=1e-3, iterations=ITERATIONS)
     fixed = [index for index in range(starts.shape[1]) if index not in objective.free]
-    for tolerance in (1e-4, 1e-5, 1e-6, 1e-6):
+    for tolerance in (1e-4, 1e-5, 1e-6):
         before = values.copy()
         for shift in (0, 1, -1):
             points = np.flatnonzero(values < relevant)
             neighbours = theta[(points - shift) % len(theta)]
             neighbours[:, fixed] = starts[points][:, fixed]
-            minima, improved = descend(objective, neighbours, tolerance=tolerance)
+            minima, improved = descend(objective, neighbours, tolerance=tolerance, iterations=ITERATIONS)
             better = improved < values[points]
             theta[points[better]] = minima[better]
             values[points[better]] = improved[better]
@@ -128,12 +138,12 @@ def _walk(objective: Objective, starts: np.ndarray, relevant: float) -> np.ndarr
 
 
 def _crossing(thetas: np.ndarray, statistics: np.ndarray, threshold: float) -> float | None:
-    """Return where the statistic first exceeds the threshold along a walk, by interpolation of its square root."""
-    above = np.flatnonzero(statistics > threshold)
-    if not len(above):
+    """Return where the statistic exceeds the threshold for good along a walk, by interpolation of its square root."""
+    last = int(np.flatnonzero(statistics <= threshold)[-1])
+    if last == len(statistics) - 1:
         return None
-    end = above[0]
-    inner, outer = np.sqrt(statistics[end - 1]), np.sqrt(statistics[end])
+    end = last + 1
+    inner, outer = np.sqrt(statistics[last]), np.sqrt(statistics[end])
     share = (np.sqrt(threshold) - inner) / (outer - inner)
     return float(thetas[end - 1] + share * (thetas[end] - thetas[end - 1]))
 

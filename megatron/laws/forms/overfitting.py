@@ -18,7 +18,6 @@ class Overfitting(Form):
     equation = "L = E + A / N^alpha + B / D^beta + P R^d (N / U)^k, R = D / U - 1"
     source = "Lovelace et al. 2605.01640, general form"
     parameters = ("E", "A", "B", "alpha", "beta", "P", "d", "k")
-    across_budgets = ("beta", "k")
     base = ("E", "A", "B", "alpha", "beta")
     vanishing = ("E", "P")
     losses = ("E", "A", "B", "P")

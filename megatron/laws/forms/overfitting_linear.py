@@ -19,7 +19,6 @@ class OverfittingLinear(Overfitting):
     equation = "L = E + A / N^alpha + B / D^beta + P R N / U, R = D / U - 1"
     source = "Lovelace et al. 2605.01640, form of one parameter"
     parameters = ("E", "A", "B", "alpha", "beta", "P")
-    across_budgets = ("beta",)
     grid: ClassVar = {name: values for name, values in Overfitting.grid.items() if name not in ("d", "k")}
     amplitudes: ClassVar = {
         **Overfitting.amplitudes,
