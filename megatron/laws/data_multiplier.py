@@ -166,8 +166,8 @@ class Multiplier:
 def curve(name: str, runs: Runs) -> Curve:
     """Return the curve of runs over data budgets.
 
-    A run's budget is its training set. On a set that no run has read to its end, such as the corpus of fresh-token runs,
-    it is the tokens that the run has read.
+    A run's budget is its training set. On a set that no run has read to its end, such as the corpus of runs on fresh
+    tokens, it is the tokens that the run has read.
     """
     partial = runs.tokens < runs.unique_tokens  # [R], false where tokens are NaN
     whole_sets = runs.unique_tokens[~partial]
