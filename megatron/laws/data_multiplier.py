@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from scipy.stats import norm, t
 
 from megatron.errors import ConfigurationError
 from megatron.laws.rows import CORPUS
@@ -80,6 +81,12 @@ class Curve:
     def is_repeated(self) -> bool:
         """Whether any recipe has several seeds, so that there is something to resample."""
         return any(len(recipe.losses) > 1 for recipes in self.recipes for recipe in recipes)
+
+    def degrees_of_freedom(self, tokens: float) -> int:
+        """Return the number of seeds beyond the first of the best recipes at the budgets that decide the loss there."""
+        upper = np.clip(np.searchsorted(self.budgets, tokens), 0, len(self.budgets) - 1)
+        ends = {upper} if self.budgets[upper] == tokens or not upper else {upper - 1, upper}
+        return sum(len(self.recipes[end][0].losses) - 1 for end in ends)
 
     def resampled(self, draws: np.random.Generator) -> np.ndarray:
         """Return the curve of resampled seeds, the best recipes chosen again. [RESAMPLES, K]"""
@@ -252,6 +259,7 @@ def multipliers(
         how = "interpolated" if tokens <= baseline.budgets[-1] else "extrapolated"
         how = how if inside else "below the range" if tokens == 0 else "above the range"
         draws = resampled[index] if resampled is not None else np.empty(0)
+        degrees = method.degrees_of_freedom(budget) + baseline.degrees_of_freedom(tokens)
         answers.append(
             Multiplier(
                 unique_tokens=float(budget),
@@ -261,7 +269,7 @@ def multipliers(
                 multiplier=tokens / float(budget) if inside else None,
                 more_than=float(baseline.budgets[-1] / budget) if tokens > limit else None,
                 less_than=float(baseline.budgets[0] / budget) if tokens == 0 else None,
-                interval=_interval(draws / budget, limit / budget) if len(draws) else None,
+                interval=_interval(draws / budget, limit / budget, degrees) if len(draws) and degrees else None,
                 resamples_outside=int(np.sum((draws == 0) | (draws > limit))),
             )
         )
@@ -300,9 +308,14 @@ def _resampled(baseline: Curve, method: Curve, interpolation: str) -> np.ndarray
     return _needed(baseline.budgets, losses, method.resampled(draws).T, interpolation)
 
 
-def _interval(multiples: np.ndarray, limit: float) -> tuple[float | None, float | None]:
-    """Return the 2.5% and 97.5% quantiles; None for one that lies outside the range."""
-    low, high = (float(end) for end in np.quantile(multiples, [0.025, 0.975], method="nearest"))
+def _interval(multiples: np.ndarray, limit: float, degrees: int) -> tuple[float | None, float | None]:
+    """Return the ends of the 95% interval of resamples; None for one that lies outside the range.
+
+    The quantiles are those of a normal variable at Student's 2.5% and 97.5% points, since the spread of the seeds is
+    itself estimated, with few degrees of freedom (Hesterberg, The American Statistician 69, 2015).
+    """
+    tail = norm.cdf(t.ppf(0.025, degrees))
+    low, high = (float(end) for end in np.quantile(multiples, [tail, 1 - tail], method="nearest"))
     return low if 0 < low <= limit else None, high if 0 < high <= limit else None
 
 
