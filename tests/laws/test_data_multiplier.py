@@ -261,6 +261,8 @@ def test_incomparable_losses_raise_from_the_library_too():
         multipliers(measured([3.0], budgets=np.array([1e8])), measured_loss(3.0, 1e8))
 
 
-@pytest.mark.parametrize("amount, text", [(1e8, "100M"), (1.5e9, "1.5B"), (999, "999"), (2.5e3, "2.5K"), (3e12, "3T")])
+@pytest.mark.parametrize(
+    "amount, text", [(1e8, "100M"), (1.5e9, "1.5B"), (999, "999"), (2.5e3, "2.5K"), (999_999_999.9, "1B")]
+)
 def test_amounts_are_short(amount, text):
     assert short(amount) == text
