@@ -15,6 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from megatron.laws.base import Law
+from megatron.laws.table import short
 
 SAME_LOSS = 1e-6  # nats per token; losses closer than this are equal
 NEAR_LOSS = 0.01  # nats per token; a loss this close to the lowest is enough
@@ -44,10 +45,10 @@ class Optimum:
     no_optimum_in: tuple[str, ...] = ()  # "parameters", "epochs": the law still improves at the end of the range
 
     def __str__(self) -> str:
-        text = f"{self.parameters:.3g} parameters for {self.epochs:.3g} epochs ({self.flops:.3g} FLOPs): "
+        text = f"{short(self.parameters)} parameters for {self.epochs:.4g} epochs ({self.flops:.3g} FLOPs): "
         text += f"{self.loss:.4f} nats per token"
         if self.no_optimum_in:
-            text += f"; no optimum within the range: the law does not rise with more {' or '.join(self.no_optimum_in)}"
+            text += f"; no optimum within the range: the loss never rises with more {' or '.join(self.no_optimum_in)}"
         return text
 
 
@@ -65,14 +66,15 @@ class Crossing:
     resamples_without_crossing: int
 
     def __str__(self) -> str:
-        budget = f"{self.unique_tokens:.3g} unique tokens"
+        budget = f"{short(self.unique_tokens)} unique tokens"
         if self.flops is None:
-            return f"{budget}: no crossing in the range; {self.ahead} law ahead at its end"
+            at_end = "the losses are equal" if self.ahead == "neither" else f"the {self.ahead} law is ahead"
+            return f"{budget}: no crossing in the range at which the first law goes ahead; {at_end} at its end"
         text = f"{budget}: critical compute {self.flops:.3g} FLOPs, loss {self.loss:.4f}"
         if self.interval:
             low, high = (f"{end:.3g}" if end is not None else "beyond the range" for end in self.interval)
             text += f", 95% [{low}, {high}] of {self.resamples} resamples"
-        return text if self.ahead == "first" else f"{text}; it does not stay ahead"
+        return text if self.ahead == "first" else f"{text}; the first law does not stay ahead"
 
 
 @dataclass(frozen=True)

@@ -68,6 +68,7 @@ class Rows:
         self.names = table.column_names
         self.index = np.arange(table.num_rows)  # of the rows that are still in
         self.filters: list[str] = []  # what chose them
+        self.chosen_on: str | None = None  # the set of the losses that choose
         self.columns = {name: column for name in RECOGNISED if (column := self._column_of(name)) is not None}
         for name in required:
             if name not in self.columns and not (name == "tokens" and "epochs" in self.columns):
@@ -166,12 +167,15 @@ class Rows:
         self.filters.append(condition)
 
     def keep_one_per_run(self) -> tuple[np.ndarray, np.ndarray]:
-        """Keep one validation of each run; return its loss on the set that chooses, and the run's last D. [R], [R]"""
+        """Keep one validation of each run; return its loss on the set that chooses, and the run's last D. [R], [R]
+
+        Raises: ConfigurationError for numbers that are not positive and finite, and sets that the table lacks.
+        """
         self._check_numbers()
         runs = self._cells(self.columns["run"]) if "run" in self.columns else self.index.tolist()
         sets = self._cells("set") if "set" in self.names else [None] * len(self.index)
         name = self._set_name(sets)
-        chooser = self.selection.best_on or name
+        self.chosen_on = chooser = self.selection.best_on or name
         if chooser not in sets:
             self._refuse_set("--best-on", chooser, sets)
         tokens = np.nan_to_num(self.all["tokens"][self.index]).tolist()  # a file without them has a row per run
@@ -263,8 +267,7 @@ class Rows:
             flags = self.names[self.names.index("world_size") + 1 : self.names.index("set")]
             names = ["variant", *flags]
         else:
-            taken = {self.columns.get(name) for name in ("loss", "run", "seed", "tokens", "epochs")}
-            names = [name for name in self.names if name not in taken | {"name", "set", "state"}]
+            names = [name for name in self.names if name not in {*self.columns.values(), "name", "set", "state"}]
         cells = [self._cells(name) for name in names]
         return [dict(zip(names, row)) for row in zip(*cells)] if cells else [{} for _ in self.index]
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from megatron.errors import ConfigurationError
 from megatron.laws.base import LawTable
-from megatron.laws.rows import QUANTITIES, RECOGNISED, Rows, Selection, amount, close, open_table
+from megatron.laws.rows import QUANTITIES, RECOGNISED, SUFFIXES, Rows, Selection, amount, close, open_table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +29,7 @@ class Runs:
     tokens: np.ndarray  # [R] training tokens
     loss: np.ndarray  # [R] nats per token
     selection_loss: np.ndarray  # [R] on the set that chooses the best validation and the best run
+    chosen_on: str | None  # that set; None in a table without sets
     group: np.ndarray  # [R] int; runs that differ in their seed only share a group
     settings: list[dict[str, Any]]  # of each run: variant, axes and tuned flags
     shared: dict[str, Any]  # columns of CORPUS, EVALUATION and RECIPE with the value that all runs share
@@ -69,6 +70,7 @@ def read_runs(path: str | Path, selection: Selection, required: Sequence[str] = 
         source=source,
         **rows.quantities,
         selection_loss=selection_loss,
+        chosen_on=rows.chosen_on,
         group=rows.groups(settings, budgets),
         settings=settings,
         shared=rows.shared(),
@@ -85,6 +87,14 @@ def parse_amount(text: str, flag: str) -> float:
     if value is None or not 0 < value < float("inf"):
         raise ConfigurationError(f"{flag} {text}: must be a positive number such as 2.5e9, 2.5B or 100M")
     return value
+
+
+def short(amount: float) -> str:
+    """Return a number of tokens or parameters as people write it: 1e8 is `100M`."""
+    for suffix, unit in reversed(SUFFIXES.items()):
+        if amount >= unit:
+            return f"{amount / unit:.4g}{suffix}"
+    return f"{amount:.4g}"
 
 
 def add_table_arguments(parser: ArgumentParser) -> None:

@@ -17,7 +17,9 @@ from megatron.laws.answers import (
     frontier,
     to_json,
 )
-from megatron.laws.base import Law
+from megatron.laws.base import Law, LawTable
+from megatron.laws.bootstrap import bootstrap
+from megatron.laws.fit import fit
 from megatron.laws.registry import FORMS
 
 BUDGETS = [1e7, 1e8, 1e9, 1e10, 1e11]  # unique tokens, four decades
@@ -176,7 +178,11 @@ def test_no_crossing_and_several_crossings_are_reported():
     better, worse = mdm_without_wear(), mdm_without_wear(A=1000.0, B=2500.0)
     ahead, never = critical_compute(better, worse, 1e8), critical_compute(worse, better, 1e8)
     assert (ahead.flops, ahead.ahead, ahead.crossings) == (None, "first", ())
-    assert (never.flops, never.ahead) == (None, "second") and "no crossing in the range" in str(never)
+    assert (
+        (never.flops, never.ahead) == (None, "second")
+        and "no crossing in the range" in str(never)
+        and "the second law is ahead at its end" in str(never)
+    )
     assert critical_compute(better, better, 1e8).ahead == "neither"
     # ahead on an interval only: gains most from early compute, but has a higher floor
     fast = mdm_without_wear(E=2.0, A=300.0, B=800.0)
@@ -215,3 +221,37 @@ def test_the_published_line_gives_its_table(unique_tokens, flops):
     assert PUBLISHED_CRITICAL_COMPUTE.flops(unique_tokens) == pytest.approx(flops, rel=3e-3)
     in_tokens = 2.12 * 10**1.956 * unique_tokens**2.174  # the same line as the project page prints it
     assert PUBLISHED_CRITICAL_COMPUTE.flops(unique_tokens) == pytest.approx(in_tokens, rel=2e-3)
+
+
+# ------------------------------------------------------------------ from runs to critical compute
+
+
+def noisy_runs(planted: Law, seed: int) -> LawTable:
+    """Return 72 runs of a law: four sizes, three data budgets, 1 to 300 epochs, noise of 0.3%."""
+    grid = np.meshgrid([2e7, 6e7, 2e8, 6e8], [2.5e7, 1e8, 4e8], [1, 3, 10, 30, 100, 300], indexing="ij")
+    sizes, budgets, epochs = (axis.ravel() for axis in grid)
+    noise = np.exp(0.003 * np.random.default_rng(seed).standard_normal(len(sizes)))
+    loss = planted.loss(sizes, budgets, epochs * budgets) * noise
+    return LawTable(sizes, budgets, epochs * budgets, loss, np.arange(len(sizes)))
+
+
+@pytest.mark.slow
+def test_the_interval_of_fitted_laws_contains_the_planted_critical_compute():
+    """Eight pairs of sweeps: at least six nominal 95% intervals contain the truth; estimates are within 10% of it."""
+    planted = [
+        law("repetition", A=700.0, B=2100.0, **{"R_D*": 300.0, "R_N*": 300.0}),
+        law("repetition", **{"R_D*": 8.0, "R_N*": 6.0}),
+    ]
+    expected = critical_compute(*planted, 1e8).flops
+    covered = 0
+    for repetition in range(8):
+        fitted = []
+        for index, form_and_values in enumerate(planted):
+            result = fit(form_and_values.form, noisy_runs(form_and_values, 10 * repetition + index))
+            fitted.append(replace(form_and_values, theta=result.theta, draws=bootstrap(result, 100)))
+        crossing = critical_compute(*fitted, 1e8)
+        assert crossing.flops == pytest.approx(expected, rel=0.1)
+        low, high = crossing.interval
+        assert high < 1.5 * low
+        covered += low <= expected <= high
+    assert covered >= 6
