@@ -104,12 +104,14 @@ def _gauss_newton(rows: np.ndarray, residuals: np.ndarray, gradient: np.ndarray,
 def polish(objective: Objective, theta: np.ndarray) -> tuple[np.ndarray, float]:
     """Return a local minimum theta [P] and its objective by L-BFGS-B from theta [P]."""
     free = np.array(objective.free)
+    unit = max(float(objective.value(theta)), 1e-300)  # scipy's tolerance is absolute for objectives below 1
 
     def value_and_gradient(values: np.ndarray) -> tuple[float, np.ndarray]:
         point = theta.copy()
         point[free] = values
         residuals, gradient = objective.residuals(point)
-        return float(huber(residuals).sum()), gradient @ np.clip(residuals, -HUBER_DELTA, HUBER_DELTA)
+        slope = gradient @ np.clip(residuals, -HUBER_DELTA, HUBER_DELTA)
+        return float(huber(residuals).sum()) / unit, slope / unit
 
     result = minimize(
         value_and_gradient,
@@ -117,8 +119,8 @@ def polish(objective: Objective, theta: np.ndarray) -> tuple[np.ndarray, float]:
         jac=True,
         method="L-BFGS-B",
         bounds=[(-THETA_LIMIT, THETA_LIMIT)] * len(free),
-        options={"ftol": POLISH_TOLERANCE, "gtol": 1e-10, "maxiter": 3000, "maxcor": 20},
+        options={"ftol": POLISH_TOLERANCE, "gtol": 1e-9, "maxiter": 3000, "maxcor": 20},
     )
     best = theta.copy()
     best[free] = result.x
-    return best, float(result.fun)
+    return best, float(result.fun) * unit

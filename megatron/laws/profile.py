@@ -98,7 +98,8 @@ def _profile(fit: Fit, name: str, *, error: float, scale: float, threshold: floa
     statistics = scale * np.maximum(objectives - fit.value, 0.0)
     low = _crossing(thetas[len(steps) :: -1], statistics[len(steps) :: -1], threshold)
     high = _crossing(thetas[len(steps) :], statistics[len(steps) :], threshold)
-    status, direction = _status(statistics, low, high)
+    status = _status(statistics, low, high)
+    direction = _direction(fit, index, others) if status == DIVERGED else ""
     public = [None if end is None else float(np.exp(end)) for end in (low, high)]
     return Profile(
         name=name,
@@ -148,10 +149,18 @@ def _crossing(thetas: np.ndarray, statistics: np.ndarray, threshold: float) -> f
     return float(thetas[end - 1] + share * (thetas[end] - thetas[end - 1]))
 
 
-def _status(statistics: np.ndarray, low: float | None, high: float | None) -> tuple[str, str]:
-    """Return what the rows say about a parameter, and the direction of a diverged one."""
+def _status(statistics: np.ndarray, low: float | None, high: float | None) -> str:
+    """Return what the rows say about a parameter, from its statistics and the logarithms of its interval's ends."""
     if statistics[-1] < NO_OPTIMUM or statistics[0] < NO_OPTIMUM:
-        return DIVERGED, "infinity" if statistics[-1] < statistics[0] else "0"
+        return DIVERGED
     if low is None or high is None or high - low > np.log(WIDE):
-        return WEAK, ""
-    return DETERMINED, ""
+        return WEAK
+    return DETERMINED
+
+
+def _direction(fit: Fit, index: int, others: tuple[int, ...]) -> str:
+    """Return the limit towards which a parameter diverged, "0" or "infinity": that of the lower objective."""
+    limits = np.repeat(fit.theta[None], 2, axis=0)
+    limits[:, index] = -THETA_LIMIT, THETA_LIMIT
+    at_zero, at_infinity = _walk(Objective(fit.form, fit.table, others), limits, np.inf)
+    return "0" if at_zero < at_infinity else "infinity"
