@@ -225,7 +225,10 @@ def test_runs_of_less_than_an_epoch_count_with_what_they_read_of_a_set_that_none
         ("{sweep} --set validation --baseline variant=ar --loss 3 --unique-tokens ten", "--unique-tokens ten: must be"),
         ("{sweep} --set validation --baseline variant=ar --method variant=mdm --loss 3", "--method: excludes --loss"),
         ("{sweep} --set validation --baseline variant=mdm --method variant=ar", "runs on 1000 unique tokens only"),
-        ("{sweep} --set validation --baseline variant=mmd --method variant=ar", "--baseline variant=mmd: --where variant=mmd: no row of"),
+        (
+            "{sweep} --set validation --baseline variant=mmd --method variant=ar",
+            "--baseline variant=mmd: --where variant=mmd: no row of",
+        ),
         ("{sweep} --baseline variant=ar --method variant=mdm", "has the validation sets tuning, validation"),
         (
             "{sweep} --set validation --baseline variant=ar --method variant=mdm --extrapolate 0.5",
