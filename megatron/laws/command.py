@@ -10,6 +10,7 @@ from megatron.errors import ConfigurationError
 from megatron.laws.answers import best_run, critical_compute, enough, to_json
 from megatron.laws.base import Form, Law
 from megatron.laws.registry import form_named, load_law
+from megatron.laws.table import short
 
 PUBLISHED = "published"
 
@@ -103,10 +104,10 @@ def answers(
         records.append({"question": label, "form": law.form.name, "unique_tokens": budget, "answer": to_json(answer)})
 
     for budget in budgets:
-        add(f"best run on {budget:.4g} unique tokens", budget, best_run(law, budget))
-        add(f"enough on {budget:.4g} unique tokens", budget, enough(law, budget))
+        add(f"best run on {short(budget)} unique tokens", budget, best_run(law, budget))
+        add(f"enough on {short(budget)} unique tokens", budget, enough(law, budget))
         for compute in flops:
-            label = f"best run on {budget:.4g} unique tokens at {compute:.3g} FLOPs"
+            label = f"best run on {short(budget)} unique tokens at {compute:.3g} FLOPs"
             add(label, budget, best_run(law, budget, compute))
         if other is not None:
             crossing = critical_compute(law, other, budget, progress=progress)

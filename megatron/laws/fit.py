@@ -111,8 +111,8 @@ def check(form: Form, table: LawTable, frozen: Mapping[str, float]) -> None:
     undetermined = [name for name in form.across_budgets if name in free]
     if len(table.budgets) == 1 and undetermined:
         raise ConfigurationError(
-            f"{source}: all runs have {table.budgets[0]:g} unique tokens, and {', '.join(undetermined)} of {form.name} "
-            f"describe several budgets; add runs of other budgets, or freeze them (--freeze, --base)"
+            f"{source}: all runs have {table.budgets[0]:.4g} unique tokens, and {', '.join(undetermined)} of "
+            f"{form.name} describe several budgets; add runs of other budgets, or freeze them (--freeze, --base)"
         )
 
 

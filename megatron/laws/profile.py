@@ -60,7 +60,7 @@ def profiles(fit: Fit, level: float, progress: bool = False) -> dict[str, Profil
     threshold = float(t.ppf((1 + level) / 2, degrees) ** 2)
     gradient = fit.objective.residuals(fit.theta)[1]  # [F, R]
     covariance = np.linalg.pinv(gradient @ gradient.T) * variance * len(fit.table) / curvature**2
-    errors = np.sqrt(np.diagonal(covariance))
+    errors = np.sqrt(np.maximum(np.diagonal(covariance), 0.0))  # pinv rounds below 0 where nothing is determined
     progressing = tqdm(zip(fit.free, errors), total=len(errors), desc="profiles", disable=not progress, leave=False)
     return {
         name: _profile(fit, name, error=float(error), scale=scale, threshold=threshold) for name, error in progressing

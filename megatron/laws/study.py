@@ -12,6 +12,7 @@ from megatron.laws.compare import HeldOut, held_out_errors, information_criteria
 from megatron.laws.fit import Fit, fit
 from megatron.laws.optimise import HUBER_DELTA
 from megatron.laws.profile import DETERMINED, DIVERGED, LIMIT_FACTOR, WEAK, Profile, profiles
+from megatron.laws.table import short
 
 CURVE_BUDGETS = 6  # budgets and sizes per budget that get a curve, and the points of a curve
 CURVE_SIZES = 4
@@ -142,7 +143,7 @@ class Study:
     def _header(self) -> list[str]:
         form, table = self.fit.form, self.fit.table
         budgets = table.budgets
-        tokens = f"{budgets[0]:.3g}" if len(budgets) == 1 else f"{budgets[0]:.3g} to {budgets[-1]:.3g}"
+        tokens = " to ".join(dict.fromkeys((short(budgets[0]), short(budgets[-1]))))
         return [
             f"{form.name}: {form.equation}",
             f"  source: {form.source}",

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron.laws.table import short
 from megatron.reporting.plots import COLOURS, pyplot
 
 EPOCHS = "epochs of the unique tokens"
@@ -33,7 +34,7 @@ def _save(figure, path: Path) -> Path:
     """Write a figure as PATH.png and PATH.svg and close it; return the PNG file."""
     for suffix in ("svg", "png"):
         partial = path.with_name(f"{path.name}.{suffix}.partial")
-        figure.savefig(partial, format=suffix, dpi=120, bbox_inches="tight")
+        figure.savefig(partial, format=suffix, dpi=120)
         partial.replace(path.with_name(f"{path.name}.{suffix}"))
     pyplot().close(figure)
     return path.with_name(f"{path.name}.png")
@@ -50,6 +51,18 @@ def _panels(number: int, height: float):
     return figure, axes.flat[:number]
 
 
+def _log_axis(axes) -> None:
+    """Give a panel a logarithmic x axis with labels such as 10 and 100M: ten times as fast as powers of ten."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axes.set_xscale("log")
+    low, high = axes.get_xlim()
+    if high < 10 * low:  # not even one power of ten
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value) if value >= 1000 else f"{value:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
 def _curves(record: dict[str, Any]):
     """Draw loss against epochs, a panel per budget and a colour per size; the band is that of the bootstrap."""
     budgets = list(dict.fromkeys(curve["unique_tokens"] for curve in record["curves"]))
@@ -57,11 +70,12 @@ def _curves(record: dict[str, Any]):
     for axes, budget in zip(panels, budgets, strict=True):
         curves = [curve for curve in record["curves"] if curve["unique_tokens"] == budget]
         for curve, colour in zip(curves, COLOURS, strict=False):
-            axes.plot(curve["epochs"], curve["loss"], color=colour, label=f"{curve['parameters']:.3g} parameters")
+            axes.plot(curve["epochs"], curve["loss"], color=colour, label=f"{short(curve['parameters'])} parameters")
             if curve["low"] is not None:
                 axes.fill_between(curve["epochs"], curve["low"], curve["high"], color=colour, alpha=0.15, linewidth=0)
             axes.plot(curve["runs"]["epochs"], curve["runs"]["loss"], "o", ms=4, color=colour)
-        axes.set(xscale="log", xlabel=EPOCHS, ylabel="nats per token", title=f"{budget:.3g} unique tokens")
+        axes.set(xlabel=EPOCHS, ylabel="nats per token", title=f"{short(budget)} unique tokens")
+        _log_axis(axes)
         axes.grid(alpha=0.3)
         axes.legend(frameon=False, fontsize=8)
     band = f", {100 * record['level']:g}% band of the bootstrap" if record["resamples"] else ""
@@ -82,7 +96,8 @@ def _residuals(record: dict[str, Any]):
     for axes, (values, label) in zip(panels, variables, strict=True):
         axes.axhline(0, color="gray", linewidth=0.8)
         axes.plot(values, errors, "o", ms=3, alpha=0.6, color=COLOURS[0])
-        axes.set(xscale="log", xlabel=label, ylabel="observed - predicted, nats")
+        axes.set(xlabel=label, ylabel="observed - predicted, nats")
+        _log_axis(axes)
         axes.grid(alpha=0.3)
     figure.suptitle(f"{record['form']}: residuals of {len(errors)} runs")
     return figure
@@ -100,7 +115,8 @@ def _profiles(record: dict[str, Any]):
             axes.axvline(end, color="gray", linestyle="--", linewidth=0.8)
         axes.axvline(parameter["value"], color=COLOURS[1], linewidth=0.8)
         shown = values[statistics <= 15]
-        axes.set(xscale="log", ylim=(-0.5, 15), xlim=(shown.min() / 1.1, shown.max() * 1.1))
+        axes.set(ylim=(-0.5, 15), xlim=(shown.min() / 1.1, shown.max() * 1.1))
+        _log_axis(axes)
         axes.set(xlabel=f"{name} ({parameter['status']})", ylabel="statistic")
         axes.grid(alpha=0.3)
     figure.suptitle(f"{record['form']}: profile likelihoods, {100 * record['level']:g}% intervals dashed")

@@ -158,26 +158,38 @@ def test_the_planted_form_wins_the_comparison(planted):
     assert comparison_table(rows).splitlines()[1].startswith(planted)
 
 
+def check_coverage(name: str, covered: np.ndarray, repetitions: int) -> None:
+    """Check a share of 95% intervals per parameter, and their mean."""
+    rates = covered / repetitions
+    print(name, rates)
+    assert (covered >= binom(repetitions, 0.95).ppf(1e-4)).all(), rates
+    assert 0.92 < rates.mean() < 0.985, rates
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FORMS)
-def test_intervals_cover_planted_constants_at_the_stated_rate(name):
-    """200 tables per form: the share of 95% intervals with the planted value, per parameter and over all of them."""
+def test_bootstrap_intervals_cover_planted_constants_at_the_stated_rate(name):
+    """200 tables per form: how often a 95% interval has the planted value."""
     form, repetitions = FORMS[name], 200
     truth = form.internal(PLANTED[name])
-    covered = {"bootstrap": np.zeros(len(truth)), "profile": np.zeros(len(truth))}
+    covered = np.zeros(len(truth))
     for seed in range(repetitions):
         table = synthetic(name, seed)
-        result = fit_from(form, table, {}, PLANTED[name])
-        draws = bootstrap(result, 200, seed=seed)
-        by_name = profiles(result, 0.95)
-        for index, parameter in enumerate(form.parameters):
-            low, high = interval(draws[:, index], 0.95, len(table), len(truth))
-            covered["bootstrap"][index] += low <= truth[index] <= high
-            profile = by_name[parameter]
-            low, high = profile.low or 0.0, profile.high or np.inf
-            covered["profile"][index] += low <= np.exp(truth[index]) <= high
-    rates = {kind: counts / repetitions for kind, counts in covered.items()}
-    print(name, rates)
-    for counts in covered.values():
-        assert (counts >= binom(repetitions, 0.95).ppf(1e-4)).all(), rates
-        assert 0.92 < counts.mean() / repetitions < 0.985, rates
+        draws = bootstrap(fit_from(form, table, {}, PLANTED[name]), 200, seed=seed)
+        ends = [interval(draw, 0.95, len(table), len(truth)) for draw in draws.T]
+        covered += [low <= value <= high for (low, high), value in zip(ends, truth, strict=True)]
+    check_coverage(name, covered, repetitions)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["chinchilla", "overfitting-linear"])
+def test_profile_intervals_cover_planted_constants_at_the_stated_rate(name):
+    form, repetitions = FORMS[name], 200
+    covered = np.zeros(len(form.parameters))
+    for seed in range(repetitions):
+        result = profiles(fit_from(form, synthetic(name, seed), {}, PLANTED[name]), 0.95)
+        covered += [
+            (profile.low or 0) <= PLANTED[name][parameter] <= (profile.high or np.inf)
+            for parameter, profile in result.items()
+        ]
+    check_coverage(name, covered, repetitions)
