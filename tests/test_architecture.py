@@ -18,7 +18,7 @@ LAYERS = {
     "megatron": 0, "parent_process": 0, "stop_signals": 0, "errors": 0, "randomness": 0, "log": 0, "batch": 0,
     "statistics": 0,
     "config": 1,
-    "data": 2, "model": 2, "objectives": 2,
+    "data": 2, "model": 2, "objectives": 2, "laws": 2,
     "parallel": 3,
     "validation": 4,
     "training": 5,

@@ -1,0 +1,1 @@
+"""Scaling laws of repeated data: forms, fits with intervals, and what a fitted law answers."""

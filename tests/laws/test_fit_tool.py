@@ -1,0 +1,174 @@
+"""tools/fit_scaling_laws.py as a command: its page of text, fit.json, plots, answers and mistakes."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron.errors import ConfigurationError
+from megatron.laws.base import Law, LawTable
+from megatron.laws.command import requests
+from megatron.laws.registry import FORMS, load_law
+from tests.conftest import ROOT
+from tests.laws.synthetic import PLANTED, synthetic
+
+TOOL = ROOT / "tools" / "fit_scaling_laws.py"
+
+
+def tool(*arguments, ok: bool = True) -> str:
+    """Run the tool; return what it prints, or its error line."""
+    command = [sys.executable, str(TOOL), *map(str, arguments)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == (0 if ok else 2), result.stdout + result.stderr
+    if ok:
+        return result.stdout
+    (line,) = [line for line in result.stderr.splitlines() if "it/s" not in line and line.strip()]
+    return line
+
+
+def write(path: Path, table: LawTable) -> Path:
+    """Write a table of runs as CSV."""
+    rows = zip(table.parameters, table.unique_tokens, table.tokens, table.loss, table.group, strict=True)
+    lines = [f"{size!r},{unique!r},{tokens!r},{loss!r},{group}" for size, unique, tokens, loss, group in rows]
+    text = "\n".join(["params,unique,total,val,group", *lines]) + "\n"
+    path.write_text(text.replace("np.float64(", "").replace(")", ""))
+    return path
+
+
+COLUMNS = "--columns", "parameters=params,unique_tokens=unique,tokens=total,loss=val"
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory):
+    """The folder and the output of a comparison of two forms with answers."""
+    folder = tmp_path_factory.mktemp("laws")
+    table = write(folder / "runs.csv", synthetic("overfitting-linear"))
+    arguments = ["--form", "chinchilla,overfitting-linear", "--bootstrap", 100, "--unique-tokens", "100M"]
+    output = tool(table, *COLUMNS, *arguments, "--flops", "1e19", "--where", "total<1e12", "--output", folder / "fits")
+    return folder, output
+
+
+def test_the_output_names_form_source_filter_and_base(fitted):
+    output = fitted[1]
+    for text in (
+        "overfitting-linear: L = E + A / N^alpha + B / D^beta + P R N / U",
+        "source: Lovelace et al. 2605.01640",
+        "runs.csv",
+        "total<1e12",
+        "base: fitted to the same rows",
+        "95% bootstrap",
+        "95% profile",
+        "leave-one-budget-out error: ",
+        "forms on the same",
+        "overfitting-linear answers (compute 6 N D; ",
+        "best run on 100M unique tokens at 1e+19 FLOPs: ",
+    ):
+        assert text in output, text
+
+
+def test_fit_json_has_what_reports_need(fitted):
+    folder, _ = fitted
+    record = json.loads((folder / "fits" / "fit.json").read_text())
+    assert record["filters"] == ["total<1e12"] and len(record["answers"]) == 6
+    assert [row["form"] for row in record["comparison"]] == ["overfitting-linear", "chinchilla"]
+    fit = {fit["form"]: fit for fit in record["fits"]}["overfitting-linear"]
+    planted = PLANTED["overfitting-linear"]
+    assert fit["parameters"]["P"]["value"] == pytest.approx(planted["P"], rel=0.05)
+    low, high = fit["parameters"]["P"]["bootstrap"]
+    assert low < planted["P"] < high and fit["resamples"] == 100
+    predicted, loss = fit["residuals"]["predicted"], fit["residuals"]["loss"]
+    assert len(loss) > 90 and predicted == pytest.approx(loss, rel=0.05)
+    assert fit["curves"] and {"epochs", "loss", "low", "high", "runs"} <= set(fit["curves"][0])
+    law = load_law(folder / "fits" / "fit.json", "overfitting-linear")
+    expected = Law(FORMS["overfitting-linear"], FORMS["overfitting-linear"].internal(planted)).loss(1e8, 1e8, 1e9)
+    assert law.loss(1e8, 1e8, 1e9) == pytest.approx(expected, rel=0.01) and law.draws.shape == (100, 6)
+    assert law.notes["filters"] == ["total<1e12"]
+
+
+def test_plots_are_images(fitted):
+    folder, _ = fitted
+    for name in ("chinchilla", "overfitting-linear"):
+        for kind in ("curves", "residuals", "profiles"):
+            assert (folder / "fits" / f"{name}_{kind}.png").read_bytes()[:4] == b"\x89PNG"
+            assert "</svg>" in (folder / "fits" / f"{name}_{kind}.svg").read_text()
+    assert not list((folder / "fits").glob("*.partial"))
+
+
+def test_a_base_is_taken_from_another_fit_and_critical_compute_from_two(fitted):
+    folder, _ = fitted
+    other = folder / "fits" / "fit.json"
+    table = write(folder / "repeated.csv", synthetic("repetition"))
+    output = tool(
+        *(table, *COLUMNS, "--form", "repetition", "--bootstrap", 0, "--output", folder / "based"),
+        *("--base", other, "--unique-tokens", "50M", "--critical-compute-against", other),
+    )
+    assert f"base: frozen, {other} (chinchilla, " in output
+    assert "repetition overtakes chinchilla: 50M unique tokens" in output
+    record = json.loads((folder / "based" / "fit.json").read_text())["fits"][0]
+    frozen = [name for name, parameter in record["parameters"].items() if parameter["frozen"]]
+    assert frozen == ["E", "A", "B", "alpha", "beta"] and record["base"].startswith("frozen, ")
+
+
+def test_a_fit_that_diverged_says_so_and_gives_no_law(tmp_path):
+    table = write(tmp_path / "runs.csv", synthetic("chinchilla", 2))
+    frozen = ",".join(f"{name}={PLANTED['chinchilla'][name]}" for name in FORMS["repetition"].base)
+    arguments = ["--form", "repetition", "--freeze", frozen, "--bootstrap", 0, "--unique-tokens", "1B"]
+    output = tool(table, *COLUMNS, *arguments, "--output", tmp_path / "fits")
+    assert "diverged towards infinity" in output and "repetition answers nothing: it diverged" in output
+    with pytest.raises(ConfigurationError, match="the fit of repetition diverged and gives no law"):
+        load_law(tmp_path / "fits" / "fit.json")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--form", "overfiting"], "error: --form overfiting: no such form; did you mean overfitting?"),
+        (
+            ["--form", "repetition", "--freeze", "RD*=3"],
+            "error: --freeze RD*=3: no parameter of repetition; did you mean",
+        ),
+        (["--form", "repetition", "--freeze", "R_D*"], "error: --freeze R_D*: must be NAME=VALUE with a number"),
+        (
+            ["--form", "geometric", "--base", "published"],
+            "error: --base published: Prabhudesai et al. 2507.15857 prints",
+        ),
+        (["--form", "chinchilla", "--base", "published"], "error: --base published: chinchilla has no base; leave out"),
+        (["--form", "repetition", "--base", "none.json"], "error: none.json: not a fit of tools/fit_scaling_laws.py"),
+        (["--form", "chinchilla", "--where", "unique<3e7"], "and beta of chinchilla describe several budgets"),
+        (["--form", "quokka", "--where", "total<6e7"], "rows cannot determine the 10 parameters of quokka"),
+        (
+            ["--form", "chinchilla", "--flops", "1e19"],
+            "error: --flops and --critical-compute-against: need a data budget",
+        ),
+        (["--form", "chinchilla", "--level", "95"], "error: --level 95.0: must be between 0 and 1"),
+        (["--form", "chinchilla", "--bootstrap", "9"], "error: --bootstrap 9: must be 0 (none) or at least 100"),
+        (["--form", "chinchilla", "--unique-tokens", "x"], "error: --unique-tokens x: must be a positive number"),
+        (["--form", "chinchilla", "--columns", "loss=los"], "los"),
+    ],
+)
+def test_a_mistake_is_one_line(arguments, message, tmp_path, monkeypatch, capsys):
+    """The tool's own function, in this process: starting Python 13 times would take longer than the tests."""
+    table = write(tmp_path / "runs.csv", synthetic("overfitting-linear"))
+    columns = [] if "--columns" in arguments else COLUMNS
+    monkeypatch.setattr(sys, "argv", ["tool", str(table), *columns, "--output", str(tmp_path / "out"), *arguments])
+    import tools.fit_scaling_laws as module
+
+    with pytest.raises(SystemExit) as error:
+        module.main()
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "it/s" not in line and line.strip()]
+    assert error.value.code == 2 and message in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_table_exits_with_code_2(tmp_path):
+    assert "none.csv" in tool(tmp_path / "none.csv", "--form", "chinchilla", "--output", tmp_path, ok=False)
+
+
+def test_a_frozen_parameter_goes_to_the_forms_that_have_it():
+    chosen = requests("chinchilla,repetition", ["R_N*=5.3", "E=1.8"], "published")
+    assert chosen[0].frozen == {"E": 1.8} and chosen[0].base == ""
+    published = FORMS["repetition"].published
+    assert chosen[1].frozen == {name: published[name] for name in FORMS["repetition"].base} | {"R_N*": 5.3, "E": 1.8}
+    assert "E 1.869" in chosen[1].base
