@@ -17,6 +17,7 @@ from megatron.laws.table import short
 CURVE_BUDGETS = 6  # budgets and sizes per budget that get a curve, and the points of a curve
 CURVE_SIZES = 4
 CURVE_POINTS = 60
+CURVE_REACH = 4.0  # times the most epochs of a size: how far its curve is drawn, within those of the budget
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -261,7 +262,8 @@ def _curve(law: Law, budget_and_size: tuple[float, float], table: LawTable, leve
     budget, size = budget_and_size
     rows = (table.unique_tokens == budget) & (table.parameters == size)
     within = table.epochs[table.unique_tokens == budget]
-    epochs = np.geomspace(within.min(), max(within.max(), within.min() * 1.01), CURVE_POINTS)
+    most = min(within.max(), CURVE_REACH * table.epochs[rows].max())
+    epochs = np.geomspace(within.min(), max(most, within.min() * 1.01), CURVE_POINTS)
     points = Points(np.full(CURVE_POINTS, size), np.full(CURVE_POINTS, budget), epochs * budget)
     low = high = None
     if law.draws is not None:
