@@ -175,7 +175,7 @@ class Study:
     def _footer(self) -> list[str]:
         held_out = "none, too few budgets or rows"
         if errors := held_out_errors(self.held_out):
-            held_out = f"{errors['median']:.4f} nats per token (median), {errors['rms']:.4f} (RMS)"
+            held_out = f"{errors['median']:.4g} nats per token (median), {errors['rms']:.4g} (RMS)"
         lines = [f"  leave-one-budget-out error: {held_out}"]
         if self.diverged:
             name = self.diverged[0]
@@ -236,7 +236,7 @@ def comparison_table(rows: list[dict[str, Any]]) -> str:
     """Return a comparison as text."""
     lines = [f"{'form':20} {'fitted':>6} {'objective':>11} {'dAIC':>9} {'dBIC':>9} {'R2':>8} {'median':>8} {'RMS':>8}"]
     for row in rows:
-        errors = [f"{error:.4f}" for error in (row["held_out_errors"] or {}).values()] or ["-", "-"]
+        errors = [f"{error:.4g}" for error in (row["held_out_errors"] or {}).values()] or ["-", "-"]
         note = f"  diverged: {', '.join(row['diverged'])}" if row["diverged"] else ""
         lines.append(
             f"{row['form']:20} {row['fitted_parameters']:6} {row['objective']:11.6g} {row['delta_aic']:9.2f} "
