@@ -17,6 +17,7 @@ from megatron.laws.table import short
 CURVE_BUDGETS = 6  # budgets and sizes per budget that get a curve, and the points of a curve
 CURVE_SIZES = 4
 CURVE_POINTS = 60
+CURVE_REACH = 4.0  # times the most epochs of a size: how far its curve is drawn, within those of the budget
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -174,7 +175,7 @@ class Study:
     def _footer(self) -> list[str]:
         held_out = "none, too few budgets or rows"
         if errors := held_out_errors(self.held_out):
-            held_out = f"{errors['median']:.4f} nats per token (median), {errors['rms']:.4f} (RMS)"
+            held_out = f"{errors['median']:.4g} nats per token (median), {errors['rms']:.4g} (RMS)"
         lines = [f"  leave-one-budget-out error: {held_out}"]
         if self.diverged:
             name = self.diverged[0]
@@ -235,7 +236,7 @@ def comparison_table(rows: list[dict[str, Any]]) -> str:
     """Return a comparison as text."""
     lines = [f"{'form':20} {'fitted':>6} {'objective':>11} {'dAIC':>9} {'dBIC':>9} {'R2':>8} {'median':>8} {'RMS':>8}"]
     for row in rows:
-        errors = [f"{error:.4f}" for error in (row["held_out_errors"] or {}).values()] or ["-", "-"]
+        errors = [f"{error:.4g}" for error in (row["held_out_errors"] or {}).values()] or ["-", "-"]
         note = f"  diverged: {', '.join(row['diverged'])}" if row["diverged"] else ""
         lines.append(
             f"{row['form']:20} {row['fitted_parameters']:6} {row['objective']:11.6g} {row['delta_aic']:9.2f} "
@@ -261,7 +262,8 @@ def _curve(law: Law, budget_and_size: tuple[float, float], table: LawTable, leve
     budget, size = budget_and_size
     rows = (table.unique_tokens == budget) & (table.parameters == size)
     within = table.epochs[table.unique_tokens == budget]
-    epochs = np.geomspace(within.min(), max(within.max(), within.min() * 1.01), CURVE_POINTS)
+    most = min(within.max(), CURVE_REACH * table.epochs[rows].max())
+    epochs = np.geomspace(within.min(), max(most, within.min() * 1.01), CURVE_POINTS)
     points = Points(np.full(CURVE_POINTS, size), np.full(CURVE_POINTS, budget), epochs * budget)
     low = high = None
     if law.draws is not None:

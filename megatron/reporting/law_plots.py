@@ -61,6 +61,7 @@ def _log_axis(axes) -> None:
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value) if value >= 1000 else f"{value:g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.tick_params(axis="x", labelsize=8)
 
 
 def _curves(record: dict[str, Any]):
@@ -74,6 +75,9 @@ def _curves(record: dict[str, Any]):
             if curve["low"] is not None:
                 axes.fill_between(curve["epochs"], curve["low"], curve["high"], color=colour, alpha=0.15, linewidth=0)
             axes.plot(curve["runs"]["epochs"], curve["runs"]["loss"], "o", ms=4, color=colour)
+        losses = np.concatenate([[*curve["loss"], *curve["runs"]["loss"]] for curve in curves])
+        margin = 0.05 * (losses.max() - losses.min()) + 1e-3
+        axes.set_ylim(losses.min() - margin, losses.max() + margin)  # a band may be far wider
         axes.set(xlabel=EPOCHS, ylabel="nats per token", title=f"{short(budget)} unique tokens")
         _log_axis(axes)
         axes.grid(alpha=0.3)

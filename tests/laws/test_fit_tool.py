@@ -3,14 +3,18 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from megatron.errors import ConfigurationError
+from megatron.laws.answers import best_run, to_json
 from megatron.laws.base import Law, LawTable
-from megatron.laws.command import requests
+from megatron.laws.command import answers, requests
 from megatron.laws.registry import FORMS, load_law
+from megatron.laws.study import study
+from megatron.training.run_folder import write_json
 from tests.conftest import ROOT
 from tests.laws.synthetic import PLANTED, synthetic
 
@@ -44,7 +48,8 @@ COLUMNS = "--columns", "parameters=params,unique_tokens=unique,tokens=total,loss
 def fitted(tmp_path_factory):
     """The folder and the output of a comparison of two forms with answers."""
     folder = tmp_path_factory.mktemp("laws")
-    table = write(folder / "runs.csv", synthetic("overfitting-linear"))
+    table = synthetic("overfitting-linear")
+    table = write(folder / "runs.csv", table.select(table.unique_tokens < 1e9))
     arguments = ["--form", "chinchilla,overfitting-linear", "--bootstrap", 100, "--unique-tokens", "100M"]
     output = tool(table, *COLUMNS, *arguments, "--flops", "1e19", "--where", "total<1e12", "--output", folder / "fits")
     return folder, output
@@ -79,7 +84,7 @@ def test_fit_json_has_what_reports_need(fitted):
     low, high = fit["parameters"]["P"]["bootstrap"]
     assert low < planted["P"] < high and fit["resamples"] == 100
     predicted, loss = fit["residuals"]["predicted"], fit["residuals"]["loss"]
-    assert len(loss) > 90 and predicted == pytest.approx(loss, rel=0.05)
+    assert len(loss) > 60 and predicted == pytest.approx(loss, rel=0.05)
     assert fit["curves"] and {"epochs", "loss", "low", "high", "runs"} <= set(fit["curves"][0])
     law = load_law(folder / "fits" / "fit.json", "overfitting-linear")
     expected = Law(FORMS["overfitting-linear"], FORMS["overfitting-linear"].internal(planted)).loss(1e8, 1e8, 1e9)
@@ -96,29 +101,60 @@ def test_plots_are_images(fitted):
     assert not list((folder / "fits").glob("*.partial"))
 
 
-def test_a_base_is_taken_from_another_fit_and_critical_compute_from_two(fitted):
-    folder, _ = fitted
-    other = folder / "fits" / "fit.json"
-    table = write(folder / "repeated.csv", synthetic("repetition"))
-    output = tool(
-        *(table, *COLUMNS, "--form", "repetition", "--bootstrap", 0, "--output", folder / "based"),
-        *("--base", other, "--unique-tokens", "50M", "--critical-compute-against", other),
-    )
-    assert f"base: frozen, {other} (chinchilla, " in output
-    assert "repetition overtakes chinchilla: 50M unique tokens" in output
-    record = json.loads((folder / "based" / "fit.json").read_text())["fits"][0]
-    frozen = [name for name, parameter in record["parameters"].items() if parameter["frozen"]]
-    assert frozen == ["E", "A", "B", "alpha", "beta"] and record["base"].startswith("frozen, ")
+def test_a_base_is_taken_from_another_fit(fitted):
+    path = fitted[0] / "fits" / "fit.json"
+    (request,) = requests("repetition", [], str(path))
+    expected = load_law(path).values  # the first of its forms, chinchilla
+    assert request.frozen == pytest.approx(expected) and list(request.frozen) == list(FORMS["repetition"].base)
+    assert request.base.startswith(f"frozen, {path} (chinchilla, ") and "beta 0." in request.base
+    with pytest.raises(ConfigurationError, match="no fit of the form quokka; it has chinchilla, overfitting-linear"):
+        load_law(path, "quokka")
 
 
-def test_a_fit_that_diverged_says_so_and_gives_no_law(tmp_path):
-    table = write(tmp_path / "runs.csv", synthetic("chinchilla", 2))
-    frozen = ",".join(f"{name}={PLANTED['chinchilla'][name]}" for name in FORMS["repetition"].base)
-    arguments = ["--form", "repetition", "--freeze", frozen, "--bootstrap", 0, "--unique-tokens", "1B"]
-    output = tool(table, *COLUMNS, *arguments, "--output", tmp_path / "fits")
-    assert "diverged towards infinity" in output and "repetition answers nothing: it diverged" in output
+def test_two_laws_answer_with_their_critical_compute(fitted):
+    path = fitted[0] / "fits" / "fit.json"
+    law = load_law(path, "overfitting-linear")
+    lines, records = answers(replace(law, draws=None), [1e8], [1e18, 1e19], load_law(path, "chinchilla"))
+    assert [record["question"] for record in records] == [
+        "best run on 100M unique tokens",
+        "enough on 100M unique tokens",
+        "best run on 100M unique tokens at 1e+18 FLOPs",
+        "best run on 100M unique tokens at 1e+19 FLOPs",
+        "overfitting-linear overtakes chinchilla",
+    ]
+    assert records[3]["answer"] == to_json(best_run(law, 1e8, 1e19))
+    assert len(lines) == 5 and json.dumps(records)
+
+
+def test_a_fit_that_diverged_gives_no_law(tmp_path):
+    base = {name: PLANTED["chinchilla"][name] for name in FORMS["repetition"].base}
+    diverged = study(FORMS["repetition"], synthetic("chinchilla", 2), base, resamples=0)
+    write_json(tmp_path / "fit.json", {"fits": [diverged.to_json()]})
     with pytest.raises(ConfigurationError, match="the fit of repetition diverged and gives no law"):
-        load_law(tmp_path / "fits" / "fit.json")
+        load_law(tmp_path / "fit.json")
+
+
+@pytest.mark.slow
+def test_the_command_of_a_second_law(fitted):
+    """A frozen base, plots of a fit that diverged, and critical compute, from the command line."""
+    folder = fitted[0]
+    other = folder / "fits" / "fit.json"
+    for planted, name in (("repetition", "based"), ("chinchilla", "diverged")):
+        table = write(folder / f"{planted}.csv", synthetic(planted, 2))
+        base = other
+        if planted == "chinchilla":
+            base = folder / "base.json"
+            law = Law(FORMS["chinchilla"], FORMS["chinchilla"].internal(PLANTED["chinchilla"]))
+            write_json(base, {"fits": [{"form": "chinchilla", "law": law.to_json()}]})
+        output = tool(
+            *(table, *COLUMNS, "--form", "repetition", "--bootstrap", 0, "--output", folder / name, "--base", base),
+            *("--unique-tokens", "50M", "--critical-compute-against", other),
+        )
+        assert f"base: frozen, {base} (chinchilla, " in output
+        assert ("repetition overtakes chinchilla: 50M unique tokens" in output) == (name == "based")
+        assert ("repetition answers nothing: it diverged" in output) == (name == "diverged")
+        assert (folder / name / "repetition_curves.png").exists() == (name == "based")
+        assert (folder / name / "repetition_profiles.png").exists()
 
 
 @pytest.mark.parametrize(
