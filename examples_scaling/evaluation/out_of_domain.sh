@@ -5,12 +5,10 @@
 # Cost: 4 x 2 x 416.9e6 x 2_560 x 2_048 x 32 / (0.4 x 989e12) / 3600 = 0.39 GPU-hours of H100 (MDM 425M).
 # OBJECTIVE (mdm, ar) and LOAD choose the model; docs/experiments.md has the commands that prepare the texts.
 source "$(dirname "$0")/../lib/run.sh"
-objective=${OBJECTIVE:-mdm}
+objective=${OBJECTIVE:-mdm} samples=(--num-mc 32)
+[[ "$objective" == mdm ]] || samples=()
 run=${LOAD:-runs/${objective}_best_on_100m}
 require_files "train it, or name another run: LOAD=runs/NAME" "$run"
 require_files "docs/experiments.md has the commands" data/{oscar,tinystories,wikitext,industrycorpus2}/validation.bin
-sets=({oscar=data/oscar,tinystories=data/tinystories,wikitext=data/wikitext,industry=data/industrycorpus2}/validation)
-samples=(--num-mc 32)
-[[ "$objective" == mdm ]] || samples=()
-pretrain "$objective" --skip-train --load "$run" --eval-samples 2_560 "${samples[@]}" \
-    --valid-data-path "${sets[@]}" "$@"
+pretrain "$objective" --skip-train --load "$run" --eval-samples 2_560 "${samples[@]}" --valid-data-path \
+    {oscar=data/oscar,tinystories=data/tinystories,wikitext=data/wikitext,industry=data/industrycorpus2}/validation "$@"

@@ -6,9 +6,8 @@
 # OBJECTIVE (mdm, ar) and LOAD, a run or a checkpoint of it, choose the model; DRY_RUN=1 prints the command.
 source "$(dirname "$0")/../lib/run.sh"
 source examples_scaling/lib/c4_100m.sh
-objective=${OBJECTIVE:-mdm}
+objective=${OBJECTIVE:-mdm} samples=(--num-mc 32)
+[[ "$objective" == mdm ]] || samples=()
 run=${LOAD:-runs/${objective}_best_on_100m}
 require_files "train it, or name another run: LOAD=runs/NAME" "$run"
-samples=(--num-mc 32)
-[[ "$objective" == mdm ]] || samples=()
 pretrain "$objective" --skip-train --load "$run" --eval-samples 25_600 "${samples[@]}" "$@"

@@ -51,12 +51,13 @@ rendezvous() {
 # Set `launch` to the command that starts a program on NPROC ranks (default: default_world_size) of each of NNODES nodes
 # (default 1); with several nodes the script is started once on each.
 set_launch() {
-    local world_size=${NPROC:-$(default_world_size)} endpoint
+    local world_size=${NPROC:-$(default_world_size)} name=${0##*/} endpoint
+    require_files "bash install.sh creates it" "$python"
     launch=("$python")
     if ((${NNODES:-1} > 1)); then
         endpoint=$(rendezvous)
         launch+=(-m torch.distributed.run --nnodes "$NNODES" --nproc-per-node "$world_size" --rdzv-backend c10d
-            --rdzv-id "${SLURM_JOB_ID:-${0##*/}}" --rdzv-endpoint "$endpoint"
+            --rdzv-id "${SLURM_JOB_ID:-${name%.sh}}" --rdzv-endpoint "$endpoint"
             --signals-to-handle "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2")
     elif ((world_size > 1)); then
         launch+=(-m torch.distributed.run --standalone "--nproc_per_node=$world_size")
