@@ -19,6 +19,8 @@ OBJECTIVES = {"pretrain_gpt.py": "ar", "pretrain_mdm.py": "mdm"}
 MODEL = "--num-layers 2 --hidden-size 32 --num-attention-heads 2".split()
 # external commands, whose arguments are not checked
 FOREIGN = {
+    "apptainer",
+    "docker",
     "python3",
     "cd",
     "git",
@@ -42,8 +44,17 @@ FOREIGN = {
     "exit",
     "xdg-open",
 }
-# flags of torchrun, srun, sbatch and pip
+# flags of torchrun, srun, sbatch, pip, docker and apptainer
 FOREIGN_FLAGS = {
+    "--bind",
+    "--build-arg",
+    "--file",
+    "--gpus",
+    "--ipc",
+    "--nv",
+    "--tag",
+    "--volume",
+    "--wrap",
     "--no-deps",
     "--standalone",
     "--exclusive",

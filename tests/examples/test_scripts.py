@@ -63,6 +63,13 @@ def test_a_script_is_short_and_states_source_result_and_cost(name):
     assert hours == pytest.approx(eval(arithmetic.replace("x", "*")), rel=0.02, abs=0.005)
 
 
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_the_documentation_lists_a_script_with_its_cost(name):
+    rows = (ROOT / "docs" / "experiments.md").read_text().splitlines()
+    (row,) = [row for row in rows if row.startswith(f"| [{name}](../examples_scaling/{name}) |")]
+    assert float(row.split("|")[4]) == stated_cost(name)[1]
+
+
 def resolved(words: list[str]):
     """Return configuration and plan of a printed training command, on the published data."""
     config = configuration(words)
