@@ -96,6 +96,7 @@ def test_the_scripts_of_an_image_print_their_commands(name, image):
     assert command(printed(image, name))[0] == ".venv/bin/python"
 
 
+@pytest.mark.slow
 def test_what_an_image_holds_suffices_to_plan_a_run(image):
     """With nothing but the copied files on the path."""
     words = shlex.split("--model-size 140M --train-epochs 1 --train-data-path none --save runs/x --dry-run")
