@@ -4,7 +4,8 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 python=.venv/bin/python # the environment of install.sh, whichever other one is active
 
-# Print a command, and run it unless DRY_RUN=1.
+# Print a command, and run it unless DRY_RUN=1. With command_prefix="exec" the command replaces the script, and so gets
+# the signals of a launcher.
 execute() {
     local line
     printf -v line '%q ' "$@"
@@ -74,7 +75,7 @@ pretrain() {
     esac
     local launch
     set_launch
-    execute "${launch[@]}" "$script" "${@:2}"
+    execute "${launch[@]}" "$script" "${@:2}" || return
     [[ "${DRY_RUN:-0}" != 1 || "$*" != *" --model-size "* ]] || published cost "${unique_tokens:-0}" "${@:2}"
 }
 
@@ -96,8 +97,7 @@ in_background() {
         "${@:2}"
         return
     fi
-    # shellcheck disable=SC2209 # exec is the value: `execute` puts it before the command
-    command_prefix=exec "${@:2}" 2> >(sed -u "s/^/[$1] /" >&2) &
+    command_prefix="exec" "${@:2}" 2> >(sed -u "s/^/[$1] /" >&2) &
     background_jobs+=($!)
 }
 wait_all() {

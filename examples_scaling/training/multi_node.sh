@@ -8,5 +8,6 @@ source "$(dirname "$0")/../lib/run.sh"
 source examples_scaling/lib/c4.sh
 export NNODES=${NNODES:-${SLURM_NNODES:-2}}
 objective=${OBJECTIVE:-mdm} unique_tokens=499791318
-pretrain "$objective" --recipe published --model-size 2298M --train-epochs 363 --train-unique-tokens "$unique_tokens" \
-    "${c4[@]}" --micro-batch-size 2 --zero-stage 1 --cpu-offload --save "runs/${objective}_2298M_363_epochs" "$@"
+command_prefix="exec" pretrain "$objective" --recipe published --model-size 2298M --train-epochs 363 \
+    --train-unique-tokens "$unique_tokens" "${c4[@]}" --micro-batch-size 2 --zero-stage 1 --cpu-offload \
+    --save "runs/${objective}_2298M_363_epochs" "$@"

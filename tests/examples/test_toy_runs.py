@@ -2,6 +2,8 @@
 
 import json
 import socket
+import time
+from pathlib import Path
 
 import pytest
 
@@ -74,6 +76,11 @@ def test_two_nodes_train_with_offloaded_optimizer_states(with_data):
     variables = {"NNODES": "2", "NPROC": "1", "RDZV_ENDPOINT": f"localhost:{port}"}
     nodes = [start(with_data, "training/multi_node.sh", *flags, **variables) for _ in range(2)]
     try:
+        deadline = time.monotonic() + 60
+        for node in nodes:  # the launcher replaces the script, so that SLURM's signals reach it
+            while "torch.distributed.run" not in Path(f"/proc/{node.pid}/cmdline").read_text():
+                assert node.poll() is None and time.monotonic() < deadline
+                time.sleep(0.1)
         errors = [node.communicate(timeout=300)[1] for node in nodes]
     finally:
         for node in nodes:
