@@ -1,6 +1,7 @@
 """Runs the example scripts of a clone, and reads what they print."""
 
 import subprocess
+from functools import cache
 from pathlib import Path
 
 from megatron.training.command_line import parse
@@ -33,6 +34,7 @@ def run(clone: Path, name: str, *flags: str, code: int = 0, **variables: str) ->
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
+@cache
 def printed(clone: Path, name: str, *flags: str, **variables: str) -> str:
     """Return what a script prints with DRY_RUN=1 on one rank."""
     return run(clone, name, *flags, DRY_RUN="1", **{"NPROC": "1", **variables}).stdout

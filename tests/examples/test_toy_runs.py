@@ -25,8 +25,6 @@ TRAINING = {
     "training/token_orders.sh": (EPOCHS, "ar_16_orders"),
     "training/left_to_right_masking.sh": (EPOCHS, "mdm_left_to_right_0.5"),
 }
-FAST = ("training/data_value.sh",)
-NINE = "arc_easy boolq copa hellaswag piqa race winogrande sciq lambada_standard".split()
 
 
 def finished(folder) -> dict:
@@ -36,9 +34,8 @@ def finished(folder) -> dict:
     return json.loads((folder / "config.json").read_text())
 
 
-@pytest.mark.parametrize(
-    "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in TRAINING]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TRAINING)
 def test_a_training_script_trains(name, with_data):
     flags, folder = TRAINING[name]
     run(with_data, name, *TOY.split(), *flags.split())
