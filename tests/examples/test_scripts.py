@@ -153,16 +153,19 @@ SPELLED |= {
 }
 
 
+def differences(config, script: published.Script, folder) -> dict:
+    """Return the values of a configuration that are not those of a published list, `SPELLED` fields left out."""
+    expected = published.published_configuration(script, folder) | published.ABSENT
+    values = {field: value for section in asdict(config).values() for field, value in section.items()}
+    assert set(values) == set(expected)
+    return {field: value for field, value in values.items() if field not in SPELLED and value != expected[field]}
+
+
 @pytest.mark.parametrize("name", SAME)
 def test_a_script_trains_what_the_published_list_trains(name, tmp_path):
     script, (path, variables) = published.SCRIPTS[name], SAME[name]
     config, plan = resolved(command(printed(ROOT, path, **variables)))
-    values = {field: value for section in asdict(config).values() for field, value in section.items()}
-    expected = published.published_configuration(script, tmp_path) | published.ABSENT
-    assert {field: value for field, value in values.items() if field not in SPELLED} == {
-        field: value for field, value in expected.items() if field not in SPELLED
-    }
-    assert config.optimizer.final_lr == 2e-5
+    assert differences(config, script, tmp_path) == {} and config.optimizer.final_lr == 2e-5
     # a budget in FLOPs counts the parameters of the padded vocabulary here
     tolerance = 0 if script.flops is None else 1e-3
     assert plan.train_samples == plan.lr_decay_samples == pytest.approx(script.samples, rel=tolerance)
@@ -172,6 +175,40 @@ def test_a_script_trains_what_the_published_list_trains(name, tmp_path):
 
 def test_every_training_list_has_its_script():
     assert set(SAME) == {name for name, script in published.SCRIPTS.items() if not script.evaluates}
+
+
+BASE = published.QUICKSTART["ar"]
+# script -> variables, the published run that it changes, and what it changes (TRAIN.md of the published system)
+ABLATIONS = {
+    "training/attention_dropout.sh": ({"DROPOUT": "0.75"}, BASE, {"attention_dropout": 0.75}),
+    "training/token_masking.sh": ({"RATIO": "0.5"}, BASE, {"randmask_ratio": 0.5}),
+    "training/token_orders.sh": (
+        {"ORDERS": "4"},
+        published.Script("ar", "278M"),
+        {"num_order_list": 4, "use_predefined_order": True},
+    ),
+    "training/left_to_right_masking.sh": (
+        {"RATIO": "0.25"},
+        published.Script("mdm", "140M", epochs=50),
+        {"ar_ratio": 0.25},
+    ),
+    "training/learning_rate.sh": ({"OBJECTIVE": "ar", "LR": "8e-4", "WARMUP": "2"}, BASE, {"lr": 8e-4}),
+}
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_an_ablation_changes_nothing_else(name, tmp_path):
+    variables, script, changes = ABLATIONS[name]
+    config, plan = resolved(command(printed(ROOT, name, **variables)))
+    assert differences(config, script, tmp_path) == changes
+    assert plan.train_samples == script.samples
+    percent = int(variables.get("WARMUP", "1"))
+    assert plan.lr_warmup_samples == script.samples * percent // 100
+    assert config.optimizer.final_lr == pytest.approx(config.optimizer.lr / 10)
+
+
+def test_every_training_script_is_compared_with_a_published_run():
+    assert set(TRAINING) == {path for path, _ in SAME.values() if path.startswith("training/")} | set(ABLATIONS)
 
 
 # the script of each published evaluation, and its Monte-Carlo samples, 32 in the paper
