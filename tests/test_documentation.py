@@ -19,6 +19,8 @@ OBJECTIVES = {"pretrain_gpt.py": "ar", "pretrain_mdm.py": "mdm"}
 MODEL = "--num-layers 2 --hidden-size 32 --num-attention-heads 2".split()
 # external commands, whose arguments are not checked
 FOREIGN = {
+    "apptainer",
+    "docker",
     "python3",
     "cd",
     "git",
@@ -42,8 +44,17 @@ FOREIGN = {
     "exit",
     "xdg-open",
 }
-# flags of torchrun, srun, sbatch and pip
+# flags of torchrun, srun, sbatch, pip, docker and apptainer
 FOREIGN_FLAGS = {
+    "--bind",
+    "--build-arg",
+    "--file",
+    "--gpus",
+    "--ipc",
+    "--nv",
+    "--tag",
+    "--volume",
+    "--wrap",
     "--no-deps",
     "--standalone",
     "--exclusive",
@@ -140,7 +151,8 @@ def flags(words: list[str]) -> list[str]:
 def check(words: list[str]) -> None:
     """Check one command as far as possible without running it."""
     names = [word for word in words if word.endswith((".py", ".sh"))]
-    index = words.index("-m") + 1 if words[0] in ("python", "torchrun") and "-m" in words else len(words)
+    modules = [index + 1 for index, word in enumerate(words) if word == "-m"]  # torch.distributed.run may be the first
+    index = modules[-1] if modules and words[0] in ("python", "torchrun", ".venv/bin/python") else len(words)
     if index < len(words) and words[index].startswith("megatron."):
         help_text = help_of("-m", words[index])  # fails if there is no such module
         missing = [name for name in flags(words[index + 1 :]) if not re.search(rf"{name}(?![\w-])", help_text)]
@@ -190,9 +202,11 @@ def test_every_example_prints_commands_that_parse(script, world_size):
     example_commands = dry_run(script, NPROC=world_size)
     for words in example_commands:
         check(words)
-    runs = [words for words in example_commands if any(word in OBJECTIVES for word in words)]
+    programs = {*OBJECTIVES, "megatron.scoring.lm_eval_cli"}
+    runs = [words for words in example_commands if programs.intersection(words)]
     assert runs or any("tools/sweep.py" in words for words in example_commands)
-    assert all(("torch.distributed.run" in words) == (world_size == "2") for words in runs)
+    several = [world_size == "2" or "--nnodes" in words for words in runs]
+    assert ["torch.distributed.run" in words for words in runs] == several
 
 
 def test_the_benchmark_of_a_gpu_prints_commands_that_parse(tmp_path):

@@ -1,14 +1,22 @@
-# Sourced by every example: working directory, Python, and functions that start training runs.
+# shellcheck shell=bash
+# Sourced by every example: working directory, Python, and functions that start training, evaluation and scoring.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 python=.venv/bin/python # the environment of install.sh, whichever other one is active
 
-# Print a command, and run it unless DRY_RUN=1.
+# Print a command, and run it unless DRY_RUN=1. With command_prefix="exec" the command replaces the script, and so gets
+# the signals of a launcher.
 execute() {
     local line
     printf -v line '%q ' "$@"
     echo "$line"
     [[ "${DRY_RUN:-0}" == 1 ]] || ${command_prefix:-} "$@"
+}
+
+# published COMMAND...: facts of the published experiments, by examples_scaling/lib/published.py.
+published() {
+    [[ -x "$python" ]] || { echo "error: $python: does not exist; bash install.sh creates it" >&2; return 2; }
+    "$python" examples_scaling/lib/published.py "$@"
 }
 
 # require_files REMEDY FILE...: exit with code 2 if a file is missing, unless DRY_RUN=1.
@@ -27,18 +35,56 @@ default_world_size() {
     echo "$size"
 }
 
-# pretrain ar|mdm FLAGS...: train on NPROC ranks (default: default_world_size).
+# Print where the ranks of several nodes meet: RDZV_ENDPOINT, or the first node of a SLURM job.
+rendezvous() {
+    if [[ -n "${RDZV_ENDPOINT:-}" ]]; then
+        echo "$RDZV_ENDPOINT"
+    elif [[ -n "${SLURM_JOB_NODELIST:-}" ]]; then
+        echo "$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1):$((20000 + SLURM_JOB_ID % 20000))"
+    elif [[ "${DRY_RUN:-0}" == 1 ]]; then
+        echo node-0:29500
+    else
+        echo "error: NNODES=$NNODES: needs RDZV_ENDPOINT outside SLURM; give HOST:PORT, a free port of one node" >&2
+        return 2
+    fi
+}
+
+# Set `launch` to the command that starts a program on NPROC ranks (default: default_world_size) of each of NNODES nodes
+# (default 1); with several nodes the script is started once on each.
+set_launch() {
+    local world_size=${NPROC:-$(default_world_size)} name=${0##*/} endpoint
+    require_files "bash install.sh creates it" "$python"
+    launch=("$python")
+    if ((${NNODES:-1} > 1)); then
+        endpoint=$(rendezvous)
+        launch+=(-m torch.distributed.run --nnodes "$NNODES" --nproc-per-node "$world_size" --rdzv-backend c10d
+            --rdzv-id "${SLURM_JOB_ID:-${name%.sh}}" --rdzv-endpoint "$endpoint"
+            --signals-to-handle "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2")
+    elif ((world_size > 1)); then
+        launch+=(-m torch.distributed.run --standalone "--nproc_per_node=$world_size")
+    fi
+}
+
+# pretrain ar|mdm FLAGS...: train or evaluate; DRY_RUN=1 also prints what a model of the ladder costs to train.
 pretrain() {
     local script
     case "$1" in
         ar) script=pretrain_gpt.py ;;
         mdm) script=pretrain_mdm.py ;;
-        *) echo "error: pretrain $1: is neither ar nor mdm" >&2; return 2 ;;
+        *) echo "error: OBJECTIVE=$1: is neither ar nor mdm; give one of them" >&2; return 2 ;;
     esac
-    local world_size=${NPROC:-$(default_world_size)}
-    local launch=("$python")
-    ((world_size > 1)) && launch+=(-m torch.distributed.run --standalone "--nproc_per_node=$world_size")
-    execute "${launch[@]}" "$script" "${@:2}"
+    local launch
+    set_launch
+    execute "${launch[@]}" "$script" "${@:2}" || return
+    [[ "${DRY_RUN:-0}" != 1 || "$*" != *" --model-size "* ]] || published cost "${unique_tokens:-0}" "${@:2}"
+}
+
+# score RUN FLAGS...: score a run on downstream tasks.
+score() {
+    local launch
+    require_files "train it, or name another run: LOAD=runs/NAME" "$1"
+    set_launch
+    execute "${launch[@]}" -m megatron.scoring.lm_eval_cli --pretrained "$@"
 }
 
 # in_background NAME COMMAND...: run in the background with [NAME] before each line of its log.
@@ -51,7 +97,7 @@ in_background() {
         "${@:2}"
         return
     fi
-    command_prefix=exec "${@:2}" 2> >(sed -u "s/^/[$1] /" >&2) &
+    command_prefix="exec" "${@:2}" 2> >(sed -u "s/^/[$1] /" >&2) &
     background_jobs+=($!)
 }
 wait_all() {

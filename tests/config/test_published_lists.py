@@ -1,107 +1,69 @@
-"""The 14 published training and evaluation command lines, unchanged: each becomes a plan, with its DeepSpeed file."""
+"""The 18 published argument lists, unchanged: each means the published configuration, field by field."""
 
 import json
 import logging
-from dataclasses import dataclass
+import sys
+from dataclasses import asdict
 
 import pytest
 
 from megatron.config.layout_checks import check_batch, check_layout
 from megatron.config.resolve import resolve
-from megatron.config.sizes import LADDER, UNIQUE_TOKENS
 from megatron.config.vocabulary import Vocabulary
 from megatron.objectives.registry import capabilities
 from megatron.parallel.deepspeed_config import deepspeed_config
+from megatron.scoring.lm_eval_arguments import read_arguments
 from megatron.training.command_line import parse, parse_run
+from tests.config.published_lists import (
+    ABSENT,
+    DOWNSTREAM,
+    OFFLOAD,
+    QUICKSTART,
+    SCRIPTS,
+    published_configuration,
+)
 
 GPUS = 8
-OPTIMIZER = (
-    "--optimizer adam --adam-beta1 0.9 --adam-beta2 0.95 --adam-eps 1e-8 --lr 2e-4 --min-lr 2e-5 --clip-grad 1.0"
-)
-OPTIMIZER += " --weight-decay 1e-1 --lr-decay-style cosine"
-SHAPE = "--disable-bias-linear --normalization rmsnorm --swiglu --bf16 --use-rotary-position-embeddings"
-SHAPE += " --max-position-embeddings 2048 --seq-length 2048"
-RECORDS = "--log-interval 10 --save-interval 1000 --tensorboard-queue-size 5 --log-timers-to-tensorboard"
-RECORDS += " --log-batch-size-to-tensorboard --log-validation-ppl-to-tensorboard"
-FILES = "--vocab-file utils/data/gpt2-vocab.json --merge-file utils/data/gpt2-merges.txt --data-impl mmap"
-FILES += " --train-data-path-file utils/datapaths/train.txt --valid-data-path-file utils/datapaths/valid.txt"
-OFFLOAD = {"device": "cpu", "pin_memory": True}
 
 
-@dataclass(frozen=True)
-class Script:
-    """The differences between the scripts."""
-
-    objective: str
-    size: str
-    unique: str
-    epochs: float
-    micro_batch: int = 8
-    evaluates: bool = False
-    num_mc: int | None = None
-    multi_node: bool = False
-
-    def samples(self) -> int:
-        return int(UNIQUE_TOKENS[self.unique] * self.epochs) // 2048
-
-    def flags(self, folder) -> list[str]:
-        """Return the command line, and write its DeepSpeed file into `folder`."""
-        layers, hidden, heads, channels = LADDER[self.size]
-        stage, samples = int(self.multi_node), self.samples()
-        evaluation = "--skip-train --eval-interval 1 --eval-iters 100"
-        evaluation += f" --num-mc {self.num_mc}" if self.num_mc else ""
-        line = "--tensor-model-parallel-size 1 --pipeline-model-parallel-size 1"
-        line += " --no-pipeline-parallel --cpu-optimizer" if self.multi_node else ""
-        line += f" --num-layers {layers} --hidden-size {hidden} --num-attention-heads {heads} --kv-channels {channels}"
-        line += f" {SHAPE} --micro-batch-size {self.micro_batch} --global-batch-size 256 --train-samples {samples}"
-        line += f" --lr-decay-samples {samples} --lr-warmup-samples {samples // 100} {OPTIMIZER} {RECORDS} {FILES} "
-        line += evaluation if self.evaluates else "--eval-interval 1000 --eval-iters 10"
-        line += f" --kill-switch-file {folder}/kill --save {folder}/run --load {folder}/run"
-        line += f" --tensorboard-dir {folder}/board --wandb-exp-name run --wandb-save-dir {folder} --wandb-group run"
-        line += f" --deepspeed --deepspeed_config {folder}/ds.json --zero-stage {stage}"
-        zero = {"stage": stage}
-        if self.multi_node:
-            zero |= {"offload_optimizer": OFFLOAD, "offload_param": OFFLOAD}
-            zero |= {"contiguous_gradients": True, "overlap_comm": True}
-        file = {
-            "train_micro_batch_size_per_gpu": self.micro_batch,
-            "train_batch_size": 256,
-            "gradient_clipping": 1.0,
-            "zero_optimization": zero,
-            "bf16": {"enabled": True},
-            "steps_per_print": 2000,
-            "wall_clock_breakdown": False,
-        }
-        (folder / "ds.json").write_text(json.dumps(file))
-        return [*line.split(), "--wandb-project", "example project name"]
+def by_field(config) -> dict:
+    """Return the values of a configuration, whose fields have different names in all sections."""
+    return {name: value for section in asdict(config).values() for name, value in section.items()}
 
 
-SCRIPTS = {
-    "quickstart/train_ar": Script("ar", "140M", "100M", 50),
-    "quickstart/train_mdm": Script("mdm", "425M", "100M", 500),
-    "quickstart/eval_ar": Script("ar", "140M", "100M", 50, 16, evaluates=True),
-    "quickstart/eval_mdm": Script("mdm", "425M", "100M", 500, evaluates=True, num_mc=8),
-    "training/arm/example": Script("ar", "217M", "100M", 100),
-    "training/mdm/example": Script("mdm", "217M", "100M", 100),
-    "training/arm/chinchilla": Script("ar", "117M", "500M", 1, 16),
-    "training/mdm/chinchilla": Script("mdm", "117M", "500M", 1, 16),
-    "training/arm/data_value": Script("ar", "217M", "500M", 2),
-    "training/mdm/data_value": Script("mdm", "117M", "500M", 4),
-    "training/arm/multi_node": Script("ar", "2298M", "500M", 363, 2, multi_node=True),
-    "training/mdm/multi_node": Script("mdm", "2298M", "500M", 363, 2, multi_node=True),
-    "evaluation/arm/example": Script("ar", "217M", "100M", 100, evaluates=True),
-    "evaluation/mdm/example": Script("mdm", "217M", "100M", 100, evaluates=True, num_mc=16),
-}
+def test_there_are_18_lists():
+    assert len(SCRIPTS) + len(DOWNSTREAM) == 18
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_a_published_command_line_becomes_a_plan_unchanged(name, tmp_path):
+def test_a_list_with_the_published_recipe_is_the_published_configuration(name, tmp_path):
+    script = SCRIPTS[name]
+    config = parse(script.objective, [*script.flags(tmp_path), "--recipe", "published"])
+    values, expected = by_field(config), published_configuration(script, tmp_path) | ABSENT
+    assert {field: values[field] for field in expected} == expected
+    assert set(values) == set(expected), "a new flag: what is its value in the published system?"
+    plan = resolve(config, Vocabulary(50257), script.unique_tokens, capabilities(config.objective.objective))
+    assert (plan.train_samples, plan.lr_warmup_samples) == (script.samples, script.warmup)
+    assert (plan.eval_interval, plan.save_interval) == (1 if script.evaluates else 1000, 1000)
+
+
+@pytest.mark.parametrize("name", ["quickstart/train_mdm", "training/mdm/data_value"])
+def test_a_flag_of_another_value_is_noticed(name, tmp_path):
+    """The comparison above would fail if a list had another value."""
+    script = SCRIPTS[name]
+    expected = published_configuration(script, tmp_path)
+    for flag, value in (("--adam-beta2", "0.999"), ("--min-lr", "1e-5"), ("--lr-warmup-samples", "7")):
+        config = parse(script.objective, [*script.flags(tmp_path), "--recipe", "published", flag, value])
+        differing = [
+            field for field, value in by_field(config).items() if field in expected and expected[field] != value
+        ]
+        assert differing == [flag.removeprefix("--").replace("-", "_")]
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_list_becomes_a_plan_with_its_deepspeed_file(name, tmp_path):
     script = SCRIPTS[name]
     config = parse(script.objective, script.flags(tmp_path))
-    plan = resolve(config, Vocabulary(50257), UNIQUE_TOKENS[script.unique], capabilities(config.objective.objective))
-    assert (config.data.tokenizer_type, config.data.vocab_file) == ("GPT2BPETokenizer", "utils/data/gpt2-vocab.json")
-    assert plan.train_samples == plan.lr_decay_samples == script.samples()
-    assert config.validation.eval_samples == (25600 if script.evaluates else 2560)
     check_layout(config, GPUS)
     check_batch(config, GPUS, capabilities(config.objective.objective))
     parallel = config.parallel
@@ -116,6 +78,40 @@ def test_a_published_command_line_becomes_a_plan_unchanged(name, tmp_path):
     )
     offloaded = {"offload_optimizer": OFFLOAD, "contiguous_gradients": True, "overlap_comm": True}
     assert settings["zero_optimization"] == ({"stage": 1} | offloaded if script.multi_node else {"stage": 0})
+
+
+# what the published scorers compute, by field
+SOURCE = {"checkpoint": "latest", "average": False, "dtype": "float32", "records": None}
+SCORING = {
+    "downstream/downstream_arm": {},
+    "downstream/downstream_mdm": {"method": "chain"},
+    "downstream/downstream_mdm_mc": {"method": "bound", "num_mc": 32, "only_mc_nll": True},
+    "downstream/downstream_mdm_onlygen": {"only_generate": True},
+}
+DEFAULTS = {"method": "bound", "chain_order": "left-to-right", "num_mc": 32, "eval_seed": 0, "cfg": 0.0}
+DEFAULTS |= {"only_mc_nll": False, "only_generate": False}
+# the published scorers take all samples of every choice, in batches of 32 sequences
+OWN = {"decide_at", "batch_tokens", "batch_rows"}
+
+
+@pytest.mark.parametrize("name", DOWNSTREAM)
+def test_a_downstream_list_is_the_published_scoring(name, tmp_path, monkeypatch):
+    from megatron.scoring.lm_eval_cli import read  # imports lm-eval
+
+    monkeypatch.setattr(sys, "argv", ["lm-eval"])
+    script = DOWNSTREAM[name]
+    trained = QUICKSTART[script.objective]
+    config = parse(script.objective, [*trained.flags(tmp_path), "--recipe", "published"])
+    recorded = {"objective_name": script.objective, "precision": "bf16", **asdict(config)}
+    run = tmp_path / "recorded"
+    run.mkdir()
+    (run / "config.json").write_text(json.dumps(recorded))
+    options = read(script.flags(tmp_path, str(run)))
+    assert (options.tasks, options.output_path) == (script.tasks.split(","), script.results)
+    assert options.num_fewshot in (None, 0) and options.limit is None
+    source, scoring = map(asdict, read_arguments(options.model_args))
+    assert source == SOURCE | {"pretrained": str(run)}
+    assert {field: value for field, value in scoring.items() if field not in OWN} == DEFAULTS | SCORING[name]
 
 
 # ------------------------------------------------------- differences without --recipe published
