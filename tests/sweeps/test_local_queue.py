@@ -11,9 +11,13 @@ from pathlib import Path
 
 import pytest
 
+from megatron.config.resolve import Plan
+from megatron.config.sections import Config
+from megatron.sweeps.plan import run_id
 from megatron.sweeps.points import read_plan
 from megatron.sweeps.results import collect
 from megatron.sweeps.states import run_state
+from megatron.training.run_folder import read_json
 from tests.conftest import ROOT, environment
 from tests.sweeps.files import toy, write
 
@@ -80,6 +84,11 @@ def test_all_runs_are_trained_and_collected(sweep):
     ends = {(row["variant"], row["train-epochs"]): row["epoch"] for row in rows}
     assert ends == {(variant, epochs): epochs for variant in ("ar", "mdm") for epochs in (4, 8)}
     assert all(row["bound"] == (row["variant"] == "mdm") for row in rows)
+    for point in read_plan(folder):  # the training command, in a process of its own, resolves what was planned
+        recorded = read_json(point.folder(folder) / "config.json")
+        assert run_id(Config.from_recorded(recorded), Plan(**recorded["plan"])) == point.id
+        plan = recorded["plan"]
+        assert (plan["parameters"], plan["train_samples"]) == (point.parameters, point.train_samples)
     output = finish("run", path, folder, "--slots", 2)  # nothing is left to do
     assert output.count("started") == 4 and output.count("4 runs: 4 finished") == 2
     finish("collect", path, folder)

@@ -12,6 +12,7 @@ from megatron.sweeps.commands import costs
 from megatron.sweeps.plan import plan_sweep
 from megatron.sweeps.points import read_plan, write_plan
 from megatron.sweeps.sweep_file import read_sweep
+from megatron.training import command_line
 from megatron.training.command_line import parse
 from tests.sweeps.files import toy, write
 
@@ -61,6 +62,30 @@ def test_an_id_depends_on_what_decides_the_result_and_on_nothing_else(planned, c
     assert ids(planned(flags=free, resources={"world_size": 2})) == before
     for changed in ({"lr": "2e-2"}, {"fp32": None, "bf16": True}, {"weight-decay": 0.2}, {"eval-samples": 12}):
         assert not set(ids(planned(flags=flags | changed)).values()) & set(before.values()), changed
+
+
+def test_points_of_one_plan_equal_those_that_are_planned_alone(planned, corpus):
+    axes = {"train-epochs": [4, 2.5], "model-size": ["7M", "14M"], "lr": [1e-3, 2e-3], "micro-batch-size": [1, 2]}
+    tuned = {"hidden-dropout": {"min": 0, "max": 0.5}}
+    variants = {
+        "ar": {"flags": {"recipe": "published", "tokenizer-type": "ByteTokenizer"}},
+        "muon": {"flags": {"optimizer": "muon"}, "parameters": {"num-layers": [2, 3]}},
+        "mdm": {"flags": {"objective": "mdm", "ema-decay": 0.9, "lr-decay-iters": 100, "fp32": None, "bf16": True}},
+    }
+    flags = {name: value for name, value in toy(corpus)["flags"].items() if name not in ("num-layers", "hidden-size")}
+    flags.pop("num-attention-heads")
+    resources = {"rules": [{"where": {"lr": 2e-3, "micro-batch-size": 1}, "world_size": 4}]}
+    changes = {"flags": flags, "parameters": axes, "variants": variants, "resources": resources, "seeds": [1, 2]}
+    points = planned(**changes, tuning={"trials": 2, "parameters": tuned}).points
+    assert len(points) == 2**6 * (1 + 2 + 1) and len({point.memory_bytes for point in points}) > 16
+    for point in points[::17]:
+        own = {"world_size": point.world_size}
+        command_line._parser.cache_clear()
+        variant = {"flags": variants[point.variant]["flags"] | point.axes | point.tuned}
+        (alone,) = planned(
+            flags=flags, parameters=None, variants={point.variant: variant}, resources=own, seeds=[point.seed]
+        ).points
+        assert asdict(alone) == asdict(point) | {"axes": {}, "tuned": {}, "trial": None}
 
 
 def test_points_that_are_the_same_run_are_named(planned, corpus):
