@@ -159,7 +159,9 @@ class LocalQueue:
             return False
         if CheckpointStore.of_run(point.folder(self.folder)).has_any():
             return False  # it resumes from its own
-        return run_state(self.folder / "runs" / str(point.trunk)).name != "finished"
+        state = run_state(self.folder / "runs" / str(point.trunk)).name
+        is_ahead = any(job.point.id == point.trunk for job in (*self.waiting, *self.running))
+        return state == "running" or (state != "finished" and is_ahead)
 
     def _start(self, job: _Job) -> None:
         self.waiting.remove(job)

@@ -92,7 +92,7 @@ def plan_sweep(sweep: Sweep, folder: Path, progress: bool = False) -> Planned:
         raise ConfigurationError(f"{sweep.path}: has no point; every combination is excluded")
     planned.points = [item.point for item in resolved]
     if sweep.wsd_branches:
-        planned.points, planned.notes = assign_trunks(resolved)
+        planned.points, planned.notes = assign_trunks(resolved, folder)
     return planned
 
 

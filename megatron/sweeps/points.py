@@ -47,10 +47,10 @@ class Point:
     memory_bytes: int | None  # peak of the rank that needs most, on a CUDA device; None where no formula holds
     disk_bytes: int
     seconds: float | None = None  # of the whole budget, at the given throughput
-    trunk: str | None = None  # id of the longer run whose checkpoint this one continues from
+    trunk: str | None = None  # id of the run whose checkpoint this one continues from
     trunk_iteration: int = 0
     trunk_samples: int = 0  # consumed there
-    keep_iterations: list[int] = field(default_factory=list)  # checkpoints that shorter runs continue from
+    keep_iterations: list[int] = field(default_factory=list)  # checkpoints that other runs continue from
 
     @property
     def label(self) -> str:

@@ -19,6 +19,7 @@ from megatron.sweeps.results import collect
 from megatron.sweeps.states import run_state
 from megatron.training.run_folder import read_json
 from tests.conftest import ROOT, environment
+from tests.forked import start_script
 from tests.sweeps.files import toy, write
 
 VOLATILE = ("seconds",)
@@ -33,9 +34,12 @@ def start(command, sweep, folder, *options) -> subprocess.Popen:
 
 def finish(command, sweep, folder, *options) -> str:
     """Run tools/sweep.py to its end; return its output."""
-    process = start(command, sweep, folder, *options)
-    assert process.wait(timeout=400) in (0, 1, 2)
-    return (folder.parent / f"{folder.name}.{command}.txt").read_text()
+    output = folder.parent / f"{folder.name}.{command}.txt"
+    words = [str(ROOT / "tools" / "sweep.py"), command, str(sweep), "--output", str(folder), *map(str, options)]
+    (process,) = start_script(words, environment(), [output, output], [{}])
+    process.join(400)
+    assert process.exitcode in (0, 1, 2)
+    return output.read_text()
 
 
 def results(folder) -> list[dict]:
