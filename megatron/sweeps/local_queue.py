@@ -25,6 +25,7 @@ from megatron.sweeps.points import Point, unique_runs
 from megatron.sweeps.states import State, run_state
 from megatron.sweeps.status import run_progress
 from megatron.training.checkpoint_store import CheckpointStore
+from megatron.training.run_folder import writing
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +100,8 @@ class LocalQueue:
 
     def run(self) -> Outcome:
         """Start and watch runs until all have ended, or until SIGTERM or Ctrl-C stops the queue."""
-        (self.folder / "logs").mkdir(parents=True, exist_ok=True)
+        with writing(self.folder / "logs"):
+            (self.folder / "logs").mkdir(parents=True, exist_ok=True)
         with _handled(self._stop), logging_redirect_tqdm(), self._bar() as bar:
             try:
                 while (self.waiting and not self.signal) or self.running:
@@ -171,7 +173,9 @@ class LocalQueue:
         used = [devices[slot % len(devices)] for slot in job.slots] if devices else []
         log = self.folder / "logs" / f"{job.point.id}.log"
         command = local_command(job.point, self.folder)
-        with open(log, "ab") as output:
+        with writing(log):
+            output = open(log, "ab")  # noqa: SIM115  an error of the process below is not one of the log
+        with output:
             job.log_offset = output.tell()
             job.process = subprocess.Popen(
                 command,

@@ -76,7 +76,7 @@ def plan_sweep(sweep: Sweep, folder: Path, progress: bool = False) -> Planned:
                 continue
             tuned, planned.choices[stage.name] = chosen.flags, chosen.records
         drafts = list(_drafts(sweep, stage, tuned))
-        for draft in tqdm(drafts, desc=f"plan {stage.name}", disable=not progress, leave=False):
+        for draft in tqdm(drafts, desc=f"plan {stage.name}", disable=None if progress else True, leave=False):
             try:
                 resolved.append(_resolved(draft, costs))
             except ConfigurationError as error:

@@ -10,10 +10,11 @@ DIR/logs/           output of the runs
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from megatron.errors import ConfigurationError
 from megatron.training.run_folder import writing
@@ -125,13 +126,26 @@ def replace_file(path: Path, content: str) -> None:
 
     Raises: OSError where it cannot be written.
     """
+    with replacing(path) as file:
+        file.write(content.encode())
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """Yield a temporary file that replaces `path` at the end; after an error `path` is as it was.
+
+    Raises: OSError where it cannot be written.
+    """
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     with writing(path):
-        with open(partial, "w", encoding="utf-8") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+        try:
+            with open(partial, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def read_plan(folder: Path) -> list[Point]:

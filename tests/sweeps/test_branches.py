@@ -129,7 +129,7 @@ def test_a_trunk_that_is_lost_or_damaged_is_no_source(corpus, tmp_path):
     assert planned(path, folder).points == [short, trunk]
     (checkpoint / "meta.json").write_text(json.dumps({"iteration": 7, "permanent": False}))
     (trunk.folder(folder) / "status.json").write_text(json.dumps(status | {"reason": "disk full"}))
-    assert planned(path, folder).points[0].trunk is None  # it may be pruned, and lies behind the run
+    assert planned(path, folder).points[0].trunk is None  # it may be pruned, and the run has passed it
 
 
 def weights(run) -> dict[str, bytes]:
