@@ -38,9 +38,9 @@ def plan(options: Namespace) -> int:
 def run(options: Namespace) -> int:
     """Run all points on this machine, stage by stage; print the status at the end."""
     devices = _devices()
-    slots = options.slots or len(devices) or len(os.sched_getaffinity(0))
-    if slots < 1:
-        raise ConfigurationError(f"--slots {slots}: must be at least 1")
+    slots = options.slots
+    if slots is None:
+        slots = len(devices) or len(os.sched_getaffinity(0))
     settings = QueueOptions(
         slots=slots,
         devices=devices,

@@ -19,6 +19,7 @@ from pathlib import Path
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from megatron.config.flags import require
 from megatron.errors import ConfigurationError
 from megatron.sweeps.launch import LOCKED, local_command, local_environment
 from megatron.sweeps.points import Point, unique_runs
@@ -45,6 +46,11 @@ class QueueOptions:
     retries: int = 2  # starts again after a passing failure
     retry_failed: bool = False  # start runs again that failed for a reason of their own
     hang_minutes: float = 30.0  # without any record, after which a run is ended and retried
+
+    def __post_init__(self):
+        require(self.slots >= 1, "slots", self.slots, "must be at least 1; a slot runs one rank")
+        require(self.retries >= 0, "retries", self.retries, "must not be negative; 0 starts no run again")
+        require(self.hang_minutes > 0, "hang_minutes", self.hang_minutes, "must be positive; raise it")
 
 
 @dataclass

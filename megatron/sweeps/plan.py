@@ -20,7 +20,7 @@ from megatron.errors import ConfigurationError
 from megatron.objectives.registry import build_objective, capabilities
 from megatron.sweeps.branches import Resolved, assign_trunks
 from megatron.sweeps.choices import best_trials
-from megatron.sweeps.points import Point, identity, same_value, text
+from megatron.sweeps.points import Point, identity, readable_name, same_value, text
 from megatron.sweeps.run_costs import RunCosts, disk_bytes
 from megatron.sweeps.sweep_file import Flags, Stage, Sweep, Variant
 from megatron.sweeps.trials import draw_trials
@@ -78,7 +78,7 @@ def plan_sweep(sweep: Sweep, folder: Path, progress: bool = False) -> Planned:
         drafts = list(_drafts(sweep, stage, tuned))
         for draft in tqdm(drafts, desc=f"plan {stage.name}", disable=None if progress else True, leave=False):
             try:
-                resolved.append(_resolved(draft, costs))
+                resolved.append(_resolved(draft, costs, folder.resolve().name))
             except ConfigurationError as error:
                 errors.append(f"{draft.label}: {error}")
     if errors:
@@ -109,8 +109,7 @@ class _Draft:
 
     @property
     def label(self) -> str:
-        words = [f"{name} {text(value)}" for name, value in {**self.axes, **self.tuned}.items()]
-        return ", ".join([self.stage.name, self.variant.name, *words, f"seed {self.seed}"])
+        return readable_name(self.stage.name, self.variant.name, self.axes, trial=self.trial, seed=self.seed)
 
     @property
     def flags(self) -> Flags:
@@ -124,7 +123,7 @@ def _drafts(sweep: Sweep, stage: Stage, chosen: dict[tuple, Flags]) -> Iterator[
         if stage.tuning is None:
             trials: list[tuple[int | None, Flags]] = [(None, {})]
         else:
-            trials = list(enumerate(draw_trials(stage.tuning, variant.tuned)))
+            trials = list(enumerate(draw_trials(stage.tuning, stage.tuned(variant))))
         for values in itertools.product(*axes.values()):
             point = dict(zip(axes, values, strict=True))
             named = {"variant": variant.name, **point}
@@ -157,13 +156,12 @@ def words(flags: Flags) -> list[str]:
     return line
 
 
-def _resolved(draft: _Draft, costs: RunCosts) -> Resolved:
+def _resolved(draft: _Draft, costs: RunCosts, group: str) -> Resolved:
     """Return the point of a draft.
 
     Raises: ConfigurationError where the training command would refuse it.
     """
-    arguments = words(draft.flags)
-    config = parse("ar", arguments)
+    config = parse("ar", words(draft.flags))
     resources = _resources(draft)
     declared = capabilities(config.objective.objective)
     unique_tokens, vocabulary_size = costs.data_sizes(config)
@@ -179,8 +177,9 @@ def _resolved(draft: _Draft, costs: RunCosts) -> Resolved:
     seq_length = config.data.seq_length
     flops = plan.flops(plan.train_samples, seq_length)
     speed = resources["flops_per_second"]
+    point_id = run_id(config, plan)
     point = Point(
-        id=run_id(config, plan),
+        id=point_id,
         stage=draft.stage.name,
         variant=draft.variant.name,
         axes=draft.axes,
@@ -188,7 +187,7 @@ def _resolved(draft: _Draft, costs: RunCosts) -> Resolved:
         seed=draft.seed,
         trial=draft.trial,
         script=ENTRY_POINTS.get(config.objective.objective, "pretrain_gpt.py"),
-        arguments=arguments,
+        arguments=words(_tracked(draft, group, point_id)),
         nodes=resources["nodes"],
         world_size=resources["world_size"],
         minutes=resources["minutes"],
@@ -203,6 +202,16 @@ def _resolved(draft: _Draft, costs: RunCosts) -> Resolved:
         seconds=None if speed is None else flops / (speed * resources["world_size"]),
     )
     return Resolved(point, config, plan, family=identity(_settings(config)))
+
+
+def _tracked(draft: _Draft, group: str, point_id: str) -> Flags:
+    """Return the flags of a point with the names of its run in Weights & Biases and its own TensorBoard folder."""
+    flags = draft.flags
+    if flags.get("wandb-project") is not None:
+        flags = {"wandb-group": group, "wandb-exp-name": draft.label} | flags
+    if flags.get("tensorboard-dir") is not None:
+        flags["tensorboard-dir"] = f"{flags['tensorboard-dir']}/{point_id}"
+    return flags
 
 
 def _resources(draft: _Draft) -> dict[str, Any]:

@@ -55,11 +55,8 @@ class Point:
 
     @property
     def label(self) -> str:
-        """The point as a person reads it: `mdm, train-epochs 16, seed 1`."""
-        words = [self.stage] if self.stage != "main" else []
-        words += [self.variant, *(f"{name} {text(value)}" for name, value in self.axes.items())]
-        words += [f"trial {self.trial}"] if self.trial is not None else []
-        return ", ".join([*words, f"seed {self.seed}"])
+        """The point as a person reads it."""
+        return readable_name(self.stage, self.variant, self.axes, trial=self.trial, seed=self.seed)
 
     @property
     def own_flops(self) -> float:
@@ -85,6 +82,14 @@ class Point:
     def folder(self, sweep: Path) -> Path:
         """Return the run folder of the point in the sweep folder."""
         return sweep / "runs" / self.id
+
+
+def readable_name(stage: str, variant: str, axes: dict[str, Any], *, trial: int | None, seed: int) -> str:
+    """Return the name of a point: `mdm, train-epochs 16, seed 1`; a stage is named where the file has several."""
+    words = [stage] if stage != "main" else []
+    words += [variant, *(f"{name} {text(value)}" for name, value in axes.items())]
+    words += [f"trial {trial}"] if trial is not None else []
+    return ", ".join([*words, f"seed {seed}"])
 
 
 def same_value(first: Any, second: Any) -> bool:

@@ -188,21 +188,6 @@ def test_what_this_machine_cannot_run_is_refused_before_anything_starts(sweep, c
     assert not (tmp_path / "a" / "runs").exists() and not (tmp_path / "b" / "runs").exists()
 
 
-@pytest.mark.slow
-def test_a_run_that_is_no_longer_in_the_file_is_not_forgotten_while_it_runs(corpus, tmp_path):
-    (tmp_path / "long").mkdir()
-    long = write(tmp_path / "long", toy(corpus), parameters={"train-epochs": [10_000]}, variants=None)
-    folder = tmp_path / "changed"
-    process = start("run", long, folder, "--slots", 1)
-    running(folder)
-    changed = write(tmp_path, toy(corpus), parameters={"train-epochs": [2]})
-    output = finish("plan", changed, folder)
-    process.terminate()
-    process.wait(timeout=60)
-    assert "is running, and the changed file no longer has it; stop it first" in output
-    assert "is running" not in finish("plan", changed, folder).splitlines()[-1]  # stopped, it may leave the plan
-
-
 def test_a_stage_takes_the_best_trials_and_records_how_they_were_chosen(corpus, tmp_path):
     tuning = {"trials": 2, "parameters": {"lr": {"distribution": "log_uniform_values", "min": 1e-4, "max": 3e-2}}}
     stages = {"tune": {"tuning": tuning}, "final": {"best_of": "tune", "seeds": [1234, 1]}}

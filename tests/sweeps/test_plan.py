@@ -104,7 +104,7 @@ def test_every_impossible_point_is_named_with_its_reason(planned, corpus):
         planned(variants=variants)
     first, *points = str(caught.value).splitlines()
     assert "2 of 4 points cannot run" in first and len(points) == 2
-    assert points[0].startswith("  main, mdm, train-epochs 4, seed 1234: --token-dropout 0.1: masked diffusion masks")
+    assert points[0].startswith("  mdm, train-epochs 4, seed 1234: --token-dropout 0.1: masked diffusion masks")
     with pytest.raises(ConfigurationError, match="every combination is excluded"):
         planned(exclude=[{"variant": "ar"}, {"variant": "mdm"}])
 
@@ -170,3 +170,21 @@ def test_the_options_of_a_command_name_a_folder(tmp_path, corpus):
     path = write(tmp_path, toy(corpus), name="demo")
     assert str(_folder(Namespace(sweep=path, output=None))) == "runs/demo"
     assert _folder(Namespace(sweep=tmp_path, output=None)) == tmp_path
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ({"bf16": True, "fp32": True}, "--bf16"),
+        ({"train-samples": 64}, "a run has one budget"),
+        ({"lr": True}, "--lr: is not followed by a value"),
+        ({"compile": "yes"}, "belongs to no flag"),
+        ({"objective": "rnn"}, "--objective rnn: is not one of"),
+    ],
+)
+def test_a_variant_that_contradicts_itself_is_named_with_the_flags(flags, message, planned):
+    with pytest.raises(ConfigurationError) as caught:
+        planned(variants={"good": {}, "bad": {"flags": flags}}, parameters={"train-epochs": [4]})
+    first, point = str(caught.value).splitlines()
+    assert "1 of 2 points cannot run" in first and point.startswith("  bad, train-epochs 4, seed 1234: ")
+    assert message in point
