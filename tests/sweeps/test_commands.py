@@ -6,6 +6,7 @@ from argparse import Namespace
 
 import pytest
 
+from benchmarks.sweeps.run import Options, measure
 from megatron.errors import ConfigurationError
 from megatron.sweeps import commands
 from megatron.sweeps.points import read_plan
@@ -83,3 +84,12 @@ def test_impossible_settings_of_a_queue_are_refused_before_anything_is_written(f
     path = write(tmp_path, toy(corpus))
     assert message in refused(commands.run, path, tmp_path / "queue", **(QUEUE | flag))
     assert not (tmp_path / "queue").exists()
+
+
+@pytest.mark.slow
+def test_a_large_sweep_is_planned_and_collected_in_seconds(tmp_path):
+    options = Options(points=2000, runs=100, records=50, rounds=1)
+    seconds = {row["command"]: row["seconds"][0] for row in measure(options, tmp_path)}
+    assert list(seconds) == ["plan", "plan, WSD", "status", "collect"]
+    assert max(seconds.values()) < 10  # of CPU time; measured: 2.5
+    assert len((tmp_path / "small" / "results.csv").read_text().splitlines()) == 1 + 100 * 5
