@@ -188,7 +188,7 @@ def build_objective(
     entry = OBJECTIVES[config.objective]
     for field in foreign(config.objective):
         value = getattr(config, field)
-        require(value == getattr(ObjectiveConfig(), field), field, value, FOREIGN[field])
+        require(value == getattr(ObjectiveConfig, field), field, value, FOREIGN[field])
 
     def by_document(likelihood: Likelihood) -> Likelihood:
         return ByDocument(likelihood, documents) if documents else likelihood

@@ -34,6 +34,8 @@ REFUSED = {
     "csv_monitor": TRACKERS,
     "comet": TRACKERS,
     "activation_checkpointing": "activation checkpointing is PyTorch's here",
+    "bf16.check_grad_overflow": "updates that are not finite are skipped",
+    "bfloat16.check_grad_overflow": "updates that are not finite are skipped",
     "gradient_allreduce_op": "gradients are averaged, and the loss is scaled accordingly",
     ZERO + "zero_quantized_weights": "it changes what is computed",
     ZERO + "zero_quantized_nontrainable_weights": "it changes what is computed",
@@ -52,6 +54,8 @@ REFUSED = {
 }
 # values that leave a refused key off, where that is not false
 OFF = {
+    "bf16.check_grad_overflow": True,
+    "bfloat16.check_grad_overflow": True,
     ZERO + "compute_grad_norm": True,
     ZERO + "offload_optimizer.ratio": 1.0,
     ZERO + "zero_hpz_partition_size": 1,

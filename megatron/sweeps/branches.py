@@ -1,13 +1,20 @@
-"""WSD branches: runs that differ only in their budget share the constant part of the longest one, their trunk.
+"""WSD branches: runs that differ only in their budget share the constant part of a longer one, their trunk.
 
-With warm-up, constant rate and decay (WSD, 2404.06395) a shorter run equals a longer one up to the start of its own
-decay. It continues from the trunk's checkpoint there and trains only its decay. Branching is exact, so the id of a run
-does not depend on it.
+With warm-up, constant rate and decay (WSD, 2404.06395) two runs of different budgets are equal up to the start of the
+earlier decay. Either continues from a checkpoint of the other that lies before it, and trains only the rest. Branching
+is exact, so the id of a run does not depend on it.
+
+1. A run that has started keeps the trunk that it started from, whatever else the sweep has now.
+2. The others, the longest first, take the latest checkpoint that a run has, or will have, before both decays begin. In
+   a new sweep this is the longest run, at the last step before their own decay.
+3. The longest run also keeps its last checkpoint before the decay, so that a longer budget can be added later.
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from megatron.config.resolve import Plan
 from megatron.config.sections import Config, DataConfig
@@ -15,9 +22,10 @@ from megatron.data.paths import requested_sets
 from megatron.errors import ConfigurationError
 from megatron.sweeps.points import Point
 from megatron.sweeps.run_costs import PRUNED_TO
+from megatron.sweeps.states import run_state
+from megatron.training.checkpoint_store import CheckpointStore, read_meta
+from megatron.training.run_folder import read_json
 from megatron.training.schedule import learning_rate, weight_decay
-
-CHECKED_STEPS = 1000  # at which the schedules of trunk and branch are compared
 
 
 @dataclass(frozen=True)
@@ -30,8 +38,24 @@ class Resolved:
     family: str
 
 
-def assign_trunks(resolved: Sequence[Resolved]) -> tuple[list[Point], list[str]]:
-    """Return the points, shorter ones as branches of the longest of their family where that is exact.
+@dataclass(frozen=True, kw_only=True)
+class History:
+    """Where a run started, and the steps at which it has checkpoints that stay, or can still save some."""
+
+    has_started: bool = False  # it has checkpoints, or is running
+    trunk: str | None = None
+    trunk_iteration: int = 0  # of the checkpoint of `trunk` that it started from
+    permanent: frozenset[int] = frozenset()  # checkpoints on disk, and those that a running process will save
+    open_after: int | None = 0  # any later checkpoint can be requested with --keep-iterations; None if none can
+
+    def latest(self, limit: int) -> int:
+        """Return the latest step up to `limit` with a checkpoint, on disk or to come; 0 if there is none."""
+        can_save = self.open_after is not None and limit > self.open_after
+        return limit if can_save else max((step for step in self.permanent if step <= limit), default=0)
+
+
+def assign_trunks(resolved: Sequence[Resolved], folder: Path) -> tuple[list[Point], list[str]]:
+    """Return the points of the sweep in `folder`, as branches of other runs of their family where that is exact.
 
     The second result says, once for each reason, why points with a WSD schedule are trained in full.
     """
@@ -42,51 +66,129 @@ def assign_trunks(resolved: Sequence[Resolved]) -> tuple[list[Point], list[str]]
     changes: dict[str, dict] = {}
     reasons: dict[str, int] = {}
     for members in families.values():
-        trunk = max(members.values(), key=lambda item: item.plan.train_samples)
-        branch_steps: set[int] = set()
-        for item in members.values():
-            if item is trunk:
-                continue
-            iteration = _last_common_step(item)
-            obstacle = _obstacle(item, trunk, iteration)
-            if obstacle:
-                reasons[obstacle] = reasons.get(obstacle, 0) + 1
-                continue
-            branch_steps.add(iteration)
-            samples = iteration * item.config.training.global_batch_size
-            changes[item.point.id] = {
-                "trunk": trunk.point.id,
-                "trunk_iteration": iteration,
-                "trunk_samples": samples,
-            }
-        size = trunk.point.disk_bytes // PRUNED_TO
-        disk = trunk.point.disk_bytes + len(branch_steps) * size
-        changes[trunk.point.id] = {"keep_iterations": sorted(branch_steps), "disk_bytes": disk}
+        family = _Family(members.values(), folder)
+        changes |= family.changes()
+        for reason in family.reasons:
+            reasons[reason] = reasons.get(reason, 0) + 1
     points = [replace(item.point, **changes.get(item.point.id, {})) for item in resolved]
     return points, [f"{count} WSD points are trained in full: {reason}" for reason, count in reasons.items()]
 
 
-def _last_common_step(item: Resolved) -> int:
+class _Family:
+    """The runs that differ only in their budget, with the trunk of each."""
+
+    def __init__(self, members: Iterable[Resolved], folder: Path):
+        self.members = sorted(members, key=lambda item: -item.plan.train_samples)
+        self.histories = {item.point.id: _history(item.point.folder(folder)) for item in self.members}
+        self.reasons: list[str] = []
+        sources = [item for item in self.members if self.histories[item.point.id].has_started]
+        for item in self.members:
+            if not self.histories[item.point.id].has_started:
+                self.histories[item.point.id] = self._start(item, sources)
+                sources.append(item)
+
+    def changes(self) -> dict[str, dict]:
+        """Return the fields of each point that depend on the family, by id."""
+        requested: dict[str, set[int]] = defaultdict(set)
+        for history in self.histories.values():
+            if history.trunk is not None:
+                requested[history.trunk].add(history.trunk_iteration)
+        longest = self.members[0]
+        if _obstacle(longest) is None:
+            requested[longest.point.id].add(_last_constant_step(longest))
+        changes = {}
+        for item in self.members:
+            history, steps = self.histories[item.point.id], sorted(requested[item.point.id])
+            changes[item.point.id] = {
+                "trunk": history.trunk,
+                "trunk_iteration": history.trunk_iteration,
+                "trunk_samples": history.trunk_iteration * item.config.training.global_batch_size,
+                "keep_iterations": steps,
+                "disk_bytes": item.point.disk_bytes + len(steps) * (item.point.disk_bytes // PRUNED_TO),
+            }
+        return changes
+
+    def _start(self, item: Resolved, sources: Sequence[Resolved]) -> History:
+        """Return the history of a run that has not started, with its trunk among `sources`."""
+        reason = _obstacle(item)
+        steps = {source.point.id: self._shared_step(item, source) for source in sources}
+        for source in sorted(sources, key=lambda source: -steps[source.point.id]) if reason is None else ():
+            step = steps[source.point.id]
+            difference = _difference(item, source, step) if step else "no checkpoint is left on their constant part"
+            if difference is None:
+                return History(trunk=source.point.id, trunk_iteration=step, open_after=step)
+            reason = reason or difference
+        if sources and reason:
+            self.reasons.append(reason)
+        return History()
+
+    def _shared_step(self, item: Resolved, source: Resolved) -> int:
+        limit = min(_last_constant_step(item), _last_constant_step(source))
+        return self.histories[source.point.id].latest(limit)
+
+
+def _history(run: Path) -> History:
+    """Return the history of a run folder."""
+    state = run_state(run)
+    checkpoints = CheckpointStore.of_run(run).complete()
+    if state.name != "running" and not checkpoints:
+        return History()
+    recorded: dict = {}
+    with suppress(ConfigurationError):  # a run that starts at this moment has none yet
+        recorded = read_json(run / "config.json")
+    has_ended = state.name == "finished" or state.has_own_fault
+    steps, newest = set(), 0
+    for path in checkpoints:
+        with suppress(ConfigurationError, KeyError, TypeError):  # damaged
+            meta = read_meta(path)
+            newest = max(newest, meta["iteration"])
+            steps |= {meta["iteration"]} if has_ended or meta["permanent"] else set()
+    if state.name == "running":
+        steps |= set(recorded.get("checkpoint", {}).get("keep_iterations", ()))
+    source = Path(recorded.get("branched_from") or "")  # .../ID/checkpoints/iter_0000012
+    return History(
+        has_started=True,
+        trunk=source.parent.parent.name or None,
+        trunk_iteration=int(source.name.removeprefix("iter_") or 0),
+        permanent=frozenset(steps),
+        open_after=None if has_ended or state.name == "running" else newest,
+    )
+
+
+def _last_constant_step(item: Resolved) -> int:
     """Return the last step before the decay of a run."""
     constant = item.plan.lr_decay_samples - item.plan.lr_wsd_decay_samples
     return min(constant, item.plan.train_samples - 1) // item.config.training.global_batch_size
 
 
-def _obstacle(item: Resolved, trunk: Resolved, iteration: int) -> str | None:
-    """Return why a run cannot continue from the trunk after `iteration` steps, or None."""
-    if iteration < 1:
+def _obstacle(item: Resolved) -> str | None:
+    """Return why a run neither continues from a run of another budget nor is continued by one, or None."""
+    config = item.config
+    if _last_constant_step(item) < 1:
         return "their decay begins in the first step"
-    if item.config.data.epoch_order == "megatron":
+    if config.data.epoch_order == "megatron":
         return "--epoch-order megatron depends on the budget; take another one"
-    if _is_blend(item.config.data):
+    if _is_blend(config.data):
         return "a blend's order may depend on the budget; give one data set in train-data-path"
-    if item.plan.eval_interval != trunk.plan.eval_interval:
+    if config.validation.eval_interval is None:
         return "their validations lie at other steps; give eval-interval"
+    if config.optimizer.lr_warmup_samples is None:
+        return "their warm-up depends on the budget; give lr-warmup-samples"
+    if config.optimizer.weight_decay_incr_style != "constant":
+        return "their weight decay depends on the budget; leave out weight-decay-incr-style"
+    return None
+
+
+def _difference(item: Resolved, source: Resolved, step: int) -> str | None:
+    """Return in what two runs of a family differ up to `step`, before both decays; None if they are equal.
+
+    Rates are compared at both ends: warm-ups of different lengths differ in the first step, decays in the last.
+    """
+    if item.plan.eval_interval != source.plan.eval_interval:
+        return "their validations lie at other steps; give one eval-interval"
     size = item.config.training.global_batch_size
-    stride = max(1, iteration // CHECKED_STEPS)
-    for step in {*range(1, iteration, stride), iteration}:
-        if _rates(item, step * size) != _rates(trunk, step * size):
-            return "their learning rate or weight decay differs from the first steps on; give lr-warmup-samples"
+    if any(_rates(item, samples) != _rates(source, samples) for samples in (size, step * size)):
+        return "their learning rate or weight decay depends on the budget"
     return None
 
 

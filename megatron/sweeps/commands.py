@@ -38,9 +38,9 @@ def plan(options: Namespace) -> int:
 def run(options: Namespace) -> int:
     """Run all points on this machine, stage by stage; print the status at the end."""
     devices = _devices()
-    slots = options.slots or len(devices) or len(os.sched_getaffinity(0))
-    if slots < 1:
-        raise ConfigurationError(f"--slots {slots}: must be at least 1")
+    slots = options.slots
+    if slots is None:
+        slots = len(devices) or len(os.sched_getaffinity(0))
     settings = QueueOptions(
         slots=slots,
         devices=devices,
@@ -191,10 +191,10 @@ def costs(points: Sequence[Point]) -> str:
         rows.append((point.id, *amounts, memory, str(point.world_size), hours, point.label))
     widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row[:-1], widths)) + f"  {row[-1]}" for row in rows]
-    shared = [point for point in points if point not in runs]
+    first = {point.id: point for point in runs}
+    shared = [point for point in points if point is not first[point.id]]
     for point in shared[:10]:
-        first = next(other for other in runs if other.id == point.id)
-        lines.append(f"{point.label}: the same run as {first.label}")
+        lines.append(f"{point.label}: the same run as {first[point.id].label}")
     if len(shared) > 10:
         lines.append(f"and {len(shared) - 10} more points that share a run")
     hours = [point.own_seconds * point.world_size / 3600 for point in runs if point.own_seconds is not None]

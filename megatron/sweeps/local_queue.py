@@ -19,12 +19,14 @@ from pathlib import Path
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from megatron.config.flags import require
 from megatron.errors import ConfigurationError
 from megatron.sweeps.launch import LOCKED, local_command, local_environment
 from megatron.sweeps.points import Point, unique_runs
 from megatron.sweeps.states import State, run_state
 from megatron.sweeps.status import run_progress
 from megatron.training.checkpoint_store import CheckpointStore
+from megatron.training.run_folder import writing
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +46,11 @@ class QueueOptions:
     retries: int = 2  # starts again after a passing failure
     retry_failed: bool = False  # start runs again that failed for a reason of their own
     hang_minutes: float = 30.0  # without any record, after which a run is ended and retried
+
+    def __post_init__(self):
+        require(self.slots >= 1, "slots", self.slots, "must be at least 1; a slot runs one rank")
+        require(self.retries >= 0, "retries", self.retries, "must not be negative; 0 starts no run again")
+        require(self.hang_minutes > 0, "hang_minutes", self.hang_minutes, "must be positive; raise it")
 
 
 @dataclass
@@ -99,7 +106,8 @@ class LocalQueue:
 
     def run(self) -> Outcome:
         """Start and watch runs until all have ended, or until SIGTERM or Ctrl-C stops the queue."""
-        (self.folder / "logs").mkdir(parents=True, exist_ok=True)
+        with writing(self.folder / "logs"):
+            (self.folder / "logs").mkdir(parents=True, exist_ok=True)
         with _handled(self._stop), logging_redirect_tqdm(), self._bar() as bar:
             try:
                 while (self.waiting and not self.signal) or self.running:
@@ -159,7 +167,9 @@ class LocalQueue:
             return False
         if CheckpointStore.of_run(point.folder(self.folder)).has_any():
             return False  # it resumes from its own
-        return run_state(self.folder / "runs" / str(point.trunk)).name != "finished"
+        state = run_state(self.folder / "runs" / str(point.trunk)).name
+        is_ahead = any(job.point.id == point.trunk for job in (*self.waiting, *self.running))
+        return state == "running" or (state != "finished" and is_ahead)
 
     def _start(self, job: _Job) -> None:
         self.waiting.remove(job)
@@ -169,7 +179,9 @@ class LocalQueue:
         used = [devices[slot % len(devices)] for slot in job.slots] if devices else []
         log = self.folder / "logs" / f"{job.point.id}.log"
         command = local_command(job.point, self.folder)
-        with open(log, "ab") as output:
+        with writing(log):
+            output = open(log, "ab")  # noqa: SIM115  an error of the process below is not one of the log
+        with output:
             job.log_offset = output.tell()
             job.process = subprocess.Popen(
                 command,

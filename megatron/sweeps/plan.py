@@ -6,22 +6,22 @@ resume may change, so adding an axis value or a variant keeps the runs that exis
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from megatron.config.layout_checks import check_batch, check_layout
-from megatron.config.resolve import resolve
+from megatron.config.resolve import Plan, resolve
 from megatron.config.sections import SECTIONS, Config
 from megatron.config.vocabulary import Vocabulary
 from megatron.errors import ConfigurationError
 from megatron.objectives.registry import build_objective, capabilities
 from megatron.sweeps.branches import Resolved, assign_trunks
 from megatron.sweeps.choices import best_trials
-from megatron.sweeps.points import Point, identity, same_value, text
-from megatron.sweeps.run_costs import DataSizes, disk_bytes, memory_bytes
+from megatron.sweeps.points import Point, identity, readable_name, same_value, text
+from megatron.sweeps.run_costs import RunCosts, disk_bytes
 from megatron.sweeps.sweep_file import Flags, Stage, Sweep, Variant
 from megatron.sweeps.trials import draw_trials
 from megatron.training.command_line import ENTRY_POINTS, parse
@@ -32,6 +32,14 @@ DECISIVE = {"train_data_path", "train_data_path_file", "valid_data_path", "valid
 DECISIVE |= {"objective", "tokenizer_model", "vocab_file", "merge_file", "bf16", "fp32"}
 NOT_IN_ID = FREE_ON_RESUME - DECISIVE
 SECTIONS_NOT_IN_ID = ("checkpoint", "tracking", "parallel")
+# defaults by (section, field) of what decides a run's result
+DECISIVE_FIELDS = {
+    (section, field.name): field.default
+    for section, kind in SECTIONS.items()
+    if section not in SECTIONS_NOT_IN_ID
+    for field in fields(kind)
+    if field.name not in NOT_IN_ID
+}
 
 
 @dataclass
@@ -51,7 +59,7 @@ def plan_sweep(sweep: Sweep, folder: Path, progress: bool = False) -> Planned:
 
     Raises: ConfigurationError that names every impossible point, up to a screenful.
     """
-    planned, errors, data_sizes = Planned(), [], DataSizes(sweep)
+    planned, errors, costs = Planned(), [], RunCosts(sweep)
     resolved: list[Resolved] = []
     for stage in sweep.stages:
         tuned: dict = {}
@@ -68,9 +76,9 @@ def plan_sweep(sweep: Sweep, folder: Path, progress: bool = False) -> Planned:
                 continue
             tuned, planned.choices[stage.name] = chosen.flags, chosen.records
         drafts = list(_drafts(sweep, stage, tuned))
-        for draft in tqdm(drafts, desc=f"plan {stage.name}", disable=not progress, leave=False):
+        for draft in tqdm(drafts, desc=f"plan {stage.name}", disable=None if progress else True, leave=False):
             try:
-                resolved.append(_resolved(draft, data_sizes))
+                resolved.append(_resolved(draft, costs, folder.resolve().name))
             except ConfigurationError as error:
                 errors.append(f"{draft.label}: {error}")
     if errors:
@@ -84,7 +92,7 @@ def plan_sweep(sweep: Sweep, folder: Path, progress: bool = False) -> Planned:
         raise ConfigurationError(f"{sweep.path}: has no point; every combination is excluded")
     planned.points = [item.point for item in resolved]
     if sweep.wsd_branches:
-        planned.points, planned.notes = assign_trunks(resolved)
+        planned.points, planned.notes = assign_trunks(resolved, folder)
     return planned
 
 
@@ -101,8 +109,7 @@ class _Draft:
 
     @property
     def label(self) -> str:
-        words = [f"{name} {text(value)}" for name, value in {**self.axes, **self.tuned}.items()]
-        return ", ".join([self.stage.name, self.variant.name, *words, f"seed {self.seed}"])
+        return readable_name(self.stage.name, self.variant.name, self.axes, trial=self.trial, seed=self.seed)
 
     @property
     def flags(self) -> Flags:
@@ -116,7 +123,7 @@ def _drafts(sweep: Sweep, stage: Stage, chosen: dict[tuple, Flags]) -> Iterator[
         if stage.tuning is None:
             trials: list[tuple[int | None, Flags]] = [(None, {})]
         else:
-            trials = list(enumerate(draw_trials(stage.tuning, variant.tuned)))
+            trials = list(enumerate(draw_trials(stage.tuning, stage.tuned(variant))))
         for values in itertools.product(*axes.values()):
             point = dict(zip(axes, values, strict=True))
             named = {"variant": variant.name, **point}
@@ -149,16 +156,15 @@ def words(flags: Flags) -> list[str]:
     return line
 
 
-def _resolved(draft: _Draft, data_sizes: DataSizes) -> Resolved:
+def _resolved(draft: _Draft, costs: RunCosts, group: str) -> Resolved:
     """Return the point of a draft.
 
     Raises: ConfigurationError where the training command would refuse it.
     """
-    arguments = words(draft.flags)
-    config = parse("ar", arguments)
+    config = parse("ar", words(draft.flags))
     resources = _resources(draft)
     declared = capabilities(config.objective.objective)
-    unique_tokens, vocabulary_size = data_sizes(config)
+    unique_tokens, vocabulary_size = costs.data_sizes(config)
     vocabulary = Vocabulary(vocabulary_size)
     plan = resolve(config, vocabulary, unique_tokens, declared)
     build_objective(config.objective, vocabulary, config.training.global_batch_size)
@@ -171,9 +177,9 @@ def _resolved(draft: _Draft, data_sizes: DataSizes) -> Resolved:
     seq_length = config.data.seq_length
     flops = plan.flops(plan.train_samples, seq_length)
     speed = resources["flops_per_second"]
-    settings = _settings(config)
+    point_id = run_id(config, plan)
     point = Point(
-        id=identity(settings | {f"plan.{name}": getattr(plan, name) for name in BUDGET_PLAN}),
+        id=point_id,
         stage=draft.stage.name,
         variant=draft.variant.name,
         axes=draft.axes,
@@ -181,7 +187,7 @@ def _resolved(draft: _Draft, data_sizes: DataSizes) -> Resolved:
         seed=draft.seed,
         trial=draft.trial,
         script=ENTRY_POINTS.get(config.objective.objective, "pretrain_gpt.py"),
-        arguments=arguments,
+        arguments=words(_tracked(draft, group, point_id)),
         nodes=resources["nodes"],
         world_size=resources["world_size"],
         minutes=resources["minutes"],
@@ -191,15 +197,25 @@ def _resolved(draft: _Draft, data_sizes: DataSizes) -> Resolved:
         tokens=plan.tokens(plan.train_samples, seq_length),
         epochs=plan.train_samples * seq_length / plan.unique_tokens,
         flops=flops,
-        memory_bytes=memory_bytes(config, vocabulary, resources["world_size"]),
+        memory_bytes=costs.memory_bytes(config, vocabulary, resources["world_size"]),
         disk_bytes=disk_bytes(config, plan, seq_length),
         seconds=None if speed is None else flops / (speed * resources["world_size"]),
     )
-    return Resolved(point, config, plan, family=identity(settings))
+    return Resolved(point, config, plan, family=identity(_settings(config)))
+
+
+def _tracked(draft: _Draft, group: str, point_id: str) -> Flags:
+    """Return the flags of a point with the names of its run in Weights & Biases and its own TensorBoard folder."""
+    flags = draft.flags
+    if flags.get("wandb-project") is not None:
+        flags = {"wandb-group": group, "wandb-exp-name": draft.label} | flags
+    if flags.get("tensorboard-dir") is not None:
+        flags["tensorboard-dir"] = f"{flags['tensorboard-dir']}/{point_id}"
+    return flags
 
 
 def _resources(draft: _Draft) -> dict[str, Any]:
-    resources = asdict(draft.stage.resources)
+    resources = dict(vars(draft.stage.resources))
     named = {"variant": draft.variant.name, **draft.flags}
     for where, amounts in draft.stage.resources.rules:
         if _matches(named, where):
@@ -211,6 +227,11 @@ def _matches(flags: Flags, conditions: dict[str, Any]) -> bool:
     return all(name in flags and same_value(flags[name], value) for name, value in conditions.items())
 
 
+def run_id(config: Config, plan: Plan) -> str:
+    """Return the id of the run of a configuration and its plan."""
+    return identity(_settings(config) | {f"plan.{name}": getattr(plan, name) for name in BUDGET_PLAN})
+
+
 def _settings(config: Config) -> dict[str, Any]:
     """Return the settings that decide the result of a run, but for its budget.
 
@@ -218,8 +239,6 @@ def _settings(config: Config) -> dict[str, Any]:
     """
     return {
         f"{section}.{name}": value
-        for section, values in asdict(config).items()
-        if section not in SECTIONS_NOT_IN_ID
-        for name, value in values.items()
-        if name not in NOT_IN_ID and value != getattr(SECTIONS[section], name, None)
+        for (section, name), default in DECISIVE_FIELDS.items()
+        if (value := getattr(getattr(config, section), name)) != default
     }

@@ -10,10 +10,11 @@ DIR/logs/           output of the runs
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from megatron.errors import ConfigurationError
 from megatron.training.run_folder import writing
@@ -47,18 +48,15 @@ class Point:
     memory_bytes: int | None  # peak of the rank that needs most, on a CUDA device; None where no formula holds
     disk_bytes: int
     seconds: float | None = None  # of the whole budget, at the given throughput
-    trunk: str | None = None  # id of the longer run whose checkpoint this one continues from
+    trunk: str | None = None  # id of the run whose checkpoint this one continues from
     trunk_iteration: int = 0
     trunk_samples: int = 0  # consumed there
-    keep_iterations: list[int] = field(default_factory=list)  # checkpoints that shorter runs continue from
+    keep_iterations: list[int] = field(default_factory=list)  # checkpoints that other runs continue from
 
     @property
     def label(self) -> str:
-        """The point as a person reads it: `mdm, train-epochs 16, seed 1`."""
-        words = [self.stage] if self.stage != "main" else []
-        words += [self.variant, *(f"{name} {text(value)}" for name, value in self.axes.items())]
-        words += [f"trial {self.trial}"] if self.trial is not None else []
-        return ", ".join([*words, f"seed {self.seed}"])
+        """The point as a person reads it."""
+        return readable_name(self.stage, self.variant, self.axes, trial=self.trial, seed=self.seed)
 
     @property
     def own_flops(self) -> float:
@@ -84,6 +82,14 @@ class Point:
     def folder(self, sweep: Path) -> Path:
         """Return the run folder of the point in the sweep folder."""
         return sweep / "runs" / self.id
+
+
+def readable_name(stage: str, variant: str, axes: dict[str, Any], *, trial: int | None, seed: int) -> str:
+    """Return the name of a point: `mdm, train-epochs 16, seed 1`; a stage is named where the file has several."""
+    words = [stage] if stage != "main" else []
+    words += [variant, *(f"{name} {text(value)}" for name, value in axes.items())]
+    words += [f"trial {trial}"] if trial is not None else []
+    return ", ".join([*words, f"seed {seed}"])
 
 
 def same_value(first: Any, second: Any) -> bool:
@@ -125,13 +131,26 @@ def replace_file(path: Path, content: str) -> None:
 
     Raises: OSError where it cannot be written.
     """
+    with replacing(path) as file:
+        file.write(content.encode())
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """Yield a temporary file that replaces `path` at the end; after an error `path` is as it was.
+
+    Raises: OSError where it cannot be written.
+    """
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     with writing(path):
-        with open(partial, "w", encoding="utf-8") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+        try:
+            with open(partial, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def read_plan(folder: Path) -> list[Point]:

@@ -10,7 +10,7 @@ import pyarrow.parquet
 from tqdm import tqdm
 
 from megatron.errors import ConfigurationError
-from megatron.sweeps.points import Point, text
+from megatron.sweeps.points import Point, replacing, text
 from megatron.sweeps.states import run_state
 from megatron.training.run_folder import read_records
 
@@ -48,7 +48,7 @@ def collect(folder: Path, points: Sequence[Point], progress: bool = False) -> pa
     rows: list[dict[str, Any]] = []
     records_by_run: dict[str, list[dict]] = {}
     states: dict[str, str] = {}
-    for point in tqdm(points, desc="collect", disable=not progress, leave=False):
+    for point in tqdm(points, desc="collect", disable=None if progress else True, leave=False):
         if point.id not in records_by_run:
             records_by_run[point.id] = _validations(point.folder(folder))
             states[point.id] = run_state(point.folder(folder)).name
@@ -72,10 +72,9 @@ def write_table(table: pa.Table, folder: Path) -> list[Path]:
     """
     paths = []
     for name, write in (("results.csv", pyarrow.csv.write_csv), ("results.parquet", pyarrow.parquet.write_table)):
-        path, partial = folder / name, folder / f"{name}.partial"
-        write(table, str(partial))
-        partial.replace(path)
-        paths.append(path)
+        with replacing(folder / name) as file:
+            write(table, file)
+        paths.append(folder / name)
     return paths
 
 

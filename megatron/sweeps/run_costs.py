@@ -1,7 +1,9 @@
 """What a run needs: its data, its memory on the device and its checkpoints on disk."""
 
-from megatron.config.resolve import Plan
-from megatron.config.sections import Config, DataConfig
+from dataclasses import fields
+
+from megatron.config.resolve import BUDGETS, Plan
+from megatron.config.sections import SECTIONS, Config, DataConfig
 from megatron.config.vocabulary import Vocabulary
 from megatron.data.indexed import data_files
 from megatron.data.paths import requested_sets
@@ -13,34 +15,56 @@ from megatron.training.datasets import open_sources
 
 STATE_BYTES = 12  # a parameter in a checkpoint: its fp32 weight and two moments
 AVERAGE_BYTES = 4
+# the sections that decide a run's memory, and their fields that do not
+MEMORY_SECTIONS = ("model", "parallel", "data", "training", "optimizer")
+NOT_IN_MEMORY = {*BUDGETS, "seed", "lr", "weight_decay"}
+MEMORY_FIELDS = [
+    (section, field.name)
+    for section in MEMORY_SECTIONS
+    for field in fields(SECTIONS[section])
+    if field.name not in NOT_IN_MEMORY
+]
 PRUNED_TO = 3  # checkpoints that are always kept: the newest two and the best
 
 
-class DataSizes:
-    """Unique tokens and vocabulary size of a run's data, opened once for equal data flags.
-
-    Where the data are not on this machine, those that the sweep file states are taken.
-    """
+class RunCosts:
+    """What the points of a sweep need; what many of them share is computed once."""
 
     def __init__(self, sweep: Sweep):
         self._stated = sweep.data
-        self._known: dict[DataConfig, tuple[int, int]] = {}
+        self._sizes: dict[DataConfig, tuple[int, int]] = {}
+        self._peaks: dict[tuple, int] = {}
 
-    def __call__(self, config: Config) -> tuple[int, int]:
-        """Return both.
+    def data_sizes(self, config: Config) -> tuple[int, int]:
+        """Return the unique tokens and the vocabulary size of a run's data.
+
+        Where the data are not on this machine, those that the sweep file states are taken.
 
         Raises: ConfigurationError where the data are missing or damaged.
         """
         data = config.data
-        if data not in self._known:
+        if data not in self._sizes:
             if len(self._stated) == 2 and not _exist(data):
                 unique_tokens = self._stated["unique_tokens"]
                 sizes = min(unique_tokens, data.train_unique_tokens or unique_tokens), self._stated["vocabulary_size"]
             else:
                 sources = open_sources(config)
                 sizes = sources.train.unique_tokens, sources.tokenizer.vocabulary_size
-            self._known[data] = sizes
-        return self._known[data]
+            self._sizes[data] = sizes
+        return self._sizes[data]
+
+    def memory_bytes(self, config: Config, vocabulary: Vocabulary, world_size: int) -> int | None:
+        """Return the peak memory of the rank that needs most, on CUDA; None where no formula holds."""
+        if config.parallel.deepspeed:
+            return None  # the formula is FSDP2's
+        settings = [getattr(getattr(config, section), name) for section, name in MEMORY_FIELDS]
+        key = (*settings, config.objective.objective, vocabulary, world_size)
+        if key not in self._peaks:
+            precision = "fp32" if config.training.fp32 else "bf16"
+            declared = capabilities(config.objective.objective)
+            peak = peak_memory(config, vocabulary, declared, world_size=world_size, precision=precision)
+            self._peaks[key] = peak.total
+        return self._peaks[key]
 
 
 def _exist(data: DataConfig) -> bool:
@@ -60,11 +84,3 @@ def disk_bytes(config: Config, plan: Plan, seq_length: int) -> int:
     permanent = int(epochs // interval) if interval else 0
     size = plan.parameters * (STATE_BYTES + AVERAGE_BYTES * config.optimizer.averages)
     return size * (PRUNED_TO + permanent)
-
-
-def memory_bytes(config: Config, vocabulary: Vocabulary, world_size: int) -> int | None:
-    """Return the peak memory of the rank that needs most, on CUDA; None where no formula holds."""
-    if config.parallel.deepspeed:
-        return None  # the formula is FSDP2's
-    settings = {"world_size": world_size, "precision": "fp32" if config.training.fp32 else "bf16"}
-    return peak_memory(config, vocabulary, capabilities(config.objective.objective), **settings).total

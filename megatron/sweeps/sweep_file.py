@@ -4,20 +4,15 @@ The file is YAML in the habits of W&B sweeps and Hydra; docs/sweeps.md describes
 needs the training parser or the data sets happens in `plan`.
 """
 
-import difflib
-import math
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from megatron.config.compatibility_table import TABLE
 from megatron.config.sections import SECTIONS
-from megatron.errors import ConfigurationError
 from megatron.sweeps.points import same_value, text
+from megatron.sweeps.yaml_file import YamlFile, unknown_name
 
 STAGE_KEYS = ("flags", "parameters", "variants", "seeds", "tuning", "resources", "best_of", "by")
 SWEEP_KEYS = ("name", "description", "data", "exclude", "wsd_branches", "stages", *STAGE_KEYS)
@@ -99,6 +94,10 @@ class Stage:
     best_of: str | None
     by: tuple[str, ...]
 
+    def tuned(self, variant: Variant) -> dict[str, Distribution]:
+        """Return the flags that the trials of a variant tune, the shared ones first; none without tuning."""
+        return {} if self.tuning is None else {**self.tuning.parameters, **variant.tuned}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep:
@@ -121,41 +120,16 @@ def read_sweep(path: Path) -> Sweep:
     return _Reader(path).sweep()
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """YAML without objects, which refuses a key that is given twice."""
-
-    def construct_mapping(self, node, deep=False):
-        """Return a mapping."""
-        names = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != MERGE]
-        double = next((name for name in names if names.count(name) > 1), None)
-        if double is not None:
-            raise yaml.MarkedYAMLError(problem=f"{double} is given twice", problem_mark=node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-# numbers as in YAML 1.2 and on the command line: 1e-3 needs no dot
-_UniqueKeys.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+e[-+]?[0-9]+$", re.I), list("-+0123456789")
-)
-
-
-class _Reader:
-    """Reads one file; every error names the file and the key, such as `variants.mdm.flags`."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def error(self, key: str, message: str) -> ConfigurationError:
-        """Return the error of a key."""
-        return ConfigurationError(f"{self.path}: {key}: {message}" if key else f"{self.path}: {message}")
+class _Reader(YamlFile):
+    """Reads a sweep file."""
 
     def sweep(self) -> Sweep:
         """Return the whole file."""
-        top = self.mapping("", self._load(), SWEEP_KEYS)
+        top = self.mapping("", self.load(), SWEEP_KEYS)
         name = str(top.get("name", self.path.stem))
         if not name.replace("-", "").replace("_", "").replace(".", "").isalnum():
             raise self.error("name", f"{name}: names a folder and jobs; use letters, digits, '-', '_' and '.'")
-        assumed = self.mapping("data", top.get("data", {}), ("unique_tokens", "vocabulary_size"))
+        assumed = self.mapping("data", top.get("data"), ("unique_tokens", "vocabulary_size"))
         base = {key: top[key] for key in STAGE_KEYS if key in top}
         stages = self._stages(base, top.get("stages"))
         return Sweep(
@@ -167,20 +141,9 @@ class _Reader:
                 self._where("exclude", combination, stages)
                 for combination in self.sequence("exclude", top.get("exclude"))
             ),
-            wsd_branches=self._switch("wsd_branches", top.get("wsd_branches", True)),
+            wsd_branches=self.switch("wsd_branches", top.get("wsd_branches", True)),
             data={key: self.whole(f"data.{key}", value, 1) for key, value in assumed.items()},
         )
-
-    def _load(self) -> Any:
-        try:
-            return yaml.load(self.path.read_text(encoding="utf-8"), _UniqueKeys) or {}  # a SafeLoader
-        except OSError as error:
-            raise ConfigurationError(f"{self.path}: cannot be read ({error.strerror}); name a sweep file") from None
-        except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, an impossible date
-            mark = getattr(error, "problem_mark", None)
-            place = f", line {mark.line + 1}" if mark else ""
-            problem = getattr(error, "problem", None) or str(error)
-            raise ConfigurationError(f"{self.path}{place}: is not YAML: {problem}; correct it") from None
 
     # ------------------------------------------------------------------------------------------------- stages
 
@@ -190,12 +153,13 @@ class _Reader:
         stages: list[Stage] = []
         for name, own in self.mapping("stages", named, None).items():
             key = f"stages.{name}"
-            own = self.mapping(key, own or {}, STAGE_KEYS)
+            own = self.mapping(key, own, STAGE_KEYS)
             merged = base | own
             for part in ("flags", "parameters"):
-                merged[part] = {**(base.get(part) or {}), **(own.get(part) or {})}
+                outer = self._named_flags(part, base.get(part))
+                merged[part] = outer | self._named_flags(f"{key}.{part}", own.get(part))
             if isinstance(own.get("variants"), list):
-                merged["variants"] = self._selected(f"{key}.variants", own["variants"], base.get("variants") or {})
+                merged["variants"] = self._selected(f"{key}.variants", own["variants"], base.get("variants"))
             if own.get("best_of"):
                 merged.pop("tuning", None)
                 if "tuning" in own:
@@ -205,15 +169,16 @@ class _Reader:
             raise self.error("stages", "is empty; name at least one stage, or leave the key out")
         return tuple(stages)
 
-    def _selected(self, key: str, names: list, variants: Mapping) -> dict:
+    def _selected(self, key: str, names: list, given: Any) -> dict:
+        variants = self.mapping("variants", given, None)
         for name in names:
             if name not in variants:
-                raise self.error(key, _unknown(str(name), variants, "variant"))
+                raise self.error(key, unknown_name(str(name), variants, "variant"))
         return {name: variants[name] for name in names}
 
     def _stage(self, name: str, key: str, given: dict, earlier: tuple[Stage, ...]) -> Stage:
         tuning = given.get("tuning")
-        raw_variants = self.mapping(f"{key}variants", given.get("variants") or {"default": {}}, None)
+        raw_variants = self.mapping(f"{key}variants", given.get("variants"), None) or {"default": None}
         variants = tuple(self._variant(f"{key}variants.{item}", str(item), own) for item, own in raw_variants.items())
         stage = Stage(
             name=name,
@@ -226,8 +191,20 @@ class _Reader:
             best_of=None if given.get("best_of") is None else str(given["best_of"]),
             by=tuple(self.sequence(f"{key}by", given.get("by"))),
         )
+        self._check_axes(key, stage)
         self._check_best(key, stage, earlier)
         return stage
+
+    def _check_axes(self, key: str, stage: Stage) -> None:
+        """Refuse axes of a variant that its own or tuned flags contradict."""
+        for variant in stage.variants:
+            axes = {**stage.parameters, **variant.parameters}
+            for name in variant.flags.keys() & axes.keys():
+                raise self.error(
+                    f"{key}variants.{variant.name}.flags.{name}", "is an axis of this variant as well; drop one"
+                )
+            for name in stage.tuned(variant).keys() & axes.keys():
+                raise self.error(f"{key}tuning.parameters.{name}", f"is an axis of variant {variant.name}; drop one")
 
     def _check_best(self, key: str, stage: Stage, earlier: tuple[Stage, ...]) -> None:
         if stage.best_of is None:
@@ -242,11 +219,16 @@ class _Reader:
             raise self.error(
                 f"{key}best_of", f"{stage.best_of}: has no tuning, so no trial is its best; add tuning to it"
             )
+        twins = {other.name: other for other in source.variants}
         for variant in stage.variants:
-            if variant.name not in [other.name for other in source.variants]:
+            if variant.name not in twins:
                 raise self.error(f"{key}best_of", f"{stage.best_of}: has no variant {variant.name}; add it there")
+            twin = twins[variant.name]
+            for name in source.tuned(twin).keys() & {**stage.parameters, **variant.parameters}.keys():
+                raise self.error(
+                    f"{key}best_of", f"{stage.best_of}: tunes {name}, which is an axis here; drop the axis"
+                )
             for axis in stage.by:
-                twin = next(other for other in source.variants if other.name == variant.name)
                 for owner, axes in ((stage, variant.parameters), (source, twin.parameters)):
                     if axis not in {**owner.parameters, **axes}:
                         raise self.error(
@@ -254,8 +236,8 @@ class _Reader:
                         )
 
     def _variant(self, key: str, name: str, given: Any) -> Variant:
-        given = self.mapping(key, given or {}, VARIANT_KEYS)
-        tuned = self.mapping(f"{key}.tuning", given.get("tuning") or {}, ("parameters",))
+        given = self.mapping(key, given, VARIANT_KEYS)
+        tuned = self.mapping(f"{key}.tuning", given.get("tuning"), ("parameters",))
         return Variant(
             name,
             self.flags(f"{key}.flags", given.get("flags")),
@@ -271,7 +253,7 @@ class _Reader:
             if not values:
                 raise self.error(f"{key}.{name}", "has no values; give at least one, or drop the axis")
             for index, value in enumerate(values):
-                if not isinstance(value, (str, int, float, bool, list)):
+                if not isinstance(value, VALUE_TYPES):
                     raise self.error(f"{key}.{name}", f"{value}: is neither text nor a number; write it in quotes")
                 if any(same_value(value, other) for other in values[:index]):
                     raise self.error(f"{key}.{name}", f"{value}: is given twice; drop one")
@@ -304,7 +286,7 @@ class _Reader:
         given = self.mapping(key, given, ("distribution", "min", "max", "values"))
         kind = given.get("distribution", "categorical" if "values" in given else "uniform")
         if kind not in DISTRIBUTIONS:
-            raise self.error(f"{key}.distribution", _unknown(str(kind), DISTRIBUTIONS, "distribution"))
+            raise self.error(f"{key}.distribution", unknown_name(str(kind), DISTRIBUTIONS, "distribution"))
         wanted = DISTRIBUTIONS[kind]
         if set(given) - {"distribution"} != set(wanted):
             raise self.error(key, f"distribution {kind} takes {' and '.join(wanted)}; give exactly these")
@@ -320,7 +302,7 @@ class _Reader:
 
     def _resources(self, key: str, given: Any, stage: dict) -> Resources:
         names = [field.name for field in fields(Resources)]
-        given = self.mapping(key, given or {}, names)
+        given = self.mapping(key, given, names)
         rules = []
         for index, entry in enumerate(self.sequence(f"{key}.rules", given.get("rules"))):
             entry = self.mapping(f"{key}.rules[{index}]", entry, ("where", *names[:-1]))
@@ -349,7 +331,7 @@ class _Reader:
                     axes.setdefault(name, []).extend(values)
         for name, value in where.items():
             if name not in axes:
-                raise self.error(key, _unknown(name, axes, "axis"))
+                raise self.error(key, unknown_name(name, axes, "axis"))
             if not any(same_value(value, other) for other in axes[name]):
                 known = ", ".join(dict.fromkeys(map(text, axes[name])))
                 raise self.error(f"{key}.{name}", f"{value}: is no value of it ({known}); correct it")
@@ -364,10 +346,20 @@ class _Reader:
 
     def flags(self, key: str, given: Any) -> Flags:
         """Return flags by name; a value of None leaves a flag out that an outer level gives."""
-        return self._named_flags(key, given)
+        flags = self._named_flags(key, given)
+        for name, value in flags.items():
+            if value is not None and not isinstance(value, VALUE_TYPES):
+                raise self.error(f"{key}.{name}", f"{value}: is no value of a flag; axes are under `parameters`")
+        return flags
 
     def _named_flags(self, key: str, given: Any) -> dict[str, Any]:
-        return {self.flag_name(key, name): value for name, value in self.mapping(key, given or {}, None).items()}
+        flags: dict[str, Any] = {}
+        for name, value in self.mapping(key, given, None).items():
+            flag = self.flag_name(key, name)
+            if flag in flags:
+                raise self.error(f"{key}.{name}", "is given twice; drop one")
+            flags[flag] = value
+        return flags
 
     def flag_name(self, key: str, name: Any) -> str:
         """Return the name of a flag as on the command line, without dashes in front.
@@ -377,60 +369,15 @@ class _Reader:
         flag = str(name).lstrip("-").replace("_", "-")
         if flag in MANAGED:
             raise self.error(f"{key}.{name}", f"is not set in a sweep file: {MANAGED[flag]}")
-        known = FLAG_NAMES
-        if flag not in known and flag.removeprefix("no-") not in known:
-            raise self.error(f"{key}.{name}", _unknown(flag, known, "flag"))
+        if flag.startswith("no-") and flag.removeprefix("no-") in FLAG_NAMES:
+            raise self.error(f"{key}.{name}", f"is a negation; write `{flag.removeprefix('no-')}: false`")
+        if flag not in FLAG_NAMES:
+            raise self.error(f"{key}.{name}", unknown_name(flag, FLAG_NAMES, "flag"))
         return flag
 
-    def mapping(self, key: str, given: Any, known: Iterable[str] | None) -> dict:
-        """Return a mapping whose keys are `known`; None allows any."""
-        if not isinstance(given, dict):
-            raise self.error(key, f"{given}: is not a mapping; write `key: value` lines")
-        for name in given if known is not None else ():
-            if name not in (known or ()):
-                raise self.error(f"{key}.{name}".lstrip("."), _unknown(str(name), known or (), "key"))
-        return given
 
-    def sequence(self, key: str, given: Any) -> list:
-        """Return a list; None is an empty one."""
-        if given is not None and not isinstance(given, list):
-            raise self.error(key, f"{given}: is not a list; write [{given}]")
-        return given or []
-
-    def _switch(self, key: str, given: Any) -> bool:
-        if not isinstance(given, bool):
-            raise self.error(key, f"{given}: is neither true nor false; correct it")
-        return given
-
-    def whole(self, key: str, given: Any, minimum: int) -> int:
-        """Return a whole number of at least `minimum`."""
-        value = self.number(key, given)
-        if value != int(value) or value < minimum:
-            raise self.error(key, f"{given}: must be a whole number of at least {minimum}; correct it")
-        return int(value)
-
-    def number(self, key: str, given: Any) -> float:
-        """Return a number; YAML reads 1e-3, without a dot, as text."""
-        try:
-            if isinstance(given, bool) or given is None or not math.isfinite(float(given)):
-                raise ValueError
-            return float(given)
-        except (TypeError, ValueError):
-            raise self.error(key, f"{given}: is not a number; write it like 3, 0.1 or 1e-3") from None
-
-
-MERGE = "tag:yaml.org,2002:merge"
+VALUE_TYPES = (str, int, float, bool, list)
 FLAG_NAMES = sorted(
     {field.name.replace("_", "-") for section in SECTIONS.values() for field in fields(section)}
     | {spelled.lstrip("-") for spelled in TABLE}
 )
-
-
-def _unknown(name: str, known: Iterable[str], kind: str) -> str:
-    """Return what is wrong with an unknown name: the close one, or all where they are few."""
-    names = sorted(map(str, known))
-    close = difflib.get_close_matches(name, names, n=1)
-    remedy = f"did you mean {close[0]}?" if close else "pretrain_gpt.py --help lists all"
-    if kind == "distribution" or (not close and len(names) <= 20):
-        remedy = f"the names are {', '.join(names)}"
-    return f"{name}: is an unknown {kind}; {remedy}"

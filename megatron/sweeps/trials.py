@@ -13,15 +13,14 @@ DIGITS = 6  # significant digits of a value, so that it reads well as a flag
 DIMENSIONS = 32  # of the sequence: a flag's values depend on its place among the flags, not on their number
 
 
-def draw_trials(tuning: Tuning, own: dict[str, Distribution]) -> list[dict[str, Any]]:
-    """Return the flags of each trial of a variant, whose `own` tuned flags are added to the shared ones.
+def draw_trials(tuning: Tuning, parameters: dict[str, Distribution]) -> list[dict[str, Any]]:
+    """Return the flags of each trial of a variant, which tunes `parameters`.
 
-    The shared flags come first, so that they have the same values in all variants. Every variant has the same number
-    of trials.
+    The flags that all variants tune come first, so that they have the same values in all of them. Every variant has
+    the same number of trials.
 
     Raises: ConfigurationError for more than DIMENSIONS tuned flags.
     """
-    parameters = {**tuning.parameters, **own}
     if len(parameters) > DIMENSIONS:
         raise ConfigurationError(
             f"tuning.parameters: {len(parameters)} flags; at most {DIMENSIONS} are tuned at a time"

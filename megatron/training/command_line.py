@@ -4,7 +4,9 @@ import argparse
 import dataclasses
 import logging
 from collections.abc import Sequence
+from functools import cache, lru_cache
 from pathlib import Path
+from typing import Any
 
 from megatron.config.compatibility import is_foreign, translate
 from megatron.config.flags import DescribedFormatter, HelpFormatter, Parser, add_section, build, spelling, typed_flags
@@ -73,8 +75,15 @@ def parse_over(config: Config, arguments: list[str]) -> Config:
 
 
 def _configuration(objective: str, arguments: list[str], recorded: dict | None = None) -> Config:
-    namespace = parser(objective, implied(objective, arguments, recorded)).parse_known(arguments)
+    settings = implied(objective, arguments, recorded)
+    defaults = tuple((name, tuple(value) if isinstance(value, list) else value) for name, value in settings.items())
+    namespace = _parser(objective, defaults).parse_known(arguments)
     return Config(**{name: build(section, namespace) for name, section in SECTIONS.items()})
+
+
+@lru_cache(maxsize=128)  # a sweep parses thousands of command lines with the same few defaults
+def _parser(objective: str, defaults: tuple[tuple[str, Any], ...]) -> Parser:
+    return parser(objective, dict(defaults))
 
 
 def parse_with(options: type, description: str, arguments: list[str], shown: tuple[str, ...]) -> tuple:
@@ -84,7 +93,7 @@ def parse_with(options: type, description: str, arguments: list[str], shown: tup
 
     Raises: ConfigurationError for anything wrong in the command line.
     """
-    objective = _early_flags(arguments, ("--objective",)).get("objective") or "ar"
+    objective = _early_flags(arguments).get("objective") or "ar"
     arguments = translate(arguments, _batch(objective, arguments))
     result = Parser(description=description, formatter_class=DescribedFormatter, allow_abbrev=False)
     add_section(result, options, {})
@@ -103,8 +112,7 @@ def implied(objective: str, arguments: list[str], recorded: dict | None = None) 
 
     `recorded` are the settings of a run, by flag; without them, --skip-train reads those of its run.
     """
-    names = ("--objective", "--recipe", "--save", "--load", "--model-size")
-    early = _early_flags(arguments, names, skip_train=True)
+    early = _early_flags(arguments)
     # unknown recipes and objectives are rejected later, by the full parser
     recipe = RECIPES.get(early.get("recipe") or "", {})
     chosen_objective = early.get("objective") or objective
@@ -118,7 +126,7 @@ def implied(objective: str, arguments: list[str], recorded: dict | None = None) 
     typed = typed_flags(arguments)
     for group in EXCLUSIVE_FLAGS:
         if typed & set(map(spelling, group)):
-            settings |= {name: _own_default(name) for name in group}
+            settings |= {name: _own_defaults()[name] for name in group}
     return settings | implied_tokenizer(typed)
 
 
@@ -161,29 +169,35 @@ def _flat(sections: dict[str, dict]) -> dict:
 
 
 def _batch(objective: str, arguments: list[str], recorded: dict | None = None) -> int:
-    """Return --global-batch-size of a command line that is not translated yet."""
-    text = _early_flags(arguments, ("--global-batch-size",)).get("global_batch_size")
+    """Return --global-batch-size of a command line that is not translated yet; 1 if none of its flags needs it."""
+    if not is_foreign(arguments):
+        return 1
+    text = _early_flags(arguments).get("global_batch_size")
     try:
-        default = implied(objective, arguments, recorded).get("global_batch_size", _own_default("global_batch_size"))
+        default = implied(objective, arguments, recorded).get("global_batch_size", _own_defaults()["global_batch_size"])
         return int(float(text or default))
     except (ValueError, OverflowError):
         return 1  # the full parser reports the error
 
 
-def _early_flags(arguments: list[str], names: tuple[str, ...], *, skip_train: bool = False) -> dict:
-    """Return a few flags of a command line before the full parse; {} if they are malformed."""
-    partial = Parser(add_help=False, allow_abbrev=False)
-    for name in names:
-        partial.add_argument(name)
-    if skip_train:
-        partial.add_argument("--skip-train", action=argparse.BooleanOptionalAction)
+def _early_flags(arguments: list[str]) -> dict:
+    """Return the flags that imply others, before the full parse; {} if they are malformed."""
     try:
-        return vars(partial.parse_known_args(arguments)[0])
+        return vars(_early_parser().parse_known_args(arguments)[0])
     except argparse.ArgumentError:
         return {}  # the full parser reports the error
 
 
-def _own_default(name: str):
-    """Return the default of a flag without any recipe."""
-    fields = [field for section in SECTIONS.values() for field in dataclasses.fields(section)]
-    return next(field.default for field in fields if field.name == name)
+@cache
+def _early_parser() -> Parser:
+    partial = Parser(add_help=False, allow_abbrev=False)
+    for name in ("--objective", "--recipe", "--save", "--load", "--model-size", "--global-batch-size"):
+        partial.add_argument(name)
+    partial.add_argument("--skip-train", action=argparse.BooleanOptionalAction)
+    return partial
+
+
+@cache
+def _own_defaults() -> dict[str, Any]:
+    """Return the default of every flag without any recipe."""
+    return {field.name: field.default for section in SECTIONS.values() for field in dataclasses.fields(section)}

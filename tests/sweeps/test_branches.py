@@ -1,15 +1,18 @@
 """WSD branches: what shares a trunk, what it saves, and runs that equal full runs to the last bit."""
 
-import shutil
+import json
 
 import pytest
 from safetensors import safe_open
 
+from megatron.sweeps.launch import training_command
 from megatron.sweeps.plan import plan_sweep
 from megatron.sweeps.points import read_plan
 from megatron.sweeps.sweep_file import read_sweep
+from tests.conftest import ROOT, environment, records
+from tests.forked import run_script
 from tests.sweeps.files import toy, write
-from tests.sweeps.test_local_queue import finish, results
+from tests.sweeps.test_local_queue import finish
 
 WSD = {"lr-decay-style": "WSD", "lr-warmup-samples": 16}
 
@@ -34,7 +37,7 @@ def test_shorter_budgets_continue_where_their_decay_begins(corpus, tmp_path):
             samples = point.train_samples
             assert (point.trunk, point.trunk_samples) == (longest.id, (samples - samples // 10) // 8 * 8)
             assert point.trunk_iteration == point.trunk_samples // 8
-        assert longest.keep_iterations == [point.trunk_iteration for point in short]
+        assert longest.keep_iterations == [*(point.trunk_iteration for point in short), 57]  # 57: for longer ones
         cost = sum(point.own_flops for point in (*short, longest)) / longest.flops
         assert 1.1 < cost < 1.25
     assert plan.notes == []
@@ -48,7 +51,7 @@ def test_shorter_budgets_continue_where_their_decay_begins(corpus, tmp_path):
         ({"epoch-order": "megatron"}, "--epoch-order megatron depends on the budget"),
         (
             {"weight-decay-incr-style": "linear", "start-weight-decay": 0, "end-weight-decay": 1},
-            "or weight decay differs",
+            "their weight decay depends on the budget",
         ),
     ],
 )
@@ -75,6 +78,60 @@ def test_a_branch_never_starts_after_the_end_of_its_own_budget(corpus, tmp_path)
     assert 0 < short.own_share < 1
 
 
+def test_branches_equal_full_runs_to_the_last_bit_also_of_budgets_that_are_added_later(corpus, tmp_path):
+    """AR with budgets 4 and 12 is stopped in the constant part of 12; shorter, longer and middle budgets are added."""
+    flags = {"hidden-dropout": 0.1, "ema-decay": 0.9}
+    folder = tmp_path / "branched"
+    path = sweep(corpus, tmp_path, epochs=(4, 12), flags=flags, variants={"ar": {"flags": {"objective": "ar"}}})
+    *_, trunk = planned(path, folder).points
+    assert trunk.keep_iterations == [7, 21]
+    command = [*training_command(trunk, folder)[1:], "--exit-interval", "10"]
+    assert run_script(command, environment(), 300).returncode == 0
+    mdm = {"flags": {"objective": "mdm", "hidden-dropout": 0}, "parameters": {"train-epochs": [4, 12]}}
+    grown = sweep(corpus, tmp_path, epochs=(2, 4, 8, 12, 16, 24), flags=flags, variants={"ar": {}, "mdm": mdm})
+    plan = planned(grown, folder)
+    ar = {point.axes["train-epochs"]: point for point in plan.points if point.variant == "ar"}
+    assert ar[12].id == trunk.id
+    starts = {epochs: (point.trunk, point.trunk_iteration) for epochs, point in ar.items()}
+    assert starts == {
+        2: (None, 0),  # the trunk has passed its last step before the decay, 3
+        4: (trunk.id, 7),
+        8: (trunk.id, 14),
+        12: (None, 0),
+        16: (ar[24].id, 28),
+        24: (trunk.id, 21),
+    }
+    assert ar[12].keep_iterations == [7, 14, 21] and ar[24].keep_iterations == [28, 43]
+    assert plan.notes == ["1 WSD points are trained in full: no checkpoint is left on their constant part"]
+    assert "8 runs: 8 finished" in finish("run", grown, folder, "--slots", 2)
+    for point in read_plan(folder):
+        full = tmp_path / "full" / point.id
+        command = [str(ROOT / point.script), *point.arguments, "--save", str(full)]
+        assert run_script(command, environment(), 300).returncode == 0
+        assert weights(point.folder(folder)) == weights(full)
+        assert records(point.folder(folder)) == records(full)
+        log = (folder / "logs" / f"{point.id}.log").read_text()
+        assert ("continuing from" in log) == (point.trunk is not None or point.id == trunk.id)
+    again = planned(grown, folder)
+    assert again.points == plan.points and again.notes == []  # what has been trained has been trained
+
+
+def test_a_trunk_that_is_lost_or_damaged_is_no_source(corpus, tmp_path):
+    folder = tmp_path / "lost"
+    path = sweep(corpus, tmp_path, epochs=(4, 12), variants=None)
+    short, trunk = planned(path, folder).points
+    checkpoint = short.trunk_checkpoint(folder)
+    checkpoint.mkdir(parents=True)
+    status = {"state": "failed", "reason": "step 9: loss is not finite", "iteration": 8, "consumed_samples": 64}
+    (trunk.folder(folder) / "status.json").write_text(json.dumps(status))
+    assert planned(path, folder).points[0].trunk is None  # no meta.json, and nothing more will come
+    (checkpoint / "meta.json").write_text(json.dumps({"iteration": 7, "permanent": True}))
+    assert planned(path, folder).points == [short, trunk]
+    (checkpoint / "meta.json").write_text(json.dumps({"iteration": 7, "permanent": False}))
+    (trunk.folder(folder) / "status.json").write_text(json.dumps(status | {"reason": "disk full"}))
+    assert planned(path, folder).points[0].trunk is None  # it may be pruned, and the run has passed it
+
+
 def weights(run) -> dict[str, bytes]:
     """Return the bytes of every tensor in the newest checkpoint of a run."""
     newest = max((run / "checkpoints").glob("iter_*"))
@@ -83,32 +140,3 @@ def weights(run) -> dict[str, bytes]:
         with safe_open(path, "numpy") as file:
             tensors |= {name: file.get_tensor(name).tobytes() for name in file.keys()}  # noqa: SIM118
     return tensors
-
-
-def test_branches_equal_full_runs_to_the_last_bit(corpus, tmp_path):
-    flags = {"hidden-dropout": 0.1, "ema-decay": 0.9}
-    variants = {"ar": {"flags": {"objective": "ar"}}, "mdm": {"flags": {"objective": "mdm", "hidden-dropout": 0}}}
-    branched = sweep(corpus, tmp_path, epochs=(4, 12), flags=flags, variants=variants)
-    assert "4 runs: 4 finished" in finish("run", branched, tmp_path / "branched", "--slots", 2)
-    (tmp_path / "plain").mkdir()
-    plain = sweep(corpus, tmp_path / "plain", epochs=(4, 12), flags=flags, variants=variants, wsd_branches=False)
-    assert "4 runs: 4 finished" in finish("run", plain, tmp_path / "full", "--slots", 2)
-    assert results(tmp_path / "branched") == results(tmp_path / "full")
-    points = read_plan(tmp_path / "branched")
-    assert sum(point.trunk is not None for point in points) == 2
-    for point in points:
-        assert weights(point.folder(tmp_path / "branched")) == weights(point.folder(tmp_path / "full"))
-    log = next(point.id for point in points if point.trunk)
-    assert "continuing from" in (tmp_path / "branched" / "logs" / f"{log}.log").read_text()
-
-
-@pytest.mark.slow
-def test_a_budget_that_is_added_after_its_trunk_has_finished_is_trained_in_full(corpus, tmp_path):
-    variants = {"ar": {"flags": {"objective": "ar"}}}
-    first = sweep(corpus, tmp_path, epochs=(12,), variants=variants)
-    finish("run", first, tmp_path / "grown", "--slots", 1)
-    grown = sweep(corpus, tmp_path, epochs=(4, 12), variants=variants)
-    assert "2 runs: 2 finished" in finish("run", grown, tmp_path / "grown", "--slots", 1)
-    shutil.rmtree(tmp_path / "grown" / "runs" / read_plan(tmp_path / "grown")[1].id)
-    log = (tmp_path / "grown" / "logs" / f"{read_plan(tmp_path / 'grown')[0].id}.log").read_text()
-    assert "continuing from" not in log and "finished at step" in log

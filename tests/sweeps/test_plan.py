@@ -12,6 +12,7 @@ from megatron.sweeps.commands import costs
 from megatron.sweeps.plan import plan_sweep
 from megatron.sweeps.points import read_plan, write_plan
 from megatron.sweeps.sweep_file import read_sweep
+from megatron.training import command_line
 from megatron.training.command_line import parse
 from tests.sweeps.files import toy, write
 
@@ -63,6 +64,30 @@ def test_an_id_depends_on_what_decides_the_result_and_on_nothing_else(planned, c
         assert not set(ids(planned(flags=flags | changed)).values()) & set(before.values()), changed
 
 
+def test_points_of_one_plan_equal_those_that_are_planned_alone(planned, corpus):
+    axes = {"train-epochs": [4, 2.5], "model-size": ["7M", "14M"], "lr": [1e-3, 2e-3], "micro-batch-size": [1, 2]}
+    tuned = {"hidden-dropout": {"min": 0, "max": 0.5}}
+    variants = {
+        "ar": {"flags": {"recipe": "published", "tokenizer-type": "ByteTokenizer"}},
+        "muon": {"flags": {"optimizer": "muon"}, "parameters": {"num-layers": [2, 3]}},
+        "mdm": {"flags": {"objective": "mdm", "ema-decay": 0.9, "lr-decay-iters": 100, "fp32": None, "bf16": True}},
+    }
+    flags = {name: value for name, value in toy(corpus)["flags"].items() if name not in ("num-layers", "hidden-size")}
+    flags.pop("num-attention-heads")
+    resources = {"rules": [{"where": {"lr": 2e-3, "micro-batch-size": 1}, "world_size": 4}]}
+    changes = {"flags": flags, "parameters": axes, "variants": variants, "resources": resources, "seeds": [1, 2]}
+    points = planned(**changes, tuning={"trials": 2, "parameters": tuned}).points
+    assert len(points) == 2**6 * (1 + 2 + 1) and len({point.memory_bytes for point in points}) > 16
+    for point in points[::17]:
+        own = {"world_size": point.world_size}
+        command_line._parser.cache_clear()
+        variant = {"flags": variants[point.variant]["flags"] | point.axes | point.tuned}
+        (alone,) = planned(
+            flags=flags, parameters=None, variants={point.variant: variant}, resources=own, seeds=[point.seed]
+        ).points
+        assert asdict(alone) == asdict(point) | {"axes": {}, "tuned": {}, "trial": None}
+
+
 def test_points_that_are_the_same_run_are_named(planned, corpus):
     variants = toy(corpus)["variants"] | {"again": {"flags": {"objective": "ar", "weight-decay": 0.1}}}
     points = planned(variants=variants).points
@@ -79,7 +104,7 @@ def test_every_impossible_point_is_named_with_its_reason(planned, corpus):
         planned(variants=variants)
     first, *points = str(caught.value).splitlines()
     assert "2 of 4 points cannot run" in first and len(points) == 2
-    assert points[0].startswith("  main, mdm, train-epochs 4, seed 1234: --token-dropout 0.1: masked diffusion masks")
+    assert points[0].startswith("  mdm, train-epochs 4, seed 1234: --token-dropout 0.1: masked diffusion masks")
     with pytest.raises(ConfigurationError, match="every combination is excluded"):
         planned(exclude=[{"variant": "ar"}, {"variant": "mdm"}])
 
@@ -145,3 +170,21 @@ def test_the_options_of_a_command_name_a_folder(tmp_path, corpus):
     path = write(tmp_path, toy(corpus), name="demo")
     assert str(_folder(Namespace(sweep=path, output=None))) == "runs/demo"
     assert _folder(Namespace(sweep=tmp_path, output=None)) == tmp_path
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ({"bf16": True, "fp32": True}, "--bf16"),
+        ({"train-samples": 64}, "a run has one budget"),
+        ({"lr": True}, "--lr: is not followed by a value"),
+        ({"compile": "yes"}, "belongs to no flag"),
+        ({"objective": "rnn"}, "--objective rnn: is not one of"),
+    ],
+)
+def test_a_variant_that_contradicts_itself_is_named_with_the_flags(flags, message, planned):
+    with pytest.raises(ConfigurationError) as caught:
+        planned(variants={"good": {}, "bad": {"flags": flags}}, parameters={"train-epochs": [4]})
+    first, point = str(caught.value).splitlines()
+    assert "1 of 2 points cannot run" in first and point.startswith("  bad, train-epochs 4, seed 1234: ")
+    assert message in point

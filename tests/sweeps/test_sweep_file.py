@@ -62,6 +62,20 @@ def test_a_file_without_variants_stages_or_seeds_is_one_stage_of_one_variant(tmp
 REFUSED = {
     "flags: {num-layrs: 2}": "flags.num-layrs: num-layrs: is an unknown flag; did you mean num-layers?",
     "flags: {save: x}": "flags.save: is not set in a sweep file: the sweep names the folder",
+    "flags: {num_layers: 2, num-layers: 3}": "flags.num-layers: is given twice; drop one",
+    "flags: {no-compile: true}": "flags.no-compile: is a negation; write `compile: false`",
+    "flags: {lr: {values: [1]}}": "flags.lr: {'values': [1]}: is no value of a flag; axes are under `parameters`",
+    "flags: [1]": "flags: [1]: is not a mapping",
+    "flags: [1]\nstages: {a: {}}": "flags: [1]: is not a mapping",
+    "variants: 3\nstages: {a: {variants: [x]}}": "variants: 3: is not a mapping",
+    "false": "False: is not a mapping",
+    "parameters: {lr: [1, 2]}\nvariants: {a: {}, b: {flags: {lr: 3}}}": "variants.b.flags.lr: is an axis of",
+    "parameters: {lr: [1]}\ntuning: {trials: 2, parameters: {lr: {min: 1, max: 2}}}": "tuning.parameters.lr: "
+    "is an axis of variant default; drop one",
+    "variants: {a: {parameters: {lr: [1]}, tuning: {parameters: {lr: {values: [1]}}}}}\n"
+    "tuning: {trials: 2, parameters: {}}": "tuning.parameters.lr: is an axis of variant a; drop one",
+    "stages: {a: {tuning: {trials: 2, parameters: {lr: {min: 1, max: 2}}}}, "
+    "b: {best_of: a, parameters: {lr: [1]}}}": "stages.b.best_of: a: tunes lr, which is an axis here; drop the axis",
     "flags: {seed: 1}": "flags.seed: is not set in a sweep file: give `seeds`",
     "paramters: {}": "paramters: paramters: is an unknown key; did you mean parameters?",
     "parameters: {train-epochs: []}": "parameters.train-epochs: has no values",
@@ -121,7 +135,7 @@ def drawn(tmp_path, trials, variant="ar", **parameters):
     text = yaml.safe_dump({"tuning": {"trials": trials, "parameters": parameters}, "variants": {"ar": {}, **own}})
     (stage,) = read(tmp_path, text).stages
     (chosen,) = [item for item in stage.variants if item.name == variant]
-    rows = draw_trials(stage.tuning, chosen.tuned)
+    rows = draw_trials(stage.tuning, stage.tuned(chosen))
     return {name: [row[name] for row in rows] for name in rows[0]}
 
 

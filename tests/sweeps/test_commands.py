@@ -1,0 +1,95 @@
+"""The commands in one process: what they refuse, each with one line."""
+
+import subprocess
+import sys
+from argparse import Namespace
+
+import pytest
+
+from benchmarks.sweeps.run import Options, measure
+from megatron.errors import ConfigurationError
+from megatron.sweeps import commands
+from megatron.sweeps.points import read_plan
+from tests.sweeps.files import toy, write
+
+HOLD = """
+import fcntl, sys
+lock = open(sys.argv[1], "w")
+fcntl.lockf(lock, fcntl.LOCK_EX)
+print("locked", flush=True)
+sys.stdin.read()
+"""
+
+
+def options(sweep, folder=None, **more) -> Namespace:
+    return Namespace(sweep=sweep, output=folder, **more)
+
+
+QUEUE = {"slots": 1, "retries": 2, "retry_failed": False, "hang_minutes": 30.0}
+
+
+def refused(command, *arguments, **more) -> str:
+    with pytest.raises(ConfigurationError) as caught:
+        command(options(*arguments, **more))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_run_that_is_running_may_not_leave_the_plan(corpus, tmp_path):
+    folder = tmp_path / "changed"
+    commands.plan(options(write(tmp_path, toy(corpus)), folder))
+    point = read_plan(folder)[-1]
+    point.folder(folder).mkdir(parents=True)
+    changed = write(tmp_path, toy(corpus), parameters={"train-epochs": [4]})
+    words = [sys.executable, "-c", HOLD, str(point.folder(folder) / "lock")]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "locked\n"
+        message = refused(commands.plan, changed, folder)
+        assert message == (
+            f"{changed}: the run {point.id} (mdm, train-epochs 8, seed 1234) is running, and the changed file no "
+            "longer has it; stop it first, or put it back"
+        )
+        assert point in read_plan(folder)
+        more = write(tmp_path, toy(corpus), parameters={"train-epochs": [4, 8, 16]})
+        assert commands.plan(options(more, folder)) == 0  # adding is always possible
+        holder.stdin.close()
+    write(tmp_path, toy(corpus), parameters={"train-epochs": [4]})
+    assert commands.plan(options(changed, folder)) == 0 and len(read_plan(folder)) == 2
+
+
+def test_a_folder_without_a_plan_and_a_missing_file_are_named(corpus, tmp_path):
+    path = write(tmp_path, toy(corpus))
+    for command in (commands.status, commands.collect, commands.resubmit, commands.plan):
+        assert "holds no sweep (no plan.jsonl); name a folder" in refused(command, tmp_path, site=None, dry_run=True)
+    assert "holds no sweep" in refused(commands.status, path, tmp_path / "not planned")
+    assert "nothing.yaml: cannot be read (No such file" in refused(commands.plan, tmp_path / "nothing.yaml")
+    commands.plan(options(path, tmp_path / "planned"))
+    assert "no run was validated yet" in refused(commands.collect, tmp_path / "planned")
+    (tmp_path / "planned" / "sweep.yaml").unlink()
+    assert "sweep.yaml: cannot be read" in refused(commands.plan, tmp_path / "planned")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"file: could not be written \(File exists\)"):
+        commands.plan(options(path, tmp_path / "file"))
+
+
+@pytest.mark.parametrize(
+    "flag, message",
+    [
+        ({"slots": 0}, "--slots 0: must be at least 1"),
+        ({"retries": -1}, "--retries -1: must not be negative"),
+        ({"hang_minutes": 0.0}, "--hang-minutes 0.0: must be positive"),
+    ],
+)
+def test_impossible_settings_of_a_queue_are_refused_before_anything_is_written(flag, message, corpus, tmp_path):
+    path = write(tmp_path, toy(corpus))
+    assert message in refused(commands.run, path, tmp_path / "queue", **(QUEUE | flag))
+    assert not (tmp_path / "queue").exists()
+
+
+@pytest.mark.slow
+def test_a_large_sweep_is_planned_and_collected_in_seconds(tmp_path):
+    options = Options(points=2000, runs=100, records=50, rounds=1)
+    seconds = {row["command"]: row["seconds"][0] for row in measure(options, tmp_path)}
+    assert list(seconds) == ["plan", "plan, WSD", "status", "collect"]
+    assert max(seconds.values()) < 10  # of CPU time; measured: 2.5
+    assert len((tmp_path / "small" / "results.csv").read_text().splitlines()) == 1 + 100 * 5
