@@ -44,7 +44,7 @@ def test_every_resource_class_is_an_array_whose_script_is_valid_bash(planned, tm
     assert double.tasks.read_text().split() == [point.id for point in double.points]
     for array in (single, double):
         subprocess.run(["bash", "-n", array.script], check=True)
-    assert text.splitlines()[-1].endswith(f"--tasks {double.tasks} --retries 2 --wait-for-lock 10")
+    assert text.splitlines()[-1].endswith(f"--tasks {double.tasks} --retries 2 --wait-for-lock 10 --hang-minutes 30")
     again, _ = write_arrays(tmp_path / "out", planned, site)
     assert again.script != single.script and single.script.exists()  # a submitted script never changes
 
