@@ -72,11 +72,11 @@ class ArrayTask:
 
     def met_time_limit(self) -> bool:
         """Return whether SLURM ends this task at its time limit."""
-        return _output("squeue", "--noheader", "--jobs", self.name, "--format", "%r").strip() == "TimeLimit"
+        return _output(f"squeue --noheader --jobs {self.name} --format %r").strip() == "TimeLimit"
 
     def is_superseded(self) -> bool:
         """Return whether SLURM has started this task again, as after a node that did not respond."""
-        restarts = re.search(r" Restarts=(\d+)", _output("scontrol", "--oneliner", "show", "job", self.name))
+        restarts = re.search(r" Restarts=(\d+)", _output(f"scontrol --oneliner show job {self.name}"))
         return restarts is not None and int(restarts[1]) > self.restarts
 
     def requeue(self, code: int, exclude: Iterable[str] = ()) -> int:
@@ -144,7 +144,7 @@ def _next(task: ArrayTask, point: Point, folder: Path, *, code: int, started_fro
         return task.requeue(code)
     if code == 2 or state.has_own_fault:
         return code or 1
-    failing = failing_nodes(_output("scontrol", "show", "hostnames", task.nodes).split(), state.reason)
+    failing = failing_nodes(_output(f"scontrol show hostnames {task.nodes}").split(), state.reason)
     failures, excluded = _note_failure(folder, point, task=task, code=code, failing=failing)
     if failures > options.retries or task.is_superseded():
         return code or 1
@@ -158,7 +158,7 @@ def _next(task: ArrayTask, point: Point, folder: Path, *, code: int, started_fro
 def _train(command: list[str], run: Path, hang_minutes: float) -> int:
     """Run srun and return its exit code; end it if its run has ended, or hangs, without its notice."""
     started, released, held = time.time(), 0.0, False
-    process = subprocess.Popen(command, env=os.environ | {"MASTER_PORT": str(_free_port())})
+    process = subprocess.Popen(command, env=os.environ | {"MASTER_PORT": str(free_port())})
     while True:
         with suppress(subprocess.TimeoutExpired):
             return process.wait(POLL)
@@ -201,11 +201,11 @@ def _note_failure(folder: Path, point: Point, *, task: ArrayTask, code: int, fai
 
 def _nodes_of_partition() -> int:
     partition = os.environ.get("SLURM_JOB_PARTITION", "")
-    counts = _output("sinfo", "--noheader", "--partition", partition, "--format", "%D").split()
+    counts = _output(f"sinfo --noheader --partition {partition} --format %D").split()
     return sum(map(int, counts)) if partition else 0
 
 
-def _free_port() -> int:
+def free_port() -> int:
     """Return a port of this node, on which rank 0 runs, that nothing listens on.
 
     Jobs that share a node and start at once try different ports.
@@ -219,6 +219,6 @@ def _free_port() -> int:
     raise OSError(f"none of the ports {PORTS.start} to {PORTS.stop - 1} is free")
 
 
-def _output(*command: str) -> str:
+def _output(command: str) -> str:
     """Return the output of a SLURM command, "" if the controller does not answer."""
-    return subprocess.run(command, capture_output=True, text=True).stdout
+    return subprocess.run(command.split(), capture_output=True, text=True).stdout
