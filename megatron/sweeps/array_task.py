@@ -201,7 +201,7 @@ def _note_failure(folder: Path, point: Point, *, task: ArrayTask, code: int, fai
 
 def _nodes_of_partition() -> int:
     partition = os.environ.get("SLURM_JOB_PARTITION", "")
-    counts = _output(f"sinfo --noheader --partition {partition} --format %D").split()
+    counts = _output(f"sinfo --noheader --responding --partition {partition} --format %D").split()
     return sum(map(int, counts)) if partition else 0
 
 

@@ -63,7 +63,7 @@ class Array:
 def read_site(path: Path | None) -> Site:
     """Return the site of a file, with the values of the environment on top.
 
-    Raises: ConfigurationError for unknown keys and wrong types.
+    Raises: ConfigurationError for unknown keys, wrong types and values that contradict each other.
     """
     given: dict[str, Any] = {}
     if path is not None:
@@ -81,7 +81,13 @@ def read_site(path: Path | None) -> Site:
     for name in types:
         if f"SITE_{name.upper()}" in os.environ:
             given[name] = _of_environment(name, os.environ[f"SITE_{name.upper()}"])
-    return Site(**{name: _typed(named, name, value) for name, value in given.items()})
+    site = Site(**{name: _typed(named, name, value) for name, value in given.items()})
+    if site.wait_for_lock_minutes >= site.hang_minutes:
+        raise ConfigurationError(
+            f"--site {named}: wait_for_lock_minutes: {site.wait_for_lock_minutes:g}: must be less than hang_minutes "
+            f"({site.hang_minutes:g}), or a run that waits for its lock is taken for one that hangs; change one"
+        )
+    return site
 
 
 def _of_environment(name: str, value: str) -> Any:

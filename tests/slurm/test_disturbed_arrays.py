@@ -165,7 +165,7 @@ def test_an_orphan_on_a_lost_node_and_its_successor_never_write_together(submitt
 
 
 def test_a_hanging_run_is_ended_and_started_on_another_node(submitted, tables):
-    array, job = submitted(hang_minutes=0.4)
+    array, job = submitted(hang_minutes=0.4, wait_for_lock_minutes=0.2)
     ranks = array.wait_until_training(4)
     node = array.job(job)["NodeList"]
     pause(ranks)

@@ -70,6 +70,7 @@ REFUSED = {
     "retries: 1.5": "retries: 1.5: is not a whole number",
     "throttle: many": "throttle: many: is not a whole number",
     "sbatch: --mem=0": "sbatch: --mem=0: is not a list of options",
+    "hang_minutes: 10": "wait_for_lock_minutes: 10: must be less than hang_minutes (10)",
     "- gpu": "is not a mapping",
     "a: [": "cannot be read as YAML",
 }
