@@ -70,22 +70,36 @@ class ArrayTask:
         """Whether the slurmstepd of the batch script was killed: SLURM no longer sees this process end."""
         return self._slurmstepd.is_gone
 
+    @property
     def met_time_limit(self) -> bool:
-        """Return whether SLURM ends this task at its time limit."""
-        return _output(f"squeue --noheader --jobs {self.name} --format %r").strip() == "TimeLimit"
+        """Whether SLURM ends this task at its time limit."""
+        return self._fields().get("Reason") == "TimeLimit"
 
-    def is_superseded(self) -> bool:
-        """Return whether SLURM has started this task again, as after a node that did not respond."""
-        restarts = re.search(r" Restarts=(\d+)", _output(f"scontrol --oneliner show job {self.name}"))
-        return restarts is not None and int(restarts[1]) > self.restarts
+    @property
+    def is_current(self) -> bool:
+        """Whether this start may still requeue the task.
+
+        It may not after scancel, of which an orphan hears nothing, nor after SLURM has started the task again, as
+        after a node that did not respond.
+        """
+        fields = self._fields()
+        if not fields:
+            return True
+        runs = fields["JobState"] == "RUNNING" or fields["Reason"] == "TimeLimit"
+        return runs and int(fields["Restarts"]) == self.restarts
+
+    def _fields(self) -> dict[str, str]:
+        """Return the fields of `scontrol show job` of this task, none if the controller does not answer."""
+        words = _output(f"scontrol --oneliner show job {self.name}").split()
+        return dict(word.split("=", 1) for word in words if "=" in word)
 
     def requeue(self, code: int, exclude: Iterable[str] = ()) -> int:
         """Requeue this task and wait until SLURM ends it; return `code`.
 
         `exclude` are the nodes on which it should not start again.
         """
-        if self.is_superseded():
-            logger.info("task %s: was started again elsewhere; this start leaves it alone", self.name)
+        if not self.is_current:
+            logger.info("task %s: was cancelled or started again; not requeued", self.name)
             return code
         deadline = time.monotonic() + REQUEUE_SECONDS
         while subprocess.run(["scontrol", "requeue", self.name]).returncode and time.monotonic() < deadline:
@@ -139,14 +153,14 @@ def _next(task: ArrayTask, point: Point, folder: Path, *, code: int, started_fro
         logger.info("%s: stopped by %s; not requeued", point.label, state.reason)
         return code or 1
     if task.terminated:
-        return task.requeue(code or 1) if task.met_time_limit() else code or 1
+        return task.requeue(code or 1) if task.met_time_limit else code or 1
     if code in (0, LOCKED, KILLED_AT_START) or (state.name == "stopped" and state != started_from):
         return task.requeue(code)
     if code == 2 or state.has_own_fault:
         return code or 1
     failing = failing_nodes(_output(f"scontrol show hostnames {task.nodes}").split(), state.reason)
     failures, excluded = _note_failure(folder, point, task=task, code=code, failing=failing)
-    if failures > options.retries or task.is_superseded():
+    if failures > options.retries:
         return code or 1
     if len(excluded) > _nodes_of_partition() - point.nodes:
         excluded = []  # SLURM would never start it

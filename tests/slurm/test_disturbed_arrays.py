@@ -113,8 +113,8 @@ def test_a_killed_slurmstepd_of_the_batch_script_leaves_no_job_behind(submitted,
     ranks = array.wait_until_training(4)
     os.kill(stepd(array, job, "batch"), signal.SIGKILL)
     array.wait_until_finished()
-    assert not any(map(alive, ranks))
     ended = array.wait_until_ended(job)
+    assert not any(map(alive, ranks))
     assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), array.log()
     assert results(array.folder) == tables[1]
 
