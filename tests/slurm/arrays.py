@@ -34,6 +34,7 @@ class Array:
 
     def __init__(self, cluster: Cluster, sweep: Path, folder: Path, **site):
         self.cluster, self.sweep, self.folder = cluster, sweep, folder
+        self.pending: dict[str, float] = {}
         self.site = folder.parent / f"{folder.name}.site.yaml"
         self.site.write_text(yaml.safe_dump(SITE | site))
 
@@ -83,9 +84,12 @@ class Array:
 
     def start_requeued(self) -> None:
         queue = self.cluster.output("squeue", "--noheader", "--states", "PENDING", "--format", "%A %r")
-        for number, _, reason in (line.partition(" ") for line in queue.splitlines()):
-            if reason == "BeginTime":
-                self.cluster.output("scontrol", "update", f"JobId={number}", "StartTime=now")
+        requeued = [line.split()[0] for line in queue.splitlines() if line.split()[1:] == ["BeginTime"]]
+        now = time.monotonic()
+        self.pending = {job: self.pending.get(job, now) for job in requeued}
+        for job, since in self.pending.items():
+            if now > since + 3:  # a node rejects a job that it ended in the same second: "Job credential revoked"
+                self.cluster.output("scontrol", "update", f"JobId={job}", "StartTime=now")
 
     def wait_until_finished(self) -> None:
         self.wait_for(lambda: set(self.names()) == {"finished"}, 600)

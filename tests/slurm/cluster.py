@@ -123,7 +123,10 @@ class Cluster(ExitStack):
         self.slurmd[node].wait()
 
     def wait_until_idle(self) -> None:
-        """Wait until both nodes are idle; nodes that a test left down come back."""
+        """Wait until both nodes are idle; nodes that a test left dead or down come back."""
+        for node, slurmd in list(self.slurmd.items()):
+            if slurmd.poll() is not None:
+                self.start_slurmd(node)
         self.output("scontrol", "update", f"NodeName={','.join(NODES)}", "State=RESUME")
         idle = ["sinfo", "--noheader", "--Node", "--partition", "main", "--states", "idle"]
         self._wait(lambda: len(self.output(*idle).splitlines()) == len(NODES), "two idle nodes")
