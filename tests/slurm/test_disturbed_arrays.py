@@ -148,19 +148,18 @@ def test_a_job_survives_a_restart_of_its_node_daemon(submitted, tables):
 def test_an_orphan_on_a_lost_node_and_its_successor_never_write_together(submitted, tables):
     array, job = submitted(wait_for_lock_minutes=0.1)
     orphans = array.wait_until_training(4)
+    pause(orphans)  # it trains on later, and holds the lock meanwhile
     node = array.job(job)["NodeList"]
     array.cluster.kill_slurmd(node)
     array.cluster.output("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=lost")
-    pause(orphans)  # it trains on, slowly, and holds the lock
     array.wait_for(lambda: "is writing this run, even after --wait-for-lock 0.1" in array.log())
-    array.wait_for(lambda: array.job(job)["JobState"] == "PENDING", 60, restart=False)  # it waits for the lock again
+    array.wait_for(lambda: array.job(job)["JobState"] == "PENDING", 60, restart=False)  # to wait for the lock again
     assert array.names() == ["running"]
     resume(orphans)
     array.wait_until_finished()
-    assert array.wait_until_ended(job)["JobState"] == "COMPLETED", array.log()
-    ended = json.loads((array.run() / "status.json").read_text())
-    assert (ended["host"], ended["process"]) == (node, f"process-{orphans[0]}")  # trained by the orphan alone
-    array.cluster.start_slurmd(node)
+    ended = array.wait_until_ended(job)
+    assert ended["JobState"] == "COMPLETED" and ended["NodeList"] != node, array.log()
+    assert "tuning loss" not in array.log()  # trained by the orphan alone, whose output is lost with its srun
     assert results(array.folder) == tables[1]
 
 
