@@ -60,6 +60,13 @@ def limit_now(array: Array, job: str) -> None:
     array.cluster.output("scontrol", "update", f"JobId={job}_0", f"TimeLimit={limit}")
 
 
+def raise_limit(array: Array, job: str) -> None:
+    """Wait until a stopped run is requeued; give it time to finish."""
+    array.wait_for(lambda: array.names() == ["stopped"], 60, restart=False)
+    array.wait_for(lambda: array.job(job)["JobState"] == "PENDING", 60, restart=False)
+    array.cluster.output("scontrol", "update", f"JobId={job}_0", "TimeLimit=10")
+
+
 def test_a_run_saves_before_its_time_limit_and_continues_its_tracking(submitted, tables):
     flags = {"wandb-project": "tests", "wandb-group": "limits"}
     array, job = submitted(nodes=2, flags=flags)
@@ -68,8 +75,7 @@ def test_a_run_saves_before_its_time_limit_and_continues_its_tracking(submitted,
     limit_now(array, job)
     array.wait_for(lambda: any(was_signalled(rank, signal.SIGUSR1) for rank in ranks), 120)
     resume(ranks)
-    array.wait_for(lambda: array.names() == ["stopped"], 60, restart=False)
-    array.cluster.output("scontrol", "update", f"JobId={job}_0", "TimeLimit=10")
+    raise_limit(array, job)
     array.wait_until_finished()
     ended = array.wait_until_ended(job)
     assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), array.log()
@@ -86,9 +92,7 @@ def test_a_run_that_its_time_limit_ends_is_requeued(submitted, tables):
     limit_now(array, job)
     array.wait_for(lambda: any(was_signalled(rank, signal.SIGTERM) for rank in ranks), 150)
     resume(ranks)
-    array.wait_for(lambda: array.names() == ["stopped"], 60, restart=False)
-    array.wait_for(lambda: array.job(job)["JobState"] == "PENDING", 60, restart=False)
-    array.cluster.output("scontrol", "update", f"JobId={job}_0", "TimeLimit=10")
+    raise_limit(array, job)
     array.wait_until_finished()
     assert results(array.folder) == tables[1]
 
