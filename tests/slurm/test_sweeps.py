@@ -26,9 +26,9 @@ def sweep(corpus, tmp_path_factory):
     content["parameters"] = {"train-epochs": [16, 32], "num-layers": [2, 4]}
     dropped = {"objective": "ar", "token-dropout": 0.2, "mlp-dropout": 0.1}
     content["variants"] = {"plain": {"flags": {"objective": "ar"}}, "dropped": {"flags": dropped}}
-    rule = {"where": {"variant": "dropped"}, "world_size": 2}
-    finish("run", write(folder, content, resources={"rules": [rule]}), folder / "local", "--slots", 2)
-    path = write(folder, content, resources={"rules": [rule | {"nodes": 2}], "minutes": 10})
+    two_ranks = {"where": {"variant": "dropped"}, "world_size": 2}
+    finish("run", write(folder, content, resources={"rules": [two_ranks]}), folder / "local", "--slots", 2)
+    path = write(folder, content, resources={"rules": [two_ranks | {"nodes": 2}], "minutes": 10})
     return path, results(folder / "local")
 
 
