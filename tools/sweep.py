@@ -73,6 +73,7 @@ def _options() -> argparse.Namespace:
     task.add_argument("--tasks", type=Path, required=True, metavar="FILE", help="points of the tasks, an id a line")
     task.add_argument("--retries", type=int, default=2, metavar="N", help="after passing failures (default: 2)")
     task.add_argument("--retry-failed", action="store_true", help="start diverged and too large runs again, too")
+    task.add_argument("--hang-minutes", type=float, default=30.0, metavar="M", help="end a run without output")
     task.add_argument("--wait-for-lock", type=float, default=10.0, metavar="M", help="minutes (default: 10)")
     return parser.parse_args()
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from megatron.errors import ConfigurationError
-from megatron.sweeps import results, slurm
+from megatron.sweeps import array_task, results, slurm
 from megatron.sweeps.local_queue import LocalQueue, QueueOptions
 from megatron.sweeps.plan import Planned, plan_sweep
 from megatron.sweeps.points import CHOICES, PLAN, SWEEP_COPY, Point, read_plan, replace_file, unique_runs, write_plan
@@ -106,9 +106,8 @@ def run_task(options: Namespace) -> int:
             "tools/sweep.py submit starts tasks"
         )
     points = read_plan(options.sweep)
-    settings = {"retries": options.retries, "wait_for_lock": options.wait_for_lock}
-    settings["retry_failed"] = options.retry_failed
-    return slurm.run_task(options.sweep, points, ids[int(index)], **settings)
+    settings = {name: getattr(options, name) for name in ("retries", "wait_for_lock", "hang_minutes", "retry_failed")}
+    return array_task.run_task(options.sweep, points, ids[int(index)], array_task.TaskOptions(**settings))
 
 
 def _submit(options: Namespace, folder: Path, points: Sequence[Point], *, retry_failed: bool) -> int:

@@ -12,6 +12,7 @@ STOPPED = 85  # exit code of a run that was stopped on request
 LOCKED = os.EX_TEMPFAIL  # exit code of a run that another process writes
 # torchrun's defaults lack SIGUSR1 and SIGUSR2: it would die of them, and its ranks before they save
 FORWARDED = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"
+SAVE_SECONDS = 120  # that torchrun gives its ranks to save after a signal, from torch 2.13 on; 30 before
 
 
 def training_command(point: Point, sweep: Path) -> list[str]:
@@ -30,7 +31,7 @@ def local_command(point: Point, sweep: Path) -> list[str]:
     python, *words = training_command(point, sweep)
     if point.world_size == 1:
         return [python, *words, "--exit-code-when-stopped", str(STOPPED)]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(point.world_size)]
+    torchrun = ["-m", "megatron.sweeps.torchrun", "--standalone", "--nproc-per-node", str(point.world_size)]
     return [python, *torchrun, "--signals-to-handle", FORWARDED, *words]
 
 
@@ -38,5 +39,6 @@ def local_environment(devices: Sequence[str], slots: int) -> dict[str, str]:
     """Return the environment of a run on these CUDA devices, none for the CPU, where `slots` runs share the cores."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // slots)))
+    environment.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SAVE_SECONDS))
     environment["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
     return environment

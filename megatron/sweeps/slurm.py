@@ -1,19 +1,14 @@
 """SLURM job arrays: one array per resource class, one point per task. SLURM is the scheduler.
 
-`submit` writes SWEEP/slurm/CLASS-N.{sh,tasks}; a task calls `tools/sweep.py run-task`, which trains its point with
-`srun` and asks SLURM to requeue what was stopped, preempted, or failed for a passing reason.
+`submit` writes SWEEP/slurm/CLASS-N.{sh,tasks}; a task calls `tools/sweep.py run-task` (`array_task`).
 """
 
 import itertools
-import json
-import logging
 import os
 import re
 import shlex
-import signal
 import subprocess
 import sys
-import time
 from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import suppress
@@ -24,13 +19,9 @@ from typing import Any
 import yaml
 
 from megatron.errors import ConfigurationError
-from megatron.sweeps.launch import LOCKED, ROOT, STOPPED, training_command
+from megatron.sweeps.launch import ROOT
 from megatron.sweeps.points import Point, replace_file, unique_runs
-from megatron.sweeps.states import run_state
 
-logger = logging.getLogger(__name__)
-
-REQUEUE_WAIT = 120  # seconds that a requeued task waits to be ended by SLURM
 DEFAULT_MINUTES = 24 * 60.0
 
 
@@ -50,6 +41,7 @@ class Site:
     throttle: int = 0  # tasks of an array that run at a time; 0: no limit
     signal_seconds: int = 300  # before the time limit, to save
     wait_for_lock_minutes: float = 10.0  # for a predecessor on a node that was lost
+    hang_minutes: float = 30.0  # without any output, after which a run is ended and counts as failed
     retries: int = 2  # after passing failures
 
 
@@ -71,7 +63,7 @@ class Array:
 def read_site(path: Path | None) -> Site:
     """Return the site of a file, with the values of the environment on top.
 
-    Raises: ConfigurationError for unknown keys and wrong types.
+    Raises: ConfigurationError for unknown keys, wrong types and values that contradict each other.
     """
     given: dict[str, Any] = {}
     if path is not None:
@@ -89,7 +81,13 @@ def read_site(path: Path | None) -> Site:
     for name in types:
         if f"SITE_{name.upper()}" in os.environ:
             given[name] = _of_environment(name, os.environ[f"SITE_{name.upper()}"])
-    return Site(**{name: _typed(named, name, value) for name, value in given.items()})
+    site = Site(**{name: _typed(named, name, value) for name, value in given.items()})
+    if site.wait_for_lock_minutes >= site.hang_minutes:
+        raise ConfigurationError(
+            f"--site {named}: wait_for_lock_minutes: {site.wait_for_lock_minutes:g}: must be less than hang_minutes "
+            f"({site.hang_minutes:g}), or a run that waits for its lock is taken for one that hangs; change one"
+        )
+    return site
 
 
 def _of_environment(name: str, value: str) -> Any:
@@ -181,6 +179,7 @@ def _script(folder: Path, tasks: Path, points: list[Point], site: Site, *, retry
     options += [f"--{name} {value}" for name in ("partition", "account", "qos") if (value := getattr(site, name))]
     lines = ["#!/usr/bin/env bash", *(f"#SBATCH {option}" for option in [*options, *site.sbatch])]
     settings = f"--retries {site.retries} --wait-for-lock {site.wait_for_lock_minutes:g}"
+    settings += f" --hang-minutes {site.hang_minutes:g}"
     settings += " --retry-failed" if retry_failed else ""
     python = ROOT / site.python if (ROOT / site.python).exists() else site.python
     return "\n".join(
@@ -190,7 +189,6 @@ def _script(folder: Path, tasks: Path, points: list[Point], site: Site, *, retry
             *([site.setup.rstrip()] if site.setup.strip() else []),
             "export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK OMP_NUM_THREADS=${OMP_NUM_THREADS:-$SLURM_CPUS_PER_TASK}",
             'export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
-            "export MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000)) # jobs that share a node need different ports",
             # exec: SLURM's signals reach the process that waits for srun, not a shell that dies of them
             f"exec {shlex.quote(str(python))} {shlex.quote(str(ROOT / 'tools' / 'sweep.py'))} "
             f"run-task {shlex.quote(str(folder))} "
@@ -238,76 +236,3 @@ def queued_runs(folder: Path) -> dict[str, str]:
         ids = path.with_suffix(".tasks").read_text().split()
         queued |= {ids[int(task)]: job for task in done.stdout.split() if task.isdecimal()}
     return queued
-
-
-# ------------------------------------------------------------------------------------------------ inside a task
-
-
-def run_task(
-    folder: Path, points: Sequence[Point], point_id: str, *, retries: int, wait_for_lock: float, retry_failed: bool
-) -> int:
-    """Train one point with srun; requeue the task where the run should go on. Return the exit code of the task.
-
-    Raises: ConfigurationError if the plan no longer has the point.
-    """
-    point = {point.id: point for point in points}.get(point_id)
-    if point is None:
-        raise ConfigurationError(
-            f"{folder}: the plan no longer has the point {point_id} of this task; submit the changed sweep again"
-        )
-    state = run_state(point.folder(folder))
-    if state.name == "finished":
-        logger.info("%s: is finished", point.label)
-        return 0
-    if state.has_own_fault and (not retry_failed or "SLURM_RESTART_COUNT" in os.environ):
-        logger.error("%s: has failed: %s; not started again", point.label, state.reason)
-        return 1
-    checkpoint = point.trunk_checkpoint(folder)
-    # caught, not ignored: srun, which inherits ignored signals, must still get and forward them
-    cancelled: list[int] = []  # SIGTERM to this process: scancel, not the time limit or a preemption
-    signal.signal(signal.SIGTERM, lambda number, _: cancelled.append(number))
-    for number in (signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, lambda *_: None)
-    if checkpoint is not None and not checkpoint.is_dir() and point.trunk in queued_runs(folder):
-        logger.info("%s: its trunk %s has no checkpoint yet; requeued until then", point.label, point.trunk)
-        return _requeue(LOCKED)
-    logger.info("%s: starts", point.label)
-    extra = ["--exit-code-when-stopped", str(STOPPED), "--wait-for-lock", f"{wait_for_lock:g}"]
-    command = ["srun", "--kill-on-bad-exit=1", *training_command(point, folder), *extra]
-    code = subprocess.run(command).returncode
-    state = run_state(point.folder(folder))
-    if state.name == "finished":
-        return 0
-    if cancelled:
-        return code or 1
-    if code in (STOPPED, LOCKED):
-        return _requeue(code)
-    if code != 2 and not state.has_own_fault and _note_failure(folder, point, code) <= retries:
-        logger.warning("%s: failed with exit code %d; it is requeued without this node", point.label, code)
-        return _requeue(code, exclude=os.environ.get("SLURM_JOB_NODELIST", ""))
-    return code if code > 0 else 1
-
-
-def _note_failure(folder: Path, point: Point, code: int) -> int:
-    """Append a failure to the log of failures of a point; return how many this task has had."""
-    path = folder / "logs" / f"{point.id}.failures.jsonl"
-    nodes, task = os.environ.get("SLURM_JOB_NODELIST", ""), _task()
-    with open(path, "a+") as file:
-        file.write(json.dumps({"time": time.time(), "nodes": nodes, "job": task, "code": code}) + "\n")
-        file.seek(0)
-        return sum(f'"job": "{task}"' in line for line in file)
-
-
-def _task() -> str:
-    """Return the task as scontrol takes it: the plain job id of one task of an array would name all of them."""
-    return f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
-
-
-def _requeue(code: int, exclude: str = "") -> int:
-    task = _task()
-    subprocess.run(["scontrol", "requeue", task], check=False)
-    if exclude and int(os.environ.get("SLURM_JOB_NUM_NODES", "1")) == 1:  # of several nodes the bad one is not known
-        # only a pending task can be changed
-        subprocess.run(["scontrol", "update", f"JobId={task}", f"ExcNodeList={exclude}"], check=False)
-    time.sleep(REQUEUE_WAIT)  # SLURM ends this task meanwhile
-    return code

@@ -49,7 +49,7 @@ def run_state(folder: Path) -> State:
         return State("finished", **progress)
     holder = lock_holder(folder)
     if holder:
-        return State("running", **progress, holder=holder, silent_seconds=time.time() - _last_change(folder))
+        return State("running", **progress, holder=holder, silent_seconds=time.time() - last_change(folder))
     name = "lost" if status["state"] == "running" else status["state"]
     return State(name, status["reason"], **progress)
 
@@ -68,7 +68,8 @@ def lock_holder(folder: Path) -> str:
         return ""
 
 
-def _last_change(folder: Path) -> float:
+def last_change(folder: Path) -> float:
+    """Return when a run last wrote a record or its status, or took its lock; 0 if it never did."""
     times = [0.0]
     for name in ("metrics.jsonl", "status.json", "lock"):
         with suppress(OSError):

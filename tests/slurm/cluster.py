@@ -10,9 +10,12 @@ from pathlib import Path
 from tests.forked import free_port
 
 PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge")
-NODES = ("n1", "n2")
+DAEMONS = ("slurmctld", "slurmd", "munged")
+# daemons of two test processes share this machine's cgroups, which are named by node and job
+PREFIX = f"t{os.getpid()}n"
+NODES = (f"{PREFIX}1", f"{PREFIX}2")
 FINAL = {"COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL", "PREEMPTED"}
-# As on clusters, a signal to a step reaches only its tasks (proctrack/cgroup), not their child processes.
+CGROUP_V1 = Path("/sys/fs/cgroup/freezer").is_dir()
 CONFIGURATION = """
 ClusterName=toy
 SlurmctldHost=localhost(127.0.0.1)
@@ -26,7 +29,7 @@ SlurmctldPidFile={root}/slurmctld.pid
 SlurmdPidFile={root}/slurmd.%n.pid
 SlurmctldLogFile={root}/slurmctld.log
 SlurmdLogFile={root}/slurmd.%n.log
-ProctrackType=proctrack/cgroup
+ProctrackType=proctrack/{proctrack}
 TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
@@ -39,9 +42,10 @@ PreemptMode=REQUEUE
 KillWait=30
 MinJobAge=1800
 SlurmdTimeout=300
-NodeName=n[1-2] NodeHostname=localhost NodeAddr=127.0.0.1 Port=[{ports[1]},{ports[2]}] CPUs=2 RealMemory=1000
-PartitionName=main Nodes=n[1-2] Default=YES State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=60
-PartitionName=high Nodes=n[1-2] State=UP PriorityTier=10 PreemptMode=OFF
+SlurmdParameters=config_overrides
+NodeName={prefix}[1-2] NodeHostname=localhost NodeAddr=127.0.0.1 Port=[{ports[1]},{ports[2]}] CPUs=4 RealMemory=1000
+PartitionName=main Nodes={prefix}[1-2] Default=YES State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=60
+PartitionName=high Nodes={prefix}[1-2] State=UP PriorityTier=10 PreemptMode=OFF
 """
 CGROUP = """
 CgroupPlugin=cgroup/v1
@@ -50,21 +54,27 @@ CgroupAutomount=no
 """
 
 
-def missing() -> str | None:
-    """Return why SLURM cannot run here, or None; install its packages with apt-get if it is available."""
-    if os.geteuid() or not Path("/sys/fs/cgroup/freezer").is_dir():
-        return "SLURM's daemons need root and cgroup v1"
-    if not all(map(shutil.which, ("slurmctld", "slurmd", "munged"))):
-        if not shutil.which("apt-get"):
-            return "SLURM is not installed, and there is no apt-get"
-        install = ["apt-get", "install", "-y", "-q", "--no-install-recommends", *PACKAGES]
-        for command in (["apt-get", "update", "-q"], install):
-            done = subprocess.run(
-                command, env=os.environ | {"DEBIAN_FRONTEND": "noninteractive"}, capture_output=True, text=True
-            )
-            if done.returncode:
-                return f"SLURM cannot be installed: {done.stderr[-200:]}"
+def unavailable() -> str | None:
+    """Return why SLURM can never run here, or None."""
+    if os.geteuid():
+        return "SLURM's daemons need root"
+    if not all(map(shutil.which, DAEMONS)) and not shutil.which("apt-get"):
+        return "SLURM is not installed, and there is no apt-get"
     return None
+
+
+def install() -> None:
+    """Install SLURM's packages if they are missing; fail if that fails."""
+    if all(map(shutil.which, DAEMONS)):
+        return
+    for command in (["update"], ["install", "-y", "--no-install-recommends", *PACKAGES]):
+        done = subprocess.run(
+            ["apt-get", "-q", *command],
+            env=os.environ | {"DEBIAN_FRONTEND": "noninteractive"},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, f"SLURM cannot be installed: {done.stderr[-500:]}"
 
 
 class Cluster(ExitStack):
@@ -73,12 +83,18 @@ class Cluster(ExitStack):
     def __init__(self, root: Path):
         super().__init__()
         self.root, self.jobs = root, []
+        self.slurmd: dict[str, subprocess.Popen] = {}
         self.env = os.environ | {"SLURM_CONF": str(root / "slurm.conf")}
-        for folder in ("state", *(f"spool/{node}" for node in NODES)):
+        for folder in ("state", "disk", *(f"{kind}/{node}" for kind in ("spool", "disks") for node in NODES)):
             (root / folder).mkdir(parents=True)
         ports = [free_port() for _ in range(3)]
-        (root / "slurm.conf").write_text(CONFIGURATION.format(root=root, ports=ports))
-        (root / "cgroup.conf").write_text(CGROUP)
+        # as on clusters, a signal to a step reaches only its tasks (cgroup), not their child processes
+        proctrack = "cgroup" if CGROUP_V1 else "linuxproc"
+        (root / "slurm.conf").write_text(
+            CONFIGURATION.format(root=root, ports=ports, proctrack=proctrack, prefix=PREFIX)
+        )
+        if CGROUP_V1:
+            (root / "cgroup.conf").write_text(CGROUP)
         # each node resolves both names, which jobs get from `scontrol show hostnames`
         (root / "hosts").write_text(Path("/etc/hosts").read_text() + f"\n127.0.0.1 {' '.join(NODES)}\n")
         (root / "munge.key").write_bytes(os.urandom(128))
@@ -92,25 +108,48 @@ class Cluster(ExitStack):
         self._wait(lambda: (root / "munge.socket").exists(), "munged")
         self._daemon(["slurmctld", "-D", "-c"])
         for node in NODES:
-            start = f"mount --bind {root}/hosts /etc/hosts; hostname {node}; exec slurmd -D -N {node}"
-            self._daemon(["unshare", "--uts", "--mount", "sh", "-c", start])
-        idle = ["sinfo", "--noheader", "--Node", "--partition", "main", "--states", "idle"]
-        self._wait(lambda: len(self.output(*idle).splitlines()) == len(NODES), "two idle nodes")
+            self.start_slurmd(node)
+        self.wait_until_idle()
         return self
 
-    def _daemon(self, command: list[str]) -> None:
+    def start_slurmd(self, node: str) -> None:
+        root = self.root  # its folder `disk` is another one on each node
+        mounts = f"mount --bind {root}/hosts /etc/hosts; mount --bind {root}/disks/{node} {root}/disk"
+        start = f"{mounts}; hostname {node}; exec slurmd -D -N {node}"
+        self.slurmd[node] = self._daemon(["unshare", "--uts", "--mount", "sh", "-c", start])
+
+    def kill_slurmd(self, node: str) -> None:
+        self.slurmd[node].kill()
+        self.slurmd[node].wait()
+
+    def wait_until_idle(self) -> None:
+        """Wait until both nodes are idle; nodes that a test left dead or down come back."""
+        for node, slurmd in list(self.slurmd.items()):
+            if slurmd.poll() is not None:
+                self.start_slurmd(node)
+        self.output("scontrol", "update", f"NodeName={','.join(NODES)}", "State=RESUME")
+        idle = ["sinfo", "--noheader", "--Node", "--partition", "main", "--states", "idle"]
+        self._wait(lambda: len(self.output(*idle).splitlines()) == len(NODES), "two idle nodes")
+
+    def _daemon(self, command: list[str]) -> subprocess.Popen:
         process = subprocess.Popen(
             command, env=self.env, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
         self.callback(process.wait)
         self.callback(process.terminate)
+        return process
 
     def __exit__(self, *error) -> bool | None:
-        for job in self.jobs:
-            subprocess.run(["scancel", "--signal=KILL", "--full", job], env=self.env, capture_output=True)
-            subprocess.run(["scancel", job], env=self.env, capture_output=True)
-        self._wait(lambda: not self.output("squeue", "--noheader"), "the end of all jobs", fail=False)
+        self.cancel_all()
         return super().__exit__(*error)
+
+    def cancel_all(self) -> None:
+        """End the jobs of a test at once."""
+        while self.jobs:
+            job = self.jobs.pop()
+            subprocess.run(["scancel", job], env=self.env, capture_output=True)
+            subprocess.run(["scancel", "--signal=KILL", "--full", job], env=self.env, capture_output=True)
+        self._wait(lambda: not self.output("squeue", "--noheader"), "the end of all jobs", fail=False)
 
     def _wait(self, condition, what: str, seconds: float = 60, fail: bool = True) -> None:
         deadline = time.monotonic() + seconds

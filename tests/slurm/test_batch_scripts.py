@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT, entry, environment, records, run
-from tests.slurm.cluster import FINAL, Cluster, missing
+from tests.slurm.cluster import FINAL, NODES, Cluster
 from tests.training.jobs import lines, newest
 from tests.training.runs import status
 
@@ -17,15 +17,6 @@ pytestmark = pytest.mark.slow
 
 SECTION = (ROOT / "docs" / "running.md").read_text().partition("## SLURM")[2]
 SRUN, TORCHRUN = re.findall(r"^```bash\n(.*?)^```", SECTION, re.DOTALL | re.MULTILINE)[:2]
-
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory):
-    reason = missing()
-    if reason:
-        pytest.skip(reason)
-    with Cluster(tmp_path_factory.mktemp("slurm")) as started:
-        yield started.start()
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +132,7 @@ def test_a_cancelled_job_saves_and_is_not_requeued(cluster, flags, tmp_path):
 def test_tasks_of_an_array_share_a_node_and_are_named_as_squeue_names_them(cluster, flags, tmp_path):
     script = adapt(SRUN, [*flags, "--train-samples", "160"], tmp_path)
     script.write_text(script.read_text().replace(f"{tmp_path}/run", f"{tmp_path}/run-$SLURM_ARRAY_TASK_ID"))
-    options = ("--nodes", "1", "--ntasks-per-node", "1", "--nodelist", "n1", "--array", "0-1")
+    options = ("--nodes", "1", "--ntasks-per-node", "1", "--nodelist", NODES[0], "--array", "0-1")
     job = cluster.submit(script, "--chdir", str(tmp_path), "--output", "%a.log", *options)
     deadline = time.monotonic() + 180
     while set(states(cluster, job)) != {"COMPLETED"}:

@@ -169,10 +169,10 @@ def test_a_run_that_fails_for_a_passing_reason_is_started_again(sweep, tmp_path)
 def test_a_hanging_run_is_found_and_started_again(sweep, tmp_path):
     path, rows = sweep
     folder = tmp_path / "hanging"
-    process = start("run", path, folder, "--slots", 1, "--hang-minutes", 0.15)
+    process = start("run", path, folder, "--slots", 1, "--hang-minutes", 0.5)
     _, pid = running(folder)
     os.kill(pid, signal.SIGSTOP)
-    wait_until(lambda: "no record for 0.15 minutes" in (tmp_path / "hanging.run.txt").read_text(), 60)
+    wait_until(lambda: "no record for 0.5 minutes" in (tmp_path / "hanging.run.txt").read_text(), 120)
     os.kill(
         pid, signal.SIGKILL
     )  # a stopped process does not see SIGTERM; the queue waits two minutes before it does this

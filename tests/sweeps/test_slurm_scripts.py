@@ -6,6 +6,8 @@ import subprocess
 import pytest
 
 from megatron.errors import ConfigurationError
+from megatron.parallel.failure_detector import listen
+from megatron.sweeps.array_task import failing_nodes, free_port
 from megatron.sweeps.plan import plan_sweep
 from megatron.sweeps.slurm import read_site, submit_array, write_arrays
 from megatron.sweeps.sweep_file import read_sweep
@@ -44,7 +46,7 @@ def test_every_resource_class_is_an_array_whose_script_is_valid_bash(planned, tm
     assert double.tasks.read_text().split() == [point.id for point in double.points]
     for array in (single, double):
         subprocess.run(["bash", "-n", array.script], check=True)
-    assert text.splitlines()[-1].endswith(f"--tasks {double.tasks} --retries 2 --wait-for-lock 10")
+    assert text.splitlines()[-1].endswith(f"--tasks {double.tasks} --retries 2 --wait-for-lock 10 --hang-minutes 30")
     again, _ = write_arrays(tmp_path / "out", planned, site)
     assert again.script != single.script and single.script.exists()  # a submitted script never changes
 
@@ -68,6 +70,7 @@ REFUSED = {
     "retries: 1.5": "retries: 1.5: is not a whole number",
     "throttle: many": "throttle: many: is not a whole number",
     "sbatch: --mem=0": "sbatch: --mem=0: is not a list of options",
+    "hang_minutes: 10": "wait_for_lock_minutes: 10: must be less than hang_minutes (10)",
     "- gpu": "is not a mapping",
     "a: [": "cannot be read as YAML",
 }
@@ -101,3 +104,25 @@ def test_branches_are_arrays_of_their_own_after_those_of_the_trunks(corpus, tmp_
     assert not trunks.are_branches and branches.are_branches and "branches" in branches.script.name
     assert {point.trunk for point in branches.points} == {point.id for point in trunks.points}
     assert "--retry-failed" in trunks.script.read_text()
+
+
+@pytest.mark.parametrize(
+    "nodes, reason, failing",
+    [
+        (["n1"], "", ["n1"]),
+        (["n1", "n10"], "rank 3 (process 7 on n10) is gone: it was killed", ["n10"]),
+        (["a-1", "a-1b", "a"], "rank 0 (process 7 on a-1.cluster) is gone: it was killed", ["a-1"]),
+        (["n1", "n2"], "rank 1 failed with OSError: disk", []),
+    ],
+)
+def test_the_nodes_of_a_failure_are_the_only_one_or_those_that_the_run_names(nodes, reason, failing):
+    assert failing_nodes(nodes, reason) == failing
+
+
+def test_tasks_of_a_node_take_different_free_ports(monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "100")
+    port = free_port()
+    with listen(port):
+        other = free_port()
+        monkeypatch.setenv("SLURM_JOB_ID", "101")
+        assert len({port, other, free_port()}) == 3

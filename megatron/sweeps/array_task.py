@@ -1,0 +1,238 @@
+"""One task of a SLURM job array: trains its point with srun, and requeues itself where the run should go on.
+
+What SLURM does not do: srun does not end when a slurmstepd of its step is killed, a job stays RUNNING when that of its
+batch script is, and a job that met its time limit or whose preempted run saved in time is not requeued.
+"""
+
+import json
+import logging
+import os
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron import parent_process
+from megatron.errors import ConfigurationError
+from megatron.parallel.failure_detector import listen
+from megatron.sweeps.launch import LOCKED, training_command
+from megatron.sweeps.points import Point
+from megatron.sweeps.slurm import queued_runs
+from megatron.sweeps.states import State, last_change, run_state
+
+logger = logging.getLogger(__name__)
+
+POLL = 2.0  # seconds between looks at the run
+END_SECONDS = 60.0  # that srun may take after its run has released the lock
+KILL_SECONDS = 90.0  # that srun may take after SIGTERM; it waits for KillWait
+REQUEUE_SECONDS = 120.0  # for the controller to requeue this task and to end it
+PORTS = range(20000, 32000)  # below Linux's ephemeral ports
+# SIGUSR1 in the first moments of Python, before the handlers of the run: nothing was trained, nothing failed
+KILLED_AT_START = 128 + signal.SIGUSR1
+ENDED = 1  # in place of the exit code of an srun that was ended here, which is 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskOptions:
+    """How a task treats its run."""
+
+    retries: int = 2  # after passing failures
+    wait_for_lock: float = 10.0  # minutes
+    hang_minutes: float = 30.0  # without any output, after which a run is ended and retried
+    retry_failed: bool = False  # start a run again that failed for a reason of its own
+
+
+class ArrayTask:
+    """This start of a task of a job array."""
+
+    def __init__(self) -> None:
+        """Read SLURM's variables and catch the signals that it sends to the batch script."""
+        # as scontrol takes it: the plain job id of one task of an array would name all of them
+        self.name = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+        self.restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+        self.nodes = os.environ.get("SLURM_JOB_NODELIST", "")
+        self.terminated = False  # by scancel, the time limit, a preemption or a requeue
+        self._slurmstepd = parent_process.started_by()
+        # caught, not ignored: srun, which inherits ignored signals, must still get and forward them
+        signal.signal(signal.SIGTERM, self._terminate)
+        for number in (signal.SIGUSR1, signal.SIGUSR2):
+            signal.signal(number, lambda *_: None)
+
+    def _terminate(self, *_) -> None:
+        self.terminated = True
+
+    @property
+    def is_orphan(self) -> bool:
+        """Whether the slurmstepd of the batch script was killed: SLURM no longer sees this process end."""
+        return self._slurmstepd.is_gone
+
+    @property
+    def met_time_limit(self) -> bool:
+        """Whether SLURM ends this task at its time limit."""
+        return self._fields().get("Reason") == "TimeLimit"
+
+    @property
+    def is_current(self) -> bool:
+        """Whether this start may still requeue the task.
+
+        It may not after scancel, of which an orphan hears nothing, nor after SLURM has started the task again, as
+        after a node that did not respond.
+        """
+        fields = self._fields()
+        if not fields:
+            return True
+        runs = fields["JobState"] == "RUNNING" or fields["Reason"] == "TimeLimit"
+        return runs and int(fields["Restarts"]) == self.restarts
+
+    def _fields(self) -> dict[str, str]:
+        """Return the fields of `scontrol show job` of this task, none if the controller does not answer."""
+        words = _output(f"scontrol --oneliner show job {self.name}").split()
+        return dict(word.split("=", 1) for word in words if "=" in word)
+
+    def requeue(self, code: int, exclude: Iterable[str] = ()) -> int:
+        """Requeue this task and wait until SLURM ends it; return `code`.
+
+        `exclude` are the nodes on which it should not start again.
+        """
+        if not self.is_current:
+            logger.info("task %s: was cancelled or started again; not requeued", self.name)
+            return code
+        deadline = time.monotonic() + REQUEUE_SECONDS
+        while subprocess.run(["scontrol", "requeue", self.name]).returncode and time.monotonic() < deadline:
+            time.sleep(5)  # the controller does not answer
+        if names := ",".join(exclude):
+            # only a pending task can be changed
+            subprocess.run(["scontrol", "update", f"JobId={self.name}", f"ExcNodeList={names}"], check=False)
+        while not self.terminated and not self.is_orphan and time.monotonic() < deadline:
+            time.sleep(0.2)
+        return code
+
+
+def run_task(folder: Path, points: Sequence[Point], point_id: str, options: TaskOptions) -> int:
+    """Train one point with srun; requeue the task where the run should go on. Return the exit code of the task.
+
+    Raises: ConfigurationError if the plan no longer has the point.
+    """
+    point = {point.id: point for point in points}.get(point_id)
+    if point is None:
+        raise ConfigurationError(
+            f"{folder}: the plan no longer has the point {point_id} of this task; submit the changed sweep again"
+        )
+    state = run_state(point.folder(folder))
+    if state.name == "finished":
+        logger.info("%s: is finished", point.label)
+        return 0
+    if state.has_own_fault and (not options.retry_failed or "SLURM_RESTART_COUNT" in os.environ):
+        logger.error("%s: has failed: %s; not started again", point.label, state.reason)
+        return 1
+    task = ArrayTask()
+    checkpoint = point.trunk_checkpoint(folder)
+    if checkpoint is not None and not checkpoint.is_dir() and point.trunk in queued_runs(folder):
+        logger.info("%s: its trunk %s has no checkpoint yet; requeued until then", point.label, point.trunk)
+        return task.requeue(LOCKED)
+    logger.info("%s: starts", point.label)
+    # a stopped run exits with 0: srun returns the highest code of its ranks, and stops the others when one has failed
+    extra = ["--exit-code-when-stopped", "0", "--wait-for-lock", f"{options.wait_for_lock:g}"]
+    command = ["srun", "--kill-on-bad-exit=1", *training_command(point, folder), *extra]
+    code = _train(command, point.folder(folder), options.hang_minutes)
+    code = _next(task, point, folder, code=code, started_from=state, options=options)
+    # else the job of an orphan would stay RUNNING; its next start sees how the run has ended
+    return task.requeue(code) if task.is_orphan else code
+
+
+def _next(task: ArrayTask, point: Point, folder: Path, *, code: int, started_from: State, options: TaskOptions) -> int:
+    """Requeue the task after srun's exit code `code` if the run should go on; return the exit code of the task."""
+    state = run_state(point.folder(folder))
+    if state.name == "finished":
+        return 0
+    if state.name == "stopped" and state.reason.startswith("--kill-switch-file"):
+        logger.info("%s: stopped by %s; not requeued", point.label, state.reason)
+        return code or 1
+    if task.terminated:
+        return task.requeue(code or 1) if task.met_time_limit else code or 1
+    if code in (0, LOCKED, KILLED_AT_START) or (state.name == "stopped" and state != started_from):
+        return task.requeue(code)
+    if code == 2 or state.has_own_fault:
+        return code or 1
+    failing = failing_nodes(_output(f"scontrol show hostnames {task.nodes}").split(), state.reason)
+    failures, excluded = _note_failure(folder, point, task=task, code=code, failing=failing)
+    if failures > options.retries:
+        return code or 1
+    if len(excluded) > _nodes_of_partition() - point.nodes:
+        excluded = []  # SLURM would never start it
+    without = f" without {', '.join(excluded)}" if excluded else ""
+    logger.warning("%s: failed with exit code %d; requeued%s", point.label, code, without)
+    return task.requeue(code or 1, excluded)
+
+
+def _train(command: list[str], run: Path, hang_minutes: float) -> int:
+    """Run srun and return its exit code; end it if its run has ended, or hangs, without its notice."""
+    started, released, held = time.time(), 0.0, False
+    process = subprocess.Popen(command, env=os.environ | {"MASTER_PORT": str(free_port())})
+    while True:
+        with suppress(subprocess.TimeoutExpired):
+            return process.wait(POLL)
+        holder = run_state(run).holder
+        held = held or bool(holder)
+        released = 0.0 if holder or not held else released or time.monotonic()
+        # standard output is the log of the task, which the run writes too
+        silent = time.time() - max(started, last_change(run), os.fstat(1).st_mtime)
+        if released and time.monotonic() > released + END_SECONDS:
+            logger.warning("srun has not ended %g seconds after its run; it is ended", END_SECONDS)
+        elif silent > 60 * hang_minutes:
+            logger.warning("no output for %g minutes; the run is ended", hang_minutes)
+        else:
+            continue
+        process.terminate()  # srun kills its step
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(KILL_SECONDS)
+        process.kill()
+        process.wait()
+        return ENDED
+
+
+def failing_nodes(nodes: list[str], reason: str) -> list[str]:
+    """Return the nodes of a task that its failure may be due to: the only node, or those that the reason names."""
+    if len(nodes) == 1:
+        return nodes
+    return [node for node in nodes if re.search(rf"(?<![\w-]){re.escape(node)}(?![\w-])", reason)]
+
+
+def _note_failure(folder: Path, point: Point, *, task: ArrayTask, code: int, failing: list[str]) -> tuple[int, list]:
+    """Append a failure to the log of failures of a point; return how many this task has had, and on which nodes."""
+    record = {"time": time.time(), "job": task.name, "nodes": task.nodes, "failing": failing, "code": code}
+    with open(folder / "logs" / f"{point.id}.failures.jsonl", "a+") as file:
+        file.write(json.dumps(record) + "\n")
+        file.flush()
+        file.seek(0)
+        failures = [failure for failure in map(json.loads, file) if failure["job"] == task.name]
+    return len(failures), sorted({node for failure in failures for node in failure["failing"]})
+
+
+def _nodes_of_partition() -> int:
+    partition = os.environ.get("SLURM_JOB_PARTITION", "")
+    counts = _output(f"sinfo --noheader --responding --partition {partition} --format %D").split()
+    return sum(map(int, counts)) if partition else 0
+
+
+def free_port() -> int:
+    """Return a port of this node, on which rank 0 runs, that nothing listens on.
+
+    Jobs that share a node and start at once try different ports.
+    """
+    job = int(os.environ.get("SLURM_JOB_ID", "0"))
+    for attempt in range(len(PORTS)):
+        with suppress(OSError):
+            port = PORTS[(job + 1009 * attempt) % len(PORTS)]
+            listen(port).close()
+            return port
+    raise OSError(f"none of the ports {PORTS.start} to {PORTS.stop - 1} is free")
+
+
+def _output(command: str) -> str:
+    """Return the output of a SLURM command, "" if the controller does not answer."""
+    return subprocess.run(command.split(), capture_output=True, text=True).stdout

@@ -1,0 +1,55 @@
+"""torchrun's exit code is that of the rank that failed first, so that a queue can tell what to do."""
+
+import os
+import signal
+
+import pytest
+
+from megatron.sweeps.launch import FORWARDED
+from megatron.sweeps.points import read_plan
+from tests.conftest import ROOT, environment
+from tests.forked import run_script
+from tests.sweeps.files import toy, write
+from tests.sweeps.test_local_queue import finish
+
+RANK = """
+import os, signal, sys, time
+rank, code = os.environ["RANK"], {code}
+if rank == "0":
+    time.sleep(60)  # until torchrun ends it
+if code < 0:
+    os.kill({pid}, -code)
+    time.sleep(60)
+sys.exit(code)
+"""
+
+
+@pytest.mark.parametrize(
+    "code, pid, expected",
+    [
+        (2, "", 2),
+        (os.EX_TEMPFAIL, "", os.EX_TEMPFAIL),
+        (-signal.SIGKILL, "os.getpid()", 128 + signal.SIGKILL),
+        (-signal.SIGUSR1, "os.getppid()", 128 + signal.SIGUSR1),
+    ],
+    ids=["mistake", "locked", "killed", "stopped"],
+)
+def test_the_code_of_the_rank_that_failed_first_is_returned(code, pid, expected, tmp_path):
+    script = tmp_path / "rank.py"
+    script.write_text(RANK.format(code=int(code), pid=pid or 0))
+    options = ["--standalone", "--nproc-per-node", "2", "--signals-to-handle", FORWARDED]
+    command = [str(ROOT / "megatron" / "sweeps" / "torchrun.py"), *options, str(script)]
+    assert run_script(command, environment(), 60).returncode == expected
+
+
+@pytest.mark.slow
+def test_a_mistake_that_only_the_ranks_see_is_not_repeated(corpus, tmp_path):
+    path = write(tmp_path, toy(corpus), variants=None, parameters={"train-epochs": [4]}, resources={"world_size": 2})
+    finish("plan", path, tmp_path / "out")
+    (point,) = read_plan(tmp_path / "out")
+    run = point.folder(tmp_path / "out")
+    run.parent.mkdir()
+    run.write_text("a file in place of the run folder")
+    output = finish("run", path, tmp_path / "out", "--slots", 2)
+    assert output.count("started (") == 1 and "started again" not in output
+    assert "failed: --save" in output and "cannot be written to (" in output
