@@ -14,6 +14,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["megatron", "megatron.*"]),
+    package_data={"megatron.reporting": ["templates/*.html"]},
     install_requires=[
         "torch>=2.11",
         "numpy",
@@ -22,6 +23,7 @@ setup(
         "sentencepiece",
         "tqdm",
         "matplotlib",
+        "bokeh>=3.8",
         "jinja2",
         "pyarrow",
         "pyyaml",
