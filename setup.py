@@ -46,7 +46,9 @@ setup(
         "eval": ["lm-eval[hf]>=0.4.13", "protobuf", "transformers>=5.20"],
         "deepspeed": ["deepspeed"],
         "fp8": ["torchao>=0.18"],
+        "mlflow": ["mlflow-skinny>=3.7", "sqlalchemy", "alembic"],
         "tensorboard": ["tensorboard"],
+        "trackio": ["trackio>=0.43"],
         "triton": ["triton"],  # of no fixed version: PyTorch for CUDA brings the one it needs
         "wandb": ["wandb>=0.31"],
         "zstd": ["zstandard"],

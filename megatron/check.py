@@ -33,7 +33,9 @@ OPTIONAL = {
     "deepspeed": "deepspeed",
     "lm-eval": "eval",
     "transformers": "eval",
+    "mlflow-skinny": "mlflow",
     "tensorboard": "tensorboard",
+    "trackio": "trackio",
     "wandb": "wandb",
     "zstandard": "zstd",
 }
