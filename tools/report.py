@@ -14,6 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron.errors import ConfigurationError
+from megatron.reporting.attachments import read_attachments
 from megatron.reporting.report import Report, write_report
 from megatron.reporting.sources import load
 
@@ -23,7 +24,13 @@ def main() -> None:
     options = _options()
     try:
         source = load(options.runs, progress=True)
-        report = Report(title=source.title, tuning=options.tuning, validation=options.validation, notes=source.notes)
+        report = Report(
+            title=source.title,
+            tuning=options.tuning,
+            validation=options.validation,
+            notes=source.notes,
+            attachments=read_attachments(options.fit, options.multiplier, options.scores),
+        )
         print(write_report(source.runs, options.output, report, progress=True))
         print(f"\nreport: {options.output / 'report.html'}")
     except ConfigurationError as error:
@@ -44,6 +51,13 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--validation", default="validation", metavar="SET", help="set whose losses are reported (default: validation)"
     )
+    for flag, name, tool in (
+        ("--fit", "fitted laws to include: fit.json", "tools/fit_scaling_laws.py"),
+        ("--multiplier", "data multipliers to include: the JSON", "tools/data_multiplier.py"),
+        ("--scores", "downstream scores to include: scores.json", "tools/score_checkpoints.py"),
+    ):
+        help = f"{name} of {tool}; repeatable"
+        parser.add_argument(flag, type=Path, action="append", default=[], metavar="FILE", help=help)
     return parser.parse_args()
 
 

@@ -36,7 +36,7 @@ def contour_figures(rows: Sequence[Summary]) -> list[ContourFigure]:
     figures = []
     for method, unique in keys:
         members = [row for row in rows if (row.group.method, row.group.config["unique_tokens"]) == (method, unique)]
-        title = f"Iso-loss contours, {method}, {unique:.3g} unique tokens"
+        title = f"Iso-loss contours, {method}, {unique:,} unique tokens"
         if any(row.bound for row in members):
             title += " (upper bounds)"
         figure = _contours(members, f"iso_loss_{len(figures) + 1}", title)

@@ -129,7 +129,7 @@ def budget_figure(rows: Sequence[Summary]) -> Figure:
     budgets = {row.group.config["unique_tokens"] for row in best}
     lines: dict[str, list[Summary]] = {}
     for row in best:
-        unique = f", {row.group.config['unique_tokens']:.3g} unique tokens" if len(budgets) > 1 else ""
+        unique = f", {row.group.config['unique_tokens']:,} unique tokens" if len(budgets) > 1 else ""
         lines.setdefault(row.group.method + unique, []).append(row)
     curves = []
     for name, points in lines.items():

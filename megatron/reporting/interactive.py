@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from megatron.reporting.contours import ContourFigure
-from megatron.reporting.figures import Curve, Figure
+from megatron.reporting.figures import FLOPS, Curve, Figure
 from megatron.reporting.plots import COLOURS, MAX_LEGEND, level_colours
 
 if TYPE_CHECKING:
@@ -59,20 +59,20 @@ def _empty(item: Figure | ContourFigure, legend_rows: int, *, log_x: bool, log_y
     )
     plot.toolbar.logo = None
     # Bokeh's own labels of powers need TeX
-    plain = CustomJSTickFormatter(code=TICKS)
-    plot.xaxis.formatter = plain
+    plot.xaxis.formatter = CustomJSTickFormatter(code=POWERS if item.x_label == FLOPS else AMOUNTS)
     if log_y:
-        plot.yaxis.formatter = plain
+        plot.yaxis.formatter = CustomJSTickFormatter(code=AMOUNTS)
     for axis in (plot.xaxis, plot.yaxis):
         axis.axis_label_text_font_style = "normal"
     return plot
 
 
-TICKS = """
-if (tick >= 1e-3 && tick < 1e4) return String(Number(tick.toPrecision(4)));
-for (const [unit, size] of [["M", 1e6], ["k", 1e3]])
-    if (tick >= size && tick < 1e9) return String(Number((tick / size).toPrecision(4))) + unit;
-return tick.toExponential(1).replace(".0", "").replace("+", "");
+POWERS = 'return tick.toExponential(1).replace(".0", "").replace("+", "");'
+AMOUNTS = """
+const digits = value => String(Number(value.toPrecision(4)));
+for (const [unit, size] of [["T", 1e12], ["B", 1e9], ["M", 1e6], ["k", 1e3]])
+    if (tick >= size) return digits(tick / size) + unit;
+return digits(tick);
 """
 
 
@@ -106,8 +106,20 @@ def _curves(item: Figure) -> "figure":
     tooltips = [("", "@label"), (item.x_label, "$snap_x{0.[000]a}"), (item.y_label, "$snap_y{0.0000}")]
     plot.add_tools(HoverTool(renderers=hovered, tooltips=tooltips, line_policy="nearest"))
     if items:
-        legend = Legend(items=items, click_policy="hide", ncols=1, label_text_font_size="11px", border_line_alpha=0)
-        legend.spacing, legend.glyph_height, legend.label_height = 0, LEGEND_ROW - 2, LEGEND_ROW - 2
+        row = LEGEND_ROW - 4
+        legend = Legend(
+            items=items,
+            click_policy="hide",
+            ncols=1,
+            location="left",
+            label_text_font_size="11px",
+            border_line_color=None,
+            margin=0,
+            padding=2,
+            spacing=2,
+            glyph_height=row,
+            label_height=row,
+        )
         plot.add_layout(legend, "below")
     return plot
 

@@ -8,6 +8,7 @@ import jinja2
 import numpy as np
 from tqdm import tqdm
 
+from megatron.reporting.attachments import Attachments
 from megatron.reporting.conclusions import caveats, compare, conclusions, is_source_code
 from megatron.reporting.contours import ContourFigure, contour_figures
 from megatron.reporting.figures import Figure, report_figures
@@ -41,7 +42,7 @@ class Report:
     tuning: str = "tuning"  # the set on which best points are chosen
     validation: str = "validation"  # the set whose losses are reported
     notes: list[str] = field(default_factory=list)  # further caveats
-    figures: list[Figure] = field(default_factory=list)  # further figures
+    attachments: Attachments = field(default_factory=Attachments)  # what other tools computed
 
 
 def write_report(runs: list[Run], output: Path, report: Report | None = None, progress: bool = False) -> str:
@@ -56,7 +57,7 @@ def write_report(runs: list[Run], output: Path, report: Report | None = None, pr
     described = headline(rows)
     comparisons = compare(described)
     figures: list[Figure | ContourFigure] = [*report_figures(rows, report.validation), *contour_figures(rows)]
-    figures += report.figures
+    figures += report.attachments.figures
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
     for figure in tqdm(figures, desc="plots", disable=not progress, leave=False):
@@ -77,6 +78,7 @@ def write_report(runs: list[Run], output: Path, report: Report | None = None, pr
         best_points=(HEADINGS, [cells(row) for row in rows]),
         budgets=(BUDGET_HEADINGS, [budget_cells(row) for row in best_by_budget(rows)]),
         pairs=[(f"{a} - {b}", f"{d.nats:+.4f}", f"{d.se:.4f}", f"{d.ratio:+.1f}") for a, b, d in comparisons],
+        tables=report.attachments.tables,
         figures=figures,
         embedded=embed(figures),
     )
