@@ -4,13 +4,17 @@ Names are shown literally: matplotlib omits labels that start with _ from a lege
 formula.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
+
+import numpy as np
 
 from megatron.reporting.contours import ContourFigure
 from megatron.reporting.figures import Curve, Figure
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito's palette
 MAX_LEGEND = 12  # entries
+MAX_MARKED = 50  # curves whose points are marked
 
 
 def pyplot():
@@ -23,10 +27,10 @@ def pyplot():
     return pyplot
 
 
-def save_png(figure, path: Path) -> None:
-    """Write a figure as a PNG file, atomically, and close it."""
+def save_png(figure, path: Path, bbox: str | None = "tight") -> None:
+    """Write a figure as a PNG file, atomically, and close it; `bbox` as of savefig."""
     partial = path.with_name(path.name + ".partial")
-    figure.savefig(partial, format="png", dpi=120, bbox_inches="tight")
+    figure.savefig(partial, format="png", dpi=120, bbox_inches=bbox)
     pyplot().close(figure)
     partial.replace(path)
 
@@ -35,7 +39,7 @@ def save_svg(figure, path: Path) -> None:
     """Write a figure as an SVG file with texts as text, atomically; equal figures give equal files."""
     partial = path.with_name(path.name + ".partial")
     with pyplot().rc_context({"svg.fonttype": "none", "svg.hashsalt": path.name}):
-        figure.savefig(partial, format="svg", bbox_inches="tight", metadata={"Date": None})
+        figure.savefig(partial, format="svg", metadata={"Date": None})
     partial.replace(path)
 
 
@@ -62,8 +66,9 @@ def draw(figure: Figure, folder: Path) -> list[Path]:
     """Write a figure of a report as NAME.svg and NAME.png; return their paths."""
     picture, axes = pyplot().subplots(figsize=(7, 4.5))
     colours = dict(zip(figure.series, COLOURS * len(figure.series)))
-    for curve in figure.curves:
-        _draw_curve(axes, curve, colours[curve.series], bars=figure.bars)
+    for series, colour in colours.items():
+        _draw_series(axes, [curve for curve in figure.curves if curve.series == series], colour, figure)
+    axes.autoscale_view()
     axes.set(xscale="log" if figure.log_x else "linear", yscale="log" if figure.log_y else "linear")
     if len(colours) <= MAX_LEGEND:
         handles = [axes.plot([], [], color=colour)[0] for colour in colours.values()]
@@ -71,15 +76,32 @@ def draw(figure: Figure, folder: Path) -> list[Path]:
     return _save(picture, axes, figure, folder)
 
 
-def _draw_curve(axes, curve: Curve, colour: str, *, bars: bool) -> None:
-    marker = ("v" if curve.bound else "o") if curve.markers else ""
-    style = ("--" if curve.dashed else "-") if curve.line else ""
-    if curve.low is not None and bars:
-        errors = [curve.y - curve.low, curve.high - curve.y]
-        axes.errorbar(curve.x, curve.y, yerr=errors, fmt="none", ecolor=colour, capsize=3)
-    elif curve.low is not None:
-        axes.fill_between(curve.x, curve.low, curve.high, color=colour, alpha=0.2, linewidth=0)
-    axes.plot(curve.x, curve.y, style, marker=marker, ms=3.5, color=colour, lw=1.4, alpha=0.9)
+def _draw_series(axes, curves: Sequence[Curve], colour: str, figure: Figure) -> None:
+    """Draw the curves of one entry of the legend, as few artists, since there may be hundreds."""
+    from matplotlib.collections import LineCollection, PolyCollection
+
+    bands = [(curve.x, curve.low, curve.high) for curve in curves if curve.low is not None and curve.high is not None]
+    if bands and figure.bars:
+        bars = [[(x, low), (x, high)] for band in bands for x, low, high in zip(*band)]
+        axes.add_collection(LineCollection(bars, colors=colour, linewidths=1.2))
+    elif bands:
+        shapes = [_outline(x, low, high) for x, low, high in bands]
+        axes.add_collection(PolyCollection(shapes, facecolors=colour, alpha=0.2, linewidths=0))
+    for dashed in (False, True):
+        lines = [np.stack([c.x, c.y], axis=1) for c in curves if c.line and c.dashed == dashed]
+        style = "--" if dashed else "-"
+        axes.add_collection(LineCollection(lines, colors=colour, linestyles=style, linewidths=1.4, alpha=0.9))
+    crowded = len(figure.curves) > MAX_MARKED
+    for bound in (False, True):
+        marked = [c for c in curves if c.bound == bound and ((c.markers and not (crowded and c.line)) or len(c.x) == 1)]
+        if marked:
+            x, y = (np.concatenate([getattr(curve, name) for curve in marked]) for name in ("x", "y"))
+            axes.plot(x, y, linestyle="", marker="v" if bound else "o", ms=3.5, color=colour)
+
+
+def _outline(x: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """Return the corners [2P, 2] of a band."""
+    return np.stack([np.concatenate([x, x[::-1]]), np.concatenate([low, high[::-1]])], axis=1)
 
 
 def draw_contours(figure: ContourFigure, folder: Path) -> list[Path]:
@@ -113,9 +135,11 @@ def _save(picture, axes, figure: Figure | ContourFigure, folder: Path) -> list[P
     axes.set(xlabel=figure.x_label, ylabel=figure.y_label)
     literal(axes.set_title(figure.title, wrap=True))
     axes.grid(alpha=0.3)
+    picture.set_layout_engine("tight")
     paths = [folder / f"{figure.name}.svg", folder / f"{figure.name}.png"]
     save_svg(picture, paths[0])
-    save_png(picture, paths[1])
+    picture.set_layout_engine("none")  # the same layout again
+    save_png(picture, paths[1], bbox=None)
     return paths
 
 

@@ -175,10 +175,13 @@ def _validations(records: list[dict]) -> dict[str, list[dict]]:
 
 def _smooth(train: list[tuple[float, float]]) -> TrainingCurve:
     """Return (epoch, loss) pairs averaged over at most TRAINING_POINTS equal intervals."""
-    epochs, losses = np.array(train, dtype=np.float64).reshape(-1, 2).T
-    intervals = np.array_split(np.arange(len(epochs)), max(1, min(TRAINING_POINTS, len(epochs))))
-    means = [[values[i].mean() for i in intervals if len(i)] for values in (epochs, losses)]
-    return TrainingCurve(epoch=np.array(means[0]), loss=np.array(means[1]))
+    values = np.array(train, dtype=np.float64).reshape(-1, 2)  # [T, 2]
+    starts = np.unique(np.linspace(0, len(values), TRAINING_POINTS, endpoint=False).astype(int))
+    if not len(values):
+        return TrainingCurve(epoch=values[:, 0], loss=values[:, 1])
+    counts = np.diff(np.append(starts, len(values)))
+    epochs, losses = (np.add.reduceat(values, starts, axis=0) / counts[:, None]).T
+    return TrainingCurve(epoch=epochs, loss=losses)
 
 
 def curve(run: Run, name: str) -> list[dict]:
