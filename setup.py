@@ -14,6 +14,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["megatron", "megatron.*"]),
+    package_data={"megatron.reporting": ["templates/*.html"]},
     install_requires=[
         "torch>=2.11",
         "numpy",
@@ -22,6 +23,7 @@ setup(
         "sentencepiece",
         "tqdm",
         "matplotlib",
+        "bokeh>=3.8",
         "jinja2",
         "pyarrow",
         "pyyaml",
@@ -47,7 +49,9 @@ setup(
         "eval": ["lm-eval[hf]>=0.4.13", "protobuf", "transformers>=5.20"],
         "deepspeed": ["deepspeed"],
         "fp8": ["torchao>=0.18"],
+        "mlflow": ["mlflow-skinny>=3.7", "sqlalchemy", "alembic"],
         "tensorboard": ["tensorboard"],
+        "trackio": ["trackio>=0.43"],
         "triton": ["triton"],  # of no fixed version: PyTorch for CUDA brings the one it needs
         "wandb": ["wandb>=0.31"],
         "zstd": ["zstandard"],

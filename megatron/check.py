@@ -25,7 +25,7 @@ from importlib import import_module, metadata
 from pathlib import Path
 
 CORE = ("torch", "numpy", "safetensors", "tokenizers", "sentencepiece", "tqdm", "matplotlib")
-CORE += ("jinja2", "pyarrow", "pyyaml", "scipy")
+CORE += ("bokeh", "jinja2", "pyarrow", "pyyaml", "scipy")
 MODULES = {"pyyaml": "yaml"}  # whose names are not those of their packages
 TORCH = (2, 11)  # the oldest version that works
 # package -> the extra of setup.py that installs it
@@ -33,7 +33,9 @@ OPTIONAL = {
     "deepspeed": "deepspeed",
     "lm-eval": "eval",
     "transformers": "eval",
+    "mlflow-skinny": "mlflow",
     "tensorboard": "tensorboard",
+    "trackio": "trackio",
     "wandb": "wandb",
     "zstandard": "zstd",
 }

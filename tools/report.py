@@ -1,7 +1,10 @@
 #!/usr/bin/env python3
-"""Compare runs on one HTML page: a table, paired differences, plots and conclusions.
+"""Compare runs on one self-contained HTML page: tables, paired differences, interactive plots and conclusions.
 
-python tools/report.py runs/quickstart/ar runs/quickstart/mdm --output runs/quickstart/report
+    python tools/report.py runs/quickstart/ar runs/quickstart/mdm --output runs/quickstart/report
+    python tools/report.py runs/epochs --output runs/epochs/report            a sweep, with means over seeds
+
+DIR also gets every plot as SVG and PNG. docs/reports.md describes the page.
 """
 
 import argparse
@@ -11,14 +14,34 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron.errors import ConfigurationError
-from megatron.reporting.report import write_report
-from megatron.reporting.runs import load_runs
+from megatron.reporting.attachments import read_attachments
+from megatron.reporting.report import Report, write_report
+from megatron.reporting.sources import load
 
 
 def main() -> None:
     """Write the report and print its table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders (--save)")
+    options = _options()
+    try:
+        source = load(options.runs, progress=True)
+        report = Report(
+            title=source.title,
+            tuning=options.tuning,
+            validation=options.validation,
+            notes=source.notes,
+            attachments=read_attachments(options.fit, options.multiplier, options.scores),
+        )
+        print(write_report(source.runs, options.output, report, progress=True))
+        print(f"\nreport: {options.output / 'report.html'}")
+    except ConfigurationError as error:
+        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders (--save), or folders of sweeps")
     parser.add_argument(
         "--output", type=Path, required=True, metavar="DIR", help="folder for report.html and its plots"
     )
@@ -28,12 +51,14 @@ def main() -> None:
     parser.add_argument(
         "--validation", default="validation", metavar="SET", help="set whose losses are reported (default: validation)"
     )
-    options = parser.parse_args()
-    try:
-        print(write_report(load_runs(options.runs), options.output, options.tuning, options.validation))
-        print(f"\nreport: {options.output / 'report.html'}")
-    except ConfigurationError as error:
-        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
+    for flag, name, tool in (
+        ("--fit", "fitted laws to include: fit.json", "tools/fit_scaling_laws.py"),
+        ("--multiplier", "data multipliers to include: the JSON", "tools/data_multiplier.py"),
+        ("--scores", "downstream scores to include: scores.json", "tools/score_checkpoints.py"),
+    ):
+        help = f"{name} of {tool}; repeatable"
+        parser.add_argument(flag, type=Path, action="append", default=[], metavar="FILE", help=help)
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

@@ -1,17 +1,20 @@
-"""Plots of runs, ensembles and downstream scores, without a display; PNG files are written atomically.
+"""Plots of runs, ensembles and downstream scores, without a display; files are written atomically.
 
 Names are shown literally: matplotlib omits labels that start with _ from a legend, and renders text between two $ as a
 formula.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from megatron.reporting.runs import Run, curve
+from megatron.reporting.contours import ContourFigure
+from megatron.reporting.figures import Curve, Figure
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito's palette
-EPOCHS = "epochs of the unique tokens"
+MAX_LEGEND = 12  # entries
+MAX_MARKED = 50  # curves whose points are marked
 
 
 def pyplot():
@@ -24,11 +27,19 @@ def pyplot():
     return pyplot
 
 
-def save_png(figure, path: Path) -> None:
-    """Write a figure as a PNG file, atomically, and close it."""
+def save_png(figure, path: Path, bbox: str | None = "tight") -> None:
+    """Write a figure as a PNG file, atomically, and close it; `bbox` as of savefig."""
     partial = path.with_name(path.name + ".partial")
-    figure.savefig(partial, format="png", dpi=120, bbox_inches="tight")
+    figure.savefig(partial, format="png", dpi=120, bbox_inches=bbox)
     pyplot().close(figure)
+    partial.replace(path)
+
+
+def save_svg(figure, path: Path) -> None:
+    """Write a figure as an SVG file with texts as text, atomically; equal figures give equal files."""
+    partial = path.with_name(path.name + ".partial")
+    with pyplot().rc_context({"svg.fonttype": "none", "svg.hashsalt": path.name}):
+        figure.savefig(partial, format="svg", metadata={"Date": None})
     partial.replace(path)
 
 
@@ -51,81 +62,85 @@ def add_legend(axes, entries: list[tuple]) -> None:
 # ------------------------------------------------------------------------------------ runs
 
 
-def plot_runs(runs: list[Run], rows: list[dict], folder: Path, validation: str) -> dict[str, Path]:
-    """Draw the plots of a report as PNG files in `folder`; return title -> file.
+def draw(figure: Figure, folder: Path) -> list[Path]:
+    """Write a figure of a report as NAME.svg and NAME.png; return their paths."""
+    picture, axes = pyplot().subplots(figsize=(7, 4.5))
+    colours = dict(zip(figure.series, COLOURS * len(figure.series)))
+    for series, colour in colours.items():
+        _draw_series(axes, [curve for curve in figure.curves if curve.series == series], colour, figure)
+    axes.autoscale_view()
+    axes.set(xscale="log" if figure.log_x else "linear", yscale="log" if figure.log_y else "linear")
+    if len(colours) <= MAX_LEGEND:
+        handles = [axes.plot([], [], color=colour)[0] for colour in colours.values()]
+        add_legend(axes, list(zip(handles, colours)))
+    return _save(picture, axes, figure, folder)
 
-    `rows` are the rows of the report's table, `validation` is the set whose losses are plotted.
-    """
-    epochs = folder / "validation_epoch.png"
-    flops = folder / "validation_flops.png"
-    training = folder / "train_validation.png"
-    best = folder / "best.png"
+
+def _draw_series(axes, curves: Sequence[Curve], colour: str, figure: Figure) -> None:
+    """Draw the curves of one entry of the legend, as few artists, since there may be hundreds."""
+    from matplotlib.collections import LineCollection, PolyCollection
+
+    bands = [(curve.x, curve.low, curve.high) for curve in curves if curve.low is not None and curve.high is not None]
+    if bands and figure.bars:
+        bars = [[(x, low), (x, high)] for band in bands for x, low, high in zip(*band)]
+        axes.add_collection(LineCollection(bars, colors=colour, linewidths=1.2))
+    elif bands:
+        shapes = [_outline(x, low, high) for x, low, high in bands]
+        axes.add_collection(PolyCollection(shapes, facecolors=colour, alpha=0.2, linewidths=0))
+    for dashed in (False, True):
+        lines = [np.stack([c.x, c.y], axis=1) for c in curves if c.line and c.dashed == dashed]
+        style = "--" if dashed else "-"
+        axes.add_collection(LineCollection(lines, colors=colour, linestyles=style, linewidths=1.4, alpha=0.9))
+    crowded = len(figure.curves) > MAX_MARKED
+    for bound in (False, True):
+        marked = [c for c in curves if c.bound == bound and ((c.markers and not (crowded and c.line)) or len(c.x) == 1)]
+        if marked:
+            x, y = (np.concatenate([getattr(curve, name) for curve in marked]) for name in ("x", "y"))
+            axes.plot(x, y, linestyle="", marker="v" if bound else "o", ms=3.5, color=colour)
+
+
+def _outline(x: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """Return the corners [2P, 2] of a band."""
+    return np.stack([np.concatenate([x, x[::-1]]), np.concatenate([low, high[::-1]])], axis=1)
+
+
+def draw_contours(figure: ContourFigure, folder: Path) -> list[Path]:
+    """Write contours as NAME.svg and NAME.png; return their paths."""
+    picture, axes = pyplot().subplots(figsize=(7, 4.5))
+    colours = level_colours(figure)
+    for level, points in figure.lines:
+        axes.plot(points[:, 0], points[:, 1], "-", color=colours[level], lw=1.4)
+        middle = points[len(points) // 2]
+        axes.annotate(f"{level:.4g}", middle, fontsize=8, ha="center", va="center", color=colours[level])
+    axes.plot(figure.x, figure.y, "o", ms=3.5, color="#444")
+    lowest = figure.loss.argmin()
+    axes.plot(figure.x[lowest], figure.y[lowest], "*", ms=14, color="#444")
+    axes.set(xscale="log", yscale="log")
+    return _save(picture, axes, figure, folder)
+
+
+def level_colours(figure: ContourFigure) -> dict[float, str]:
+    """Return a colour for every level of a contour figure, dark for low losses."""
+    from matplotlib import colormaps
+    from matplotlib.colors import to_hex
+
+    levels = sorted({level for level, _ in figure.lines})
     return {
-        _plot_validation(runs, validation, "epoch", EPOCHS, path=epochs): epochs,
-        _plot_validation(runs, validation, "flops", "training FLOPs (6ND)", path=flops): flops,
-        _plot_training(runs, validation, training): training,
-        _plot_best_points(rows, best): best,
+        level: to_hex(colormaps["viridis"](0.9 * index / max(1, len(levels) - 1))) for index, level in enumerate(levels)
     }
 
 
-def _plot_validation(runs: list[Run], validation: str, key: str, xlabel: str, *, path: Path) -> str:
-    """Draw validation losses against the field `key` of their records; return the title."""
-    figure, axes = pyplot().subplots(figsize=(7, 4.5))
-    legend = []
-    for run, colour in zip(runs, COLOURS * len(runs)):
-        records = curve(run, validation)
-        losses = [record["loss"] for record in records]
-        (line,) = axes.plot([record[key] for record in records], losses, "o-", ms=3, color=colour)
-        legend.append((line, run.name + (" (upper bound)" if run.is_bound(validation) else "")))
-    add_legend(axes, legend)
-    axes.set(xlabel=xlabel, xscale="log")
-    return _save_losses(figure, axes, f"Validation loss against {xlabel}", path)
-
-
-def _plot_training(runs: list[Run], validation: str, path: Path) -> str:
-    """Draw smoothed training losses and validation losses against epochs; return the title."""
-    figure, axes = pyplot().subplots(figsize=(7, 4.5))
-    legend = []
-    for run, colour in zip(runs, COLOURS * len(runs)):
-        (line,) = axes.plot(*_smooth(run.train), "--", color=colour, alpha=0.7)
-        legend.append((line, f"{run.name}, training"))
-        records = curve(run, validation)
-        losses = [record["loss"] for record in records]
-        (line,) = axes.plot([record["epoch"] for record in records], losses, "-", color=colour)
-        legend.append((line, f"{run.name}, validation"))
-    add_legend(axes, legend)
-    axes.set(xlabel=EPOCHS, xscale="log")
-    return _save_losses(figure, axes, "Training (dashed, with corruption and dropout) and validation", path)
-
-
-def _plot_best_points(rows: list[dict], path: Path) -> str:
-    """Draw the best point of each run with its standard error; return the title."""
-    figure, axes = pyplot().subplots(figsize=(7, 3))
-    for index, (row, colour) in enumerate(zip(rows, COLOURS * len(rows))):
-        best = row["best"]
-        # the standard error over documents already includes the evaluation noise
-        axes.errorbar(
-            index, best["loss"], yerr=best["data_se"] or 0, fmt="v" if row["bound"] else "o", color=colour, capsize=4
-        )
-    axes.set_xticks(range(len(rows)), [row["name"] for row in rows])
-    literal(*axes.get_xticklabels())
-    axes.set_xlim(-0.5, len(rows) - 0.5)
-    return _save_losses(figure, axes, "Best points with standard errors (triangle: upper bound)", path)
-
-
-def _save_losses(figure, axes, title: str, path: Path) -> str:
-    """Write a plot of losses as a PNG file; return its title."""
-    axes.set(ylabel="nats per token", title=title)
+def _save(picture, axes, figure: Figure | ContourFigure, folder: Path) -> list[Path]:
+    """Write a picture with the texts of its figure as SVG and PNG files; return their paths."""
+    axes.set(xlabel=figure.x_label, ylabel=figure.y_label)
+    literal(axes.set_title(figure.title, wrap=True))
     axes.grid(alpha=0.3)
-    save_png(figure, path)
-    return title
-
-
-def _smooth(train: list[dict], points: int = 60) -> tuple[np.ndarray, np.ndarray]:
-    """Return epochs and losses averaged over at most `points` equal intervals of the run."""
-    epochs, losses = np.array([[record["epoch"], record["loss"]] for record in train]).T
-    intervals = np.array_split(np.arange(len(epochs)), min(points, len(epochs)))
-    return np.array([epochs[i].mean() for i in intervals]), np.array([losses[i].mean() for i in intervals])
+    picture.set_layout_engine("tight")
+    paths = [folder / f"{figure.name}.svg", folder / f"{figure.name}.png"]
+    save_svg(picture, paths[0])
+    picture.set_layout_engine("none")  # the same layout again
+    save_png(picture, paths[1], bbox=None)
+    return paths
 
 
 # ------------------------------------------------------------------------------------ ensembles, downstream scores

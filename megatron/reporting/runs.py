@@ -6,17 +6,21 @@ so the standard error over documents includes it.
 """
 
 import os
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from megatron import statistics
 from megatron.errors import ConfigurationError
 from megatron.training.run_folder import read_json, read_records
 
 # config.json keys that must agree before two losses are compared
-COMPARABLE_KEYS = {"corpus_hash": "corpus", "vocabulary_size": "vocabulary", "unique_tokens": "unique tokens"}
+COMPARABLE_KEYS = {"corpus_hash": "corpus", "vocabulary_size": "vocabulary"}
+TRAINING_POINTS = 60  # of a smoothed training curve
 
 REGULARISERS = {
     "token_dropout": "token dropout {}",
@@ -35,19 +39,38 @@ REGULARISERS = {
 
 
 @dataclass(frozen=True)
+class TrainingCurve:
+    """Training losses of a run, averaged over at most TRAINING_POINTS equal intervals of its records."""
+
+    epoch: np.ndarray  # [T]
+    loss: np.ndarray  # [T] nats per token, with corruption and dropout
+
+
+@dataclass(frozen=True)
+class SweepPoint:
+    """What a sweep's plan calls a run."""
+
+    method: str  # the variant
+    label: str  # variant and axes, without the seed
+
+
+@dataclass(frozen=True)
 class Run:
     """Configuration and records of a run folder."""
 
     name: str
     folder: Path
     config: dict
-    train: list[dict]  # training records
-    valid: dict[str, list[dict]]  # validation records, by set
+    train: TrainingCurve
+    # validation records, by set; `mean_train_loss` is that of the training records since the validation before
+    valid: dict[str, list[dict]]
+    consumed_samples: int  # at the last record
+    point: SweepPoint | None = None
 
     @property
     def finished(self) -> bool:
         """Return whether the run has consumed all samples of its budget."""
-        return self.train[-1]["consumed_samples"] >= self.config["train_samples"]
+        return self.consumed_samples >= self.config["train_samples"]
 
     def is_bound(self, name: str) -> bool:
         """Return whether the losses on a validation set are upper bounds; older records only have their noise."""
@@ -81,21 +104,23 @@ class Difference:
         return self.nats / self.se if self.se else float("inf")
 
 
-def load_runs(folders: list[str | Path]) -> list[Run]:
+def load_runs(folders: Sequence[str | Path], progress: bool = False) -> list[Run]:
     """Load several runs; their names are the shortest path suffixes that distinguish them.
 
     Raises: ConfigurationError if a run is given twice or has no validation records.
     """
     paths = [Path(folder).resolve() for folder in folders]
-    duplicate = next((path for path in paths if paths.count(path) > 1), None)
-    if duplicate:
+    counts = Counter(paths)
+    if len(counts) < len(paths):
+        duplicate = counts.most_common(1)[0][0]
         raise ConfigurationError(f"{duplicate}: is given twice; a run cannot be compared with itself")
     depth = 1
     while len({path.parts[-depth:] for path in paths}) < len(paths):
         depth += 1
     # the page and its plots are UTF-8, which file names need not be
     names = [os.fsencode("/".join(path.parts[-depth:])).decode(errors="replace") for path in paths]
-    return [replace(load_run(folder), name=name) for folder, name in zip(folders, names)]
+    pairs = tqdm(zip(folders, names), desc="runs", total=len(names), disable=not progress, leave=False)
+    return [replace(load_run(folder), name=name) for folder, name in pairs]
 
 
 def load_run(folder: str | Path) -> Run:
@@ -106,16 +131,57 @@ def load_run(folder: str | Path) -> Run:
     folder = Path(folder)
     if not (folder / "config.json").exists():
         raise ConfigurationError(f"{folder}: holds no run (no config.json); give a folder that --save wrote")
-    config = read_json(folder / "config.json")
-    records = read_records(folder)
-    valid = {}
-    for record in records:
-        if record["kind"] == "valid":
-            valid.setdefault(record["set"], []).append(record)
-    if not valid:
+    run = validated_run(folder)
+    if run is None:
         raise ConfigurationError(f"{folder}: holds no validation record; train with --valid-data-path")
-    train = [record for record in records if record["kind"] == "train"]
-    return Run(name=folder.name, folder=folder, config=config, train=train, valid=valid)
+    return run
+
+
+def validated_run(folder: Path) -> Run | None:
+    """Return the run of a folder; None where there is none, or none that was validated yet.
+
+    Raises: ConfigurationError if config.json cannot be read.
+    """
+    records = read_records(folder)
+    valid = _validations(records)
+    if not valid:
+        return None
+    train = [(record["epoch"], record["loss"]) for record in records if record["kind"] == "train"]
+    return Run(
+        name=folder.name,
+        folder=folder,
+        config=read_json(folder / "config.json"),
+        train=_smooth(train),
+        valid=valid,
+        consumed_samples=max(record.get("consumed_samples", 0) for record in records),
+    )
+
+
+def _validations(records: list[dict]) -> dict[str, list[dict]]:
+    """Return the validation records by set, with the mean loss of the training records since the one before."""
+    valid: dict[str, list[dict]] = {}
+    starts: dict[str, int] = {}  # by set, the first training loss after the previous validation
+    losses: list[float] = []
+    for record in records:
+        if record["kind"] == "train":
+            losses.append(record["loss"])
+            continue
+        recent = losses[starts.get(record["set"], 0) :]
+        starts[record["set"]] = len(losses)
+        mean = float(np.mean(recent)) if recent else None
+        valid.setdefault(record["set"], []).append(record | {"mean_train_loss": mean})
+    return valid
+
+
+def _smooth(train: list[tuple[float, float]]) -> TrainingCurve:
+    """Return (epoch, loss) pairs averaged over at most TRAINING_POINTS equal intervals."""
+    values = np.array(train, dtype=np.float64).reshape(-1, 2)  # [T, 2]
+    starts = np.unique(np.linspace(0, len(values), TRAINING_POINTS, endpoint=False).astype(int))
+    if not len(values):
+        return TrainingCurve(epoch=values[:, 0], loss=values[:, 1])
+    counts = np.diff(np.append(starts, len(values)))
+    epochs, losses = (np.add.reduceat(values, starts, axis=0) / counts[:, None]).T
+    return TrainingCurve(epoch=epochs, loss=losses)
 
 
 def curve(run: Run, name: str) -> list[dict]:
@@ -133,28 +199,67 @@ def best_point(run: Run, tuning: str, reported: str) -> dict:
 
     Raises: ConfigurationError if no step was evaluated on both sets.
     """
+    return best_records(run, tuning, reported)[1]
+
+
+def best_records(run: Run, tuning: str, reported: str) -> tuple[dict, dict]:
+    """Return the records on `tuning` and on `reported` at the step where the loss on the set `tuning` is lowest.
+
+    Raises: ConfigurationError if no step was evaluated on both sets.
+    """
     by_step = {record["iteration"]: record for record in curve(run, reported)}
     # a run that is still training may have evaluated a step on the first set only
     candidates = [record for record in curve(run, tuning) if record["iteration"] in by_step]
     if not candidates:
         raise ConfigurationError(f"{run.folder}: has no step evaluated on both {tuning} and {reported}; wait for one")
-    return by_step[min(candidates, key=lambda record: record["loss"])["iteration"]]
+    best = min(candidates, key=lambda record: record["loss"])
+    return best, by_step[best["iteration"]]
 
 
-def paired_difference(first: tuple[Run, dict], second: tuple[Run, dict]) -> Difference:
+# ------------------------------------------------------------------------------------ comparison by document
+
+Evaluation = tuple[Run, dict]  # a run and one of its validation records
+
+
+def paired_difference(first: Evaluation, second: Evaluation) -> Difference:
     """Return the excess loss of the first evaluation over the second; both are (run, validation record).
 
     Raises: ConfigurationError if they scored different tokens.
     """
-    documents = [_documents(*evaluation) for evaluation in (first, second)]
-    tokens = documents[0]["tokens"]  # [D]
-    if not np.array_equal(tokens, documents[1]["tokens"]):
-        raise ConfigurationError(
-            f"{first[0].folder} and {second[0].folder}: scored different tokens and cannot be paired"
-        )
-    nats = [np.atleast_2d(sums["nats"]) for sums in documents]  # [R, D], R Monte-Carlo samples
-    difference = statistics.paired_difference(nats[0], nats[1], tokens)
+    return mean_difference([first], [second])
+
+
+def mean_difference(first: Sequence[Evaluation], second: Sequence[Evaluation]) -> Difference:
+    """Return the excess of the mean loss of the first evaluations, of several seeds, over that of the second.
+
+    The standard error is over documents, for these seeds.
+
+    Raises: ConfigurationError if they scored different tokens.
+    """
+    (nats, tokens), (others, _) = mean_nats([*first, *second], len(first))
+    difference = statistics.paired_difference(nats[None], others[None], tokens)
     return Difference(difference.value, difference.standard_error or 0.0)
+
+
+def mean_nats(evaluations: Sequence[Evaluation], *splits: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Return the nats [D] by document, averaged over noise and evaluations, and the tokens [D], of each part.
+
+    The parts are those between `splits`, as of numpy.split.
+
+    Raises: ConfigurationError if the evaluations scored different tokens.
+    """
+    tokens: np.ndarray | None = None
+    nats = []
+    for run, record in evaluations:
+        sums = _documents(run, record)
+        if tokens is not None and not np.array_equal(tokens, sums["tokens"]):
+            raise ConfigurationError(
+                f"{evaluations[0][0].folder} and {run.folder}: scored different tokens and cannot be paired"
+            )
+        tokens = sums["tokens"]  # [D]
+        nats.append(np.atleast_2d(sums["nats"]).mean(axis=0))  # of R Monte-Carlo samples [R, D]
+    assert tokens is not None
+    return [(np.mean(part, axis=0), tokens) for part in np.split(np.array(nats), splits)]
 
 
 def _documents(run: Run, record: dict):
@@ -168,7 +273,7 @@ def _documents(run: Run, record: dict):
 def check_comparable(runs: list[Run]) -> None:
     """Check that the runs can share one table.
 
-    Raises: ConfigurationError if they differ in corpus, vocabulary, unique tokens, evaluation seed or alignment.
+    Raises: ConfigurationError if they differ in corpus, vocabulary, evaluation seed or alignment.
     """
     first = runs[0]
     for run in runs[1:]:
@@ -180,11 +285,13 @@ def check_comparable(runs: list[Run]) -> None:
                 )
         if run.config["validation"]["eval_seed"] != first.config["validation"]["eval_seed"]:
             raise ConfigurationError(f"{first.folder} and {run.folder}: differ in --eval-seed; report them separately")
-        alignments = {
-            record["alignment"] for pair in (first, run) for records in pair.valid.values() for record in records
-        }
+        alignments = _alignments(first) | _alignments(run)
         if len(alignments) > 1:
             raise ConfigurationError(
                 f"{first.folder} and {run.folder}: differ in --eval-alignment {sorted(alignments)}; report them "
                 "separately"
             )
+
+
+def _alignments(run: Run) -> set[str]:
+    return {record["alignment"] for records in run.valid.values() for record in records}

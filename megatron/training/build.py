@@ -44,7 +44,8 @@ from megatron.training.microbatches import MicroBatches
 from megatron.training.progress import Progress
 from megatron.training.resume import Origin, check_run, open_run
 from megatron.training.run_folder import RunFolder
-from megatron.training.trackers import Trackers, check_packages, start_trackers
+from megatron.training.trackers.base import TrackedRun
+from megatron.training.trackers.registry import Trackers, check_packages, start_trackers
 from megatron.validation.evaluate import ValidationSet
 
 
@@ -219,7 +220,8 @@ def build_run(run: ResolvedRun, command: str) -> RunParts:
     if folder:
         folder.start(description, past_records, origin.run if origin else folder.path)
     is_first = device.ranks.rank == 0
-    trackers = start_trackers(config, folder, description, past_records) if is_first else Trackers({})
+    tracked = TrackedRun(folder, description, past_records)
+    trackers = start_trackers(config, tracked) if is_first else Trackers({})
     return RunParts(
         run=run,
         device=device,

@@ -1,13 +1,14 @@
 """The report: paired differences against the formula, comparability, and the HTML page."""
 
-import html
 import json
+import re
 import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from markupsafe import escape
 from matplotlib.figure import Figure
 
 from megatron.errors import ConfigurationError
@@ -72,7 +73,7 @@ def test_best_points_are_chosen_on_one_set_and_reported_on_another(folders):
     assert best_point(ar, "tuning", "validation") == ar.valid["validation"][0]
 
 
-@pytest.mark.parametrize("key, description", [("corpus_hash", "corpus"), ("unique_tokens", "unique tokens")])
+@pytest.mark.parametrize("key, description", [("corpus_hash", "corpus"), ("vocabulary_size", "vocabulary")])
 def test_runs_on_other_text_are_never_put_in_one_table(folders, key, description):
     ar, mdm = load_run(folders / "ar"), load_run(folders / "mdm")
     check_comparable([ar, mdm])
@@ -85,9 +86,12 @@ def test_the_page_is_self_contained_and_says_that_mdm_losses_are_bounds(folders,
     command = [sys.executable, "tools/report.py", folders / "ar", folders / "mdm", "--output", tmp_path]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     page = (tmp_path / "report.html").read_text()
-    assert 'src="data:image/png' in page and "http" not in page
-    names = {"validation_epoch", "validation_flops", "train_validation", "best"}
-    assert {path.stem for path in tmp_path.glob("*.png")} == names
+    assert not re.search(r"""(src|href)\s*=\s*["']|@import|url\(""", page[: page.index("<script")])
+    assert not re.search(r"""<(script|img|link|iframe)[^>]*(src|href)=""", page)
+    names = {"validation_epoch", "validation_tokens", "validation_flops", "train_validation", "gap", "best"}
+    for suffix in ("png", "svg"):
+        assert {path.stem for path in tmp_path.glob(f"*.{suffix}")} == names
+    assert page.count("data-root-id") == len(names)
     for text in (page, result.stdout):
         assert "MLP dropout 0.1" in text and "≤ " in text and "upper bounds" in text and "not another seed" in text
     for name in ("ar", "mdm"):
@@ -134,14 +138,14 @@ def test_names_are_displayed_literally(folders, tmp_path, plot_texts):
     table = write_report(runs, tmp_path / "report")
     names = [*NAMES[:-1], "\ufffd"]  # the last name is not UTF-8
     labels = {file: [text.get_text() for text in texts[:-1]] for file, texts in plot_texts.items()}
-    assert labels["validation_epoch.png"] == labels["validation_flops.png"] == labels["best.png"] == names
-    curves = [f"{name}, {kind}" for name in names for kind in ("training", "validation")]
-    assert labels["train_validation.png"] == curves
+    for name in ("validation_epoch", "validation_tokens", "validation_flops", "train_validation", "gap"):
+        assert labels[f"{name}.png"] == labels[f"{name}.svg"] == names
+    assert labels["best.png"] == ["AR, MLP dropout 0.1, weight decay 0.1"]
     for texts in plot_texts.values():
         assert not any(text.get_parse_math() for text in texts[:-1])
     page = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
-    assert all(f"<td>{html.escape(name)}</td>" in page and name in table for name in names)
-    assert "<b>" not in page
+    assert all(f"<td>{escape(name)}</td>" in page and name in table for name in names)
+    assert "<b>" not in page[page.index("</head>") :]
 
 
 def test_tasks_and_runs_are_named_literally_in_the_plot_of_their_scores(tmp_path, plot_texts):
@@ -160,10 +164,7 @@ def test_an_unfinished_run_is_reported_as_such(folders, tmp_path):
     last = next(i for i, line in enumerate(lines) if '"iteration": 8' in line and '"set": "tuning"' in line)
     (tmp_path / "ar" / "metrics.jsonl").write_text("".join(lines[: last + 1]))
     text = write_report([load_run(tmp_path / "ar")], tmp_path / "report")
-    assert (
-        "ar is not finished: this is epoch 2" in text.replace("epoch 0.3", "epoch 2")
-        and "end of its budget" not in text
-    )
+    assert "ar is not finished: this is epoch 4.1 of " in text and "end of its budget" not in text
 
 
 def test_a_record_cut_by_a_crash_does_not_stop_the_report(folders, tmp_path):

@@ -17,7 +17,9 @@ from wandb.proto.wandb_internal_pb2 import Record
 
 from megatron.config.sections import TrackingConfig
 from megatron.training.launcher import main
-from megatron.training.trackers import TensorBoard, Trackers
+from megatron.training.trackers.base import TrackedRun
+from megatron.training.trackers.registry import Trackers
+from megatron.training.trackers.tensorboard import TensorBoard
 from tests.conftest import entry, environment, records, run
 
 AXES = {
@@ -181,8 +183,10 @@ def test_a_kill_loses_no_record_that_is_older_than_a_second(tmp_path):
     code = f"""
 import time
 from megatron.config.sections import TrackingConfig
-from megatron.training.trackers import WeightsAndBiases
-tracker = WeightsAndBiases(TrackingConfig(wandb_project="tests", wandb_save_dir={str(tmp_path)!r}), None, {{}}, [])
+from megatron.training.trackers.base import TrackedRun
+from megatron.training.trackers.wandb import WeightsAndBiases
+settings = TrackingConfig(wandb_project="tests", wandb_save_dir={str(tmp_path)!r})
+tracker = WeightsAndBiases(settings, TrackedRun(None, {{}}, []))
 for iteration in range(300):
     tracker.record({RECORD!r} | {{"iteration": iteration}})
 print("recorded", flush=True)
@@ -243,7 +247,13 @@ def test_two_processes_have_one_board_and_a_failed_run_closes_it(tiny, tmp_path)
 
 
 @pytest.mark.parametrize(
-    "flag, value, package", [("--tensorboard-dir", "board", "tensorboard"), ("--wandb-project", "tests", "wandb")]
+    "flag, value, package",
+    [
+        ("--tensorboard-dir", "board", "tensorboard"),
+        ("--wandb-project", "tests", "wandb"),
+        ("--trackio-project", "tests", "trackio"),
+        ("--mlflow-experiment", "tests", "mlflow"),
+    ],
 )
 def test_a_missing_package_is_reported_before_anything_is_written(
     flag, value, package, tiny, tmp_path, monkeypatch, capsys
@@ -270,7 +280,9 @@ def test_trackers_that_cannot_start_are_disabled_with_a_line_each(tiny, tmp_path
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_tracker_that_fails_later_is_disabled_and_the_other_continues(tmp_path, caplog):
     boards = {name: TrackingConfig(tensorboard_dir=str(tmp_path / name)) for name in ("lost", "kept")}
-    trackers = Trackers({name: lambda board=board: TensorBoard(board, []) for name, board in boards.items()})
+    trackers = Trackers(
+        {name: lambda board=board: TensorBoard(board, TrackedRun(None, {}, [])) for name, board in boards.items()}
+    )
     with trackers:
         trackers.record(RECORD)
         shutil.rmtree(tmp_path / "lost")
@@ -288,10 +300,10 @@ def test_a_step_that_rounding_shares_is_neither_lost_nor_doubled(tmp_path):
     all_records = [
         RECORD | {"iteration": i, "epoch": i / 3000, "flops": i * 4e8, "loss": float(i)} for i in range(1, 12)
     ]
-    with Trackers({"": lambda: TensorBoard(board, [])}) as trackers:
+    with Trackers({"": lambda: TensorBoard(board, TrackedRun(None, {}, []))}) as trackers:
         for record in all_records[:8]:
             trackers.record(record)
-    with Trackers({"": lambda: TensorBoard(board, all_records[:4])}) as trackers:
+    with Trackers({"": lambda: TensorBoard(board, TrackedRun(None, {}, all_records[:4]))}) as trackers:
         for record in all_records[4:]:
             trackers.record(record)
     assert shown(tmp_path) == expected(all_records)
@@ -300,6 +312,6 @@ def test_a_step_that_rounding_shares_is_neither_lost_nor_doubled(tmp_path):
 def test_a_run_started_again_hides_the_events_of_the_last_attempt(tmp_path):
     board = TrackingConfig(tensorboard_dir=str(tmp_path))
     for loss in (1.0, 2.0):
-        with Trackers({"": lambda: TensorBoard(board, [])}) as trackers:
+        with Trackers({"": lambda: TensorBoard(board, TrackedRun(None, {}, []))}) as trackers:
             trackers.record(RECORD | {"loss": loss})
     assert shown(tmp_path) == expected([RECORD | {"loss": 2.0}])

@@ -7,7 +7,7 @@ from megatron.config.flags import Section, flag, require
 
 @dataclass(frozen=True, kw_only=True)
 class TrackingConfig(Section):
-    """Tracking: TensorBoard and Weights & Biases, in addition to metrics.jsonl."""
+    """Tracking: TensorBoard, Weights & Biases, Trackio and MLflow, in addition to metrics.jsonl."""
 
     tensorboard_dir: str | None = flag(
         None, "TensorBoard: folder of event files, of this run only; default off", metavar="DIR"
@@ -27,6 +27,16 @@ class TrackingConfig(Section):
         "Weights & Biases: folder of its local files; default the run folder",
         metavar="DIR",
         needs="wandb_project",
+    )
+    trackio_project: str | None = flag(
+        None, "Trackio: project of the run; in TRACKIO_DIR on this machine; default off", metavar="NAME"
+    )
+    mlflow_experiment: str | None = flag(None, "MLflow: experiment of the run; default off", metavar="NAME")
+    mlflow_tracking_uri: str | None = flag(
+        None,
+        "MLflow: its server or database; default MLFLOW_TRACKING_URI, else sqlite:///mlflow.db",
+        metavar="URI",
+        needs="mlflow_experiment",
     )
 
     def __post_init__(self):

@@ -1,0 +1,225 @@
+"""What other tools have computed, as figures and tables of a report: fitted laws, data multipliers, downstream scores.
+
+A report draws these files and computes nothing from them:
+
+fit.json          tools/fit_scaling_laws.py --output DIR
+multiplier JSON   tools/data_multiplier.py --json FILE
+scores.json       tools/score_checkpoints.py --output DIR
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron.errors import ConfigurationError
+from megatron.reporting.figures import EPOCHS, LOSS, Curve, Figure
+from megatron.reporting.plots import first_metric
+from megatron.training.run_folder import read_json
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of a report with its heading and what explains it."""
+
+    title: str
+    headings: tuple[str, ...]
+    lines: list[list[str]]
+    note: str
+
+
+@dataclass(frozen=True)
+class Attachments:
+    """Tables and figures of files that a report includes."""
+
+    tables: list[Table] = field(default_factory=list)
+    figures: list[Figure] = field(default_factory=list)
+
+
+def read_attachments(fits: Sequence[Path], multipliers: Sequence[Path], scores: Sequence[Path]) -> Attachments:
+    """Return the tables and figures of fit.json, multiplier and scores.json files.
+
+    Raises: ConfigurationError for a file that cannot be read or is of another kind.
+    """
+    attachments = Attachments()
+    for number, path in enumerate(fits, 1):
+        _read(path, "--fit", "tools/fit_scaling_laws.py", lambda record, n=number: _laws(record, n, attachments))
+    for number, path in enumerate(multipliers, 1):
+        _read(
+            path,
+            "--multiplier",
+            "tools/data_multiplier.py",
+            lambda record, n=number: _multiplier(record, n, attachments),
+        )
+    records = [_read(path, "--scores", "tools/score_checkpoints.py", _scored) for path in scores]
+    attachments.figures.extend(_scores(records))
+    return attachments
+
+
+def _read(path: Path, flag: str, tool: str, use: Callable[[dict], Any]) -> Any:
+    """Return what `use` makes of a JSON file that `tool` wrote."""
+    record = read_json(path)
+    try:
+        return use(record)
+    except (KeyError, TypeError, IndexError, AttributeError):
+        raise ConfigurationError(f"{flag} {path}: is no record of {tool}; give the JSON file that it wrote") from None
+
+
+# ------------------------------------------------------------------------------------ fitted laws
+
+
+def _laws(record: dict, number: int, attachments: Attachments) -> None:
+    """Add the parameters and curves of every fit of a fit.json."""
+    for fit in record["fits"]:
+        attachments.tables.append(_parameters(record, fit))
+        budgets = list(dict.fromkeys(curve["unique_tokens"] for curve in fit["curves"]))
+        for budget in budgets:
+            attachments.figures.append(_law_figure(fit, budget, f"law_{number}_{fit['form']}_{budget:.3g}"))
+
+
+def _parameters(record: dict, fit: dict) -> Table:
+    """Return the fitted values of a form with their intervals; a parameter that diverged has no value."""
+    lines = []
+    for name, parameter in fit["parameters"].items():
+        value = "-" if parameter["value"] is None else f"{parameter['value']:.4g}"
+        status = "frozen" if parameter["frozen"] else parameter["status"]
+        intervals = [_interval(parameter[kind]) for kind in ("bootstrap", "profile")]
+        lines.append([name, value, *intervals, status])
+    level = f"{100 * fit['level']:g}%"
+    filters = "; ".join(record["filters"]) or "none"
+    note = f"{fit['equation']} ({fit['source']}). {record['table']}, filters: {filters}; "
+    note += f"{len(fit['residuals']['loss'])} rows; base {fit['base'] or 'fitted'}; R² of log losses {fit['r2']:.4f}."
+    if fit["diverged"]:
+        note += f" The fit diverged ({', '.join(fit['diverged'])}): the law has no curve."
+    return Table(
+        title=f"Fitted law: {fit['form']}",
+        headings=("parameter", "value", f"{level} bootstrap", f"{level} profile", "status"),
+        lines=lines,
+        note=note,
+    )
+
+
+def _interval(ends: Sequence[float | None] | None, form: str = ".4g") -> str:
+    """Return an interval as text; a None end is open."""
+    if ends is None:
+        return "-"
+    low, high = (f"{end:{form}}" if end is not None else None for end in ends)
+    return f"[{low or 'below'}, {high or 'above'}]"
+
+
+def _law_figure(fit: dict, budget: float, name: str) -> Figure:
+    """Return the curves of a law for one number of unique tokens, with the runs they were fitted to."""
+    curves = []
+    for curve in fit["curves"]:
+        if curve["unique_tokens"] != budget:
+            continue
+        size = f"{curve['parameters'] / 1e6:.4g}M parameters"
+        low, high = (None if curve[end] is None else np.array(curve[end]) for end in ("low", "high"))
+        x, y = np.array(curve["epochs"]), np.array(curve["loss"])
+        curves.append(Curve(label=f"{size}, law", series=size, x=x, y=y, low=low, high=high))
+        x, y = (np.array(curve["runs"][key], dtype=float) for key in ("epochs", "loss"))
+        if len(x):
+            curves.append(Curve(label=f"{size}, run", series=size, x=x, y=y, line=False, markers=True))
+    bands = f" Bands: {100 * fit['level']:g}% of {fit['resamples']} bootstrap resamples." if fit["resamples"] else ""
+    return Figure(
+        name=name,
+        title=f"Law {fit['form']}, {budget:,.0f} unique tokens",
+        x_label=EPOCHS,
+        y_label="loss, nats per token",
+        curves=curves,
+        note=f"Lines: the fitted law; markers: runs.{bands}",
+    )
+
+
+# ------------------------------------------------------------------------------------ data multiplier
+
+
+def _multiplier(record: dict, number: int, attachments: Attachments) -> None:
+    """Add the answers of a data multiplier with its baseline, and both sides against unique tokens."""
+    baseline, method = record["baseline"], record["method"]
+    at_least = "≥ " if method["bound"] else ""
+    lines = []
+    for answer in record["answers"]:
+        lines.append(
+            [
+                f"{answer['unique_tokens']:,.0f}",
+                f"{'≤ ' if method['bound'] else ''}{answer['loss']:.4f}",
+                "-" if answer["baseline_tokens"] is None else f"{answer['baseline_tokens']:,.0f}",
+                at_least + _times(answer),
+                _interval(answer["interval"], ".3g"),
+                answer["how"],
+            ]
+        )
+    note = f"Method: {method['name']}. Baseline: {baseline['name']}: {baseline['recipe']}; {record['interpolation']} "
+    note += "interpolation. The multiplier is how many times more unique tokens the baseline needs for the same loss; "
+    note += "interval: 95% over seeds."
+    headings = ("unique tokens", "loss", "baseline needs", "multiplier", "interval", "how")
+    attachments.tables.append(Table(title="Data multiplier", headings=headings, lines=lines, note=note))
+    curves = []
+    for side, points in ((baseline, baseline["points"]), (method, record["answers"])):
+        name = side["name"] + (" (upper bound)" if side["bound"] else "")
+        x, y = (np.array([point[key] for point in points], dtype=float) for key in ("unique_tokens", "loss"))
+        curves.append(Curve(label=name, series=name, x=x, y=y, markers=True, bound=side["bound"]))
+    figure = Figure(
+        name=f"multiplier_{number}",
+        title="Data multiplier: loss against unique tokens",
+        x_label="unique tokens",
+        y_label=LOSS,
+        curves=curves,
+        note="The multiplier is the horizontal distance from the method to the baseline.",
+    )
+    attachments.figures.append(figure)
+
+
+def _times(answer: dict) -> str:
+    """Return a multiplier as text, or the limit of the measured baseline."""
+    if answer["multiplier"] is not None:
+        return f"{answer['multiplier']:.3g}x"
+    if answer["more_than"] is not None:
+        return f"more than {answer['more_than']:.3g}x"
+    return f"less than {answer['less_than']:.3g}x"
+
+
+# ------------------------------------------------------------------------------------ downstream scores
+
+
+def _scored(record: dict) -> dict[str, dict[str, list]]:
+    """Return epochs, scores and standard errors of a run by task and metric."""
+    scores = {}
+    for task in record["points"][0]["results"]:
+        metric = first_metric(record["points"][0]["results"][task])
+        name, kind = metric.split(",")
+        columns: dict[str, Any] = {"run": str(record["run"]), "epochs": [], "values": [], "errors": []}
+        for point in record["points"]:
+            results = point["results"][task]
+            error = results.get(f"{name}_stderr,{kind}")
+            columns["epochs"].append(point["epoch"])
+            columns["values"].append(results[metric])
+            columns["errors"].append(error if isinstance(error, float) else 0.0)
+        scores[f"{task} {name}"] = columns
+    return scores
+
+
+def _scores(records: list[dict[str, dict[str, list]]]) -> list[Figure]:
+    """Return a figure for every task and metric, a curve for every run."""
+    figures = []
+    for number, task in enumerate(dict.fromkeys(task for record in records for task in record), 1):
+        curves = []
+        for columns in (record[task] for record in records if task in record):
+            run = str(columns["run"])
+            x, y, errors = (np.array(columns[key], dtype=float) for key in ("epochs", "values", "errors"))
+            curves.append(Curve(label=run, series=run, x=x, y=y, low=y - errors, high=y + errors, markers=True))
+        figures.append(
+            Figure(
+                name=f"scores_{number}",
+                title=f"Downstream: {task} against epochs",
+                x_label=EPOCHS,
+                y_label=task,
+                curves=curves,
+                note="Bars: ± one standard error over the documents of the task.",
+                bars=True,
+            )
+        )
+    return figures
