@@ -15,7 +15,7 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["megatron", "megatron.*"]),
     install_requires=[
-        "torch>=2.11",
+        "torch>=2.11,<2.14",
         "numpy",
         "safetensors",
         "tokenizers>=0.21.2",
