@@ -74,6 +74,12 @@ def test_nothing_scored_is_a_loss_of_zero_and_no_gradient():
     assert not any(gradient.any() for gradient in gradients.values())
 
 
+def test_causal_batches_select_nothing():
+    """Otherwise the last, short step of a run would compile another graph."""
+    batch = replace(example(0.5), causal=True)
+    assert results(build(), batch, selects=True)[3] == POSITIONS
+
+
 def test_where_almost_all_positions_are_scored_none_is_selected():
     assert Selection.of(torch.arange(128), POSITIONS).size == 32
     assert Selection.of(torch.arange(129), POSITIONS) is None
