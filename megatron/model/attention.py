@@ -51,13 +51,14 @@ class Attention(nn.Module):
     def attend(self, hidden: Tensor, context: AttentionContext) -> Tensor:
         """Return the attention output before `o_proj`, [B, S, heads * D], for hidden states [B, S, H]."""
         # head counts are inferred by `unflatten`, so that a tensor-parallel shard of the heads works unchanged
-        q = self.q_norm(self.q_proj(hidden).unflatten(-1, (-1, self.head_size))).transpose(1, 2)  # [B, heads, S, D]
-        k = self.k_norm(self.k_proj(hidden).unflatten(-1, (-1, self.head_size))).transpose(1, 2)  # [B, kv_heads, S, D]
+        q = self.q_norm(self.q_proj(hidden).unflatten(-1, (-1, self.head_size)))  # [B, S, heads, D]
+        k = self.k_norm(self.k_proj(hidden).unflatten(-1, (-1, self.head_size)))  # [B, S, kv_heads, D]
         v = self.v_proj(hidden).unflatten(-1, (-1, self.head_size)).transpose(1, 2)  # [B, kv_heads, S, D]
-        k = rotate(k, context.key_rotary)
+        # rotated before the transposition, so that compiled code writes the gradients in the layout of the projections
+        q = rotate(q, context.query_rotary).transpose(1, 2)  # [B, heads, S, D]
+        k = rotate(k, context.key_rotary).transpose(1, 2)  # [B, kv_heads, S, D]
         if context.kv_cache is not None:
             k, v = context.kv_cache.extend(k, v)  # [B, kv_heads, P + S, D]
-        q = rotate(q, context.query_rotary)
         if isinstance(context.mask, BlockMask):
             output = flex_attention(q, k, v, block_mask=context.mask, enable_gqa=self.grouped)
         else:

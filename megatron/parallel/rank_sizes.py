@@ -20,7 +20,7 @@ from megatron.parallel.tensor import REPLACEMENTS
 
 FP32 = 4  # bytes
 # as in megatron/model/linear_cross_entropy.py: positions per chunk of logits, and elements in fp32 at a time
-HEAD_POSITIONS = {"cpu": 256, "cuda": 8192}
+HEAD_POSITIONS = {"cpu": 256, "cuda": 9216}
 HEAD_ELEMENTS = {"cpu": 800_000}
 HEAD_IN_PLACE = {"cuda"}  # kernels need no fp32 copy of logits
 ACTIVE_CHUNKS = 3  # whole stages that torch's interleaved 1F1B lets a rank hold

@@ -45,6 +45,21 @@ class AttentionCalls(TorchFunctionMode):
         return function(*args, **kwargs or {})
 
 
+def test_rotation_acts_in_the_layout_of_the_projections():
+    """After a transposition compiled code would write the gradients of queries and keys twice."""
+    shapes = []
+    config = ModelConfig(num_layers=1, hidden_size=32, num_attention_heads=4)
+
+    def rotate(heads, table, original=attention.rotate):
+        shapes.append(heads.shape)
+        return original(heads, table)
+
+    model = Transformer(config, Vocabulary(97))
+    with patched(attention, "rotate", rotate):
+        model.logits(torch.zeros(2, 11, dtype=torch.int64), causal=True)
+    assert shapes == [(2, 11, 4, 8)] * 2
+
+
 def test_repeated_heads_give_the_same_loss_and_gradients():
     config = ModelConfig(
         num_layers=2, hidden_size=32, num_attention_heads=4, group_query_attention=True, num_query_groups=2
