@@ -40,7 +40,15 @@ class Batch:
     def unscored(cls, tokens: Tensor, causal: bool, position_ids: Tensor | None = None) -> "Batch":
         """Return a batch of `tokens` [B, T] without scored positions."""
         weights = torch.zeros(tokens.shape, device=tokens.device)
-        return cls(tokens, tokens, weights, np.zeros(len(tokens)), causal=causal, position_ids=position_ids)
+        return cls(
+            tokens,
+            tokens,
+            weights,
+            np.zeros(len(tokens)),
+            causal=causal,
+            position_ids=position_ids,
+            scored_positions=tokens.new_empty(0, dtype=torch.int64),  # known, so the host does not wait for the device
+        )
 
     @property
     def count(self) -> float:

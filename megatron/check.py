@@ -28,6 +28,7 @@ CORE = ("torch", "numpy", "safetensors", "tokenizers", "sentencepiece", "tqdm", 
 CORE += ("bokeh", "jinja2", "pyarrow", "pyyaml", "scipy")
 MODULES = {"pyyaml": "yaml"}  # whose names are not those of their packages
 TORCH = (2, 11)  # the oldest version that works
+TORCH_BELOW = (2, 14)  # 2.15 fails to compile in bf16 after the first micro-batch of a step; 2.14 is untested
 # package -> the extra of setup.py that installs it
 OPTIONAL = {
     "deepspeed": "deepspeed",
@@ -100,9 +101,16 @@ def core_packages() -> Iterator[Finding]:
         except Exception as error:  # a broken installation can raise anything
             yield Finding(name, f"does not import ({_line(error)}); run: bash install.sh", failed=True)
             continue
-        too_old = name == "torch" and tuple(map(int, re.findall(r"\d+", version)[:2])) < TORCH
-        text = f"{version} is too old; install {'.'.join(map(str, TORCH))} or newer" if too_old else version
-        yield Finding(name, text, failed=too_old)
+        problem = _torch_problem(version) if name == "torch" else None
+        yield Finding(name, f"{version} {problem}" if problem else version, failed=bool(problem))
+
+
+def _torch_problem(version: str) -> str | None:
+    release = tuple(map(int, re.findall(r"\d+", version)[:2]))
+    oldest, below = (".".join(map(str, limit)) for limit in (TORCH, TORCH_BELOW))
+    if release < TORCH:
+        return f"is too old; install {oldest} or newer, below {below}"
+    return f"is too new; install {oldest} or newer, below {below}" if release >= TORCH_BELOW else None
 
 
 def optional_packages() -> Iterator[Finding]:

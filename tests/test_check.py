@@ -119,12 +119,19 @@ def test_a_package_that_is_missing_or_old_is_reported(monkeypatch):
     monkeypatch.setattr(check, "TORCH", (99, 0))
     tokenizers, torch = [str(finding) for finding in check.findings(60) if finding.failed][::-1]
     assert re.match(r"FAILED  tokenizers .*; run: bash install.sh$", tokenizers)
-    assert re.match(r"FAILED  torch .* is too old; install 99.0 or newer$", torch)
+    assert re.match(r"FAILED  torch .* is too old; install 99.0 or newer, below 2.14$", torch)
+
+
+def test_a_torch_that_is_too_new_is_reported(monkeypatch):
+    monkeypatch.setattr(check, "TORCH_BELOW", (2, 12))
+    (torch,) = [str(finding) for finding in check.core_packages() if finding.failed]
+    assert re.match(r"FAILED  torch .* is too new; install 2.11 or newer, below 2.12$", torch)
 
 
 def test_packages_are_those_of_setup():
     setup = (ROOT / "setup.py").read_text()
-    assert f'"torch>={check.TORCH[0]}.{check.TORCH[1]}"' in setup
+    (oldest, below) = (".".join(map(str, limit)) for limit in (check.TORCH, check.TORCH_BELOW))
+    assert f'"torch>={oldest},<{below}"' in setup
     requirements = re.search(r"install_requires=\[(.*?)\]", setup, re.DOTALL)[1]
     assert {re.match(r"[\w-]+", name)[0] for name in re.findall(r'"(.*?)"', requirements)} == set(check.CORE)
     for name, extra in check.OPTIONAL.items():

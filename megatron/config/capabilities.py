@@ -1,7 +1,9 @@
 """What an objective declares about its models and samples. Other packages read this instead of comparing names."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+from megatron.config.sections import Config
 
 Form = Literal["causal", "masked"]
 
@@ -30,3 +32,16 @@ class Capabilities:
     positions_per_token: int = 1  # of one forward pass over a sample
     mixes_kinds: bool = False  # samples of two kinds, in blocks of the global batch size; a micro-batch has one kind
     in_megatron_deepspeed: bool = False  # the published system (2507.15857) trains it
+
+
+def mask_flags(config: Config, declared: Capabilities) -> dict[str, Any]:
+    """Return the flags, by field name with their values, that make batches need an attention mask; empty without one.
+
+    `declared` are the capabilities of the objective of `config`.
+    """
+    flags = {
+        "reset_attention_mask": config.data.reset_attention_mask,
+        "randmask_ratio": config.objective.randmask_ratio,
+        "objective": declared.needs_attention_mask and config.objective.objective,
+    }
+    return {name: value for name, value in flags.items() if value}

@@ -59,8 +59,12 @@ class CausalGenerator:
             tokens = choose(self.model.head(hidden), self.sampling, draws[rows, step])
             remaining = self.sampling.max_new_tokens - step
             active = self._append(rows.tolist(), tokens.tolist(), texts, remaining)
-            if not active.all():  # finished texts leave the batch
-                rows, tokens, cache = rows[active], tokens[active], cache.select(active.nonzero()[:, 0])
+            if not all(active):  # finished texts leave the batch
+                indices = torch.tensor(
+                    [index for index, is_active in enumerate(active) if is_active], dtype=torch.int64
+                )
+                indices = indices.to(self.device)
+                rows, tokens, cache = rows[indices], tokens[indices], cache.select(indices)
             if remaining == 1 or not len(rows):
                 break
             hidden = self.model.read(tokens[:, None], cache)[:, -1]
@@ -75,8 +79,8 @@ class CausalGenerator:
         present = torch.arange(longest, device=self.device) >= longest - lengths[:, None]  # [B, T]
         return self.model.read(tokens, cache, present)[:, -1]
 
-    def _append(self, rows: list[int], tokens: list[int], texts: list[list[int]], remaining: int) -> Tensor:
-        """Append a token to each of R texts; return which of them continue, bool [R].
+    def _append(self, rows: list[int], tokens: list[int], texts: list[list[int]], remaining: int) -> list[bool]:
+        """Append a token to each of R texts; return which of them continue, [R].
 
         `remaining` is the number of tokens up to the maximum, this one included.
         """
@@ -86,4 +90,4 @@ class CausalGenerator:
                 texts[row].append(token)
             active.append(token != self.eod and not self.finished(texts[row]))
             self.advance(1 if active[-1] else remaining)
-        return torch.tensor(active, device=self.device)
+        return active

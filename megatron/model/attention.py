@@ -51,16 +51,20 @@ class Attention(nn.Module):
     def attend(self, hidden: Tensor, context: AttentionContext) -> Tensor:
         """Return the attention output before `o_proj`, [B, S, heads * D], for hidden states [B, S, H]."""
         # head counts are inferred by `unflatten`, so that a tensor-parallel shard of the heads works unchanged
-        q = self.q_norm(self.q_proj(hidden).unflatten(-1, (-1, self.head_size))).transpose(1, 2)  # [B, heads, S, D]
-        k = self.k_norm(self.k_proj(hidden).unflatten(-1, (-1, self.head_size))).transpose(1, 2)  # [B, kv_heads, S, D]
+        q = self.q_norm(self.q_proj(hidden).unflatten(-1, (-1, self.head_size)))  # [B, S, heads, D]
+        k = self.k_norm(self.k_proj(hidden).unflatten(-1, (-1, self.head_size)))  # [B, S, kv_heads, D]
         v = self.v_proj(hidden).unflatten(-1, (-1, self.head_size)).transpose(1, 2)  # [B, kv_heads, S, D]
-        k = rotate(k, context.key_rotary)
+        # rotated before the transposition, so that compiled code writes the gradients in the layout of the projections
+        q = rotate(q, context.query_rotary).transpose(1, 2)  # [B, heads, S, D]
+        k = rotate(k, context.key_rotary).transpose(1, 2)  # [B, kv_heads, S, D]
         if context.kv_cache is not None:
             k, v = context.kv_cache.extend(k, v)  # [B, kv_heads, P + S, D]
-        q = rotate(q, context.query_rotary)
         if isinstance(context.mask, BlockMask):
             output = flex_attention(q, k, v, block_mask=context.mask, enable_gqa=self.grouped)
         else:
+            repeats = self.grouped and needs_equal_heads(q.device.type, q.dtype, context.mask is not None)
+            if repeats:
+                k, v = (_repeat_heads(states, q.shape[1]) for states in (k, v))  # [B, heads, P + S, D]
             output = F.scaled_dot_product_attention(
                 q,
                 k,
@@ -68,9 +72,32 @@ class Attention(nn.Module):
                 attn_mask=context.mask,
                 dropout_p=self.dropout if self.training else 0.0,
                 is_causal=context.causal,
-                enable_gqa=self.grouped,
+                enable_gqa=self.grouped and not repeats,
             )
         return output.transpose(1, 2).flatten(2)  # [B, heads, S, D] -> [B, S, heads * D]
+
+
+def needs_equal_heads(device_type: str, dtype: torch.dtype, has_mask: bool) -> bool:
+    """Return whether attention must get as many key/value heads as query heads, so that it runs as a fused kernel.
+
+    On CUDA only FlashAttention and cuDNN take fewer key/value heads, neither of them in fp32 and only cuDNN with a mask
+    tensor, where `disable_cudnn_attention` excludes it. PyTorch would store the matrix of all scores instead, in fp32.
+    """
+    return device_type == "cuda" and (has_mask or dtype == torch.float32)
+
+
+def _repeat_heads(states: Tensor, num_heads: int) -> Tensor:
+    """Return keys or values [B, kv_heads, S, D] with each head repeated: [B, num_heads, S, D]."""
+    return states.repeat_interleave(num_heads // states.shape[1], dim=1)
+
+
+def disable_cudnn_attention() -> None:
+    """Make attention of this process use FlashAttention, or under a mask tensor the memory-efficient kernel.
+
+    PyTorch 2.11 to 2.13 prefer cuDNN on Hopper and Blackwell. With a mask tensor its gradients can be NaN where the
+    length modulo 128 is 64 (pytorch#196678), and it makes an execution plan for each new shape, which takes a second.
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def dense_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:

@@ -11,21 +11,34 @@ class KVCache:
     """
 
     def __init__(self):
-        self.present: Tensor | None = None  # [B, P] bool, False at padding
+        self._present: Tensor | None = None
+        self._has_padding = False  # known to the host, which does not wait for the device at every token
         self._blocks: dict[str, tuple[Tensor, Tensor]] = {}  # block name: rotated keys and values, [B, kv_heads, P, D]
 
-    def append(self, present: Tensor) -> tuple[Tensor, Tensor | None]:
+    @property
+    def present(self) -> Tensor | None:
+        """Which tokens are not padding, bool [B, P]; None in a new cache."""
+        return self._present
+
+    @present.setter
+    def present(self, present: Tensor) -> None:
+        self._present = present
+        self._has_padding = not bool(present.all())
+
+    def append(self, present: Tensor, whole: bool = False) -> tuple[Tensor, Tensor | None]:
         """Append T tokens to each sequence, `present` [B, T]; return their position ids [B, T] and attention mask.
 
-        The mask is bool [B, T, P + T], or None where each token attends to all before it.
+        The mask is bool [B, T, P + T], or None where each token attends to all before it. `whole` states that none of
+        the tokens is padding; otherwise the host reads `present`.
         """
-        before = present[:, :0] if self.present is None else self.present
-        self.present = torch.cat((before, present), dim=1)
-        position_ids = (self.present.cumsum(1) - 1).clamp(min=0)[:, before.shape[1] :]
+        before = present[:, :0] if self._present is None else self._present
+        self._has_padding = self._has_padding or not (whole or bool(present.all()))
+        self._present = torch.cat((before, present), dim=1)
+        position_ids = (self._present.cumsum(1) - 1).clamp(min=0)[:, before.shape[1] :]
         length = present.shape[1]
-        if (length == 1 or not before.shape[1]) and self.present.all():
+        if (length == 1 or not before.shape[1]) and not self._has_padding:
             return position_ids, None
-        visible = self.present[:, None].expand(-1, length, -1).tril(before.shape[1])
+        visible = self._present[:, None].expand(-1, length, -1).tril(before.shape[1])
         # padding attends to itself: a softmax over no key is undefined
         diagonal = torch.eye(length, dtype=torch.bool, device=present.device)
         visible[:, :, before.shape[1] :] |= diagonal
@@ -37,9 +50,12 @@ class KVCache:
 
     def select(self, rows: Tensor) -> "KVCache":
         """Return a copy of the sequences `rows` [R]; indices may repeat: answers share a prefix."""
-        assert self.present is not None
+        assert self._present is not None
         selected = KVCache()
-        selected.present = self.present[rows]
+        if self._has_padding:
+            selected.present = self._present[rows]
+        else:
+            selected._present = self._present[rows]
         selected._blocks = {name: (keys[rows], values[rows]) for name, (keys, values) in self._blocks.items()}
         return selected
 

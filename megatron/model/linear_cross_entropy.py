@@ -24,7 +24,8 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-CHUNK_ROWS = {"cpu": 256, "cuda": 8192}  # positions of a chunk, by device type
+# masked diffusion scores half of 16,384 positions on average, and a chunk more for a few positions costs time
+CHUNK_ROWS = {"cpu": 256, "cuda": 9216}  # positions of a chunk, by device type
 LAST_CHUNK_MULTIPLE = {"cuda": 1024}  # the last chunk is padded to a multiple of this; on others to a whole chunk
 CACHED_NUMBERS = 800_000  # elements a CPU processes at a time: fp32 copies of more exceed its cache and are slow
 
@@ -268,6 +269,8 @@ def _kernels(device_type: str) -> ModuleType | None:
         module = import_module("megatron.model.softmax_kernels")
         logits = torch.zeros(1, 16, device=device_type)
         module.statistics(logits, torch.zeros(1, 1, dtype=torch.int64, device=device_type), 16)
+    except torch.OutOfMemoryError:
+        raise  # says nothing about the kernels, and the result is cached
     except Exception as error:  # a missing compiler may raise anything
         reason = str(error).partition("\n")[0]
         logger.warning(

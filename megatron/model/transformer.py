@@ -56,7 +56,8 @@ class Transformer(nn.Module):
         positions = batch.scored_positions  # [R]
         targets = batch.targets.flatten()  # [N]
         weights = batch.weights.flatten()  # [N]
-        selects = self.is_last_stage and self.selects_scored_positions
+        # a causal batch scores nearly all positions; a short one would compile another graph for its last step
+        selects = self.is_last_stage and self.selects_scored_positions and not batch.causal
         selection = Selection.of(positions, len(targets)) if selects else None
         hidden = self.hidden_states(batch, hidden, selection)
         if not self.is_last_stage:
@@ -119,8 +120,9 @@ class Transformer(nn.Module):
 
         Attention is causal. `present` [B, T] is False at padding.
         """
+        whole = present is None
         present = torch.ones_like(tokens, dtype=torch.bool) if present is None else present
-        position_ids, visible = cache.append(present)
+        position_ids, visible = cache.append(present, whole)
         rotary = self._rotary_table(position_ids)
         hidden = self.embed_tokens(tokens)
         mask = None if visible is None else dense_mask(visible, hidden.dtype)
@@ -136,7 +138,8 @@ class Transformer(nn.Module):
 
     def head(self, hidden: Tensor) -> Tensor:
         """Return fp32 logits [..., V] over the tokenizer's ids for the head's input [..., H]."""
-        return F.linear(hidden, self.lm_weight()[: self.vocabulary.size]).float()
+        # with the padding rows, so that rows of logits are aligned, which fast kernels need
+        return F.linear(hidden, self.lm_weight())[..., : self.vocabulary.size].float()
 
     def lm_weight(self) -> Tensor:
         """Return the weight of the head, [padded vocabulary, H]: the embedding's where the two are tied."""

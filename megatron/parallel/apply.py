@@ -64,7 +64,7 @@ def build_engine(
         # checkpointing wraps a block as one function.
         chunk.selects_scored_positions = tp_size == 1 and parallel.recompute_granularity is None
         if compile:
-            compile_blocks(chunk, ranks.device)
+            compile_blocks(chunk, ranks.device, compute_dtype)
     stages = [Stage(chunk) for chunk in models] if pp_size > 1 else []
     for root, chunk in zip(stages or models, models, strict=True):
         _shard(root, chunk.layers.values(), ranks, parallel, dtype=compute_dtype)

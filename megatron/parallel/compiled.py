@@ -11,14 +11,28 @@ from megatron.model.transformer import Transformer
 OPTIONS = {"cpu": {"fallback_random": True}}
 
 
-def compile_blocks(model: Transformer, device: torch.device) -> None:
+# Of FlexAttention in bf16 and fp32, by the KiB of shared memory of a multiprocessor; larger heads do not compile.
+# Compute capability 9 and 10 have 228, 8.0 has 164, 8.6, 8.9 and 12 have 100; compiled for each, not run.
+LARGEST_HEADS = {200: (256, 256), 160: (256, 128), 0: (128, 64)}
+
+
+def takes_block_masks(head_size: int, dtype: torch.dtype, shared_memory: int) -> bool:
+    """Return whether FlexAttention compiles for a head size, with `shared_memory` bytes per multiprocessor."""
+    bf16, fp32 = next(sizes for least, sizes in LARGEST_HEADS.items() if shared_memory >= least * 1024)
+    return 16 <= head_size <= (bf16 if dtype == torch.bfloat16 else fp32)
+
+
+def compile_blocks(model: Transformer, device: torch.device, dtype: torch.dtype) -> None:
     """Compile every block in place; the last one as two functions, between which scored positions are selected.
 
-    Masks become FlexAttention BlockMasks where that works; fully masked tiles are skipped then.
+    Masks become FlexAttention BlockMasks where that works; fully masked tiles are skipped then. The model computes in
+    `dtype`.
     """
     config = model.config
-    # FlexAttention has no dropout, no head size below 16 and, on a CPU, no backward pass
-    model.uses_block_mask = device.type == "cuda" and config.attention_dropout == 0 and config.head_size >= 16
+    # FlexAttention has no dropout and, on a CPU, no backward pass
+    if device.type == "cuda" and config.attention_dropout == 0:
+        shared_memory = torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
+        model.uses_block_mask = takes_block_masks(config.head_size, dtype, shared_memory)
     settings: dict[str, Any] = {"fullgraph": True, "dynamic": False, "options": OPTIONS.get(device.type)}
     blocks = list(model.layers.values())
     if model.is_last_stage and model.selects_scored_positions:

@@ -81,7 +81,7 @@ class DeepSpeedEngine(Engine):
         if compile and self.zero_stage == 3:
             logger.info("ZeRO stage 3 of DeepSpeed runs uncompiled: its hooks gather parameters inside every block")
         elif compile:
-            compile_blocks(model, ranks.device)
+            compile_blocks(model, ranks.device, torch.bfloat16 if bf16 else torch.float32)
         if self.zero_stage == 0:  # `update` clips already
             settings = settings | {"gradient_clipping": 0.0}
         # before stage 3 replaces parameters by shards

@@ -66,7 +66,7 @@ def peak_memory(
         rank = RankSizes(
             config,
             vocabulary,
-            capabilities.positions_per_token,
+            capabilities,
             world_size=world_size,
             precision=precision,
             device=device,

@@ -98,7 +98,9 @@ class Pipeline(Engine):
         shape = (len(batches), *batches[0].tokens.shape)
         if self.schedule is None or shape != self.shape:
             self.schedule, self.shape = self._schedule(*shape), shape
-        self.schedule.step(target=torch.arange(len(batches)), losses=losses, return_outputs=False)
+        # The first stage takes no tensors, but FSDP2 of torch 2.11 needs an argument on CUDA (pytorch#183943)
+        inputs = {"per_position": False}
+        self.schedule.step(target=torch.arange(len(batches)), losses=losses, return_outputs=False, **inputs)
         self._reduce_tied()
         loss = torch.zeros((), device=self.ranks.device)
         if self.ranks.is_loss_rank:

@@ -8,15 +8,19 @@ the head no logits.
 
 from dataclasses import dataclass
 
+import torch
+
+from megatron.config.capabilities import Capabilities, mask_flags
 from megatron.config.sections import Config
 from megatron.config.sizes import block_shapes
 from megatron.config.vocabulary import Vocabulary
+from megatron.model.attention import needs_equal_heads
 from megatron.parallel.pipeline import layers_of
 from megatron.parallel.tensor import REPLACEMENTS
 
 FP32 = 4  # bytes
 # as in megatron/model/linear_cross_entropy.py: positions per chunk of logits, and elements in fp32 at a time
-HEAD_POSITIONS = {"cpu": 256, "cuda": 8192}
+HEAD_POSITIONS = {"cpu": 256, "cuda": 9216}
 HEAD_ELEMENTS = {"cpu": 800_000}
 HEAD_IN_PLACE = {"cuda"}  # kernels need no fp32 copy of logits
 ACTIVE_CHUNKS = 3  # whole stages that torch's interleaved 1F1B lets a rank hold
@@ -62,7 +66,7 @@ class RankSizes:
         self,
         config: Config,
         vocabulary: Vocabulary,
-        positions_per_token: int,
+        capabilities: Capabilities,
         *,
         world_size: int,
         precision: str,
@@ -99,13 +103,15 @@ class RankSizes:
             self.state_elements -= _elements(matrices, num_shards).shard * self.num_layers * self.num_chunks
         self.state_elements += self.parameters.shard * config.optimizer.averages
 
-        self.seq_length = config.data.seq_length * positions_per_token
+        self.seq_length = config.data.seq_length * capabilities.positions_per_token
         self.tokens = training.micro_batch_size * self.seq_length
         self.shard_tokens = self.tokens // self.tp_size  # between layers
         self.hidden_shard = self.size * self.shard_tokens * model.hidden_size  # hidden states [B, S/tp, H]
         self.hidden = self.size * self.tokens * model.hidden_size  # hidden states [B, S, H]
         self.queries = self.tokens * model.num_attention_heads // self.tp_size * model.head_size  # elements
         self.keys = self.tokens * model.key_value_heads // self.tp_size * model.head_size
+        # of the keys that attention stores, and of its values
+        self.attended_keys = self.queries if self._repeats_heads(config, capabilities) else self.keys
         self.mlp = self.tokens * model.mlp_size // self.tp_size
         self.saved_per_layer = [self._saved_by_layer(layer) for layer in range(self.num_layers)]
 
@@ -117,6 +123,10 @@ class RankSizes:
             tables.append((self.vocabulary_shard, self.model.hidden_size))
         norm = [(self.model.hidden_size,)] * (1 if self.model.normalization == "rmsnorm" else 2)
         return tables + norm if self.is_last else tables
+
+    def _repeats_heads(self, config: Config, capabilities: Capabilities) -> bool:
+        dtype = {2: torch.bfloat16, FP32: torch.float32}[self.size]
+        return needs_equal_heads(self.device, dtype, bool(mask_flags(config, capabilities)))
 
     @property
     def in_flight(self) -> int:
@@ -172,7 +182,9 @@ class RankSizes:
         heads, groups = self.queries // model.head_size, self.keys // model.head_size  # x tokens
         hidden_elements = self.shard_tokens * model.hidden_size
         saved = 2 * self._norm(hidden_elements, self.shard_tokens) + 2 * self.hidden  # and inputs of the projections
-        saved += self.size * (2 * self.queries + 2 * self.keys) + FP32 * heads  # q, k, v, output and log-sum-exp
+        saved += (
+            self.size * (2 * self.queries + 2 * self.attended_keys) + FP32 * heads
+        )  # q, k, v, output and log-sum-exp
         if model.qk_layernorm:
             saved += self._norm(self.queries, heads) + self._norm(self.keys, groups)
         saved += self.size * (4 if model.swiglu else 2) * self.mlp  # gate, silu(gate), up, product; or up, gelu(up)

@@ -13,10 +13,12 @@ from typing import Any
 import torch
 
 import megatron
+from megatron.config.capabilities import mask_flags
 from megatron.config.flags import require, typed
 from megatron.config.resolve import Plan
 from megatron.config.sections import Config
 from megatron.errors import ConfigurationError
+from megatron.model.attention import disable_cudnn_attention
 from megatron.objectives.registry import capabilities
 from megatron.parallel.float8 import check_float8
 from megatron.parallel.mesh import ParallelContext
@@ -61,6 +63,8 @@ def prepare_device(config: Config, device: torch.device) -> None:
     offloads = config.parallel.cpu_offload and not config.parallel.deepspeed  # DeepSpeed offloads without a GPU too
     require(not offloads or device.type == "cuda", "cpu_offload", True, message)
     check_float8(config, device)
+    if mask_flags(config, capabilities(config.objective.objective)):
+        disable_cudnn_attention()
     if config.training.deterministic:
         _use_deterministic_kernels(device)
     if config.training.flash_attention:
@@ -103,7 +107,7 @@ def _use_flash_attention(version: str, config: Config, device: torch.device) -> 
         fault = str(error).strip().partition("\n")[0]
         message = f"cannot be loaded ({fault}); install its package for this GPU, or leave the flag out"
         raise ConfigurationError(f"{typed(name, version)}: {message}") from None
-    torch.backends.cuda.enable_cudnn_sdp(False)
+    disable_cudnn_attention()
 
 
 def check_kernels(config: Config) -> None:
@@ -117,14 +121,10 @@ def check_kernels(config: Config) -> None:
     size = config.model.head_size
     message = f"needs a head size of 8 to 256, a multiple of 8, not {size}; leave it out"
     require(size % 8 == 0 and size <= 256, name, version, message)
-    objective = config.objective
-    unsupported = {
-        "attention_dropout": config.model.attention_dropout,
-        "reset_attention_mask": config.data.reset_attention_mask,
-        "randmask_ratio": objective.randmask_ratio,
-        "objective": capabilities(objective.objective).needs_attention_mask and objective.objective,
-    }
-    reasons = [typed(flag, value) for flag, value in unsupported.items() if value]
+    unsupported = mask_flags(config, capabilities(config.objective.objective))
+    if config.model.attention_dropout:
+        unsupported = {"attention_dropout": config.model.attention_dropout, **unsupported}
+    reasons = [typed(flag, value) for flag, value in unsupported.items()]
     message = f"has no dropout and no masks, which {' and '.join(reasons)} needs; leave it out"
     require(not reasons, name, version, message)
 

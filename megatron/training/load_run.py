@@ -13,6 +13,7 @@ from megatron.data.indexed import read_metadata
 from megatron.data.paths import requested_sets
 from megatron.data.tokenizer import Tokenizer
 from megatron.errors import ConfigurationError
+from megatron.model.attention import disable_cudnn_attention
 from megatron.model.transformer import Transformer
 from megatron.training.checkpoint_store import find_checkpoint, load_checkpoint, read_meta
 from megatron.training.command_line import evaluation_config
@@ -38,6 +39,8 @@ class Trained:
     def model(self, average: bool = False, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Transformer:
         """Return the whole model on one device, in evaluation mode, with its weights or their average.
 
+        Scoring and generation give attention many shapes, so this process does not use cuDNN's kernel from then on.
+
         Raises: ConfigurationError if the checkpoint has no averaged weights.
         """
         if average and not self.meta.get("averaged_steps"):
@@ -45,6 +48,7 @@ class Trained:
                 f"{self.name}: holds no average of its weights at step {self.meta['iteration']}; train with "
                 "--ema-decay or --average-from-samples, or use the model weights"
             )
+        disable_cudnn_attention()
         with torch.device(device):
             model = Transformer(self.config.model, self.vocabulary)
         prefix = "average" if average else "model"

@@ -35,6 +35,8 @@ from megatron.training.run_folder import LockError, write_json
 logger = logging.getLogger(__name__)
 
 BLOCK = 1 << 24  # bytes per read, write or checksum update
+SLAB = 1 << 29  # bytes of host memory that copies of many tensors share; a larger tensor has a larger slab
+ALIGNMENT = 256  # bytes; of a tensor in a slab
 DTYPES = {
     torch.float32: "F32",
     torch.bfloat16: "BF16",
@@ -85,7 +87,7 @@ class Saver:
         self._pending = self._thread.submit(self._reserve, state)
 
     def _reserve(self, state: dict[str, Tensor]) -> None:
-        self._copies = {name: _host_copy(tensor) for name, tensor in state.items()}
+        self._copies = _host_copies(state)
 
     def save(self, state: dict[str, Tensor], meta: dict, then: Callable[[], None]) -> None:
         """Copy `state` and return; the thread writes the checkpoint of meta["iteration"].
@@ -121,11 +123,47 @@ def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _host_copy(tensor: Tensor) -> Tensor:
-    """Return zeros in host memory, with the shape and sharding of `tensor`."""
-    local = _local(tensor)
+def _host_copies(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return zeros in host memory, with the shapes and sharding of `state`, as views into a few slabs."""
+    shards = [_local(tensor) for tensor in state.values()]
+    slab_sizes, places = pack([shard.nbytes for shard in shards])
+    pinned = any(shard.device.type == "cuda" for shard in shards)
     # zero_() touches the pages; otherwise the system would allocate them at the first copy
-    zeros = torch.empty(local.shape, dtype=local.dtype, pin_memory=local.device.type == "cuda").zero_()
+    slabs = [torch.empty(size, dtype=torch.uint8, pin_memory=pinned).zero_() for size in slab_sizes]
+    copies = {}
+    for (name, tensor), shard, (slab, start) in zip(state.items(), shards, places, strict=True):
+        zeros = slabs[slab][start : start + shard.nbytes].view(shard.dtype).view(shard.shape)
+        copies[name] = _with_layout(zeros, tensor)
+    return copies
+
+
+def pack(sizes: list[int]) -> tuple[list[int], list[tuple[int, int]]]:
+    """Return the sizes in bytes of slabs for tensors of `sizes` bytes, and the slab and offset of each tensor.
+
+    PyTorch's allocator of pinned memory rounds every allocation up to a power of two, so slabs are powers of two, the
+    largest tensors get a place first, and others the first one that they fit into.
+    """
+    slab_sizes, used, places = [], [], {}
+    remaining = sum(_aligned(size) for size in sizes)
+    for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
+        size = _aligned(sizes[index])
+        slab = next((slab for slab, end in enumerate(used) if end + size <= slab_sizes[slab]), len(used))
+        if slab == len(used):
+            most = 1 << (remaining.bit_length() - 1)  # the power of two that the remaining tensors fill
+            slab_sizes.append(max(1 << (size - 1).bit_length(), min(SLAB, most)))
+            used.append(0)
+        places[index] = (slab, used[slab])
+        used[slab] += size
+        remaining -= size
+    return slab_sizes, [places[index] for index in range(len(sizes))]
+
+
+def _aligned(size: int) -> int:
+    return max(1, -(-size // ALIGNMENT)) * ALIGNMENT
+
+
+def _with_layout(zeros: Tensor, tensor: Tensor) -> Tensor:
+    """Return `zeros` as the local shard of a DTensor with the layout of `tensor`, if that is one."""
     if not isinstance(tensor, DTensor):
         return zeros
     names, layout = tensor.__tensor_flatten__()  # from_local would move the copy to the mesh's device

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron.config.sections import ModelConfig
 from megatron.config.vocabulary import Vocabulary
@@ -64,3 +65,39 @@ def test_a_prefix_is_shared_by_its_answers():
     expected = model.logits(torch.cat((prefixes[prefix_of_answer], answers), 1), causal=True)[:, 6:]
     torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
     assert cache.present.shape == (2, 6), "answers must not be appended to the prefix itself"
+
+
+WAITING = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default}
+
+
+class HostReads(TorchDispatchMode):
+    """Lists the operators for whose result a host waits where it is on a GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.operators = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function in WAITING:
+            self.operators.append(function)
+        return function(*args, **kwargs or {})
+
+
+@torch.no_grad()
+def test_only_padding_is_read_by_the_host():
+    model, tokens, cache = build(), draw(3, 9), KVCache()
+    with HostReads() as reads:
+        model.logits(tokens, causal=False)
+        model.read(tokens, cache)
+        cache = cache.select(torch.tensor([0, 2]))
+        for token in draw(2, 4).split(1, dim=1):
+            model.read(token, cache)
+    assert not reads.operators
+    padded = KVCache()
+    with HostReads() as reads:
+        model.read(tokens, padded, torch.arange(9) >= torch.tensor([[0], [3], [0]]))
+        model.read(draw(3, 1), padded)
+        unpadded = padded.select(torch.tensor([0, 2]))
+    assert len(reads.operators) == 2
+    assert unpadded.append(torch.ones(2, 1, dtype=torch.bool), True)[1] is None
+    assert padded.append(torch.ones(3, 1, dtype=torch.bool), True)[1] is not None

@@ -201,3 +201,13 @@ def test_shards_of_a_head_write_their_shards_of_the_gradient(terms):
         options = {"vocab_size": SIZE, "shard": shard, "terms": terms}
         torch.testing.assert_close(fused._to_gradient_(shard_logits, targets, weights, **options), loss)
     torch.testing.assert_close(torch.cat((left, right), 1), gradient, rtol=1e-5, atol=1e-6)
+
+
+def test_a_full_memory_does_not_turn_the_kernels_off(monkeypatch):
+    def full(name):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(fused, "import_module", full)
+    for _ in range(2):
+        with pytest.raises(torch.OutOfMemoryError):
+            fused._kernels.__wrapped__("cuda")

@@ -7,7 +7,11 @@ import pytest
 import torch
 
 from megatron.batch import Batch
+from megatron.config.sections import ObjectiveConfig
+from megatron.config.vocabulary import Vocabulary
+from megatron.model.linear_cross_entropy import CHUNK_ROWS
 from megatron.model.scored_positions import Selection
+from megatron.objectives.registry import build_objective
 from tests.model.test_model import VOCABULARY, build
 
 POSITIONS = 4 * 40
@@ -72,6 +76,20 @@ def test_nothing_scored_is_a_loss_of_zero_and_no_gradient():
     loss, nll, gradients, count = results(model, batch, selects=True)
     assert loss.item() == 0 and not nll.any() and count == 32
     assert not any(gradient.any() for gradient in gradients.values())
+
+
+def test_causal_batches_select_nothing():
+    """Otherwise the last, short step of a run would compile another graph."""
+    batch = replace(example(0.5), causal=True)
+    assert results(build(), batch, selects=True)[3] == POSITIONS
+
+
+def test_a_chunk_of_the_head_on_cuda_holds_what_masked_diffusion_scores():
+    """Of 8 x 2048 positions half are scored; another chunk of 1,024 for a few more costs half a percent of a step."""
+    objective = build_objective(ObjectiveConfig(objective="mdm"), Vocabulary(1000), 64)
+    ids = np.zeros((8, 2049), np.int64)
+    scored = [len(objective.prepare(ids, range(start, start + 8), 1).scored_positions) for start in range(0, 512, 8)]
+    assert np.mean(np.array(scored) > 8192) > 0.4 and np.mean(np.array(scored) > CHUNK_ROWS["cuda"]) < 0.05
 
 
 def test_where_almost_all_positions_are_scored_none_is_selected():

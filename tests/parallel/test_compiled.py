@@ -12,6 +12,7 @@ from torch.nn.attention.flex_attention import flex_attention
 from megatron.config.sections import ParallelConfig
 from megatron.model.attention import block_mask
 from megatron.objectives.documents import DocumentRules
+from megatron.parallel.compiled import takes_block_masks
 from megatron.parallel.mesh import ParallelContext, build_parallel_context
 from tests.distributed import joined, spawn
 from tests.steps import Case, batches_of_step, build, whole
@@ -95,6 +96,17 @@ def test_block_masks_mask_the_same(case, monkeypatch):
         torch.testing.assert_close(nll, expected, rtol=1e-5, atol=1e-5)
     for name, gradient in dense[1].items():
         np.testing.assert_allclose(tiled[1][name], gradient, rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    "kib, largest_bf16, largest_fp32",
+    [(228, 256, 256), (164, 256, 128), (100, 128, 64)],
+    ids=["H100", "A100", "L40S"],
+)
+def test_heads_of_block_masks_fit_into_shared_memory(kib, largest_bf16, largest_fp32):
+    for dtype, largest in ((torch.bfloat16, largest_bf16), (torch.float32, largest_fp32)):
+        sizes = [size for size in range(1, 300) if takes_block_masks(size, dtype, kib * 1024)]
+        assert sizes == list(range(16, largest + 1))
 
 
 @pytest.mark.parametrize("length", [300, 384])

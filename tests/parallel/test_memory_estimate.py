@@ -146,6 +146,27 @@ def test_offload_moves_the_states_to_the_host():
     assert offloaded.host == 4 * on_device.master_weights and offloaded.total < on_device.total
 
 
+def test_repeated_heads_are_counted_on_cuda():
+    """Under a mask, and in fp32, attention stores as many key/value heads as query heads."""
+    flags = f"{SHORT} --num-attention-heads 8 --group-query-attention --num-query-groups 2"
+    config = Case(flags).config
+    masked = replace(config, data=replace(config.data, reset_attention_mask=True))
+    sizes = {
+        (device, precision, bool(changed)): peak_memory(
+            changed or config, Vocabulary(500), capabilities("ar"), world_size=1, precision=precision, device=device
+        ).activations
+        for device in ("cuda", "cpu")
+        for precision in ("bf16", "fp32")
+        for changed in (None, masked)
+    }
+    model, tokens = config.model, config.training.micro_batch_size * config.data.seq_length
+    repeated = 2 * 2 * tokens * (8 - 2) * model.head_size  # of keys and values in bf16, in one block
+    difference = sizes["cuda", "bf16", True] - sizes["cuda", "bf16", False]
+    assert difference % repeated == 0 and 0 < difference // repeated <= model.num_layers
+    assert sizes["cuda", "fp32", True] == sizes["cuda", "fp32", False]
+    assert sizes["cpu", "bf16", True] == sizes["cpu", "bf16", False]
+
+
 def test_the_rank_that_needs_most_decides():
     config = Case(f"{SMALL} {PIPELINE}", 2, 4).config
     deep = replace(config, model=replace(config.model, num_layers=24))

@@ -1,5 +1,6 @@
 """Asynchronous checkpoints contain the state at the call of `save`, and are complete or absent."""
 
+import itertools
 import json
 import signal
 import subprocess
@@ -12,9 +13,12 @@ import torch
 from safetensors import safe_open
 from torch.distributed.tensor import Shard, distribute_tensor
 
+from megatron.config.vocabulary import Vocabulary
+from megatron.model.transformer import Transformer
 from megatron.training import saver
 from megatron.training.checkpoint_store import CheckpointStore, damage, load_checkpoint
-from megatron.training.saver import BLOCK, Saver, folder_name, write_safetensors
+from megatron.training.command_line import parse
+from megatron.training.saver import BLOCK, Saver, folder_name, pack, write_safetensors
 from tests.conftest import ROOT, environment, records, run
 from tests.distributed import joined, spawn
 
@@ -163,6 +167,37 @@ def test_memory_is_reused(tmp_path):
         saving.save(state, meta(1), nothing)
         saving.save(state, meta(2), nothing)
         assert reserved == {name: tensor.to_local().data_ptr() for name, tensor in saving._copies.items()}
+
+
+LIMITS = {"140M": 1.02, "425M": 1.02, "1018M": 1.02, "2283M": 1.02}  # model size: slabs as a multiple of the state
+
+
+@pytest.mark.parametrize("model_size, limit", LIMITS.items())
+def test_slabs_take_little_more_than_the_state(model_size, limit):
+    """Pinned tensors of their own would take 1.3 to 1.7 times the state: each is rounded up to a power of two."""
+    config = parse("ar", ["--model-size", model_size]).model
+    with torch.device("meta"):
+        sizes = [parameter.nbytes for parameter in Transformer(config, Vocabulary(50_258)).parameters()] * 3
+    slab_sizes, places = pack(sizes)
+    assert all(size.bit_count() == 1 for size in slab_sizes) and sum(slab_sizes) <= limit * sum(sizes)
+    assert sum(1 << (size - 1).bit_length() for size in sizes) > 1.3 * sum(sizes)
+    for slab, slab_size in enumerate(slab_sizes):
+        ranges = sorted((start, start + size) for (at, start), size in zip(places, sizes, strict=True) if at == slab)
+        assert ranges[-1][1] <= slab_size
+        assert all(end <= start and start % 64 == 0 for (_, end), (start, _) in itertools.pairwise(ranges))
+
+
+def test_copies_share_slabs(tmp_path):
+    state = {f"{index}": torch.full((index % 7, 30), float(index)) for index in range(50)}
+    state |= {"half": torch.ones(5, dtype=torch.bfloat16), "scalar": torch.tensor(3), "none": torch.zeros(0, 4)}
+    with joined() as ranks, Saver(tmp_path, ranks) as saving:
+        saving.save(state, meta(1), nothing)
+        slabs = {copy.untyped_storage().data_ptr(): copy.untyped_storage().nbytes() for copy in saving._copies.values()}
+    assert len(slabs) < 10 and all(size.bit_count() == 1 for size in slabs.values())
+    loaded = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
+    load_checkpoint(tmp_path / folder_name(1), loaded)
+    for name, tensor in state.items():
+        assert torch.equal(loaded[name], tensor), name
 
 
 @pytest.mark.parametrize("ended_by", [None, KeyError("the run")])
