@@ -27,9 +27,12 @@ RECOGNISED = {
 }
 QUANTITIES = ("parameters", "unique_tokens", "tokens", "loss")
 # columns that must have a single value, by what they describe
-CORPUS = ("corpus", "corpus_hash", "data", "dataset", "train-data-path", "tokenizer-type", "tokenizer-model")
+CORPUS = (
+    *("corpus", "corpus_hash", "data", "dataset", "train-data-path"),
+    *("vocabulary_size", "tokenizer-type", "tokenizer-model"),
+)
 EVALUATION = (
-    *("set", "likelihood", "bound", "alignment", "num_mc"),
+    *("set", "likelihood", "bound", "alignment", "num_mc", "eval_seed"),
     *("valid-data-path", "eval-samples", "eval-seed", "eval-alignment", "num-mc"),
 )
 RECIPE = ("variant", "stage", "trial")

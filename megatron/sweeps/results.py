@@ -12,10 +12,11 @@ from tqdm import tqdm
 from megatron.errors import ConfigurationError
 from megatron.sweeps.points import Point, replacing, text
 from megatron.sweeps.states import run_state
-from megatron.training.run_folder import read_records
+from megatron.training.run_folder import read_records, recorded_config
 
 # columns of every table, in this order; then one column per axis and tuned flag, named like the flag
 POINT_COLUMNS = ("stage", "variant", "seed", "trial", "id", "state")
+RUN_COLUMNS = ("corpus_hash", "vocabulary_size", "eval_seed")  # losses are comparable where these are equal
 COST_COLUMNS = ("parameters", "unique_tokens", "train_samples", "world_size")
 RECORD_COLUMNS = {
     "set": pa.string(),
@@ -48,17 +49,19 @@ def collect(folder: Path, points: Sequence[Point], progress: bool = False) -> pa
     rows: list[dict[str, Any]] = []
     records_by_run: dict[str, list[dict]] = {}
     states: dict[str, str] = {}
+    conditions: dict[str, dict[str, Any]] = {}
     for point in tqdm(points, desc="collect", disable=None if progress else True, leave=False):
         if point.id not in records_by_run:
             records_by_run[point.id] = _validations(point.folder(folder))
             states[point.id] = run_state(point.folder(folder)).name
+            conditions[point.id] = _conditions(point.folder(folder))
         named = {name: getattr(point, name) for name in (*POINT_COLUMNS[:-1], *COST_COLUMNS)}
-        named["state"] = states[point.id]
+        named |= {"state": states[point.id], **conditions[point.id]}
         named |= dict.fromkeys(axes) | {**point.axes, **point.tuned}
         rows += [named | record for record in records_by_run[point.id]]
     if not rows:
         raise ConfigurationError(f"{folder}: no run was validated yet; see tools/sweep.py status")
-    columns = {name: [row[name] for row in rows] for name in (*POINT_COLUMNS, *COST_COLUMNS)}
+    columns = {name: [row[name] for row in rows] for name in (*POINT_COLUMNS, *RUN_COLUMNS, *COST_COLUMNS)}
     arrays = {name: pa.array(values) for name, values in columns.items()}
     arrays |= {name: _column([row[name] for row in rows]) for name in axes}
     arrays |= {name: pa.array([row[name] for row in rows], kind) for name, kind in RECORD_COLUMNS.items()}
@@ -76,6 +79,14 @@ def write_table(table: pa.Table, folder: Path) -> list[Path]:
             write(table, file)
         paths.append(folder / name)
     return paths
+
+
+def _conditions(folder: Path) -> dict[str, Any]:
+    """Return the RUN_COLUMNS of a run, nulls before its start."""
+    config = recorded_config(folder)
+    if config is None:
+        return dict.fromkeys(RUN_COLUMNS)
+    return {name: (config | config["validation"])[name] for name in RUN_COLUMNS}
 
 
 def _validations(folder: Path) -> list[dict]:

@@ -1,5 +1,6 @@
 """The local queue: real runs, interrupted, killed, failing, hanging, and two queues on one sweep."""
 
+import json
 import os
 import random
 import signal
@@ -85,6 +86,10 @@ def test_all_runs_are_trained_and_collected(sweep):
     folder = path.parent / "whole"
     assert len(rows) == 2 * 2 * (2 + 4)  # variants, sets, validations of both budgets
     assert {row["state"] for row in rows} == {"finished"}
+    recorded = json.loads(next((folder / "runs").glob("*/config.json")).read_text())
+    conditions = {(row["corpus_hash"], row["vocabulary_size"], row["eval_seed"]) for row in rows}
+    expected = (recorded["corpus_hash"], recorded["vocabulary_size"], recorded["validation"]["eval_seed"])
+    assert conditions == {expected}
     ends = {(row["variant"], row["train-epochs"]): row["epoch"] for row in rows}
     assert ends == {(variant, epochs): epochs for variant in ("ar", "mdm") for epochs in (4, 8)}
     assert all(row["bound"] == (row["variant"] == "mdm") for row in rows)
