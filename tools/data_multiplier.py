@@ -2,7 +2,7 @@
 """Print how many times more unique data a baseline needs to reach the loss of a method: the data multiplier.
 
     python tools/data_multiplier.py runs/mine --set validation --baseline variant=ar --method variant=mdm
-    python tools/data_multiplier.py --loss 3.402 --unique-tokens 100M --baseline fresh.csv depth=26 \
+    python tools/data_multiplier.py --loss 3.402 --unique-tokens 100M --baseline fresh.csv depth=26 \\
         --interpolation linear
 
 The baseline is measured runs on two or more data budgets: conditions on the rows of TABLE, or a table of its own and
@@ -95,14 +95,17 @@ def _method(options: argparse.Namespace, selection: Selection) -> Curve:
 def _side(words: list[str], table_path: str | None, selection: Selection, flag: str) -> Curve:
     """Return the runs that the words of a side name.
 
-    Raises: ConfigurationError where no table is given.
+    Raises: ConfigurationError, naming the side, where no table is given or its rows are refused.
     """
     has_table = not re.search(r"[=<>]", words[0]) or Path(words[0]).exists()
     path, conditions = (words[0], words[1:]) if has_table else (table_path, words)
     if path is None:
         raise ConfigurationError(f"{flag} {' '.join(words)}: needs a table; name TABLE, or one before the conditions")
     selection = replace(selection, where=(*selection.where, *conditions), mixed=(*selection.mixed, "stage", "trial"))
-    return curve(" ".join(words), read_runs(path, selection, required=("unique_tokens", "loss")))
+    try:
+        return curve(" ".join(words), read_runs(path, selection, required=("unique_tokens", "loss")))
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{flag} {' '.join(words)}: {error}") from None
 
 
 if __name__ == "__main__":

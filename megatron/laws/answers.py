@@ -27,7 +27,7 @@ DRAWS = 200  # resamples of an interval
 class Limits:
     """The range of a search."""
 
-    parameters: tuple[float, float] = (1e5, 1e13)
+    parameters: tuple[float, float] = (1e5, 1e13)  # equal for a given size
     epochs: float = 1e5  # the most
     flops: tuple[float, float] | None = None  # of a crossing; by default all compute that the other two allow
 
@@ -136,8 +136,9 @@ def _optimum(law: Law, point: tuple, unique_tokens: float, *, flops: float | Non
         ("parameters", (most_parameters, tokens)),
         ("epochs", (size, most_epochs * unique_tokens)),
     ):
+        is_free = name != "parameters" or limits.parameters[0] < limits.parameters[1]
         affordable = flops is None or 6 * at_end[0] * at_end[1] <= flops * (1 + 1e-6)
-        if affordable and law.loss(at_end[0], unique_tokens, at_end[1]) <= loss + SAME_LOSS:
+        if is_free and affordable and law.loss(at_end[0], unique_tokens, at_end[1]) <= loss + SAME_LOSS:
             unbounded.append(name)
     return Optimum(
         parameters=float(size),

@@ -164,7 +164,7 @@ class Multiplier:
             text = f"more than {self.more_than:.3g}x" if self.more_than else f"less than {self.less_than:.3g}x"
         else:
             text = f"{self.multiplier:.3g}x"
-        if self.interval:
+        if self.interval and any(self.interval):
             low, high = (f"{end:.3g}" if end is not None else "outside the range" for end in self.interval)
             text += f" [{low}, {high}]"
         return text

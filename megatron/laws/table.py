@@ -91,6 +91,7 @@ def parse_amount(text: str, flag: str) -> float:
 
 def short(amount: float) -> str:
     """Return a number of tokens or parameters as people write it: 1e8 is `100M`."""
+    amount = float(f"{amount:.4g}")
     for suffix, unit in reversed(SUFFIXES.items()):
         if amount >= unit:
             return f"{amount / unit:.4g}{suffix}"

@@ -65,6 +65,27 @@ def test_quokkas_best_runs_are_the_published_ones(unique_tokens, flops):
     assert best.no_optimum_in == ()
 
 
+@pytest.mark.parametrize(
+    "size, unique_tokens, published, recomputed",
+    [(4e8, 1e7, 70, 66), (4e8, 1e8, 175, 165), (1e9, 1e9, 260, 246), (1e10, 1e12, 1098, 1029)],
+)
+def test_quokkas_best_epochs_of_a_given_size_are_the_published_ones(size, unique_tokens, published, recomputed):
+    """Table 3 of 2510.03280, and what its printed, rounded coefficients give."""
+    best = best_run(law("quokka"), unique_tokens, limits=Limits(parameters=(size, size)))
+    assert best.epochs == pytest.approx(published, rel=0.07) and round(best.epochs) == pytest.approx(recomputed, abs=1)
+    assert best.parameters == pytest.approx(size) and best.no_optimum_in == ()
+
+
+def test_lovelaces_best_epochs_of_a_given_size_are_the_closed_form():
+    """epochs = (beta B U^(1 - beta) / (P N))^(1 / (1 + beta)) for L = ... + P (epochs - 1) N / U (2605.01640)."""
+    over_fitting = law("overfitting-linear", **law("chinchilla").values, P=2e-3)
+    v, size = over_fitting.values, 2e8
+    for unique_tokens in (1e8, 1e9, 1e10):
+        expected = (v["beta"] * v["B"] * unique_tokens ** (1 - v["beta"]) / (v["P"] * size)) ** (1 / (1 + v["beta"]))
+        best = best_run(over_fitting, unique_tokens, limits=Limits(parameters=(size, size)))
+        assert best.epochs == pytest.approx(expected, rel=1e-4)
+
+
 @pytest.mark.parametrize("name", ["quokka", "repetition", "geometric", "overfitting-linear"])
 def test_the_best_run_is_that_of_a_brute_force_search(name):
     extra = {"geometric": law("repetition").values, "overfitting-linear": law("chinchilla").values | {"P": 2e-3}}

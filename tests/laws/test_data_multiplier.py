@@ -225,7 +225,10 @@ def test_runs_of_less_than_an_epoch_count_with_what_they_read_of_a_set_that_none
         ("{sweep} --set validation --baseline variant=ar --loss 3 --unique-tokens ten", "--unique-tokens ten: must be"),
         ("{sweep} --set validation --baseline variant=ar --method variant=mdm --loss 3", "--method: excludes --loss"),
         ("{sweep} --set validation --baseline variant=mdm --method variant=ar", "runs on 1000 unique tokens only"),
-        ("{sweep} --set validation --baseline variant=mmd --method variant=ar", "--where variant=mmd: no row of"),
+        (
+            "{sweep} --set validation --baseline variant=mmd --method variant=ar",
+            "--baseline variant=mmd: --where variant=mmd: no row of",
+        ),
         ("{sweep} --baseline variant=ar --method variant=mdm", "has the validation sets tuning, validation"),
         (
             "{sweep} --set validation --baseline variant=ar --method variant=mdm --extrapolate 0.5",
@@ -261,6 +264,8 @@ def test_incomparable_losses_raise_from_the_library_too():
         multipliers(measured([3.0], budgets=np.array([1e8])), measured_loss(3.0, 1e8))
 
 
-@pytest.mark.parametrize("amount, text", [(1e8, "100M"), (1.5e9, "1.5B"), (999, "999"), (2.5e3, "2.5K"), (3e12, "3T")])
+@pytest.mark.parametrize(
+    "amount, text", [(1e8, "100M"), (1.5e9, "1.5B"), (999, "999"), (2.5e3, "2.5K"), (999_999_999.9, "1B")]
+)
 def test_amounts_are_short(amount, text):
     assert short(amount) == text
