@@ -32,6 +32,8 @@ def plot_fit(record: dict[str, Any], folder: Path) -> list[Path]:
 
 def _save(figure, path: Path) -> Path:
     """Write a figure as PATH.png and PATH.svg and close it; return the PNG file."""
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # the layout is computed once, not per file
     for suffix in ("svg", "png"):
         partial = path.with_name(f"{path.name}.{suffix}.partial")
         figure.savefig(partial, format=suffix, dpi=120)
@@ -53,14 +55,14 @@ def _panels(number: int, height: float):
 
 def _log_axis(axes) -> None:
     """Give a panel a logarithmic x axis with labels such as 10 and 100M: ten times as fast as powers of ten."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     axes.set_xscale("log")
     low, high = axes.get_xlim()
     if high < 10 * low:  # not even one power of ten
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value) if value >= 1000 else f"{value:g}"))
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.tick_params(axis="x", labelsize=8)
 
 
