@@ -74,6 +74,14 @@ def assign_trunks(resolved: Sequence[Resolved], folder: Path) -> tuple[list[Poin
     return points, [f"{count} WSD points are trained in full: {reason}" for reason, count in reasons.items()]
 
 
+def needs_trunk(point: Point, sweep: Path) -> bool:
+    """Return whether a run can only start from a checkpoint that its trunk has not saved yet."""
+    checkpoint = point.trunk_checkpoint(sweep)
+    if checkpoint is None or checkpoint.is_dir():
+        return False
+    return not CheckpointStore.of_run(point.folder(sweep)).has_any()  # else it resumes from its own
+
+
 class _Family:
     """The runs that differ only in their budget, with the trunk of each."""
 

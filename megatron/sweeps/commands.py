@@ -11,6 +11,7 @@ import torch
 
 from megatron.errors import ConfigurationError
 from megatron.sweeps import array_task, results, slurm
+from megatron.sweeps.branches import needs_trunk
 from megatron.sweeps.local_queue import LocalQueue, QueueOptions
 from megatron.sweeps.plan import Planned, plan_sweep
 from megatron.sweeps.points import CHOICES, PLAN, SWEEP_COPY, Point, read_plan, replace_file, unique_runs, write_plan
@@ -126,15 +127,20 @@ def _submit(options: Namespace, folder: Path, points: Sequence[Point], *, retry_
     if not chosen:
         print("nothing to submit: " + sweep_status(folder, points).line())
         return 0
-    trunk_jobs = sorted({queued[str(point.trunk)] for point in chosen if point.trunk in queued})
-    for array in slurm.write_arrays(folder, chosen, site, retry_failed=retry_failed):
-        print(f"{array.script}: {len(array.points)} tasks")
-        if options.dry_run:
-            print(array.script.read_text())
-            continue
-        job = slurm.submit_array(array, after=trunk_jobs if array.are_branches else ())
-        trunk_jobs += [] if array.are_branches else [job]
-        print(f"submitted: job {job}; `scancel {job}` ends it, `scancel --signal=USR1 {job}` saves and requeues")
+    groups: dict[bool, list[Point]] = {False: [], True: []}  # by whether they wait for a trunk
+    for point in chosen:
+        groups[needs_trunk(point, folder)].append(point)
+    jobs = sorted({queued[str(point.trunk)] for point in groups[True] if point.trunk in queued})
+    for waits, members in groups.items():
+        after = tuple(jobs) if waits else ()
+        for array in slurm.write_arrays(folder, members, site, retry_failed=retry_failed):
+            print(f"{array.script}: {len(array.points)} tasks")
+            if options.dry_run:
+                print(array.script.read_text())
+                continue
+            job = slurm.submit_array(array, after=after)
+            jobs.append(job)
+            print(f"submitted: job {job}; `scancel {job}` ends it, `scancel --signal=USR1 {job}` saves and requeues")
     return 0
 
 

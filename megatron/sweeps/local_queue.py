@@ -21,11 +21,11 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from megatron.config.flags import require
 from megatron.errors import ConfigurationError
+from megatron.sweeps.branches import needs_trunk
 from megatron.sweeps.launch import LOCKED, local_command, local_environment
 from megatron.sweeps.points import Point, unique_runs
 from megatron.sweeps.states import State, run_state
 from megatron.sweeps.status import run_progress
-from megatron.training.checkpoint_store import CheckpointStore
 from megatron.training.run_folder import writing
 
 logger = logging.getLogger(__name__)
@@ -162,11 +162,8 @@ class LocalQueue:
 
     def _waits_for_trunk(self, point: Point) -> bool:
         """Return whether the checkpoint to continue from is still to come."""
-        checkpoint = point.trunk_checkpoint(self.folder)
-        if checkpoint is None or checkpoint.is_dir() or point.trunk in self.failures:
+        if point.trunk in self.failures or not needs_trunk(point, self.folder):
             return False
-        if CheckpointStore.of_run(point.folder(self.folder)).has_any():
-            return False  # it resumes from its own
         state = run_state(self.folder / "runs" / str(point.trunk)).name
         is_ahead = any(job.point.id == point.trunk for job in (*self.waiting, *self.running))
         return state == "running" or (state != "finished" and is_ahead)

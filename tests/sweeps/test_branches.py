@@ -1,10 +1,12 @@
 """WSD branches: what shares a trunk, what it saves, and runs that equal full runs to the last bit."""
 
 import json
+import shutil
 
 import pytest
 from safetensors import safe_open
 
+from megatron.sweeps.branches import needs_trunk
 from megatron.sweeps.launch import training_command
 from megatron.sweeps.plan import plan_sweep
 from megatron.sweeps.points import read_plan
@@ -121,7 +123,13 @@ def test_a_trunk_that_is_lost_or_damaged_is_no_source(corpus, tmp_path):
     path = sweep(corpus, tmp_path, epochs=(4, 12), variants=None)
     short, trunk = planned(path, folder).points
     checkpoint = short.trunk_checkpoint(folder)
+    assert needs_trunk(short, folder) and not needs_trunk(trunk, folder)
+    own = short.folder(folder) / "checkpoints" / "iter_0000008"
+    own.mkdir(parents=True)
+    assert not needs_trunk(short, folder)  # it resumes from its own
+    shutil.rmtree(short.folder(folder))
     checkpoint.mkdir(parents=True)
+    assert not needs_trunk(short, folder)
     status = {"state": "failed", "reason": "step 9: loss is not finite", "iteration": 8, "consumed_samples": 64}
     (trunk.folder(folder) / "status.json").write_text(json.dumps(status))
     assert planned(path, folder).points[0].trunk is None  # no meta.json, and nothing more will come

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from argparse import Namespace
+from pathlib import Path
 
 import pytest
 
@@ -70,6 +71,26 @@ def test_a_folder_without_a_plan_and_a_missing_file_are_named(corpus, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match=r"file: could not be written \(File exists\)"):
         commands.plan(options(path, tmp_path / "file"))
+
+
+def test_branches_wait_only_for_checkpoints_that_are_not_there(corpus, tmp_path, capsys):
+    flags = toy(corpus)["flags"] | {"lr-decay-style": "WSD", "lr-warmup-samples": 16}
+    parameters = {"train-epochs": [4, 8, 16]}
+    path = write(tmp_path, toy(corpus), flags=flags, parameters=parameters, variants=None)
+    folder = tmp_path / "wsd"
+
+    def arrays(command) -> list[list[str]]:
+        """Return the runs of each array in the order of submission."""
+        capsys.readouterr()
+        assert command(options(path, folder, site=None, dry_run=True)) == 0
+        scripts = [line.partition(": ")[0] for line in capsys.readouterr().out.splitlines() if line.endswith(" tasks")]
+        return [Path(script).with_suffix(".tasks").read_text().split() for script in scripts]
+
+    first = arrays(commands.submit)
+    short, middle, trunk = read_plan(folder)
+    assert first == [[trunk.id], [middle.id, short.id]]
+    short.trunk_checkpoint(folder).mkdir(parents=True)
+    assert arrays(commands.resubmit) == [[trunk.id], [short.id], [middle.id]]
 
 
 @pytest.mark.parametrize(
