@@ -3,19 +3,29 @@
 #   bash benchmarks/gpu.sh [tests] [140M] [425M] [1018M] [2283M] [settings]      without arguments all of them
 # Sized for one H200. Variables: OUT, the folder for figures and logs (default results/gpu); PUBLISHED, a clone of the
 # published system (default ../diffusion-data-constraint), skipped if it does not exist; PYTHON, the interpreter
-# (default .venv/bin/python), with the extras test and fp8 and the peers installed; DRY_RUN=1 prints the commands. A
-# failure does not stop the other measurements; failures are listed at the end.
+# (default .venv/bin/python if it exists, else python3), with the extras test and fp8 and the peers installed; LIMIT,
+# the seconds after which each measurement is ended (default none): a step's figures are written after every round;
+# DRY_RUN=1 prints the commands. A failure does not stop the other measurements; failures are listed at the end.
 set -uo pipefail
+<<<<<<< HEAD
 cd "$(dirname "$0")/.." || exit
 python=${PYTHON:-.venv/bin/python} out=${OUT:-results/gpu} published=${PUBLISHED:-../diffusion-data-constraint}
 failed=()
+=======
+cd "$(dirname "$0")/.."
+python=${PYTHON:-.venv/bin/python}
+[[ -n "${PYTHON:-}" || -x "$python" ]] || python=python3
+out=${OUT:-results/gpu} published=${PUBLISHED:-../diffusion-data-constraint}
+failed=() limit=()
+[[ -z "${LIMIT:-}" ]] || limit=(timeout --kill-after=5 "$LIMIT")
+>>>>>>> w-cuda
 
 # measure NAME COMMAND...: run a command and log its output to NAME.log.
 measure() {
-    local line
-    printf -v line '%q ' "${@:2}"
+    local line command=("${limit[@]}" "${@:2}")
+    printf -v line '%q ' "${command[@]}"
     echo "$line"
-    [[ "${DRY_RUN:-0}" == 1 ]] || "${@:2}" 2>&1 | tee "$out/$1.log" || failed+=("$1")
+    [[ "${DRY_RUN:-0}" == 1 ]] || "${command[@]}" 2>&1 | tee "$out/$1.log" || failed+=("$1")
 }
 
 # step SIZE MICRO_BATCH_SIZE MICRO_BATCHES NAME FLAGS...: time optimizer steps of 131,072 tokens.
@@ -42,7 +52,7 @@ published_flags=()
 [[ "${DRY_RUN:-0}" == 1 ]] || mkdir -p "$out"
 for name in "$@"; do
     case "$name" in
-        tests) measure tests "$python" -m pytest -q -m gpu -n 6 tests/test_cuda.py ;;
+        tests) measure tests "$python" -m pytest -q -m gpu -n 8 --dist load tests/test_cuda.py ;;
         140M) step 140M 8 8 140M "${published_flags[@]}" ;;
         425M) step 425M 8 8 425M "${published_flags[@]}" --only "* compiled" ${published_flags:+"published MDM*"} ;;
         1018M)

@@ -96,12 +96,13 @@ def interleave(
     device: torch.device,
     *,
     warm_up: int = 0,
+    after_round: Callable[[Timings], object] = lambda timings: None,
 ) -> Timings:
     """Return the times of all contestants; every round calls each of them once, in a rotating order.
 
     A contestant is called with the number of its round, which starts at 0 in the `warm_up` rounds that come before the
     `rounds` timed ones. Load that changes during the run thereby affects all contestants alike. "peak" memory includes
-    what all of them keep allocated between their turns, "step" excludes it.
+    what all of them keep allocated between their turns, "step" excludes it. `after_round` gets the times so far.
     """
     names = list(contestants)
     seconds: dict[str, list[float]] = {name: [] for name in names}
@@ -121,6 +122,8 @@ def interleave(
                     peak = torch.cuda.max_memory_allocated(device)
                     memory[name] = {"peak": peak, "step": peak - allocated}
                 bar.update()
+            if turn >= warm_up:
+                after_round(Timings(seconds, memory))
     return Timings(seconds, memory)
 
 
@@ -192,8 +195,22 @@ def environment_line(environment: dict) -> str:
 
 def publish(report: dict, tables: str, output: str | None) -> None:
     """Print environment and Markdown tables of a report; with `output` also write the report as JSON, them as .md."""
-    text = f"{environment_line(report['environment'])}\n\n{tables.strip()}"
-    print(text)
+    print(_with_environment(report, tables))
     if output:
-        Path(output).write_text(json.dumps(report, indent=1) + "\n")
-        Path(output).with_suffix(".md").write_text(text + "\n")
+        save(report, tables, output)
+
+
+def save(report: dict, tables: str, output: str) -> None:
+    """Write a report as JSON, and its tables as .md next to it; a file is complete or that of an earlier call."""
+    contents = {
+        Path(output): json.dumps(report, indent=1),
+        Path(output).with_suffix(".md"): _with_environment(report, tables),
+    }
+    for path, text in contents.items():
+        temporary = path.with_name(path.name + ".partial")
+        temporary.write_text(text + "\n")
+        temporary.replace(path)
+
+
+def _with_environment(report: dict, tables: str) -> str:
+    return f"{environment_line(report['environment'])}\n\n{tables.strip()}"

@@ -5,6 +5,7 @@ No time is asserted. A benchmark sets environment variables at import, so each t
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -47,7 +48,15 @@ def report_of(benchmark: str, folder) -> dict:
 def test_contestants_alternate_after_warm_up():
     calls = []
     contestants = {name: lambda turn, name=name: calls.append(f"{name}{turn}") for name in "abc"}
-    timings = harness.interleave(contestants, 2, torch.device("cpu"), warm_up=1)
+    rounds = []
+    timings = harness.interleave(
+        contestants,
+        2,
+        torch.device("cpu"),
+        warm_up=1,
+        after_round=lambda timings: rounds.append([len(seconds) for seconds in timings.seconds.values()]),
+    )
+    assert rounds == [[1, 1, 1], [2, 2, 2]]
     assert calls == "a0 b0 c0 b1 c1 a1 c2 a2 b2".split()
     assert {name: len(seconds) for name, seconds in timings.seconds.items()} == dict(a=2, b=2, c=2)
     assert not timings.memory
@@ -212,6 +221,36 @@ def test_only_the_selected_implementations_run(tmp_path):
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "step.json").read_text())
     assert list(report["figures"]) == ["ours MDM eager", "ours MDM full head eager", "nanogpt AR eager"]
+
+
+INTERRUPTED = """
+from benchmarks.training_step import run
+turns = run.turns
+def interrupted(*arguments):
+    turn = turns(*arguments)
+    return lambda number: turn(number) if number == 0 else exit(7)
+run.turns = interrupted
+run.main()
+"""
+
+
+@pytest.mark.slow
+def test_a_run_that_is_ended_leaves_the_rounds_before(tmp_path):
+    done = run(*TOY, "--only", "ours AR eager", "--output", tmp_path / "step.json", script=INTERRUPTED)
+    assert done.returncode == 7 and "\n| ours AR eager | " in (tmp_path / "step.md").read_text()
+    assert len(json.loads((tmp_path / "step.json").read_text())["seconds_per_step"]["ours AR eager"]) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step.json", "step.md"]
+    assert "ceilings: matmul " in done.stdout
+
+
+def test_the_script_for_gpus_takes_an_interpreter_and_a_limit(tmp_path):
+    shutil.copytree(ROOT / "benchmarks", tmp_path / "benchmarks", ignore=shutil.ignore_patterns("*.py"))
+    environments = {"python3 ": {}, "timeout --kill-after=5 60 p ": {"LIMIT": "60", "PYTHON": "p"}}
+    for start, variables in environments.items():
+        command = ["bash", tmp_path / "benchmarks" / "gpu.sh", "tests"]
+        env = {"PATH": os.environ["PATH"], "DRY_RUN": "1", **variables}
+        done = subprocess.run(command, env=env, capture_output=True, text=True)
+        assert done.returncode == 0 and done.stdout.startswith(f"{start}-m pytest "), done.stdout
 
 
 @pytest.mark.slow

@@ -93,7 +93,7 @@ def tables(report: dict) -> str:
         f"bf16; {settings['micro_batches']} x {settings['micro_batch_size']} x {settings['seq_length']} tokens a step; "
         f"scored positions only against all, in fp32: relative loss difference {exactness['loss']:.1e}, "
         f"gradient cosine {exactness['cosine']:.8f}\n",
-        f"ceilings: matmul {_tera(ceilings['matmul'])} TFLOP/s, copy {ceilings['copy'] / 1e9:.1f} GB/s\n",
+        f"{ceilings_line(Ceilings(**ceilings))}\n",
     ]
     layers = [(name, *(_tera(rates[product]) for product in PRODUCTS)) for name, rates in ceilings["layers"].items()]
     lines.append(markdown_table(("linear layer, TFLOP/s", *PRODUCTS), layers))
@@ -105,6 +105,11 @@ def tables(report: dict) -> str:
     gates = [(gate["what"], *spread(gate["values"]), *_verdict(gate)) for gate in report["gates"]]
     lines.append(markdown_table(("gate", "median", "min - max", "bound", ""), gates))
     return "\n".join(lines)
+
+
+def ceilings_line(ceilings: Ceilings) -> str:
+    """Return the rates of the large matmul and of a copy as a line."""
+    return f"ceilings: matmul {_tera(ceilings.matmul)} TFLOP/s, copy {ceilings.copy / 1e9:.1f} GB/s"
 
 
 def _row(seconds: list[float], figures: dict) -> list[str]:

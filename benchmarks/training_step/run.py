@@ -9,7 +9,8 @@
 2. All implementations have the same model, weights, batches and optimizer. Each takes steps with learning rate 0 that
    score a few positions only. Loss and gradient norm must match those of the first implementation with the same
    objective, which is our eager step unless --only excludes it. This also warms up and compiles.
-3. Every round times each implementation, in a rotating order. Ratios are taken within a round.
+3. Every round times each implementation, in a rotating order. Ratios are taken within a round. After every round the
+   figures so far are written to --output.
 
 A step is forward, backward, gradient accumulation, clipping, optimizer and zeroing the gradients. It moves batches to
 the device that were prepared in advance. Time is wall-clock time between synchronisations on CUDA, and CPU time of the
@@ -30,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 import torch
 
-from benchmarks.harness import interleave, publish, read_options, refuse
+from benchmarks.harness import Timings, interleave, publish, read_options, refuse, save
 from benchmarks.training_step import ceilings, parity, published, report
 from benchmarks.training_step.implementations import Implementation, Shape
 from benchmarks.training_step.options import Options, shape_of
@@ -95,6 +96,7 @@ def measure(options: Options, shape: Shape, implementations: list[Implementation
     """Return the report of a run: all measurements, figures and gates."""
     exactness = parity.check_exactness(options, shape, device)
     measured_ceilings = ceilings.measure(shape, options.micro_batch_size, device)
+    print(report.ceilings_line(measured_ceilings), flush=True)
     differences = parity.check(implementations, parity.check_batches(options, shape))
     batches = parity.batches(options, shape, options.rounds * options.steps)
     num_scored = {
@@ -105,16 +107,24 @@ def measure(options: Options, shape: Shape, implementations: list[Implementation
         implementation.name: turns(implementation, batches[implementation.batches], options.steps)
         for implementation in implementations
     }
-    timings = interleave(contestants, options.rounds, device)
-    measurements = report.Measurements(
-        ceilings=measured_ceilings,
-        exactness=exactness,
-        parity=differences,
-        num_scored=num_scored,
-        times={name: [value / options.steps for value in seconds] for name, seconds in timings.seconds.items()},
-        memory=timings.memory,
-    )
-    return report.describe(options, shape, device, implementations=implementations, measurements=measurements)
+
+    def described(timings: Timings) -> dict:
+        measurements = report.Measurements(
+            ceilings=measured_ceilings,
+            exactness=exactness,
+            parity=differences,
+            num_scored=num_scored,
+            times={name: [value / options.steps for value in seconds] for name, seconds in timings.seconds.items()},
+            memory=timings.memory,
+        )
+        return report.describe(options, shape, device, implementations=implementations, measurements=measurements)
+
+    def save_so_far(timings: Timings) -> None:
+        if options.output:
+            figures = described(timings)
+            save(figures, report.tables(figures), options.output)
+
+    return described(interleave(contestants, options.rounds, device, after_round=save_so_far))
 
 
 def turns(implementation: Implementation, batches: list[list[Batch]], steps: int) -> Callable[[int], None]:
