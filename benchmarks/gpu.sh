@@ -7,18 +7,12 @@
 # the seconds after which each measurement is ended (default none): a step's figures are written after every round;
 # DRY_RUN=1 prints the commands. A failure does not stop the other measurements; failures are listed at the end.
 set -uo pipefail
-<<<<<<< HEAD
 cd "$(dirname "$0")/.." || exit
-python=${PYTHON:-.venv/bin/python} out=${OUT:-results/gpu} published=${PUBLISHED:-../diffusion-data-constraint}
-failed=()
-=======
-cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}
 [[ -n "${PYTHON:-}" || -x "$python" ]] || python=python3
 out=${OUT:-results/gpu} published=${PUBLISHED:-../diffusion-data-constraint}
 failed=() limit=()
 [[ -z "${LIMIT:-}" ]] || limit=(timeout --kill-after=5 "$LIMIT")
->>>>>>> w-cuda
 
 # measure NAME COMMAND...: run a command and log its output to NAME.log.
 measure() {
