@@ -115,11 +115,11 @@ def _curves(item: Figure) -> "figure":
             label_text_font_size="11px",
             border_line_color=None,
             margin=0,
-            padding=2,
             spacing=2,
             glyph_height=row,
             label_height=row,
         )
+        legend.update(padding=2)
         plot.add_layout(legend, "below")
     return plot
 
