@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterator
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -99,7 +99,7 @@ class Pipeline(Engine):
         if self.schedule is None or shape != self.shape:
             self.schedule, self.shape = self._schedule(*shape), shape
         # The first stage takes no tensors, but FSDP2 of torch 2.11 needs an argument on CUDA (pytorch#183943)
-        inputs = {"per_position": False}
+        inputs: dict[str, Any] = {"per_position": False}
         self.schedule.step(target=torch.arange(len(batches)), losses=losses, return_outputs=False, **inputs)
         self._reduce_tied()
         loss = torch.zeros((), device=self.ranks.device)
