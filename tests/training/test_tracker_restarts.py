@@ -40,6 +40,15 @@ def train(folder: Path, past: list[dict], new: list[dict], *flags, failing=None,
             trackers.record(record)
         if repaired:
             repaired()
+    if "--tensorboard-dir" in flags:
+        order_event_files(flags[1])
+
+
+def order_event_files(board: Path) -> None:
+    """Rename event files to the order of their starts: TensorBoard names them by second, then by an unpadded number."""
+    for folder in board.iterdir():
+        for index, path in enumerate(sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime_ns)):
+            path.rename(folder / f"events.out.tfevents.{index:04}")
 
 
 # ------------------------------------------------------------------------------------------------- TensorBoard
