@@ -1,7 +1,7 @@
 """The run folder: configuration, records, status, checkpoints and the lock of one run; other tools read only this.
 
 DIR/config.json, metrics.jsonl, status.json, validation/<set>/<iteration>.npz, checkpoints/, wandb.json,
-trackio.json, mlflow.json
+trackio.json, mlflow.json, tensorboard.json
 """
 
 import fcntl

@@ -17,6 +17,7 @@ from wandb.proto.wandb_internal_pb2 import Record
 
 from megatron.config.sections import TrackingConfig
 from megatron.training.launcher import main
+from megatron.training.run_folder import RunFolder
 from megatron.training.trackers.base import TrackedRun
 from megatron.training.trackers.registry import Trackers
 from megatron.training.trackers.tensorboard import TensorBoard
@@ -296,17 +297,18 @@ def test_a_tracker_that_fails_later_is_disabled_and_the_other_continues(tmp_path
 
 def test_a_step_that_rounding_shares_is_neither_lost_nor_doubled(tmp_path):
     """On the axes of epochs and FLOPs several records share a step; a resume drops some of them."""
-    board = TrackingConfig(tensorboard_dir=str(tmp_path))
+    board = TrackingConfig(tensorboard_dir=str(tmp_path / "board"))
+    folder = RunFolder(str(tmp_path / "run"))
     all_records = [
         RECORD | {"iteration": i, "epoch": i / 3000, "flops": i * 4e8, "loss": float(i)} for i in range(1, 12)
     ]
-    with Trackers({"": lambda: TensorBoard(board, TrackedRun(None, {}, []))}) as trackers:
+    with Trackers({"": lambda: TensorBoard(board, TrackedRun(folder, {}, []))}) as trackers:
         for record in all_records[:8]:
             trackers.record(record)
-    with Trackers({"": lambda: TensorBoard(board, TrackedRun(None, {}, all_records[:4]))}) as trackers:
+    with Trackers({"": lambda: TensorBoard(board, TrackedRun(folder, {}, all_records[:4]))}) as trackers:
         for record in all_records[4:]:
             trackers.record(record)
-    assert shown(tmp_path) == expected(all_records)
+    assert shown(tmp_path / "board") == expected(all_records)
 
 
 def test_a_run_started_again_hides_the_events_of_the_last_attempt(tmp_path):

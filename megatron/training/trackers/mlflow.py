@@ -25,29 +25,31 @@ VARIABLES = {
 
 
 class MLflow:
-    """An MLflow run, resumed after every restart, at --mlflow-tracking-uri.
+    """An MLflow run, resumed after every restart, in --mlflow-experiment at --mlflow-tracking-uri.
 
     Metrics are append-only: steps that are repeated after a crash occur twice.
     """
 
     def __init__(self, settings: TrackingConfig, run: TrackedRun):
-        """Resume the run whose id is in the run folder; else start one and log the past records."""
+        """Resume the run of the run folder if it is in the same experiment; else start one. Log what it lacks."""
         for name, value in VARIABLES.items():
             os.environ.setdefault(name, value)
-        from mlflow import MlflowClient
+        from mlflow import MlflowClient, get_tracking_uri
 
-        self._client = MlflowClient(tracking_uri=settings.mlflow_tracking_uri)
-        assert settings.mlflow_experiment is not None
-        uri = self._client.tracking_uri
-        recorded = run.identity("mlflow")
-        if recorded is not None and recorded["tracking_uri"] == uri:
+        experiment = settings.mlflow_experiment
+        assert experiment is not None
+        uri = absolute_uri(settings.mlflow_tracking_uri or get_tracking_uri())
+        self._client = MlflowClient(tracking_uri=uri)
+        place = {"tracking_uri": uri, "experiment": experiment}
+        recorded, missing = run.resume("mlflow", place)
+        if recorded is not None:
             self._id = recorded["run_id"]
             self._client.update_run(self._id, status="RUNNING")
         else:
-            self._id = self._create(settings.mlflow_experiment, run)
-            self._log(run.past_records)
-            run.save_identity("mlflow", {"run_id": self._id, "tracking_uri": uri})
-        logger.info("%s: run %s at %s", typed("mlflow_experiment", settings.mlflow_experiment), self._id, uri)
+            self._id = self._create(experiment, run)
+        self._log(missing)
+        run.save_identity("mlflow", {"run_id": self._id} | place)
+        logger.info("%s: run %s at %s", typed("mlflow_experiment", experiment), self._id, uri)
 
     def record(self, record: dict) -> None:
         """Log one record."""
@@ -87,6 +89,13 @@ class MLflow:
         ]
         for start in range(0, len(metrics), METRICS):
             self._client.log_batch(self._id, metrics=metrics[start : start + METRICS])
+
+
+def absolute_uri(uri: str) -> str:
+    """Return a tracking URI with an absolute path if it is that of an SQLite database, which may be relative."""
+    scheme, separator, path = uri.partition(":///")
+    is_file = scheme.startswith("sqlite") and path and not path.startswith((":memory:", "file:"))
+    return f"{scheme}{separator}{os.path.abspath(path)}" if is_file else uri
 
 
 def scalars(record: dict) -> dict[str, float]:

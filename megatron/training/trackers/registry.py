@@ -2,13 +2,14 @@
 
 import logging
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 
 from megatron.config.flags import require, typed
 from megatron.config.sections import Config, TrackingConfig
+from megatron.errors import ConfigurationError
 from megatron.training.trackers.base import TrackedRun, Tracker
 from megatron.training.trackers.mlflow import MLflow
 from megatron.training.trackers.tensorboard import TensorBoard
@@ -20,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Entry:
-    """A tracker, and the package it needs, which is also the name of its extra in setup.py."""
+    """A tracker, and the package it needs, which also names its extra in setup.py and its file in the run folder."""
 
     package: str
     start: Callable[[TrackingConfig, TrackedRun], Tracker]
@@ -38,17 +39,26 @@ TRACKERS = {
 class Trackers:
     """The trackers of a run, possibly none. A tracker that fails is disabled; the run continues."""
 
-    def __init__(self, factories: dict[str, Callable[[], Tracker]]):
-        """Start the trackers; `factories` are keyed by the flag as typed."""
+    def __init__(
+        self,
+        factories: dict[str, Callable[[], Tracker]],
+        save_missing: Callable[[str, int | None], None] = lambda flag, iteration: None,
+    ):
+        """Start the trackers; `factories` are keyed by the flag as typed.
+
+        `save_missing` gets the flag of a tracker that fails and the iteration of the record at which it does, or None
+        at the start.
+        """
         self._running: dict[str, Tracker] = {}
+        self._save_missing = save_missing
         for flag, start in factories.items():
-            with self._surviving(flag):
+            with self._surviving(flag, partial(save_missing, flag, None)):
                 self._running[flag] = start()
 
     def record(self, record: dict) -> None:
         """Pass one record to every tracker."""
         for flag, tracker in list(self._running.items()):
-            with self._surviving(flag):
+            with self._surviving(flag, partial(self._save_missing, flag, record["iteration"])):
                 tracker.record(record)
 
     def __enter__(self):
@@ -61,13 +71,14 @@ class Trackers:
                 tracker.close(failed=kind is not None)
 
     @contextmanager
-    def _surviving(self, flag: str):
+    def _surviving(self, flag: str, save_missing: Callable[[], None] = lambda: None):
         try:
             yield
         except Exception as error:  # third-party packages may raise anything
             self._running.pop(flag, None)
             reason = " ".join(str(error).split()) or type(error).__name__
             logger.warning("%s: is disabled (%s); the run continues, and metrics.jsonl has all records", flag, reason)
+            save_missing()
 
 
 def check_packages(config: Config) -> None:
@@ -82,9 +93,22 @@ def check_packages(config: Config) -> None:
 
 
 def start_trackers(config: Config, run: TrackedRun) -> Trackers:
-    """Return the configured trackers, started; none with --skip-train."""
-    settings = config.tracking
-    values = {} if config.validation.skip_train else {name: getattr(settings, name) for name in TRACKERS}
-    return Trackers(
-        {typed(name, value): partial(TRACKERS[name].start, settings, run) for name, value in values.items() if value}
-    )
+    """Return the configured trackers, started; none with --skip-train.
+
+    A tracker that is not configured now, or fails, gets the records that it lacks when it next starts.
+    """
+    settings, factories, packages = config.tracking, {}, {}
+    if config.validation.skip_train:
+        return Trackers({})
+
+    def save_missing(package: str, iteration: int | None = None) -> None:
+        with suppress(OSError, ConfigurationError):  # the next record or start reports them
+            run.save_missing(package, iteration)
+
+    for name, entry in TRACKERS.items():
+        if value := getattr(settings, name):
+            factories[typed(name, value)] = partial(entry.start, settings, run)
+            packages[typed(name, value)] = entry.package
+        else:
+            save_missing(entry.package)
+    return Trackers(factories, lambda flag, iteration: save_missing(packages[flag], iteration))

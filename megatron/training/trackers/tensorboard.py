@@ -28,18 +28,21 @@ class TensorBoard:
     """TensorBoard event files. A restart purges events by step, not by tag, so every x axis needs a separate folder."""
 
     def __init__(self, settings: TrackingConfig, run: TrackedRun):
-        """Continue after the past records; write all of them to a folder without events."""
+        """Continue after the past records; write those that the folder lacks, all of them if it has no events."""
         from torch.utils.tensorboard import SummaryWriter
 
         assert settings.tensorboard_dir is not None
         past_records = run.past_records
+        place = {"folder": str(Path(settings.tensorboard_dir).absolute())}
+        _, missing = run.resume("tensorboard", place)
+        shown = past_records[: len(past_records) - len(missing)]
         self._writers = {}
         for axis, step in AXES.items():
             folder = Path(settings.tensorboard_dir) / axis
             has_events = any(folder.glob("events.out.tfevents.*"))
-            # Steps are rounded: a dropped record may share its step with the last past record, so that step is purged
+            # Steps are rounded: a dropped record may share its step with the last one shown, so that step is purged
             # too and written again. In a new folder step 0 purges nothing, but later purges only work if it was set.
-            purge_step = step(past_records[-1]) if past_records and has_events else 0
+            purge_step = step(shown[-1]) if shown and has_events else 0
             self._writers[axis] = SummaryWriter(
                 folder, purge_step=purge_step, max_queue=settings.tensorboard_queue_size
             )
@@ -47,6 +50,7 @@ class TensorBoard:
                 if step(record) >= purge_step:
                     self._add(record, axis)
         self._flush()
+        run.save_identity("tensorboard", place)
 
     def record(self, record: dict) -> None:
         """Write one record against every x axis."""

@@ -20,28 +20,26 @@ class Trackio:
     """
 
     def __init__(self, settings: TrackingConfig, run: TrackedRun):
-        """Resume the run whose name is in the run folder; else start one and log the past records."""
+        """Resume the run of the run folder if it is in the same project; else start one. Log what it lacks."""
         import trackio
 
         project = settings.trackio_project
         assert project is not None
-        recorded = run.identity("trackio") or {"project": None}
-        is_new = recorded["project"] != project
-        name = _unused(run.name, project) if is_new else recorded["name"]
+        recorded, missing = run.resume("trackio", {"project": project})
+        name = recorded["name"] if recorded is not None else _unused(run.name, project)
         with redirect_stdout(io.StringIO()):
             self._run = trackio.init(
                 project=project,
                 name=name,
                 config=run.description,
-                resume="never" if is_new else "allow",
+                resume="never" if recorded is None else "allow",
                 embed=False,
                 auto_log_gpu=False,
                 auto_log_cpu=False,
             )
-        if is_new:
-            for record in run.past_records:
-                self.record(record)
-            run.save_identity("trackio", {"project": project, "name": self._run.name})
+        for record in missing:
+            self.record(record)
+        run.save_identity("trackio", {"project": project, "name": self._run.name})
         where = f"run {self._run.name}; to see it: trackio show --project {project}"
         logger.info("%s: %s", typed("trackio_project", project), where)
 

@@ -21,23 +21,25 @@ class WeightsAndBiases:
     """
 
     def __init__(self, settings: TrackingConfig, run: TrackedRun):
-        """Resume the run whose id is in the run folder; else start one and log the past records."""
+        """Resume the run of the run folder if it is in the same project; else start one. Log what it lacks."""
         import wandb
 
         # no output, no capture of ours, and at most 300 s of waiting for the network at the end
         quiet = wandb.Settings(
             silent=True, console="off", finish_timeout=300, x_transaction_log_flush_interval=WRITE_INTERVAL
         )
-        mode = wandb.setup(quiet).settings.mode
+        defaults = wandb.setup(quiet).settings  # of the environment and of wandb's files
+        mode = defaults.mode
         if mode == "online" and not wandb.login(prompt=False, verify=False):
             mode = "offline"
-        recorded = run.identity("wandb") if mode != "disabled" else None
+        place = {"project": settings.wandb_project, "entity": defaults.entity, "base_url": defaults.base_url}
+        recorded, missing = run.resume("wandb", place)
         self._run = wandb.init(
             project=settings.wandb_project,
             name=settings.wandb_exp_name or run.name,
             group=settings.wandb_group or None,
             dir=settings.wandb_save_dir or (run.folder.path if run.folder else None),
-            id=recorded["id"] if recorded is not None else None,
+            id=recorded["id"] if recorded is not None and mode != "disabled" else None,
             resume="allow",
             config=run.description,
             allow_val_change=True,
@@ -46,11 +48,12 @@ class WeightsAndBiases:
         )
         self._run.define_metric("iteration")
         self._run.define_metric("*", step_metric="iteration")
-        if recorded is None:
-            for record in run.past_records:
-                self.record(record)
-        if mode != "disabled" and recorded is None:
-            run.save_identity("wandb", {"id": self._run.id})
+        for record in missing:
+            self.record(record)
+        if mode == "disabled":
+            run.save_missing("wandb")
+        else:
+            run.save_identity("wandb", {"id": self._run.id} | place)
         self._log_location(mode)
 
     def record(self, record: dict) -> None:
