@@ -53,6 +53,10 @@ torch() { .venv/bin/python -c "import torch; print($1)" 2>/dev/null; }
 if [[ "$build" == cuda && "$(torch torch.version.cuda)" == None ]]; then
     fail "install.sh --cuda: .venv has torch for the CPU; remove .venv, and run this again"
 fi
+fallback=.venv/pypi_torch_for_cpu # the index of CPU builds failed
+if [[ "$build" == cpu && ! -e "$fallback" && "$(torch torch.version.cuda)" == [0-9]* ]]; then
+    fail "install.sh --cpu: .venv has torch for CUDA; remove .venv, and run this again"
+fi
 if [[ -f "$stamp" && "$(cat "$stamp")" == "$fingerprint" ]]; then exit 0; fi
 
 if command -v nvidia-smi >/dev/null || [[ -e /proc/driver/nvidia ]]; then build=${build:-cuda}; fi
@@ -70,10 +74,14 @@ echo "installing torch, then this package${names:+[$names]}, into .venv"
     "$python" -m venv --clear .venv
 pip=(.venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt)
 if [[ -z "$(torch torch.version.cuda)" ]]; then
-    # PyPI's builds are for CUDA, on AArch64 too; if the index of CPU builds cannot be reached, they serve CPUs as well
-    if [[ "$build" == cuda ]] ||
-        ! "${pip[@]}" --retries 0 --timeout 10 --index-url https://download.pytorch.org/whl/cpu torch 2>/dev/null; then
+    # PyPI's builds are for CUDA, on AArch64 too; they serve CPUs as well
+    index=https://download.pytorch.org/whl/cpu
+    if [[ "$build" == cuda ]]; then
         "${pip[@]}" torch
+    elif ! reason=$("${pip[@]}" --retries 0 --timeout 10 --index-url "$index" torch 2>&1); then
+        echo "$index: pip failed (${reason##*$'\n'}); installing the larger torch of PyPI instead" >&2
+        "${pip[@]}" torch
+        touch "$fallback"
     fi
 fi
 extras=$(tr , '\n' <<< "$names" | grep -vx apex | paste -sd, || true)

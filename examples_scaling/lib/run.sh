@@ -19,6 +19,16 @@ published() {
     "$python" examples_scaling/lib/published.py "$@"
 }
 
+# warmup_samples UNIQUE_TOKENS EPOCHS PERCENT: print a percentage of a budget, in samples of 2048 tokens.
+warmup_samples() {
+    [[ "$3" =~ ^([0-9]+\.?[0-9]*|\.[0-9]+)$ ]] || {
+        echo "error: WARMUP=$3: is not a percentage of the budget; give a number, such as 0.5" >&2
+        return 2
+    }
+    awk -v unique="$1" -v epochs="$2" -v percent="$3" \
+        'BEGIN { printf "%.0f\n", int(int(unique * epochs / 2048) * percent / 100) }'
+}
+
 # require_files REMEDY FILE...: exit with code 2 if a file is missing, unless DRY_RUN=1.
 require_files() {
     local file
@@ -37,10 +47,17 @@ default_world_size() {
 
 # Print where the ranks of several nodes meet: RDZV_ENDPOINT, or the first node of a SLURM job.
 rendezvous() {
+    local hosts
     if [[ -n "${RDZV_ENDPOINT:-}" ]]; then
         echo "$RDZV_ENDPOINT"
     elif [[ -n "${SLURM_JOB_NODELIST:-}" ]]; then
-        echo "$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1):$((20000 + SLURM_JOB_ID % 20000))"
+        hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST" 2>/dev/null) || hosts=""
+        [[ -n "$hosts" ]] || {
+            echo "error: SLURM_JOB_NODELIST=$SLURM_JOB_NODELIST: scontrol does not list its nodes (it is missing in" \
+                "containers); give RDZV_ENDPOINT=HOST:PORT, a free port of one node" >&2
+            return 2
+        }
+        echo "${hosts%%$'\n'*}:$((20000 + SLURM_JOB_ID % 20000))"
     elif [[ "${DRY_RUN:-0}" == 1 ]]; then
         echo node-0:29500
     else
@@ -76,7 +93,8 @@ pretrain() {
     local launch
     set_launch
     execute "${launch[@]}" "$script" "${@:2}" || return
-    [[ "${DRY_RUN:-0}" != 1 || "$*" != *" --model-size "* ]] || published cost "${unique_tokens:-0}" "${@:2}"
+    [[ "${DRY_RUN:-0}" != 1 || "$*" != *" --model-size "* || "$*" == *" --skip-train "* ]] ||
+        published cost "$1" "${unique_tokens:-0}" "${@:2}"
 }
 
 # score RUN FLAGS...: score a run on downstream tasks.

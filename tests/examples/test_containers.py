@@ -85,6 +85,33 @@ def test_the_install_line_is_accepted(flags, tmp_path):
     assert pip_commands(tmp_path)[-1].endswith("--editable .[eval,wandb]" if "eval" in flags else "--editable .")
 
 
+def test_the_cpu_build_is_refused_over_one_for_cuda(tmp_path):
+    assert install(tmp_path, "--cuda").returncode == 0
+    for _ in range(2):
+        result = install(tmp_path, "--cpu")
+        assert result.returncode == 2 and result.stderr == (
+            "error: install.sh --cpu: .venv has torch for CUDA; remove .venv, and run this again\n"
+        )
+    assert install(tmp_path, "--cuda", "--with-wandb").returncode == 0
+
+
+def test_without_the_index_of_cpu_builds_one_line_names_the_replacement(tmp_path):
+    """A virtual environment whose pip does not reach that index; the same command may be repeated."""
+    assert install(tmp_path, "--cpu").returncode == 0
+    for name in ("torch", ".venv/installed"):
+        (tmp_path / name).unlink()
+    python = tmp_path / ".venv" / "bin" / "python"
+    refusal = "case $* in *whl/cpu*) echo retrying; echo 'ERROR: no route' >&2; exit 1 ;; esac"
+    python.write_text(python.read_text().replace("#!/bin/sh\n", f"#!/bin/sh\n{refusal}\n"))
+    result = install(tmp_path, "--cpu")
+    assert result.returncode == 0 and result.stderr == (
+        "https://download.pytorch.org/whl/cpu: pip failed (ERROR: no route); "
+        "installing the larger torch of PyPI instead\n"
+    )
+    assert (tmp_path / "torch").read_text() == "13.0\n"
+    assert install(tmp_path, "--cpu", "--with-wandb").returncode == 0
+
+
 def test_shell_sections_are_valid():
     for name in ("post", "environment", "runscript"):
         script = "\n".join(apptainer_sections()[name])

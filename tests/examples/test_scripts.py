@@ -2,16 +2,22 @@
 
 import os
 import re
+import runpy
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 
 import pytest
+import yaml
 
+from megatron.config.flags import spelling
 from megatron.config.resolve import resolve
 from megatron.config.sizes import DATA_VALUE_TOKENS, UNIQUE_TOKENS, parameter_count
 from megatron.config.vocabulary import Vocabulary
+from megatron.errors import ConfigurationError
 from megatron.objectives.registry import capabilities
 from megatron.scoring.lm_eval_arguments import read_arguments
 from tests.config import published_lists as published
@@ -102,10 +108,37 @@ def test_the_printed_cost_is_6nd_over_the_speed(name, variables):
         assert stated_cost(name)[1] == pytest.approx(hours, rel=0.02)
 
 
-def test_the_cost_follows_a_changed_shape():
-    text = printed(ROOT, "training/epochs.sh", "--num-layers", "36")  # twice the layers of 217M
-    config, _ = resolved(command(text))
-    assert f"# N {parameter_count(config.model, GPT2) / 1e6:.1f}M" in text
+@cache
+def cost_line(*flags: str) -> str:
+    """Return the cost of training/epochs.sh with further flags, computed in this process."""
+    module = runpy.run_path(str(EXAMPLES / "lib" / "published.py"))
+    words = command(printed(ROOT, "training/epochs.sh"))
+    return module["cost_line"]("ar", UNIQUE_TOKENS["100M"], [*words[words.index("pretrain_gpt.py") + 1 :], *flags])
+
+
+# other layers, a width given by its own flag, a budget in samples of another length, and two passes of every sample
+OVERRIDES = [("--num-layers 36", 1), ("--ffn-hidden-size=16384", 1), ("--seq-length 1024", 1)]
+OVERRIDES += [("--masked-input-weight 0.5", 2), ("--seed 7", 1)]
+
+
+@pytest.mark.parametrize("flags, passes", OVERRIDES)
+def test_the_cost_is_that_of_the_flags_that_override(flags, passes):
+    line = cost_line(*flags.split())
+    config, plan = resolved([*command(printed(ROOT, "training/epochs.sh")), *flags.split()])
+    parameters = parameter_count(config.model, GPT2)
+    flops = plan.flops(plan.train_samples, config.data.seq_length)
+    assert flops == pytest.approx(passes * 6 * parameters * UNIQUE_TOKENS["100M"] * 100, rel=1e-4)
+    assert f"# N {parameters / 1e6:.1f}M" in line and f"6ND = {flops:.3g} FLOPs" in line
+
+
+def test_the_cost_of_other_data_is_unknown():
+    line = cost_line("--train-data-path-file", "mine.txt")
+    assert line == "# N 217.5M; D and cost are unknown: --train-data-path-file replaces the data of the script\n"
+
+
+def test_the_cost_of_flags_that_training_refuses_is_an_error():
+    with pytest.raises(ConfigurationError, match="^--train-epochs 100.0 and --train-samples 5: a run has one budget"):
+        cost_line("--train-samples", "5")
 
 
 # ------------------------------------------------------------------------------------ the published lists
@@ -192,7 +225,7 @@ ABLATIONS = {
         published.Script("mdm", "140M", epochs=50),
         {"ar_ratio": 0.25},
     ),
-    "training/learning_rate.sh": ({"OBJECTIVE": "ar", "LR": "8e-4", "WARMUP": "2"}, BASE, {"lr": 8e-4}),
+    "training/learning_rate.sh": ({"OBJECTIVE": "ar", "LR": "8e-4", "WARMUP": "0.5"}, BASE, {"lr": 8e-4}),
 }
 
 
@@ -202,9 +235,25 @@ def test_an_ablation_changes_nothing_else(name, tmp_path):
     config, plan = resolved(command(printed(ROOT, name, **variables)))
     assert differences(config, script, tmp_path) == changes
     assert plan.train_samples == script.samples
-    percent = int(variables.get("WARMUP", "1"))
-    assert plan.lr_warmup_samples == script.samples * percent // 100
+    percent = float(variables.get("WARMUP", "1"))
+    assert plan.lr_warmup_samples == int(script.samples * percent / 100)
     assert config.optimizer.final_lr == pytest.approx(config.optimizer.lr / 10)
+
+
+def test_budgets_of_one_learning_rate_are_runs_of_their_own():
+    words = [command(printed(ROOT, "training/learning_rate.sh", EPOCHS=epochs)) for epochs in ("10", "50")]
+    assert len({configuration(line).checkpoint.save for line in words}) == 2
+
+
+@pytest.mark.parametrize("name", ["chinchilla", "data_value"])
+def test_a_sweep_reads_the_data_of_its_script(name):
+    script = configuration(command(printed(ROOT, f"training/{name}.sh"))).data
+    flags = yaml.safe_load((EXAMPLES / "sweeps" / f"{name}.yaml").read_text())["flags"]
+    data = {field: getattr(script, field) for field in asdict(script) if spelling(field)[2:] in flags}
+    stated = {field: flags[spelling(field)[2:]] for field in data}
+    assert stated | {"train_data_path": (stated["train_data_path"],)} == data
+    assert {"train_data_path", "valid_data_path_file", "vocab_file", "merge_file"} == set(data)
+    assert "docs/experiments.md#c4" in (EXAMPLES / "sweeps" / f"{name}.yaml").read_text()
 
 
 def test_every_training_script_is_compared_with_a_published_run():
@@ -283,6 +332,27 @@ def test_the_nodes_of_a_slurm_job_meet_at_its_first_node(tmp_path):
     assert values == {"--nnodes": "2", "--nproc-per-node": "8", "--rdzv-endpoint": "node-4:30007"}
 
 
+@pytest.mark.parametrize("scontrol", ["exit 1", "exit 0", "absent"])
+def test_without_scontrol_one_line_names_the_endpoint(scontrol, with_data, tmp_path):
+    """As in a container: the nodes of the job are known, and nothing expands their names."""
+    program = tmp_path / "bin" / "scontrol"
+    program.parent.mkdir()
+    path = f"{program.parent}{os.pathsep}{os.environ['PATH']}"
+    if scontrol == "absent":
+        if shutil.which("scontrol"):
+            pytest.skip("this machine has SLURM")
+    else:
+        program.write_text(f"#!/bin/sh\necho 'slurm_load: Unable to contact' >&2\n{scontrol}\n")
+        program.chmod(0o755)
+    slurm = {"SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "node-[4-5]", "SLURM_JOB_ID": "7"}
+    result = run(with_data, "training/multi_node.sh", code=2, PATH=path, **slurm)
+    assert result.stderr == (
+        "error: SLURM_JOB_NODELIST=node-[4-5]: scontrol does not list its nodes (it is missing in containers); "
+        "give RDZV_ENDPOINT=HOST:PORT, a free port of one node\n"
+    )
+    assert not result.stdout
+
+
 TRAINED = "does not exist; train it, or name another run: LOAD=runs/NAME"
 NO_DATA = "error: data/train_c4_100m.txt: does not exist; bash download.sh fetches it"
 ERRORS = [
@@ -307,6 +377,12 @@ ERRORS = [
         {"FLOPS": "1e20", "EPOCHS": "50"},
         "with_data",
         "error: EPOCHS=50: no subset is published for it; give one of 1, 2, 4, 10, 20, 100",
+    ),
+    (
+        "training/learning_rate.sh",
+        {"WARMUP": "1%"},
+        "with_data",
+        "error: WARMUP=1%: is not a percentage of the budget; give a number, such as 0.5",
     ),
     (
         "training/multi_node.sh",

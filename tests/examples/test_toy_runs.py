@@ -19,7 +19,7 @@ TRAINING = {
     "training/epochs.sh": (EPOCHS, "ar_217M_100_epochs"),
     "training/chinchilla.sh": (FLOPS, "chinchilla_ar_217M_1e19"),
     "training/data_value.sh": (f"{FLOPS} --train-unique-tokens 1000", "data_value_ar_1e19_4_epochs"),
-    "training/learning_rate.sh": (f"{EPOCHS} --lr-warmup-samples 16", "mdm_lr_4e-4_warmup_5"),
+    "training/learning_rate.sh": (f"{EPOCHS} --lr-warmup-samples 16", "mdm_lr_4e-4_warmup_5_50_epochs"),
     "training/attention_dropout.sh": (EPOCHS, "ar_attention_dropout_0.25"),
     "training/token_masking.sh": (EPOCHS, "ar_token_masking_0.25"),
     "training/token_orders.sh": (EPOCHS, "ar_16_orders"),
