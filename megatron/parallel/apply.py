@@ -73,6 +73,19 @@ def build_engine(
     return Engine(models, models, ranks, zero_stage=parallel.fsdp_stage)
 
 
+ONE_GROUP_PARAMETERS = 250_000_000  # the largest such model, whose gradients are 1 GB in fp32
+
+
+def is_one_group(parameters: int, world_size: int, parallel: ParallelConfig) -> bool:
+    """Return whether all parameters of a rank are one group of FSDP2: on a single rank, up to a size.
+
+    There is nothing to overlap on a single rank, and the hooks of the blocks take a third of the host's time, which
+    models of this size can be bound by. The gradients of one group are reduced at once, in 4 bytes per parameter.
+    """
+    is_small = parameters <= ONE_GROUP_PARAMETERS
+    return world_size == 1 and is_small and parallel.fsdp_stage < 3 and not parallel.cpu_offload
+
+
 def _shard(
     root: nn.Module,
     blocks: Iterable[nn.Module],
@@ -84,7 +97,8 @@ def _shard(
     """Shard parameters, gradients and optimizer state over the data-parallel ranks with FSDP2.
 
     ZeRO stage 0 has shards of size 1 and as many replicas as data-parallel ranks; stages 1 and 2 keep parameters
-    gathered from the forward pass to the end of the step; stage 3 frees them after each use.
+    gathered from the forward pass to the end of the step; stage 3 frees them after each use. Every block is a group of
+    its own, except where `is_one_group`.
     """
     is_replicated = ranks.along("replicate")[1] > 1
     options = {
@@ -94,6 +108,7 @@ def _shard(
         "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False),
         "offload_policy": CPUOffloadPolicy() if parallel.cpu_offload else OffloadPolicy(),
     }
-    for block in blocks:
+    parameters = sum(parameter.numel() for parameter in root.parameters())
+    for block in () if is_one_group(parameters, ranks.size, parallel) else blocks:
         fully_shard(block, **options)
     fully_shard(root, **options)

@@ -140,7 +140,9 @@ class _Moments:
         rank = self.rank
         gathered, shard = rank.block.gathered, rank.block.shard
         reduces = rank.reduces(accumulated)
-        if not reduces:
+        if rank.one_group:
+            unreduced = 0
+        elif not reduces:
             unreduced = rank.size * gathered if accumulated else 0
         elif accumulated and not rank.reduces_every_micro_batch:
             unreduced = FP32 * gathered - rank.resident * shard
@@ -162,6 +164,8 @@ class _Moments:
         has_fp32 = rank.micro_batches > 1 and not rank.reduces_every_micro_batch  # accumulated gradients, unsharded
         blocks = rank.block * (rank.num_layers * rank.num_chunks)
         block_gradients = FP32 * blocks.gathered if rank.num_stages > 1 else rank.resident * blocks.shard
+        if rank.one_group:
+            block_gradients = rank.in_one_group(blocks, has_fp32)
         root_gradients = FP32 * rank.root.gathered if has_fp32 else 0
         if rank.reduces_every_micro_batch and rank.micro_batches > 1:
             root_gradients = rank.resident * rank.root.shard
@@ -171,7 +175,7 @@ class _Moments:
             tables = 1
             if rank.is_last:
                 tables += 1 if rank.model.untie_embeddings_and_output_weights else 2
-        last_reduction = FP32 * rank.block.gathered if rank.num_stages == 1 else 0
+        last_reduction = FP32 * rank.block.gathered if rank.num_stages == 1 and not rank.one_group else 0
         yield self._build(
             "gradient of the embedding",
             gradients=block_gradients + root_gradients + rank.size * rank.table * tables,
@@ -187,13 +191,21 @@ class _Moments:
             communication=FP32 * rank.root.gathered + rank.pipeline_buffers,
         )
         shards = rank.resident * rank.parameters.shard
+        if rank.one_group:  # the buffer that is reduced, the result, and results of earlier micro-batches
+            results = 2 if rank.reduces_every_micro_batch and rank.micro_batches > 1 else 1
+            copies = FP32 * rank.parameters.gathered
+            yield self._build("reduction", gradients=results * shards, communication=copies)
         yield self._build("update", gradients=shards, communication=rank.pipeline_buffers)
 
     def _memory(self, moment: str, in_flight: int, accumulated: bool, num_done: int | None, **extra: int) -> Memory:
         """Return the memory at a moment of a backward pass, plus `extra`; `num_done` is None before the first block."""
         rank = self.rank
         blocks_done = num_done or 0
-        if not accumulated:
+        if rank.one_group:
+            gradients = rank.in_one_group(rank.block * blocks_done, accumulated)
+            if accumulated:
+                gradients += FP32 * (rank.parameters.gathered - rank.block.gathered * blocks_done)
+        elif not accumulated:
             per_block = rank.resident * rank.block.shard if rank.reduces(False) else FP32 * rank.block.gathered
             gradients = per_block * blocks_done
         elif rank.reduces_every_micro_batch:

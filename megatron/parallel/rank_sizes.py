@@ -15,6 +15,7 @@ from megatron.config.sections import Config
 from megatron.config.sizes import block_shapes
 from megatron.config.vocabulary import Vocabulary
 from megatron.model.attention import needs_equal_heads
+from megatron.parallel.apply import is_one_group
 from megatron.parallel.pipeline import layers_of
 from megatron.parallel.tensor import REPLACEMENTS
 
@@ -97,6 +98,7 @@ class RankSizes:
         self.block = _elements(shapes, num_shards)
         self.root = _elements(self._root_shapes(), num_shards)
         self.parameters = self.block * (self.num_layers * self.num_chunks) + self.root
+        self.one_group = is_one_group(self.parameters.gathered, world_size, parallel)
         self.state_elements = 2 * self.parameters.shard  # of the optimizer
         if config.optimizer.optimizer == "muon":
             matrices = [shape for shape in shapes if len(shape) == 2]
@@ -146,7 +148,17 @@ class RankSizes:
 
     def reduces(self, accumulated: bool) -> bool:
         """Return whether a backward pass reduces gradients block by block: the only one, the last one, or every one."""
-        return self.num_stages == 1 and (accumulated or self.micro_batches == 1 or self.reduces_every_micro_batch)
+        return (
+            self.num_stages == 1
+            and not self.one_group
+            and (accumulated or self.micro_batches == 1 or self.reduces_every_micro_batch)
+        )
+
+    def in_one_group(self, elements: _Elements, accumulated: bool) -> int:
+        """Return the gradients of `elements` before the reduction: new ones, and in fp32 those of earlier passes."""
+        if accumulated and self.size == FP32:
+            return FP32 * elements.gathered  # new ones are added to them at once
+        return (self.size + (FP32 if accumulated else 0)) * elements.gathered
 
     def compute_weights(self, in_flight: int, accumulated: bool, num_done: int | None) -> int:
         """Return the gathered weights: of all blocks, of those still to come, or at ZeRO stage 3 of the current one."""
@@ -155,7 +167,7 @@ class RankSizes:
         if self.num_stages == 1:
             if is_zero3:
                 gathered_blocks = 0 if num_done is None else 1
-            elif accumulated or self.micro_batches == 1:
+            elif not self.one_group and (accumulated or self.micro_batches == 1):
                 gathered_blocks -= num_done or 0
         elif self.num_chunks > 1:
             gathered_blocks = min(self.num_chunks, ACTIVE_CHUNKS) * self.num_layers

@@ -39,6 +39,8 @@ CASES = [
     Case(SMALL, 1, 2),
     Case(f"{SMALL} {FULL}"),
     Case(f"{SHORT} --optimizer muon"),
+    Case(f"{SHORT.replace('--bf16', '--fp32')}"),
+    Case(f"{SHORT} --zero-stage 2", 1, 2),
     *(Case(f"{SHORT} --zero-stage {stage}", 2) for stage in (0, 1, 3)),
     Case(f"{SMALL} --zero-stage 2", 2, 2),
     Case(f"{SMALL} {TENSOR}", 2),
@@ -96,11 +98,11 @@ def check(case: Case, peak: dict) -> None:
 
 
 FAULTS = [
-    ("head", lambda self: 0, CASES[10]),
+    ("head", lambda self: 0, CASES[12]),
     ("backward_workspace", 0, CASES[1]),
-    ("compute_weights", lambda self, *_: 0, CASES[6]),
-    ("pipeline_buffers", 0, CASES[9]),
-    ("in_flight", 1, CASES[8]),
+    ("compute_weights", lambda self, *_: 0, CASES[8]),
+    ("pipeline_buffers", 0, CASES[11]),
+    ("in_flight", 1, CASES[10]),
 ]
 
 
