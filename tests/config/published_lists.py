@@ -219,4 +219,5 @@ ABSENT = {
     **{"flash_attention": None, "compile": None, "deterministic": False, "exit_code_when_stopped": 0},
     **{"num_layers_per_virtual_pipeline_stage": None, "num_distributed_optimizer_instances": 1, "eval_seed": 1},
     **{"exit_on_missing_checkpoint": False, "wait_for_lock": 0.0, "keep_every_epochs": None, "keep_iterations": ()},
+    **{"exact_branch": False},
 }
