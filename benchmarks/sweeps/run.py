@@ -95,7 +95,7 @@ def measure(options: Options, folder: Path) -> list[dict]:
     with redirect_stdout(StringIO()):
         commands.plan(small)
     points = read_plan(small.output)[: options.runs]
-    write_plan(small.output, small.sweep, points)
+    write_plan(small.output, small.sweep.read_text(), points)
     for point in tqdm(points, desc="runs", leave=False, disable=None):
         finish(point, small.output, options.records)
     work["status"] = (options.runs, lambda: commands.status(small))

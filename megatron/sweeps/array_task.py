@@ -22,7 +22,7 @@ from megatron.parallel.failure_detector import listen
 from megatron.sweeps.launch import LOCKED, training_command
 from megatron.sweeps.points import Point
 from megatron.sweeps.slurm import queued_runs
-from megatron.sweeps.states import State, last_change, run_state
+from megatron.sweeps.states import State, last_change, lock_holder, run_state
 
 logger = logging.getLogger(__name__)
 
@@ -131,7 +131,7 @@ def run_task(folder: Path, points: Sequence[Point], point_id: str, options: Task
         return 1
     task = ArrayTask()
     checkpoint = point.trunk_checkpoint(folder)
-    if checkpoint is not None and not checkpoint.is_dir() and point.trunk in queued_runs(folder):
+    if checkpoint is not None and not checkpoint.is_dir() and _may_be_queued(point.trunk, folder):
         logger.info("%s: its trunk %s has no checkpoint yet; requeued until then", point.label, point.trunk)
         return task.requeue(LOCKED)
     logger.info("%s: starts", point.label)
@@ -144,12 +144,21 @@ def run_task(folder: Path, points: Sequence[Point], point_id: str, options: Task
     return task.requeue(code) if task.is_orphan else code
 
 
+def _may_be_queued(run_id: str | None, folder: Path) -> bool:
+    """Return whether a run is in the queue, as far as the controller answers."""
+    try:
+        return run_id in queued_runs(folder)
+    except ConfigurationError as error:
+        logger.warning("%s", error)
+        return True
+
+
 def _next(task: ArrayTask, point: Point, folder: Path, *, code: int, started_from: State, options: TaskOptions) -> int:
     """Requeue the task after srun's exit code `code` if the run should go on; return the exit code of the task."""
     state = run_state(point.folder(folder))
     if state.name == "finished":
         return 0
-    if state.name == "stopped" and state.reason.startswith("--kill-switch-file"):
+    if state.is_stopped_by_kill_switch:
         logger.info("%s: stopped by %s; not requeued", point.label, state.reason)
         return code or 1
     if task.terminated:
@@ -176,7 +185,7 @@ def _train(command: list[str], run: Path, hang_minutes: float) -> int:
     while True:
         with suppress(subprocess.TimeoutExpired):
             return process.wait(POLL)
-        holder = run_state(run).holder
+        holder = lock_holder(run)  # a finished run holds its lock until its trackers have uploaded
         held = held or bool(holder)
         released = 0.0 if holder or not held else released or time.monotonic()
         # standard output is the log of the task, which the run writes too
@@ -203,14 +212,28 @@ def failing_nodes(nodes: list[str], reason: str) -> list[str]:
 
 
 def _note_failure(folder: Path, point: Point, *, task: ArrayTask, code: int, failing: list[str]) -> tuple[int, list]:
-    """Append a failure to the log of failures of a point; return how many this task has had, and on which nodes."""
+    """Append a failure to the log of failures of a point; return how many this task has had, and on which nodes.
+
+    A log that cannot be written counts what it has: a full disk does not keep the task from its requeue.
+    """
     record = {"time": time.time(), "job": task.name, "nodes": task.nodes, "failing": failing, "code": code}
-    with open(folder / "logs" / f"{point.id}.failures.jsonl", "a+") as file:
-        file.write(json.dumps(record) + "\n")
-        file.flush()
-        file.seek(0)
-        failures = [failure for failure in map(json.loads, file) if failure["job"] == task.name]
-    return len(failures), sorted({node for failure in failures for node in failure["failing"]})
+    lines = [json.dumps(record)]
+    try:
+        with open(folder / "logs" / f"{point.id}.failures.jsonl", "a+") as file:
+            file.seek(0)
+            earlier = file.read()
+            lines = [*earlier.splitlines(), *lines]
+            file.write(("" if earlier.endswith("\n") or not earlier else "\n") + lines[-1] + "\n")
+    except OSError as error:
+        logger.warning("%s: its failure could not be written to its log (%s)", point.label, error.strerror)
+    failures, nodes = 0, set()
+    for line in lines:
+        with suppress(ValueError, KeyError, TypeError):  # a torn line
+            failure = json.loads(line)
+            if failure["job"] == task.name:
+                nodes |= set(failure["failing"])
+                failures += 1
+    return failures, sorted(nodes)
 
 
 def _nodes_of_partition() -> int:

@@ -152,7 +152,8 @@ def _history(run: Path) -> History:
             newest = max(newest, meta["iteration"])
             steps |= {meta["iteration"]} if has_ended or meta["permanent"] else set()
     if state.name == "running":
-        steps |= set(recorded.get("checkpoint", {}).get("keep_iterations", ()))
+        requested = recorded.get("checkpoint", {}).get("keep_iterations", ())
+        steps |= {step for step in requested if step > newest}  # earlier ones are on disk, or will never be
     source = Path(recorded.get("branched_from") or "")  # .../ID/checkpoints/iter_0000012
     return History(
         has_started=True,

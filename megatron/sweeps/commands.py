@@ -64,7 +64,7 @@ def run(options: Namespace) -> int:
         print(f"stage {stage}: {reason}")
     if outcome.stopped_by:
         return 128 + outcome.stopped_by
-    return 1 if outcome.failures or planned.waiting else 0
+    return 1 if outcome.failures or outcome.stopped or planned.waiting else 0
 
 
 def status(options: Namespace) -> int:
@@ -149,6 +149,11 @@ def _submit(options: Namespace, folder: Path, points: Sequence[Point], *, retry_
 
 def _folder(options: Namespace) -> Path:
     if options.sweep.is_dir():
+        if options.output is not None:
+            raise ConfigurationError(
+                f"--output {options.output}: is for a sweep file, and {options.sweep} is a sweep folder already; "
+                "leave out --output, or name the sweep file"
+            )
         return options.sweep
     return options.output or Path("runs") / read_sweep(options.sweep).name
 
@@ -160,20 +165,31 @@ def _planned(options: Namespace) -> tuple[Path, Planned]:
     """
     folder = _folder(options)
     path = folder / SWEEP_COPY if options.sweep.is_dir() else options.sweep
-    if options.sweep.is_dir():
-        read_plan(folder)
-    planned = plan_sweep(read_sweep(path), folder, progress=True)
+    before = read_plan(folder) if options.sweep.is_dir() else _plan_before(folder)
+    sweep = read_sweep(path)
+    planned = plan_sweep(sweep, folder, progress=True)
     ids = {point.id for point in planned.points}
-    for point in unique_runs(read_plan(folder)) if (folder / PLAN).exists() else ():
+    for point in unique_runs(before):
         if point.id not in ids and run_state(point.folder(folder)).name == "running":
             raise ConfigurationError(
                 f"{path}: the run {point.id} ({point.label}) is running, and the changed file no longer has it; stop "
                 "it first, or put it back"
             )
-    write_plan(folder, path, planned.points)
+    write_plan(folder, sweep.content, planned.points)
     if planned.choices:
         replace_file(folder / CHOICES, json.dumps(planned.choices, indent=1) + "\n")
     return folder, planned
+
+
+def _plan_before(folder: Path) -> list[Point]:
+    """Return the points of the plan that a new one replaces; none if it is damaged or of an older version."""
+    if not (folder / PLAN).exists():
+        return []
+    try:
+        return read_plan(folder)
+    except ConfigurationError as error:
+        logger.warning("%s; it is replaced", error)
+        return []
 
 
 def _devices() -> tuple[str, ...]:

@@ -1,11 +1,15 @@
 """The command and the environment of one run of a sweep."""
 
+import logging
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from megatron.sweeps.points import Point
+from megatron.training.checkpoint_store import damage
+
+logger = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parents[2]
 STOPPED = 85  # exit code of a run that was stopped on request
@@ -22,7 +26,11 @@ def training_command(point: Point, sweep: Path) -> list[str]:
         words += ["--keep-iterations", *map(str, point.keep_iterations)]
     checkpoint = point.trunk_checkpoint(sweep)
     if checkpoint is not None and checkpoint.is_dir():  # else the trunk has none, and this run trains all of it
-        words += ["--load", str(checkpoint)]
+        fault = damage(checkpoint)
+        if fault is None:
+            words += ["--load", str(checkpoint), "--exact-branch"]
+        else:
+            logger.warning("%s: %s is damaged (%s); trains in full", point.label, checkpoint, fault)
     return [sys.executable, str(ROOT / point.script), *words]
 
 

@@ -70,9 +70,10 @@ class _Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a queue ended: the failed runs with their reasons, and the signal that stopped it, if any."""
+    """How a queue ended: failed and stopped runs with their reasons, and the signal that stopped the queue, if any."""
 
     failures: dict[str, str]
+    stopped: dict[str, str]  # on a person's request
     stopped_by: int = 0
 
 
@@ -96,10 +97,16 @@ class LocalQueue:
                     f"{point.label}: needs {point.world_size} ranks, and --slots is {options.slots}; raise it, or "
                     "lower `world_size` under `resources`"
                 )
+            if options.devices and point.world_size > len(options.devices):
+                raise ConfigurationError(
+                    f"{point.label}: needs {point.world_size} ranks on different devices, and this machine has "
+                    f"{len(options.devices)}; lower `world_size` under `resources`, or submit the sweep"
+                )
         self.total_flops = sum(point.own_flops for point in runs)
         self.waiting = [_Job(point) for point in sorted(runs, key=lambda point: -point.own_flops / point.world_size)]
         self.running: list[_Job] = []
         self.failures: dict[str, str] = {}
+        self.stopped: dict[str, str] = {}
         self.finished: set[str] = set()
         self.free = list(range(options.slots))
         self.signal = 0
@@ -120,7 +127,7 @@ class LocalQueue:
             finally:
                 for job in self.running:  # after an error of the queue itself
                     self._terminate(job)
-        return Outcome(self.failures, self.signal)
+        return Outcome(self.failures, self.stopped, self.signal)
 
     def _stop(self, number: int, _frame) -> None:
         if not self.signal:
@@ -224,10 +231,13 @@ class LocalQueue:
             logger.info("%s: finished", job.point.label)
         elif self.signal:
             logger.info("%s: %s at step %d", job.point.label, state.name, state.iteration)
+        elif state.is_stopped_by_kill_switch:
+            self.stopped[job.point.id] = state.reason
+            logger.info("%s: stopped by %s; not started again", job.point.label, state.reason)
         elif code == LOCKED or state.name == "running":  # another process was faster
             job.not_before = time.monotonic() + LOCK_POLL
             self.waiting.append(job)
-        elif state.name == "stopped" and state.iteration > job.iteration:  # as its own flags or a person asked
+        elif state.name == "stopped" and state.iteration > job.iteration:  # by its own flags, such as --exit-interval
             job.iteration = state.iteration
             self.waiting.append(job)
         elif code == 2 or state.has_own_fault or job.attempts >= self.options.retries:

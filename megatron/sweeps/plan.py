@@ -5,7 +5,7 @@ resume may change, so adding an axis value or a variant keeps the runs that exis
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,7 @@ def plan_sweep(sweep: Sweep, folder: Path, progress: bool = False) -> Planned:
     """
     planned, errors, costs = Planned(), [], RunCosts(sweep)
     resolved: list[Resolved] = []
+    all_drafts: list[_Draft] = []
     for stage in sweep.stages:
         tuned: dict = {}
         if stage.best_of is not None:
@@ -76,6 +77,7 @@ def plan_sweep(sweep: Sweep, folder: Path, progress: bool = False) -> Planned:
                 continue
             tuned, planned.choices[stage.name] = chosen.flags, chosen.records
         drafts = list(_drafts(sweep, stage, tuned))
+        all_drafts += drafts
         for draft in tqdm(drafts, desc=f"plan {stage.name}", disable=None if progress else True, leave=False):
             try:
                 resolved.append(_resolved(draft, costs, folder.resolve().name))
@@ -90,6 +92,8 @@ def plan_sweep(sweep: Sweep, folder: Path, progress: bool = False) -> Planned:
         )
     if not resolved:
         raise ConfigurationError(f"{sweep.path}: has no point; every combination is excluded")
+    if not planned.waiting:
+        _check_rules(sweep, all_drafts)
     planned.points = [item.point for item in resolved]
     if sweep.wsd_branches:
         planned.points, planned.notes = assign_trunks(resolved, folder)
@@ -115,6 +119,11 @@ class _Draft:
     def flags(self) -> Flags:
         """All flags, the more specific ones winning."""
         return {**self.stage.flags, **self.variant.flags, **self.axes, **self.tuned, "seed": self.seed}
+
+    @property
+    def named(self) -> Flags:
+        """The flags and the variant, which conditions compare."""
+        return {"variant": self.variant.name, **self.flags}
 
 
 def _drafts(sweep: Sweep, stage: Stage, chosen: dict[tuple, Flags]) -> Iterator[_Draft]:
@@ -210,17 +219,31 @@ def _tracked(draft: _Draft, group: str, point_id: str) -> Flags:
     if flags.get("wandb-project") is not None:
         flags = {"wandb-group": group, "wandb-exp-name": draft.label} | flags
     if flags.get("tensorboard-dir") is not None:
-        flags["tensorboard-dir"] = f"{flags['tensorboard-dir']}/{point_id}"
+        flags["tensorboard-dir"] = f"{flags['tensorboard-dir']}/{group}/{point_id}"
     return flags
 
 
 def _resources(draft: _Draft) -> dict[str, Any]:
     resources = dict(vars(draft.stage.resources))
-    named = {"variant": draft.variant.name, **draft.flags}
     for where, amounts in draft.stage.resources.rules:
-        if _matches(named, where):
+        if _matches(draft.named, where):
             resources |= amounts
     return resources
+
+
+def _check_rules(sweep: Sweep, drafts: Sequence[_Draft]) -> None:
+    """Refuse a rule of `resources` that holds for no point, as after a typing error in a value."""
+    matched: dict[str, bool] = {}  # a rule of the whole file may be one of several stages
+    for stage in sweep.stages:
+        for where, _ in stage.resources.rules:
+            key = ", ".join(f"{name}: {text(value)}" for name, value in where.items())
+            own = (draft.named for draft in drafts if draft.stage is stage)
+            matched[key] = matched.get(key, False) or any(_matches(named, where) for named in own)
+    for key, has_point in matched.items():
+        if not has_point:
+            raise ConfigurationError(
+                f"{sweep.path}: resources.rules: no point has {{{key}}}; correct the rule, or drop it"
+            )
 
 
 def _matches(flags: Flags, conditions: dict[str, Any]) -> bool:

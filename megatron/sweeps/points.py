@@ -115,14 +115,14 @@ def unique_runs(points: Sequence[Point]) -> list[Point]:
     return list(runs.values())
 
 
-def write_plan(folder: Path, sweep_file: Path, points: Sequence[Point]) -> None:
-    """Write the plan of a sweep, and a copy of its file, atomically.
+def write_plan(folder: Path, content: str, points: Sequence[Point]) -> None:
+    """Write the plan of a sweep, and the content of the file that was planned, atomically.
 
     Raises: OSError where the folder cannot be written.
     """
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    replace_file(folder / SWEEP_COPY, sweep_file.read_text(encoding="utf-8"))
+    replace_file(folder / SWEEP_COPY, content)
     replace_file(folder / PLAN, "".join(json.dumps(asdict(point)) + "\n" for point in points))
 
 
@@ -164,9 +164,9 @@ def read_plan(folder: Path) -> list[Point]:
     try:
         points = [Point(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
     except (ValueError, TypeError) as error:
-        raise ConfigurationError(f"{path}: is damaged ({error}); plan the sweep again") from None
+        raise ConfigurationError(f"{path}: is damaged ({error}); plan the sweep file again") from None
     if not points:
-        raise ConfigurationError(f"{path}: is empty; plan the sweep again")
+        raise ConfigurationError(f"{path}: is empty; plan the sweep file again")
     return points
 
 

@@ -21,8 +21,10 @@ import yaml
 from megatron.errors import ConfigurationError
 from megatron.sweeps.launch import ROOT
 from megatron.sweeps.points import Point, replace_file, unique_runs
+from megatron.sweeps.yaml_file import YamlFile
 
 DEFAULT_MINUTES = 24 * 60.0
+MINIMA = {"ranks_per_node": 1, "cores_per_rank": 1, "throttle": 0, "signal_seconds": 1, "retries": 0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,27 +67,23 @@ def read_site(path: Path | None) -> Site:
 
     Raises: ConfigurationError for unknown keys, wrong types and values that contradict each other.
     """
-    given: dict[str, Any] = {}
+    names = [field.name for field in fields(Site)]
+    values: dict[str, Any] = {}
+    file = _SiteReader(path or Path("environment"))
     if path is not None:
-        try:
-            given = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise ConfigurationError(f"--site {path}: cannot be read as YAML ({error}); correct it") from None
-        if not isinstance(given, dict):
-            raise ConfigurationError(f"--site {path}: is not a mapping; write `partition: NAME` and so on")
-    named = str(path) if path else "environment"
-    types = {field.name: field for field in fields(Site)}
-    unknown = next((name for name in given if name not in types), None)
-    if unknown is not None:
-        raise ConfigurationError(f"--site {named}: {unknown}: is an unknown key; the keys are {', '.join(types)}")
-    for name in types:
-        if f"SITE_{name.upper()}" in os.environ:
-            given[name] = _of_environment(name, os.environ[f"SITE_{name.upper()}"])
-    site = Site(**{name: _typed(named, name, value) for name, value in given.items()})
+        given = file.mapping("", file.load(), names)
+        values = {name: file.value(name, name, value) for name, value in given.items()}
+    environment = _SiteReader(Path("environment"))
+    for name in names:
+        key = f"SITE_{name.upper()}"
+        if key in os.environ:
+            values[name] = environment.value(key, name, _of_environment(name, os.environ[key]))
+    site = Site(**values)
     if site.wait_for_lock_minutes >= site.hang_minutes:
-        raise ConfigurationError(
-            f"--site {named}: wait_for_lock_minutes: {site.wait_for_lock_minutes:g}: must be less than hang_minutes "
-            f"({site.hang_minutes:g}), or a run that waits for its lock is taken for one that hangs; change one"
+        raise file.error(
+            "wait_for_lock_minutes",
+            f"{site.wait_for_lock_minutes:g}: must be less than hang_minutes ({site.hang_minutes:g}), or a run that "
+            "waits for its lock is taken for one that hangs; change one",
         )
     return site
 
@@ -99,25 +97,40 @@ def _of_environment(name: str, value: str) -> Any:
         return value  # of a wrong type, which is named later
 
 
-def _typed(named: str, name: str, value: Any) -> Any:
-    """Return a value of a site in the type of its field."""
-    default = getattr(Site(), name)
-    if isinstance(default, tuple):
-        right, kind = isinstance(value, list), "a list of options"
-    elif isinstance(default, bool):
-        right, kind = isinstance(value, bool), "true or false"
-    elif isinstance(default, int):
-        right, kind = type(value) is int, "a whole number"
-    elif isinstance(default, float):
-        right, kind = type(value) in (int, float), "a number"
-    else:
-        right, kind = value is None or type(value) in (str, int), "text"
-        value = default if value is None else value
-    if not right:
-        raise ConfigurationError(f"--site {named}: {name}: {value}: is not {kind}; correct it")
-    if isinstance(value, list):
-        return tuple(map(str, value))
-    return str(value) if kind == "text" and value is not None else value
+class _SiteReader(YamlFile):
+    """Reads the values of a site."""
+
+    def value(self, key: str, name: str, given: Any) -> Any:
+        """Return the value of the field `name` of a site, which the user gives as `key`."""
+        default = getattr(Site(), name)
+        if isinstance(default, bool):
+            return self.switch(key, given)
+        if isinstance(default, int):
+            return self.whole(key, given, MINIMA[name])
+        if isinstance(default, float):
+            minutes = self.number(key, given)
+            if minutes < 0:
+                raise self.error(key, f"{given}: must not be negative; correct it")
+            return minutes
+        if isinstance(default, tuple):
+            return tuple(self._line(f"{key}[{index}]", item) for index, item in enumerate(self.sequence(key, given)))
+        if given is None or given == "":
+            return default
+        if name == "setup" and isinstance(given, str):
+            return given
+        text = self._line(key, given)
+        if name != "python" and re.search(r"\s", text):
+            raise self.error(key, f"{text}: is not a single name; correct it")
+        return text
+
+    def _line(self, key: str, given: Any) -> str:
+        """Return a value that stands in one line of a batch script."""
+        if type(given) not in (str, int):
+            raise self.error(key, f"{given}: is not text; correct it")
+        text = str(given).strip()
+        if not text or not text.isprintable():
+            raise self.error(key, f"{text!r}: is not one line of text; correct it")
+        return text
 
 
 def _new_file(slurm: Path, name: str) -> Path:
@@ -234,5 +247,6 @@ def queued_runs(folder: Path) -> dict[str, str]:
         if done.returncode and "Invalid job id" not in done.stderr:  # SLURM forgets jobs that have ended
             raise ConfigurationError(f"squeue: {done.stderr.strip()}; try again when the controller answers")
         ids = path.with_suffix(".tasks").read_text().split()
-        queued |= {ids[int(task)]: job for task in done.stdout.split() if task.isdecimal()}
+        tasks = [int(task) for task in done.stdout.split() if task.isdecimal()]
+        queued |= {ids[task]: job for task in tasks if task < len(ids)}  # a later job may have the same id
     return queued

@@ -38,6 +38,11 @@ class State:
         """Whether a failed run would fail again: its reason lies in the configuration, not in the machine."""
         return self.name == "failed" and any(fault in self.reason for fault in OWN_FAULTS)
 
+    @property
+    def is_stopped_by_kill_switch(self) -> bool:
+        """Whether a person stopped the run with --kill-switch-file: nothing starts it again by itself."""
+        return self.name == "stopped" and self.reason.startswith("--kill-switch-file")
+
 
 def run_state(folder: Path) -> State:
     """Return the state of a run folder."""

@@ -26,6 +26,7 @@ DISTRIBUTIONS = {
 MANAGED = {
     "save": "the sweep names the folder of each run",
     "load": "the sweep resumes each run from its own folder",
+    "exact-branch": "WSD branches are exact; `wsd_branches: false` trains all runs in full",
     "seed": "give `seeds`",
     "dry-run": "tools/sweep.py plan checks every run",
     "skip-train": "a sweep trains; evaluate its runs afterwards",
@@ -110,6 +111,7 @@ class Sweep:
     exclude: tuple[dict[str, Any], ...]
     wsd_branches: bool  # whether runs that differ only in budget share their constant part
     data: dict[str, int]  # unique_tokens and vocabulary_size to plan with where the data are not on this machine
+    content: str  # of the file, as it was read
 
 
 def read_sweep(path: Path) -> Sweep:
@@ -143,6 +145,7 @@ class _Reader(YamlFile):
             ),
             wsd_branches=self.switch("wsd_branches", top.get("wsd_branches", True)),
             data={key: self.whole(f"data.{key}", value, 1) for key, value in assumed.items()},
+            content=self.content,
         )
 
     # ------------------------------------------------------------------------------------------------- stages
@@ -151,7 +154,7 @@ class _Reader(YamlFile):
         if named is None:
             return (self._stage("main", "", base, ()),)
         stages: list[Stage] = []
-        for name, own in self.mapping("stages", named, None).items():
+        for name, own in self.named("stages", named).items():
             key = f"stages.{name}"
             own = self.mapping(key, own, STAGE_KEYS)
             merged = base | own
@@ -164,32 +167,32 @@ class _Reader(YamlFile):
                 merged.pop("tuning", None)
                 if "tuning" in own:
                     raise self.error(f"{key}.tuning", "a stage with best_of takes tuned flags; drop one of the two")
-            stages.append(self._stage(str(name), key + ".", merged, tuple(stages)))
+            stages.append(self._stage(name, key + ".", merged, tuple(stages)))
         if not stages:
             raise self.error("stages", "is empty; name at least one stage, or leave the key out")
         return tuple(stages)
 
     def _selected(self, key: str, names: list, given: Any) -> dict:
-        variants = self.mapping("variants", given, None)
-        for name in names:
+        variants = self.named("variants", given)
+        for name in map(str, names):
             if name not in variants:
-                raise self.error(key, unknown_name(str(name), variants, "variant"))
-        return {name: variants[name] for name in names}
+                raise self.error(key, unknown_name(name, variants, "variant"))
+        return {name: variants[name] for name in map(str, names)}
 
     def _stage(self, name: str, key: str, given: dict, earlier: tuple[Stage, ...]) -> Stage:
         tuning = given.get("tuning")
-        raw_variants = self.mapping(f"{key}variants", given.get("variants"), None) or {"default": None}
-        variants = tuple(self._variant(f"{key}variants.{item}", str(item), own) for item, own in raw_variants.items())
+        raw_variants = self.named(f"{key}variants", given.get("variants")) or {"default": None}
+        variants = tuple(self._variant(f"{key}variants.{item}", item, own) for item, own in raw_variants.items())
         stage = Stage(
             name=name,
             flags=self.flags(f"{key}flags", given.get("flags")),
             parameters=self._axes(f"{key}parameters", given.get("parameters")),
             variants=variants,
-            seeds=tuple(self.whole(f"{key}seeds", seed, 0) for seed in self._seeds(f"{key}seeds", given.get("seeds"))),
+            seeds=self._seeds(f"{key}seeds", given.get("seeds")),
             tuning=None if tuning is None else self._tuning(f"{key}tuning", tuning, variants),
             resources=self._resources(f"{key}resources", given.get("resources"), given),
             best_of=None if given.get("best_of") is None else str(given["best_of"]),
-            by=tuple(self.sequence(f"{key}by", given.get("by"))),
+            by=tuple(self.flag_name(f"{key}by", axis) for axis in self.sequence(f"{key}by", given.get("by"))),
         )
         self._check_axes(key, stage)
         self._check_best(key, stage, earlier)
@@ -260,13 +263,13 @@ class _Reader(YamlFile):
             axes[name] = tuple(values)
         return axes
 
-    def _seeds(self, key: str, given: Any) -> list:
-        seeds = [1234] if given is None else self.sequence(key, given)
+    def _seeds(self, key: str, given: Any) -> tuple[int, ...]:
+        seeds = [1234] if given is None else [self.whole(key, seed, 0) for seed in self.sequence(key, given)]
         if not seeds:
             raise self.error(key, "is empty; give at least one, or leave the key out")
-        if len(set(map(str, seeds))) < len(seeds):
+        if len(set(seeds)) < len(seeds):
             raise self.error(key, f"{seeds}: names a seed twice; drop one")
-        return seeds
+        return tuple(seeds)
 
     # ---------------------------------------------------------------------------------------- tuning, resources
 
@@ -284,9 +287,9 @@ class _Reader(YamlFile):
 
     def _distribution(self, key: str, given: Any) -> Distribution:
         given = self.mapping(key, given, ("distribution", "min", "max", "values"))
-        kind = given.get("distribution", "categorical" if "values" in given else "uniform")
+        kind = str(given.get("distribution", "categorical" if "values" in given else "uniform"))
         if kind not in DISTRIBUTIONS:
-            raise self.error(f"{key}.distribution", unknown_name(str(kind), DISTRIBUTIONS, "distribution"))
+            raise self.error(f"{key}.distribution", unknown_name(kind, DISTRIBUTIONS, "distribution"))
         wanted = DISTRIBUTIONS[kind]
         if set(given) - {"distribution"} != set(wanted):
             raise self.error(key, f"distribution {kind} takes {' and '.join(wanted)}; give exactly these")
@@ -298,6 +301,8 @@ class _Reader(YamlFile):
         if not low < high or (kind == "log_uniform_values" and low <= 0):
             condition = "0 < min < max" if kind == "log_uniform_values" else "min < max"
             raise self.error(key, f"min {low:g} and max {high:g}: {kind} needs {condition}; correct them")
+        if kind == "int_uniform" and not (low.is_integer() and high.is_integer()):
+            raise self.error(key, f"min {low:g} and max {high:g}: {kind} needs whole numbers; correct them")
         return Distribution(kind, low, high)
 
     def _resources(self, key: str, given: Any, stage: dict) -> Resources:
@@ -307,6 +312,10 @@ class _Reader(YamlFile):
         for index, entry in enumerate(self.sequence(f"{key}.rules", given.get("rules"))):
             entry = self.mapping(f"{key}.rules[{index}]", entry, ("where", *names[:-1]))
             where = self._conditions(f"{key}.rules[{index}].where", entry.get("where"))
+            if not where:
+                raise self.error(
+                    f"{key}.rules[{index}]", "has no `where`, so it holds for all points; give one, or drop the rule"
+                )
             rules.append((where, self._amounts(f"{key}.rules[{index}]", entry)))
         return Resources(**self._amounts(key, given), rules=tuple(rules))
 

@@ -37,6 +37,7 @@ class YamlFile:
 
     def __init__(self, path: Path):
         self.path = path
+        self.content = ""  # the text that `load` has parsed
 
     def error(self, key: str, message: str) -> ConfigurationError:
         """Return the error of a key."""
@@ -48,9 +49,10 @@ class YamlFile:
         Raises: ConfigurationError if it cannot be read as YAML.
         """
         try:
-            content = yaml.load(self.path.read_text(encoding="utf-8"), UniqueKeys)  # a SafeLoader
+            self.content = self.path.read_text(encoding="utf-8")
+            content = yaml.load(self.content, UniqueKeys)  # a SafeLoader
         except OSError as error:
-            raise ConfigurationError(f"{self.path}: cannot be read ({error.strerror}); name a sweep file") from None
+            raise ConfigurationError(f"{self.path}: cannot be read ({error.strerror}); name a YAML file") from None
         except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, an impossible date
             mark = getattr(error, "problem_mark", None)
             place = f", line {mark.line + 1}" if mark else ""
@@ -67,6 +69,14 @@ class YamlFile:
             if name not in (known or ()):
                 raise self.error(f"{key}.{name}".lstrip("."), unknown_name(str(name), known or (), "key"))
         return given
+
+    def named(self, key: str, given: Any) -> dict[str, Any]:
+        """Return a mapping with its names as text: YAML reads 1 as a number, and "1" is the same name."""
+        named = {str(name): value for name, value in self.mapping(key, given, None).items()}
+        if given and len(named) < len(given):
+            double = next(str(name) for name in given if not isinstance(name, str) and str(name) in given)
+            raise self.error(f"{key}.{double}", "is given twice; drop one")
+        return named
 
     def sequence(self, key: str, given: Any) -> list:
         """Return a list; None is an empty one."""

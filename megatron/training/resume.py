@@ -97,8 +97,9 @@ def find_origin(
         require(config.data.split == split, "split", config.data.split, message)
     if branched and not only_evaluate:
         _check_branch(recorded, meta, config, plan=plan, source=source)
-    elif not only_evaluate:
-        _check_surroundings(recorded, sources, precision, config=config, source=source)
+    if not only_evaluate and (config.checkpoint.exact_branch or not branched):
+        remedy = "or leave out --exact-branch" if branched else f"or branch: --load {source} --save ANOTHER_DIR"
+        _check_surroundings(recorded, sources, precision, config=config, source=source, remedy=remedy)
     if capabilities(objective).mixes_kinds and not only_evaluate:
         _check_kinds(meta, config, source)
     return Origin(
@@ -188,10 +189,9 @@ def _check_kinds(meta: dict, config: Config, source: Path) -> None:
 
 
 def _check_surroundings(
-    recorded: dict, sources: Sources, precision: str | None, *, config: Config, source: Path
+    recorded: dict, sources: Sources, precision: str | None, *, config: Config, source: Path, remedy: str
 ) -> None:
     """Reject other data under the same name, and a device whose default precision differs from the run's."""
-    remedy = f"or branch: --load {source} --save ANOTHER_DIR"
     for name, fingerprint in recorded["fingerprints"].items():
         if sources.fingerprints.get(name, fingerprint) != fingerprint:
             flag = _data_flag(name, config)

@@ -43,7 +43,7 @@ OURS = {
     "lr_wsd_decay_samples", "exit_interval", "exit_duration_in_mins", "kill_switch_file", "exit_code_when_stopped",
     "dry_run", "eval_batch_size", "eval_seed", "save", "load", "wait_for_lock", "keep_every_epochs", "keep_iterations",
     "objective",
-    "exit_on_missing_checkpoint", "causal_ratio", "diffusion_block_size",
+    "exact_branch", "exit_on_missing_checkpoint", "causal_ratio", "diffusion_block_size",
     "right_to_left_ratio", "target_offset_max", "target_positions", "random_replacement", "masked_input_weight",
     "masked_input_max", "stochastic_depth", "low_noise_ratio", "label_smoothing", "z_loss", "muon_momentum",
     "ema_decay", "average_from_samples",

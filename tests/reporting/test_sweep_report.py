@@ -33,7 +33,7 @@ def sweep(corpus, tiny, tmp_path_factory):
     content = toy(corpus) | {"seeds": [1, 2], "parameters": {"hidden-size": [32, 64], "train-epochs": [4, 8]}}
     path = write(root, content)
     planned = plan_sweep(read_sweep(path), root / "toy")
-    write_plan(root / "toy", path, planned.points)
+    write_plan(root / "toy", path.read_text(), planned.points)
     for objective in ("ar", "mdm"):
         run(objective, *tiny, "--train-unique-tokens", 500, "--save", root / objective)
     for point in planned.points:

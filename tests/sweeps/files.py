@@ -1,9 +1,21 @@
 """Sweep files for the tests: runs of a second each."""
 
 import copy
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import yaml
+
+HOLD = """
+import fcntl, sys
+lock = open(sys.argv[1], "w")
+fcntl.lockf(lock, fcntl.LOCK_EX)
+print("locked", flush=True)
+sys.stdin.read()
+"""
 
 
 def toy(corpus: Path) -> dict:
@@ -42,3 +54,13 @@ def write(folder: Path, content: dict, **changes) -> Path:
         yaml.safe_dump({key: value for key, value in content.items() if value is not None}, sort_keys=False)
     )
     return path
+
+
+@contextmanager
+def held(lock: Path) -> Iterator[None]:
+    """Have another process hold the lock of a run folder."""
+    words = [sys.executable, "-c", HOLD, str(lock)]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "locked\n"
+        yield
+        holder.stdin.close()

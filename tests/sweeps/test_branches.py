@@ -13,7 +13,7 @@ from megatron.sweeps.points import read_plan
 from megatron.sweeps.sweep_file import read_sweep
 from tests.conftest import ROOT, environment, records
 from tests.forked import run_script
-from tests.sweeps.files import toy, write
+from tests.sweeps.files import held, toy, write
 from tests.sweeps.test_local_queue import finish
 
 WSD = {"lr-decay-style": "WSD", "lr-warmup-samples": 16}
@@ -138,6 +138,33 @@ def test_a_trunk_that_is_lost_or_damaged_is_no_source(corpus, tmp_path):
     (checkpoint / "meta.json").write_text(json.dumps({"iteration": 7, "permanent": False}))
     (trunk.folder(folder) / "status.json").write_text(json.dumps(status | {"reason": "disk full"}))
     assert planned(path, folder).points[0].trunk is None  # it may be pruned, and the run has passed it
+
+
+def test_a_checkpoint_behind_the_newest_of_a_running_trunk_will_never_be_saved(corpus, tmp_path):
+    folder = tmp_path / "running"
+    path = sweep(corpus, tmp_path, epochs=(4, 12), variants=None)
+    short, trunk = planned(path, folder).points
+    newest = trunk.folder(folder) / "checkpoints" / "iter_0000010"
+    newest.mkdir(parents=True)
+    (newest / "meta.json").write_text(json.dumps({"iteration": 10, "permanent": False}))
+    (trunk.folder(folder) / "config.json").write_text(json.dumps({"checkpoint": {"keep_iterations": [7, 21]}}))
+    with held(trunk.folder(folder) / "lock"):
+        assert planned(path, folder).points[0].trunk is None
+        newest.rename(newest.with_name("iter_0000006"))
+        (newest.with_name("iter_0000006") / "meta.json").write_text(json.dumps({"iteration": 6, "permanent": False}))
+        assert planned(path, folder).points[0] == short
+
+
+def test_a_damaged_checkpoint_of_a_trunk_is_not_loaded(corpus, tmp_path, caplog):
+    folder = tmp_path / "damaged"
+    short, _ = planned(sweep(corpus, tmp_path, epochs=(4, 12), variants=None), folder).points
+    checkpoint = short.trunk_checkpoint(folder)
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "meta.json").write_text(json.dumps({"iteration": 7, "permanent": True, "files": {}}))
+    assert training_command(short, folder)[-3:] == ["--load", str(checkpoint), "--exact-branch"]
+    (checkpoint / "meta.json").write_text(json.dumps({"files": {"model.safetensors": [9, 9]}}))
+    assert "--load" not in training_command(short, folder)
+    assert "model.safetensors is missing); trains in full" in caplog.text
 
 
 def weights(run) -> dict[str, bytes]:

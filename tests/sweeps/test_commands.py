@@ -1,7 +1,5 @@
 """The commands in one process: what they refuse, each with one line."""
 
-import subprocess
-import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -11,15 +9,7 @@ from benchmarks.sweeps.run import Options, measure
 from megatron.errors import ConfigurationError
 from megatron.sweeps import commands
 from megatron.sweeps.points import read_plan
-from tests.sweeps.files import toy, write
-
-HOLD = """
-import fcntl, sys
-lock = open(sys.argv[1], "w")
-fcntl.lockf(lock, fcntl.LOCK_EX)
-print("locked", flush=True)
-sys.stdin.read()
-"""
+from tests.sweeps.files import held, toy, write
 
 
 def options(sweep, folder=None, **more) -> Namespace:
@@ -42,9 +32,7 @@ def test_a_run_that_is_running_may_not_leave_the_plan(corpus, tmp_path):
     point = read_plan(folder)[-1]
     point.folder(folder).mkdir(parents=True)
     changed = write(tmp_path, toy(corpus), parameters={"train-epochs": [4]})
-    words = [sys.executable, "-c", HOLD, str(point.folder(folder) / "lock")]
-    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
-        assert holder.stdout.readline() == "locked\n"
+    with held(point.folder(folder) / "lock"):
         message = refused(commands.plan, changed, folder)
         assert message == (
             f"{changed}: the run {point.id} (mdm, train-epochs 8, seed 1234) is running, and the changed file no "
@@ -53,7 +41,6 @@ def test_a_run_that_is_running_may_not_leave_the_plan(corpus, tmp_path):
         assert point in read_plan(folder)
         more = write(tmp_path, toy(corpus), parameters={"train-epochs": [4, 8, 16]})
         assert commands.plan(options(more, folder)) == 0  # adding is always possible
-        holder.stdin.close()
     write(tmp_path, toy(corpus), parameters={"train-epochs": [4]})
     assert commands.plan(options(changed, folder)) == 0 and len(read_plan(folder)) == 2
 
@@ -71,6 +58,15 @@ def test_a_folder_without_a_plan_and_a_missing_file_are_named(corpus, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match=r"file: could not be written \(File exists\)"):
         commands.plan(options(path, tmp_path / "file"))
+
+
+def test_a_damaged_plan_is_replaced_from_its_file_only(corpus, tmp_path):
+    path, folder = write(tmp_path, toy(corpus)), tmp_path / "old"
+    commands.plan(options(path, folder))
+    (folder / "plan.jsonl").write_text('{"id": 1}\n')
+    assert "is damaged" in refused(commands.plan, folder)
+    assert commands.plan(options(path, folder)) == 0 and len(read_plan(folder)) == 4
+    assert "is a sweep folder already; leave out --output" in refused(commands.plan, folder, tmp_path / "new")
 
 
 def test_branches_wait_only_for_checkpoints_that_are_not_there(corpus, tmp_path, capsys):

@@ -14,10 +14,13 @@ import pytest
 
 from megatron.config.resolve import Plan
 from megatron.config.sections import Config
-from megatron.sweeps.plan import run_id
+from megatron.errors import ConfigurationError
+from megatron.sweeps.local_queue import LocalQueue, QueueOptions
+from megatron.sweeps.plan import plan_sweep, run_id
 from megatron.sweeps.points import read_plan
 from megatron.sweeps.results import collect
 from megatron.sweeps.states import run_state
+from megatron.sweeps.sweep_file import read_sweep
 from megatron.training.run_folder import read_json
 from tests.conftest import ROOT, environment
 from tests.forked import start_script
@@ -191,6 +194,30 @@ def test_what_this_machine_cannot_run_is_refused_before_anything_starts(sweep, c
     path = write(tmp_path, toy(corpus), resources={"world_size": 2, "nodes": 2})
     assert "needs 2 nodes, and `run` uses this machine alone" in finish("run", path, tmp_path / "b", "--slots", 2)
     assert not (tmp_path / "a" / "runs").exists() and not (tmp_path / "b" / "runs").exists()
+
+
+def test_a_run_needs_a_device_for_each_rank(corpus, tmp_path):
+    path = write(
+        tmp_path, toy(corpus), resources={"world_size": 4}, flags=toy(corpus)["flags"] | {"micro-batch-size": 1}
+    )
+    points = plan_sweep(read_sweep(path), tmp_path / "out").points
+    with pytest.raises(ConfigurationError, match="needs 4 ranks on different devices, and this machine has 2"):
+        LocalQueue(tmp_path / "out", points, QueueOptions(slots=8, devices=("0", "1")))
+    assert len(LocalQueue(tmp_path / "out", points, QueueOptions(slots=4, devices=tuple("0123"))).waiting) == 4
+
+
+def test_a_run_that_the_kill_switch_stopped_is_left_stopped(corpus, tmp_path):
+    points = plan_sweep(read_sweep(write(tmp_path, toy(corpus))), tmp_path / "out").points
+    queue = LocalQueue(tmp_path / "out", points, QueueOptions(slots=1))
+    job = queue.waiting.pop()
+    run = job.point.folder(tmp_path / "out")
+    run.mkdir(parents=True)
+    status = {"state": "stopped", "reason": "--kill-switch-file stop", "iteration": 3, "consumed_samples": 24}
+    (run / "status.json").write_text(json.dumps(status))
+    queue.running.append(job)
+    queue._ended(job, 85)
+    assert job not in queue.waiting and not queue.failures
+    assert queue.stopped == {job.point.id: "--kill-switch-file stop"}
 
 
 def test_a_stage_takes_the_best_trials_and_records_how_they_were_chosen(corpus, tmp_path):

@@ -120,6 +120,13 @@ def test_resources_follow_their_rules_and_decide_hours(planned):
         planned(resources={"world_size": 3})
 
 
+def test_a_rule_of_resources_that_holds_for_no_point_is_refused(planned):
+    rules = [{"where": {"variant": "ar", "train-epochs": 8}, "nodes": 1}, {"where": {"train-epochs": 9}, "nodes": 1}]
+    with pytest.raises(ConfigurationError, match=r"resources.rules: no point has {train-epochs: 9}; correct the rule"):
+        planned(resources={"rules": rules})
+    assert planned(resources={"rules": rules[:1]}, stages={"a": {}, "b": {"variants": ["mdm"]}}).points
+
+
 def test_data_that_are_elsewhere_are_planned_with_the_stated_sizes(planned, corpus):
     flags = toy(corpus)["flags"] | {"train-data-path": "nowhere/train", "valid-data-path": None}
     with pytest.raises(ConfigurationError, match="nowhere/train"):
@@ -151,7 +158,8 @@ def test_a_stage_takes_no_defaults_where_an_earlier_one_was_not_tuned(planned, m
 
 def test_a_plan_is_read_back(planned, tmp_path):
     points = planned().points
-    write_plan(tmp_path / "out", tmp_path / "sweep.yaml", points)
+    write_plan(tmp_path / "out", "name: demo\n", points)
+    assert (tmp_path / "out/sweep.yaml").read_text() == "name: demo\n"
     assert read_plan(tmp_path / "out") == points
     assert [json.loads(line) for line in (tmp_path / "out/plan.jsonl").open()] == [asdict(point) for point in points]
     (tmp_path / "out/plan.jsonl").write_text('{"id": 1}\n')

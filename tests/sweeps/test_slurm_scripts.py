@@ -1,5 +1,6 @@
 """Batch scripts of a sweep: one array for each resource class, valid bash, and clear errors for site files."""
 
+import os
 import re
 import subprocess
 
@@ -9,7 +10,7 @@ from megatron.errors import ConfigurationError
 from megatron.parallel.failure_detector import listen
 from megatron.sweeps.array_task import failing_nodes, free_port
 from megatron.sweeps.plan import plan_sweep
-from megatron.sweeps.slurm import read_site, submit_array, write_arrays
+from megatron.sweeps.slurm import queued_runs, read_site, submit_array, write_arrays
 from megatron.sweeps.sweep_file import read_sweep
 from tests.conftest import ROOT
 from tests.sweeps.files import toy, write
@@ -57,6 +58,9 @@ def test_the_site_comes_from_the_environment_too(monkeypatch, tmp_path):
     monkeypatch.setenv("SITE_SBATCH", "[--mem=0]")
     site = read_site(None)
     assert (site.partition, site.gpus, site.sbatch) == ("gpu", False, ("--mem=0",))
+    monkeypatch.setenv("SITE_THROTTLE", "-1")
+    with pytest.raises(ConfigurationError, match="environment: SITE_THROTTLE: -1: must be a whole number"):
+        read_site(None)
 
 
 def test_the_example_site_file_is_read():
@@ -65,22 +69,32 @@ def test_the_example_site_file_is_read():
 
 
 REFUSED = {
-    "partitoin: gpu": "partitoin: is an unknown key; the keys are partition, account",
-    "gpus: 8": "gpus: 8: is not true or false",
-    "retries: 1.5": "retries: 1.5: is not a whole number",
-    "throttle: many": "throttle: many: is not a whole number",
-    "sbatch: --mem=0": "sbatch: --mem=0: is not a list of options",
+    "partitoin: gpu": "partitoin: is an unknown key; did you mean partition?",
+    "gpus: 8": "gpus: 8: is neither true nor false",
+    "retries: 1.5": "retries: 1.5: must be a whole number of at least 0",
+    "throttle: many": "throttle: many: is not a number",
+    "throttle: -3": "throttle: -3: must be a whole number of at least 0",
+    "ranks_per_node: 0": "ranks_per_node: 0: must be a whole number of at least 1",
+    "hang_minutes: .nan": "hang_minutes: nan: is not a number",
+    "wait_for_lock_minutes: -1": "wait_for_lock_minutes: -1: must not be negative",
+    "partition: a b": "partition: a b: is not a single name",
+    'account: "a\\nb"': r"account: 'a\nb': is not one line of text",
+    "qos: [a]": "qos: ['a']: is not text",
+    "sbatch: --mem=0": "sbatch: --mem=0: is not a list",
+    'sbatch: ["--mem=0\\nrm x"]': r"sbatch[0]: '--mem=0\nrm x': is not one line of text",
+    "retries: 1\nretries: 2": "is not YAML: retries is given twice",
     "hang_minutes: 10": "wait_for_lock_minutes: 10: must be less than hang_minutes (10)",
     "- gpu": "is not a mapping",
-    "a: [": "cannot be read as YAML",
+    "a: [": "is not YAML",
 }
 
 
 @pytest.mark.parametrize("text", REFUSED)
 def test_a_mistake_in_a_site_file_is_one_line(text, tmp_path):
     (tmp_path / "site.yaml").write_text(text)
-    with pytest.raises(ConfigurationError, match=re.escape(REFUSED[text])):
+    with pytest.raises(ConfigurationError, match=re.escape(REFUSED[text])) as caught:
         read_site(tmp_path / "site.yaml")
+    assert "\n" not in str(caught.value)
 
 
 def test_what_does_not_fit_the_site_and_a_machine_without_slurm_are_named(planned, monkeypatch, tmp_path):
@@ -106,6 +120,14 @@ def test_branches_are_arrays_of_their_own_after_those_of_the_trunks(corpus, tmp_
     assert "--retry-failed" in trunks.script.read_text()
 
 
+def test_a_job_id_that_slurm_gave_to_a_longer_array_is_no_error(planned, monkeypatch, tmp_path):
+    array, _ = write_arrays(tmp_path / "out", planned, read_site(None))
+    array.job_file.write_text("7\n")
+    command(tmp_path, "squeue", "printf '1\\n9\\nN/A\\n'")
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert queued_runs(tmp_path / "out") == {array.points[1].id: "7"}
+
+
 @pytest.mark.parametrize(
     "nodes, reason, failing",
     [
@@ -117,6 +139,12 @@ def test_branches_are_arrays_of_their_own_after_those_of_the_trunks(corpus, tmp_
 )
 def test_the_nodes_of_a_failure_are_the_only_one_or_those_that_the_run_names(nodes, reason, failing):
     assert failing_nodes(nodes, reason) == failing
+
+
+def command(folder, name, script) -> None:
+    """Write a command in place of one of SLURM's."""
+    (folder / name).write_text(f"#!/bin/sh\n{script}\n")
+    (folder / name).chmod(0o755)
 
 
 def test_tasks_of_a_node_take_different_free_ports(monkeypatch):

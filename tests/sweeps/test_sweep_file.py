@@ -93,6 +93,7 @@ REFUSED = {
     "variants: {ar: {flag: {}}}": "variants.ar.flag: flag: is an unknown key; did you mean flags?",
     "seeds: []": "seeds: is empty",
     "seeds: [1, 1]": "seeds: [1, 1]: names a seed twice",
+    "seeds: [1, 1.0]": "seeds: [1, 1]: names a seed twice",
     "seeds: [x]": "seeds: x: is not a number",
     "seeds: [1.5]": "seeds: 1.5: must be a whole number",
     "tuning: {trials: 2}": "tuning.parameters: is empty",
@@ -100,6 +101,9 @@ REFUSED = {
     "tuning: {trials: 2, parameters: {lr: {distribution: normal, min: 1}}}": "normal: is an unknown distribution; "
     "the names are categorical, int_uniform",
     "tuning: {trials: 2, parameters: {lr: {min: 2, max: 1}}}": "parameters.lr: min 2 and max 1: uniform needs min",
+    "tuning: {trials: 2, parameters: {num-layers: {distribution: int_uniform, min: 0.5, max: 4}}}": "num-layers: "
+    "min 0.5 and max 4: int_uniform needs whole numbers",
+    "tuning: {trials: 2, parameters: {lr: {distribution: [uniform]}}}": "['uniform']: is an unknown distribution",
     "tuning: {trials: 2, parameters: {lr: {min: 1}}}": "distribution uniform takes min and max",
     "stages: {a: {by: [lr]}}": "stages.a.by: does nothing without best_of",
     "stages: {a: {best_of: b}}": "stages.a.best_of: b: is not an earlier stage (none)",
@@ -107,10 +111,15 @@ REFUSED = {
     "stages: {a: {tuning: {trials: 2, parameters: {lr: {min: 1, max: 2}}}}, "
     "b: {best_of: a, by: [train-epochs], parameters: {train-epochs: [1]}}}": "train-epochs: is no axis of stage a",
     "stages: {a: {variants: [x]}}": "stages.a.variants: x: is an unknown variant",
+    "stages: {a: {variants: [[x]]}}": "stages.a.variants: ['x']: is an unknown variant",
+    "variants: {1: {}, '1': {}}": "variants.1: is given twice; drop one",
+    "stages: {1: {}, '1': {}}": "stages.1: is given twice; drop one",
+    "stages: {a: {best_of: b, by: [[lr]]}}": "stages.a.by.['lr']: ['lr']: is an unknown flag",
     "stages: {}": "stages: is empty",
     "exclude: [{train-epoch: 1}]": "exclude.train-epoch: train-epoch: is an unknown flag; did you mean train-epochs?",
     "exclude: [{train-epochs: 1}]": "exclude: train-epochs: is an unknown axis",
     "resources: {world_size: 0}": "resources.world_size: 0: must be a whole number of at least 1",
+    "resources: {rules: [{nodes: 2}]}": "resources.rules[0]: has no `where`, so it holds for all points",
     "resources: {minutes: -1}": "resources.minutes: -1: must be positive",
     "resources: {rules: [{where: {lr: 1}, cores: 2}]}": "resources.rules[0].cores: cores: is an unknown key",
     "name: a/b": "name: a/b: names a folder and jobs",

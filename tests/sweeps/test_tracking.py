@@ -48,4 +48,4 @@ def test_trackers_do_not_change_ids_and_names_of_the_file_win(planned):
     for point in own:
         flags = dict(zip(point.arguments, point.arguments[1:]))
         assert flags["--wandb-group"] == "mine" and flags["--wandb-exp-name"] == point.label
-        assert flags["--tensorboard-dir"] == f"boards/{point.id}"  # event files of two runs must not mix
+        assert flags["--tensorboard-dir"] == f"boards/demo/{point.id}"  # event files of two runs must not mix

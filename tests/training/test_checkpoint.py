@@ -88,6 +88,18 @@ def test_another_precision_is_refused_on_resume(tiny, kept_run):
     assert refused.returncode == 2 and "give --fp32, or branch" in refused.stderr
 
 
+@pytest.mark.parametrize(
+    "old, new, message",
+    [("--fp32", "--bf16", "give --fp32, or leave out --exact-branch"),
+     ("{corpus}/train", "{corpus}/tuning", "--train-data-path: has other tokens")],
+)  # fmt: skip
+def test_an_exact_branch_keeps_data_and_precision(old, new, message, tiny, kept_run, corpus, tmp_path):
+    flags = [flag if flag != old.format(corpus=corpus) else new.format(corpus=corpus) for flag in tiny]
+    branch = [*flags, *EPOCHS, "--train-samples", 128, "--load", kept_run, "--save", tmp_path / "run", "--exact-branch"]
+    refused = run("ar", *branch, check=False)
+    assert refused.returncode == 2 and message in refused.stderr and not (tmp_path / "run" / "checkpoints").exists()
+
+
 def test_a_run_that_is_only_read_is_not_repaired(tiny, kept_run, tmp_path):
     """A damaged checkpoint is skipped; only the run that owns it renames its folder."""
     source = tmp_path / "source"

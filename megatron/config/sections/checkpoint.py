@@ -16,6 +16,9 @@ class CheckpointConfig(Section):
         "folder as --save resumes that run",
         metavar="DIR",
     )
+    exact_branch: bool = flag(
+        False, "refuse to branch from a run with other data or in another precision, as sweeps do", needs="load"
+    )
     exit_on_missing_checkpoint: bool = flag(
         False, "exit with an error if --load, or without it --save, holds no checkpoint"
     )
