@@ -90,8 +90,8 @@ class Study:
         if law is None:
             return []
         table = self.fit.table
-        rows = {budget: table.unique_tokens == budget for budget in table.budgets}
-        repeated = [budget for budget in table.budgets if len(np.unique(table.epochs[rows[budget]])) > 1]
+        rows = {budget: table.unique_tokens == budget for budget in np.unique(table.unique_tokens)}
+        repeated = [budget for budget in rows if len(np.unique(table.epochs[rows[budget]])) > 1]
         chosen = sorted(sorted(repeated, key=lambda budget: -rows[budget].sum())[:CURVE_BUDGETS])
         return [
             _curve(law, (budget, size), table, self.level)

@@ -172,8 +172,8 @@ def test_the_command_of_a_second_law(fitted):
         ),
         (["--form", "chinchilla", "--base", "published"], "error: --base published: chinchilla has no base; leave out"),
         (["--form", "repetition", "--base", "none.json"], "error: none.json: not a fit of tools/fit_scaling_laws.py"),
-        (["--form", "chinchilla", "--where", "unique<3e7"], "and beta of chinchilla describe several budgets"),
-        (["--form", "quokka", "--where", "total<6e7"], "rows cannot determine the 10 parameters of quokka"),
+        (["--form", "quokka", "--where", "unique<3e7"], "and beta, m of quokka describe several budgets"),
+        (["--form", "quokka", "--where", "total<6e7"], "cannot determine the 10 parameters of quokka"),
         (
             ["--form", "chinchilla", "--flops", "1e19"],
             "error: --flops and --critical-compute-against: need a data budget",
