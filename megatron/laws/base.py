@@ -72,6 +72,7 @@ class LawTable(Points):
     group: np.ndarray  # [R] int
     source: str = ""  # the file, as it is printed with a fit
     filters: tuple[str, ...] = ()  # conditions that chose the rows, as typed
+    notes: tuple[str, ...] = ()  # on the groups, printed with a fit
 
     def __post_init__(self):
         lengths = {len(getattr(self, name)) for name in ("parameters", "unique_tokens", "tokens", "loss", "group")}
@@ -113,6 +114,7 @@ class Form(ABC):
     published: ClassVar[Mapping[str, float]] = {}  # constants of the source, where it gives them
     base: ClassVar[tuple[str, ...]] = ()  # parameters that a fit without repetition gives: those of --base
     across_budgets: ClassVar[tuple[str, ...]] = ()  # parameters that need runs of several numbers of unique tokens
+    models_repetition: ClassVar[bool] = True  # False: repeated tokens count as new ones
     vanishing: ClassVar[tuple[str, ...]] = ("E",)  # parameters that may be 0
     # Values of each parameter in the grid of starts. Those of `losses` are in units of the lowest loss of the table,
     # those of `amplitudes` are values of their term at the centre of the table.
@@ -192,7 +194,8 @@ class Law:
         """Return the loss in nats per token at N parameters, U unique and D training tokens; arrays broadcast."""
         arrays = np.broadcast_arrays(*(np.asarray(value, dtype=float) for value in (parameters, unique_tokens, tokens)))
         points = Points(*(array.reshape(-1) for array in arrays))
-        return np.exp(self.form.log_loss(self.theta, points)).reshape(arrays[0].shape)
+        with np.errstate(over="ignore"):  # of draws and points far from all runs
+            return np.exp(self.form.log_loss(self.theta, points)).reshape(arrays[0].shape)
 
     def resampled(self) -> "list[Law]":
         """Return the laws of the bootstrap's resamples; [] without a bootstrap."""

@@ -129,7 +129,12 @@ def one_budget() -> LawTable:
 @pytest.mark.parametrize(
     "name, table, frozen, message",
     [
-        ("chinchilla", few_rows, {}, "synthetic.csv: 6 distinct runs (6 rows; seeds count once) cannot determine the 5 parameters"),
+        (
+            "chinchilla",
+            few_rows,
+            {},
+            "synthetic.csv: 6 distinct runs (6 rows; seeds count once) cannot determine the 5 parameters",
+        ),
         ("quokka", one_budget, {}, "all runs have 2.5e+07 unique tokens, and beta, m of quokka describe several"),
         ("bounded", one_budget, {}, "and delta of bounded describe several budgets; add runs"),
         ("chinchilla", two_points, {}, "2 distinct runs (10 rows; seeds count once) cannot determine the 5"),
