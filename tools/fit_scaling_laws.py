@@ -19,7 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tqdm import tqdm
 
 from megatron.errors import ConfigurationError
-from megatron.laws.command import PUBLISHED, answers, origin, requests
+from megatron.laws.base import Law
+from megatron.laws.command import PUBLISHED, answers, check_flops, origin, requests
 from megatron.laws.registry import FORMS, load_law
 from megatron.laws.study import Study, comparison, comparison_table, study
 from megatron.laws.table import add_table_arguments, parse_amount, read_table, selection_from
@@ -43,7 +44,7 @@ def _run(options: argparse.Namespace) -> None:
 
     Raises: ConfigurationError for a mistake, OSError for a failed write.
     """
-    check_writable(options.output)
+    _check_output(options.output)
     wanted = requests(options.form, options.freeze, options.base)
     budgets = [parse_amount(text, "--unique-tokens") for text in options.unique_tokens]
     flops = [parse_amount(text, "--flops") for text in options.flops]
@@ -56,6 +57,7 @@ def _run(options: argparse.Namespace) -> None:
         raise ConfigurationError(f"--bootstrap {options.bootstrap}: must be 0 (none) or at least 100 resamples")
     selection = selection_from(options)
     table = read_table(options.table, **{name: getattr(selection, name) for name in selection.__dataclass_fields__})
+    check_flops(table, budgets, flops)
     studies = [
         study(
             request.form,
@@ -74,7 +76,7 @@ def _run(options: argparse.Namespace) -> None:
     if len(studies) > 1:
         print(f"\nforms on the same {len(table)} rows; AIC and BIC of Huber's likelihood, errors on held-out budgets")
         print(comparison_table(rows))
-    replies = _answer(studies, budgets, flops, other)
+    replies = _answer(studies, budgets, flops, other, options.level)
     options.output.mkdir(parents=True, exist_ok=True)
     fits = [result.to_json() for result in studies]
     write_json(
@@ -86,7 +88,18 @@ def _run(options: argparse.Namespace) -> None:
     print(f"\nfit: {options.output / 'fit.json'}")
 
 
-def _answer(studies: list[Study], budgets: list[float], flops: list[float], other) -> list[dict]:
+def _check_output(folder: Path) -> None:
+    """Check that the folder of --output can be written to.
+
+    Raises: ConfigurationError if it cannot.
+    """
+    try:
+        check_writable(folder)
+    except ConfigurationError as error:
+        raise ConfigurationError(str(error).replace("--save", "--output", 1)) from None
+
+
+def _answer(studies: list[Study], budgets: list[float], flops: list[float], other: Law | None, level: float) -> list:
     """Print the answers of every law and return their records."""
     records = []
     for result in studies if budgets else ():
@@ -94,7 +107,7 @@ def _answer(studies: list[Study], budgets: list[float], flops: list[float], othe
         if law is None:
             print(f"\n{name} answers nothing: it diverged")
             continue
-        lines, answered = answers(law, budgets, flops, other, progress=True)
+        lines, answered = answers(law, budgets, flops, other, level=level, progress=True)
         print(f"\n{name} answers (compute 6 N D; {origin(law.notes)})\n" + "\n".join(lines))
         records += answered
     return records
@@ -113,8 +126,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for fit.json and plots")
     parser.add_argument(
         "--base",
-        metavar=f"{PUBLISHED}|FILE",
-        help="freeze E, A, B, alpha and beta at the published constants, or at those of another fit.json",
+        metavar=f"{PUBLISHED}|FILE[:FORM]",
+        help="freeze E, A, B, alpha and beta at the published constants, or at those of a form in another fit.json",
     )
     parser.add_argument(
         "--freeze",
@@ -142,9 +155,8 @@ def _options() -> argparse.Namespace:
     )
     group.add_argument(
         "--critical-compute-against",
-        type=Path,
-        metavar="FILE",
-        help="fit.json of another law: the compute from which this table's law has the lower loss",
+        metavar="FILE[:FORM]",
+        help="a form in the fit.json of another table: the compute from which this table's law has the lower loss",
     )
     return parser.parse_args()
 

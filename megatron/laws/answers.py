@@ -7,7 +7,7 @@ there is no optimum, and the answer says so.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -20,6 +20,7 @@ from megatron.laws.table import short
 SAME_LOSS = 1e-6  # nats per token; losses closer than this are equal
 NEAR_LOSS = 0.01  # nats per token; a loss this close to the lowest is enough
 COARSE, FINE = 97, 33  # compute budgets of a frontier: over the whole range, and around a crossing
+BEYOND = 1e3  # times the range: where a loss that still falls has no floor
 DRAWS = 200  # resamples of an interval
 
 
@@ -61,20 +62,23 @@ class Crossing:
     loss: float | None  # of both laws there
     ahead: str  # "first" or "second": the law with the lower loss at the end of the range, or "neither"
     crossings: tuple[float, ...]  # every compute budget at which the order changes, either way
-    interval: tuple[float | None, float | None] | None  # 95%; an end beyond the range is None
+    interval: tuple[float | None, float | None] | None  # an end beyond the range is None
+    level: float  # of the interval
     resamples: int  # of the interval; 0 unless both laws have draws
     resamples_without_crossing: int
+    names: tuple[str, str]  # of the two laws
 
     def __str__(self) -> str:
         budget = f"{short(self.unique_tokens)} unique tokens"
         if self.flops is None:
-            at_end = "the losses are equal" if self.ahead == "neither" else f"the {self.ahead} law is ahead"
-            return f"{budget}: no crossing in the range at which the first law goes ahead; {at_end} at its end"
+            leader = self.names[self.ahead == "second"]
+            at_end = "the losses are equal" if self.ahead == "neither" else f"{leader} is ahead"
+            return f"{budget}: no crossing in the range at which {self.names[0]} goes ahead; {at_end} at its end"
         text = f"{budget}: critical compute {self.flops:.3g} FLOPs, loss {self.loss:.4f}"
         if self.interval:
             low, high = (f"{end:.3g}" if end is not None else "beyond the range" for end in self.interval)
-            text += f", 95% [{low}, {high}] of {self.resamples} resamples"
-        return text if self.ahead == "first" else f"{text}; the first law does not stay ahead"
+            text += f", {100 * self.level:g}% [{low}, {high}] of {self.resamples} resamples"
+        return text if self.ahead == "first" else f"{text}; {self.names[0]} does not stay ahead"
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,7 @@ PUBLISHED_CRITICAL_COMPUTE = PowerLaw(2.12e15, 2.174)
 def best_run(law: Law, unique_tokens: float, flops: float | None = None, limits: Limits | None = None) -> Optimum:
     """Return the size and the epochs of lowest loss on U unique tokens at C = 6 N D <= `flops`; None: no limit.
 
-    A grid over (log N, log D) is refined around its best point until it is 1e-9 wide.
+    A grid over (log N, log D), with one epoch among its D, is refined around its best point until it is 1e-9 wide.
     """
     limits = limits or Limits()
     low, high = np.log(limits.parameters)
@@ -111,9 +115,11 @@ def best_run(law: Law, unique_tokens: float, flops: float | None = None, limits:
         axes = [
             np.clip(mid + span * np.linspace(-0.5, 0.5, 33), *ends) for mid, span, ends in zip(center, width, ranges)
         ]
-        log_sizes = np.repeat(axes[0], 33)
-        below = np.tile(axes[1], 33)
-        log_tokens_of = _most_log_tokens(log_sizes, unique_tokens, flops, limits) - below
+        most = _most_log_tokens(axes[0], unique_tokens, flops, limits)
+        epoch = np.clip(most - np.log(unique_tokens), 0, depth)  # D = U, after which a loss may rise steeply
+        log_sizes = np.append(np.repeat(axes[0], 33), axes[0])
+        below = np.append(np.tile(axes[1], 33), epoch)
+        log_tokens_of = np.append(np.repeat(most, 33), most) - below
         losses = law.loss(np.exp(log_sizes), unique_tokens, np.exp(log_tokens_of))
         best = int(np.argmin(losses))
         center, width = np.array([log_sizes[best], below[best]]), width / 2
@@ -151,19 +157,36 @@ def _optimum(law: Law, point: tuple, unique_tokens: float, *, flops: float | Non
     )
 
 
-def enough(law: Law, unique_tokens: float, limits: Limits | None = None) -> Optimum:
+def enough(law: Law, unique_tokens: float, limits: Limits | None = None) -> Optimum | None:
     """Return the run of least compute whose loss is within NEAR_LOSS of the lowest on U unique tokens.
 
-    It answers how much compute is worth spending, where a law has no optimum too.
+    It answers how much compute is worth spending, where a law has no optimum too. None where the loss has no floor in
+    the range, so that the end of the range would decide: for forms without repetition, and where the loss still falls
+    by a tenth of NEAR_LOSS in a range BEYOND times as wide.
     """
     limits = limits or Limits()
-    target = best_run(law, unique_tokens, limits=limits).loss + NEAR_LOSS
+    best = best_run(law, unique_tokens, limits=limits)
+    if not law.form.models_repetition or (best.no_optimum_in and _falls_beyond(law, best, limits)):
+        return None
+    target = best.loss + NEAR_LOSS
     flops = np.geomspace(*_all_flops(unique_tokens, limits), COARSE)
+    flops = np.sort(np.append(flops, np.clip(best.flops, flops[0], flops[-1])))  # the optimum may lie between two
     for _ in range(3):
         losses = frontier(law, unique_tokens, flops, limits)[0]
         last = int(np.flatnonzero(losses <= target)[0])
         flops = np.geomspace(flops[max(last - 1, 0)], flops[last], FINE)
     return best_run(law, unique_tokens, float(flops[-1]), limits)
+
+
+def _falls_beyond(law: Law, best: Optimum, limits: Limits) -> bool:
+    """Return whether the loss falls further in a wider range, in the directions without an optimum."""
+    sizes, most = limits.parameters, limits.epochs
+    wider = replace(
+        limits,
+        parameters=(sizes[0], sizes[1] * (BEYOND if "parameters" in best.no_optimum_in else 1)),
+        epochs=most * (BEYOND if "epochs" in best.no_optimum_in else 1),
+    )
+    return best_run(law, best.unique_tokens, limits=wider).loss < best.loss - NEAR_LOSS / 10
 
 
 def _all_flops(unique_tokens: float, limits: Limits) -> tuple[float, float]:
@@ -191,10 +214,12 @@ def _spent(law: Law, unique_tokens: float, flops: np.ndarray, limits: Limits) ->
     high = np.minimum(np.log(limits.parameters[1]), np.log(flops / 6))
     feasible = low <= high
     high = np.maximum(high, low)
+    epoch = np.log(flops / (6 * unique_tokens))  # size of the run with D = U
     center, width, num_points = (low + high) / 2, high - low, 65
     losses = np.empty(0)
     for _ in range(10):
         sizes = center[:, None] + width[:, None] * np.linspace(-0.5, 0.5, num_points)  # [K, points]
+        sizes = np.append(sizes, epoch[:, None], axis=1)
         sizes = np.clip(sizes, low[:, None], high[:, None])
         values = law.loss(np.exp(sizes), unique_tokens, flops[:, None] / 6 / np.exp(sizes))
         best = np.argmin(values, axis=1)[:, None]
@@ -204,12 +229,19 @@ def _spent(law: Law, unique_tokens: float, flops: np.ndarray, limits: Limits) ->
 
 
 def critical_compute(
-    first: Law, second: Law, unique_tokens: float, limits: Limits | None = None, progress: bool = False
+    first: Law,
+    second: Law,
+    unique_tokens: float,
+    limits: Limits | None = None,
+    *,
+    level: float = 0.95,
+    names: tuple[str, str] = ("the first law", "the second law"),
+    progress: bool = False,
 ) -> Crossing:
     """Return the compute budget from which `first` has the lower frontier on U unique tokens, with its interval.
 
-    Critical is the last crossing at which `first` goes ahead. The interval, 95%, is of percentiles over pairs of
-    bootstrap draws, where both laws have draws; draws without crossing count as beyond the range.
+    Critical is the last crossing at which `first` goes ahead. The interval has the percentiles of `level` over pairs of
+    bootstrap draws, where both laws have draws; draws without crossing count as beyond the range. `names` are printed.
     """
     limits = limits or Limits()
     flops, loss, crossings, ahead = _crossings(first, second, unique_tokens, limits)
@@ -220,7 +252,7 @@ def critical_compute(
         resampled.append(other if other is not None else 0.0 if leader == "first" else np.inf)
     interval = None
     if resampled:
-        ends = np.quantile(resampled, [0.025, 0.975], method="nearest")
+        ends = np.quantile(resampled, [(1 - level) / 2, (1 + level) / 2], method="nearest")
         low, high = (float(end) if 0 < end < np.inf else None for end in ends)
         interval = (low, high)
     return Crossing(
@@ -230,6 +262,8 @@ def critical_compute(
         ahead=ahead,
         crossings=tuple(crossings),
         interval=interval,
+        level=level,
+        names=names,
         resamples=len(resampled),
         resamples_without_crossing=sum(not 0 < value < np.inf for value in resampled),
     )
@@ -302,6 +336,6 @@ def critical_compute_line(crossings: Sequence[Crossing]) -> PowerLaw | None:
     return PowerLaw(float(np.exp(intercept)), float(exponent))
 
 
-def to_json(answer: Optimum | Crossing | PowerLaw) -> dict[str, Any]:
-    """Return an answer as reports read it: its fields."""
-    return asdict(answer)
+def to_json(answer: Optimum | Crossing | PowerLaw | None) -> dict[str, Any] | None:
+    """Return an answer as reports read it: its fields, or None."""
+    return None if answer is None else asdict(answer)

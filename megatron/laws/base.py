@@ -72,15 +72,27 @@ class LawTable(Points):
     group: np.ndarray  # [R] int
     source: str = ""  # the file, as it is printed with a fit
     filters: tuple[str, ...] = ()  # conditions that chose the rows, as typed
+    notes: tuple[str, ...] = ()  # on the groups, printed with a fit
 
     def __post_init__(self):
         lengths = {len(getattr(self, name)) for name in ("parameters", "unique_tokens", "tokens", "loss", "group")}
         assert len(lengths) == 1, lengths
 
     @property
+    def unique_read(self) -> np.ndarray:
+        """Unique tokens min(U, D) that each run has read. [R]"""
+        return np.minimum(self.unique_tokens, self.tokens)
+
+    @property
     def budgets(self) -> np.ndarray:
-        """The distinct numbers of unique tokens, ascending."""
-        return np.unique(self.unique_tokens)
+        """The distinct numbers of unique tokens min(U, D), ascending."""
+        return np.unique(self.unique_read)
+
+    @property
+    def num_distinct(self) -> int:
+        """The number of runs that differ in more than their seed: of groups, or of points (N, U, D) if fewer."""
+        points = np.stack([self.parameters, self.unique_tokens, self.tokens])
+        return min(len(np.unique(self.group)), len(np.unique(points, axis=1).T))
 
     def select(self, mask: np.ndarray) -> "LawTable":
         """Return the rows where `mask` [R] is true, or the rows of an array of indices."""
@@ -101,9 +113,8 @@ class Form(ABC):
     parameters: ClassVar[tuple[str, ...]]  # public names, in the order of theta
     published: ClassVar[Mapping[str, float]] = {}  # constants of the source, where it gives them
     base: ClassVar[tuple[str, ...]] = ()  # parameters that a fit without repetition gives: those of --base
-    across_budgets: ClassVar[tuple[str, ...]] = (
-        "beta",
-    )  # parameters that need runs of several numbers of unique tokens
+    across_budgets: ClassVar[tuple[str, ...]] = ()  # parameters that need runs of several numbers of unique tokens
+    models_repetition: ClassVar[bool] = True  # False: repeated tokens count as new ones
     vanishing: ClassVar[tuple[str, ...]] = ("E",)  # parameters that may be 0
     # Values of each parameter in the grid of starts. Those of `losses` are in units of the lowest loss of the table,
     # those of `amplitudes` are values of their term at the centre of the table.
@@ -124,7 +135,7 @@ class Form(ABC):
         return self.log_loss_and_gradient(theta, points)[0]
 
     def minimum_rows(self, frozen: Collection[str] = ()) -> int:
-        """Return the fewest rows of a fit: two more than fitted parameters, so that residuals exist."""
+        """Return the fewest distinct runs of a fit: two more than fitted parameters, so that residuals exist."""
         return len(set(self.parameters) - set(frozen)) + 2
 
     def internal(self, values: Mapping[str, float]) -> np.ndarray:
@@ -183,7 +194,8 @@ class Law:
         """Return the loss in nats per token at N parameters, U unique and D training tokens; arrays broadcast."""
         arrays = np.broadcast_arrays(*(np.asarray(value, dtype=float) for value in (parameters, unique_tokens, tokens)))
         points = Points(*(array.reshape(-1) for array in arrays))
-        return np.exp(self.form.log_loss(self.theta, points)).reshape(arrays[0].shape)
+        with np.errstate(over="ignore"):  # of draws and points far from all runs
+            return np.exp(self.form.log_loss(self.theta, points)).reshape(arrays[0].shape)
 
     def resampled(self) -> "list[Law]":
         """Return the laws of the bootstrap's resamples; [] without a bootstrap."""

@@ -3,16 +3,19 @@
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from megatron.errors import ConfigurationError
-from megatron.laws.answers import best_run, critical_compute, enough, to_json
-from megatron.laws.base import Form, Law
-from megatron.laws.registry import form_named, load_law
+from megatron.laws.answers import Optimum, best_run, critical_compute, enough, to_json
+from megatron.laws.base import Form, Law, LawTable
+from megatron.laws.record import plain
+from megatron.laws.registry import FORMS, form_named, load_law
 from megatron.laws.table import short
 
 PUBLISHED = "published"
+# forms whose E, A, B, alpha and beta are those of runs without repetition
+BASE_FORMS = ("chinchilla", *(form.name for form in FORMS.values() if form.base))
+QUANTITIES = {"parameters": "N", "unique_tokens": "U", "epochs": "epochs"}  # with a range in the notes of a law
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,7 @@ class Request:
 
 
 def requests(forms: str, freeze: Sequence[str], base: str | None) -> list[Request]:
-    """Return what to fit for --form NAME,NAME, --freeze NAME=VALUE and --base published or FILE.
+    """Return what to fit for --form NAME,NAME, --freeze NAME=VALUE and --base published or FILE[:FORM].
 
     A frozen parameter or a base holds for those of the forms that have it.
 
@@ -36,8 +39,8 @@ def requests(forms: str, freeze: Sequence[str], base: str | None) -> list[Reques
     frozen = frozen_values(freeze, chosen)
     results = []
     for form in chosen:
-        constants, label = _base_of(form, base) if base else ({}, "")
         own = {name: value for name, value in frozen.items() if name in form.parameters}
+        constants, label = _base_of(form, base, own) if base else ({}, "")
         results.append(Request(form, {**constants, **own}, label))
     if base and not any(request.base for request in results):
         raise ConfigurationError(
@@ -67,8 +70,11 @@ def frozen_values(freeze: Sequence[str], forms: Sequence[Form]) -> dict[str, flo
     return values
 
 
-def _base_of(form: Form, base: str) -> tuple[dict[str, float], str]:
-    """Return the constants of a form's base and how they are printed; nothing for a form without a base."""
+def _base_of(form: Form, base: str, frozen: Mapping[str, float]) -> tuple[dict[str, float], str]:
+    """Return the constants of a form's base, less those of --freeze, and how they are printed.
+
+    Both are empty for a form without a base.
+    """
     if not form.base:
         return {}, ""
     if base == PUBLISHED:
@@ -79,30 +85,61 @@ def _base_of(form: Form, base: str) -> tuple[dict[str, float], str]:
             )
         values, origin = dict(form.published), f"{PUBLISHED} ({form.source})"
     else:
-        law = load_law(Path(base))
+        law = load_law(base)
+        if law.form.name not in BASE_FORMS:
+            raise ConfigurationError(
+                f"--base {base}: parameters of {law.form.name} are no base of {form.name}; give a fit of "
+                f"{', '.join(BASE_FORMS)}"
+            )
         values, origin = law.values, f"{base} ({law.form.name}, {law.notes.get('rows', '?')} rows)"
-    missing = [name for name in form.base if name not in values]
-    if missing:
-        raise ConfigurationError(f"--base {base}: has no {', '.join(missing)}; give a fit of chinchilla or repetition")
-    constants = {name: values[name] for name in form.base}
+    constants = {name: values[name] for name in form.base if name not in frozen}
     return constants, f"frozen, {origin}: " + ", ".join(f"{name} {value:.4g}" for name, value in constants.items())
 
 
+def check_flops(table: LawTable, budgets: Sequence[float], flops: Sequence[float]) -> None:
+    """Check that compute budgets allow the smallest model of a table the fewest epochs of the table, at most one.
+
+    Raises: ConfigurationError for a compute budget below that on any number of unique tokens.
+    """
+    for budget in budgets:
+        least = 6 * float(table.parameters.min()) * budget * min(1.0, float(table.epochs.min()))
+        for compute in flops:
+            if compute < least:
+                raise ConfigurationError(
+                    f"--flops {compute:g}: the smallest model of the table, {short(float(table.parameters.min()))} "
+                    f"parameters, takes {least:.3g} FLOPs (6 N D) on {short(budget)} unique tokens; give more"
+                )
+
+
 def answers(
-    law: Law, budgets: Sequence[float], flops: Sequence[float], other: Law | None, progress: bool = False
+    law: Law,
+    budgets: Sequence[float],
+    flops: Sequence[float],
+    other: Law | None = None,
+    *,
+    level: float = 0.95,
+    progress: bool = False,
 ) -> tuple[list[str], list[dict[str, Any]]]:
     """Return what a law answers for data budgets, as lines and as records.
 
     For each number of unique tokens: the best size and epochs without a limit of compute, the least compute that comes
-    close, the best run at each of `flops`, and the compute from which this law is ahead of `other`.
+    close, the best run at each of `flops`, and the compute from which this law is ahead of `other`, with an interval
+    of `level`.
     """
     lines: list[str] = []
     records: list[dict[str, Any]] = []
 
-    def add(label: str, budget: float, answer) -> None:
-        lines.append(f"  {label}: {answer}")
-        records.append({"question": label, "form": law.form.name, "unique_tokens": budget, "answer": to_json(answer)})
+    def add(label: str, budget: float, answer: Any) -> None:
+        outside = _outside(law, answer) if isinstance(answer, Optimum) else []
+        text = str(answer) if answer is not None else _no_floor(law)
+        text += f"; outside the range of the runs: {', '.join(outside)}" if outside else ""
+        lines.append(f"  {label}: {text}")
+        record = {"question": label, "form": law.form.name, "unique_tokens": budget, "answer": to_json(answer)}
+        records.append({**record, "outside": outside})
 
+    if other is not None:
+        file = other.notes.get("file", other.form.name)
+        lines.append(f"  critical compute is against {file} ({origin(other.notes)})")
     for budget in budgets:
         add(f"best run on {short(budget)} unique tokens", budget, best_run(law, budget))
         add(f"enough on {short(budget)} unique tokens", budget, enough(law, budget))
@@ -110,9 +147,27 @@ def answers(
             label = f"best run on {short(budget)} unique tokens at {compute:.3g} FLOPs"
             add(label, budget, best_run(law, budget, compute))
         if other is not None:
-            crossing = critical_compute(law, other, budget, progress=progress)
-            add(f"{law.form.name} overtakes {other.form.name}", budget, crossing)
-    return lines, records
+            names = tuple(f"{side.form.name} of {side.notes.get('table', 'a table')}" for side in (law, other))
+            crossing = critical_compute(law, other, budget, level=level, names=names, progress=progress)
+            add(f"{names[0]} overtakes {names[1]}", budget, crossing)
+    return lines, [plain(record) for record in records]
+
+
+def _no_floor(law: Law) -> str:
+    """Return why a law does not say how much compute is enough."""
+    if not law.form.models_repetition:
+        return f"none: {law.form.name} counts repeated tokens as new ones"
+    return "none: the loss still falls at the end of the range of the search"
+
+
+def _outside(law: Law, answer: Optimum) -> list[str]:
+    """Return the quantities of an answer outside the range of the runs that the law was fitted to, as text."""
+    words = []
+    for name, symbol in QUANTITIES.items():
+        low, high = law.notes.get("range", {}).get(name, (0.0, float("inf")))
+        if not low * (1 - 1e-6) <= getattr(answer, name) <= high * (1 + 1e-6):
+            words.append(f"{symbol} ({' to '.join(dict.fromkeys((short(low), short(high))))})")
+    return words
 
 
 def origin(notes: Mapping[str, Any]) -> str:

@@ -57,17 +57,17 @@ class HeldOut:
 def leave_one_budget_out(fit: Fit) -> list[HeldOut]:
     """Return the prediction errors on each budget of unique tokens from a fit to the others; [] for a single budget.
 
-    A budget is left out of the comparison if the others have too few rows or budgets for the form.
+    A budget is left out of the comparison if the others have too few distinct runs or budgets for the form.
     """
     table = fit.table
     folds = np.array_split(table.budgets, min(len(table.budgets), MAX_FOLDS))
-    masks = [np.isin(table.unique_tokens, budgets) for budgets in folds]
+    masks = [np.isin(table.unique_read, budgets) for budgets in folds]
     needed = fit.form.minimum_rows(fit.frozen)
     across = [name for name in fit.form.across_budgets if name in fit.free]
     masks = [
         mask
         for mask in masks
-        if (~mask).sum() >= needed and len(np.unique(table.unique_tokens[~mask])) >= (2 if across else 1)
+        if (rest := table.select(~mask)).num_distinct >= needed and len(rest.budgets) >= (2 if across else 1)
     ]
     if len(table.budgets) < 2 or not masks:
         return []
@@ -77,7 +77,7 @@ def leave_one_budget_out(fit: Fit) -> list[HeldOut]:
     results = []
     for mask, losses in zip(masks, predicted, strict=True):
         errors = losses[mask] - table.loss[mask]
-        budgets = table.unique_tokens[mask]
+        budgets = table.unique_read[mask]
         results.append(
             HeldOut(
                 lowest=float(budgets.min()),

@@ -20,6 +20,7 @@ import numpy as np
 from scipy.stats import norm, t
 
 from megatron.errors import ConfigurationError
+from megatron.laws.record import plain
 from megatron.laws.rows import CORPUS
 from megatron.laws.table import Runs, short
 from megatron.randomness import stream
@@ -66,6 +67,7 @@ class Curve:
     chosen_on: str | None  # the set whose losses choose the best recipe
     budgets: np.ndarray  # [K] unique tokens, ascending
     recipes: list[list[Recipe]]  # [K] lists, the best recipe of a budget first
+    notes: tuple[str, ...] = ()  # on the groups of seeds, printed with the answer
 
     @property
     def losses(self) -> np.ndarray:
@@ -145,6 +147,22 @@ class Curve:
         return "; ".join(words)
 
 
+NO_STATEMENT = "no statement"
+# (is the baseline's loss an upper bound, is the method's) -> sign of a multiplier, caveat
+_BOUNDS = {
+    (False, False): ("", ""),
+    (False, True): (
+        ">=",
+        "the method's losses are upper bounds of its negative log-likelihood: it is worth at least these multipliers",
+    ),
+    (True, False): (
+        "<=",
+        "the baseline's losses are upper bounds of its negative log-likelihood: it may need fewer tokens",
+    ),
+    (True, True): ("", "losses of both sides are upper bounds of the negative log-likelihood"),
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Multiplier:
     """The answer for one data budget of the method."""
@@ -158,12 +176,16 @@ class Multiplier:
     less_than: float | None  # below the range: the smallest
     interval: tuple[float | None, float | None] | None  # 95%; an end outside the range is None; None without seeds
     resamples_outside: int  # resamples whose multiplier lies outside the range
+    sign: str  # ">=" or "<=" before a multiplier from losses that are upper bounds; "" before a limit of the range
+    caveat: str  # what upper bounds mean for this answer; starts with NO_STATEMENT where they leave none
 
     def __str__(self) -> str:
+        if self.caveat.startswith(NO_STATEMENT):
+            return self.caveat
         if self.multiplier is None:
             text = f"more than {self.more_than:.3g}x" if self.more_than else f"less than {self.less_than:.3g}x"
         else:
-            text = f"{self.multiplier:.3g}x"
+            text = f"{self.sign} {self.multiplier:.3g}x".lstrip()
         if self.interval and any(self.interval):
             low, high = (f"{end:.3g}" if end is not None else "outside the range" for end in self.interval)
             text += f" [{low}, {high}]"
@@ -193,6 +215,7 @@ def curve(name: str, runs: Runs) -> Curve:
         chosen_on=runs.chosen_on,
         budgets=budgets,
         recipes=recipes,
+        notes=runs.notes,
     )
 
 
@@ -260,6 +283,7 @@ def multipliers(
         how = how if inside else "below the range" if tokens == 0 else "above the range"
         draws = resampled[index] if resampled is not None else np.empty(0)
         degrees = method.degrees_of_freedom(budget) + baseline.degrees_of_freedom(tokens)
+        sign, caveat = _sign(baseline, method, how)
         answers.append(
             Multiplier(
                 unique_tokens=float(budget),
@@ -271,9 +295,24 @@ def multipliers(
                 less_than=float(baseline.budgets[0] / budget) if tokens == 0 else None,
                 interval=_interval(draws / budget, limit / budget, degrees) if len(draws) and degrees else None,
                 resamples_outside=int(np.sum((draws == 0) | (draws > limit))),
+                sign=sign,
+                caveat=caveat,
             )
         )
     return answers
+
+
+def _sign(baseline: Curve, method: Curve, how: str) -> tuple[str, str]:
+    """Return the sign before a multiplier, and what upper bounds mean for it.
+
+    "More than" the range of a baseline needs its own loss, since it may be better than a bound; "less than" needs the
+    method's.
+    """
+    if how == "above the range":
+        return "", f"{NO_STATEMENT} (the baseline's loss is an upper bound)" if baseline.is_bound else ""
+    if how == "below the range":
+        return "", f"{NO_STATEMENT} (the method's loss is an upper bound)" if method.is_bound else ""
+    return _BOUNDS[baseline.is_bound, method.is_bound]
 
 
 def _needed(budgets: np.ndarray, losses: np.ndarray, targets: np.ndarray, interpolation: str) -> np.ndarray:
@@ -329,7 +368,7 @@ def to_json(
     baseline: Curve, method: Curve, answers: Sequence[Multiplier], *, interpolation: str, extrapolate: float
 ) -> dict[str, Any]:
     """Return the record that reports read (docs/data-multiplier.md)."""
-    return {
+    record = {
         "kind": "data_multiplier",
         "interpolation": interpolation,
         "extrapolate": extrapolate,
@@ -337,6 +376,7 @@ def to_json(
         "method": method.to_json(),
         "answers": [asdict(answer) for answer in answers],
     }
+    return plain(record)
 
 
 def table(baseline: Curve, method: Curve, answers: Sequence[Multiplier], interpolation: str) -> str:
@@ -346,8 +386,7 @@ def table(baseline: Curve, method: Curve, answers: Sequence[Multiplier], interpo
     for answer in answers:
         needs = short(answer.baseline_tokens) if answer.baseline_tokens else "-"
         loss = f"{'<= ' if method.is_bound else ''}{answer.loss:.4f}"
-        sign = "" if answer.multiplier is None else _BOUNDS[baseline.is_bound, method.is_bound][0]
-        rows.append((short(answer.unique_tokens), loss, needs, f"{sign}{answer}", answer.how))
+        rows.append((short(answer.unique_tokens), loss, needs, str(answer), answer.how))
     widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
     lines += ["", f"baseline: {baseline.name}: {baseline.recipe()}; {interpolation} interpolation"]
@@ -361,12 +400,14 @@ def _caveats(baseline: Curve, method: Curve, answers: Sequence[Multiplier]) -> l
         f"{short(answer.unique_tokens)}: beyond the baseline's range: more than {answer.more_than:.3g}x; train the "
         "baseline on more data, or allow more with --extrapolate"
         for answer in answers
-        if answer.more_than
+        if answer.more_than and not answer.caveat
     ]
     for low, high in not_falling(baseline):
         lines.append(f"the baseline's loss does not fall from {short(low)} to {short(high)} unique tokens")
     if any(answer.interval for answer in answers):
         lines.append(f"[ ]: 95% of {RESAMPLES} resamples of the seeds; recipes of one seed do not vary")
+    elif baseline.is_repeated or method.is_repeated:
+        lines.append("no interval: the budgets that decide the answer have one seed each")
     else:
         lines.append("no interval: no recipe has several seeds")
     for name, side in (("baseline", baseline), ("method", method)):
@@ -376,23 +417,19 @@ def _caveats(baseline: Curve, method: Curve, answers: Sequence[Multiplier]) -> l
             )
     if not method.source:
         lines.append("the given loss must be of the baseline's corpus and evaluation; this was not checked")
-    bounds = _BOUNDS[baseline.is_bound, method.is_bound][1]
-    return [*lines, bounds] if bounds else lines
+    lines += [*_unchecked(baseline, method), *dict.fromkeys((*baseline.notes, *method.notes))]
+    caveats = dict.fromkeys(answer.caveat for answer in answers if answer.caveat)
+    return [*lines, *(caveat for caveat in caveats if not caveat.startswith(NO_STATEMENT))]
 
 
-# (is the baseline's loss an upper bound, is the method's) -> sign of a multiplier, caveat
-_BOUNDS = {
-    (False, False): ("", ""),
-    (False, True): (
-        ">= ",
-        "the method's losses are upper bounds of its negative log-likelihood: it is worth at least these multipliers",
-    ),
-    (True, False): (
-        "<= ",
-        "the baseline's losses are upper bounds of its negative log-likelihood: it may need fewer tokens",
-    ),
-    (True, True): ("", "losses of both sides are upper bounds of the negative log-likelihood"),
-}
+def _unchecked(baseline: Curve, method: Curve) -> list[str]:
+    """Return a line for the columns that only one side has, which `check_comparable` cannot compare."""
+    lines = []
+    for name, side, other in (("baseline", baseline, method), ("method", method, baseline)):
+        missing = [column for column in COMPARABLE if column in other.shared and column not in side.shared]
+        if missing and method.source:
+            lines.append(f"{', '.join(missing)}: not checked (missing in the {name})")
+    return lines
 
 
 def _span(values: Sequence[float] | np.ndarray) -> str:

@@ -103,10 +103,11 @@ def check(form: Form, table: LawTable, frozen: Mapping[str, float]) -> None:
         raise ConfigurationError(f"--form {form.name}: every parameter is frozen, nothing to fit; free one")
     source = table.source or "table"
     needed = form.minimum_rows(frozen)
-    if len(table) < needed:
+    if table.num_distinct < needed:
         raise ConfigurationError(
-            f"{source}: {len(table)} rows cannot determine the {len(free)} parameters of {form.name}, which needs "
-            f"{needed}; add runs, freeze parameters or choose a form with fewer"
+            f"{source}: {table.num_distinct} distinct runs ({len(table)} rows; seeds count once) cannot determine the "
+            f"{len(free)} parameters of {form.name}, which needs {needed}; add runs, freeze parameters or choose a "
+            f"form with fewer"
         )
     undetermined = [name for name in form.across_budgets if name in free]
     if len(table.budgets) == 1 and undetermined:

@@ -39,7 +39,8 @@ class Objective:
 
     def residuals(self, theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return log L - log loss [S, R] and its gradient by the free parameters [S, F, R], for theta [S, P]."""
-        log_loss, gradient = self.form.log_loss_and_gradient(theta, self.table)
+        with np.errstate(over="ignore"):  # of steps far from all optima
+            log_loss, gradient = self.form.log_loss_and_gradient(theta, self.table)
         return log_loss - np.log(self.table.loss), gradient[..., self.free, :]
 
     def value(self, theta: np.ndarray, weights: np.ndarray | float = 1.0) -> np.ndarray:

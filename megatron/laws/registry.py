@@ -3,6 +3,7 @@
 import difflib
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -46,29 +47,52 @@ def form_named(name: str, flag: str = "--form") -> Form:
 
 
 def from_json(record: Mapping) -> Law:
-    """Return the law of a record that `Law.to_json` wrote."""
-    form = form_named(record["form"], "form")
-    draws = np.log(np.array(record["draws"])) if record.get("draws") else None
-    return Law(form, form.internal(record["values"]), draws, record.get("notes", {}))
+    """Return the law of a record that `Law.to_json` wrote.
 
-
-def load_law(path: Path, name: str | None = None) -> Law:
-    """Return a law of a fit.json: that of the form `name`, or the first.
-
-    Raises: ConfigurationError if the file is not a fit, has no such form, or its fit diverged.
+    Raises: KeyError, TypeError or ValueError for a record that it did not write.
     """
+    form = form_named(record["form"], "form")
+    draws = None
+    if record.get("draws"):
+        with np.errstate(divide="ignore"):  # a parameter frozen at 0
+            draws = np.log(np.array(record["draws"], dtype=float).reshape(-1, len(form.parameters)))
+    return Law(form, form.internal(record["values"]), draws, dict(record.get("notes", {})))
+
+
+def load_law(path: str | Path, name: str | None = None) -> Law:
+    """Return the law of the form `name` in a fit.json, which may also be given as the path FILE:FORM.
+
+    The name may be left out for a file with a single form. `notes["file"]` is FILE:FORM.
+
+    Raises: ConfigurationError if the file is not a fit, has several forms and none is named, has no such form, or its
+    fit diverged.
+    """
+    text = str(path)
+    if name is None and ":" in text and not Path(text).exists():
+        text, _, name = text.rpartition(":")
     try:
-        record = json.loads(Path(path).read_text())
-        fits = {fit["form"]: fit for fit in record["fits"]}
+        record = json.loads(Path(text).read_text())
+        fits = {str(fit["form"]): fit["law"] for fit in record["fits"]}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigurationError(
-            f"{path}: not a fit of tools/fit_scaling_laws.py ({error}); give its fit.json"
-        ) from error
+        raise _not_a_fit(text, error) from error
+    if not fits:
+        raise ConfigurationError(f"{text}: has no fit; give the fit.json of tools/fit_scaling_laws.py")
+    if name is None and len(fits) > 1:
+        raise ConfigurationError(f"{text}: has fits of {', '.join(fits)}; name the form: {text}:{next(iter(fits))}")
     form = name or next(iter(fits))
     if form not in fits:
-        raise ConfigurationError(f"{path}: no fit of the form {form}; it has {', '.join(fits)}")
-    if fits[form]["law"] is None:
+        raise ConfigurationError(f"{text}: no fit of the form {form}; it has {', '.join(fits)}")
+    if fits[form] is None:
         raise ConfigurationError(
-            f"{path}: the fit of {form} diverged and gives no law; freeze the parameter or choose another form"
+            f"{text}: the fit of {form} diverged and gives no law; freeze the parameter or choose another form"
         )
-    return from_json(fits[form]["law"])
+    try:
+        law = from_json(fits[form])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _not_a_fit(text, error) from error
+    return replace(law, notes={**law.notes, "file": f"{text}:{form}"})
+
+
+def _not_a_fit(path: str, error: Exception) -> ConfigurationError:
+    reason = f"no {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
+    return ConfigurationError(f"{path}: not a fit of tools/fit_scaling_laws.py ({reason}); give its fit.json")

@@ -36,6 +36,13 @@ EVALUATION = (
     *("valid-data-path", "eval-samples", "eval-seed", "eval-alignment", "num-mc"),
 )
 RECIPE = ("variant", "stage", "trial")
+# columns of results in a table that is no sweep's: they do not distinguish recipes, nor do columns of dates
+RESULTS = re.compile(
+    r"(.*_)?(loss|nll|ppl|perplexity|bpb|bits_per_byte|bits_per_token|accuracy|acc|score|seconds|minutes|hours|duration"
+    r"|runtime|date|timestamp|started|finished|created|mfu|flops|grad_norm|tokens_per_second|throughput|max_memory)"
+    r"(_seconds|_hours|_at|_s|_h)?|(wall|start|end|train|run|elapsed)_?time|time|status|state|host|hostname|notes?|comment",
+    re.IGNORECASE,
+)
 SUFFIXES = {"": 1.0, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 AMOUNT = re.compile(r"((?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?) ?([KMBT]?)", re.IGNORECASE)
 OPERATORS = {
@@ -265,14 +272,37 @@ class Rows:
         return {name: value for name in names if (value := self._cells(name)[0]) is not None}
 
     def settings(self) -> list[dict[str, Any]]:
-        """Return what distinguishes runs but for their seed: in a sweep variant and flags, else all other columns."""
+        """Return what distinguishes runs but for their seed: variant and flags in a sweep, else the other columns.
+
+        Of the other columns those of results and of dates do not count.
+        """
         if {"variant", "world_size", "set"} <= set(self.names):
             flags = self.names[self.names.index("world_size") + 1 : self.names.index("set")]
             names = ["variant", *flags]
         else:
-            names = [name for name in self.names if name not in {*self.columns.values(), "name", "set", "state"}]
+            taken = {*self.columns.values(), "name", "set"}
+            names = [name for name in self.names if name not in taken and not self._is_result(name)]
         cells = [self._cells(name) for name in names]
         return [dict(zip(names, row)) for row in zip(*cells)] if cells else [{} for _ in self.index]
+
+    def _is_result(self, name: str) -> bool:
+        """Return whether a column has results or dates by its name or type."""
+        return bool(RESULTS.fullmatch(name)) or pa.types.is_temporal(self.table[name].type)
+
+    def notes(self, settings: list[dict[str, Any]], budgets: np.ndarray) -> tuple[str, ...]:
+        """Return a note naming the columns that separate runs of different seeds, if no group has two runs."""
+        if "seed" not in self.columns or len(np.unique(self.groups(settings, budgets))) < len(settings):
+            return ()
+        seeds = np.array(list(map(_text, self._cells(self.columns["seed"]))))
+        words = []
+        for name in settings[0] if settings else ():
+            others = [{key: value for key, value in setting.items() if key != name} for setting in settings]
+            groups = self.groups(others, budgets)
+            if any(len(set(seeds[groups == group])) > 1 for group in np.unique(groups)):
+                words.append(name)
+        if not words:
+            return ()
+        return (f"no seeds are grouped: runs differ in {', '.join(words)} too; drop the column if it is a result",)
 
     def groups(self, settings: list[dict[str, Any]], budgets: np.ndarray) -> np.ndarray:
         """Return a number per run, from sizes, budgets D and settings, if the file has a column of seeds. [R]
@@ -326,7 +356,7 @@ def _split(condition: str) -> tuple[str, str, str]:
 
 
 def _satisfied(cells: list, symbol: str, value: str, condition: str) -> np.ndarray:
-    """Return which cells satisfy a condition; numbers compare as numbers, everything else as text."""
+    """Return which cells satisfy a condition; numbers and amounts such as 300M compare as numbers."""
     present = [cell for cell in cells if cell is not None]
     if not value:
         return np.array([(cell is None) == (symbol == "=") for cell in cells], bool)
@@ -337,6 +367,10 @@ def _satisfied(cells: list, symbol: str, value: str, condition: str) -> np.ndarr
             raise ConfigurationError(f"--where {condition}: the column has numbers, and {value} is none")
         number = -number if value.startswith("-") else number
         return np.array([cell is not None and compare(cell, number) for cell in cells], bool)
+    number = amount(value)
+    amounts = [amount(_text(cell)) for cell in present]
+    if number is not None and amounts and None not in amounts:
+        return np.array([cell is not None and compare(amount(_text(cell)), number) for cell in cells], bool)
     if symbol not in ("=", "!="):
         raise ConfigurationError(f"--where {condition}: the column has text; compare it with = or !=")
     return np.array([cell is not None and compare(_text(cell), value) for cell in cells], bool)

@@ -12,6 +12,7 @@ from megatron.laws.compare import HeldOut, held_out_errors, information_criteria
 from megatron.laws.fit import Fit, fit
 from megatron.laws.optimise import HUBER_DELTA
 from megatron.laws.profile import DETERMINED, DIVERGED, LIMIT_FACTOR, WEAK, Profile, profiles
+from megatron.laws.record import plain
 from megatron.laws.table import short
 
 CURVE_BUDGETS = 6  # budgets and sizes per budget that get a curve, and the points of a curve
@@ -43,13 +44,16 @@ class Study:
         if self.diverged:
             return None
         table = self.fit.table
-        notes = {"table": table.source, "filters": list(table.filters), "rows": len(table), "base": self.base}
+        notes: dict[str, Any] = {"table": table.source, "filters": list(table.filters), "rows": len(table)}
+        notes |= {"base": self.base, "range": _ranges(table)}
         return Law(self.fit.form, self.fit.theta, self.draws, notes)
 
     @property
-    def r2(self) -> float:
-        """The share of the variance of the losses that the law explains."""
+    def r2(self) -> float | None:
+        """The share of the variance of the losses that the law explains; None if all losses are equal."""
         loss = self.fit.table.loss
+        if np.ptp(loss) == 0:
+            return None
         errors = np.exp(self.fit.residuals) * loss - loss
         return float(1 - (errors**2).sum() / ((loss - loss.mean()) ** 2).sum())
 
@@ -90,8 +94,8 @@ class Study:
         if law is None:
             return []
         table = self.fit.table
-        rows = {budget: table.unique_tokens == budget for budget in table.budgets}
-        repeated = [budget for budget in table.budgets if len(np.unique(table.epochs[rows[budget]])) > 1]
+        rows = {budget: table.unique_tokens == budget for budget in np.unique(table.unique_tokens)}
+        repeated = [budget for budget in rows if len(np.unique(table.epochs[rows[budget]])) > 1]
         chosen = sorted(sorted(repeated, key=lambda budget: -rows[budget].sum())[:CURVE_BUDGETS])
         return [
             _curve(law, (budget, size), table, self.level)
@@ -104,7 +108,7 @@ class Study:
         form, table = self.fit.form, self.fit.table
         predicted = np.exp(self.fit.residuals) * table.loss
         diverged = bool(self.diverged)
-        return {
+        record = {
             "form": form.name,
             "equation": form.equation,
             "source": form.source,
@@ -137,6 +141,7 @@ class Study:
             "curves": self.curves(),
             "law": None if diverged or self.law is None else self.law.to_json(),
         }
+        return plain(record)
 
     def __str__(self) -> str:
         return "\n".join([*self._header(), *self._parameter_lines(), *self._footer()])
@@ -151,9 +156,10 @@ class Study:
             f"  rows: {len(table)} in {self.fit.num_groups} groups of {table.source or 'a table'}, "
             f"{len(budgets)} budgets of {tokens} unique tokens",
             f"  filter: {'; '.join(table.filters) or 'none'}",
+            *(f"  note: {note}" for note in table.notes),
             f"  base: {self.base or ('fitted to the same rows' if form.base else 'none in this form')}",
             f"  objective: {self.fit.value:.6g} (Huber losses of log loss, summed, delta {HUBER_DELTA:g}); "
-            f"{self.fit.agreeing_starts} of {self.fit.num_starts} starts reached it; R2 {self.r2:.4f}",
+            f"{self.fit.agreeing_starts} of {self.fit.num_starts} starts reached it; R2 {_share(self.r2)}",
         ]
 
     def _parameter_lines(self) -> list[str]:
@@ -164,10 +170,10 @@ class Study:
             if record["frozen"]:
                 lines.append(f"  {name:10} {record['value']:11.5g}  {'-':25} {'-':25} frozen")
             elif record["status"] == DIVERGED:
-                note = f"diverged towards {record['towards']}: these rows do not determine it"
+                note = f"diverged towards {record['towards']}: not identifiable from these rows"
                 lines.append(f"  {name:10} {'-':>11}  {'-':25} {'-':25} {note}")
             else:
-                note = "these rows hardly determine it" if record["status"] == WEAK else ""
+                note = "poorly determined by these rows" if record["status"] == WEAK else ""
                 ends = (_ends(record["bootstrap"]), _ends(record["profile"]))
                 lines.append(f"  {name:10} {record['value']:11.5g}  {ends[0]:25} {ends[1]:25} {note}".rstrip())
         return lines
@@ -240,9 +246,19 @@ def comparison_table(rows: list[dict[str, Any]]) -> str:
         note = f"  diverged: {', '.join(row['diverged'])}" if row["diverged"] else ""
         lines.append(
             f"{row['form']:20} {row['fitted_parameters']:6} {row['objective']:11.6g} {row['delta_aic']:9.2f} "
-            f"{row['delta_bic']:9.2f} {row['r2']:8.4f} {errors[1]:>8} {errors[0]:>8}{note}"
+            f"{row['delta_bic']:9.2f} {_share(row['r2']):>8} {errors[1]:>8} {errors[0]:>8}{note}"
         )
     return "\n".join(lines)
+
+
+def _share(r2: float | None) -> str:
+    return "-" if r2 is None else f"{r2:.4f}"
+
+
+def _ranges(table: LawTable) -> dict[str, list[float]]:
+    """Return the least and the most of N, U and epochs of the runs."""
+    names = ("parameters", "unique_tokens", "epochs")
+    return {name: [float(getattr(table, name).min()), float(getattr(table, name).max())] for name in names}
 
 
 def _ends(ends: tuple[float | None, float | None] | None) -> str:
@@ -267,7 +283,8 @@ def _curve(law: Law, budget_and_size: tuple[float, float], table: LawTable, leve
     points = Points(np.full(CURVE_POINTS, size), np.full(CURVE_POINTS, budget), epochs * budget)
     low = high = None
     if law.draws is not None:
-        losses = np.exp(law.form.log_loss(law.draws, points))  # [B, points]
+        with np.errstate(over="ignore"):
+            losses = np.exp(law.form.log_loss(law.draws, points))  # [B, points]
         low, high = (np.quantile(losses, tail, axis=0).tolist() for tail in ((1 - level) / 2, (1 + level) / 2))
     return {
         "unique_tokens": float(budget),

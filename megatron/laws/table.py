@@ -34,6 +34,7 @@ class Runs:
     settings: list[dict[str, Any]]  # of each run: variant, axes and tuned flags
     shared: dict[str, Any]  # columns of CORPUS, EVALUATION and RECIPE with the value that all runs share
     filters: tuple[str, ...]  # what chose the rows
+    notes: tuple[str, ...] = ()  # on the groups, printed with every result
 
     def __len__(self) -> int:
         return len(self.loss)
@@ -48,7 +49,7 @@ def read_table(path: str | Path, **selection: Any) -> LawTable:
     """
     runs = read_runs(path, Selection(**selection))
     return LawTable(
-        **{name: getattr(runs, name) for name in (*QUANTITIES, "group", "source", "filters")},
+        **{name: getattr(runs, name) for name in (*QUANTITIES, "group", "source", "filters", "notes")},
     )
 
 
@@ -75,6 +76,7 @@ def read_runs(path: str | Path, selection: Selection, required: Sequence[str] = 
         settings=settings,
         shared=rows.shared(),
         filters=tuple(rows.filters),
+        notes=rows.notes(settings, budgets),
     )
 
 

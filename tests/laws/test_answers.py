@@ -113,6 +113,29 @@ def test_a_monotone_law_has_no_optimum_without_a_compute_budget():
     assert sufficient.flops < best.flops / 10 and sufficient.epochs < 200
 
 
+def test_enough_needs_a_floor_of_the_loss():
+    """Without one the end of the search's range would decide. A steep optimum lies between two budgets of the grid."""
+    assert enough(law("chinchilla"), 1e8) is None and to_json(None) is None
+    no_wear = law("repetition", **{"R_D*": 1e20, "R_N*": 1e20})  # as good as fresh tokens
+    assert enough(no_wear, 1e8) is None
+    constants = {"E": 2, "A": 500, "B": 2e4, "alpha": 0.34, "beta": 0.465, "P": 0.06, "d": 2.5, "k": 2.5}
+    steep = law("overfitting", **constants)
+    best = best_run(steep, 1e8)
+    sufficient = enough(steep, 1e8)
+    assert sufficient.loss == pytest.approx(best.loss + NEAR_LOSS, abs=1e-4) and sufficient.flops < best.flops
+
+
+@pytest.mark.parametrize("flops", [1e14, 1e15, 1e17])
+def test_the_best_run_of_a_law_that_wears_at_once_is_not_missed_at_one_epoch(flops):
+    """Quokka's wear has an infinite slope at one epoch: the best run of little compute stops there exactly."""
+    quokka, size = law("quokka", c=1.0), (1e5, 1e12)
+    sizes = np.geomspace(*size, 20000)
+    one_epoch = quokka.loss(sizes, 1e7, np.minimum(1e7, flops / 6 / sizes)).min()
+    assert best_run(quokka, 1e7, flops, Limits(parameters=size)).loss <= one_epoch + 1e-9
+    losses, _ = frontier(quokka, 1e7, np.geomspace(flops / 3, flops, 7), Limits(parameters=size))
+    assert losses[-1] <= one_epoch + 1e-6
+
+
 def test_limits_of_the_search_are_respected():
     best = best_run(law("quokka"), 1e8, limits=Limits(parameters=(1e5, 5e7), epochs=100))
     assert best.parameters == pytest.approx(5e7) and best.epochs == pytest.approx(100)
@@ -223,6 +246,10 @@ def test_the_interval_is_that_of_the_draws():
     assert crossing.interval == pytest.approx(tuple(ends), rel=0.02)
     assert (crossing.resamples, crossing.resamples_without_crossing) == (40, 0)
     assert "95% [" in str(crossing) and to_json(crossing)["flops"] == crossing.flops
+    sides = replace(mdm, draws=np.array(draws[:20])), replace(ar, draws=np.tile(ar.theta, (20, 1)))
+    half = critical_compute(*sides, 1e8, level=0.5)
+    ends = np.quantile(expected[:20], [0.25, 0.75], method="nearest")
+    assert half.interval == pytest.approx(tuple(ends), rel=0.02) and "50% [" in str(half)
 
 
 def test_an_interval_beyond_the_range_says_so():

@@ -17,7 +17,7 @@ from tools import data_multiplier
 BUDGETS = np.array([1e8, 2e8, 4e8, 8e8])
 
 
-def measured(losses, name="ar", budgets=BUDGETS) -> Curve:
+def measured(losses, name="ar", budgets=BUDGETS, **shared) -> Curve:
     """Return a curve of losses: a number, the losses of seeds, or a list of recipes' losses for each budget."""
     recipes = []
     for values in losses:
@@ -27,7 +27,7 @@ def measured(losses, name="ar", budgets=BUDGETS) -> Curve:
             for seeds in lists
         ]
         recipes.append(sorted(options, key=lambda recipe: recipe.selection_losses.mean()))
-    return Curve(name=name, source="t.csv", filters=(), shared={}, chosen_on=None, budgets=budgets, recipes=recipes)
+    return Curve(name=name, source="t.csv", filters=(), shared=shared, chosen_on=None, budgets=budgets, recipes=recipes)
 
 
 def multiple(losses, loss, unique_tokens=1e8, **settings):
@@ -94,6 +94,51 @@ def test_outside_the_measured_budgets_the_answer_is_a_bound():
     assert multiple(losses, 4.0).multiplier == 1 and multiple(losses, 3.4).multiplier == 8
 
 
+@pytest.mark.parametrize("baseline_bound", [False, True])
+@pytest.mark.parametrize("method_bound", [False, True])
+@pytest.mark.parametrize("loss, how", [(3.3, "above"), (3.5, "interpolated"), (4.1, "below")])
+def test_a_bound_is_read_in_the_direction_that_it_allows(baseline_bound, method_bound, loss, how):
+    """Against losses that the bounds allow: true losses lie up to 0.3 below a bound, anywhere in the range."""
+    losses, budget = np.array([4.0, 3.8, 3.6, 3.4]), np.array([1e8])
+    baseline = measured(losses, bound=baseline_bound)
+    method = measured([loss], "mdm", budget, bound=method_bound)
+    (answer,) = multipliers(baseline, method)
+    text = str(answer)
+    true = []
+    for below_baseline in (0, 0.3) if baseline_bound else (0,):
+        for below_method in (0, 0.3) if method_bound else (0,):
+            exact = multiple(losses - below_baseline, loss - below_method)
+            true.append(exact.multiplier or (np.inf if exact.more_than else 0.0))
+    if how == "above":
+        assert ("no statement" in text) == (min(true) < 8) and (text == "more than 8x") == (not baseline_bound)
+    elif how == "below":
+        assert ("no statement" in text) == (max(true) > 1) and (text == "less than 1x") == (not method_bound)
+    else:
+        sign = {(False, False): "", (False, True): ">=", (True, False): "<=", (True, True): ""}
+        assert answer.sign == sign[baseline_bound, method_bound] and text.startswith(answer.sign)
+        assert (answer.caveat == "") == (not baseline_bound and not method_bound)
+        assert answer.sign != ">=" or min(true) >= answer.multiplier - 1e-9
+        assert answer.sign != "<=" or max(true) <= answer.multiplier + 1e-9
+    printed = table(baseline, method, [answer], "log")
+    assert printed.count("no statement") == ("no statement" in text)
+    assert ("beyond the baseline's range" in printed) == (text == "more than 8x")
+
+
+def test_columns_of_one_side_are_listed_as_not_checked():
+    baseline, method = measured([4.0, 3.8, 3.6, 3.4], corpus="c4", set="v"), measured([3.7], "mdm", np.array([1e8]))
+    printed = table(baseline, method, multipliers(baseline, method), "log")
+    assert "corpus, set: not checked (missing in the method)" in printed and "missing in the baseline" not in printed
+
+
+def test_dates_in_a_table_are_text_in_the_record(tmp_path, run_tool):
+    path = tmp_path / "t.csv"
+    path.write_text("unique_tokens,epochs,loss,version\n1000,1,4.0,2026-01-01\n2000,1,3.5,2026-01-02\n")
+    _, record = run_tool(f"--loss 3.6 --unique-tokens 1K --baseline {path} loss>0")
+    assert [point["unique_tokens"] for point in record["baseline"]["points"]] == [1000, 2000]
+    date = record["answers"][0] | {"settings": record["baseline"]["points"][0]["settings"]}
+    assert date["sign"] == "" and date["caveat"] == "" and date["settings"].get("version", "") in ("", "2026-01-01")
+
+
 def test_extrapolation_is_marked_and_bounded():
     losses = [4.0, 3.8, 3.6, 3.4]  # 0.2 a doubling: 3.3 needs 2^0.5 times more than the largest budget
     answer = multiple(losses, 3.3, extrapolate=2)
@@ -110,6 +155,9 @@ def test_extrapolation_is_marked_and_bounded():
 def test_without_several_seeds_there_is_no_interval():
     assert multiple([4.0, 3.8, 3.6, 3.4], 3.7).interval is None
     assert multiple([[[4.0, 4.01]], 3.8, 3.6, 3.4], 3.9).interval is not None
+    baseline = measured([[[4.0, 4.01]], 3.8, 3.6, 3.4])
+    elsewhere = table(baseline, measured_loss(3.5, 1e8), multipliers(baseline, measured_loss(3.5, 1e8)), "log")
+    assert "no interval: the budgets that decide the answer have one seed each" in elsewhere
 
 
 def test_the_interval_covers_the_true_multiplier():

@@ -1,11 +1,14 @@
 """Fits: the objective, the optimiser against independent ones, planted constants, what is refused."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from scipy.optimize import minimize
 
 from megatron.errors import ConfigurationError
 from megatron.laws.base import LawTable
+from megatron.laws.compare import leave_one_budget_out
 from megatron.laws.fit import fit, fit_from
 from megatron.laws.optimise import HUBER_DELTA, Objective, descend, huber
 from megatron.laws.registry import FORMS
@@ -112,6 +115,12 @@ def few_rows() -> LawTable:
     return synthetic("chinchilla").select(np.arange(6))
 
 
+def two_points() -> LawTable:
+    """Two runs with five seeds: as many rows as a fit of five parameters takes, and nothing between them."""
+    table = synthetic("chinchilla", seeds=5)
+    return table.select(table.group < 2)
+
+
 def one_budget() -> LawTable:
     table = synthetic("quokka")
     return table.select(table.unique_tokens == table.budgets[0])
@@ -120,9 +129,15 @@ def one_budget() -> LawTable:
 @pytest.mark.parametrize(
     "name, table, frozen, message",
     [
-        ("chinchilla", few_rows, {}, "synthetic.csv: 6 rows cannot determine the 5 parameters of chinchilla, which "),
+        (
+            "chinchilla",
+            few_rows,
+            {},
+            "synthetic.csv: 6 distinct runs (6 rows; seeds count once) cannot determine the 5 parameters",
+        ),
         ("quokka", one_budget, {}, "all runs have 2.5e+07 unique tokens, and beta, m of quokka describe several"),
-        ("chinchilla", one_budget, {}, "and beta of chinchilla describe several budgets; add runs"),
+        ("bounded", one_budget, {}, "and delta of bounded describe several budgets; add runs"),
+        ("chinchilla", two_points, {}, "2 distinct runs (10 rows; seeds count once) cannot determine the 5"),
         ("chinchilla", few_rows, {"R_D*": 3.0}, "--freeze R_D*: no parameter of the form chinchilla; it has E, A, B"),
         ("chinchilla", few_rows, {"A": -1.0}, "--freeze A=-1: must be positive; correct"),
         ("chinchilla", few_rows, {"E": float("nan")}, "--freeze E=nan: must be positive or 0"),
@@ -140,3 +155,13 @@ def test_one_budget_suffices_for_what_it_determines():
     table = synthetic("overfitting")
     values = fit(FORMS["overfitting"], table.select(table.unique_tokens == table.budgets[1]), base)
     assert FORMS["overfitting"].public(values.theta)["P"] == pytest.approx(0.06, rel=0.2)
+
+
+def test_runs_on_fresh_tokens_of_one_corpus_are_fitted():
+    """U is the size of the corpus and D < U varies, as in the runs of the Chinchilla paper."""
+    table = synthetic("chinchilla", noise=0.002)
+    fresh = replace(table, unique_tokens=np.full(len(table), 1e13))
+    result = fit(FORMS["chinchilla"], fresh)
+    assert FORMS["chinchilla"].public(result.theta)["beta"] == pytest.approx(PLANTED["chinchilla"]["beta"], rel=0.08)
+    held_out = leave_one_budget_out(result)
+    assert len(held_out) == 10 and held_out[0].highest < held_out[-1].lowest

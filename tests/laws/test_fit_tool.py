@@ -6,14 +6,17 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from megatron.errors import ConfigurationError
 from megatron.laws.answers import best_run, to_json
 from megatron.laws.base import Law, LawTable
 from megatron.laws.command import answers, requests
+from megatron.laws.record import plain
 from megatron.laws.registry import FORMS, load_law
-from megatron.laws.study import study
+from megatron.laws.study import comparison, comparison_table, study
+from megatron.laws.table import short
 from megatron.training.run_folder import write_json
 from tests.conftest import ROOT
 from tests.laws.synthetic import PLANTED, synthetic
@@ -21,15 +24,12 @@ from tests.laws.synthetic import PLANTED, synthetic
 TOOL = ROOT / "tools" / "fit_scaling_laws.py"
 
 
-def tool(*arguments, ok: bool = True) -> str:
-    """Run the tool; return what it prints, or its error line."""
+def tool(*arguments) -> str:
+    """Run the tool; return what it prints."""
     command = [sys.executable, str(TOOL), *map(str, arguments)]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == (0 if ok else 2), result.stdout + result.stderr
-    if ok:
-        return result.stdout
-    (line,) = [line for line in result.stderr.splitlines() if "it/s" not in line and line.strip()]
-    return line
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
 
 
 def write(path: Path, table: LawTable) -> Path:
@@ -103,27 +103,80 @@ def test_plots_are_images(fitted):
 
 def test_a_base_is_taken_from_another_fit(fitted):
     path = fitted[0] / "fits" / "fit.json"
-    (request,) = requests("repetition", [], str(path))
-    expected = load_law(path).values  # the first of its forms, chinchilla
+    (request,) = requests("repetition", [], f"{path}:chinchilla")
+    expected = load_law(path, "chinchilla").values
     assert request.frozen == pytest.approx(expected) and list(request.frozen) == list(FORMS["repetition"].base)
-    assert request.base.startswith(f"frozen, {path} (chinchilla, ") and "beta 0." in request.base
+    assert request.base.startswith(f"frozen, {path}:chinchilla (chinchilla, ") and "beta 0." in request.base
     with pytest.raises(ConfigurationError, match="no fit of the form quokka; it has chinchilla, overfitting-linear"):
         load_law(path, "quokka")
+    with pytest.raises(ConfigurationError, match="has fits of chinchilla, overfitting-linear; name the form: "):
+        requests("repetition", [], str(path))
+
+
+def test_a_base_is_that_of_a_form_with_the_same_parameters(tmp_path):
+    """The A, B, alpha and beta of outer-exponent mean something else."""
+    law = Law(FORMS["outer-exponent"], FORMS["outer-exponent"].internal(PLANTED["outer-exponent"]))
+    write_json(tmp_path / "fit.json", {"fits": [{"form": "outer-exponent", "law": law.to_json()}]})
+    with pytest.raises(ConfigurationError, match="parameters of outer-exponent are no base of repetition; give a fit"):
+        requests("repetition", [], str(tmp_path / "fit.json"))
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"fits": []},
+        {"fits": [{"form": "chinchilla"}]},
+        {"fits": [{"form": "chinchilla", "law": {"form": "chinchilla"}}]},
+        {"fits": [{"form": "chinchilla", "law": 3}]},
+        {"fits": [{"form": "chinchilla", "law": {"form": "chinchilla", "values": {"E": 1.0}}}]},
+        {"fits": [{"form": "quokka", "law": {"form": "quokka", "values": dict.fromkeys("EA", 1), "draws": [[1.0]]}}]},
+    ],
+)
+def test_a_malformed_fit_is_one_line(record, tmp_path):
+    (tmp_path / "fit.json").write_text(json.dumps(record))
+    with pytest.raises(ConfigurationError, match="fit.json: (not a fit of|has no fit)") as error:
+        load_law(tmp_path / "fit.json")
+    assert "\n" not in str(error.value)
 
 
 def test_two_laws_answer_with_their_critical_compute(fitted):
     path = fitted[0] / "fits" / "fit.json"
     law = load_law(path, "overfitting-linear")
-    lines, records = answers(replace(law, draws=None), [1e8], [1e18, 1e19], load_law(path, "chinchilla"))
+    other = load_law(path, "chinchilla")
+    lines, records = answers(replace(law, draws=None), [1e8], [1e18, 1e19], other)
+    table = law.notes["table"]
     assert [record["question"] for record in records] == [
         "best run on 100M unique tokens",
         "enough on 100M unique tokens",
         "best run on 100M unique tokens at 1e+18 FLOPs",
         "best run on 100M unique tokens at 1e+19 FLOPs",
-        "overfitting-linear overtakes chinchilla",
+        f"overfitting-linear of {table} overtakes chinchilla of {table}",
     ]
-    assert records[3]["answer"] == to_json(best_run(law, 1e8, 1e19))
-    assert len(lines) == 5 and json.dumps(records)
+    assert records[3]["answer"] == plain(to_json(best_run(law, 1e8, 1e19)))
+    assert len(lines) == 6 and json.dumps(records, allow_nan=False)
+    assert lines[0] == f"  critical compute is against {path}:chinchilla ({table}, total<1e12, base fitted)"
+    levels = [answers(law, [1e8], [], other, level=level)[1][-1]["answer"] for level in (0.5, 0.95)]
+    assert [level["level"] for level in levels] == [0.5, 0.95]
+
+
+def test_answers_outside_the_range_of_the_runs_say_so(fitted):
+    law = load_law(fitted[0] / "fits" / "fit.json", "overfitting-linear")
+    (low, high), (_, most) = law.notes["range"]["unique_tokens"], law.notes["range"]["epochs"]
+    inside = answers(replace(law, draws=None), [1e8], [1e18])
+    assert inside[1][2]["outside"] == [] and "outside the range" not in inside[0][2]
+    assert low < 1e8 < high and most > 100
+    lines, records = answers(replace(law, draws=None), [1e10], [])
+    word = f"U ({short(low)} to {short(high)})"
+    assert "outside the range of the runs: " in lines[0] and word in lines[0] and word in records[0]["outside"]
+
+
+def test_equal_losses_have_no_r2(tmp_path):
+    table = synthetic("chinchilla")
+    equal = study(
+        FORMS["chinchilla"], replace(table, loss=np.full(len(table), 3.0)), {"alpha": 0.3, "beta": 0.3}, resamples=0
+    )
+    assert equal.r2 is None and "R2 -" in str(equal) and comparison_table(comparison([equal]))
+    assert json.dumps(equal.to_json(), allow_nan=False)
 
 
 def test_a_fit_that_diverged_gives_no_law(tmp_path):
@@ -138,7 +191,7 @@ def test_a_fit_that_diverged_gives_no_law(tmp_path):
 def test_the_command_of_a_second_law(fitted):
     """A frozen base, plots of a fit that diverged, and critical compute, from the command line."""
     folder = fitted[0]
-    other = folder / "fits" / "fit.json"
+    other = f"{folder / 'fits' / 'fit.json'}:chinchilla"
     for planted, name in (("repetition", "based"), ("chinchilla", "diverged")):
         table = write(folder / f"{planted}.csv", synthetic(planted, 2))
         base = other
@@ -151,7 +204,7 @@ def test_the_command_of_a_second_law(fitted):
             *("--unique-tokens", "50M", "--critical-compute-against", other),
         )
         assert f"base: frozen, {base} (chinchilla, " in output
-        assert ("repetition overtakes chinchilla: 50M unique tokens" in output) == (name == "based")
+        assert ("overtakes chinchilla of " in output) == (name == "based")
         assert ("repetition answers nothing: it diverged" in output) == (name == "diverged")
         assert (folder / name / "repetition_curves.png").exists() == (name == "based")
         assert (folder / name / "repetition_profiles.png").exists()
@@ -172,12 +225,13 @@ def test_the_command_of_a_second_law(fitted):
         ),
         (["--form", "chinchilla", "--base", "published"], "error: --base published: chinchilla has no base; leave out"),
         (["--form", "repetition", "--base", "none.json"], "error: none.json: not a fit of tools/fit_scaling_laws.py"),
-        (["--form", "chinchilla", "--where", "unique<3e7"], "and beta of chinchilla describe several budgets"),
-        (["--form", "quokka", "--where", "total<6e7"], "rows cannot determine the 10 parameters of quokka"),
+        (["--form", "quokka", "--where", "unique<3e7"], "and beta, m of quokka describe several budgets"),
+        (["--form", "quokka", "--where", "total<6e7"], "cannot determine the 10 parameters of quokka"),
         (
             ["--form", "chinchilla", "--flops", "1e19"],
             "error: --flops and --critical-compute-against: need a data budget",
         ),
+        (["--form", "chinchilla", "--unique-tokens", "1M", "--flops", "100"], "error: --flops 100: the smallest model"),
         (["--form", "chinchilla", "--level", "95"], "error: --level 95.0: must be between 0 and 1"),
         (["--form", "chinchilla", "--bootstrap", "9"], "error: --bootstrap 9: must be 0 (none) or at least 100"),
         (["--form", "chinchilla", "--unique-tokens", "x"], "error: --unique-tokens x: must be a positive number"),
@@ -198,8 +252,18 @@ def test_a_mistake_is_one_line(arguments, message, tmp_path, monkeypatch, capsys
     assert not (tmp_path / "out").exists()
 
 
-def test_a_missing_table_exits_with_code_2(tmp_path):
-    assert "none.csv" in tool(tmp_path / "none.csv", "--form", "chinchilla", "--output", tmp_path, ok=False)
+@pytest.mark.parametrize(
+    "output, message", [("out", "none.csv: cannot be read"), ("file", "--output {}/file: cannot be written to")]
+)
+def test_a_missing_table_and_a_folder_that_is_a_file_are_refused(output, message, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
+    arguments = [str(tmp_path / "none.csv"), "--form", "chinchilla", "--output", str(tmp_path / output)]
+    monkeypatch.setattr(sys, "argv", ["tool", *arguments])
+    import tools.fit_scaling_laws as module
+
+    with pytest.raises(SystemExit) as error:
+        module.main()
+    assert error.value.code == 2 and message.format(tmp_path) in capsys.readouterr().err
 
 
 def test_a_frozen_parameter_goes_to_the_forms_that_have_it():
@@ -207,4 +271,4 @@ def test_a_frozen_parameter_goes_to_the_forms_that_have_it():
     assert chosen[0].frozen == {"E": 1.8} and chosen[0].base == ""
     published = FORMS["repetition"].published
     assert chosen[1].frozen == {name: published[name] for name in FORMS["repetition"].base} | {"R_N*": 5.3, "E": 1.8}
-    assert "E 1.869" in chosen[1].base
+    assert "E 1.869" not in chosen[1].base and "beta 0.3527" in chosen[1].base  # the frozen value is not the base's

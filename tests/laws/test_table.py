@@ -104,6 +104,32 @@ def test_runs_that_differ_in_their_seed_only_share_a_group(tmp_path):
     assert read_table(write_csv(tmp_path / "t.csv", text)).group.tolist() == [0, 0, 1, 2, 0]
 
 
+def test_results_and_dates_do_not_distinguish_recipes(tmp_path):
+    text = """
+    N U D loss seed wd train_loss seconds bits_per_byte day
+    1 2 4 3.0 1 .1 2.9 61 1.1 2026-01-01
+    1 2 4 3.1 2 .1 2.8 62 1.2 2026-01-02
+    1 2 4 3.2 1 .4 2.7 63 1.3 2026-01-03"""
+    runs = read_runs(write_csv(tmp_path / "t.csv", text), Selection())
+    assert runs.group.tolist() == [0, 0, 1] and runs.settings[0] == {"wd": 0.1} and runs.notes == ()
+
+
+def test_a_column_that_separates_all_seeds_is_named(tmp_path):
+    path = write_csv(
+        tmp_path / "t.csv", "N U D loss seed wd node\n1 2 4 3.0 1 .1 a\n1 2 4 3.1 2 .1 b\n1 2 8 3.2 1 .1 a"
+    )
+    table = read_table(path)
+    assert table.group.tolist() == [0, 1, 2] and "runs differ in node too" in table.notes[0]
+    grid = write_csv(tmp_path / "u.csv", "N U D loss seed\n1 2 4 3.0 1\n1 2 8 3.1 2")
+    assert read_table(grid).notes == ()
+
+
+def test_amounts_written_as_text_compare_as_numbers(tmp_path):
+    path = write_csv(tmp_path / "t.csv", "N U D loss\n1 25M 1B 3.0\n1 300M 1B 2.9\n1 1B 1B 2.8")
+    assert read_table(path, where=["U<=300M"]).loss.tolist() == [3.0, 2.9]
+    assert read_table(path, where=["U=1000M"]).loss.tolist() == [2.8]
+
+
 def test_the_published_points_are_read():
     if not POINTS.exists():
         pytest.skip(f"{POINTS} is not there")

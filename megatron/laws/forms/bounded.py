@@ -19,7 +19,7 @@ class Bounded(Form):
     equation = "L = E + (L0 - E) h / (1 + h), h = A / N^alpha + B / D^beta + C N^gamma / U^delta"
     source = "2605.09189 (Practical Scaling Laws)"
     parameters = ("E", "L0", "A", "alpha", "B", "beta", "C", "gamma", "delta")
-    across_budgets = ("beta", "delta")
+    across_budgets = ("delta",)
     vanishing = ("E", "C")
     losses = ("E", "L0")
     grid: ClassVar = {

@@ -17,6 +17,7 @@ class Chinchilla(Form):
     name = "chinchilla"
     equation = "L = E + A / N^alpha + B / D^beta"
     source = "Hoffmann et al. 2203.15556; constants of Besiroglu et al. 2404.10102"
+    models_repetition = False
     parameters = ("E", "A", "B", "alpha", "beta")
     published: ClassVar = {"E": 1.8172, "A": 477.84, "B": 2143.86, "alpha": 0.3473, "beta": 0.3672}
     grid: ClassVar = {

@@ -16,6 +16,7 @@ class OuterExponent(Form):
     name = "outer-exponent"
     equation = "L = E + (A / N^alpha + B / D^beta)^k"
     source = "Videau 2608.07222"
+    models_repetition = False
     parameters = ("E", "A", "B", "alpha", "beta", "k")
     grid: ClassVar = {
         "E": (0.2, 0.5, 0.8),
