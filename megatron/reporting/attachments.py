@@ -19,6 +19,8 @@ from megatron.reporting.figures import EPOCHS, LOSS, Curve, Figure
 from megatron.reporting.plots import metrics
 from megatron.training.run_folder import read_json
 
+NO_STATEMENT = "no statement"
+
 
 @dataclass(frozen=True)
 class Table:
@@ -103,11 +105,11 @@ def _parameters(record: dict, fit: dict) -> Table:
     )
 
 
-def _interval(ends: Sequence[float | None] | None, form: str, *names: str) -> str:
-    """Return an interval as text; `names` are those of a None end, one of both or one each."""
+def _interval(ends: Sequence[float | None] | None, form: str, open_end: str) -> str:
+    """Return an interval as text; `open_end` stands for a None end."""
     if ends is None:
         return "-"
-    low, high = (name if end is None else f"{end:{form}}" for end, name in zip(ends, [names[0], names[-1]]))
+    low, high = (open_end if end is None else f"{end:{form}}" for end in ends)
     return f"[{low}, {high}]"
 
 
@@ -149,15 +151,16 @@ def _multiplier(record: dict, number: int, attachments: Attachments) -> None:
                 f"{'≤ ' if method['bound'] else ''}{answer['loss']:.4f}",
                 "-" if answer["baseline_tokens"] is None else f"{answer['baseline_tokens']:,.0f}",
                 _times(answer, baseline["bound"], method["bound"]),
-                _interval(answer["interval"], ".3g", "below the range", "above the range"),
+                _interval(answer["interval"], ".3g", "outside the range"),
                 answer["how"],
             ]
         )
     note = f"Method: {method['name']}. Baseline: {baseline['name']}: {baseline['recipe']}; {record['interpolation']} "
     note += "interpolation. The multiplier is how many times more unique tokens the baseline needs for the same loss; "
     note += "interval: 95% over seeds."
-    stated = [record.get("caveat"), *(answer.get("caveat") for answer in record["answers"])]
-    note += "".join(f" {caveat}" for caveat in dict.fromkeys(stated) if caveat)
+    stated = dict.fromkeys(answer.get("caveat") or NO_STATEMENT for answer in record["answers"])
+    caveats = [caveat for caveat in stated if not caveat.startswith(NO_STATEMENT)]  # the others are in the table
+    note += "".join(f" {caveat[0].upper()}{caveat[1:]}." for caveat in caveats)
     headings = ("unique tokens", "loss", "baseline needs", "multiplier", "interval", "how")
     attachments.tables.append(Table(title="Data multiplier", headings=headings, lines=lines, note=note))
     curves = []
@@ -186,8 +189,9 @@ def _times(answer: dict, baseline_is_bound: bool, method_is_bound: bool) -> str:
         sign = str(answer.get("sign", sign)).replace(">=", "≥").replace("<=", "≤").strip()
         return f"{sign} {answer['multiplier']:.3g}x".lstrip()
     kind = "more" if answer["more_than"] is not None else "less"
-    if baseline_is_bound if kind == "more" else method_is_bound:
-        return "no statement (the loss is an upper bound)"
+    side = "baseline" if kind == "more" else "method"  # whose loss must be exact for the statement to hold
+    if baseline_is_bound if side == "baseline" else method_is_bound:
+        return f"{NO_STATEMENT} (the {side}'s loss is an upper bound)"
     return f"{kind} than {answer[f'{kind}_than']:.3g}x"
 
 

@@ -30,6 +30,8 @@ CONFIG = {
     "training": {"seed": 1, "global_batch_size": 8, "fp8_recipe": None},
 }  # fmt: skip
 
+NO_STATEMENT = "no statement (the {}'s loss is an upper bound)"
+
 
 def write_run(folder: Path, losses=(3.0,), *, tuning=None, bound=False, stop=1.0, tokens=TOKENS, num_mc=1, **config):
     """Write a run that was validated at equal intervals up to the share `stop` of its budget; return its folder.
@@ -222,9 +224,9 @@ def test_provenance_and_contamination_are_those_of_all_runs(tmp_path):
     "bounds, times",
     [
         ((False, False), ["3.3x", "more than 2x", "less than 2x"]),
-        ((False, True), ["≥ 3.3x", "more than 2x", "no statement (the loss is an upper bound)"]),
-        ((True, False), ["≤ 3.3x", "no statement (the loss is an upper bound)", "less than 2x"]),
-        ((True, True), ["3.3x", *["no statement (the loss is an upper bound)"] * 2]),
+        ((False, True), ["≥ 3.3x", "more than 2x", NO_STATEMENT.format("method")]),
+        ((True, False), ["≤ 3.3x", NO_STATEMENT.format("baseline"), "less than 2x"]),
+        ((True, True), ["3.3x", *map(NO_STATEMENT.format, ("baseline", "method"))]),
     ],
 )
 def test_a_multiplier_has_the_sign_that_its_bounds_allow(tmp_path, bounds, times):
@@ -232,10 +234,11 @@ def test_a_multiplier_has_the_sign_that_its_bounds_allow(tmp_path, bounds, times
     answers = [*MULTIPLIER["answers"], MULTIPLIER["answers"][1] | {"more_than": None, "less_than": 2.0}]
     (path,) = write_json(tmp_path, multiplier=MULTIPLIER | sides | {"answers": answers})
     assert [line[3] for line in read_attachments([], [path], []).tables[0].lines] == times
-    stated = [answers[0] | {"sign": ">= ", "caveat": "as the tool says"}]
+    stated = [answers[0] | {"sign": ">=", "caveat": "as the tool states"}]
+    stated.append(answers[1] | {"sign": "", "caveat": NO_STATEMENT.format("baseline")})
     (path,) = write_json(tmp_path, multiplier=MULTIPLIER | sides | {"answers": stated})
     table = read_attachments([], [path], []).tables[0]
-    assert table.lines[0][3] == "≥ 3.3x" and table.note.endswith("as the tool says")
+    assert table.lines[0][3] == "≥ 3.3x" and table.note.endswith("over seeds. As the tool states.")
 
 
 def test_tasks_without_a_metric_are_left_out_of_downstream_scores(tmp_path):
