@@ -16,8 +16,10 @@ import numpy as np
 
 from megatron.errors import ConfigurationError
 from megatron.reporting.figures import EPOCHS, LOSS, Curve, Figure
-from megatron.reporting.plots import first_metric
+from megatron.reporting.plots import metrics
 from megatron.training.run_folder import read_json
+
+NO_STATEMENT = "no statement"
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ def _read(path: Path, flag: str, tool: str, use: Callable[[dict], Any]) -> Any:
     record = read_json(path)
     try:
         return use(record)
-    except (KeyError, TypeError, IndexError, AttributeError):
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError):
         raise ConfigurationError(f"{flag} {path}: is no record of {tool}; give the JSON file that it wrote") from None
 
 
@@ -72,11 +74,13 @@ def _read(path: Path, flag: str, tool: str, use: Callable[[dict], Any]) -> Any:
 
 def _laws(record: dict, number: int, attachments: Attachments) -> None:
     """Add the parameters and curves of every fit of a fit.json."""
+    figures = 0
     for fit in record["fits"]:
         attachments.tables.append(_parameters(record, fit))
         budgets = list(dict.fromkeys(curve["unique_tokens"] for curve in fit["curves"]))
         for budget in budgets:
-            attachments.figures.append(_law_figure(fit, budget, f"law_{number}_{fit['form']}_{budget:.3g}"))
+            figures += 1
+            attachments.figures.append(_law_figure(fit, budget, f"law_{number}_{figures}_{fit['form']}"))
 
 
 def _parameters(record: dict, fit: dict) -> Table:
@@ -85,7 +89,7 @@ def _parameters(record: dict, fit: dict) -> Table:
     for name, parameter in fit["parameters"].items():
         value = "-" if parameter["value"] is None else f"{parameter['value']:.4g}"
         status = "frozen" if parameter["frozen"] else parameter["status"]
-        intervals = [_interval(parameter[kind]) for kind in ("bootstrap", "profile")]
+        intervals = [_interval(parameter[kind], ".4g", "unbounded") for kind in ("bootstrap", "profile")]
         lines.append([name, value, *intervals, status])
     level = f"{100 * fit['level']:g}%"
     filters = "; ".join(record["filters"]) or "none"
@@ -101,12 +105,12 @@ def _parameters(record: dict, fit: dict) -> Table:
     )
 
 
-def _interval(ends: Sequence[float | None] | None, form: str = ".4g") -> str:
-    """Return an interval as text; a None end is open."""
+def _interval(ends: Sequence[float | None] | None, form: str, open_end: str) -> str:
+    """Return an interval as text; `open_end` stands for a None end."""
     if ends is None:
         return "-"
-    low, high = (f"{end:{form}}" if end is not None else None for end in ends)
-    return f"[{low or 'below'}, {high or 'above'}]"
+    low, high = (open_end if end is None else f"{end:{form}}" for end in ends)
+    return f"[{low}, {high}]"
 
 
 def _law_figure(fit: dict, budget: float, name: str) -> Figure:
@@ -139,7 +143,6 @@ def _law_figure(fit: dict, budget: float, name: str) -> Figure:
 def _multiplier(record: dict, number: int, attachments: Attachments) -> None:
     """Add the answers of a data multiplier with its baseline, and both sides against unique tokens."""
     baseline, method = record["baseline"], record["method"]
-    at_least = "≥ " if method["bound"] else ""
     lines = []
     for answer in record["answers"]:
         lines.append(
@@ -147,14 +150,17 @@ def _multiplier(record: dict, number: int, attachments: Attachments) -> None:
                 f"{answer['unique_tokens']:,.0f}",
                 f"{'≤ ' if method['bound'] else ''}{answer['loss']:.4f}",
                 "-" if answer["baseline_tokens"] is None else f"{answer['baseline_tokens']:,.0f}",
-                at_least + _times(answer),
-                _interval(answer["interval"], ".3g"),
+                _times(answer, baseline["bound"], method["bound"]),
+                _interval(answer["interval"], ".3g", "outside the range"),
                 answer["how"],
             ]
         )
     note = f"Method: {method['name']}. Baseline: {baseline['name']}: {baseline['recipe']}; {record['interpolation']} "
     note += "interpolation. The multiplier is how many times more unique tokens the baseline needs for the same loss; "
     note += "interval: 95% over seeds."
+    stated = dict.fromkeys(answer.get("caveat") or NO_STATEMENT for answer in record["answers"])
+    caveats = [caveat for caveat in stated if not caveat.startswith(NO_STATEMENT)]  # the others are in the table
+    note += "".join(f" {caveat[0].upper()}{caveat[1:]}." for caveat in caveats)
     headings = ("unique tokens", "loss", "baseline needs", "multiplier", "interval", "how")
     attachments.tables.append(Table(title="Data multiplier", headings=headings, lines=lines, note=note))
     curves = []
@@ -173,13 +179,20 @@ def _multiplier(record: dict, number: int, attachments: Attachments) -> None:
     attachments.figures.append(figure)
 
 
-def _times(answer: dict) -> str:
-    """Return a multiplier as text, or the limit of the measured baseline."""
+def _times(answer: dict, baseline_is_bound: bool, method_is_bound: bool) -> str:
+    """Return a multiplier as text with the sign that upper bounds give it, or the limit of the measured baseline.
+
+    A lower loss of the method raises the multiplier and a lower loss of the baseline lowers it.
+    """
     if answer["multiplier"] is not None:
-        return f"{answer['multiplier']:.3g}x"
-    if answer["more_than"] is not None:
-        return f"more than {answer['more_than']:.3g}x"
-    return f"less than {answer['less_than']:.3g}x"
+        sign = {(False, True): ">= ", (True, False): "<= "}.get((baseline_is_bound, method_is_bound), "")
+        sign = str(answer.get("sign", sign)).replace(">=", "≥").replace("<=", "≤").strip()
+        return f"{sign} {answer['multiplier']:.3g}x".lstrip()
+    kind = "more" if answer["more_than"] is not None else "less"
+    side = "baseline" if kind == "more" else "method"  # whose loss must be exact for the statement to hold
+    if baseline_is_bound if side == "baseline" else method_is_bound:
+        return f"{NO_STATEMENT} (the {side}'s loss is an upper bound)"
+    return f"{kind} than {answer[f'{kind}_than']:.3g}x"
 
 
 # ------------------------------------------------------------------------------------ downstream scores
@@ -188,9 +201,11 @@ def _times(answer: dict) -> str:
 def _scored(record: dict) -> dict[str, dict[str, list]]:
     """Return epochs, scores and standard errors of a run by task and metric."""
     scores = {}
-    for task in record["points"][0]["results"]:
-        metric = first_metric(record["points"][0]["results"][task])
-        name, kind = metric.split(",")
+    for task, first_results in record["points"][0]["results"].items():
+        if not metrics(first_results):  # a group of tasks
+            continue
+        metric = metrics(first_results)[0]
+        name, _, kind = metric.partition(",")
         columns: dict[str, Any] = {"run": str(record["run"]), "epochs": [], "values": [], "errors": []}
         for point in record["points"]:
             results = point["results"][task]

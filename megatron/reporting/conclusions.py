@@ -1,42 +1,89 @@
 """What a report states in words: conclusions about the described groups, and caveats about all runs."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import combinations
 
 from megatron.reporting.groups import Group, Summary
 from megatron.reporting.runs import Difference, Run, mean_difference
 
 LISTED = 8  # runs that a caveat names; the others are counted
+# (is the first loss an upper bound, is the second) -> sign of their difference, the difference in words
+_BOUNDS = {
+    (False, False): ("", ""),
+    (True, False): ("≤ ", "at most "),
+    (False, True): ("≥ ", "at least "),
+    (True, True): ("", ""),  # of the bounds, not of the losses
+}
 
 
-def compare(rows: Sequence[Summary]) -> list[tuple[str, str, Difference]]:
-    """Return the paired differences of all pairs of rows at their best points.
+@dataclass(frozen=True)
+class Comparison:
+    """The paired difference of two rows at their best points."""
+
+    first: Summary
+    second: Summary
+    difference: Difference  # first - second
+
+    def cells(self) -> tuple[str, str, str, str]:
+        """Return the pair, nats per token, standard error and ratio as text; ≤ or ≥ where one side is a bound."""
+        sign = _BOUNDS[self.first.bound, self.second.bound][0]
+        nats, se, ratio = self.difference.nats, self.difference.se, self.difference.ratio
+        return (
+            f"{self.first.name} - {self.second.name}",
+            f"{sign}{nats:+.4f}",
+            "-" if se is None else f"{se:.4f}",
+            "-" if ratio is None else f"{ratio:+.1f}",
+        )
+
+    def sentence(self) -> str:
+        """Return which row has the higher loss, by how much, and whether that is within noise."""
+        nats = self.difference.nats
+        worse, better = (self.first, self.second) if nats > 0 else (self.second, self.first)
+        if nats == 0:
+            return f"{self.first.name} and {self.second.name} have equal losses."
+        error = " (one document: no standard error)"
+        if self.difference.se is not None:
+            error = "" if self.difference.exceeds(2) else ", within noise (2 standard errors)"
+        limit = _BOUNDS[worse.bound, better.bound][1]
+        both = ", both upper bounds" if worse.bound and better.bound else ""
+        return f"{worse.name} is {limit}{absolute(self.difference)} nats per token above {better.name}{both}{error}."
+
+
+def absolute(difference: Difference) -> str:
+    """Return the absolute value of a difference with its standard error, if it has any, as text."""
+    error = "" if difference.se is None else f" ± {difference.se:.3f}"
+    return f"{abs(difference.nats):.3f}{error}"
+
+
+def compare(rows: Sequence[Summary], all_pairs: bool) -> list[Comparison]:
+    """Return the paired differences of rows at their best points, of all pairs or those with equal unique tokens.
 
     Raises: ConfigurationError if they scored different tokens.
     """
     return [
-        (first.name, second.name, mean_difference(first.best.evaluations, second.best.evaluations))
+        Comparison(first, second, mean_difference(first.best.evaluations, second.best.evaluations))
         for first, second in combinations(rows, 2)
+        if all_pairs or first.unique_tokens == second.unique_tokens
     ]
 
 
-def conclusions(rows: Sequence[Summary], comparisons: list[tuple[str, str, Difference]]) -> list[str]:
+def conclusions(rows: Sequence[Summary], comparisons: Sequence[Comparison]) -> list[str]:
     """Return the conclusions: overfitting, losses at equal compute, best points, paired differences."""
     lines = [_overfitting(row) for row in rows]
     max_flops = max(row.last.flops for row in rows)
     equal_compute = sorted((row for row in rows if row.last.flops > 0.99 * max_flops), key=lambda row: row.last.loss)
     if len(equal_compute) > 1:
         losses = ", ".join(f"{row.name} {row.sign}{row.last.loss:.2f}" for row in equal_compute)
-        lines.append(f"After the same compute ({max_flops:.1e} FLOPs) the validation losses are: {losses}.")
+        reported = equal_compute[0].reported
+        lines.append(f"After the same compute ({max_flops:.1e} FLOPs) the losses on the {reported} set are: {losses}.")
     lowest = min(rows, key=lambda row: row.best.loss)
-    lines.append(f"At their best points, chosen on the tuning set, {lowest.name} has the lowest validation loss.")
-    for first, second, difference in comparisons:
-        worse, better = (first, second) if difference.nats > 0 else (second, first)
-        significance = "" if abs(difference.ratio) > 2 else ", within noise (2 standard errors)"
-        lines.append(
-            f"{worse} is {abs(difference.nats):.3f} ± {difference.se:.3f} nats per token above {better}{significance}."
-        )
-    return lines
+    bounds = ", upper bounds compared as they are" if any(row.bound for row in rows) else ""
+    lines.append(
+        f"At their best points, chosen on the {lowest.tuning} set, {lowest.name} has the lowest loss on the "
+        f"{lowest.reported} set{bounds}."
+    )
+    return [*lines, *(comparison.sentence() for comparison in comparisons)]
 
 
 def _overfitting(row: Summary) -> str:
@@ -45,23 +92,28 @@ def _overfitting(row: Summary) -> str:
         return f"{row.name} is best at its last evaluation so far, at epoch {row.best.epoch:.1f}."
     if row.best.is_last:
         return f"{row.name} is best at the end of its budget: a longer one might lower its loss."
-    if row.gap.nats > 0.05 and row.gap.ratio > 5:
+    if row.gap.nats > 0.05 and row.gap.exceeds(5):
         return (
             f"{row.name} overfits: its last loss is {row.gap.nats:.2f} nats ({row.gap.ratio:.0f} paired standard "
             f"errors) above its best, which it reached at epoch {row.best.epoch:.1f}."
         )
-    return (
-        f"{row.name} was best at epoch {row.best.epoch:.1f}; its last loss differs from that by {row.gap.nats:+.3f} ± "
-        f"{row.gap.se:.3f} nats."
-    )
+    side = "above" if row.gap.nats >= 0 else "below"
+    return f"{row.name} was best at epoch {row.best.epoch:.1f}; its last loss is {absolute(row.gap)} nats {side} that."
 
 
 def caveats(rows: Sequence[Summary]) -> list[str]:
     """Return the caveats: bounds, undecayed learning rates, unfinished runs, unequal compute, contamination, scope."""
     lines = []
     if any(row.bound for row in rows):
+        objectives = " and ".join(dict.fromkeys(row.objective for row in rows if row.bound))
         lines.append(
-            "MDM losses are upper bounds of the negative log-likelihood: the model may be better than its figure."
+            f"Losses of {objectives} are upper bounds of the negative log-likelihood: the model may be better than its "
+            "figure."
+        )
+    if rows[0].tuning == rows[0].reported:
+        lines.append(
+            f"Best points are selected and reported on the same set ({rows[0].tuning}), so their losses are "
+            "optimistic; name another set with --tuning."
         )
     if not all(row.best.is_last for row in rows):
         lines.append(
@@ -76,13 +128,21 @@ def caveats(rows: Sequence[Summary]) -> list[str]:
         if len(rows) > LISTED:
             flops_by_run = f"{min(flops):.1e} to {max(flops):.1e}"
         lines.append(f"The runs did not use the same compute (FLOPs: {flops_by_run}).")
-    for name, shared in (groups[0].config["shared_13grams"] or {}).items():
+    contamination = (_contamination(run) for group in groups for run in group.runs)
+    lines += dict.fromkeys(line for run_lines in contamination for line in run_lines)
+    return [*lines, _scope(groups)]
+
+
+def _contamination(run: Run) -> list[str]:
+    """Return a line for each set of a run whose overlap with the training split was measured."""
+    lines = []
+    for name, shared in (run.config["shared_13grams"] or {}).items():
         sample_note = "" if shared["sampled"] == 1 else f" (measured on {shared['sampled']:.1%} of its documents)"
         lines.append(
             f"Contamination: {shared['ngrams']:.1%} of the word 13-grams of the {name} set, in "
             f"{shared['documents']:.0%} of its documents, also occur in the training split{sample_note}."
         )
-    return [*lines, _scope(groups)]
+    return lines
 
 
 def _unfinished(groups: Sequence[Group]) -> list[str]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron.reporting.groups import Summary, lowest
+from megatron.reporting.groups import Summary, lowest, omitted_note
 
 RESOLUTION = 80  # grid points of an axis
 LEVELS = 8
@@ -24,18 +24,15 @@ class ContourFigure:
     lines: list[tuple[float, np.ndarray]]  # level, points [K, 2] of (epochs, parameters)
     x_label: str = "epochs of the budget"
     y_label: str = "parameters"
-    note: str = (
-        "Loss at the end of the budget, the lowest on the tuning set for each size and number of epochs. Lines: equal "
-        "loss, linear between neighbouring runs on logarithmic axes; nothing is fitted. Star: the lowest loss."
-    )
+    note: str = ""
 
 
 def contour_figures(rows: Sequence[Summary]) -> list[ContourFigure]:
     """Return the contours of every method and number of unique tokens that has a grid of sizes and epochs."""
-    keys = dict.fromkeys((row.group.method, row.group.config["unique_tokens"]) for row in rows)
+    keys = dict.fromkeys((row.group.method, row.unique_tokens) for row in rows)
     figures = []
     for method, unique in keys:
-        members = [row for row in rows if (row.group.method, row.group.config["unique_tokens"]) == (method, unique)]
+        members = [row for row in rows if (row.group.method, row.unique_tokens) == (method, unique)]
         title = f"Iso-loss contours, {method}, {unique:,} unique tokens"
         if any(row.bound for row in members):
             title += " (upper bounds)"
@@ -45,11 +42,12 @@ def contour_figures(rows: Sequence[Summary]) -> list[ContourFigure]:
 
 
 def _contours(rows: Sequence[Summary], name: str, title: str) -> ContourFigure | None:
-    """Return the contours of some rows; None where they are no grid of at least two sizes by two budgets."""
-    best = lowest(rows, lambda row: (row.group.config["parameters"], row.group.planned_epochs))
+    """Return the contours of the finished rows; None where they are no grid of at least two sizes by two budgets."""
+    finished = [row for row in rows if row.group.finished]
+    best = lowest(finished, lambda row: (row.group.config["parameters"], row.group.planned_epochs))
     sizes = np.array([row.group.config["parameters"] for row in best], dtype=float)
     epochs = np.array([row.group.planned_epochs for row in best], dtype=float)
-    loss = np.array([row.last.loss for row in best])
+    loss = np.array([row.best.loss for row in best])
     lines = contour_lines(np.log(epochs), np.log(sizes), loss)
     if not lines:
         return None
@@ -61,6 +59,9 @@ def _contours(rows: Sequence[Summary], name: str, title: str) -> ContourFigure |
         loss=loss,
         labels=[row.name for row in best],
         lines=[(level, np.exp(points)) for level, points in lines],
+        note=f"Loss on the {rows[0].reported} set at the best point of each run. Best points, and the best run of each "
+        f"size and number of epochs, are chosen on the {rows[0].tuning} set. Lines: equal loss, linear between "
+        "neighbouring runs on logarithmic axes; nothing is fitted. Star: the lowest loss." + omitted_note(rows),
     )
 
 

@@ -5,7 +5,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron.reporting.groups import DETAILED, Group, Summary, best_by_budget, headline
+from megatron.reporting.groups import (
+    DETAILED,
+    Group,
+    Summary,
+    best_by_budget,
+    headline,
+    line_namer,
+    omitted_note,
+)
 from megatron.reporting.runs import curve
 
 EPOCHS = "epochs of the unique tokens"
@@ -125,12 +133,10 @@ def seed_curve(x: np.ndarray, values: np.ndarray, *, label: str, series: str, ma
 
 def budget_figure(rows: Sequence[Summary]) -> Figure:
     """Return the best loss of every method against the planned epochs, a line for each number of unique tokens."""
-    best = best_by_budget(rows)
-    budgets = {row.group.config["unique_tokens"] for row in best}
+    name_of = line_namer(rows)
     lines: dict[str, list[Summary]] = {}
-    for row in best:
-        unique = f", {row.group.config['unique_tokens']:,} unique tokens" if len(budgets) > 1 else ""
-        lines.setdefault(row.group.method + unique, []).append(row)
+    for row in best_by_budget(rows):
+        lines.setdefault(name_of(row), []).append(row)
     curves = []
     for name, points in lines.items():
         losses = np.array([row.best.loss for row in points])
@@ -153,31 +159,33 @@ def budget_figure(rows: Sequence[Summary]) -> Figure:
         x_label="epochs of the budget",
         y_label=LOSS,
         curves=curves,
-        note=f"{DOCUMENT_BARS} Triangles: upper bounds.",
+        note=f"{DOCUMENT_BARS} Triangles: upper bounds." + omitted_note(rows),
         bars=True,
     )
 
 
 def frontier_figure(rows: Sequence[Summary], validation: str) -> Figure:
-    """Return the lowest loss of every method that its best points reach with at most so many FLOPs."""
+    """Return the best points against FLOPs, with the Pareto frontier of every method and number of unique tokens."""
+    name_of = line_namer(rows)
     curves = []
-    for method in dict.fromkeys(row.group.method for row in rows):
-        points = sorted((row for row in rows if row.group.method == method), key=lambda row: row.best.flops)
+    for name in dict.fromkeys(map(name_of, rows)):
+        members = [row for row in rows if name_of(row) == name]
+        points = sorted(members, key=lambda row: (row.best.flops, row.tuning_loss))
         frontier: list[Summary] = []
         for row in points:
             if not frontier or row.tuning_loss < frontier[-1].tuning_loss:
                 frontier.append(row)
         if len(points) < 2:
             continue
-        for kind, members in (("best points", points), ("best so far", frontier)):
+        for kind, shown in (("best points", points), ("Pareto frontier", frontier)):
             curves.append(
                 Curve(
-                    label=f"{method}, {kind}",
-                    series=method,
-                    x=np.array([row.best.flops for row in members]),
-                    y=np.array([row.best.loss for row in members]),
-                    line=members is frontier,
-                    markers=members is points,
+                    label=f"{name}, {kind}",
+                    series=name,
+                    x=np.array([row.best.flops for row in shown]),
+                    y=np.array([row.best.loss for row in shown]),
+                    line=shown is frontier,
+                    markers=shown is points,
                     bound=points[0].bound,
                 )
             )
@@ -187,8 +195,8 @@ def frontier_figure(rows: Sequence[Summary], validation: str) -> Figure:
         x_label=FLOPS,
         y_label=LOSS,
         curves=curves,
-        note="Markers: the best point of every run, or mean of seeds. Lines connect those whose loss on the tuning set "
-        "is lower than that of all with fewer FLOPs.",
+        note="Markers: the best point of every run, or mean of seeds. Lines: the Pareto frontier of each method on the "
+        f"{rows[0].tuning} set.",
     )
 
 

@@ -72,6 +72,7 @@ class Summary:
     objective: str
     regularisers: str
     bound: bool  # losses are upper bounds
+    tuning: str  # the set on which the best point was chosen
     tuning_loss: float  # at the best point, by which groups are compared
     best: SeedMean
     last: SeedMean
@@ -83,6 +84,16 @@ class Summary:
         return self.group.label
 
     @property
+    def reported(self) -> str:
+        """The set whose losses are reported."""
+        return self.best.evaluations[0][1]["set"]
+
+    @property
+    def unique_tokens(self) -> int:
+        """The number of unique tokens of the training data."""
+        return self.group.config["unique_tokens"]
+
+    @property
     def sign(self) -> str:
         """What precedes a loss: ≤ where it is an upper bound."""
         return "≤ " if self.bound else ""
@@ -92,7 +103,7 @@ def group_runs(runs: Iterable[Run]) -> list[Group]:
     """Return the groups of runs with equal settings but for their seed, in the order of their first runs."""
     members: dict[tuple, list[Run]] = {}
     for run in runs:
-        key = (run.point.method, run.point.label) if run.point else (_settings(run),)
+        key = (run.point.method, run.point.label, _settings(run)) if run.point else (_settings(run),)
         seed, copies = run.config["training"]["seed"], 0
         while any(other.config["training"]["seed"] == seed for other in members.get((*key, copies), ())):
             copies += 1  # the same seed twice is another run, not another seed
@@ -119,8 +130,11 @@ def _settings(run: Run) -> str:
     config = run.config
     data = {name: value for name, value in config["data"].items() if name not in PATHS}
     sections = [data, *(config[name] for name in ("model", "objective", "optimizer"))]
-    budget = [config.get(name) for name in ("train_samples", "unique_tokens", "precision", "branched_from")]
-    return json.dumps([sections, budget, config["training"]["global_batch_size"]], sort_keys=True)
+    budget = [config.get(name) for name in ("train_samples", "unique_tokens", "precision")]
+    # a sweep names its branches, and those of each seed continue from the trunk of that seed
+    origin = None if run.point else config.get("branched_from")
+    training = [config["training"].get(name) for name in ("global_batch_size", "fp8_recipe")]
+    return json.dumps([sections, budget, origin, training], sort_keys=True)
 
 
 def seed_mean(evaluations: list[Evaluation]) -> SeedMean:
@@ -164,7 +178,8 @@ def summarise(group: Group, tuning: str, validation: str) -> Summary:
         group=group,
         objective=objective_label(group.runs[0]),
         regularisers=group.runs[0].regularisers(),
-        bound=group.runs[0].is_bound(validation),
+        bound=any(run.is_bound(validation) for run in group.runs),
+        tuning=tuning,
         tuning_loss=float(np.mean([record["loss"] for record, _ in pairs])),
         best=best,
         last=last,
@@ -182,16 +197,32 @@ def lowest(rows: Sequence[Summary], key: Callable[[Summary], object]) -> list[Su
 
 
 def headline(rows: Sequence[Summary]) -> list[Summary]:
-    """Return the rows that are described and compared: all if they are few, else the best one of each method."""
-    return list(rows) if len(rows) <= DETAILED else lowest(rows, lambda row: row.group.method)
+    """Return the rows that are described and compared.
+
+    All if they are few, else the best one of every method and number of unique tokens.
+    """
+    return list(rows) if len(rows) <= DETAILED else lowest(rows, lambda row: (row.group.method, row.unique_tokens))
+
+
+def line_namer(rows: Sequence[Summary]) -> Callable[[Summary], str]:
+    """Return the name of the line that a row is on: its method, and its unique tokens where they differ."""
+    if len({row.unique_tokens for row in rows}) > 1:
+        return lambda row: f"{row.group.method}, {row.unique_tokens:,} unique tokens"
+    return lambda row: row.group.method
 
 
 def best_by_budget(rows: Sequence[Summary]) -> list[Summary]:
-    """Return the best row of every method, number of unique tokens and planned epochs, ordered by them."""
+    """Return the best finished row of every method, number of unique tokens and planned epochs, ordered by them."""
 
     def budget(row: Summary) -> tuple:
-        return row.group.config["unique_tokens"], row.group.planned_epochs
+        return row.unique_tokens, row.group.planned_epochs
 
     methods = list(dict.fromkeys(row.group.method for row in rows))
-    best = lowest(rows, lambda row: (row.group.method, *budget(row)))
+    best = lowest([row for row in rows if row.group.finished], lambda row: (row.group.method, *budget(row)))
     return sorted(best, key=lambda row: (methods.index(row.group.method), *budget(row)))
+
+
+def omitted_note(rows: Sequence[Summary]) -> str:
+    """Return how many rows are left out of a figure or table of finished groups; empty if none."""
+    unfinished = sum(not row.group.finished for row in rows)
+    return f" Unfinished groups are omitted: {unfinished} of {len(rows)}." if unfinished else ""

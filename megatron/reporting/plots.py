@@ -49,11 +49,11 @@ def literal(*texts) -> None:
         text.set_parse_math(False)
 
 
-def add_legend(axes, entries: list[tuple]) -> None:
-    """Add a legend of (artist, name) entries, with every name shown literally."""
+def add_legend(axes, entries: list[tuple], place: str = "best") -> None:
+    """Add a legend of (artist, name) entries, with every name shown literally; `place` as matplotlib's loc."""
     artists, names = zip(*entries, strict=True)
     # matplotlib hides labels that start with _, so the names are set afterwards
-    texts = axes.legend(artists, ["name"] * len(artists), frameon=False).get_texts()
+    texts = axes.legend(artists, ["name"] * len(artists), frameon=False, loc=place).get_texts()
     literal(*texts)
     for text, name in zip(texts, names, strict=True):
         text.set_text(name)
@@ -72,7 +72,8 @@ def draw(figure: Figure, folder: Path) -> list[Path]:
     axes.set(xscale="log" if figure.log_x else "linear", yscale="log" if figure.log_y else "linear")
     if len(colours) <= MAX_LEGEND:
         handles = [axes.plot([], [], color=colour)[0] for colour in colours.values()]
-        add_legend(axes, list(zip(handles, colours)))
+        # the best place among hundreds of curves takes seconds to find
+        add_legend(axes, list(zip(handles, colours)), "upper right" if len(figure.curves) > MAX_MARKED else "best")
     return _save(picture, axes, figure, folder)
 
 
@@ -172,20 +173,28 @@ def plot_task_scores(record: dict, path: Path) -> None:
     figure, axes = pyplot().subplots(figsize=(6, 4.2))
     epochs = [point["epoch"] for point in record["points"]]
     legend = []
-    for task in record["points"][0]["results"]:
-        metric = first_metric(record["points"][0]["results"][task])
+    for task, results in record["points"][0]["results"].items():
+        if not metrics(results):  # a group of tasks
+            continue
+        metric = metrics(results)[0]
         values = [point["results"][task][metric] for point in record["points"]]
-        name, kind = metric.split(",")
+        name, _, kind = metric.partition(",")
         errors = [point["results"][task].get(f"{name}_stderr,{kind}") for point in record["points"]]
         errors = [error if isinstance(error, float) else 0.0 for error in errors]
         legend.append((axes.errorbar(epochs, values, yerr=errors, fmt="o-", capsize=3), f"{task} {name}"))
     axes.set(xlabel="epochs", ylabel="score (± over documents)")
     literal(axes.set_title(record["run"]))
     axes.grid(alpha=0.3)
-    add_legend(axes, legend)
+    if legend:
+        add_legend(axes, legend)
     save_png(figure, path)
 
 
 def first_metric(results: dict) -> str:
     """Return the name of the first metric of a task that has a value and is not a standard error."""
-    return next(name for name, value in results.items() if "," in name and "_stderr" not in name and value is not None)
+    return metrics(results)[0]
+
+
+def metrics(results: dict) -> list[str]:
+    """Return the names of the metrics of a task that have a value and are no standard errors."""
+    return [name for name, value in results.items() if "," in name and "_stderr" not in name and value is not None]

@@ -1,5 +1,6 @@
 """The HTML report that compares runs: tables, paired differences, plots, conclusions and caveats."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,10 +13,18 @@ from megatron.reporting.attachments import Attachments
 from megatron.reporting.conclusions import caveats, compare, conclusions, is_source_code
 from megatron.reporting.contours import ContourFigure, contour_figures
 from megatron.reporting.figures import Figure, report_figures
-from megatron.reporting.groups import Summary, best_by_budget, group_runs, headline, summarise
+from megatron.reporting.groups import (
+    DETAILED,
+    Summary,
+    best_by_budget,
+    group_runs,
+    headline,
+    omitted_note,
+    summarise,
+)
 from megatron.reporting.interactive import embed
 from megatron.reporting.plots import draw, draw_contours
-from megatron.reporting.runs import Run, check_comparable
+from megatron.reporting.runs import Run, check_comparable, check_evaluations
 
 HEADINGS = (
     "run",
@@ -31,6 +40,7 @@ HEADINGS = (
     "last loss",
     "last - best",
 )
+PROVENANCE = {"corpus hash": "corpus_hash", "precision": "precision", "device": "device", "commit": "commit"}
 BUDGET_HEADINGS = ("method", "unique tokens", "epochs", "best run", "parameters", "at epoch", "validation loss")
 
 
@@ -52,10 +62,11 @@ def write_report(runs: list[Run], output: Path, report: Report | None = None, pr
     """
     report = report or Report()
     check_comparable(runs)
+    check_evaluations(runs, report.tuning, report.validation)
     groups = tqdm(group_runs(runs), desc="best points", disable=not progress, leave=False)
     rows = [summarise(group, report.tuning, report.validation) for group in groups]
     described = headline(rows)
-    comparisons = compare(described)
+    comparisons = compare(described, all_pairs=len(rows) <= DETAILED)
     figures: list[Figure | ContourFigure] = [*report_figures(rows, report.validation), *contour_figures(rows)]
     figures += report.attachments.figures
     output = Path(output)
@@ -77,7 +88,11 @@ def write_report(runs: list[Run], output: Path, report: Report | None = None, pr
         caveats=warnings,
         best_points=(HEADINGS, [cells(row) for row in rows]),
         budgets=(BUDGET_HEADINGS, [budget_cells(row) for row in best_by_budget(rows)]),
-        pairs=[(f"{a} - {b}", f"{d.nats:+.4f}", f"{d.se:.4f}", f"{d.ratio:+.1f}") for a, b, d in comparisons],
+        pairs=[comparison.cells() for comparison in comparisons],
+        tuning=report.tuning,
+        reported=report.validation,
+        omitted=omitted_note(rows),
+        provenance=provenance(runs),
         tables=report.attachments.tables,
         figures=figures,
         embedded=embed(figures),
@@ -95,6 +110,17 @@ def _corpus(runs: Sequence[Run]) -> str:
     source = runs[0].config["corpus_source"]
     name = "the source code of Python's standard library" if is_source_code(runs[0]) else source
     return f"{budget} unique tokens of {name}"
+
+
+def provenance(runs: Sequence[Run]) -> list[tuple[str, str]]:
+    """Return what the runs were computed with: the distinct values of all of them, most frequent first."""
+    values: dict[str, Counter[str]] = {}
+    for run in runs:
+        config = run.config
+        fields = {name: config[key] for name, key in PROVENANCE.items()} | config["versions"]
+        for name, value in fields.items():
+            values.setdefault(name, Counter())[str(value)] += 1
+    return [(name, ", ".join(value for value, _ in counts.most_common())) for name, counts in values.items()]
 
 
 def _uncertainty(row: Summary) -> str:
@@ -120,7 +146,7 @@ def cells(row: Summary) -> list[str]:
         f"{sign}{best.bits_per_byte:.3f}" if best.bits_per_byte else "-",
         f"{sign}{np.exp(best.loss):.1f}",
         f"{sign}{row.last.loss:.3f}",
-        f"{row.gap.nats:+.3f} ± {row.gap.se:.3f}",
+        f"{row.gap.nats:+.3f}" + ("" if row.gap.se is None else f" ± {row.gap.se:.3f}"),
     ]
 
 

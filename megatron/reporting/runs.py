@@ -5,6 +5,7 @@ sum(n1 - n2) / sum(tokens) over documents; n1 and n2 are a document's nats. Eval
 so the standard error over documents includes it.
 """
 
+import math
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -96,12 +97,20 @@ class Difference:
     """Nats per token by which one evaluation exceeds another, paired by document."""
 
     nats: float
-    se: float  # over documents; 0 where there is only one
+    se: float | None  # over documents; None where there is only one
 
     @property
-    def ratio(self) -> float:
-        """Return the difference in standard errors."""
-        return self.nats / self.se if self.se else float("inf")
+    def ratio(self) -> float | None:
+        """The difference in standard errors; None without one."""
+        if self.nats == 0:
+            return 0.0
+        if self.se is None:
+            return None
+        return self.nats / self.se if self.se else math.copysign(math.inf, self.nats)
+
+    def exceeds(self, standard_errors: float) -> bool:
+        """Return whether the difference is larger than so many standard errors; never without one."""
+        return self.ratio is not None and abs(self.ratio) > standard_errors
 
 
 def load_runs(folders: Sequence[str | Path], progress: bool = False) -> list[Run]:
@@ -109,18 +118,34 @@ def load_runs(folders: Sequence[str | Path], progress: bool = False) -> list[Run
 
     Raises: ConfigurationError if a run is given twice or has no validation records.
     """
-    paths = [Path(folder).resolve() for folder in folders]
-    counts = Counter(paths)
-    if len(counts) < len(paths):
-        duplicate = counts.most_common(1)[0][0]
-        raise ConfigurationError(f"{duplicate}: is given twice; a run cannot be compared with itself")
+    names = distinguishing_names(folders)
+    pairs = tqdm(zip(folders, names), desc="runs", total=len(names), disable=not progress, leave=False)
+    return [replace(load_run(folder), name=name) for folder, name in pairs]
+
+
+def distinguishing_names(folders: Sequence[str | Path]) -> list[str]:
+    """Return the path suffixes of folders, of the smallest number of parts that makes them differ.
+
+    Raises: ConfigurationError if a folder is given twice.
+    """
+    paths = refuse_duplicates(folders)
     depth = 1
     while len({path.parts[-depth:] for path in paths}) < len(paths):
         depth += 1
     # the page and its plots are UTF-8, which file names need not be
-    names = [os.fsencode("/".join(path.parts[-depth:])).decode(errors="replace") for path in paths]
-    pairs = tqdm(zip(folders, names), desc="runs", total=len(names), disable=not progress, leave=False)
-    return [replace(load_run(folder), name=name) for folder, name in pairs]
+    return [os.fsencode("/".join(path.parts[-depth:])).decode(errors="replace") for path in paths]
+
+
+def refuse_duplicates(folders: Sequence[str | Path]) -> list[Path]:
+    """Return the absolute paths of folders.
+
+    Raises: ConfigurationError if a folder is given twice.
+    """
+    paths = [Path(folder).resolve() for folder in folders]
+    for path, count in Counter(paths).items():
+        if count > 1:
+            raise ConfigurationError(f"{path}: is given twice; name it once, a run cannot be compared with itself")
+    return paths
 
 
 def load_run(folder: str | Path) -> Run:
@@ -184,13 +209,14 @@ def _smooth(train: list[tuple[float, float]]) -> TrainingCurve:
     return TrainingCurve(epoch=epochs, loss=losses)
 
 
-def curve(run: Run, name: str) -> list[dict]:
-    """Return the records of a validation set.
+def curve(run: Run, name: str, flag: str = "--validation") -> list[dict]:
+    """Return the records of a validation set, which `flag` names.
 
     Raises: ConfigurationError if the run has no such set.
     """
     if name not in run.valid:
-        raise ConfigurationError(f"{run.folder}: has no validation set {name}; it has {', '.join(run.valid)}")
+        sets = ", ".join(run.valid)
+        raise ConfigurationError(f"{run.folder}: has no validation set {name}; it has {sets}; choose one with {flag}")
     return run.valid[name]
 
 
@@ -209,7 +235,7 @@ def best_records(run: Run, tuning: str, reported: str) -> tuple[dict, dict]:
     """
     by_step = {record["iteration"]: record for record in curve(run, reported)}
     # a run that is still training may have evaluated a step on the first set only
-    candidates = [record for record in curve(run, tuning) if record["iteration"] in by_step]
+    candidates = [record for record in curve(run, tuning, "--tuning") if record["iteration"] in by_step]
     if not candidates:
         raise ConfigurationError(f"{run.folder}: has no step evaluated on both {tuning} and {reported}; wait for one")
     best = min(candidates, key=lambda record: record["loss"])
@@ -238,7 +264,7 @@ def mean_difference(first: Sequence[Evaluation], second: Sequence[Evaluation]) -
     """
     (nats, tokens), (others, _) = mean_nats([*first, *second], len(first))
     difference = statistics.paired_difference(nats[None], others[None], tokens)
-    return Difference(difference.value, difference.standard_error or 0.0)
+    return Difference(difference.value, difference.standard_error)
 
 
 def mean_nats(evaluations: Sequence[Evaluation], *splits: int) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -252,11 +278,12 @@ def mean_nats(evaluations: Sequence[Evaluation], *splits: int) -> list[tuple[np.
     nats = []
     for run, record in evaluations:
         sums = _documents(run, record)
-        if tokens is not None and not np.array_equal(tokens, sums["tokens"]):
+        scored = sums["tokens"]  # [D]
+        if tokens is not None and not np.array_equal(tokens, scored):
             raise ConfigurationError(
                 f"{evaluations[0][0].folder} and {run.folder}: scored different tokens and cannot be paired"
             )
-        tokens = sums["tokens"]  # [D]
+        tokens = scored
         nats.append(np.atleast_2d(sums["nats"]).mean(axis=0))  # of R Monte-Carlo samples [R, D]
     assert tokens is not None
     return [(np.mean(part, axis=0), tokens) for part in np.split(np.array(nats), splits)]
@@ -264,10 +291,14 @@ def mean_nats(evaluations: Sequence[Evaluation], *splits: int) -> list[tuple[np.
 
 def _documents(run: Run, record: dict):
     """Return the nats and token counts by document of a validation record."""
-    path = run.folder / "validation" / record["set"] / f"{record['iteration']}.npz"
+    path = _documents_path(run, record)
     if not path.exists():
         raise ConfigurationError(f"{path}: is missing; a paired comparison needs it")
     return np.load(path)
+
+
+def _documents_path(run: Run, record: dict) -> Path:
+    return run.folder / "validation" / record["set"] / f"{record['iteration']}.npz"
 
 
 def check_comparable(runs: list[Run]) -> None:
@@ -291,6 +322,37 @@ def check_comparable(runs: list[Run]) -> None:
                 f"{first.folder} and {run.folder}: differ in --eval-alignment {sorted(alignments)}; report them "
                 "separately"
             )
+
+
+def check_evaluations(runs: Sequence[Run], tuning: str, reported: str) -> None:
+    """Check that all runs scored the same tokens of both sets, and upper bounds with equally many samples.
+
+    Tokens are compared by document, at the last validation whose sums by document exist.
+
+    Raises: ConfigurationError if they differ, or if a run has no such set.
+    """
+    for name, flag in {reported: "--validation", tuning: "--tuning"}.items():
+        first: tuple[Run, np.ndarray] | None = None
+        samples: tuple[Run, int] | None = None
+        for run in runs:
+            records = curve(run, name, flag)
+            for num_mc in {record["num_mc"] for record in records if record.get("bound") and "num_mc" in record}:
+                samples = samples or (run, num_mc)
+                if num_mc != samples[1]:
+                    raise ConfigurationError(
+                        f"{samples[0].folder} and {run.folder}: differ in --num-mc ({samples[1]} and {num_mc}) on the "
+                        f"set {name}; report them separately"
+                    )
+            record = next((record for record in reversed(records) if _documents_path(run, record).exists()), None)
+            if record is None:
+                continue
+            tokens = _documents(run, record)["tokens"]
+            first = first or (run, tokens)
+            if not np.array_equal(first[1], tokens):
+                raise ConfigurationError(
+                    f"{first[0].folder} and {run.folder}: scored different tokens of the set {name}; evaluate them on "
+                    "the same windows, or report them separately"
+                )
 
 
 def _alignments(run: Run) -> set[str]:

@@ -7,9 +7,15 @@ from pathlib import Path
 from tqdm import tqdm
 
 from megatron.errors import ConfigurationError
-from megatron.reporting.runs import Run, SweepPoint, load_runs, validated_run
-
-PLAN = "plan.jsonl"  # of a sweep folder
+from megatron.reporting.runs import (
+    Run,
+    SweepPoint,
+    distinguishing_names,
+    load_runs,
+    refuse_duplicates,
+    validated_run,
+)
+from megatron.sweeps.points import PLAN, read_plan, unique_runs
 
 
 @dataclass(frozen=True)
@@ -29,18 +35,20 @@ def load(folders: Sequence[str | Path], progress: bool = False) -> Source:
     sweeps = [Path(folder) for folder in folders if (Path(folder) / PLAN).exists()]
     runs: list[Run] = []
     notes: list[str] = []
-    for sweep in sweeps:
+    names = distinguishing_names(sweeps)
+    for sweep, name in zip(sweeps, names, strict=True):
         points, waiting = load_sweep(sweep, progress)
         if not points:
             raise ConfigurationError(f"{sweep}: no run was validated yet; see tools/sweep.py status {sweep}")
         if waiting:
-            notes.append(f"{sweep.name}: {waiting} of {waiting + len(points)} runs have no validation yet.")
+            notes.append(f"{name}: {waiting} of {waiting + len(points)} runs have no validation yet.")
         if len(sweeps) > 1:
-            points = [_prefixed(run, sweep.resolve().name) for run in points]
+            points = [_prefixed(run, name) for run in points]
         runs += points
     plain = [folder for folder in folders if not (Path(folder) / PLAN).exists()]
     runs += load_runs(plain, progress) if plain else []
-    return Source(runs=runs, title=", ".join(sweep.resolve().name for sweep in sweeps), notes=notes)
+    refuse_duplicates([run.folder for run in runs])
+    return Source(runs=runs, title=", ".join(names), notes=notes)
 
 
 def load_sweep(folder: Path, progress: bool = False) -> tuple[list[Run], int]:
@@ -48,8 +56,6 @@ def load_sweep(folder: Path, progress: bool = False) -> tuple[list[Run], int]:
 
     A run that several points share has the name of the first.
     """
-    from megatron.sweeps.points import read_plan, unique_runs  # imports torch, which run folders do not need
-
     points = unique_runs(read_plan(folder))
     has_stages = len({point.stage for point in points}) > 1
     runs = []

@@ -18,7 +18,6 @@ from typing import Any, BinaryIO
 
 from megatron.errors import ConfigurationError
 from megatron.training.run_folder import writing
-from megatron.training.saver import folder_name
 
 PLAN, SWEEP_COPY, CHOICES = "plan.jsonl", "sweep.yaml", "choices.json"
 
@@ -77,6 +76,8 @@ class Point:
         """Return the folder of the checkpoint to continue from, whether or not it exists yet."""
         if self.trunk is None:
             return None
+        from megatron.training.saver import folder_name  # imports torch, which readers of plans do not need
+
         return sweep / "runs" / self.trunk / "checkpoints" / folder_name(self.trunk_iteration)
 
     def folder(self, sweep: Path) -> Path:

@@ -182,9 +182,9 @@ def test_laws_multipliers_and_scores_are_drawn_as_their_files_have_them(tmp_path
     fit, multiplier, scores = write_json(tmp_path, fit=FIT, multiplier=MULTIPLIER, scores=SCORES)
     attachments = read_attachments([fit], [multiplier], [scores])
     law, factor = attachments.tables
-    assert law.lines[0][:3] == ["R_D*", "95.4", "[6.8, above]"] and law.lines[1][1] == "-"
+    assert law.lines[0][:3] == ["R_D*", "95.4", "[6.8, unbounded]"] and law.lines[1][1] == "-"
     assert all(words in law.note for words in ("base published", "in_fit=1", "2 rows", "The fit diverged (R_N*)"))
-    assert [line[3] for line in factor.lines] == ["≥ 3.3x", "≥ more than 2x"] and "best of 8" in factor.note
+    assert [line[3] for line in factor.lines] == ["≥ 3.3x", "more than 2x"] and "best of 8" in factor.note
     curve, points = attachments.figures[0].curves
     assert list(curve.high) == [5, 4] and list(points.y) == [4.1] and not points.line
     (downstream,) = attachments.figures[2].curves
