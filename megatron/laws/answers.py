@@ -2,7 +2,7 @@
 
 Compute is C = 6 N D throughout: N parameters with the embedding counted once, D training tokens, epochs D / U over U
 unique tokens (the convention of budgets and records, docs/checkpoints.md). "At compute C" means at most C: a run may
-stop before it over-fits. Every search is over a finite range, `Limits`; where a law still improves at the end of it
+stop before it overfits. Every search is over a finite range, `Limits`; where a law still improves at the end of it
 there is no optimum, and the answer says so.
 """
 
@@ -276,7 +276,7 @@ def _crossings(
     flops = np.geomspace(*(limits.flops or _all_flops(unique_tokens, limits)), COARSE)
     laws, arguments = (first, second), (unique_tokens, limits)
     spent = [_spent(law, unique_tokens, flops, limits)[0] for law in laws]
-    # the lowest loss of a law that over-fits lies between two budgets
+    # the lowest loss of a law that overfits lies between two budgets
     extra = np.concatenate([_around(flops, int(np.argmin(losses))) for losses in spent])
     order = np.argsort(np.concatenate([flops, extra]), kind="stable")
     flops = np.concatenate([flops, extra])[order]

@@ -221,7 +221,12 @@ def study(
 
 
 def comparison(studies: list[Study]) -> list[dict[str, Any]]:
-    """Return forms fitted to the same rows, the lowest AIC first, with differences of AIC and BIC to the lowest."""
+    """Return forms fitted to the same rows, the lowest AIC first, with differences of AIC and BIC to the lowest.
+
+    Errors on held-out budgets are those of the budgets that every form predicts.
+    """
+    folds = [{(fold.lowest, fold.highest) for fold in study.held_out} for study in studies]
+    common = set.intersection(*folds)
     lowest = {name: min(study.criteria[name] for study in studies) for name in ("aic", "bic")}
     return [
         {
@@ -231,7 +236,9 @@ def comparison(studies: list[Study]) -> list[dict[str, Any]]:
             "delta_aic": study.criteria["aic"] - lowest["aic"],
             "delta_bic": study.criteria["bic"] - lowest["bic"],
             "r2": study.r2,
-            "held_out_errors": held_out_errors(study.held_out),
+            "held_out_errors": held_out_errors(
+                [fold for fold in study.held_out if (fold.lowest, fold.highest) in common]
+            ),
             "diverged": study.diverged,
         }
         for study in sorted(studies, key=lambda study: study.criteria["aic"])

@@ -3,12 +3,13 @@
 import json
 import re
 import sys
+from datetime import date
 
 import numpy as np
 import pytest
 
 from megatron.errors import ConfigurationError
-from megatron.laws.data_multiplier import Curve, Recipe, curve, measured_loss, multipliers, not_falling, table
+from megatron.laws.data_multiplier import Curve, Recipe, curve, measured_loss, multipliers, not_falling, table, to_json
 from megatron.laws.table import Selection, read_runs, short
 from tests.conftest import ROOT
 from tests.laws.tables import collected_sweep, point, validations
@@ -130,13 +131,14 @@ def test_columns_of_one_side_are_listed_as_not_checked():
     assert "corpus, set: not checked (missing in the method)" in printed and "missing in the baseline" not in printed
 
 
-def test_dates_in_a_table_are_text_in_the_record(tmp_path, run_tool):
-    path = tmp_path / "t.csv"
-    path.write_text("unique_tokens,epochs,loss,version\n1000,1,4.0,2026-01-01\n2000,1,3.5,2026-01-02\n")
-    _, record = run_tool(f"--loss 3.6 --unique-tokens 1K --baseline {path} loss>0")
-    assert [point["unique_tokens"] for point in record["baseline"]["points"]] == [1000, 2000]
-    date = record["answers"][0] | {"settings": record["baseline"]["points"][0]["settings"]}
-    assert date["sign"] == "" and date["caveat"] == "" and date["settings"].get("version", "") in ("", "2026-01-01")
+def test_settings_that_json_has_no_type_for_are_text():
+    method = measured_loss(3.6, 1e8)
+    method.recipes[0][0].settings.update(day=date(2026, 1, 2), factor=np.float64(np.inf), depth=np.int64(3))
+    baseline = measured([4.0, 3.8, 3.6, 3.4])
+    answers = multipliers(baseline, method)
+    record = to_json(baseline, method, answers, interpolation="log", extrapolate=1.0)
+    assert record["method"]["points"][0]["settings"] == {"day": "2026-01-02", "factor": None, "depth": 3}
+    assert json.loads(json.dumps(record, allow_nan=False))["answers"][0]["sign"] == ""
 
 
 def test_extrapolation_is_marked_and_bounded():

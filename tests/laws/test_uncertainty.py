@@ -158,6 +158,21 @@ def test_the_planted_form_wins_the_comparison(planted):
     assert comparison_table(rows).splitlines()[1].startswith(planted)
 
 
+def test_forms_are_compared_on_the_budgets_that_all_predict():
+    """A form of more parameters cannot leave out a budget that has most of the runs."""
+    table = synthetic("chinchilla", seed=1)
+    rng = np.random.default_rng(0)
+    small = np.concatenate([rng.permutation(np.flatnonzero(table.unique_tokens == b))[:2] for b in table.budgets[1:]])
+    rows = table.select(np.concatenate([np.flatnonzero(table.unique_tokens == table.budgets[0]), small]))
+    studies = [
+        study(FORMS["chinchilla"], rows, frozen, resamples=0)
+        for frozen in ({}, {"E": 1.8172, "alpha": 0.3473, "A": 477.84})
+    ]
+    assert len(studies[0].held_out) == 3 and len(studies[1].held_out) == 4
+    errors = {row["fitted_parameters"]: row["held_out_errors"] for row in comparison(studies)}
+    assert errors[2] == held_out_errors(studies[1].held_out[1:]) and errors[5] == held_out_errors(studies[0].held_out)
+
+
 def check_coverage(name: str, covered: np.ndarray, repetitions: int) -> None:
     """Check a share of 95% intervals per parameter, and their mean."""
     rates = covered / repetitions

@@ -11,7 +11,7 @@ class Bounded(Form):
     """L = E + (L0 - E) h / (1 + h), h = A / N^alpha + B / D^beta + C N^gamma / U^delta (2605.09189).
 
     L0 is the loss of a model that has learned nothing, for a tokenizer of V tokens about log V: freeze it where no run
-    comes near. The last term of h is over-fitting. The source writes T for our training tokens D and D for our unique
+    comes near. The last term of h is overfitting. The source writes T for our training tokens D and D for our unique
     tokens U; that reading is ours, since only its abstract was available.
     """
 

@@ -1,4 +1,4 @@
-"""Lovelace's general law: Chinchilla's over all training tokens, plus a term for over-fitting."""
+"""Lovelace's general law: Chinchilla's over all training tokens, plus a term for overfitting."""
 
 from typing import ClassVar
 

@@ -1,4 +1,4 @@
-"""Lovelace's law of one over-fitting parameter."""
+"""Lovelace's law of one overfitting parameter."""
 
 from typing import ClassVar
 

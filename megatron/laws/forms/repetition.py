@@ -17,7 +17,7 @@ class Repetition(Form):
 
     U_N = min(N, N_opt(U)) is the size that is compute-optimal for U tokens in one epoch by the same A, B, alpha and
     beta: N_opt(U) = G (G U)^(beta / alpha), G = (alpha A / (beta B))^(1 / (alpha + beta)). The law is monotone in
-    epochs: it describes no over-fitting. The published constants are those of the authors' notebook for C4, where E,
+    epochs: it describes no overfitting. The published constants are those of the authors' notebook for C4, where E,
     A, B and alpha = beta are fitted to single-epoch runs first and then frozen.
     """
 
