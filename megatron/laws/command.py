@@ -147,10 +147,14 @@ def answers(
             label = f"best run on {short(budget)} unique tokens at {compute:.3g} FLOPs"
             add(label, budget, best_run(law, budget, compute))
         if other is not None:
-            names = tuple(f"{side.form.name} of {side.notes.get('table', 'a table')}" for side in (law, other))
+            names = (_name(law), _name(other))
             crossing = critical_compute(law, other, budget, level=level, names=names, progress=progress)
             add(f"{names[0]} overtakes {names[1]}", budget, crossing)
     return lines, [plain(record) for record in records]
+
+
+def _name(law: Law) -> str:
+    return f"{law.form.name} of {law.notes.get('table', 'a table')}"
 
 
 def _no_floor(law: Law) -> str:
