@@ -76,7 +76,7 @@ def _run(options: argparse.Namespace) -> None:
     if len(studies) > 1:
         print(f"\nforms on the same {len(table)} rows; AIC and BIC of Huber's likelihood, errors on held-out budgets")
         print(comparison_table(rows))
-    replies = _answer(studies, budgets, flops, other, options.level)
+    replies = _answer(studies, budgets, flops, other)
     options.output.mkdir(parents=True, exist_ok=True)
     fits = [result.to_json() for result in studies]
     write_json(
@@ -99,7 +99,7 @@ def _check_output(folder: Path) -> None:
         raise ConfigurationError(str(error).replace("--save", "--output", 1)) from None
 
 
-def _answer(studies: list[Study], budgets: list[float], flops: list[float], other: Law | None, level: float) -> list:
+def _answer(studies: list[Study], budgets: list[float], flops: list[float], other: Law | None) -> list[dict]:
     """Print the answers of every law and return their records."""
     records = []
     for result in studies if budgets else ():
@@ -107,7 +107,7 @@ def _answer(studies: list[Study], budgets: list[float], flops: list[float], othe
         if law is None:
             print(f"\n{name} answers nothing: it diverged")
             continue
-        lines, answered = answers(law, budgets, flops, other, level=level, progress=True)
+        lines, answered = answers(law, budgets, flops, other, level=result.level, progress=True)
         print(f"\n{name} answers (compute 6 N D; {origin(law.notes)})\n" + "\n".join(lines))
         records += answered
     return records

@@ -147,10 +147,14 @@ def answers(
             label = f"best run on {short(budget)} unique tokens at {compute:.3g} FLOPs"
             add(label, budget, best_run(law, budget, compute))
         if other is not None:
-            names = law_name(law), law_name(other)
+            names = (_name(law), _name(other))
             crossing = critical_compute(law, other, budget, level=level, names=names, progress=progress)
             add(f"{names[0]} overtakes {names[1]}", budget, crossing)
     return lines, [plain(record) for record in records]
+
+
+def _name(law: Law) -> str:
+    return f"{law.form.name} of {law.notes.get('table', 'a table')}"
 
 
 def _no_floor(law: Law) -> str:
@@ -174,8 +178,3 @@ def origin(notes: Mapping[str, Any]) -> str:
     """Return table, filters and base of a law as they are printed with its answers."""
     filters = "; ".join(notes.get("filters", ())) or "no filter"
     return f"{notes.get('table', 'a table')}, {filters}, base {notes.get('base') or 'fitted'}"
-
-
-def law_name(law: Law) -> str:
-    """Return form and table of a law, as answers name it."""
-    return f"{law.form.name} of {law.notes.get('table', 'a table')}"
