@@ -21,6 +21,8 @@ MODEL = "--num-layers 2 --hidden-size 32 --num-attention-heads 2".split()
 FOREIGN = {
     "apptainer",
     "docker",
+    "trackio",
+    "uvx",
     "python3",
     "cd",
     "git",
@@ -44,8 +46,12 @@ FOREIGN = {
     "exit",
     "xdg-open",
 }
-# flags of torchrun, srun, sbatch, pip, docker and apptainer
+# flags of torchrun, srun, sbatch, pip, docker, apptainer, trackio and mlflow, and the form of a negation
 FOREIGN_FLAGS = {
+    "--backend-store-uri",
+    "--no-x",
+    "--ntasks",
+    "--project",
     "--bind",
     "--build-arg",
     "--file",

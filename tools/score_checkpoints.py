@@ -24,7 +24,7 @@ from megatron.training.launcher import launch
 from megatron.config.flags import DescribedFormatter, Parser, add_section, build
 from megatron.config.sections import Config
 from megatron.parallel.mesh import initialize_parallel
-from megatron.reporting.plots import first_metric, plot_task_scores
+from megatron.reporting.plots import metrics, plot_task_scores
 from megatron.scoring.lm_eval_errors import leave_without_lm_eval
 from megatron.scoring.requests import Scoring
 from megatron.training.load_run import trained_config
@@ -67,7 +67,8 @@ def main() -> None:
         write_json(options.output / "scores.json", record)
         plot_task_scores(record, options.output / "scores.png")
         for point in record["points"]:
-            scores = [f"{task} {results[first_metric(results)]:.4f}" for task, results in point["results"].items()]
+            first = {task: results[name] for task, results in point["results"].items() for name in metrics(results)[:1]}
+            scores = [f"{task} {value:.4f}" for task, value in first.items()]
             print(f"epoch {point['epoch']:.2f}  step {point['iteration']}  {'  '.join(scores)}")
 
     launch(read, work)

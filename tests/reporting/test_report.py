@@ -173,7 +173,7 @@ def test_a_record_cut_by_a_crash_does_not_stop_the_report(folders, tmp_path):
         file.write('{"kind": "valid", "iter')
     write_report([load_run(tmp_path / "ar")], tmp_path / "report", Report(tuning="validation"))
     page = (tmp_path / "report" / "report.html").read_text()
-    assert "chosen on the validation set" in page and "tuning set" not in page
+    assert "chosen on the validation set" in page and "chosen on the tuning set" not in page
 
 
 def test_bad_input_gets_one_line(folders, tmp_path):

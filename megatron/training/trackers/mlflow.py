@@ -34,7 +34,7 @@ class MLflow:
         """Resume the run of the run folder if it is in the same experiment; else start one. Log what it lacks."""
         for name, value in VARIABLES.items():
             os.environ.setdefault(name, value)
-        from mlflow import MlflowClient, get_tracking_uri
+        from mlflow import MlflowClient, get_tracking_uri  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]
 
         experiment = settings.mlflow_experiment
         assert experiment is not None
@@ -61,8 +61,8 @@ class MLflow:
 
     def _create(self, experiment: str, run: TrackedRun) -> str:
         """Create a run with its settings, and the experiment if there is none of this name; return the run's id."""
-        from mlflow.entities import Param
-        from mlflow.exceptions import MlflowException
+        from mlflow.entities import Param  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]
+        from mlflow.exceptions import MlflowException  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]
 
         existing = self._client.get_experiment_by_name(experiment)
         try:
@@ -79,7 +79,7 @@ class MLflow:
         return created
 
     def _log(self, records: list[dict]) -> None:
-        from mlflow.entities import Metric
+        from mlflow.entities import Metric  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]
 
         now = round(1000 * time.time())
         metrics = [

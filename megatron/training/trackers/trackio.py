@@ -28,7 +28,7 @@ class Trackio:
         recorded, missing = run.resume("trackio", {"project": project})
         name = recorded["name"] if recorded is not None else _unused(run.name, project)
         with redirect_stdout(io.StringIO()):
-            self._run = trackio.init(
+            self._run = trackio.init(  # pyright: ignore[reportAttributeAccessIssue]
                 project=project,
                 name=name,
                 config=run.description,
@@ -59,7 +59,7 @@ def _unused(name: str | None, project: str) -> str | None:
 
     names = set()
     with suppress(ValueError):  # there is no such project yet
-        names = {other.name for other in trackio.Api().runs(project)}
+        names = {other.name for other in trackio.Api().runs(project)}  # pyright: ignore[reportAttributeAccessIssue]
     if name is None or name not in names:
         return name
     return next(f"{name}-{number}" for number in range(2, len(names) + 3) if f"{name}-{number}" not in names)
