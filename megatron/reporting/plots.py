@@ -190,11 +190,6 @@ def plot_task_scores(record: dict, path: Path) -> None:
     save_png(figure, path)
 
 
-def first_metric(results: dict) -> str:
-    """Return the name of the first metric of a task that has a value and is not a standard error."""
-    return metrics(results)[0]
-
-
 def metrics(results: dict) -> list[str]:
     """Return the names of the metrics of a task that have a value and are no standard errors."""
     return [name for name, value in results.items() if "," in name and "_stderr" not in name and value is not None]
