@@ -33,7 +33,7 @@ def run(objective, *flags, cuda=True):
     variables = environment()
     if cuda:  # environment() hides the device for the tests of other files
         variables["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
-    # forked from a process that has imported torch and asked CUDA nothing
+    # forked from a process that has imported torch but not initialised CUDA
     done = run_script([entry(objective), *map(str, flags)], variables, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
 

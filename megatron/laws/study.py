@@ -1,4 +1,4 @@
-"""A form fitted to a table with everything said about it: intervals, profiles, errors on held-out budgets, criteria."""
+"""A form fitted to a table, with intervals, profiles, errors on held-out budgets and criteria of comparison."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
