@@ -6,21 +6,29 @@ Your own text may be larger than RAM. The split of a document depends on its has
 
     python tools/preprocess_data.py --output-dir data/quickstart --train-tokenizer 512
     python tools/preprocess_data.py --output-dir data/mine --input a.jsonl.gz b.jsonl.gz --train-tokenizer 8192
-    python tools/preprocess_data.py --output-dir data/book --input book.txt --txt-separator ''
+    python tools/preprocess_data.py --output-dir data/docs --input 'docs/**/*.md' --txt
+    python tools/preprocess_data.py --output-dir data/c4 --input c4/ --tokenizer-model gpt2 --splits 98 1 1
 
 Then: pretrain_gpt.py --train-data-path data/mine/train --valid-data-path data/mine/validation
-With the same text and flags, a second call writes nothing.
+With the same text and flags, a second call writes nothing; after an interruption it resumes.
+
+Megatron's command line gives Megatron's files, mine_text_document.bin and .idx:
+
+    python tools/preprocess_data.py --input mine.jsonl --output-prefix mine --vocab-file gpt2-vocab.json \\
+        --merge-file gpt2-merges.txt --append-eod --workers 8
 """
 
 import sys
+import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megatron.config.compatibility import translate
 from megatron.config.flags import DescribedFormatter, Parser, add_section, build, typed_flags
 from megatron.config.tokenizer_flags import implied_tokenizer
-from megatron.data.preprocess import preprocess
-from megatron.data.preprocess_options import PreprocessOptions
+from megatron.data.preprocess import is_resumable, preprocess
+from megatron.data.preprocess_options import TABLE, PreprocessOptions
 from megatron.data.round_trip import describe_changes
 from megatron.errors import ConfigurationError
 from megatron.log import configure_logging
@@ -29,26 +37,35 @@ from megatron.log import configure_logging
 def main() -> None:
     """Preprocess with the options of the command line, and print a summary."""
     configure_logging()
+    options = None
     try:
         parser = Parser(description=__doc__, formatter_class=DescribedFormatter, allow_abbrev=False)
         add_section(parser, PreprocessOptions, defaults=implied_tokenizer(typed_flags(sys.argv[1:])))
-        options = build(PreprocessOptions, parser.parse_known(sys.argv[1:]))
-        report(options.output_dir, preprocess(options))
+        options = build(PreprocessOptions, parser.parse_known(translate(sys.argv[1:], 1, TABLE)))
+        start = time.monotonic()
+        summary = preprocess(options)
+        report(options, summary, time.monotonic() - start)
     except ConfigurationError as error:
         fail(error, 2)
     except OSError as error:
         fail(error, 1)
     except KeyboardInterrupt:
-        fail("interrupted; nothing was changed", 130)
+        resumable = options is not None and is_resumable(options.stage)
+        fail(f"interrupted; {'the same command resumes' if resumable else 'nothing was changed'}", 130)
 
 
-def report(folder: Path, summary: dict | None) -> None:
-    """Print the splits, the changes of the round trip, and the contamination."""
+def report(options: PreprocessOptions, summary: dict | None, seconds: float) -> None:
+    """Print the sizes of the data sets, what was skipped, the changes of the round trip, and the contamination."""
     if summary is None:
-        print(f"{folder}: holds this corpus already")
+        print(f"{options.folder}: holds this corpus already")
         return
     for name, size in summary["splits"].items():
-        print(f"{name}: {size['documents']:,} documents, {size['bytes']:,} bytes, {size['tokens']:,} tokens")
+        print(
+            f"{name}: {size['documents']:,} documents, {size['bytes']:,} bytes, {size['tokens']:,} tokens, "
+            f"{size['bytes'] / max(1, size['tokens']):.2f} bytes per token"
+        )
+    if summary["skipped"]:
+        print("skipped: " + ", ".join(f"{count:,} {reason}" for reason, count in summary["skipped"].items()))
     for name, changes in summary["round_trip"].items():
         if changes["changed_documents"]:
             print(f"{name}: {describe_changes(summary['splits'][name]['documents'], changes)}", end="; ")
@@ -56,8 +73,10 @@ def report(folder: Path, summary: dict | None) -> None:
             print(f"{example['document']}, character {example['character']:,}: {example['text']!r}", end=" ")
             print(f"becomes {example['decoded']!r}")
     for name, shared in summary["shared_13grams"].items():
-        share = f" (measured on {shared['sampled']:.1%} of its documents)" if shared["sampled"] < 1 else ""
+        share = f" (measured on {shared['sampled']:.1%} of them)" if shared["sampled"] < 1 else ""
         print(f"{shared['ngrams']:.2%} of the 13-grams of {name} are also in train{share}")
+    megabytes = sum(size["bytes"] for size in summary["splits"].values()) / 1e6
+    print(f"{seconds:.1f} s, {megabytes / max(1e-3, seconds):.1f} MB of text per second")
 
 
 def fail(error: object, code: int) -> None:

@@ -1,7 +1,10 @@
-"""Reads files, decompressed if their name ends in .gz or .zst; errors tell damaged files from unsupported ones."""
+"""Reads files, decompressed by suffix (.gz .zst .bz2 .xz); errors tell damaged files from unsupported ones."""
 
+import bz2
 import gzip
 import io
+import lzma
+import os
 import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -10,9 +13,14 @@ from types import ModuleType
 
 from megatron.errors import ConfigurationError
 
-Readable = gzip.GzipFile | io.BufferedReader  # both have peek
-SUFFIXES = (".gz", ".zst")
-GZIP_MAGIC = b"\x1f\x8b"
+Readable = gzip.GzipFile | bz2.BZ2File | lzma.LZMAFile | io.BufferedReader  # all have peek
+SUFFIXES = (".gz", ".zst", ".bz2", ".xz")
+# suffix -> name of the format, the bytes with which such a file begins, the library's reader
+LIBRARY_READERS = {
+    ".gz": ("gzip", b"\x1f\x8b", lambda file: gzip.GzipFile(fileobj=file)),
+    ".bz2": ("bzip2", b"BZh", bz2.BZ2File),
+    ".xz": ("xz", b"\xfd7zXZ\0", lzma.LZMAFile),
+}
 LARGEST_WINDOW = 1 << 31  # bytes, zstd --long=31: the largest window of zstd
 ZSTD_INPUT = 512  # bytes decompressed at a time; 4 bytes can decompress to a block of 128 KiB, so these to 16 MiB
 # part of zstd's error message for an undamaged file: our message
@@ -24,32 +32,65 @@ ZSTD_LIMITS = {
 }
 
 
+class DamagedFile(ConfigurationError):
+    """A file whose content cannot be read to the end, whatever the flags."""
+
+
 @contextmanager
 def open_decompressed(path: Path, named: str) -> Iterator[Readable]:
     """Yield the file for sequential reading; it need not fit into memory.
 
     Messages start with `named`, such as "--input FILE".
 
-    Raises: ConfigurationError for a file that is damaged, unsupported or cannot be read.
+    Raises: DamagedFile for a damaged or truncated file, ConfigurationError for one that is unsupported, cannot be read,
+        or was written while it was open.
     """
     suffix = path.suffix.lower()
     try:
         with ExitStack() as stack:
             file: Readable = stack.enter_context(open(path, "rb"))
-            if suffix == ".gz":
-                if not GZIP_MAGIC.startswith(file.peek(2)[:2]):
-                    raise _not_as_named(named, "gzip")
-                file = stack.enter_context(gzip.GzipFile(fileobj=file))
+            before = _identity(path)
+            if suffix in LIBRARY_READERS:
+                form, magic, library_reader = LIBRARY_READERS[suffix]
+                if not magic.startswith(file.peek(len(magic))[: len(magic)]):
+                    raise _not_as_named(named, form)
+                file = stack.enter_context(library_reader(file))
             elif suffix == ".zst":
                 frames: io.BufferedReader = io.BufferedReader(_ZstdFrames(file, named))
                 file = stack.enter_context(frames)
             yield file
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ConfigurationError(f"{named}: is damaged or truncated ({error}); download or compress it again") from None
+            if _identity(path) != before:
+                raise ConfigurationError(f"{named}: changed while it was read; start again when nothing writes to it")
+    except (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError) as error:
+        raise damaged(named, str(error)) from None
     except OSError as error:
+        if error.strerror is None:  # of the bz2 library, for invalid data
+            raise damaged(named, str(error)) from None
         raise ConfigurationError(
             f"{named}: cannot be read ({error.strerror}); check the path, its permissions and the disk"
         ) from None
+
+
+def disk_position(file: Readable) -> int:
+    """Return how many bytes of the file on disk have been read, 0 where that is unknown (a pipe)."""
+    raw = getattr(file, "raw", file)
+    for name in ("_fp", "fileobj", "_file"):  # of the readers of bz2 and xz, of gzip, and of zstd
+        raw = getattr(raw, name, raw)
+    try:
+        return raw.tell()
+    except OSError:
+        return 0
+
+
+def damaged(named: str, fault: str) -> DamagedFile:
+    """Return the error of a damaged file."""
+    return DamagedFile(f"{named}: is damaged or truncated ({fault}); download or compress it again")
+
+
+def _identity(path: Path) -> tuple[int, int, int]:
+    """Return what differs after a file was written or replaced."""
+    status = os.stat(path)
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _not_as_named(named: str, form: str) -> ConfigurationError:

@@ -1,85 +1,58 @@
-"""Documents, their assignment to splits, and the fingerprint of a corpus."""
+"""The splits of a corpus, and its fingerprint."""
 
 import hashlib
-import sysconfig
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 
 SPLITS = ("train", "tuning", "validation")
-# tests, generated tables, third-party packages
-LEFT_OUT = {
-    "test",
-    "tests",
-    "idle_test",
-    "site-packages",
-    "dist-packages",
-    "encodings",
-    "pydoc_data",
-    "lib-dynload",
-    "__pycache__",
-}
-# build configuration of this Python: generated, and different on every machine
-BUILD_RECORDS = ("config-", "_sysconfigdata")
 
 
-@dataclass(frozen=True)
-class Document:
-    """A text; all documents of a group are in the same split."""
-
-    name: str
-    group: str
-    text: str
-
-
-def standard_library() -> Iterator[Document]:
-    """Yield the source files of the running Python's standard library; a group is a top-level package.
-
-    They are ordered by the hashes of their names, so that the first N tokens are a fair sample of the library.
-    """
-    root = Path(sysconfig.get_path("stdlib"))
-    for path in sorted(root.rglob("*.py"), key=lambda path: _digest(path.relative_to(root).as_posix())):
-        parts = path.relative_to(root).parts
-        if LEFT_OUT.intersection(parts) or parts[0].startswith(BUILD_RECORDS):
-            continue
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (UnicodeDecodeError, OSError):
-            continue
-        if text.strip():
-            yield Document("/".join(parts), parts[0].removesuffix(".py"), text)
-
-
-def split_of(document: Document, shares: Sequence[float]) -> str:
-    """Return the split of a document by the hash of its group, or of its text if it has no group.
+def split_of(group: str, text_digest: bytes, shares: Sequence[float]) -> str:
+    """Return the split of a document by the hash of its group, or by `text_digest`, SHA-256, if it has no group.
 
     Nothing else matters, so adding text moves no other text, and equal texts are never in different splits.
     """
-    point = int.from_bytes(_digest(document.group or document.text)[:6], "big") / 2**48 * sum(shares)
+    digest = hashlib.sha256(group.encode()).digest() if group else text_digest
+    point = int.from_bytes(digest[:6], "big") / 2**48 * sum(shares)
     return SPLITS[(point >= shares[0]) + (point >= shares[0] + shares[1])]
 
 
-def _digest(text: str) -> bytes:
-    return hashlib.sha256(text.encode()).digest()
+def split_of_text(group: str, text: bytes, shares: Sequence[float]) -> str:
+    """Return the split of a document by its group and its text in UTF-8."""
+    return split_of(group, hashlib.sha256(text).digest(), shares)
 
 
+@dataclass
 class Fingerprint:
-    """Sizes of the splits and a hash of their text, so that runs on different text are not compared in one table."""
+    """Size of a text and a hash of its documents in order, so that runs on different text are not compared.
 
-    def __init__(self):
-        self.sizes = {name: {"documents": 0, "bytes": 0} for name in SPLITS}
-        self._digests = {name: hashlib.sha256() for name in SPLITS}
+    hash: h_n = SHA-256(h_(n-1) | SHA-256(document n)), from h_0 = "" on; hexadecimal.
+    """
 
-    def add(self, split: str, text: str) -> int:
-        """Add one document and return its bytes."""
-        data = text.encode()
-        self._digests[split].update(len(data).to_bytes(8, "big"))
-        self._digests[split].update(data)
-        self.sizes[split]["documents"] += 1
-        self.sizes[split]["bytes"] += len(data)
-        return len(data)
+    documents: int = 0
+    bytes: int = 0
+    hash: str = ""
 
-    @property
-    def hash(self) -> str:
-        """SHA-256 of the text of all splits."""
-        return hashlib.sha256(b"".join(digest.digest() for digest in self._digests.values())).hexdigest()
+    def add(self, digests: bytes, size: int) -> None:
+        """Add documents: their SHA-256 digests, concatenated, and the bytes of all."""
+        state = bytes.fromhex(self.hash)
+        for start in range(0, len(digests), 32):
+            state = hashlib.sha256(state + digests[start : start + 32]).digest()
+        self.hash = state.hex()
+        self.documents += len(digests) // 32
+        self.bytes += size
+
+    def sizes(self) -> dict[str, int]:
+        """Return the documents and bytes, for the records."""
+        return {"documents": self.documents, "bytes": self.bytes}
+
+    def state(self) -> dict:
+        """Return the fields, from which an equal fingerprint is made."""
+        return asdict(self)
+
+
+def corpus_hash(fingerprints: dict[str, Fingerprint]) -> str:
+    """Return a hash of the text of all data sets by name; where they are splits, those without documents count."""
+    hashes = dict.fromkeys(SPLITS, "") if fingerprints.keys() <= set(SPLITS) else {}
+    hashes |= {name: fingerprint.hash for name, fingerprint in fingerprints.items()}
+    return hashlib.sha256(" ".join(f"{name}={value}" for name, value in hashes.items()).encode()).hexdigest()

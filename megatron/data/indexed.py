@@ -125,7 +125,7 @@ class IndexedDatasetWriter:
 
     def __init__(self, prefix: str | Path, vocabulary_size: int):
         self._prefix, self._vocabulary_size = Path(prefix), vocabulary_size
-        self._dtype = np.dtype(np.uint16 if vocabulary_size < 65500 else np.int32)
+        self._dtype = token_dtype(vocabulary_size)
         self._sizes = array("i")
 
     def __enter__(self):
@@ -157,6 +157,11 @@ class IndexedDatasetWriter:
         Path(f"{self._prefix}.idx").unlink(missing_ok=True)
         for suffix in (".bin", ".idx"):
             os.replace(f"{self._prefix}{suffix}.partial", f"{self._prefix}{suffix}")
+
+
+def token_dtype(vocabulary_size: int) -> np.dtype:
+    """Return the dtype of the token ids in a file, Megatron's choice."""
+    return np.dtype(np.uint16 if vocabulary_size < 65500 else np.int32)
 
 
 def read_metadata(prefix: str | Path) -> dict:

@@ -1,266 +1,271 @@
-"""Preprocesses text into token files: a training split, a tuning split and a validation split.
+"""Preprocesses text into token files: train, tuning and validation splits, or one data set for each key.
 
-The text is read once for its sizes and hash, once to train a tokenizer, and once to tokenise and write. Only a batch of
-documents and samples of bounded size are in memory, so the text may be larger than RAM. Files are written to
-OUTPUT_DIR/.partial and moved when all are complete, corpus.json last, which marks them as complete.
+1. If a tokenizer has to be trained, the text is read once for its sizes and hash, and once to train it.
+2. Text is read, tokenised in worker processes, and appended to files in a hidden folder next to the output. Its hash
+   and its contamination are computed in the same pass. From time to time the progress is recorded.
+3. When all files are complete they are moved to their names, corpus.json last, which marks them as complete.
+
+A run that was interrupted resumes from its last recorded progress, with the same result. Only a few chunks of text and
+samples of bounded size are in memory, so the text may be larger than RAM.
 """
 
-import fcntl
 import json
 import logging
-import os
-import platform
-import shutil
+import sys
 import zlib
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from time import monotonic
 
+import numpy as np
 from tqdm import tqdm
 
-from megatron.data.contamination import HeldOut, ngram_hashes
-from megatron.data.corpus import SPLITS, Document, Fingerprint, split_of
-from megatron.data.indexed import IndexedDataset, IndexedDatasetWriter, read_metadata
+from megatron.data.contamination import HeldOut, TrainNgrams
+from megatron.data.corpus import Fingerprint, corpus_hash, split_of_text
+from megatron.data.indexed import token_dtype
 from megatron.data.preprocess_options import PreprocessOptions
+from megatron.data.publish import Written, has_record, is_complete, publish
 from megatron.data.round_trip import RoundTrip
-from megatron.data.tokenizer import Tokenizer, build_tokenizer, file_hash, train_tokenizer
+from megatron.data.sources.base import Position, Record, Source, read_chunks
+from megatron.data.staging import StagedOutputs, clear, only_writer, read_progress, write_progress
+from megatron.data.tokenise import ChunkTask, ChunkTokeniser, TokenisedChunk, in_order
+from megatron.data.tokenizer import train_tokenizer
 from megatron.errors import ConfigurationError
 
-BATCH_CHARACTERS = 1 << 21  # of a batch, tokenised on all cores
 TOKENIZER_BYTES = 1 << 30  # a tokenizer is trained on at most this much text, a sample
+RECORD_SECONDS = 5.0  # at least, between two records of progress
+RECORD_SHARE = 20  # recording takes at most one part in this many of the time
+QUIET_SECONDS = 60  # between two lines of progress where standard error is no terminal
 
 logger = logging.getLogger(__name__)
 
 
 def preprocess(options: PreprocessOptions) -> dict | None:
-    """Write all splits and return the content of corpus.json; None if they are written already.
+    """Write all data sets and return the content of corpus.json; None if they are written already.
 
     Raises: ConfigurationError for unusable text or tokenizers, OSError if the files cannot be written.
     """
-    text, held_out = survey(options)
-    settings, folder = options.settings(text.hash), options.output_dir
-    with _only_writer(folder):
-        if _complete(folder, settings, options.tokenizer_file):
-            return None
-        stage = folder / ".partial"
-        try:
-            shutil.rmtree(stage, ignore_errors=True)  # left by a killed process
-            stage.mkdir()
-            tokenizer = _make_tokenizer(options, stage, text.sizes["train"]["bytes"])
-            tokens, round_trips = _tokenise(options, stage, tokenizer, text=text, held_out=held_out)
-            summary = _describe(
-                options,
-                stage,
-                tokenizer=tokenizer,
-                settings=settings,
-                text=text,
-                tokens=tokens,
-                held_out=held_out,
-                round_trips=round_trips,
-            )
-            _publish(stage, folder, options.source)
-        except OSError as error:
-            raise OSError(
-                f"--output-dir {folder}: cannot be written ({error.strerror}); free space or name another"
-            ) from None
-        finally:
-            shutil.rmtree(stage, ignore_errors=True)
-    return summary
-
-
-def survey(options: PreprocessOptions) -> tuple[Fingerprint, dict[str, HeldOut]]:
-    """Read all text; return its sizes and hash, and the n-grams of the held-out splits to compare with train."""
-    fingerprint = Fingerprint()
-    held_out = {name: HeldOut() for name in options.written if name != "train" and "train" in options.written}
-    with _bar("reading") as bar:
-        for document in options.documents():
-            name = split_of(document, options.splits)
-            bar.update(fingerprint.add(name, document.text))
-            if name in held_out:
-                held_out[name].add(document.text)
-    if not any(size["documents"] for size in fingerprint.sizes.values()):
-        raise ConfigurationError(f"{options.named}: holds no text; give files that do")
-    for name in options.written:
-        if not fingerprint.sizes[name]["documents"]:
-            raise ConfigurationError(
-                f"--splits {options.shares}: the {name} split has no document; add some, change the proportions, "
-                "or cut .txt files into documents with --txt-separator"
-            )
-    return fingerprint, held_out
-
-
-def _make_tokenizer(options: PreprocessOptions, stage: Path, train_bytes: int) -> Tokenizer:
-    """Return the tokenizer; its file is copied to or trained in `stage`."""
-    path = stage / options.tokenizer_file
-    if options.trained_ids:
-        train_tokenizer(_training_texts(options, train_bytes), options.trained_ids, path)
-    model = options.tokenizer_model or path
-    tokenizer = build_tokenizer(
-        options.tokenizer_type,
-        model,
-        vocab_size=options.vocab_size,
-        vocab_file=options.vocab_file,
-        merge_file=options.merge_file,
-    )
-    if tokenizer.source is not None:
-        path.write_bytes(tokenizer.source)  # so that training reads it next to the data, without a flag
-    return tokenizer
-
-
-def _training_texts(options: PreprocessOptions, train_bytes: int) -> Iterator[str]:
-    """Yield the texts of the train split, or a sample of them by hash if there are more than TOKENIZER_BYTES."""
-    threshold = (1 << 32) * TOKENIZER_BYTES / train_bytes
-    with _bar("training the tokenizer", min(train_bytes, TOKENIZER_BYTES)) as bar:
-        for document in options.documents():
-            data = document.text.encode()
-            if split_of(document, options.splits) == "train" and zlib.crc32(data) < threshold:
-                bar.update(len(data))
-                yield document.text
-
-
-def _tokenise(
-    options: PreprocessOptions, stage: Path, tokenizer: Tokenizer, *, text: Fingerprint, held_out: dict[str, HeldOut]
-) -> tuple[dict[str, int], dict[str, RoundTrip]]:
-    """Write all splits, each document with `eod` at its end; return the tokens and the round trip of each split.
-
-    Raises: ConfigurationError if the text changed since the survey or a document cannot be encoded.
-    """
-    fingerprint = Fingerprint()
-    tokens = dict.fromkeys(options.written, 0)
-    round_trips = {name: RoundTrip(tokenizer.flag) for name in options.written}
-    with ExitStack() as stack:
-        bar = stack.enter_context(_bar("tokenising", sum(size["bytes"] for size in text.sizes.values())))
-        writers = {
-            name: stack.enter_context(IndexedDatasetWriter(stage / name, tokenizer.vocabulary_size))
-            for name in options.written
-        }
-        for batch in _batches(options.documents()):
-            train_ngrams = []
-            texts = [document.text for document in batch]
-            encoded = tokenizer.encode_batch(texts)
-            decoded = texts if tokenizer.lossless is True else tokenizer.decode_batch(encoded)
-            for document, ids, decoded_text in zip(batch, encoded, decoded, strict=True):
-                name = split_of(document, options.splits)
-                round_trips[name].compare(document, decoded_text)
-                writers[name].add_document([*ids, tokenizer.eod])
-                tokens[name] += len(ids) + 1
-                bar.update(fingerprint.add(name, document.text))
-                if name == "train" and held_out:
-                    train_ngrams.append(ngram_hashes(document.text))
-            for split in held_out.values():
-                split.compare(train_ngrams)
-        if fingerprint.hash != text.hash:
-            raise ConfigurationError(
-                f"{options.named}: changed while it was read; start again when nothing writes to it"
-            )
-    return tokens, round_trips
-
-
-def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    """Yield lists of documents of at least BATCH_CHARACTERS characters, except the last."""
-    batch, size = [], 0
-    for document in documents:
-        batch.append(document)
-        size += len(document.text)
-        if size >= BATCH_CHARACTERS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def _describe(
-    options: PreprocessOptions,
-    stage: Path,
-    *,
-    tokenizer: Tokenizer,
-    settings: dict,
-    text: Fingerprint,
-    tokens: dict[str, int],
-    held_out: dict[str, HeldOut],
-    round_trips: dict[str, RoundTrip],
-) -> dict:
-    """Write SPLIT.json of each split and corpus.json; return the latter."""
-    path = stage / options.tokenizer_file
-    origin = {
-        "source": options.source,
-        "python_version": platform.python_version(),
-        "tokenizer_hash": file_hash(path) if path.exists() else None,
-    }
-    encoding = {
-        "tokenizer_type": options.tokenizer_type,
-        "tokenizer_model": path.name if path.exists() else None,
-        "vocab_size": options.vocab_size,
-        "vocabulary_size": tokenizer.vocabulary_size,
-        "eod": tokenizer.eod,
-        "corpus_hash": settings["hash"],
-    }
-    sizes = {name: {**text.sizes[name], "tokens": tokens[name]} for name in options.written}
-    shared = {name: split.shared() for name, split in held_out.items()}
-    changes = {name: round_trip.summary() for name, round_trip in round_trips.items()}
-    for name, size in sizes.items():
-        metadata = encoding | origin | size | {"round_trip": changes[name]}
-        metadata |= {"shared_13grams": shared[name]} if name in shared else {}
-        (stage / f"{name}.json").write_text(json.dumps(metadata, indent=1))
-    summary = {"settings": settings, **origin, "splits": sizes, "round_trip": changes, "shared_13grams": shared}
-    (stage / "corpus.json").write_text(json.dumps(summary, indent=1))
-    return summary
-
-
-def _publish(stage: Path, folder: Path, source: str | list[str]) -> None:
-    """Move all files to `folder`; in between, no index and no corpus.json is there, so that a mixture is never valid.
-
-    A split of an earlier call from the same text that this call does not write is removed, since its documents are now
-    in other splits.
-    """
-    written = [path.name for path in stage.iterdir()]
-    (folder / "corpus.json").unlink(missing_ok=True)
-    for split in SPLITS:
-        if f"{split}.idx" in written or read_metadata(folder / split).get("source") == source:
-            (folder / f"{split}.idx").unlink(missing_ok=True)
-            (folder / f"{split}.bin").unlink(missing_ok=True)
-            (folder / f"{split}.json").unlink(missing_ok=True)
-    for name in sorted(written, key=lambda name: (name == "corpus.json", name.endswith(".idx"), name)):
-        os.replace(stage / name, folder / name)
-
-
-def _complete(folder: Path, settings: dict, tokenizer_file: str) -> bool:
-    """Return whether the files of these settings exist and are complete."""
+    sources = options.sources()
     try:
-        record = json.loads((folder / "corpus.json").read_bytes())
-        if record["settings"] != settings:
-            return False
-        for name, size in record["splits"].items():
-            dataset = IndexedDataset(folder / name)
-            corpus_hash = read_metadata(folder / name).get("corpus_hash")
-            if (len(dataset), dataset.total_tokens) != (size["documents"], size["tokens"]):
-                return False
-            if corpus_hash != settings["hash"]:
-                return False
-        tokenizer = record["tokenizer_hash"]
-        return tokenizer is None or file_hash(folder / tokenizer_file) == tokenizer
-    except (OSError, ValueError, KeyError, TypeError):  # anything unreadable is written again
-        return False
-
-
-@contextmanager
-def _only_writer(folder: Path) -> Iterator[None]:
-    """Lock the folder, created if missing; wait while another process writes to it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder, os.O_RDONLY)
+        with only_writer(options.stage, options.target):
+            try:
+                return _Preprocessing(options, sources).run()
+            finally:
+                if not is_resumable(options.stage):
+                    clear(options.stage)
+                    options.stage.rmdir()
     except OSError as error:
-        raise ConfigurationError(f"--output-dir {folder}: cannot be created ({error.strerror}); name another") from None
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            logger.info("%s: another process writes to it; waiting", folder)
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
+        raise OSError(f"{options.target}: cannot be written ({error.strerror}); free space or name another") from None
 
 
-def _bar(description: str, total: int | None = None) -> tqdm:
-    return tqdm(desc=description, total=total, unit="B", unit_scale=True, disable=None)  # None: only on a terminal
+def is_resumable(stage: Path) -> bool:
+    """Return whether a run was interrupted after its progress was recorded."""
+    return read_progress(stage) is not None
+
+
+class _Preprocessing:
+    """One run: the text that was tokenised so far, and the position after it."""
+
+    def __init__(self, options: PreprocessOptions, sources: list[Source]):
+        self._options, self._sources, self._stage = options, sources, options.stage
+        self._workers = options.worker_processes(sources)
+        identities = [source.identity for source in sources]  # an unknown one: whether it changed cannot be seen
+        identity = {"settings": options.settings(None), "sources": identities}
+        self._identity = None if None in identities else json.loads(json.dumps(identity))
+        self._position: Position = (0, 0)
+        self._lengths: dict[str, tuple[int, int]] = {}  # documents and tokens of each output
+        self._surveyed_hash: str | None = None  # of the text when it was read before, if it was
+        self._fingerprints = {name: Fingerprint() for name in options.outputs}
+        self._skipped: Counter[str] = Counter()
+        self._train_ngrams = TrainNgrams()
+        compares = options.has_splits and "train" in options.outputs
+        self._held_out = {name: HeldOut() for name in options.outputs if compares and name != "train"}
+
+    def run(self) -> dict | None:
+        """Return the content of corpus.json, None if everything is written already."""
+        options, recorded = self._options, self._read_progress()
+        if recorded is None:
+            clear(self._stage)
+            may_be_complete = has_record(options)
+            if options.trained_ids or may_be_complete:
+                train_bytes = self._survey()
+                if may_be_complete and is_complete(options, self._surveyed_hash):
+                    return None
+                if options.trained_ids:
+                    texts = self._training_texts(train_bytes)
+                    train_tokenizer(texts, options.trained_ids, self._tokenizer_path)
+        tokenizer = options.build_tokenizer(self._tokenizer_path)
+        self._round_trips = {name: RoundTrip(tokenizer.flag) for name in options.outputs}
+        if recorded is not None:
+            self._restore(*recorded)
+        self._tokenise(token_dtype(tokenizer.vocabulary_size))
+        written = Written(
+            fingerprints=self._fingerprints,
+            tokens={name: tokens for name, (_, tokens) in self._lengths.items()},
+            round_trips={name: counts.summary() for name, counts in self._round_trips.items()},
+            shared={name: held_out.shared(self._train_ngrams) for name, held_out in self._held_out.items()},
+            skipped=dict(sorted(self._skipped.items())),
+        )
+        return publish(options, tokenizer, written)
+
+    @property
+    def _tokenizer_path(self) -> Path:
+        return self._stage / self._options.tokenizer_file
+
+    def _survey(self) -> int:
+        """Read all text for its hash; return the bytes to train a tokenizer on."""
+        fingerprints = {name: Fingerprint() for name in self._options.outputs}
+        for result in self._map("reading", partial(ChunkTokeniser, self._options, None), {}):
+            for name, documents in result.documents.items():
+                fingerprints[name].add(documents.digests, documents.text_bytes)
+        self._check_documents(fingerprints)
+        self._surveyed_hash, self._position = corpus_hash(fingerprints), (0, 0)
+        return sum(fingerprints[name].bytes for name in self._training_outputs)
+
+    def _training_texts(self, train_bytes: int) -> Iterator[str]:
+        """Yield the texts to train a tokenizer on; a sample of them by hash if there are more than TOKENIZER_BYTES."""
+        options = self._options
+        threshold = (1 << 32) * TOKENIZER_BYTES / max(1, train_bytes)
+        with _bar("training the tokenizer", min(train_bytes, TOKENIZER_BYTES)) as bar:
+            for _, chunk in read_chunks(self._sources, options.json_keys):
+                for record in chunk.records(options.json_keys):
+                    for text in record.texts if isinstance(record, Record) else ():
+                        data = text.encode()
+                        if options.is_blank(text) or zlib.crc32(data) >= threshold:
+                            continue
+                        if not options.has_splits or split_of_text(record.group, data, options.splits) == "train":
+                            bar.update(len(data))
+                            yield text
+
+    @property
+    def _training_outputs(self) -> list[str]:
+        return ["train"] if self._options.has_splits else [*self._options.outputs]
+
+    def _tokenise(self, dtype: np.dtype) -> None:
+        """Write the tokens of the text from the position on.
+
+        Raises: ConfigurationError if the text changed since it was read before, a record is bad, or a document cannot
+            be encoded.
+        """
+        recorded = monotonic()
+        make = partial(ChunkTokeniser.from_file, self._options, self._tokenizer_path)
+        with StagedOutputs(self._stage, self._options.outputs, dtype, self._lengths) as outputs:
+            for result in self._map("tokenising", make, self._held_out):
+                self._add(result, outputs)
+                if monotonic() > recorded + RECORD_SECONDS and self._identity:
+                    seconds = self._record(outputs)
+                    recorded = monotonic() + seconds * RECORD_SHARE
+            self._check_documents(self._fingerprints)
+            if self._surveyed_hash not in (None, corpus_hash(self._fingerprints)):
+                raise ConfigurationError(
+                    f"{self._options.named}: changed while it was read; start again when nothing writes to it"
+                )
+            outputs.finish()
+            self._lengths = outputs.lengths
+
+    def _map(
+        self, description: str, make: Callable[[], ChunkTokeniser], held_out: dict[str, HeldOut]
+    ) -> Iterator[TokenisedChunk]:
+        """Yield the result of every chunk from the position on, in order, and move the position.
+
+        The n-grams of the outputs `held_out`, and of train, are part of the results.
+        """
+        ahead: deque[tuple[Position, int]] = deque()  # of the chunks whose results are not yet yielded
+
+        def tasks() -> Iterator[ChunkTask]:
+            for position, chunk in read_chunks(self._sources, self._options.json_keys, self._position):
+                ahead.append((position, chunk.size))
+                thresholds = {name: sample.threshold for name, sample in held_out.items()}
+                yield ChunkTask(chunk, self._train_ngrams.largest, thresholds)
+
+        sizes = [source.size for source in self._sources]
+        total = None if None in sizes else sum(size or 0 for size in sizes)
+        initial = sum(size or 0 for size in sizes[: self._position[0]])
+        with _bar(description, total, initial) as bar, in_order(self._workers, make) as map_in_order:
+            for result in map_in_order(tasks()):
+                self._position, size = ahead.popleft()
+                bar.update(size)
+                yield result
+
+    def _add(self, result: TokenisedChunk, outputs: StagedOutputs) -> None:
+        """Add the result of a chunk."""
+        for name, documents in result.documents.items():
+            outputs.add(name, documents)
+            self._fingerprints[name].add(documents.digests, documents.text_bytes)
+            self._round_trips[name].merge(documents.round_trip)
+        self._skipped.update(result.skipped)
+        self._train_ngrams.add(result.ngrams)
+        for name, held_out in result.held_out.items():
+            for crc, hashes in held_out:
+                self._held_out[name].add(crc, hashes)
+
+    def _check_documents(self, fingerprints: dict[str, Fingerprint]) -> None:
+        """Check that every data set has a document."""
+        options = self._options
+        if not any(fingerprint.documents for fingerprint in fingerprints.values()):
+            raise ConfigurationError(f"{options.named}: holds no text; give files that do")
+        for name, fingerprint in fingerprints.items():
+            if not fingerprint.documents and options.has_splits:
+                raise ConfigurationError(
+                    f"--splits {options.shares}: the {name} split has no document; add some, change the proportions, "
+                    "or cut plain text files into documents with --txt-separator"
+                )
+            if not fingerprint.documents:
+                raise ConfigurationError(f"--json-keys {name}: is empty in every document; leave it out")
+
+    def _record(self, outputs: StagedOutputs) -> float:
+        """Record the progress; return the seconds that this took."""
+        start = monotonic()
+        outputs.to_disk()
+        progress = {
+            "identity": self._identity,
+            "position": self._position,
+            "lengths": outputs.lengths,
+            "surveyed_hash": self._surveyed_hash,
+            "fingerprints": {name: fingerprint.state() for name, fingerprint in self._fingerprints.items()},
+            "skipped": self._skipped,
+            "round_trips": {name: counts.summary() for name, counts in self._round_trips.items()},
+        }
+        states = {"train": self._train_ngrams.state()} | {name: held.state() for name, held in self._held_out.items()}
+        arrays = {f"{name}/{key}": array for name, state in states.items() for key, array in state.items()}
+        write_progress(self._stage, progress, arrays)
+        return monotonic() - start
+
+    def _read_progress(self) -> tuple[dict, dict[str, np.ndarray]] | None:
+        """Return the progress of an interrupted run of the same settings and sources, None if there is none."""
+        recorded = read_progress(self._stage)
+        return recorded if recorded and self._identity and recorded[0]["identity"] == self._identity else None
+
+    def _restore(self, progress: dict, arrays: dict[str, np.ndarray]) -> None:
+        """Continue from a recorded progress."""
+        states: dict[str, dict[str, np.ndarray]] = {}
+        for name, array in arrays.items():
+            output, _, key = name.partition("/")
+            states.setdefault(output, {})[key] = array
+        self._position = tuple(progress["position"])
+        self._lengths = {name: (documents, tokens) for name, (documents, tokens) in progress["lengths"].items()}
+        self._surveyed_hash = progress["surveyed_hash"]
+        self._fingerprints = {name: Fingerprint(**state) for name, state in progress["fingerprints"].items()}
+        self._skipped = Counter(progress["skipped"])
+        for name, summary in progress["round_trips"].items():
+            self._round_trips[name].merge(summary)
+        self._train_ngrams = TrainNgrams.restored(states["train"])
+        self._held_out = {name: HeldOut.restored(states[name]) for name in self._held_out}
+        done = sum(fingerprint.bytes for fingerprint in self._fingerprints.values())
+        logger.info("%s: resumes after %d MB of text", self._options.target, done // 10**6)
+
+
+def _bar(description: str, total: int | None, initial: int = 0) -> tqdm:
+    """Return a progress bar of bytes; where standard error is no terminal, a line a minute."""
+    interval = 0.1 if sys.stderr.isatty() else QUIET_SECONDS
+    return tqdm(
+        desc=description,
+        total=total,
+        initial=initial,
+        unit="B",
+        unit_scale=True,
+        mininterval=interval,
+        delay=0 if sys.stderr.isatty() else interval,
+    )

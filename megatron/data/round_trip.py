@@ -2,7 +2,6 @@
 
 from collections import Counter
 
-from megatron.data.corpus import Document
 from megatron.errors import ConfigurationError
 
 EXAMPLE_CHARACTERS = 20
@@ -18,18 +17,17 @@ class RoundTrip:
         self.missing_characters = 0
         self._example: dict | None = None
 
-    def compare(self, document: Document, decoded: str) -> None:
+    def compare(self, name: str, text: str, decoded: str) -> None:
         """Add one document, whose tokens decode to `decoded`.
 
         Raises: ConfigurationError if `decoded` is blank.
         """
-        text = document.text
         self.characters += len(text)
         if decoded == text:
             return
         if not decoded.strip():
             raise ConfigurationError(
-                f"{self._tokenizer_named}: leaves nothing of {document.name}, which begins "
+                f"{self._tokenizer_named}: leaves nothing of {name}, which begins "
                 f"{text.strip()[:EXAMPLE_CHARACTERS]!r}; give a tokenizer that covers this text, or remove the document"
             )
         missing = (Counter(text) - Counter(decoded)).total()
@@ -40,12 +38,21 @@ class RoundTrip:
             start = next((index for index, (a, b) in pairs if a != b), min(len(text), len(decoded)))
             end = start + EXAMPLE_CHARACTERS
             self._example = {
-                "document": document.name,
+                "document": name,
                 "missing_characters": missing,
                 "character": start,
                 "text": text[start:end],
                 "decoded": decoded[start:end],
             }
+
+    def merge(self, summary: dict) -> None:
+        """Add the `summary` of the documents that follow."""
+        self.changed_documents += summary["changed_documents"]
+        self.characters += summary["characters"]
+        self.missing_characters += summary["missing_characters"]
+        example = summary["example"]
+        if example and (self._example is None or example["missing_characters"] > self._example["missing_characters"]):
+            self._example = example
 
     def summary(self) -> dict:
         """Return the counts and, as an example, the first of the changed documents that miss most characters."""

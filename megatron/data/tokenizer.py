@@ -4,11 +4,13 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
+from megatron.data.byte_level_bpe import FastCore, fast_core
 from megatron.errors import ConfigurationError
 
 END = "<|endoftext|>"
@@ -19,8 +21,6 @@ LONGEST_WORD = 1000
 
 class HFTokenizer:
     """A tokenizer.json of the `tokenizers` library; it ends a document with the token it appends, or <|endoftext|>."""
-
-    lossless: Literal[False] = False  # a normalizer may change text, and a model may drop characters
 
     def __init__(self, path: str | Path | None):
         from tokenizers import Tokenizer as Library
@@ -67,6 +67,19 @@ class HFTokenizer:
             raise ConfigurationError(
                 f"{self.flag}: cannot encode the text ({error}); give it an unknown token, or one for every character"
             ) from None
+
+    @cached_property
+    def _fast(self) -> FastCore | None:
+        return fast_core(self._library)
+
+    @property
+    def lossless(self) -> bool:
+        """Whether decoding returns every text: else a normalizer may change it, or the model drop characters."""
+        return self._fast is not None
+
+    def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Return the ids of each text, computed on one core if it is byte-level BPE."""
+        return [self._fast.encode(text) for text in texts] if self._fast else _arrays(self.encode_batch(texts))
 
     def decode(self, ids) -> str:
         """Return the text of ids, special tokens included."""
@@ -155,6 +168,10 @@ class GPTSentencePieceTokenizer:
         """Return the ids of each text, computed on all cores."""
         return self._library.Encode(list(texts), out_type=int)
 
+    def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Return the ids of each text."""
+        return _arrays(self.encode_batch(texts))
+
     def decode(self, ids) -> str:
         """Return the text of ids; added ids have none."""
         return self._library.DecodeIds([int(index) for index in ids if index < self._library.GetPieceSize()])
@@ -197,6 +214,10 @@ class ByteTokenizer:
         """Return the bytes of each text."""
         return [self.encode(text) for text in texts]
 
+    def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Return the bytes of each text."""
+        return [np.frombuffer(text.encode(), np.uint8) for text in texts]
+
     def decode(self, ids) -> str:
         """Return the text of ids; the end-of-document token has none."""
         return bytes(index for index in ids if index < 256).decode(errors="replace")
@@ -223,6 +244,10 @@ class NullTokenizer:
         """Return the ids of each text."""
         return [self.encode(text) for text in texts]
 
+    def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Return the ids of each text."""
+        return _arrays(self.encode_batch(texts))
+
     def decode(self, ids) -> str:
         """Return ids as text."""
         return " ".join(map(str, ids))
@@ -238,6 +263,10 @@ class NullTokenizer:
                 f"{self.eod - 1}; fix the text or raise --vocab-size"
             )
         return int(word)
+
+
+def _arrays(documents: list[list[int]]) -> list[np.ndarray]:
+    return [np.array(ids, np.int64) for ids in documents]
 
 
 Tokenizer = HFTokenizer | GPTSentencePieceTokenizer | ByteTokenizer | NullTokenizer
@@ -269,6 +298,29 @@ def build_tokenizer(
         "SentencePieceTokenizer": SentencePieceTokenizer,
     }
     return constructors[tokenizer_type](tokenizer_model)
+
+
+def tokenizer_path(name: str | Path) -> Path:
+    """Return the file of --tokenizer-model: itself, that of a folder, or that of a tokenizer on the hub, downloaded.
+
+    Raises: ConfigurationError if there is none.
+    """
+    path = Path(name)
+    if path.is_dir():
+        path = path / "tokenizer.json"
+    if path.exists() or path.suffix or str(name).count("/") > 1:
+        return path
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(str(name), "tokenizer.json"))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigurationError(
+            f"--tokenizer-model {name}: no such file, and the hub gives no tokenizer.json of that name ({reason}); "
+            "give the tokenizer.json that made the data"
+        ) from None
 
 
 def appended_token(state: dict) -> str | None:

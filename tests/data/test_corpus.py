@@ -1,26 +1,33 @@
-"""Splits by group, the corpus hash, and the standard library as text."""
+"""Splits by group, the corpus hash, the standard library as text, and contamination."""
 
 import hashlib
 import zlib
 from collections import Counter, defaultdict
 
+import numpy as np
 import pytest
 
-from megatron.data.contamination import HeldOut, ngram_hashes
-from megatron.data.corpus import SPLITS, Document, Fingerprint, split_of, standard_library
+from megatron.data.contamination import HeldOut, TrainNgrams, ngram_hashes
+from megatron.data.corpus import SPLITS, Fingerprint, corpus_hash, split_of_text
+from megatron.data.sources.base import Record
+from megatron.data.sources.standard_library import standard_library
 
 SHARES = (80, 10, 10)
 
 
-def texts(count: int) -> list[Document]:
-    return [Document(f"file:{number}", "", f"text number {number}") for number in range(count)]
+def split_of(record: Record, shares) -> str:
+    return split_of_text(record.group, record.text.encode(), shares)
+
+
+def texts(count: int) -> list[Record]:
+    return [Record(f"file:{number}", (f"text number {number}",)) for number in range(count)]
 
 
 def fingerprint(*documents: tuple[str, str]) -> str:
-    fingerprint = Fingerprint()
+    fingerprints = {split: Fingerprint() for split, _ in documents}
     for split, text in documents:
-        fingerprint.add(split, text)
-    return fingerprint.hash
+        fingerprints[split].add(hashlib.sha256(text.encode()).digest(), len(text.encode()))
+    return corpus_hash(fingerprints)
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +66,8 @@ def test_shares_are_kept_and_nothing_moves_when_text_is_added():
 
 
 def test_a_group_decides_before_the_text_and_equal_texts_meet():
-    grouped = {split_of(Document(f"{number}", "package", f"{number}"), SHARES) for number in range(50)}
-    equal = {split_of(Document(f"{number}", "", "the same"), (1, 1, 1)) for number in range(50)}
+    grouped = {split_of(Record(f"{number}", (f"{number}",), "package"), SHARES) for number in range(50)}
+    equal = {split_of(Record(f"{number}", ("the same",)), (1, 1, 1)) for number in range(50)}
     assert len(grouped) == len(equal) == 1
 
 
@@ -71,7 +78,11 @@ def test_a_split_of_share_zero_gets_nothing(shares, split):
 
 def test_the_hash_is_stable_and_sees_every_change():
     base = fingerprint(("train", "ab"), ("train", "c"), ("tuning", "d"))
-    assert base == "5664baa9bf1d1dc001d49ce88cb8358f2697d8b2538110a895252cb22681e7f0"
+    states = {}
+    for split, text in (("train", b"ab"), ("train", b"c"), ("tuning", b"d")):  # the definition
+        states[split] = hashlib.sha256(states.get(split, b"") + hashlib.sha256(text).digest()).digest()
+    line = f"train={states['train'].hex()} tuning={states['tuning'].hex()} validation="
+    assert base == hashlib.sha256(line.encode()).hexdigest()
     assert base == fingerprint(("tuning", "d"), ("train", "ab"), ("train", "c"))  # splits may be read in any order
     others = [
         fingerprint(("train", "a"), ("train", "bc"), ("tuning", "d")),
@@ -84,11 +95,17 @@ def test_the_hash_is_stable_and_sees_every_change():
     assert len({base, *others}) == 1 + len(others)
 
 
-def test_sizes_are_counted_in_bytes():
-    fingerprint = Fingerprint()
-    assert (fingerprint.add("train", "é\n"), fingerprint.add("train", "abc")) == (3, 3)
-    assert fingerprint.sizes["train"] == {"documents": 2, "bytes": 6}
-    assert fingerprint.sizes["tuning"] == {"documents": 0, "bytes": 0}
+def test_documents_added_in_any_chunks_give_the_same_fingerprint():
+    digests = [hashlib.sha256(bytes([number])).digest() for number in range(10)]
+    fingerprints = [Fingerprint() for _ in range(3)]
+    for digest in digests:
+        fingerprints[0].add(digest, 3)
+    fingerprints[1].add(b"".join(digests), 30)
+    fingerprints[2].add(b"".join(digests[:4]), 12)
+    fingerprints[2] = Fingerprint(**fingerprints[2].state())
+    fingerprints[2].add(b"".join(digests[4:]), 18)
+    assert fingerprints[0] == fingerprints[1] == fingerprints[2]
+    assert fingerprints[0].sizes() == {"documents": 10, "bytes": 30}
 
 
 def brute_force(train: list[str], other: list[str]) -> dict:
@@ -107,13 +124,13 @@ def brute_force(train: list[str], other: list[str]) -> dict:
     }
 
 
-def shared(train: list[str], other: list[str], **limit) -> dict:
-    held = HeldOut(**limit)
+def shared(train: list[str], other: list[str], *, train_limit: int = 1 << 20, **limit) -> dict:
+    held, sample = HeldOut(**limit), TrainNgrams(train_limit)
     for text in other:
-        held.add(text)
+        held.add(zlib.crc32(text.encode()), ngram_hashes(text.encode()))
     for text in train:
-        held.compare([ngram_hashes(text)])
-    return held.shared()
+        sample.add(ngram_hashes(text.encode()))
+    return held.shared(sample)
 
 
 def words(*numbers) -> str:
@@ -163,8 +180,35 @@ def test_the_sample_does_not_prefer_short_documents():
     other = [words(*range(number * 1000, number * 1000 + 13 + number % 2 * 500)) for number in range(300)]
     held, points = HeldOut(limit=20_000), []
     for text in other:
-        held.add(text)
-        points.append(zlib.crc32(text.encode()))
+        crc = zlib.crc32(text.encode())
+        held.add(crc, ngram_hashes(text.encode()))
+        points.append(crc)
         hashes = sorted(-point for point, _, _ in held._sampled)
         assert hashes == sorted(points)[: len(hashes)]
     assert 20 < len(hashes) < 150
+
+
+def test_ngrams_of_a_large_training_split_are_sampled():
+    other = [words(*range(number * 100, number * 100 + 112)) for number in range(200)]  # 100 n-grams each
+    train = [text for number, text in enumerate(other) if number % 4 == 0]
+    figures = shared(train, other, train_limit=1000)
+    assert figures["documents"] is None and figures["sampled"] == pytest.approx(1000 / 5000, rel=0.2)
+    assert figures["ngrams"] == pytest.approx(0.25, abs=4 * (0.25 * 0.75 / 4000) ** 0.5)
+    assert figures == shared(train[::-1], other, train_limit=1000)
+
+
+def test_a_sample_depends_on_the_ngrams_alone():
+    """Not on their order or on when it was saved, and what a worker leaves out is not missed."""
+    hashes = np.random.default_rng(0).integers(1 << 63, size=20_000, dtype=np.uint64) * np.uint64(2)
+    whole, parts = TrainNgrams(500), TrainNgrams(500)
+    whole.add(hashes)
+    for part in np.split(hashes[::-1], 40):
+        parts.add(part[part <= np.uint64(parts.largest)])
+    assert np.array_equal(whole.hashes(), np.sort(hashes)[:500]) and np.array_equal(parts.hashes(), whole.hashes())
+    restored = TrainNgrams.restored(parts.state())
+    assert np.array_equal(restored.hashes(), whole.hashes()) and restored.largest == whole.largest
+    held = HeldOut(limit=2000)
+    for number in range(300):
+        held.add(zlib.crc32(b"%d" % number), hashes[number * 13 : number * 13 + number % 20])
+    again = HeldOut.restored(held.state())
+    assert held.shared(whole) == again.shared(whole) and again.threshold == held.threshold

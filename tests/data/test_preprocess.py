@@ -9,21 +9,24 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 
 import pytest
 
 from megatron.data import preprocess as preparing
-from megatron.data.contamination import HeldOut, ngram_hashes
-from megatron.data.corpus import SPLITS, split_of
+from megatron.data import publish as publishing
+from megatron.data.contamination import HeldOut, TrainNgrams, ngram_hashes
+from megatron.data.corpus import SPLITS, split_of_text
 from megatron.data.indexed import IndexedDataset, read_metadata
 from megatron.data.preprocess import preprocess
 from megatron.data.preprocess_options import PreprocessOptions
-from megatron.data.text_files import read_documents
+from megatron.data.sources import base
 from megatron.data.tokenizer import HFTokenizer, build_tokenizer, train_tokenizer
 from megatron.errors import ConfigurationError
 from megatron.training.command_line import parse
 from megatron.training.datasets import open_sources
 from tests.conftest import ROOT, environment
+from tests.data.sources import read_documents
 from tests.data.test_tokenizer import sentencepiece_model
 
 SHARES = (60, 20, 20)
@@ -71,7 +74,7 @@ def test_text_to_token_files_end_to_end(text, tmp_path):
     assert tokenizer.vocabulary_size == 280
     expected = {name: [] for name in SPLITS}
     for document in read_documents([text]):
-        expected[split_of(document, SHARES)].append(document.text)
+        expected[split_of_text("", document.text.encode(), SHARES)].append(document.text)
     record = json.loads((tmp_path / "data" / "corpus.json").read_text())
     for name, documents in expected.items():
         dataset, metadata = IndexedDataset(tmp_path / "data" / name), read_metadata(tmp_path / "data" / name)
@@ -93,12 +96,13 @@ def test_text_to_token_files_end_to_end(text, tmp_path):
     train_tokenizer(expected["train"], 280, tmp_path / "again.json")
     assert (tmp_path / "again.json").read_bytes() == (tmp_path / "data" / "tokenizer.json").read_bytes()
     for name in ("tuning", "validation"):
-        held = HeldOut()
+        held, train = HeldOut(), TrainNgrams()
         for document in expected[name]:
-            held.add(document)
-        held.compare([ngram_hashes(document) for document in expected["train"]])
-        assert record["shared_13grams"][name] == held.shared()
-        assert 0 < held.shared()["ngrams"] < 1
+            held.add(zlib.crc32(document.encode()), ngram_hashes(document.encode()))
+        for document in expected["train"]:
+            train.add(ngram_hashes(document.encode()))
+        assert record["shared_13grams"][name] == held.shared(train)
+        assert 0 < held.shared(train)["ngrams"] < 1
     assert record["shared_13grams"]["tuning"] == read_metadata(tmp_path / "data" / "tuning")["shared_13grams"]
 
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "data").iterdir()}
@@ -179,7 +183,7 @@ def test_no_split_is_left_of_the_same_text_cut_otherwise(text, tmp_path):
 def test_small_batches_and_samples_give_the_same_files(text, tmp_path, monkeypatch):
     requested = {"tokenizer_type": "HFTokenizer", "train_tokenizer": 280}
     preprocess(options(text, tmp_path / "one", **requested))
-    monkeypatch.setattr(preparing, "BATCH_CHARACTERS", 50)
+    monkeypatch.setattr(base, "CHUNK_BYTES", 50)
     preprocess(options(text, tmp_path / "two", **requested))
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
     # a tokenizer trained on a third of the text is different, and has the same size
@@ -192,7 +196,7 @@ def test_small_batches_and_samples_give_the_same_files(text, tmp_path, monkeypat
     assert contents(tmp_path / "four")["tokenizer.json"] != contents(tmp_path / "three")["tokenizer.json"]
 
 
-@pytest.mark.parametrize("moment", ["encode_batch", "_describe", "_publish"])
+@pytest.mark.parametrize("moment", ["encode_arrays", "_describe", "_move"])
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
 def test_an_interrupted_writer_changes_nothing(text, tmp_path, monkeypatch, moment, error):
     folder = tmp_path / "data"
@@ -202,10 +206,10 @@ def test_an_interrupted_writer_changes_nothing(text, tmp_path, monkeypatch, mome
     def fail(*_, **__):
         raise error
 
-    if moment == "encode_batch":
-        monkeypatch.setattr("megatron.data.tokenizer.ByteTokenizer.encode_batch", fail)
+    if moment == "encode_arrays":
+        monkeypatch.setattr("megatron.data.tokenizer.ByteTokenizer.encode_arrays", fail)
     else:
-        monkeypatch.setattr(preparing, moment, fail)
+        monkeypatch.setattr(publishing, moment, fail)
     with pytest.raises(type(error) if isinstance(error, OSError) else error) as caught:
         preprocess(options(text, folder, splits=(70, 15, 15)))
     assert error is KeyboardInterrupt or f"--output-dir {folder}: cannot be written (No space" in str(caught.value)
@@ -243,7 +247,7 @@ def test_a_killed_writer_leaves_no_data_set_and_the_next_one_clears_up(text, tmp
     folder = tmp_path / "data"
     flags = ["--output-dir", folder, "--input", text, "--tokenizer-type", "ByteTokenizer", "--splits", *SHARES]
     kill = "lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)"
-    stop = f"from megatron.data import preprocess; preprocess._describe = {kill}"
+    stop = f"from megatron.data import publish; publish._describe = {kill}"
     start = f"sys.argv = {command(*flags)[1:]}; runpy.run_path(sys.argv[0], run_name='__main__')"
     program = f"import os, runpy, signal, sys; {stop}; {start}"
     killed = subprocess.run([sys.executable, "-c", program], env=environment(), cwd=ROOT, capture_output=True)
@@ -274,7 +278,8 @@ def test_a_full_disk_is_one_line_and_changes_nothing(text, tmp_path):
 def test_a_second_writer_waits_for_the_first(text, tmp_path):
     folder = tmp_path / "data"
     preprocess(options(text, folder))
-    held = os.open(folder, os.O_RDONLY)
+    (folder / ".partial").mkdir()
+    held = os.open(folder / ".partial", os.O_RDONLY)
     fcntl.flock(held, fcntl.LOCK_EX)
     flags = ["--output-dir", folder, "--input", text, "--tokenizer-type", "ByteTokenizer", "--splits", *SHARES]
     second = subprocess.Popen(
@@ -288,16 +293,16 @@ def test_a_second_writer_waits_for_the_first(text, tmp_path):
 
 
 def test_text_that_changes_while_it_is_read_is_refused(text, tmp_path, monkeypatch, refused):
-    survey = preparing.survey
+    survey = preparing._Preprocessing._survey
 
-    def change(requested):
-        result = survey(requested)
+    def change(run):
+        result = survey(run)
         text.write_text(text.read_text().replace("fox", "cat"))
         return result
 
-    monkeypatch.setattr(preparing, "survey", change)
+    monkeypatch.setattr(preparing._Preprocessing, "_survey", change)
     with refused(f"--input {text}", "changed while it was read", "start again"):
-        preprocess(options(text, tmp_path / "data"))
+        preprocess(options(text, tmp_path / "data", tokenizer_type="HFTokenizer", train_tokenizer=280))
     assert contents(tmp_path / "data") == {}
 
 
@@ -334,7 +339,7 @@ def test_flags_that_cannot_be_are_refused(text, tmp_path, refused, changes, part
     "changes, parts",
     [
         ({"input": ("nowhere.txt",)}, ["--input nowhere.txt", "no such file"]),
-        ({"json_key": "body"}, ['line 1 has no field "body"', "--json-key"]),
+        ({"json_keys": ("body",)}, ['line 1 has no field "body"', "--json-keys"]),
         ({"splits": (98, 1, 1)}, ["--splits 98 1 1", "split has no document", "--txt-separator"]),
         ({"tokenizer_type": "NullTokenizer", "vocab_size": 9}, ["NullTokenizer", "0 to 8"]),
         ({"tokenizer_type": "HFTokenizer", "train_tokenizer": 9999}, ["--train-tokenizer 9999", "this text gives"]),
@@ -373,7 +378,7 @@ def test_mistakes_on_the_command_line_are_one_line(tmp_path):
 
 def test_help_teaches():
     output = call("--help").stdout
-    for part in ("--input FILE", "--txt-separator", "default: text", "python tools/preprocess_data.py --output-dir"):
+    for part in ("--input PATH", "--txt-separator", "default: text", "python tools/preprocess_data.py --output-dir"):
         assert part in output
 
 

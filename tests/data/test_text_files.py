@@ -1,7 +1,9 @@
 """The user's text files: all supported formats, and one line for every error."""
 
+import bz2
 import gzip
 import json
+import lzma
 import os
 import resource
 import struct
@@ -11,18 +13,17 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from megatron.data import text_files
 from megatron.data.compressed import open_decompressed
-from megatron.data.text_files import read_documents
+from megatron.data.sources import base
+from tests.data.sources import read_documents
 
 TEXT = "line one\r\n\nünicode\n" * 50
 LINES = "".join(json.dumps({"text": f"text {number} ü", "body": number}) + "\n" for number in range(2000))
 
 
 def compressed(name: str, data: bytes) -> bytes:
-    if name.endswith(".gz"):
-        return gzip.compress(data)
-    return zstandard.ZstdCompressor().compress(data) if name.endswith(".zst") else data
+    library = {".gz": gzip, ".bz2": bz2, ".xz": lzma, ".zst": zstandard}.get(Path(name).suffix)
+    return library.compress(data) if library else data
 
 
 @pytest.fixture
@@ -41,7 +42,7 @@ def texts_of(*paths, **options) -> list[str]:
     return [document.text for document in read_documents(paths, **options)]
 
 
-@pytest.mark.parametrize("ending", ["", ".gz", ".zst", ".GZ"])
+@pytest.mark.parametrize("ending", ["", ".gz", ".zst", ".bz2", ".xz", ".GZ"])
 def test_every_kind_is_read_whole(file, ending):
     text, lines = file(f"a.txt{ending}", TEXT, ending != ".GZ"), file(f"b.jsonl{ending}", LINES, ending != ".GZ")
     if ending == ".GZ":
@@ -56,7 +57,7 @@ def test_every_kind_is_read_whole(file, ending):
 def test_large_and_joined_compressed_files_are_read_to_the_end(file):
     noise = os.urandom(300_000).hex() + "\n"  # more than a buffer, compressed too
     assert texts_of(file("a.txt.zst", noise)) == [noise]
-    for name in ("b.txt.gz", "b.txt.zst"):
+    for name in ("b.txt.gz", "b.txt.zst", "b.txt.bz2", "b.txt.xz"):
         joined = compressed(name, b"one ") + compressed(name, b"") + compressed(name, b"two")
         assert texts_of(file(name, joined, pack=False)) == ["one two"]
 
@@ -87,7 +88,7 @@ def test_a_highly_compressible_file_is_read_in_bounded_memory_without_copies(fil
 
 def test_empty_documents_and_lines_are_left_out(file):
     assert texts_of(file("a.jsonl", '{"text": ""}\n\n{"text": " \\n"}\n  \n{"text": "x"}')) == ["x"]
-    assert texts_of(*(file(f"b.txt{ending}", "") for ending in ("", ".gz", ".zst"))) == []
+    assert texts_of(*(file(f"b.txt{ending}", "") for ending in ("", ".gz", ".zst", ".bz2", ".xz"))) == []
     assert texts_of(file("c.txt.zst", b"", pack=False)) == []
 
 
@@ -121,7 +122,7 @@ def test_a_text_file_is_cut_at_its_separator(file):
     assert len(texts_of(path)) == 1
 
 
-@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.txt.gz", "a.txt.zst"])
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.txt.gz", "a.txt.zst", "a.jsonl.bz2", "a.txt.xz"])
 @pytest.mark.parametrize("left", [0.3, 0.9, 0.999])
 def test_a_cut_file_is_refused(file, refused, name, left):
     whole = compressed(name, LINES.encode())
@@ -131,11 +132,12 @@ def test_a_cut_file_is_refused(file, refused, name, left):
         texts_of(str(file(name, whole[: int(len(whole) * left)], pack=False)))
 
 
-@pytest.mark.parametrize("name", ["a.txt.gz", "a.txt.zst"])
+@pytest.mark.parametrize("name", ["a.txt.gz", "a.txt.zst", "a.txt.bz2", "a.txt.xz"])
 def test_a_damaged_or_foreign_file_is_refused(file, refused, name):
     whole = bytearray(compressed(name, LINES.encode()))
     whole[len(whole) // 2 : len(whole) // 2 + 40] = bytes(40)
-    for data in (bytes(whole), compressed(name, b"x") + b"more"):
+    # the bzip2 format allows bytes after its end
+    for data in (bytes(whole), *([] if name.endswith(".bz2") else [compressed(name, b"x") + b"more"])):
         with refused("--input", name, "is damaged or truncated"):
             texts_of(file(name, data, pack=False))
     with refused("--input", f"{name}: is not in ", "rename it if it is decompressed already"):
@@ -214,11 +216,11 @@ def test_zeros_after_a_gzip_file_are_padding(file):
         (b"plain text", ["is not JSON"]),
         (b'{"text": "\xff\xfe"}', ["is not JSON", "0xff"]),
         (b"[" * 100_000, ["is not JSON"]),
-        (b'{"body": "x"}', ['has no field "text"', "--json-key"]),
-        (b'["text"]', ['has no field "text"', "--json-key"]),
+        (b'{"body": "x"}', ['has no field "text"', "--json-keys"]),
+        (b'["text"]', ['has no field "text"', "--json-keys"]),
         (b'"text"', ['has no field "text"']),
         (b"null", ['has no field "text"']),
-        (b'{"text": 5}', ['has a value of type int in "text", not a string', "--json-key"]),
+        (b'{"text": 5}', ['has a value of type int in "text", not a string', "--json-keys"]),
         (b'{"text": null}', ["NoneType"]),
         (b'{"text": ["x"]}', ["list"]),
         (b'{"text": "\\ud800"}', ["is not text", "surrogates", "fix or remove it"]),
@@ -236,21 +238,28 @@ def test_text_that_is_not_utf8_is_refused(file, refused):
             texts_of(file("a.txt", "fine\ncafé\n".encode("latin-1")), separator=separator)
 
 
-@pytest.mark.parametrize("name", ["nowhere.txt", "folder.txt", "folder"])
-def test_what_is_no_file_is_refused(tmp_path, refused, name):
+@pytest.mark.parametrize(
+    "name, parts",
+    [
+        ("nowhere.txt", ["no such file", "give the path"]),
+        ("folder.txt", ["no file of the kinds", ".txt", "name its files", "--txt"]),
+        ("*.jsonl", ["no file matches", "check the pattern"]),
+    ],
+)
+def test_what_is_no_file_is_refused(tmp_path, refused, name, parts):
     (tmp_path / "folder.txt").mkdir()
-    with refused(f"--input {tmp_path / name}: no such file", "give the path"):
+    with refused(f"--input {tmp_path / name}: ", *parts):
         texts_of(str(tmp_path / name))
 
 
-@pytest.mark.parametrize("name", ["a", "a.csv", "a.csv.gz", "a.gz", "a.txt.bz2"])
+@pytest.mark.parametrize("name", ["a", "a.csv", "a.csv.gz", "a.gz", "a.txt.lz4", "a.parquet.gz"])
 def test_another_kind_of_file_is_refused(file, refused, name):
-    with refused(f"{name}: is neither .txt nor .jsonl", "rename it"):
+    with refused(f"{name}: is none of .txt, .jsonl", "rename it", "--txt"):
         texts_of(file(name, "x", pack=False))
 
 
 def test_a_document_too_large_for_the_memory_is_refused(file, refused, monkeypatch):
-    monkeypatch.setattr(text_files, "LONGEST_DOCUMENT", 100)
+    monkeypatch.setattr(base, "LONGEST_DOCUMENT", 100)
     path = file("a.txt", "x" * 99 + "\n\n" + "y" * 50 + "\n" + "z" * 51)
     with refused(f"--input {path}", "more than 100 bytes", "--txt-separator"):
         texts_of(path)

@@ -1,0 +1,120 @@
+"""Finished data sets: their metadata, their move into place, and whether they are complete."""
+
+import json
+import os
+import platform
+from dataclasses import dataclass
+
+from megatron.data.corpus import SPLITS, Fingerprint, corpus_hash
+from megatron.data.indexed import IndexedDataset, read_metadata
+from megatron.data.preprocess_options import PreprocessOptions
+from megatron.data.tokenizer import Tokenizer, file_hash
+
+
+@dataclass(frozen=True, kw_only=True)
+class Written:
+    """What was written, by data set; `shared` is the contamination of held-out splits, `skipped` counts by reason."""
+
+    fingerprints: dict[str, Fingerprint]
+    tokens: dict[str, int]
+    round_trips: dict[str, dict]
+    shared: dict[str, dict]
+    skipped: dict[str, int]
+
+
+def publish(options: PreprocessOptions, tokenizer: Tokenizer, written: Written) -> dict:
+    """Write the metadata of the data sets in the stage, move everything into place, and return corpus.json."""
+    if tokenizer.source is not None:  # so that training reads it next to the data, without a flag
+        (options.stage / options.tokenizer_file).write_bytes(tokenizer.source)
+    record = _describe(options, tokenizer, written)
+    for path in options.stage.glob("progress*"):
+        path.unlink()
+    _move(options)
+    return record
+
+
+def has_record(options: PreprocessOptions) -> bool:
+    """Return whether data sets of the same settings, if not of the same text, are recorded."""
+    record = _read_record(options)
+    return record is not None and record["settings"] | {"hash": None} == options.settings(None)
+
+
+def is_complete(options: PreprocessOptions, text_hash: str | None) -> bool:
+    """Return whether the data sets of the text with this hash exist and are complete."""
+    record = _read_record(options)
+    try:
+        if record is None or record["settings"] != options.settings(text_hash):
+            return False
+        for name, size in record["splits"].items():
+            dataset = IndexedDataset(str(options.folder / options.outputs[name]))
+            metadata = read_metadata(dataset.prefix)
+            if (len(dataset), dataset.total_tokens) != (size["documents"], size["tokens"]):
+                return False
+            if metadata.get("corpus_hash") != text_hash:
+                return False
+        tokenizer = record["tokenizer_hash"]
+        return tokenizer is None or file_hash(options.folder / options.tokenizer_file) == tokenizer
+    except (OSError, ValueError, KeyError, TypeError):  # anything unreadable is written again
+        return False
+
+
+def _read_record(options: PreprocessOptions) -> dict | None:
+    try:
+        record = json.loads((options.folder / options.record).read_bytes())
+        return record if isinstance(record["settings"], dict) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _describe(options: PreprocessOptions, tokenizer: Tokenizer, written: Written) -> dict:
+    """Write NAME.json of each data set and corpus.json; return the latter."""
+    path = options.stage / options.tokenizer_file
+    origin = {
+        "source": options.source,
+        "python_version": platform.python_version(),
+        "tokenizer_hash": file_hash(path) if path.exists() else None,
+    }
+    text_hash = corpus_hash(written.fingerprints)
+    encoding = {
+        "tokenizer_type": options.tokenizer_type,
+        "tokenizer_model": path.name if path.exists() else None,
+        "vocab_size": options.vocab_size,
+        "vocabulary_size": tokenizer.vocabulary_size,
+        "eod": tokenizer.eod,
+        "corpus_hash": text_hash,
+    }
+    sizes = {
+        name: {**fingerprint.sizes(), "tokens": written.tokens[name]}
+        for name, fingerprint in written.fingerprints.items()
+    }
+    for name, size in sizes.items():
+        metadata = encoding | origin | size | {"round_trip": written.round_trips[name]}
+        metadata |= {"shared_13grams": written.shared[name]} if name in written.shared else {}
+        (options.stage / f"{options.outputs[name]}.json").write_text(json.dumps(metadata, indent=1))
+    record = {
+        "settings": options.settings(text_hash),
+        **origin,
+        "splits": sizes,
+        "round_trip": written.round_trips,
+        "shared_13grams": written.shared,
+        "skipped": written.skipped,
+    }
+    (options.stage / options.record).write_text(json.dumps(record, indent=1))
+    return record
+
+
+def _move(options: PreprocessOptions) -> None:
+    """Move all files into place; in between, no index and no corpus.json is there, so that a mixture is never valid.
+
+    A split of an earlier call from the same text that this call does not write is removed, since its documents are now
+    in other splits.
+    """
+    folder, written = options.folder, [path.name for path in options.stage.iterdir()]
+    (folder / options.record).unlink(missing_ok=True)
+    outputs = {*options.outputs.values()}
+    for name in sorted(outputs | {*SPLITS} if options.has_splits else outputs):
+        if name in outputs or read_metadata(folder / name).get("source") == options.source:
+            for suffix in (".idx", ".bin", ".json"):
+                (folder / f"{name}{suffix}").unlink(missing_ok=True)
+    for name in sorted(written, key=lambda name: (name == options.record, name.endswith(".idx"), name)):
+        os.replace(options.stage / name, folder / name)

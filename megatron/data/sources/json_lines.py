@@ -1,0 +1,116 @@
+"""JSON lines: each line of a .jsonl file is a document, its text a field."""
+
+import codecs
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import orjson
+
+from megatron.data.compressed import Readable, disk_position
+from megatron.data.sources import base
+from megatron.data.sources.base import BadRecord, Record
+from megatron.data.text_files import open_text
+
+STANDARD_INPUT = "-"
+
+
+@dataclass(frozen=True)
+class Lines:
+    """A chunk: whole lines, of which the first has the number `first`."""
+
+    path: str
+    first: int
+    data: bytes
+    size: int
+
+    def records(self, keys: tuple[str, ...]) -> Iterator[Record | BadRecord]:
+        """Yield the documents; blank lines are none."""
+        data = self.data.removeprefix(codecs.BOM_UTF8) if self.first == 1 else self.data
+        for number, line in enumerate(data.split(b"\n"), self.first):
+            if line and not line.isspace():
+                try:
+                    yield Record(f"{self.path}:{number}", _texts(line, keys, f"--input {self.path}: line {number}"))
+                except BadRecord as error:
+                    yield error
+
+
+class JsonLines:
+    """A file of JSON lines, or standard input."""
+
+    def __init__(self, path: str, size: int | None, identity: tuple | None):
+        self._path, self.size, self.identity = path, size, identity
+
+    def chunks(self, keys: tuple[str, ...]) -> Iterator[Lines | base.Given]:
+        """Yield chunks of whole lines."""
+        first, rest, position = 1, b"", 0
+        with self._open() as file:
+            while block := file.read(base.CHUNK_BYTES):
+                data, newline, rest = (rest + block).rpartition(b"\n")
+                position, size = disk_position(file), disk_position(file) - position
+                if newline:
+                    yield Lines(self._path, first, data, size)
+                    first += data.count(b"\n") + 1
+                elif len(rest) > base.LONGEST_DOCUMENT:
+                    where = f"{self._path}: line {first}"
+                    yield base.Given((base.too_long(where, "fix or remove it"),), size)
+                    rest, first = _after_line(file), first + 1
+        if rest:
+            yield Lines(self._path, first, rest, 0)
+
+    def _open(self) -> AbstractContextManager[Readable]:
+        if self._path == STANDARD_INPUT:
+            return nullcontext(sys.stdin.buffer)
+        return open_text(Path(self._path), f"--input {self._path}")
+
+
+def _after_line(file: Readable) -> bytes:
+    """Read to the end of a line and return what was read of the next."""
+    while block := file.read(base.CHUNK_BYTES):
+        _, newline, rest = block.partition(b"\n")
+        if newline:
+            return rest
+    return b""
+
+
+def _texts(line: bytes, keys: tuple[str, ...], where: str) -> tuple[str, ...]:
+    """Return the texts of a line.
+
+    Raises: BadRecord if it is not JSON or lacks one.
+    """
+    try:
+        value, checked = orjson.loads(line), True
+    except orjson.JSONDecodeError:  # stricter than the standard library, whose messages are known, too
+        value, checked = _lenient(line, where), False
+    texts = []
+    for key in keys:
+        if not isinstance(value, dict) or key not in value:
+            message = f'{where} has no field "{key}"; name the field that holds the text with --json-keys'
+            raise BadRecord(message, f'no field "{key}"')
+        text = value[key]
+        if not isinstance(text, str):
+            raise BadRecord(
+                f'{where} has a value of type {type(text).__name__} in "{key}", not a string; name another field with '
+                "--json-keys",
+                "not a string",
+            )
+        texts.append(text if checked else _encodable(text, where))
+    return tuple(texts)
+
+
+def _lenient(line: bytes, where: str) -> object:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise BadRecord(f"{where} is not JSON ({error}); fix or remove it", "not JSON") from None
+
+
+def _encodable(text: str, where: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise BadRecord(f"{where} is not text ({error}); fix or remove it", "lone surrogates") from None
+    return text
