@@ -40,8 +40,9 @@ def fast_core(library: Tokenizer) -> FastCore | None:
     special = {token["content"] for token in state["added_tokens"]}
     vocabulary, model = state["model"]["vocab"], state["model"]
     characters = byte_characters()
-    merges = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"]]
-    merged = ["".join(merge) for merge in merges]
+    pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
+    merges = [(left, right) for left, right in pairs]
+    merged = [left + right for left, right in merges]
     if len({*merged, *characters}) != len(merged) + 256 or not {*merged, *characters} <= vocabulary.keys():
         return None
     tokens = [*characters, *merged]
@@ -79,6 +80,6 @@ def _is_plain(state: dict) -> bool:
     )
 
 
-def _encodes_itself(vocabulary: dict[str, int], merges: list[tuple[str, ...]], tokens: list[str]) -> bool:
+def _encodes_itself(vocabulary: dict[str, int], merges: list[tuple[str, str]], tokens: list[str]) -> bool:
     model = models.BPE(vocabulary, merges)
     return all(len(model.tokenize(token)) == 1 for token in tokens)

@@ -30,7 +30,7 @@ class Fingerprint:
     """
 
     documents: int = 0
-    bytes: int = 0
+    text_bytes: int = 0
     hash: str = ""
 
     def add(self, digests: bytes, size: int) -> None:
@@ -40,11 +40,11 @@ class Fingerprint:
             state = hashlib.sha256(state + digests[start : start + 32]).digest()
         self.hash = state.hex()
         self.documents += len(digests) // 32
-        self.bytes += size
+        self.text_bytes += size
 
     def sizes(self) -> dict[str, int]:
         """Return the documents and bytes, for the records."""
-        return {"documents": self.documents, "bytes": self.bytes}
+        return {"documents": self.documents, "bytes": self.text_bytes}
 
     def state(self) -> dict:
         """Return the fields, from which an equal fingerprint is made."""

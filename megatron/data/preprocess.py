@@ -28,7 +28,7 @@ from megatron.data.indexed import token_dtype
 from megatron.data.preprocess_options import PreprocessOptions
 from megatron.data.publish import Written, has_record, is_complete, publish
 from megatron.data.round_trip import RoundTrip
-from megatron.data.sources.base import Position, Record, Source, read_chunks
+from megatron.data.sources.base import Position, Source, read_chunks, read_records
 from megatron.data.staging import StagedOutputs, clear, only_writer, read_progress, write_progress
 from megatron.data.tokenise import ChunkTask, ChunkTokeniser, TokenisedChunk, in_order
 from megatron.data.tokenizer import train_tokenizer
@@ -122,22 +122,19 @@ class _Preprocessing:
                 fingerprints[name].add(documents.digests, documents.text_bytes)
         self._check_documents(fingerprints)
         self._surveyed_hash, self._position = corpus_hash(fingerprints), (0, 0)
-        return sum(fingerprints[name].bytes for name in self._training_outputs)
+        return sum(fingerprints[name].text_bytes for name in self._training_outputs)
 
     def _training_texts(self, train_bytes: int) -> Iterator[str]:
         """Yield the texts to train a tokenizer on; a sample of them by hash if there are more than TOKENIZER_BYTES."""
         options = self._options
         threshold = (1 << 32) * TOKENIZER_BYTES / max(1, train_bytes)
         with _bar("training the tokenizer", min(train_bytes, TOKENIZER_BYTES)) as bar:
-            for _, chunk in read_chunks(self._sources, options.json_keys):
-                for record in chunk.records(options.json_keys):
-                    for text in record.texts if isinstance(record, Record) else ():
-                        data = text.encode()
-                        if options.is_blank(text) or zlib.crc32(data) >= threshold:
-                            continue
-                        if not options.has_splits or split_of_text(record.group, data, options.splits) == "train":
-                            bar.update(len(data))
-                            yield text
+            for record in read_records(self._sources, options.json_keys):
+                for data in (text.encode() for text in record.texts if not options.is_blank(text)):
+                    trains = not options.has_splits or split_of_text(record.group, data, options.splits) == "train"
+                    if trains and zlib.crc32(data) < threshold:
+                        bar.update(len(data))
+                        yield data.decode()
 
     @property
     def _training_outputs(self) -> list[str]:
@@ -253,7 +250,7 @@ class _Preprocessing:
             self._round_trips[name].merge(summary)
         self._train_ngrams = TrainNgrams.restored(states["train"])
         self._held_out = {name: HeldOut.restored(states[name]) for name in self._held_out}
-        done = sum(fingerprint.bytes for fingerprint in self._fingerprints.values())
+        done = sum(fingerprint.text_bytes for fingerprint in self._fingerprints.values())
         logger.info("%s: resumes after %d MB of text", self._options.target, done // 10**6)
 
 

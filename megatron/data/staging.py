@@ -128,7 +128,7 @@ class StagedOutputs:
             path.unlink()
 
     def _open(self, name: str, length: int):
-        file = self._files.enter_context(open(self._stage / name, "ab"))
+        file = self._files.enter_context((self._stage / name).open("ab"))
         file.truncate(length)
         return file
 

@@ -44,12 +44,12 @@ class BadRecord(ConfigurationError):
 
 
 class Chunk(Protocol):
-    """Consecutive records of a source; sent to a worker process.
+    """Consecutive records of a source; sent to a worker process."""
 
-    size: bytes of the source that it takes, for progress.
-    """
-
-    size: int
+    @property
+    def size(self) -> int:
+        """The bytes of the source that it takes, for progress."""
+        ...
 
     def records(self, keys: tuple[str, ...]) -> Iterator[Record | BadRecord]:
         """Yield the records, with a text for each key; a bad one is yielded, not raised."""
@@ -57,14 +57,17 @@ class Chunk(Protocol):
 
 
 class Source(Protocol):
-    """A file, a table or a stream.
+    """A file, a table or a stream."""
 
-    identity: changes when the content does, as far as can be seen without reading it; None for a stream.
-    size: its bytes on disk, None if unknown.
-    """
+    @property
+    def identity(self) -> tuple | None:
+        """Changes when the content does, as far as can be seen without reading it; None for a stream."""
+        ...
 
-    identity: tuple | None
-    size: int | None
+    @property
+    def size(self) -> int | None:
+        """Its bytes on disk, None if unknown."""
+        ...
 
     def chunks(self, keys: tuple[str, ...]) -> Iterator[Chunk]:
         """Yield the chunks in order.
@@ -104,6 +107,12 @@ def read_chunks(
         except DamagedFile as error:
             if number > first or count + 1 > skipped:
                 yield (number, count + 1), Given((BadRecord(str(error), "damaged file"),), 0)
+
+
+def read_records(sources: Sequence[Source], keys: tuple[str, ...]) -> Iterator[Record]:
+    """Yield the records of all sources that are not bad."""
+    for _, chunk in read_chunks(sources, keys):
+        yield from (record for record in chunk.records(keys) if isinstance(record, Record))
 
 
 def too_long(where: str, remedy: str) -> BadRecord:

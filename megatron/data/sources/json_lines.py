@@ -1,6 +1,7 @@
 """JSON lines: each line of a .jsonl file is a document, its text a field."""
 
 import codecs
+import io
 import json
 import sys
 from collections.abc import Iterator
@@ -63,7 +64,7 @@ class JsonLines:
 
     def _open(self) -> AbstractContextManager[Readable]:
         if self._path == STANDARD_INPUT:
-            return nullcontext(sys.stdin.buffer)
+            return nullcontext(io.BufferedReader(io.FileIO(sys.stdin.fileno(), closefd=False)))
         return open_text(Path(self._path), f"--input {self._path}")
 
 

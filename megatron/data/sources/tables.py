@@ -15,6 +15,7 @@ from megatron.data.sources import base
 from megatron.data.sources.base import BadRecord, Record
 from megatron.errors import ConfigurationError
 
+STRINGS = (pyarrow.string(), pyarrow.large_string(), pyarrow.string_view())
 KEYS_FLAG = "name the columns that hold the text with --json-keys"
 
 
@@ -135,10 +136,7 @@ def check_columns(schema: pyarrow.Schema, keys: tuple[str, ...], named: str) -> 
             raise ConfigurationError(f'{named}: has no column "{key}", but {", ".join(schema.names)}; {KEYS_FLAG}')
         kind = schema.field(key).type
         kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
-        text = (
-            pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind) or pyarrow.types.is_string_view(kind)
-        )
-        if not text:
+        if kind not in STRINGS:
             raise ConfigurationError(f'{named}: its column "{key}" has the type {kind}, not string; {KEYS_FLAG}')
 
 
@@ -146,12 +144,9 @@ def _chunks(named: str, tables: Iterable[pyarrow.Table], bytes_per_row: float) -
     first = 1
     for table in tables:
         for start in range(0, len(table), base.CHUNK_ROWS):
-            # pickling a slice of a larger table would send all of it
-            part = (
-                table
-                if len(table) <= base.CHUNK_ROWS
-                else table.take(range(start, min(len(table), start + base.CHUNK_ROWS)))
-            )
+            part = table
+            if len(table) > base.CHUNK_ROWS:  # copied, since pickling a slice of a table would send all of it
+                part = table.take(pyarrow.array(range(start, min(len(table), start + base.CHUNK_ROWS))))
             yield Rows(named, first, part, round(bytes_per_row * len(part)))
             first += len(part)
 

@@ -1,0 +1,254 @@
+"""Preprocessing in several processes, killed and resumed, and under Megatron's command line: always the same bytes."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron.data import preprocess as preparing
+from megatron.data import preprocess_options
+from megatron.data.indexed import IndexedDataset, read_metadata
+from megatron.data.preprocess import is_resumable, preprocess
+from megatron.data.preprocess_options import PreprocessOptions
+from megatron.data.sources import base
+from megatron.data.tokenise import ChunkTokeniser
+from megatron.data.tokenizer import HFTokenizer, train_tokenizer
+from tests.conftest import ROOT, environment
+
+SETTINGS = "from megatron.data import preprocess, preprocess_options; from megatron.data.sources import base"
+SETTINGS += "; preprocess.RECORD_SECONDS, preprocess.RECORD_SHARE = 0, 0; base.CHUNK_BYTES = {chunk}"
+SETTINGS += "; preprocess_options.BYTES_PER_WORKER = 1"
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    """Real text: modules of the standard library in documents of some 1,000 characters, 1.5 MB."""
+    folder = Path(os.__file__).parent
+    files = [path.read_text() for path in sorted(folder.glob("[a-h]*.py"))]
+    path = tmp_path_factory.mktemp("text") / "text.jsonl"
+    documents = [file[start : start + 1000] for file in files for start in range(0, len(file), 1000)]
+    path.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
+    return path
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory, text) -> Path:
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    train_tokenizer([json.loads(line)["text"] for line in text.open()], 600, path)
+    return path
+
+
+def options(text, folder, **changes) -> PreprocessOptions:
+    flags = {"output_dir": folder, "input": (str(text),), "tokenizer_type": "ByteTokenizer", "workers": 1}
+    return PreprocessOptions(**flags | changes)
+
+
+def contents(folder: Path) -> dict:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def small_chunks(monkeypatch, size=20_000) -> None:
+    monkeypatch.setattr(base, "CHUNK_BYTES", size)
+    monkeypatch.setattr(preprocess_options, "BYTES_PER_WORKER", 1)
+    monkeypatch.setattr(preparing, "RECORD_SECONDS", 0)
+    monkeypatch.setattr(preparing, "RECORD_SHARE", 0)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # takes most of the time of so many small records
+
+
+def test_any_number_of_workers_gives_the_same_bytes(text, tokenizer, tmp_path, monkeypatch):
+    small_chunks(monkeypatch, 200_000)
+    flags = {"tokenizer_type": "HFTokenizer", "tokenizer_model": str(tokenizer)}
+    for workers in (1, 2, 7):
+        preprocess(options(text, tmp_path / f"{workers}", workers=workers, **flags))
+    assert contents(tmp_path / "1") == contents(tmp_path / "2") == contents(tmp_path / "7")
+    trained = {"tokenizer_type": "HFTokenizer", "train_tokenizer": 400}
+    for workers in (1, 2):
+        preprocess(options(text, tmp_path / f"trained {workers}", workers=workers, **trained))
+    assert contents(tmp_path / "trained 1") == contents(tmp_path / "trained 2")
+
+
+class Interrupt(Exception):
+    """Stands for a signal at a known place."""
+
+
+@pytest.mark.parametrize("after", [1, 2, 30, 59])
+def test_an_interrupted_run_resumes_without_tokenising_again(text, tokenizer, tmp_path, monkeypatch, after):
+    small_chunks(monkeypatch)
+    flags = {"tokenizer_type": "HFTokenizer", "tokenizer_model": str(tokenizer)}
+    preprocess(options(text, tmp_path / "whole", **flags))
+    computed = []
+    compute = ChunkTokeniser.__call__
+
+    def interrupted(self, task):
+        computed.append(task.chunk.first)
+        if len(computed) == after:
+            raise Interrupt
+        return compute(self, task)
+
+    monkeypatch.setattr(ChunkTokeniser, "__call__", interrupted)
+    with pytest.raises(Interrupt):
+        preprocess(options(text, tmp_path / "data", **flags))
+    assert [path.name for path in (tmp_path / "data").iterdir()] == ([".partial"] if after > 1 else [])
+    assert is_resumable(tmp_path / "data" / ".partial") == (after > 1)
+    # after the record, before a kill: more was written than recorded
+    for name in ("train.bin", "train.sizes") if after > 1 else ():
+        with open(tmp_path / "data" / ".partial" / name, "ab") as file:
+            file.write(bytes(1000))
+    preprocess(options(text, tmp_path / "data", **flags))
+    assert contents(tmp_path / "data") == contents(tmp_path / "whole")
+    assert len(computed) == len(set(computed)) + 1  # the chunk of the interruption alone was computed again
+
+
+@pytest.mark.parametrize("change", ["text", "flags", "progress"])
+def test_progress_of_other_text_or_flags_is_not_used(text, tmp_path, monkeypatch, change):
+    small_chunks(monkeypatch)
+    own = tmp_path / "own.jsonl"
+    own.write_bytes(text.read_bytes())
+    compute, calls = ChunkTokeniser.__call__, []
+
+    def interrupted(self, task):
+        calls.append(task)
+        if len(calls) == 10:
+            raise Interrupt
+        return compute(self, task)
+
+    monkeypatch.setattr(ChunkTokeniser, "__call__", interrupted)
+    with pytest.raises(Interrupt):
+        preprocess(options(own, tmp_path / "data"))
+    flags = {}
+    if change == "text":
+        own.write_bytes(text.read_bytes().replace(b"import", b"IMPORT"))
+    elif change == "flags":
+        flags = {"splits": (50, 25, 25)}
+    else:
+        progress = tmp_path / "data" / ".partial" / "progress.json"
+        progress.write_bytes(progress.read_bytes()[:-20])
+    preprocess(options(own, tmp_path / "data", **flags))
+    preprocess(options(own, tmp_path / "fresh", **flags))
+    assert contents(tmp_path / "data") == contents(tmp_path / "fresh")
+
+
+def program(chunk: int, *flags) -> list[str]:
+    """Return the command that runs the tool with a record of progress after every small chunk, in two workers."""
+    start = f"sys.argv = {[str(ROOT / 'tools/preprocess_data.py'), *map(str, flags)]}"
+    run = "runpy.run_path(sys.argv[0], run_name='__main__')"
+    return [sys.executable, "-c", f"{SETTINGS.format(chunk=chunk)}; import runpy, sys; {start}; {run}"]
+
+
+@pytest.mark.slow
+def test_ten_kills_at_random_moments_and_the_same_bytes(text, tokenizer, tmp_path):
+    large = tmp_path / "large.jsonl"
+    large.write_bytes(text.read_bytes() * 40)
+    draw = random.Random(0)
+    flags = ["--input", large, "--tokenizer-model", tokenizer, "--workers", 2]
+    subprocess.run(program(1 << 18, "--output-dir", tmp_path / "whole", *flags), env=environment(), check=True)
+    kills, positions = 0, []
+    while kills < 10:
+        command = program(1 << 18, "--output-dir", tmp_path / "data", *flags)
+        process = subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, start_new_session=True)
+        progress = tmp_path / "data" / ".partial" / "progress.json"
+        before, deadline = progress.stat().st_mtime_ns if progress.exists() else 0, time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < deadline:
+            if progress.exists() and progress.stat().st_mtime_ns > before:
+                break
+            time.sleep(0.01)
+        time.sleep(draw.random() * 0.5)
+        assert process.poll() is None, "finished before it was killed: enlarge the text"
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        positions.append(json.loads(progress.read_bytes())["position"])
+        kills += 1
+    assert positions == sorted(positions) and len({*map(tuple, positions)}) > 5
+    subprocess.run(program(1 << 18, "--output-dir", tmp_path / "data", *flags), env=environment(), check=True)
+    assert contents(tmp_path / "data") == contents(tmp_path / "whole")
+
+
+def test_workers_end_with_a_killed_parent(text, tmp_path):
+    large = tmp_path / "large.jsonl"
+    large.write_bytes(text.read_bytes() * 20)
+    flags = ["--input", large, "--tokenizer-type", "ByteTokenizer", "--workers", 2, "--output-dir", tmp_path / "data"]
+    process = subprocess.Popen(program(20_000, *flags), env=environment(), stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "data" / ".partial" / "progress.json").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert len(children) >= 2
+    process.kill()
+    process.wait()
+    while any(Path(f"/proc/{child}/cmdline").exists() and _alive(child) for child in children):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def _alive(pid: str) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def megatron_tokens(text: Path, tokenizer: HFTokenizer) -> list[list[int]]:
+    """Return what Megatron's preprocess_data.py writes with --append-eod, document by document."""
+    documents = [json.loads(line)["text"] for line in text.open()]
+    return [[*tokenizer.encode(document), tokenizer.eod] for document in documents]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--output-prefix OUT/x --append-eod --workers 2 --partitions 4 --dataset-impl mmap --json-keys text",
+        "--output-prefix x --root OUT --append-eod --workers 64 --log-interval 10 --seq-length 1024 --keep-newlines",
+    ],
+    ids=["Megatron-LM", "published"],
+)
+def test_megatrons_command_line(text, tokenizer, tmp_path, flags):
+    command = [sys.executable, ROOT / "tools/preprocess_data.py", "--input", text, "--tokenizer-type", "HFTokenizer"]
+    words = flags.replace("OUT", str(tmp_path)).split()
+    done = subprocess.run([*command, "--tokenizer-model", tokenizer, *words], env=environment(), capture_output=True)
+    assert done.returncode == 0, done.stderr
+    dataset, expected = IndexedDataset(str(tmp_path / "x_text_document")), megatron_tokens(text, HFTokenizer(tokenizer))
+    assert [dataset[number].tolist() for number in range(len(dataset))] == expected
+    index = (tmp_path / "x_text_document.idx").read_bytes()  # the format, written out: version, uint16, N, N + 1
+    count = len(expected)
+    sizes = np.array([*map(len, expected)], np.int64)
+    assert (
+        index[:34]
+        == b"MMIDIDX\0\0" + np.array([1], "<u8").tobytes() + b"\x08" + np.array([count, count + 1], "<u8").tobytes()
+    )
+    assert np.array_equal(np.frombuffer(index, "<i4", count, 34), sizes)
+    assert np.array_equal(np.frombuffer(index, "<i8", count, 34 + 4 * count), (np.cumsum(sizes) - sizes) * 2)
+    assert np.array_equal(np.frombuffer(index, "<i8", count + 1, 34 + 12 * count), np.arange(count + 1))
+    metadata = read_metadata(tmp_path / "x_text_document")
+    assert metadata["tokenizer_model"] == "x_tokenizer.json" and (tmp_path / "x_tokenizer.json").exists()
+
+
+def test_without_append_eod_no_document_ends_with_it(text, tokenizer, tmp_path):
+    flags = {"output_dir": None, "output_prefix": str(tmp_path / "x"), "tokenizer_type": "HFTokenizer"}
+    preprocess(options(text, None, tokenizer_model=str(tokenizer), **flags))
+    dataset, expected = IndexedDataset(str(tmp_path / "x_text_document")), megatron_tokens(text, HFTokenizer(tokenizer))
+    assert dataset.total_tokens == sum(map(len, expected)) - len(expected)
+    assert dataset[0].tolist() == expected[0][:-1]
+
+
+@pytest.mark.parametrize(
+    "flags, parts",
+    [
+        ("--split-sentences", ["--split-sentences: cuts documents for BERT's objective", "leave it out"]),
+        ("--dataset-impl lazy", ["--dataset-impl lazy: only mmap is written"]),
+        ("--append-bos", ["--append-bos: documents only end with a token"]),
+        ("--partition 2", ["unknown flag --partition"]),
+    ],
+)
+def test_flags_of_megatron_that_are_refused(text, tmp_path, flags, parts):
+    command = [sys.executable, ROOT / "tools/preprocess_data.py", "--input", text, "--output-prefix", tmp_path / "x"]
+    done = subprocess.run([*command, *flags.split()], env=environment(), capture_output=True, text=True)
+    assert done.returncode == 2 and all(part in done.stderr for part in parts), done.stderr
+    assert done.stderr.count("\n") == 1 and not [*tmp_path.iterdir()]

@@ -1,0 +1,237 @@
+"""All kinds of sources: the same text from each gives the same token files; what is broken is named or counted."""
+
+import bz2
+import json
+import lzma
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import datasets
+import pyarrow
+import pytest
+import zstandard
+from pyarrow import ipc, parquet
+
+from megatron.data.indexed import IndexedDataset
+from megatron.data.preprocess import preprocess
+from megatron.data.preprocess_options import PreprocessOptions
+from megatron.data.sources import base
+from megatron.data.sources.base import BadRecord
+from megatron.errors import ConfigurationError
+from tests.conftest import ROOT, environment
+from tests.data.sources import read_records
+
+TEXTS = [f"document {number} \u2028 naïve <|endoftext|> [MASK]\n\0 {'x' * (number % 50)}" for number in range(3000)]
+LINES = "".join(json.dumps({"id": n, "text": text}, ensure_ascii=n % 2 == 0) + "\n" for n, text in enumerate(TEXTS))
+
+
+@pytest.fixture(scope="module")
+def table():
+    return pyarrow.table({"id": range(len(TEXTS)), "text": TEXTS})
+
+
+def options(folder, **changes) -> PreprocessOptions:
+    return PreprocessOptions(**{"output_dir": folder, "tokenizer_type": "ByteTokenizer", "workers": 1} | changes)
+
+
+def token_files(folder: Path) -> dict:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix in (".bin", ".idx")}
+
+
+def write_sources(folder: Path, table: pyarrow.Table) -> dict[str, dict]:
+    """Write the same text in every format; return the flags that read each."""
+    (folder / "a.jsonl").write_text(LINES)
+    (folder / "b.json").write_text(LINES.replace("\n", "\r\n\n"))
+    (folder / "c.jsonl.zst").write_bytes(zstandard.compress(LINES.encode()))
+    (folder / "d.ndjson.bz2").write_bytes(bz2.compress(LINES.encode()))
+    (folder / "e.jsonl.xz").write_bytes(lzma.compress(LINES.encode()))
+    parquet.write_table(table, folder / "f.parquet", row_group_size=700, compression="zstd")
+    with ipc.new_stream(folder / "g.arrow", table.schema) as stream:
+        stream.write_table(table, max_chunksize=2000)
+    large = table.cast(pyarrow.schema([("id", pyarrow.int64()), ("text", pyarrow.large_string())]))
+    with ipc.new_file(folder / "h.arrow", large.schema) as file:
+        file.write_table(large)
+    halves = folder / "halves"
+    (halves / "below").mkdir(parents=True)
+    parquet.write_table(table.slice(0, 1000), halves / "1.parquet")
+    (halves / "below" / "2.jsonl").write_text("\n".join(LINES.split("\n")[1000:]))
+    (halves / "notes.md").write_text("not data")
+    saved = datasets.Dataset(table)
+    saved.save_to_disk(folder / "saved", max_shard_size="50KB")
+    datasets.DatasetDict({"train": saved, "test": saved.select(range(3))}).save_to_disk(folder / "splits")
+    hub = folder / "hub"
+    hub.mkdir()
+    parquet.write_table(table, hub / "train-00000-of-00001.parquet")
+    files = {path.name: {"input": (str(path),)} for path in folder.iterdir() if path.is_file()}
+    return files | {
+        "folder": {"input": (str(halves),)},
+        "pattern": {"input": (str(halves / "*.parquet"), str(halves / "**/2.*"))},
+        **{name: {"hf_dataset": str(folder / name)} for name in ("saved", "splits", "hub")},
+    }
+
+
+def test_the_same_text_in_any_format_gives_the_same_files(tmp_path, table):
+    results = {}
+    for name, flags in write_sources(tmp_path, table).items():
+        summary = preprocess(options(tmp_path / "out" / name, **flags))
+        results[name] = token_files(tmp_path / "out" / name), summary["settings"]["hash"], summary["shared_13grams"]
+    assert len(results) == 13
+    for name, result in results.items():
+        assert result == results["a.jsonl"], name
+    parts = [IndexedDataset(str(tmp_path / "out" / "f.parquet" / name)) for name in ("train", "tuning", "validation")]
+    decoded = {bytes(part[number][:-1].tolist()).decode() for part in parts for number in range(len(part))}
+    assert decoded == set(TEXTS) and sum(map(len, parts)) == len(TEXTS)
+
+
+def test_standard_input_is_json_lines(tmp_path):
+    command = [sys.executable, ROOT / "tools/preprocess_data.py", "--tokenizer-type", "ByteTokenizer", "--input", "-"]
+    flags = ["--output-dir", tmp_path / "a", "--splits", "98", "1", "1"]
+    done = subprocess.run([*command, *flags], input=LINES, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0 and "train: 2,9" in done.stdout, done.stderr
+    (tmp_path / "b.jsonl").write_text(LINES)
+    preprocess(options(tmp_path / "b", input=(str(tmp_path / "b.jsonl"),), splits=(98, 1, 1)))
+    assert token_files(tmp_path / "a") == token_files(tmp_path / "b")
+
+
+def test_every_file_of_a_pattern_is_text_with_txt(tmp_path):
+    for name in ("b.md", "deep/a.md", "deep/c.rst", "deep/.hidden.md"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f"text of {name}")
+    texts = [record.text for record in read_records([f"{tmp_path}/**/*.md"], txt=True)]
+    assert texts == ["text of b.md", "text of deep/a.md"]
+    assert len([*read_records([tmp_path], txt=True)]) == 3
+
+
+def test_several_keys_give_a_data_set_each(tmp_path):
+    lines = [{"text": "a b", "body": "c"}, {"text": "", "body": "d e"}, {"text": " ", "body": "f"}]
+    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    flags = {"output_dir": None, "output_prefix": str(tmp_path / "out" / "x"), "append_eod": True}
+    summary = preprocess(options(None, input=(str(tmp_path / "x.jsonl"),), json_keys=("text", "body"), **flags))
+    assert {name: size["documents"] for name, size in summary["splits"].items()} == {"text": 2, "body": 3}
+    assert summary["skipped"] == {"blank": 1}  # Megatron leaves out empty documents, and tokenises white space
+    assert [*IndexedDataset(str(tmp_path / "out" / "x_body_document"))[1]] == [*b"d e", 256]
+    assert not (tmp_path / "out" / ".x.partial").exists()
+
+
+BAD_LINES = {
+    b"{": "not JSON",
+    b'{"body": "x"}': 'no field "text"',
+    b'{"text": 5}': "not a string",
+    b'{"text": "\\ud800"}': "lone surrogates",
+    b'{"text": "\xff"}': "not JSON",
+    b'{"text": " "}': "blank",
+    b'{"text": "' + b"y" * 3000 + b'"}': "too long",
+}
+
+
+def test_bad_records_are_counted_and_left_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(base, "LONGEST_DOCUMENT", 2000)
+    monkeypatch.setattr(base, "CHUNK_BYTES", 500)
+    good = [json.dumps({"text": text}).encode() for text in TEXTS[:500]]
+    lines = [*good]
+    for number, line in enumerate(BAD_LINES):
+        lines.insert(number * 60, line)
+    (tmp_path / "bad.jsonl").write_bytes(b"\n".join(lines))
+    (tmp_path / "good.jsonl").write_bytes(b"\n".join(good))
+    with pytest.raises(ConfigurationError, match="line 1 is not JSON"):
+        preprocess(options(tmp_path / "a", input=(str(tmp_path / "bad.jsonl"),)))
+    assert not [*(tmp_path / "a").iterdir()]
+    summary = preprocess(options(tmp_path / "a", input=(str(tmp_path / "bad.jsonl"),), on_error="skip"))
+    assert summary["skipped"] == {
+        "blank": 1, "lone surrogates": 1, 'no field "text"': 1, "not JSON": 2, "not a string": 1, "too long": 1
+    }  # fmt: skip
+    preprocess(options(tmp_path / "b", input=(str(tmp_path / "good.jsonl"),)))
+    assert token_files(tmp_path / "a") == token_files(tmp_path / "b")
+
+
+def test_rows_that_are_no_text_are_counted(tmp_path):
+    (tmp_path / "x").mkdir()
+    parquet.write_table(pyarrow.table({"text": ["a", None, "b"]}), tmp_path / "x.parquet")
+    invalid = pyarrow.array([b"a", b"\xff", b"b"]).cast(pyarrow.string(), safe=False)
+    parquet.write_table(pyarrow.table({"text": invalid}), tmp_path / "y.parquet")
+    for name, reason in (("x", "not a string"), ("y", "not UTF-8")):
+        records = [*read_records([tmp_path / f"{name}.parquet"])]
+        assert [isinstance(record, BadRecord) for record in records] == [False, True, False]
+        assert records[1].reason == reason and f"{name}.parquet: row 2" in str(records[1])
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow", "a.jsonl.gz", "a.jsonl.xz"])
+def test_a_damaged_file_is_named_or_counted(tmp_path, table, name, refused):
+    import gzip
+
+    path = tmp_path / name
+    if name == "a.parquet":
+        parquet.write_table(table, path)
+    elif name == "a.arrow":
+        with ipc.new_stream(path, table.schema) as stream:
+            stream.write_table(table, max_chunksize=1000)
+    else:
+        path.write_bytes((gzip if name.endswith("gz") else lzma).compress(LINES.encode()))
+    path.write_bytes(path.read_bytes()[:-3000])
+    (tmp_path / "b.jsonl").write_text(LINES)
+    inputs = (str(path), str(tmp_path / "b.jsonl"))
+    with refused(f"--input {path}", "is damaged or truncated"):
+        preprocess(options(tmp_path / "out", input=inputs))
+    summary = preprocess(options(tmp_path / "out", input=inputs, on_error="skip"))
+    assert summary["skipped"] == {"damaged file": 1}
+    assert sum(size["documents"] for size in summary["splits"].values()) >= len(TEXTS)
+
+
+@pytest.mark.parametrize(
+    "name, keys, parts",
+    [
+        ("a.parquet", ("body",), ['has no column "body", but id, text', "--json-keys"]),
+        ("a.parquet", ("id",), ['its column "id" has the type int64, not string', "--json-keys"]),
+        ("a.txt", ("text", "body"), ["--json-keys text body", "is plain text", "give one"]),
+    ],
+)
+def test_a_table_without_the_column_is_refused(tmp_path, table, refused, name, keys, parts):
+    parquet.write_table(table, tmp_path / "a.parquet")
+    (tmp_path / "a.txt").write_text("x")
+    with refused(*parts):
+        [*read_records([tmp_path / name], keys)]
+
+
+@pytest.mark.parametrize(
+    "flags, parts",
+    [
+        ({"hf_dataset": "no/such"}, ["--hf-dataset no/such", "cannot be loaded", "--hf-split"]),
+        ({"hf_dataset": "SAVED", "hf_split": "test"}, ["--hf-split test", "has train", "give one of them"]),
+        ({"hf_split": "test"}, ["--hf-split test", "does nothing without --hf-dataset"]),
+        ({"input": ("a.jsonl",), "hf_dataset": "x"}, ["--input a.jsonl", "excludes --hf-dataset x"]),
+        ({"txt": True}, ["--txt", "does nothing without --input"]),
+        ({"json_keys": ("a", "b")}, ["--json-keys a b", "--output-prefix"]),
+        ({"json_keys": ("a", "a")}, ["--json-keys a a", "twice"]),
+        ({"output_prefix": "x"}, ["--output-dir", "--output-prefix", "one of them"]),
+        ({"output_dir": None}, ["no --output-dir", "--output-prefix", "one of them"]),
+        ({"output_dir": None, "output_prefix": "x", "json_keys": ("a/b",)}, ["--json-keys a/b", "no slash"]),
+        ({"root": Path("x")}, ["--root x", "does nothing without --output-prefix"]),
+        ({"workers": 0}, ["--workers 0", "at least 1"]),
+    ],
+)
+def test_flags_that_contradict_are_refused(tmp_path, monkeypatch, table, refused, flags, parts):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    saved = tmp_path / "saved"
+    datasets.DatasetDict({"train": datasets.Dataset(table.slice(0, 3))}).save_to_disk(saved)
+    flags = {name: str(saved) if value == "SAVED" else value for name, value in flags.items()}
+    with refused(*parts):
+        preprocess(options(**{"folder": tmp_path / "out"} | flags))
+
+
+def test_a_pipe_and_a_changing_or_vanishing_file(tmp_path, monkeypatch, refused):
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    with refused("pipe.jsonl: no such file"):
+        [*read_records([tmp_path / "pipe.jsonl"])]
+    path = tmp_path / "a.jsonl"
+    path.write_text(LINES)
+    monkeypatch.setattr(base, "CHUNK_BYTES", 1000)
+    for change in (lambda: path.write_text(LINES + LINES), path.unlink):
+        records = read_records([path])
+        next(records)
+        threading.Thread(target=change).run()
+        with refused(f"--input {path}"):
+            list(records)
