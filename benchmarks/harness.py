@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import date
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from statistics import median
@@ -97,27 +98,30 @@ def interleave(
     *,
     warm_up: int = 0,
     after_round: Callable[[Timings], object] = lambda timings: None,
+    wall_clock: bool = False,
 ) -> Timings:
     """Return the times of all contestants; every round calls each of them once, in a rotating order.
 
     A contestant is called with the number of its round, which starts at 0 in the `warm_up` rounds that come before the
     `rounds` timed ones. Load that changes during the run thereby affects all contestants alike. "peak" memory includes
-    what all of them keep allocated between their turns, "step" excludes it. `after_round` gets the times so far.
+    what all of them keep allocated between their turns, "step" excludes it. `after_round` gets the times so far. Times
+    are those of `clock`, or of the wall clock, for contestants that are processes.
     """
     names = list(contestants)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     memory = {}
     cuda = device.type == "cuda"
+    now = time.perf_counter if wall_clock else partial(clock, device)
     with tqdm(total=(warm_up + rounds) * len(names), desc="rounds", leave=False, disable=None) as bar:
         for turn in range(warm_up + rounds):
             for name in rotated(names, turn):
                 if cuda:
                     torch.cuda.reset_peak_memory_stats(device)
                     allocated = torch.cuda.memory_allocated(device)
-                start = clock(device)
+                start = now()
                 contestants[name](turn)
                 if turn >= warm_up:
-                    seconds[name].append(clock(device) - start)
+                    seconds[name].append(now() - start)
                 if cuda:
                     peak = torch.cuda.max_memory_allocated(device)
                     memory[name] = {"peak": peak, "step": peak - allocated}

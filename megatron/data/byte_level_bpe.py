@@ -1,4 +1,4 @@
-"""Byte-level BPE through tiktoken's core, several times as fast as the `tokenizers` library, with the same ids.
+"""Byte-level BPE through tiktoken's core and a table of words, with the ids of the `tokenizers` library.
 
 `tokenizers` merges a pair of tokens by the priority of the rule (left, right); tiktoken by that of the bytes that they
 form. The two agree if every token of the vocabulary, encoded alone, is one token: suppose that `tokenizers` has the
@@ -8,7 +8,7 @@ checks the condition, and everything else that the argument needs; tokenizers th
 """
 
 import json
-from dataclasses import dataclass
+import re
 
 import numpy as np
 import tiktoken
@@ -17,19 +17,51 @@ from tokenizers import Tokenizer, models
 # the words of GPT-2 (openai/gpt-2, encoder.py), which the `tokenizers` library's ByteLevel pre-tokenizer cuts as well;
 # possessive quantifiers and the first of the alternatives for white space change no match, only the time
 WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+# the same for text whose white space is ASCII: what is not ASCII is matched with all characters up to white space
+ASCII_WORDS = r" ?[A-Za-z]+|'(?:[sdmt]|ll|ve|re)| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+"
+find_ascii_words = re.compile(ASCII_WORDS, re.ASCII).findall
+find_words = re.compile(rf" ?\S*[^\x00-\x7f]\S*|{ASCII_WORDS}", re.ASCII).findall
+has_other_space = re.compile(r"[^\S\x00-\x7f]").search
+CACHED_WORDS, CACHED_LENGTH = 1 << 20, 40  # words in memory, and characters of the longest
 
 
-@dataclass(frozen=True)
 class FastCore:
-    """Encodes text by ranks, which are merge priorities; `ids` maps them to token ids, None if they are equal."""
+    """Encodes text by ranks, which are merge priorities; `ids` maps them to token ids, uint32 [V].
 
-    encoding: tiktoken.Encoding
-    ids: np.ndarray | None
+    Words recur: the ids of those seen before are looked up, and the core encodes the others. A word is encoded by
+    itself, since no merge crosses its ends; words with characters that are not ASCII may be several.
+    """
+
+    def __init__(self, encoding: tiktoken.Encoding, ids: np.ndarray):
+        self._encoding, self._ids = encoding, ids
+        self._cache = _Cache(self)
 
     def encode(self, text: str) -> np.ndarray:
         """Return the ids of a text, uint32 [N]."""
-        ranks = self.encoding.encode_to_numpy(text, disallowed_special=())
-        return ranks if self.ids is None else self.ids[ranks]
+        if not text.isascii() and has_other_space(text):
+            return self.encode_word(text)
+        words = find_ascii_words(text) if text.isascii() else find_words(text)
+        return np.frombuffer(b"".join(map(self._cache.__getitem__, words)), np.uint32)
+
+    def encode_word(self, word: str) -> np.ndarray:
+        """Return the ids of a text, all of it by the core."""
+        return self._ids[self._encoding.encode_to_numpy(word, disallowed_special=())]
+
+
+class _Cache(dict[str, bytes]):
+    """The ids of words, as bytes."""
+
+    def __init__(self, core: FastCore):
+        super().__init__()
+        self._core = core
+
+    def __missing__(self, word: str) -> bytes:
+        data = self._core.encode_word(word).tobytes()
+        if len(word) <= CACHED_LENGTH:
+            if len(self) >= CACHED_WORDS:
+                self.clear()
+            self[word] = data
+        return data
 
 
 def fast_core(library: Tokenizer) -> FastCore | None:
@@ -52,7 +84,7 @@ def fast_core(library: Tokenizer) -> FastCore | None:
     ranks = {bytes(to_byte[character] for character in token): rank for rank, token in enumerate(tokens)}
     ids = np.array([vocabulary[token] for token in tokens], np.uint32)
     encoding = tiktoken.Encoding("byte-level BPE", pat_str=WORDS, mergeable_ranks=ranks, special_tokens={})
-    return FastCore(encoding, None if np.array_equal(ids, np.arange(len(ids))) else ids)
+    return FastCore(encoding, ids)
 
 
 def byte_characters() -> list[str]:
