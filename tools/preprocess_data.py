@@ -24,7 +24,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron.config.compatibility import translate
+from megatron.config.compatibility import described, translate
 from megatron.config.flags import DescribedFormatter, Parser, add_section, build, typed_flags
 from megatron.config.tokenizer_flags import implied_tokenizer
 from megatron.data.preprocess import is_resumable, preprocess
@@ -39,7 +39,9 @@ def main() -> None:
     configure_logging()
     options = None
     try:
-        parser = Parser(description=__doc__, formatter_class=DescribedFormatter, allow_abbrev=False)
+        parser = Parser(
+            description=__doc__, epilog=megatron_flags(), formatter_class=DescribedFormatter, allow_abbrev=False
+        )
         add_section(parser, PreprocessOptions, defaults=implied_tokenizer(typed_flags(sys.argv[1:])))
         options = build(PreprocessOptions, parser.parse_known(translate(sys.argv[1:], 1, TABLE)))
         start = time.monotonic()
@@ -52,6 +54,12 @@ def main() -> None:
     except KeyboardInterrupt:
         resumable = options is not None and is_resumable(options.stage)
         fail(f"interrupted; {'the same command resumes' if resumable else 'nothing was changed'}", 130)
+
+
+def megatron_flags() -> str:
+    """Return the table of Megatron's flags for --help."""
+    lines = (f"  {name:30} {described(entry)}" for name, entry in sorted(TABLE.items()))
+    return "\n".join(["Flags of Megatron and aliases:", *lines])
 
 
 def report(options: PreprocessOptions, summary: dict | None, seconds: float) -> None:

@@ -1,11 +1,9 @@
 #!/usr/bin/env python3
-"""Measure the data pipeline: preprocessing, opening a data set for training, reading samples; and how each scales.
+"""Measure the data pipeline: opening a data set for training, reading samples; and how each scales.
 
     python benchmarks/data/run.py
     python benchmarks/data/run.py --documents 1000 200000 --epochs 1 500 --output data.json
 
-Preprocessing: the source of Python's standard library, repeated and written as .jsonl, through all of
-tools/preprocess_data.py with a trained tokenizer, compared with the tokenizers library alone on the same text.
 Starting: from an open data set to the first sample, by epoch order, documents and epochs, with the memory it takes.
 Reading: samples by sample index, as a data loader worker reads them. Program: pretrain_gpt.py up to its first step. On
 one thread; times are CPU time, and for the program also wall-clock time.
@@ -46,12 +44,8 @@ from benchmarks.harness import (
     seconds_of,
 )
 from megatron.config.flags import flag, require
-from megatron.data.corpus import standard_library
 from megatron.data.indexed import IndexedDataset, IndexedDatasetWriter
-from megatron.data.preprocess import BATCH_CHARACTERS, preprocess
-from megatron.data.preprocess_options import PreprocessOptions
 from megatron.data.samples import TrainSamples
-from megatron.data.tokenizer import HFTokenizer, train_tokenizer
 
 SEQ_LENGTH = 2048
 MEAN_TOKENS = 500  # per document; document lengths are log-normal
@@ -63,15 +57,13 @@ SAMPLES = 2000  # samples read to time reading
 class Options:
     """Flags of this benchmark."""
 
-    copies: tuple[int, ...] = flag((1, 2, 4), "how many copies of the text one preprocessing run reads", metavar="N")
-    vocabulary: int = flag(8192, "vocabulary size of the tokenizer, which is trained once before anything is timed")
     documents: tuple[int, ...] = flag((1_000, 10_000, 100_000), "documents of the data sets to read", metavar="N")
     epochs: tuple[int, ...] = flag((1, 10, 100), "epochs that a run trains for", metavar="N")
     rounds: int = flag(3, "repetitions of each measurement; the median is reported")
     output: str | None = output_flag()
 
     def __post_init__(self):
-        for name in ("copies", "documents", "epochs"):
+        for name in ("documents", "epochs"):
             require(min(getattr(self, name)) >= 1, name, " ".join(map(str, getattr(self, name))), "must be at least 1")
         require_positive(self, ("rounds",))
         require(self.documents[0] * MEAN_TOKENS > 2 * SEQ_LENGTH, "documents", self.documents[0], "give at least 10")
@@ -83,8 +75,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         report = {
             "settings": asdict(options),
-            "environment": environment(torch.device("cpu"), "numpy", "tokenizers"),
-            "preprocessing": preprocessing(options, Path(folder)),
+            "environment": environment(torch.device("cpu"), "numpy"),
             "starting": starting(options, Path(folder)),
             "program": program(options, Path(folder)),
         }
@@ -94,51 +85,6 @@ def main() -> None:
 def median_seconds(work: Callable[[], object], rounds: int) -> float:
     """Return the median CPU time of `work()`."""
     return median(seconds_of(work) for _ in range(rounds))
-
-
-def preprocessing(options: Options, folder: Path) -> list[dict]:
-    """Return size and times of preprocessing, for each number of copies of the text."""
-    texts = [document.text for document in standard_library()]
-    tokenizer_path = folder / "tokenizer.json"
-    train_tokenizer(texts, options.vocabulary, str(tokenizer_path))
-    results = []
-    for copies in tqdm(options.copies, "preprocessing", leave=False):
-        # the copies differ in a line, so that deduplication drops none
-        copied_texts = [f"# {copy}\n{text}" for copy in range(copies) for text in texts]
-        results.append(_preprocessing_times(copied_texts, tokenizer_path, folder / f"out_{copies}", options.rounds))
-    return results
-
-
-def _preprocessing_times(texts: list[str], tokenizer_path: Path, output_dir: Path, rounds: int) -> dict:
-    tokenizer = HFTokenizer(str(tokenizer_path))
-    json_lines = output_dir.with_name("text.jsonl")
-    json_lines.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    round_numbers = iter(range(rounds))
-
-    def write_dataset() -> None:
-        preprocess(
-            PreprocessOptions(
-                output_dir=output_dir.with_name(f"{output_dir.name}_{next(round_numbers)}"),
-                input=(str(json_lines),),
-                tokenizer_model=str(tokenizer_path),
-                splits=(100, 0, 0),
-            )
-        )
-
-    def tokenize() -> None:
-        batch, size = [], 0
-        for text in texts:
-            batch, size = [*batch, text], size + len(text)
-            if size > BATCH_CHARACTERS:
-                tokenizer.encode_batch(batch)
-                batch, size = [], 0
-        tokenizer.encode_batch(batch)
-
-    return {
-        "megabytes": sum(len(text.encode()) for text in texts) / 1e6,
-        "seconds": median_seconds(write_dataset, rounds),
-        "tokenizers_seconds": median_seconds(tokenize, rounds),
-    }
 
 
 def starting(options: Options, folder: Path) -> list[dict]:
@@ -206,11 +152,6 @@ def _process(command: list[str], rounds: int) -> dict:
 
 def tables(report: dict) -> str:
     """Return the report as Markdown tables."""
-    text_rows = []
-    for row in report["preprocessing"]:
-        size, total, tokenizers = row["megabytes"], row["seconds"], row["tokenizers_seconds"]
-        speeds = (f"{size / total:.2f}", f"{size / tokenizers:.2f}")
-        text_rows.append((f"{size:.1f}", f"{total:.2f}", *speeds, f"{tokenizers / total:.0%}"))
     sample_rows = []
     for row in report["starting"]:
         counts = (f"{row['documents']:,}", row["epochs"], f"{row['samples']:,}")
@@ -219,7 +160,6 @@ def tables(report: dict) -> str:
         sample_rows.append((row["order"], *counts, *start, f"{microseconds:.0f}", f"{SEQ_LENGTH / microseconds:.0f}"))
     program_rows = [(name, f"{row['wall']:.1f}", f"{row['cpu']:.1f}") for name, row in report["program"].items()]
     tables = (
-        (("text, MB", "seconds", "MB/s", "tokenizers alone, MB/s", "share of the time"), text_rows),
         (
             ("order", "documents", "epochs", "samples", "first sample, ms", "memory, MB", "µs per sample", "Mtokens/s"),
             sample_rows,

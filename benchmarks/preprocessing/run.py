@@ -107,7 +107,7 @@ def measure(options: Options, folder: Path) -> dict:
     documents = [json.loads(line)["text"] for line in text.open()]
     (folder / "one.jsonl").write_text(json.dumps({"text": documents[0]}) + "\n")
     trained = folder / "trained"
-    run([*tool("--input", text, "--output-dir", trained, "--train-tokenizer", options.trained, "--splits", 1, 0, 0)])
+    run(tool(f"--input {text} --output-dir {trained} --train-tokenizer {options.trained} --splits 1 0 0"))
     contestants = {}
     for name, commands in every_command(options, folder).items():
         contestants[name] = lambda turn, commands=commands: run(commands(text, turn))
@@ -123,11 +123,14 @@ def measure(options: Options, folder: Path) -> dict:
 
 def every_command(options: Options, folder: Path) -> dict:
     """Return, for each contestant, the function of text file and round that returns its command line."""
-    gpt2 = ["--vocab-file", options.vocab_file, "--merge-file", options.merge_file]
-    trained = ["--tokenizer-model", folder / "trained" / "tokenizer.json"]
+    gpt2 = f"--vocab-file {shlex.quote(options.vocab_file)} --merge-file {shlex.quote(options.merge_file)}"
+    trained = f"--tokenizer-model {folder}/trained/tokenizer.json"
 
-    def preprocess(name, *flags):
-        return lambda text, turn: tool("--input", text, "--output-prefix", folder / f"{name} {turn}", *flags)
+    def preprocess(name, tokenizer, workers):
+        prefix = f"--output-prefix {folder}/{name}"
+        return lambda text, turn: tool(
+            f"--input {shlex.quote(str(text))} {prefix}-{turn} {tokenizer} --append-eod --workers {workers}"
+        )
 
     def peer(name):
         def command(text, turn):
@@ -138,9 +141,9 @@ def every_command(options: Options, folder: Path) -> dict:
         return command
 
     commands = {
-        "GPT-2": preprocess("gpt2", *gpt2, "--append-eod", "--workers", 1),
-        "GPT-2, two workers": preprocess("gpt2 of two", *gpt2, "--append-eod", "--workers", 2),
-        "trained BPE": preprocess("trained", *trained, "--append-eod", "--workers", 1),
+        "GPT-2": preprocess("gpt2", gpt2, 1),
+        "GPT-2, two workers": preprocess("two", gpt2, 2),
+        "trained BPE": preprocess("trained", trained, 1),
         **{name: peer(name) for name in PEERS},
     }
     if options.megatron_command:
@@ -151,9 +154,9 @@ def every_command(options: Options, folder: Path) -> dict:
     return commands
 
 
-def tool(*flags) -> list[str]:
+def tool(flags: str) -> list[str]:
     """Return the command line of tools/preprocess_data.py."""
-    return [sys.executable, str(ROOT / "tools" / "preprocess_data.py"), *map(str, flags)]
+    return [sys.executable, str(ROOT / "tools" / "preprocess_data.py"), *shlex.split(flags)]
 
 
 def run(command: list[str]) -> None:

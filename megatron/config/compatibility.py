@@ -100,7 +100,7 @@ def markdown() -> str:
         "| flag | here |",
         "|---|---|",
     ]
-    rows = {name: _described(entry) for name, entry in TABLE.items()}
+    rows = {name: described(entry) for name, entry in TABLE.items()}
     for name, values in VALUES.items():
         rows |= {f"{name} {theirs}": f"same as `{name} {ours}`" for theirs, ours in values.items()}
     lines += [f"| `{name}` | {rows[name]} |" for name in sorted(rows)]
@@ -110,7 +110,8 @@ def markdown() -> str:
     return "\n".join(lines) + "\n"
 
 
-def _described(entry: Same | NoOp | Refused) -> str:
+def described(entry: Same | NoOp | Refused) -> str:
+    """Return what a flag of the table means here."""
     if isinstance(entry, Same):
         return f"same as `{entry.words}`" + (", times `--global-batch-size`" if entry.batches else "")
     if isinstance(entry, Refused):
