@@ -14,7 +14,6 @@ import os
 # before the libraries are imported: one thread
 os.environ |= {"OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
-import json
 import resource
 import subprocess
 import sys
