@@ -18,6 +18,7 @@ from megatron.data.indexed import IndexedDataset, read_metadata
 from megatron.data.preprocess import is_resumable, preprocess
 from megatron.data.preprocess_options import PreprocessOptions
 from megatron.data.sources import base
+from megatron.data.staging import only_writer
 from megatron.data.tokenise import ChunkTokeniser
 from megatron.data.tokenizer import HFTokenizer, train_tokenizer
 from tests.conftest import ROOT, environment
@@ -170,22 +171,60 @@ def test_ten_kills_at_random_moments_and_the_same_bytes(text, tokenizer, tmp_pat
     assert contents(tmp_path / "data") == contents(tmp_path / "whole")
 
 
-def test_workers_end_with_a_killed_parent(text, tmp_path):
-    large = tmp_path / "large.jsonl"
+def running(text: Path, folder: Path) -> tuple[subprocess.Popen, list[str]]:
+    """Start the tool in two workers on 30 MB; return it with its child processes when progress was recorded."""
+    large = folder / "large.jsonl"
     large.write_bytes(text.read_bytes() * 20)
-    flags = ["--input", large, "--tokenizer-type", "ByteTokenizer", "--workers", 2, "--output-dir", tmp_path / "data"]
-    process = subprocess.Popen(program(20_000, *flags), env=environment(), stderr=subprocess.PIPE)
+    flags = ["--input", large, "--tokenizer-type", "ByteTokenizer", "--workers", 2, "--output-dir", folder / "data"]
+    process = subprocess.Popen(program(20_000, *flags), env=environment(), stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
-    while not (tmp_path / "data" / ".partial" / "progress.json").exists():
+    while not (folder / "data" / ".partial" / "progress.json").exists():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    assert len(children) >= 2
+    workers = [child for child in children if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
+    assert len(workers) == 2
+    return process, workers
+
+
+def test_workers_end_with_a_killed_parent(text, tmp_path):
+    process, workers = running(text, tmp_path)
     process.kill()
     process.wait()
-    while any(Path(f"/proc/{child}/cmdline").exists() and _alive(child) for child in children):
+    deadline = time.monotonic() + 30
+    while any(_alive(worker) for worker in workers):
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    "signal_number, victim, code, message",
+    [
+        (signal.SIGKILL, "worker", 2, "--workers 2: a worker process was killed"),
+        (signal.SIGINT, "parent", 130, "interrupted; the same command resumes"),
+    ],
+)
+def test_a_run_that_ends_early_says_how_to_go_on(text, tmp_path, signal_number, victim, code, message):
+    process, workers = running(text, tmp_path)
+    os.kill(int(workers[0]) if victim == "worker" else process.pid, signal_number)
+    errors = process.communicate(timeout=60)[1]
+    assert process.returncode == code and message in errors and "Traceback" not in errors, errors
+    assert is_resumable(tmp_path / "data" / ".partial") and not (tmp_path / "data" / "corpus.json").exists()
+
+
+def test_a_second_writer_of_a_prefix_waits_and_another_prefix_does_not(text, tmp_path):
+    def start(prefix):
+        flags = ["--input", text, "--tokenizer-type", "ByteTokenizer", "--output-prefix", tmp_path / prefix]
+        command = [sys.executable, ROOT / "tools/preprocess_data.py", *flags]
+        return subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    with only_writer(tmp_path / ".a.partial", "test"):
+        other, same = start("b"), start("a")
+        assert "text: " in other.communicate(timeout=60)[0]
+        assert "another process writes to it; waiting" in same.stderr.readline()
+        assert same.poll() is None
+    assert "text: " in same.communicate(timeout=60)[0]
+    assert sorted(path.name for path in tmp_path.glob("*.bin")) == ["a_text_document.bin", "b_text_document.bin"]
 
 
 def _alive(pid: str) -> bool:
