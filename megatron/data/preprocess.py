@@ -71,7 +71,12 @@ class _Preprocessing:
     def __init__(self, options: PreprocessOptions, sources: list[Source]):
         self._options, self._sources, self._stage = options, sources, options.stage
         self._workers = options.worker_processes(sources)
-        identities = [source.identity for source in sources]  # an unknown one: whether it changed cannot be seen
+        identities = [source.identity for source in sources]  # None for a stream, which is read once
+        if None in identities and options.trained_ids:
+            raise ConfigurationError(
+                f"{options.named}: is read once, and training a tokenizer reads the text before; give "
+                "--tokenizer-model or another --tokenizer-type"
+            )
         identity = {"settings": options.settings(None), "sources": identities}
         self._identity = None if None in identities else json.loads(json.dumps(identity))
         self._position: Position = (0, 0)
@@ -88,7 +93,7 @@ class _Preprocessing:
         options, recorded = self._options, self._read_progress()
         if recorded is None:
             clear(self._stage)
-            may_be_complete = has_record(options)
+            may_be_complete = self._identity is not None and has_record(options)
             if options.trained_ids or may_be_complete:
                 train_bytes = self._survey()
                 if may_be_complete and is_complete(options, self._surveyed_hash):

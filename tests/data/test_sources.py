@@ -94,6 +94,11 @@ def test_standard_input_is_json_lines(tmp_path):
     (tmp_path / "b.jsonl").write_text(LINES)
     preprocess(options(tmp_path / "b", input=(str(tmp_path / "b.jsonl"),), splits=(98, 1, 1)))
     assert token_files(tmp_path / "a") == token_files(tmp_path / "b")
+    done = subprocess.run([*command, *flags], input=LINES, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0 and token_files(tmp_path / "a") == token_files(tmp_path / "b")  # read once, and written
+    flags = ["--output-dir", tmp_path / "c", "--tokenizer-type", "HFTokenizer", "--train-tokenizer", "300"]
+    done = subprocess.run([*command, *flags], input=LINES, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 2 and "error: --input -: is read once" in done.stderr, done.stderr
 
 
 def test_every_file_of_a_pattern_is_text_with_txt(tmp_path):

@@ -103,9 +103,16 @@ class HuggingFaceDataset:
         rows = self._open(_library(self._named))
         if rows.features is not None:
             check_columns(rows.features.arrow_schema, keys, self._named)
-        with _reading(self._named):
+        try:
             tables = rows.select_columns(list(keys)).with_format("arrow").iter(batch_size=base.CHUNK_ROWS)
             yield from _chunks(self._named, tables, 0)
+        except ConfigurationError:
+            raise
+        except Exception as error:  # of many kinds, such as a lost connection, which --on-error must not skip
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ConfigurationError(
+                f"{self._named}: cannot be read further ({reason}); run the same command again, which resumes"
+            ) from None
 
     def _open(self, library: ModuleType):
         library.disable_progress_bars()
