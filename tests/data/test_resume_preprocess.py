@@ -291,3 +291,23 @@ def test_flags_of_megatron_that_are_refused(text, tmp_path, flags, parts):
     done = subprocess.run([*command, *flags.split()], env=environment(), capture_output=True, text=True)
     assert done.returncode == 2 and all(part in done.stderr for part in parts), done.stderr
     assert done.stderr.count("\n") == 1 and not [*tmp_path.iterdir()]
+
+
+def test_a_tokenizer_by_its_name_on_the_hub_or_in_a_folder(text, tokenizer, tmp_path):
+    """The name is looked up in the hub's cache here, as on a node without network."""
+    snapshot = tmp_path / "cache" / "models--someone--name" / "snapshots" / "0123456789abcdef0123456789abcdef01234567"
+    snapshot.mkdir(parents=True)
+    (snapshot / "tokenizer.json").write_bytes(tokenizer.read_bytes())
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text(snapshot.name)
+    variables = environment() | {"HF_HUB_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
+    outputs = []
+    for number, name in enumerate(("someone/name", snapshot, tokenizer, "someone/other")):
+        command = [sys.executable, ROOT / "tools/preprocess_data.py", "--input", text, "--tokenizer-model", name]
+        command += ["--output-dir", tmp_path / f"{number}", "--workers", "1"]
+        done = subprocess.run(command, env=variables, capture_output=True, text=True)
+        outputs.append((tmp_path / f"{number}" / "train.bin").read_bytes() if done.returncode == 0 else done.stderr)
+    assert outputs[0] == outputs[1] == outputs[2]
+    assert outputs[3].startswith("error: --tokenizer-model someone/other: no such file, and the hub") and (
+        outputs[3].count("\n") == 1
+    )
