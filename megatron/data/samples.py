@@ -19,17 +19,20 @@ class _Documents:
     """The documents of the first `total` tokens of a data set in file order, the last document cut.
 
     `trailing` includes empty documents at the end of the data set, which Megatron shuffles with the others.
+    `sizes` are their tokens, int32 [documents].
     """
 
     def __init__(self, dataset: IndexedDataset, total: int, trailing: bool = False):
         self.total = total
-        ends = np.cumsum(dataset.sizes, dtype=np.int64)
-        self.documents = int(np.searchsorted(ends, self.total)) + 1
-        if trailing and self.total == dataset.total_tokens:
+        self.documents = dataset.documents_with(total)
+        beyond = dataset.tokens_between(0, self.documents) - total
+        if trailing and total == dataset.total_tokens:
             self.documents = len(dataset)
-        self.sizes = dataset.sizes[: self.documents].astype(np.int64)
-        self.sizes[-1] -= ends[self.documents - 1] - self.total
-        self.ends = np.cumsum(self.sizes)
+            dataset.check_documents(self.documents)
+        self.sizes = dataset.sizes[: self.documents]
+        if beyond:
+            self.sizes = self.sizes.copy()
+            self.sizes[-1] -= beyond
         self._dataset = dataset
 
     def gather(self, order, ends: np.ndarray, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -94,7 +97,7 @@ class TrainSamples:
     def _shuffled_documents(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the documents of an epoch in shuffled order, and their cumulative sizes."""
         order = stream(self._seed, "documents", epoch).permutation(self._source.documents)
-        return order, np.cumsum(self._source.sizes[order])
+        return order, np.cumsum(self._source.sizes[order], dtype=np.int64)
 
     def _documents(self, sample_index: int) -> np.ndarray:
         """Documents are shuffled again every epoch and packed; a sample may span two epochs."""
@@ -144,6 +147,7 @@ class ValidationWindows:
     def __init__(self, dataset: IndexedDataset, seq_length: int, limit: int | None = None):
         _check_length(dataset, dataset.total_tokens, seq_length)
         self._source = _Documents(dataset, dataset.total_tokens)
+        self._ends = np.cumsum(self._source.sizes, dtype=np.int64)
         available = (self._source.total - 1) // seq_length
         self.seq_length = seq_length
         self._available = available
@@ -161,7 +165,7 @@ class ValidationWindows:
 
     def __getitem__(self, window: int) -> tuple[np.ndarray, np.ndarray]:
         start = window * self._available // self._length * self.seq_length
-        return self._source.gather(range(self._source.documents), self._source.ends, start, self.seq_length + 1)
+        return self._source.gather(range(self._source.documents), self._ends, start, self.seq_length + 1)
 
 
 def _check_length(dataset: IndexedDataset, tokens: int, seq_length: int) -> None:

@@ -4,8 +4,6 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from megatron.config.sections import Config, DataConfig
 from megatron.data.blend import TrainBlend, ValidationBlend, combined_hash
 from megatron.data.indexed import IndexedDataset, data_files, read_metadata
@@ -77,7 +75,7 @@ def _members(requested: DataSet, opened: dict[str, IndexedDataset], data: DataCo
     splits = []
     for dataset in datasets:
         first, last = split_edges(data.split_shares, len(dataset))[requested.split_index : requested.split_index + 2]
-        if not dataset.sizes[first:last].any():
+        if not dataset.tokens_between(first, last):
             raise ConfigurationError(
                 f"--split {data.split}: leaves no tokens of {dataset.prefix} for {requested.name}, of {len(dataset)} "
                 "documents in all; change the shares or give --valid-data-path"
@@ -92,7 +90,7 @@ def _suffices(requested: DataSet, opened: dict[str, IndexedDataset], data: DataC
         return True
     for dataset in (opened[prefix] for prefix in requested.prefixes):
         first, last = split_edges(data.split_shares, len(dataset))[2:]
-        if dataset.sizes[first:last].sum(dtype=np.int64) <= data.seq_length:
+        if dataset.tokens_between(first, last) <= data.seq_length:
             logger.info("--split %s: the test split holds less than one sample and is skipped", data.split)
             return False
     return True
