@@ -57,7 +57,11 @@ class _Documents:
 
 
 class TrainSamples:
-    """Training samples by sample index: `samples[i]` is int64 [S+1]."""
+    """Training samples by sample index: `samples[i]` is int64 [S+1].
+
+    `unique_tokens` are the first ones of the data set, by default all; messages name them `cut_by`. A published subset
+    that is given by its name must end where a document ends.
+    """
 
     def __init__(
         self,
@@ -66,14 +70,13 @@ class TrainSamples:
         seed: int,
         epoch_order: str = "documents",
         unique_tokens: int | None = None,
+        *,
+        cut_by: str = "--train-unique-tokens",
     ):
-        if unique_tokens is not None and unique_tokens > dataset.total_tokens:
-            raise ConfigurationError(
-                f"--train-unique-tokens {unique_tokens}: {dataset.prefix}.bin holds {dataset.total_tokens}; "
-                "lower it or add text"
-            )
+        if unique_tokens is not None:
+            _check_cut(dataset, unique_tokens, cut_by)
         self.unique_tokens, self.seq_length, self._seed = unique_tokens or dataset.total_tokens, seq_length, seed
-        _check_length(dataset, self.unique_tokens, seq_length)
+        _check_length(dataset, self.unique_tokens, seq_length, cut_by)
         self._dataset = dataset
         if epoch_order != "windows":
             # "documents" leaves out empty documents at the end, so that the order that a seed gives does not change
@@ -145,7 +148,7 @@ class ValidationWindows:
     """
 
     def __init__(self, dataset: IndexedDataset, seq_length: int, limit: int | None = None):
-        _check_length(dataset, dataset.total_tokens, seq_length)
+        _check_length(dataset, dataset.total_tokens, seq_length, "")
         self._source = _Documents(dataset, dataset.total_tokens)
         self._ends = np.cumsum(self._source.sizes, dtype=np.int64)
         available = (self._source.total - 1) // seq_length
@@ -168,9 +171,30 @@ class ValidationWindows:
         return self._source.gather(range(self._source.documents), self._ends, start, self.seq_length + 1)
 
 
-def _check_length(dataset: IndexedDataset, tokens: int, seq_length: int) -> None:
+def _check_cut(dataset: IndexedDataset, tokens: int, cut_by: str) -> None:
+    """Check that a data set holds `tokens` tokens, and a whole number of documents if they are a published subset."""
+    subset = getattr(tokens, "subset", None)
+    named = f"{cut_by} {subset or tokens}"
+    if tokens > dataset.total_tokens:
+        raise ConfigurationError(
+            f"{named}: {dataset.prefix}.bin holds {dataset.total_tokens}"
+            + (f" tokens, and the published subset {int(tokens)}" if subset else "")
+            + "; lower it or add text"
+        )
+    if subset and tokens < dataset.total_tokens:
+        documents = dataset.documents_with(tokens)
+        if dataset.tokens_between(0, documents) != tokens:
+            before, after = (dataset.tokens_between(0, count) for count in (documents - 1, documents))
+            raise ConfigurationError(
+                f"{named}: is the first documents of the data set that it names, of {int(tokens)} tokens, and in "
+                f"{dataset.prefix} documents end at tokens {before} and {after}: it has other text, another order or "
+                f"another tokenizer; give data in the published order, or the number {int(tokens)}"
+            )
+
+
+def _check_length(dataset: IndexedDataset, tokens: int, seq_length: int, cut_by: str) -> None:
     if tokens < seq_length + 1:
-        source = f"{dataset.prefix}.bin holds" if tokens == dataset.total_tokens else "--train-unique-tokens leaves"
+        source = f"{dataset.prefix}.bin holds" if tokens == dataset.total_tokens else f"{cut_by} leaves"
         raise ConfigurationError(
             f"--seq-length {seq_length}: one sample needs {seq_length + 1} tokens and {source} {tokens}; "
             "shorten it or add text"
