@@ -78,6 +78,7 @@ class TrainSamples:
         self.unique_tokens, self.seq_length, self._seed = unique_tokens or dataset.total_tokens, seq_length, seed
         _check_length(dataset, self.unique_tokens, seq_length, cut_by)
         self._dataset = dataset
+        self._first_window = lru_cache(maxsize=2)(self._drawn_offset)
         if epoch_order != "windows":
             # "documents" leaves out empty documents at the end, so that the order that a seed gives does not change
             self._source = _Documents(dataset, self.unique_tokens, trailing=epoch_order == "megatron")
@@ -128,9 +129,8 @@ class TrainSamples:
         """
         windows = self.unique_tokens // self.seq_length
         epoch, index = divmod(sample_index, windows)
-        first = int(stream(self._seed, "window offset", epoch).integers(self.unique_tokens))
         window = _shuffled(index, windows, self._seed, epoch)
-        start = (first + window * self.seq_length) % self.unique_tokens
+        start = (self._first_window(epoch) + window * self.seq_length) % self.unique_tokens
         remaining = self.seq_length + 1
         chunks = []
         while remaining:
@@ -139,6 +139,10 @@ class TrainSamples:
             start = 0
             remaining -= count
         return np.concatenate(chunks).astype(np.int64)
+
+    def _drawn_offset(self, epoch: int) -> int:
+        """Return the token at which the windows of an epoch begin."""
+        return int(stream(self._seed, "window offset", epoch).integers(self.unique_tokens))
 
 
 class ValidationWindows:
@@ -208,7 +212,7 @@ def _shuffled(index: int, count: int, seed: int, epoch: int) -> int:
     (Black and Rogaway, 2002, "Ciphers with arbitrary finite domains").
     """
     half = max(1, (count - 1).bit_length() + 1 >> 1)
-    keys = stream(seed, "window order", epoch).integers(1 << 32, size=4).tolist()
+    keys = _round_keys(seed, epoch)
     while True:
         left, right = index >> half, index & (1 << half) - 1
         for key in keys:
@@ -219,3 +223,9 @@ def _shuffled(index: int, count: int, seed: int, epoch: int) -> int:
         index = left << half | right
         if index < count:
             return index
+
+
+@lru_cache(maxsize=64)
+def _round_keys(seed: int, epoch: int) -> list[int]:
+    """Return the keys of the four rounds of an epoch's permutation."""
+    return stream(seed, "window order", epoch).integers(1 << 32, size=4).tolist()
