@@ -7,6 +7,7 @@
 import mmap
 import struct
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +35,7 @@ class Index:
     """
 
     path: Path
+    mapped: mmap.mmap
     dtype: np.dtype
     sizes: np.ndarray
     offsets: np.ndarray
@@ -61,9 +63,10 @@ class Index:
         size = path.stat().st_size
         if size != expected:
             raise ConfigurationError(f"{path}: has {size} bytes and needs {expected}; it is truncated, write it again")
-        mapped = map_file(path, at_random=count > WHOLE)
+        mapped = map_file(path)
         return cls(
             path=path,
+            mapped=mapped,
             dtype=np.dtype(DTYPES[code]),
             sizes=np.frombuffer(mapped, np.int32, count, HEADER.size),
             offsets=np.frombuffer(mapped, np.int64, count, HEADER.size + 4 * count),
@@ -85,12 +88,13 @@ class Index:
         """
         count = len(self.sizes)
         before = 0
-        for first, last in _blocks(count):
-            self.check_entries(first, last)
-            if self.offsets[first] < self.offsets[before]:
-                raise self._misplaced(first, f"document {before} is at byte {self.offsets[before]}")
-            before = first
-        self.check_boundaries()
+        with nullcontext() if self.is_checked_whole else without_readahead(self.mapped):
+            for first, last in _blocks(count):
+                self.check_entries(first, last)
+                if self.offsets[first] < self.offsets[before]:
+                    raise self._misplaced(first, f"document {before} is at byte {self.offsets[before]}")
+                before = first
+            self.check_boundaries()
         return int(self._ends(count - 1, count)[0]) // self.dtype.itemsize if count else 0
 
     def check_entries(self, first: int, last: int) -> None:
@@ -149,16 +153,20 @@ class Index:
         return ends[ends > 0]
 
 
-def map_file(path: Path, at_random: bool) -> mmap.mmap:
-    """Return a file, which is not empty, memory-mapped for reading.
-
-    `at_random` turns readahead off, which costs milliseconds per access to a file that is larger than RAM.
-    """
+def map_file(path: Path) -> mmap.mmap:
+    """Return a file, which is not empty, memory-mapped for reading."""
     with open(path, "rb") as file:
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    if at_random:
-        mapped.madvise(mmap.MADV_RANDOM)
-    return mapped
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+@contextmanager
+def without_readahead(mapped: mmap.mmap) -> Iterator[None]:
+    """Turn readahead off, which costs milliseconds at each of few places that are read in a large file."""
+    mapped.madvise(mmap.MADV_RANDOM)
+    try:
+        yield
+    finally:
+        mapped.madvise(mmap.MADV_NORMAL)
 
 
 def _blocks(count: int) -> Iterator[tuple[int, int]]:

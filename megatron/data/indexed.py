@@ -7,6 +7,7 @@ PREFIX.json  metadata: tokenizer, corpus hash (ours; optional)
 
 import hashlib
 import json
+import mmap
 import os
 from array import array
 from copy import copy
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron.data.index_file import Index, map_file, rebuild_command, uncounted_end, write_index
+from megatron.data.index_file import Index, map_file, rebuild_command, uncounted_end, without_readahead, write_index
 from megatron.errors import ConfigurationError
 
 
@@ -41,7 +42,10 @@ class IndexedDataset:
         self._checked_documents = (
             len(self) if index.is_checked_whole else 0
         )  # the first ones, whose entries were checked
-        self._tokens = np.frombuffer(map_file(data, at_random=not index.is_checked_whole), self.dtype)
+        mapped = map_file(data)
+        if not index.is_checked_whole:
+            mapped.madvise(mmap.MADV_RANDOM)  # samples are read at random, and readahead of each costs milliseconds
+        self._tokens = np.frombuffer(mapped, self.dtype)
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -122,9 +126,10 @@ class IndexedDataset:
     def fingerprint(self) -> str:
         """Return a hash of blocks of the sizes and of the tokens, in constant time."""
         digest = hashlib.sha256(f"{self.dtype} {len(self)} {self.total_tokens}".encode())
-        for values, count in ((self.sizes, 64), (self._tokens, 256)):
-            for start in np.linspace(0, max(0, len(values) - 512), count).astype(np.int64):
-                digest.update(values[start : start + 512].tobytes())
+        with without_readahead(self._index.mapped):
+            for values, count in ((self.sizes, 64), (self._tokens, 256)):
+                for start in np.linspace(0, max(0, len(values) - 512), count).astype(np.int64):
+                    digest.update(values[start : start + 512].tobytes())
         return digest.hexdigest()
 
     def _checked(self, ids: np.ndarray) -> np.ndarray:

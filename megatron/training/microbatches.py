@@ -8,7 +8,7 @@ from functools import partial
 from multiprocessing.connection import wait
 from multiprocessing.context import ForkContext, ForkProcess
 from multiprocessing.process import BaseProcess
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -189,7 +189,7 @@ class _Packed:
     """
 
     block: Tensor  # uint8
-    contents: list[dict]  # the fields of each batch, with places for tensors
+    contents: list[dict[str, Any]]  # the fields of each batch, with places for tensors
 
     @classmethod
     def pack(cls, batches: list[Batch]) -> "_Packed":
@@ -214,12 +214,10 @@ class _Packed:
 
     def batches(self) -> list[Batch]:
         """Return the batches, views of the block."""
-        return [
-            Batch(
-                **{name: value.of(self.block) if isinstance(value, _Place) else value for name, value in values.items()}
-            )
-            for values in self.contents
-        ]
+        return [Batch(**{name: self._restored(value) for name, value in values.items()}) for values in self.contents]
+
+    def _restored(self, value: Any) -> Any:
+        return value.of(self.block) if isinstance(value, _Place) else value
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from megatron.data.index_file import HEADER, MAGIC
 from megatron.data.indexed import IndexedDataset, IndexedDatasetWriter
 from megatron.data.samples import TrainSamples, ValidationWindows
 from megatron.errors import ConfigurationError
+from tests.test_benchmarks import report_of
 
 BILLION, LARGEST = 10**9, 2**31 - 1  # documents; tokens of one document at most
 SIZES = [3, 0, 7, 1, 0, 0, 5, 4, 9, 2, 0, 6, 1, 8, 3, 0, 2, 5, 0]
@@ -203,3 +204,14 @@ def test_the_tokens_of_a_large_index_must_fill_its_file(tmp_path, sampled, refus
         os.truncate(f"{prefix}.bin", length)
         with refused("data.bin", f"has {length} bytes"):
             IndexedDataset(prefix)
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_the_loader_measures_every_case(tmp_path):
+    flags = "--samples 64 --micro-batch-sizes 8 --workers 0 1 --documents 1000 20000 --rounds 2"
+    report = report_of(f"loader {flags}", tmp_path)
+    assert len(report["loader"]) == 2 * 3 * 2 and len(report["opening"]) == 4
+    assert all(min(row["tokens_per_second"]) > 0 for row in report["loader"])
+    sizes = {row["documents"]: row["rounds"][0]["tokens"] for row in report["opening"]}
+    assert all(tokens == pytest.approx(480 * documents, rel=0.1) for documents, tokens in sizes.items())
+    assert all(0 < result["first"] <= result["random"] for row in report["opening"] for result in row["rounds"])
