@@ -18,7 +18,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import pytest
 
-from megatron.config.sizes import UNIQUE_TOKENS
+from megatron.config.subsets import UNIQUE_TOKENS
 from megatron.data.indexed import IndexedDataset, IndexedDatasetWriter
 from megatron.data.tokenizer import END, GPT2BPETokenizer, train_tokenizer
 from tests.conftest import ROOT

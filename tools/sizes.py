@@ -2,9 +2,10 @@
 """Print the published ladder of model sizes with parameter counts, and the papers' budgets.
 
     python tools/sizes.py
-    python tools/sizes.py --train-flops 1e19
+    python tools/sizes.py --train-flops 1e19 --unique-tokens C4-500M
 
-With --train-flops it adds the tokens, and the epochs over --unique-tokens, of that compute at each size.
+With --train-flops it adds the tokens, and the epochs over --unique-tokens, of that compute at each size. Names of
+published subsets are also values of --train-unique-tokens of a training run.
 """
 
 import sys
@@ -16,15 +17,20 @@ from megatron.config.flags import DescribedFormatter, Parser
 from megatron.config.sizes import (
     BEST_ON_100M,
     COMPUTE_OPTIMAL,
-    DATA_VALUE_EPOCHS,
-    DATA_VALUE_TOKENS,
     GPT2_VOCABULARY,
     LADDER,
-    UNIQUE_TOKENS,
     ladder_model,
     non_embedding_count,
     parameter_count,
     published_count,
+)
+from megatron.config.subsets import (
+    DATA_VALUE_EPOCHS,
+    DATA_VALUE_FAMILIES,
+    SUBSETS,
+    UNIQUE_TOKENS,
+    TokenCount,
+    subset_name,
 )
 from megatron.config.vocabulary import Vocabulary
 from megatron.errors import ConfigurationError
@@ -34,15 +40,18 @@ def main() -> None:
     """Print the ladder and the budgets."""
     parser = Parser(description=__doc__, formatter_class=DescribedFormatter, allow_abbrev=False)
     parser.add_argument("--train-flops", type=float, metavar="C", help="training compute, 6ND")
-    parser.add_argument("--unique-tokens", default="100M", metavar="SET", help="published subset (default: 100M)")
+    parser.add_argument(
+        "--unique-tokens",
+        type=TokenCount,
+        default="C4-100M",
+        metavar="N",
+        help="unique tokens: a number or a published subset (default: C4-100M)",
+    )
     try:
         options = parser.parse_known(sys.argv[1:])
-        if options.unique_tokens not in UNIQUE_TOKENS:
-            known = ", ".join(UNIQUE_TOKENS)
-            raise ConfigurationError(
-                f"--unique-tokens {options.unique_tokens}: is not a published subset; give one of {known}"
-            )
-        print_ladder(options.train_flops, UNIQUE_TOKENS[options.unique_tokens])
+        if options.unique_tokens < 1:
+            raise ConfigurationError(f"--unique-tokens {options.unique_tokens}: must be positive; change it")
+        print_ladder(options.train_flops, options.unique_tokens)
     except ConfigurationError as error:
         sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
     print_budgets()
@@ -71,18 +80,20 @@ def print_budgets() -> None:
     print("Best size by training FLOPs (2507.15857):")
     for (objective, flops), name in COMPUTE_OPTIMAL.items():
         print(f"  {objective.upper():4}{flops:.0e}  {name}")
-    print("Unique tokens, in millions, of the published sets for each number of epochs at that compute:")
-    print("  epochs  " + "".join(f"{epochs:>9}" for epochs in DATA_VALUE_EPOCHS))
-    for (objective, flops), sets in DATA_VALUE_TOKENS.items():
-        amounts = "".join(f"{tokens / 1e6:>9.1f}" if tokens else f"{'-':>9}" for tokens in sets)
-        print(f"  {objective.upper():4}{flops:.0e}{amounts}")
     print("Best published runs on 100M unique tokens:")
     for objective, (name, epochs, loss) in BEST_ON_100M.items():
         print(f"  {objective.upper():4}{name} x {epochs} epochs, validation loss {loss}")
-    print(
-        "Unique tokens of the published subsets:",
-        ", ".join(f"{name} {count:,}" for name, count in UNIQUE_TOKENS.items()),
-    )
+    print("\nPublished subsets, in tokens: the first documents of C4 and SlimPajama")
+    for name in UNIQUE_TOKENS:
+        subset = subset_name(name)
+        print(f"  {subset:<16}{SUBSETS[subset]:>15,}")
+    print("\nSubsets of C4 for equal compute, in tokens: to read once, or for the number of epochs in the name")
+    for (objective, flops), family in DATA_VALUE_FAMILIES.items():
+        print(f"  {objective.upper()} at {flops:.0e}")
+        for epochs in DATA_VALUE_EPOCHS:
+            subset = subset_name(family, epochs)
+            if subset in SUBSETS:
+                print(f"  {subset:<16}{SUBSETS[subset]:>15,}")
 
 
 if __name__ == "__main__":

@@ -20,14 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from megatron.config.flags import DescribedFormatter, Parser, spelling, typed_flags
 from megatron.config.resolve import resolve
 from megatron.config.sections import SECTIONS, ModelConfig
-from megatron.config.sizes import (
-    COMPUTE_OPTIMAL,
-    DATA_VALUE_EPOCHS,
-    DATA_VALUE_TOKENS,
-    GPT2_VOCABULARY,
-    ladder_settings,
-    parameter_count,
-)
+from megatron.config.sizes import COMPUTE_OPTIMAL, GPT2_VOCABULARY, ladder_settings, parameter_count
+from megatron.config.subsets import DATA_VALUE_EPOCHS, DATA_VALUE_TOKENS
 from megatron.config.vocabulary import Vocabulary
 from megatron.errors import ConfigurationError
 

@@ -243,13 +243,16 @@ def _reader(kind: type, choices):
     def read(text: str):
         if choices and text not in choices:
             raise argparse.ArgumentTypeError(f"{text}: is not one of {', '.join(choices)}")
-        return _number(kind, text) if kind in (int, float) else kind(text)
+        return parse_number(kind, text) if kind in (int, float) else kind(text)
 
     return read
 
 
-def _number(kind: type, text: str) -> int | float:
-    """Return a finite number; integers may be written as 100000, 100_000 or 1e5."""
+def parse_number(kind: type, text: str) -> int | float:
+    """Return a finite number; integers may be written as 100000, 100_000 or 1e5.
+
+    Raises: ArgumentTypeError for other text, with a message that follows the name of the flag.
+    """
     try:
         value = float(text)
     except ValueError:

@@ -71,17 +71,6 @@ LADDER = {
 }
 GPT2_VOCABULARY = 50257  # vocabulary size of the papers' tokenizer
 
-# GPT-2 BPE tokens of the published subsets of C4 and SlimPajama, with one end-of-document token per document
-UNIQUE_TOKENS = {
-    "25M": 24_743_247,
-    "50M": 49_874_872,
-    "100M": 99_952_399,
-    "200M": 199_836_911,
-    "500M": 499_791_318,
-    "SLIM_100M": 100_555_177,
-    "SLIM_1B": 999_536_648,
-    "SLIM_1B5": 1_463_840_091,
-}
 # (objective, training FLOPs by the published convention): the best size of the papers
 COMPUTE_OPTIMAL = {
     ("ar", 1e19): "217M",
@@ -90,16 +79,6 @@ COMPUTE_OPTIMAL = {
     ("mdm", 1e19): "117M",
     ("mdm", 3e19): "217M",
     ("mdm", 1e20): "425M",
-}
-# (objective, training FLOPs): unique tokens of the published set read for that many epochs, all at the same compute
-DATA_VALUE_EPOCHS = (1, 2, 4, 10, 20, 50, 100)
-DATA_VALUE_TOKENS = {
-    ("ar", 1e19): (7659172026, 3828933780, 1912366531, 765785518, 382715500, 153236635, 76353846),
-    ("ar", 3e19): (11989951744, 5994199162, 2996211869, 1197248201, 599002480, 239303648, 119915151),
-    ("ar", 1e20): (23799431827, 11896289461, 5948135698, 2377968564, 1188094510, None, 237404226),
-    ("mdm", 1e19): (13483058828, 6740277937, 3369504102, 1346088411, 673890685, 269182389, 134797413),
-    ("mdm", 3e19): (22988018799, 11490703400, 5744951068, 2296463795, 1147274152, 459770397, 229473764),
-    ("mdm", 1e20): (39984781511, 19993255532, 9992112872, 3995476798, 1995252321, None, 399354803),
 }
 # objective: size and epochs of the best published runs on 100M unique tokens, and their validation loss
 BEST_ON_100M = {"ar": ("140M", 50, 3.71), "mdm": ("425M", 500, 3.55)}

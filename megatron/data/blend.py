@@ -207,9 +207,16 @@ class ValidationBlend:
         return ids, documents + self._first_documents[member]
 
 
-def combined_hash(hashes: Sequence[str], weights: Sequence[float]) -> str:
-    """Return a hash of the members and shares of a blend; for a single member, its own hash."""
+def combined_hash(
+    hashes: Sequence[str], weights: Sequence[float], unique_tokens: Sequence[int | None] | None = None
+) -> str:
+    """Return a hash of the members and shares of a blend; for a single member, its own hash.
+
+    `unique_tokens` has the number of tokens to which each member is cut, None where it is whole.
+    """
     if len(hashes) == 1:
         return hashes[0]
+    cuts = unique_tokens or [None] * len(hashes)
+    hashes = [member if cut is None else f"{member} {cut}" for member, cut in zip(hashes, cuts, strict=True)]
     shares = [f"{share:.9g}" for share in Shares(weights).shares]  # shares, so that scaled weights give the same hash
     return hashlib.sha256(repr([*zip(hashes, shares)]).encode()).hexdigest()

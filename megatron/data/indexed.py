@@ -7,6 +7,7 @@ PREFIX.json  metadata: tokenizer, corpus hash (ours; optional)
 
 import hashlib
 import json
+import mmap
 import os
 from array import array
 from copy import copy
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron.data.index_file import Index, rebuild_command, uncounted_end, write_index
+from megatron.data.index_file import Index, map_file, rebuild_command, uncounted_end, without_readahead, write_index
 from megatron.errors import ConfigurationError
 
 
@@ -22,27 +23,38 @@ class IndexedDataset:
     """Documents of token ids, memory-mapped.
 
     With a `vocabulary_size`, `read` and `stream` raise ConfigurationError for an id outside it, which data of another
-    tokenizer may have. The constructor refuses an index that does not match its .bin file.
+    tokenizer may have. The constructor refuses an index that does not match its .bin file. It takes constant time for
+    more than `index_file.WHOLE` documents: `Index.check` reads samples of their entries, and the others are checked
+    before they are used, by `check_documents` or document by document.
     """
 
     def __init__(self, prefix: str, vocabulary_size: int | None = None):
         index_path, data = data_files(prefix)
-        index = Index.open(index_path)
+        self._index = index = Index.open(index_path)
         self.dtype, self.sizes = index.dtype, index.sizes
         self.total_tokens = index.check()
         if not self.total_tokens:
             raise ConfigurationError(f"{index_path}: holds no tokens; give other text to tools/preprocess_data.py")
         _check_data_size(data, index, self.total_tokens)
         self.prefix, self._vocabulary_size = str(prefix), vocabulary_size
-        self._offsets = index.offsets
-        self._tokens = np.memmap(data, mode="r", dtype=self.dtype, shape=(self.total_tokens,))
+        self._first_document, self._first_byte = 0, 0  # in the files
+        self._offsets = index.offsets  # in the file
+        self._checked_documents = (
+            len(self) if index.is_checked_whole else 0
+        )  # the first ones, whose entries were checked
+        mapped = map_file(data)
+        if not index.is_checked_whole:
+            mapped.madvise(mmap.MADV_RANDOM)  # samples are read at random, and readahead of each costs milliseconds
+        self._tokens = np.frombuffer(mapped, self.dtype)
 
     def __len__(self) -> int:
         return len(self.sizes)
 
     def __getitem__(self, document: int) -> np.ndarray:
         """Return a view of the token ids of one document."""
-        start = int(self._offsets[document]) // self.dtype.itemsize
+        if document >= self._checked_documents:
+            self._check(document, document + 1)
+        start = (int(self._offsets[document]) - self._first_byte) // self.dtype.itemsize
         return self._tokens[start : start + int(self.sizes[document])]
 
     def read(self, document: int, start: int, stop: int) -> np.ndarray:
@@ -53,22 +65,71 @@ class IndexedDataset:
         """Return a view of tokens start .. stop-1 of the concatenated documents."""
         return self._checked(self._tokens[start:stop])
 
+    def documents_with(self, tokens: int) -> int:
+        """Return how many documents the first `tokens` tokens are in, in [1, total_tokens]; the last may be in part.
+
+        Raises: ConfigurationError if their entries of the index contradict one another.
+        """
+        end = self._first_byte + tokens * self.dtype.itemsize
+        documents = int(np.searchsorted(self._offsets, end))  # in constant time: the offsets ascend
+        if self.check_documents(documents):
+            last = int(self._offsets[documents - 1])
+            if not last < end <= last + int(self.sizes[documents - 1]) * self.dtype.itemsize:
+                self.check_documents(len(self))  # finds the entry that misled the search
+        return documents
+
+    def check_documents(self, count: int) -> bool:
+        """Check the index entries of the first `count` documents; return whether they had not been checked before.
+
+        Raises: ConfigurationError if they contradict one another.
+        """
+        if count <= self._checked_documents:
+            return False
+        self._check(self._checked_documents, count)
+        self._checked_documents = count
+        return True
+
     def document_range(self, first: int, last: int) -> "IndexedDataset":
-        """Return documents first .. last-1, which have at least one token, as a data set."""
+        """Return documents first .. last-1, which have at least one token, as a data set.
+
+        Raises: ConfigurationError if the index contradicts itself there.
+        """
         subset = copy(self)
-        subset.sizes = self.sizes[first:last]
-        subset._offsets = self._offsets[first:last] - self._offsets[first]
-        start = int(self._offsets[first]) // self.dtype.itemsize
-        subset.total_tokens = int(subset._offsets[-1]) // self.dtype.itemsize + int(subset.sizes[-1])
+        subset.sizes, subset._offsets = self.sizes[first:last], self._offsets[first:last]
+        subset.total_tokens = self.tokens_between(first, last)
+        subset._first_document, subset._first_byte = self._first_document + first, int(self._offsets[first])
+        subset._checked_documents = max(0, min(self._checked_documents, last) - first)
+        start = (subset._first_byte - self._first_byte) // self.dtype.itemsize
         subset._tokens = self._tokens[start : start + subset.total_tokens]
         return subset
+
+    def tokens_between(self, first: int, last: int) -> int:
+        """Return the number of tokens of documents first .. last-1, in constant time.
+
+        Raises: ConfigurationError if the index contradicts itself there.
+        """
+        if first >= last:
+            return 0
+        for document in (first, last - 1):
+            self._check(document, document + 1)
+        size = int(self._offsets[last - 1]) - int(self._offsets[first])
+        return size // self.dtype.itemsize + int(self.sizes[last - 1])
+
+    def _check(self, first: int, last: int) -> None:
+        """Check the index entries of documents first .. last-1, and where the last one ends.
+
+        Raises: ConfigurationError if they contradict one another.
+        """
+        first, last = self._first_document + first, self._first_document + last
+        self._index.check_entries(first, min(last + 1, len(self._index.sizes)))
 
     def fingerprint(self) -> str:
         """Return a hash of blocks of the sizes and of the tokens, in constant time."""
         digest = hashlib.sha256(f"{self.dtype} {len(self)} {self.total_tokens}".encode())
-        for values, count in ((self.sizes, 64), (self._tokens, 256)):
-            for start in np.linspace(0, max(0, len(values) - 512), count).astype(np.int64):
-                digest.update(values[start : start + 512].tobytes())
+        with without_readahead(self._index.mapped):
+            for values, count in ((self.sizes, 64), (self._tokens, 256)):
+                for start in np.linspace(0, max(0, len(values) - 512), count).astype(np.int64):
+                    digest.update(values[start : start + 512].tobytes())
         return digest.hexdigest()
 
     def _checked(self, ids: np.ndarray) -> np.ndarray:

@@ -2,26 +2,49 @@
 
 import math
 import re
+from argparse import ArgumentTypeError
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from megatron.config.sections import DataConfig
+from megatron.config.subsets import TokenCount
 from megatron.data.text_files import read_text
 from megatron.errors import ConfigurationError
 
 PAIRS = "write PREFIX, or WEIGHT PREFIX WEIGHT PREFIX ..."
+TRAIN_PAIRS = "write PREFIX, or WEIGHT PREFIX [UNIQUE_TOKENS] WEIGHT PREFIX [UNIQUE_TOKENS] ..."
 PUBLISHED_LINE = re.compile(r'\s*"[^"]*"(\s+"[^"]*")*\s*')
 
 
 @dataclass(frozen=True)
 class DataSet:
-    """A set: the data prefixes of its members with their weights in the blend, and its share of --split."""
+    """A set: the data prefixes of its members with their weights in the blend, and its share of --split.
+
+    `unique_tokens` has the number of tokens to which each member is cut, None for all; it is empty if none is cut.
+    """
 
     name: str
     prefixes: tuple[str, ...]
     weights: tuple[float, ...]
     split_index: int | None = None  # 0, 1, 2: training, validation, test
+    unique_tokens: tuple[TokenCount | None, ...] = ()
+
+    def cuts(self) -> tuple[TokenCount | None, ...]:
+        """Return `unique_tokens`, None for every member if none is cut."""
+        return self.unique_tokens or (None,) * len(self.prefixes)
+
+
+class _Member(NamedTuple):
+    """A member of a set as typed."""
+
+    weight: str
+    prefix: str
+    unique_tokens: str | None = None
+
+    def words(self) -> list[str]:
+        return [word for word in self if word is not None]
 
 
 def requested_sets(data: DataConfig, with_test: bool) -> tuple[DataSet, list[DataSet]]:
@@ -32,7 +55,7 @@ def requested_sets(data: DataConfig, with_test: bool) -> tuple[DataSet, list[Dat
     train_items, train_source = _items(data, "train")
     if not train_items:
         raise ConfigurationError("--train-data-path is required; tools/preprocess_data.py writes one from text")
-    train = _blend("train", train_items, train_source, 0 if data.split else None)
+    train = _cut(_blend("train", train_items, train_source, 0 if data.split else None), data, train_source)
     valid_items, valid_source = _items(data, "valid")
     if valid_items or not data.split:
         return train, _held_out(valid_items, valid_source)
@@ -67,8 +90,8 @@ def read_path_file(path: str, named: str) -> list[str]:
     """Return the words of a path file, in the form of the values of the flag.
 
     The published form is one line of quoted pairs, "0.3 a" "0.7 b". The plain form has one entry a line: PREFIX,
-    WEIGHT PREFIX, or NAME=PREFIX, and a prefix may contain spaces; or several pairs in one line. Empty lines and
-    lines that begin with # are ignored.
+    WEIGHT PREFIX, or NAME=PREFIX, and a prefix may contain spaces; or several pairs in one line. In both, a pair may be
+    followed by the unique tokens of the member, "0.3 a 1000". Empty lines and lines that begin with # are ignored.
 
     Raises: ConfigurationError for a file that cannot be read, a malformed line, or no entry.
     """
@@ -77,10 +100,15 @@ def read_path_file(path: str, named: str) -> list[str]:
     words = []
     for line in lines:
         if '"' not in line:
-            words += _entry(line)
+            entry = _entry(line)
+            if (
+                len(entry) == 1 and len(words) > 1 and "=" not in line
+            ):  # a number before it would be taken for its weight
+                raise ConfigurationError(f"{named}: {entry[0]} is not a weight; {TRAIN_PAIRS}")
+            words += entry
             continue
         entries = [entry.split() for entry in re.findall(r'"([^"]*)"', line)]
-        if not PUBLISHED_LINE.fullmatch(line) or any(len(entry) != 2 for entry in entries):
+        if not PUBLISHED_LINE.fullmatch(line) or any(not _is_member(entry) for entry in entries):
             raise ConfigurationError(
                 f'{named}: the line {line.strip()[:60]!r} is not of the form "WEIGHT PREFIX" "WEIGHT PREFIX" ...; '
                 "fix it, or write one WEIGHT PREFIX a line without quotes"
@@ -94,10 +122,44 @@ def read_path_file(path: str, named: str) -> list[str]:
 def _entry(line: str) -> list[str]:
     """Return the words of a line without quotes."""
     words = line.split()
-    if len(words) % 2 == 0 and all(_number(word) is not None for word in words[::2]):
-        return words
-    weight, *prefix = line.split(maxsplit=1)
-    return [weight, prefix[0].strip()] if prefix and _number(weight) is not None else [line.strip()]
+    if len(words) == 1 or _number(words[0]) is None:
+        return [line.strip()]
+    try:
+        return [word for member in _members(words) for word in member.words()]
+    except ValueError:  # a prefix with spaces
+        weight, prefix = line.split(maxsplit=1)
+    if len(words) == 3 or _token_count(words[-1]) is None:
+        return [weight, prefix.strip()]
+    return [weight, *(word.strip() for word in prefix.rsplit(maxsplit=1))]
+
+
+def _is_member(words: list[str]) -> bool:
+    """Return whether words within quotes are WEIGHT PREFIX or WEIGHT PREFIX UNIQUE_TOKENS."""
+    return len(words) == 2 or (len(words) == 3 and _token_count(words[2]) is not None)
+
+
+def _members(words: Sequence[str]) -> list[_Member]:
+    """Return the members of a set of one prefix, or of WEIGHT PREFIX [UNIQUE_TOKENS] repeated.
+
+    Every member of a blend has a weight, so of two numbers between prefixes the first belongs to the member before
+    them, and a single one is a weight; after the last prefix there are unique tokens only.
+
+    Raises: ValueError with the fault.
+    """
+    if len(words) == 1:
+        return [_Member("1", words[0])]
+    members, rest = [], list(words)
+    while rest:
+        weight = rest.pop(0)
+        if _number(weight) is None:
+            raise ValueError(f"{weight} is not a weight")
+        if not rest:
+            raise ValueError("a weight has no prefix")
+        prefix, unique_tokens = rest.pop(0), None
+        if rest and _token_count(rest[0]) is not None and (len(rest) == 1 or _number(rest[1]) is not None):
+            unique_tokens = rest.pop(0)
+        members.append(_Member(weight, prefix, unique_tokens))
+    return members
 
 
 def _held_out(words: list[str], named: str) -> list[DataSet]:
@@ -113,15 +175,23 @@ def _held_out(words: list[str], named: str) -> list[DataSet]:
 
 
 def _blend(name: str, words: list[str], named: str, split_index: int | None) -> DataSet:
-    """Return a set of one data prefix, or of pairs of weight and prefix."""
-    if len(words) == 1:
-        words = ["1", *words]
-    weights, prefixes = words[::2], words[1::2]
-    form = PAIRS + (", or NAME=PREFIX of every set" if name == "validation" else "")
-    invalid = [word for word in weights if _number(word) is None]
-    if invalid or len(weights) != len(prefixes):
-        fault = f"{invalid[0]} is not a weight" if invalid else "a weight has no prefix"
-        raise ConfigurationError(f"{named}: {fault}; {form}")
+    """Return a set of one data prefix, or of weight, prefix and perhaps unique tokens of every member."""
+    training = name == "train"
+    try:
+        members = _members(words)
+    except ValueError as error:
+        form = TRAIN_PAIRS if training else PAIRS + ", or NAME=PREFIX of every set"
+        raise ConfigurationError(f"{named}: {error}; {form}") from None
+    weights, prefixes, counts = zip(*members)
+    cuts = [(prefix, count) for prefix, count in zip(prefixes, counts) if count is not None]
+    for prefix, count in cuts:
+        if not training:
+            raise ConfigurationError(
+                f"{named}: {count} after {prefix} would be its unique tokens, which only training data have; "
+                "validation reads whole sets, of which --eval-iters is the number of batches; leave it out"
+            )
+        if TokenCount(count) < 1:
+            raise ConfigurationError(f"{named}: the unique tokens {count} of {prefix} must be positive; change them")
     for weight, prefix in zip(weights, prefixes):
         if not 0 < float(weight) < math.inf:
             raise ConfigurationError(
@@ -130,11 +200,36 @@ def _blend(name: str, words: list[str], named: str, split_index: int | None) -> 
     if len(set(prefixes)) < len(prefixes):
         duplicate = next(prefix for prefix in prefixes if prefixes.count(prefix) > 1)
         raise ConfigurationError(f"{named}: names {duplicate} twice; add its weights")
-    return DataSet(name, tuple(prefixes), tuple(float(weight) for weight in weights), split_index)
+    unique_tokens = tuple(None if count is None else TokenCount(count) for count in counts) if cuts else ()
+    return DataSet(name, prefixes, tuple(float(weight) for weight in weights), split_index, unique_tokens)
+
+
+def _cut(train: DataSet, data: DataConfig, named: str) -> DataSet:
+    """Return the training set, cut to --train-unique-tokens if that is given."""
+    count = data.train_unique_tokens
+    if count is None:
+        return train
+    if len(train.prefixes) > 1:
+        raise ConfigurationError(
+            f"--train-unique-tokens {count}: cuts one data set, and --train-data-path blends {len(train.prefixes)}; "
+            "drop it, and give members their own: WEIGHT PREFIX UNIQUE_TOKENS"
+        )
+    if train.unique_tokens:
+        raise ConfigurationError(
+            f"--train-unique-tokens {count}: {named} gives the unique tokens {train.unique_tokens[0]}; drop one of them"
+        )
+    return replace(train, unique_tokens=(TokenCount(count),))
 
 
 def _number(word: str) -> float | None:
     try:
         return float(word)
     except ValueError:
+        return None
+
+
+def _token_count(word: str) -> TokenCount | None:
+    try:
+        return TokenCount(word)
+    except ArgumentTypeError:
         return None

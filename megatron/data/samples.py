@@ -19,17 +19,20 @@ class _Documents:
     """The documents of the first `total` tokens of a data set in file order, the last document cut.
 
     `trailing` includes empty documents at the end of the data set, which Megatron shuffles with the others.
+    `sizes` are their tokens, int32 [documents].
     """
 
     def __init__(self, dataset: IndexedDataset, total: int, trailing: bool = False):
         self.total = total
-        ends = np.cumsum(dataset.sizes, dtype=np.int64)
-        self.documents = int(np.searchsorted(ends, self.total)) + 1
-        if trailing and self.total == dataset.total_tokens:
+        self.documents = dataset.documents_with(total)
+        beyond = dataset.tokens_between(0, self.documents) - total
+        if trailing and total == dataset.total_tokens:
             self.documents = len(dataset)
-        self.sizes = dataset.sizes[: self.documents].astype(np.int64)
-        self.sizes[-1] -= ends[self.documents - 1] - self.total
-        self.ends = np.cumsum(self.sizes)
+            dataset.check_documents(self.documents)
+        self.sizes = dataset.sizes[: self.documents]
+        if beyond:
+            self.sizes = self.sizes.copy()
+            self.sizes[-1] -= beyond
         self._dataset = dataset
 
     def gather(self, order, ends: np.ndarray, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -54,7 +57,11 @@ class _Documents:
 
 
 class TrainSamples:
-    """Training samples by sample index: `samples[i]` is int64 [S+1]."""
+    """Training samples by sample index: `samples[i]` is int64 [S+1].
+
+    `unique_tokens` are the first ones of the data set, by default all; messages name them `cut_by`. A published subset
+    that is given by its name must end where a document ends.
+    """
 
     def __init__(
         self,
@@ -63,15 +70,15 @@ class TrainSamples:
         seed: int,
         epoch_order: str = "documents",
         unique_tokens: int | None = None,
+        *,
+        cut_by: str = "--train-unique-tokens",
     ):
-        if unique_tokens is not None and unique_tokens > dataset.total_tokens:
-            raise ConfigurationError(
-                f"--train-unique-tokens {unique_tokens}: {dataset.prefix}.bin holds {dataset.total_tokens}; "
-                "lower it or add text"
-            )
+        if unique_tokens is not None:
+            _check_cut(dataset, unique_tokens, cut_by)
         self.unique_tokens, self.seq_length, self._seed = unique_tokens or dataset.total_tokens, seq_length, seed
-        _check_length(dataset, self.unique_tokens, seq_length)
+        _check_length(dataset, self.unique_tokens, seq_length, cut_by)
         self._dataset = dataset
+        self._first_window = lru_cache(maxsize=2)(self._drawn_offset)
         if epoch_order != "windows":
             # "documents" leaves out empty documents at the end, so that the order that a seed gives does not change
             self._source = _Documents(dataset, self.unique_tokens, trailing=epoch_order == "megatron")
@@ -94,7 +101,7 @@ class TrainSamples:
     def _shuffled_documents(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the documents of an epoch in shuffled order, and their cumulative sizes."""
         order = stream(self._seed, "documents", epoch).permutation(self._source.documents)
-        return order, np.cumsum(self._source.sizes[order])
+        return order, np.cumsum(self._source.sizes[order], dtype=np.int64)
 
     def _documents(self, sample_index: int) -> np.ndarray:
         """Documents are shuffled again every epoch and packed; a sample may span two epochs."""
@@ -122,9 +129,8 @@ class TrainSamples:
         """
         windows = self.unique_tokens // self.seq_length
         epoch, index = divmod(sample_index, windows)
-        first = int(stream(self._seed, "window offset", epoch).integers(self.unique_tokens))
         window = _shuffled(index, windows, self._seed, epoch)
-        start = (first + window * self.seq_length) % self.unique_tokens
+        start = (self._first_window(epoch) + window * self.seq_length) % self.unique_tokens
         remaining = self.seq_length + 1
         chunks = []
         while remaining:
@@ -134,6 +140,10 @@ class TrainSamples:
             remaining -= count
         return np.concatenate(chunks).astype(np.int64)
 
+    def _drawn_offset(self, epoch: int) -> int:
+        """Return the token at which the windows of an epoch begin."""
+        return int(stream(self._seed, "window offset", epoch).integers(self.unique_tokens))
+
 
 class ValidationWindows:
     """Consecutive windows in file order: `windows[w]` is (ids, document of each id), both int64 [S+1].
@@ -142,8 +152,9 @@ class ValidationWindows:
     """
 
     def __init__(self, dataset: IndexedDataset, seq_length: int, limit: int | None = None):
-        _check_length(dataset, dataset.total_tokens, seq_length)
+        _check_length(dataset, dataset.total_tokens, seq_length, "")
         self._source = _Documents(dataset, dataset.total_tokens)
+        self._ends = np.cumsum(self._source.sizes, dtype=np.int64)
         available = (self._source.total - 1) // seq_length
         self.seq_length = seq_length
         self._available = available
@@ -161,12 +172,33 @@ class ValidationWindows:
 
     def __getitem__(self, window: int) -> tuple[np.ndarray, np.ndarray]:
         start = window * self._available // self._length * self.seq_length
-        return self._source.gather(range(self._source.documents), self._source.ends, start, self.seq_length + 1)
+        return self._source.gather(range(self._source.documents), self._ends, start, self.seq_length + 1)
 
 
-def _check_length(dataset: IndexedDataset, tokens: int, seq_length: int) -> None:
+def _check_cut(dataset: IndexedDataset, tokens: int, cut_by: str) -> None:
+    """Check that a data set holds `tokens` tokens, and a whole number of documents if they are a published subset."""
+    subset = getattr(tokens, "subset", None)
+    named = f"{cut_by} {subset or tokens}"
+    if tokens > dataset.total_tokens:
+        raise ConfigurationError(
+            f"{named}: {dataset.prefix}.bin holds {dataset.total_tokens}"
+            + (f" tokens, and the published subset {int(tokens)}" if subset else "")
+            + "; lower it or add text"
+        )
+    if subset and tokens < dataset.total_tokens:
+        documents = dataset.documents_with(tokens)
+        if dataset.tokens_between(0, documents) != tokens:
+            before, after = (dataset.tokens_between(0, count) for count in (documents - 1, documents))
+            raise ConfigurationError(
+                f"{named}: is the first documents of the data set that it names, of {int(tokens)} tokens, and in "
+                f"{dataset.prefix} documents end at tokens {before} and {after}: it has other text, another order or "
+                f"another tokenizer; give data in the published order, or the number {int(tokens)}"
+            )
+
+
+def _check_length(dataset: IndexedDataset, tokens: int, seq_length: int, cut_by: str) -> None:
     if tokens < seq_length + 1:
-        source = f"{dataset.prefix}.bin holds" if tokens == dataset.total_tokens else "--train-unique-tokens leaves"
+        source = f"{dataset.prefix}.bin holds" if tokens == dataset.total_tokens else f"{cut_by} leaves"
         raise ConfigurationError(
             f"--seq-length {seq_length}: one sample needs {seq_length + 1} tokens and {source} {tokens}; "
             "shorten it or add text"
@@ -180,7 +212,7 @@ def _shuffled(index: int, count: int, seed: int, epoch: int) -> int:
     (Black and Rogaway, 2002, "Ciphers with arbitrary finite domains").
     """
     half = max(1, (count - 1).bit_length() + 1 >> 1)
-    keys = stream(seed, "window order", epoch).integers(1 << 32, size=4).tolist()
+    keys = _round_keys(seed, epoch)
     while True:
         left, right = index >> half, index & (1 << half) - 1
         for key in keys:
@@ -191,3 +223,9 @@ def _shuffled(index: int, count: int, seed: int, epoch: int) -> int:
         index = left << half | right
         if index < count:
             return index
+
+
+@lru_cache(maxsize=64)
+def _round_keys(seed: int, epoch: int) -> list[int]:
+    """Return the keys of the four rounds of an epoch's permutation."""
+    return stream(seed, "window order", epoch).integers(1 << 32, size=4).tolist()

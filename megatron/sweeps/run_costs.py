@@ -46,7 +46,7 @@ class RunCosts:
         if data not in self._sizes:
             if len(self._stated) == 2 and not _exist(data):
                 unique_tokens = self._stated["unique_tokens"]
-                sizes = min(unique_tokens, data.train_unique_tokens or unique_tokens), self._stated["vocabulary_size"]
+                sizes = min(unique_tokens, _cut(data) or unique_tokens), self._stated["vocabulary_size"]
             else:
                 sources = open_sources(config)
                 sizes = sources.train.unique_tokens, sources.tokenizer.vocabulary_size
@@ -65,6 +65,15 @@ class RunCosts:
             peak = peak_memory(config, vocabulary, declared, world_size=world_size, precision=precision)
             self._peaks[key] = peak.total
         return self._peaks[key]
+
+
+def _cut(data: DataConfig) -> int | None:
+    """Return the unique tokens to which flags cut the training data; None if they leave a data set whole."""
+    try:
+        cuts = requested_sets(data, with_test=False)[0].cuts()
+    except ConfigurationError:
+        return data.train_unique_tokens  # the path file is not on this machine
+    return None if None in cuts else sum(filter(None, cuts))
 
 
 def _exist(data: DataConfig) -> bool:

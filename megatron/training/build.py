@@ -185,6 +185,7 @@ def amounts(run: ResolvedRun) -> dict:
     return asdict(plan) | {
         "train_tokens": tokens,
         "epochs": tokens / plan.unique_tokens,
+        "unique_tokens_by_data_set": sources.unique_tokens(),
         "epochs_by_data_set": dict(zip(sources.train_prefixes, sources.train.epochs(plan.train_samples))),
         "flops": {convention: per_token * tokens * plan.passes for convention, per_token in flops.items()},
     }

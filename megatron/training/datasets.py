@@ -4,8 +4,6 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from megatron.config.sections import Config, DataConfig
 from megatron.data.blend import TrainBlend, ValidationBlend, combined_hash
 from megatron.data.indexed import IndexedDataset, data_files, read_metadata
@@ -32,6 +30,11 @@ class Sources:
     corpus_python_version: str | None  # of preprocessing; None if another system wrote the data
     fingerprints: dict[str, str]  # of the training tokens ("--train-data-path") and of validation sets by name
     shared_13grams: dict[str, dict]  # contamination by validation set: 13-grams that the training split contains too
+
+    def unique_tokens(self) -> dict[str, int]:
+        """Return the tokens of each member of the training set before repetition, by data prefix."""
+        members = self.train.members if isinstance(self.train, TrainBlend) else [self.train]
+        return {prefix: member.unique_tokens for prefix, member in zip(self.train_prefixes, members, strict=True)}
 
 
 def open_sources(config: Config) -> Sources:
@@ -61,7 +64,7 @@ def open_sources(config: Config) -> Sources:
         train=_training(train, train_members, config),
         train_prefixes=train.prefixes,
         validation=[_validation_set(requested, members[requested.name], config, tokenizer) for requested in held_out],
-        corpus_hash=combined_hash(hashes, train.weights) if all(hashes) else fingerprints["--train-data-path"],
+        corpus_hash=_combined_hash(train, train_members, hashes) if all(hashes) else fingerprints["--train-data-path"],
         corpus_source=sources[0] if len(sources) == 1 else sources,
         corpus_python_version=metadata[train.prefixes[0]].get("python_version"),
         fingerprints=fingerprints,
@@ -77,7 +80,7 @@ def _members(requested: DataSet, opened: dict[str, IndexedDataset], data: DataCo
     splits = []
     for dataset in datasets:
         first, last = split_edges(data.split_shares, len(dataset))[requested.split_index : requested.split_index + 2]
-        if not dataset.sizes[first:last].any():
+        if not dataset.tokens_between(first, last):
             raise ConfigurationError(
                 f"--split {data.split}: leaves no tokens of {dataset.prefix} for {requested.name}, of {len(dataset)} "
                 "documents in all; change the shares or give --valid-data-path"
@@ -92,30 +95,35 @@ def _suffices(requested: DataSet, opened: dict[str, IndexedDataset], data: DataC
         return True
     for dataset in (opened[prefix] for prefix in requested.prefixes):
         first, last = split_edges(data.split_shares, len(dataset))[2:]
-        if dataset.sizes[first:last].sum(dtype=np.int64) <= data.seq_length:
+        if dataset.tokens_between(first, last) <= data.seq_length:
             logger.info("--split %s: the test split holds less than one sample and is skipped", data.split)
             return False
     return True
 
 
 def _fingerprint(requested: DataSet, members: list[IndexedDataset]) -> str:
-    return combined_hash([member.fingerprint() for member in members], requested.weights)
+    return _combined_hash(requested, members, [member.fingerprint() for member in members])
+
+
+def _combined_hash(requested: DataSet, members: list[IndexedDataset], hashes: list[str]) -> str:
+    """Return the hash of a set whose whole members have `hashes`; a cut to all tokens is none."""
+    cuts = [None if cut == member.total_tokens else cut for cut, member in zip(requested.cuts(), members, strict=True)]
+    return combined_hash(hashes, requested.weights, cuts)
 
 
 def _training(requested: DataSet, members: list[IndexedDataset], config: Config) -> TrainSamples | TrainBlend:
     data = config.data
-    if len(members) > 1 and data.train_unique_tokens:
-        raise ConfigurationError(
-            f"--train-unique-tokens {data.train_unique_tokens}: cuts one data set, and --train-data-path blends "
-            f"{len(members)}; drop it, or cut the members in preprocessing"
-        )
     if len(members) == 1 and data.blend_order != DataConfig.blend_order:
         raise ConfigurationError(
             f"--blend-order {data.blend_order}: orders the members of a blend, and the training data are one data set; "
             "leave it out"
         )
-    arguments = (data.seq_length, config.training.seed, data.epoch_order, data.train_unique_tokens)
-    samples = [TrainSamples(member, *arguments) for member in members]
+    arguments = (data.seq_length, config.training.seed, data.epoch_order)
+    flag = f"--train-data-path-file {data.train_data_path_file}:" if data.train_data_path_file else "--train-data-path"
+    samples = []
+    for member, cut, prefix in zip(members, requested.cuts(), requested.prefixes, strict=True):
+        cut_by = "--train-unique-tokens" if data.train_unique_tokens else f"{flag} {prefix}"
+        samples.append(TrainSamples(member, *arguments, unique_tokens=cut, cut_by=cut_by))
     return samples[0] if len(samples) == 1 else TrainBlend(samples, requested.weights, data.blend_order)
 
 

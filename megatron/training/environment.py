@@ -160,6 +160,7 @@ def describe(config, plan, sources, *, vocabulary, ranks, precision, compiled, c
         "plan": asdict(plan),
         "parameters": plan.parameters,
         "unique_tokens": plan.unique_tokens,
+        "unique_tokens_by_data_set": sources.unique_tokens(),
         "train_samples": plan.train_samples,
         "vocabulary_size": vocabulary.size,
         "corpus_hash": sources.corpus_hash,

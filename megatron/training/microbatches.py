@@ -3,15 +3,16 @@
 import os
 import signal
 from collections.abc import Iterator
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, fields
 from functools import partial
 from multiprocessing.connection import wait
 from multiprocessing.context import ForkContext, ForkProcess
 from multiprocessing.process import BaseProcess
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data._utils import signal_handling
 
@@ -23,6 +24,7 @@ from megatron.objectives.base import Objective
 from megatron.objectives.input_noise import InputNoise
 from megatron.parallel.failure_detector import when_orphaned
 
+ALIGNMENT = 64  # bytes, of tensors in a block of shared memory
 LARGER = "make /dev/shm larger (docker run --shm-size)"
 
 
@@ -142,7 +144,7 @@ class Loader:
             raise
         if isinstance(item, Exception):
             raise item
-        return item
+        return item.batches() if isinstance(item, _Packed) else item
 
     def _check_workers(self) -> None:
         dead = next((worker for worker in self._workers if worker.exitcode), None)
@@ -162,6 +164,63 @@ class Loader:
 
 
 @dataclass(frozen=True)
+class _Place:
+    """Where a tensor is in a block of bytes."""
+
+    start: int
+    shape: torch.Size
+    dtype: torch.dtype
+
+    @property
+    def end(self) -> int:
+        return self.start + self.shape.numel() * self.dtype.itemsize
+
+    def of(self, block: Tensor) -> Tensor:
+        """Return the view of the tensor in a block."""
+        return block[self.start : self.end].view(self.dtype).view(self.shape)
+
+
+@dataclass(frozen=True)
+class _Packed:
+    """Batches whose tensors are in one block of shared memory.
+
+    A block costs a file descriptor, which the training process fetches over a socket, as long as it takes to read some
+    samples.
+    """
+
+    block: Tensor  # uint8
+    contents: list[dict[str, Any]]  # the fields of each batch, with places for tensors
+
+    @classmethod
+    def pack(cls, batches: list[Batch]) -> "_Packed":
+        contents, tensors, size = [], [], 0
+        for batch in batches:
+            values = {field.name: getattr(batch, field.name) for field in fields(batch)}
+            for name, value in values.items():
+                if torch.is_tensor(value):
+                    tensors.append(value)
+                    values[name] = place = _Place(size, value.shape, value.dtype)
+                    size = -(-place.end // ALIGNMENT) * ALIGNMENT
+            contents.append(values)
+        block = torch.empty(size, dtype=torch.uint8).share_memory_()
+        places = [place for values in contents for place in values.values() if isinstance(place, _Place)]
+        for place, tensor in zip(places, tensors, strict=True):
+            place.of(block).copy_(tensor)
+        return cls(block, contents)
+
+    def pin_memory(self) -> "_Packed":
+        """Return a copy in pinned memory; the data loader calls it."""
+        return _Packed(self.block.pin_memory(), self.contents)
+
+    def batches(self) -> list[Batch]:
+        """Return the batches, views of the block."""
+        return [Batch(**{name: self._restored(value) for name, value in values.items()}) for values in self.contents]
+
+    def _restored(self, value: Any) -> Any:
+        return value.of(self.block) if isinstance(value, _Place) else value
+
+
+@dataclass(frozen=True)
 class _Shared(Dataset):
     """Micro-batches in shared memory, or an error for the user: the items that a worker sends.
 
@@ -172,13 +231,13 @@ class _Shared(Dataset):
     dataset: MicroBatches
     num_workers: int
 
-    def __getitem__(self, index: int) -> list[Batch] | Exception:
+    def __getitem__(self, index: int) -> _Packed | Exception:
         try:
             batches = self.dataset[index]
         except (ConfigurationError, OSError) as error:
             return error
         try:
-            return [batch.map_tensors(torch.Tensor.share_memory_) for batch in batches]
+            return _Packed.pack(batches)
         except (RuntimeError, OSError) as error:
             reason = str(error).partition("\n")[0]
             return OSError(

@@ -10,7 +10,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron.config.sizes import DATA_VALUE_TOKENS, LADDER, UNIQUE_TOKENS
+from megatron.config.sizes import LADDER
+from megatron.config.subsets import DATA_VALUE_TOKENS, UNIQUE_TOKENS
 
 OPTIMIZER = (
     "--optimizer adam --adam-beta1 0.9 --adam-beta2 0.95 --adam-eps 1e-8 --lr 2e-4 --min-lr 2e-5 --clip-grad 1.0"

@@ -7,7 +7,7 @@ import pytest
 from megatron.config.recipes import RECIPES
 from megatron.config.resolve import resolve
 from megatron.config.sections import SECTIONS
-from megatron.config.sizes import UNIQUE_TOKENS
+from megatron.config.subsets import UNIQUE_TOKENS
 from megatron.config.vocabulary import Vocabulary
 from megatron.errors import ConfigurationError
 from megatron.objectives.registry import capabilities

@@ -9,16 +9,14 @@ from megatron.config.sections import ModelConfig
 from megatron.config.sizes import (
     BEST_ON_100M,
     COMPUTE_OPTIMAL,
-    DATA_VALUE_EPOCHS,
-    DATA_VALUE_TOKENS,
     LADDER,
-    UNIQUE_TOKENS,
     flops_per_token,
     ladder_model,
     non_embedding_count,
     parameter_count,
     published_count,
 )
+from megatron.config.subsets import DATA_VALUE_EPOCHS, DATA_VALUE_TOKENS, UNIQUE_TOKENS
 from megatron.config.vocabulary import Vocabulary
 from megatron.errors import ConfigurationError
 from megatron.objectives.registry import capabilities

@@ -122,6 +122,23 @@ def test_a_blend_reads_each_member_in_its_own_order(data_set):
     assert blend.epochs(40) == [10 * 4 / 30, 30 * 4 / 50]
 
 
+@pytest.mark.parametrize("order", ["documents", "windows", "megatron"])
+def test_a_cut_member_is_the_first_tokens_of_its_file(data_set, order):
+    """As if its file ended there: the blend reads what it reads of shorter data sets."""
+    first, second = [range(20), range(20, 31), range(31, 60)], [range(100, 160)]
+    whole = [data_set(documents, name=str(number)) for number, documents in enumerate((first, second))]
+    short = [data_set([range(20), range(20, 25)], name="short"), whole[1]]
+    blends = [
+        TrainBlend([TrainSamples(whole[0], 4, 1, order, 25), TrainSamples(whole[1], 4, 1, order)], [1, 3]),
+        TrainBlend([TrainSamples(dataset, 4, 1, order) for dataset in short], [1, 3]),
+    ]
+    for blend in blends:
+        blend.request(80)
+    cut, expected = ([blend[index].tolist() for index in range(80)] for blend in blends)
+    assert cut == expected and {token for ids in cut for token in ids if token < 100} == set(range(25))
+    assert blends[0].unique_tokens == 85 and blends[0].epochs(80) == [20 * 4 / 25, 60 * 4 / 60]
+
+
 def test_megatrons_order_of_a_member_is_that_of_its_own_share(data_set):
     datasets = [data_set([[0] * 9, [1] * 13], name="a"), data_set([[2] * 40], name="b")]
     blend = TrainBlend([TrainSamples(dataset, 4, 1234, "megatron") for dataset in datasets], [0.5, 0.5])
@@ -173,4 +190,8 @@ def test_the_hash_of_a_blend_depends_on_members_and_shares_and_not_on_their_scal
     assert two == combined_hash(["a", "b"], [0.25, 0.75])
     assert combined_hash(["a", "b"], [0.3, 0.6]) == combined_hash(["a", "b"], [1, 2])
     assert Shares([1e308, 1e308]).shares == [0.5, 0.5]
-    assert len({two, combined_hash(["b", "a"], [1.0, 3.0]), combined_hash(["a", "b"], [1.0, 2.0])}) == 3
+    assert two == combined_hash(["a", "b"], [1.0, 3.0], [None, None])
+    cuts = [[5, None], [6, None], [None, 5], [5, 5], [15, None]]
+    hashes = [two, combined_hash(["b", "a"], [1.0, 3.0]), combined_hash(["a", "b"], [1.0, 2.0])]
+    hashes += [combined_hash(["a", "b"], [1.0, 3.0], cut) for cut in cuts]
+    assert len(set(hashes)) == 3 + len(cuts)

@@ -22,6 +22,13 @@ def test_a_prefix_a_blend_and_named_sets():
     assert held_out == [DataSet("tuning", ("t",), (1.0,)), DataSet("c4-en_2", ("/x/lr=3/v",), (1.0,))]
     _, held_out = requested(train_data_path=("a",), valid_data_path=("1", "v", "2", "w"))
     assert held_out == [DataSet("validation", ("v", "w"), (1.0, 2.0))]
+    train = requested(train_data_path=("0.7", "a", "25_000_000", "0.3", "b", "1e7"))[0]
+    assert train == DataSet("train", ("a", "b"), (0.7, 0.3), unique_tokens=(25_000_000, 10_000_000))
+    train = requested(train_data_path=("1", "a", "3", "b", "C4-100M", "2", "2024"))[0]  # 3 is the weight of b
+    assert train == DataSet("train", ("a", "b", "2024"), (1.0, 3.0, 2.0), unique_tokens=(None, 99_952_399, None))
+    assert [count and count.subset for count in train.cuts()] == [None, "C4-100M", None]
+    single = requested(train_data_path=("1.0", "a", "500"))[0]
+    assert single.cuts() == (500,) == requested(train_data_path=("a",), train_unique_tokens=500)[0].cuts()
     many = [word for number in range(400) for word in ("1", f"set{number}")]
     assert len(requested(train_data_path=tuple(many))[0].prefixes) == 400
 
@@ -33,6 +40,9 @@ FILES = {
     "# shares\n\n0.3   a\n 0.7 b with spaces \n": ["0.3", "a", "0.7", "b with spaces"],
     "0.3 a 0.7 b": ["0.3", "a", "0.7", "b"],
     '\ufeff"1.0 a"': ["1.0", "a"],
+    '"0.3 a 1000" "0.7 b"\n"1 c C4-25M"': ["0.3", "a", "1000", "0.7", "b", "1", "c", "C4-25M"],
+    "0.3 a 1000\n0.7 b c 2_000\n# d\n 1   e\n": ["0.3", "a", "1000", "0.7", "b c", "2_000", "1", "e"],
+    "0.3 a 1000 0.7 b 1 c SlimPajama-1B": ["0.3", "a", "1000", "0.7", "b", "1", "c", "SlimPajama-1B"],
     "tuning=t\nvalidation=v": ["tuning=t", "validation=v"],
 }
 
@@ -41,9 +51,10 @@ FILES = {
 def test_path_files_of_both_forms(text, tmp_path):
     (tmp_path / "paths.txt").write_text(text)
     assert read_path_file(tmp_path / "paths.txt", "--flag") == FILES[text]
-    (tmp_path / "train.txt").write_text("a")
-    by_file = requested(train_data_path_file=tmp_path / "train.txt", valid_data_path_file=tmp_path / "paths.txt")
-    assert by_file == requested(train_data_path=("a",), valid_data_path=tuple(FILES[text]))
+    kind = "train" if {"1000", "C4-25M"} & set(FILES[text]) else "valid"  # only training data have unique tokens
+    others = {} if kind == "train" else {"train_data_path": ("a",)}
+    by_file = requested(**{f"{kind}_data_path_file": tmp_path / "paths.txt"}, **others)
+    assert by_file == requested(**{f"{kind}_data_path": tuple(FILES[text])}, **others)
 
 
 MALFORMED = {
@@ -55,6 +66,9 @@ MALFORMED = {
     '"a"': "is not of the form",
     '""': "is not of the form",
     "0.3 a\nb": "b is not a weight",
+    "0.3 a 100\nb": "b is not a weight",
+    '"0.3 a 0.5"': "is not of the form",
+    '"0.3 a 5 b"': "is not of the form",
     "a\nb": "a is not a weight",
     "0 a\n1 b": "the weight 0 of a is not a positive number",
     "nan a\n1 b": "the weight nan of a is not a positive number",
@@ -105,6 +119,34 @@ def test_a_malformed_blend_is_refused(words, message, refused):
         requested(train_data_path=("a",), valid_data_path=words)
 
 
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (("1", "a", "0", "1", "b"), "the unique tokens 0 of a must be positive"),
+        (("1", "a", "-5"), "the unique tokens -5 of a must be positive"),
+        (("1", "a", "0.5", "1", "b"), "b is not a weight"),
+        (("1", "a", "C4-1M", "1", "b"), "C4-1M is not a weight; write PREFIX, or WEIGHT PREFIX [UNIQUE_TOKENS]"),
+        (("1", "a", "10", "20", "1", "b"), "b is not a weight"),
+        (("1", "a", "10", "2", "b", "7", "8"), "a weight has no prefix"),
+    ],
+)
+def test_malformed_unique_tokens_are_refused(words, message, refused):
+    with refused(f"--train-data-path {' '.join(words)}", message):
+        requested(train_data_path=words)
+
+
+def test_unique_tokens_have_one_place(refused, tmp_path):
+    with refused("--valid-data-path 1 v 500", "500 after v", "only training data have", "leave it out"):
+        requested(train_data_path=("a",), valid_data_path=("1", "v", "500"))
+    (tmp_path / "paths.txt").write_text('"1 v 500"')
+    with refused(f"--valid-data-path-file {tmp_path}/paths.txt: 500 after v"):
+        requested(train_data_path=("a",), valid_data_path_file=tmp_path / "paths.txt")
+    with refused("--train-unique-tokens 9", "cuts one data set", "blends 2", "WEIGHT PREFIX UNIQUE_TOKENS"):
+        requested(train_data_path=("1", "a", "2", "b"), train_unique_tokens=9)
+    with refused("--train-unique-tokens 9", "--train-data-path 1 a 500 gives the unique tokens 500", "drop one"):
+        requested(train_data_path=("1", "a", "500"), train_unique_tokens=9)
+
+
 def test_nothing_to_train_on_and_two_sets_of_one_name(refused):
     with refused("--train-data-path is required", "tools/preprocess_data.py"):
         requested()
@@ -143,6 +185,8 @@ def test_split_names_its_parts():
     ]
     assert [held_out_set.name for held_out_set in requested_sets(data, with_test=False)[1]] == ["validation"]
     assert requested(train_data_path=("a",), split="1")[1] == []
+    train, held_out = requested(train_data_path=("1", "a", "500"), split="8,2")
+    assert (train.unique_tokens, held_out) == ((500,), [DataSet("validation", ("a",), (1.0,), 1)])
     train, held_out = requested(train_data_path=("a",), split="8,2", valid_data_path=("v",))
     assert train.split_index == 0 and held_out == [DataSet("validation", ("v",), (1.0,))]
 

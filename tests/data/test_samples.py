@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
+from megatron.config.subsets import SUBSETS, TokenCount
 from megatron.data.samples import TrainSamples, ValidationWindows, _shuffled
 
 # all tokens are different, so that they identify their position; there are empty documents everywhere
@@ -136,3 +137,17 @@ def test_validation_windows_lie_side_by_side_and_know_each_owner(data_set):
 def test_a_limit_spreads_the_windows(data_set, limit, starts):
     windows = ValidationWindows(data_set(DOCUMENTS), LENGTH, limit)
     assert [int(windows[number][0][0]) for number in range(len(windows))] == [start * LENGTH for start in starts]
+
+
+def test_a_subset_that_is_given_by_name_ends_with_a_document(data_set, refused, monkeypatch):
+    dataset = data_set(DOCUMENTS)  # documents end at 7, 8, 20, 23, 28, 37 and 39
+    monkeypatch.setitem(SUBSETS, "C4-test", 23)
+    assert TrainSamples(dataset, LENGTH, 1, unique_tokens=TokenCount("C4-test")).unique_tokens == 23
+    monkeypatch.setitem(SUBSETS, "C4-test", 24)
+    remedy = "give data in the published order, or the number 24"
+    with refused("--train-unique-tokens C4-test", "of 24 tokens", "data documents end at tokens 23 and 28", remedy):
+        TrainSamples(dataset, LENGTH, 1, unique_tokens=TokenCount("C4-test"))
+    assert TrainSamples(dataset, LENGTH, 1, unique_tokens=TokenCount("24")).unique_tokens == 24
+    monkeypatch.setitem(SUBSETS, "C4-test", 40)
+    with refused("--train-data-path a C4-test", "data.bin holds 39 tokens, and the published subset 40"):
+        TrainSamples(dataset, LENGTH, 1, unique_tokens=TokenCount("C4-test"), cut_by="--train-data-path a")

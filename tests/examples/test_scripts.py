@@ -15,7 +15,8 @@ import yaml
 
 from megatron.config.flags import spelling
 from megatron.config.resolve import resolve
-from megatron.config.sizes import DATA_VALUE_TOKENS, UNIQUE_TOKENS, parameter_count
+from megatron.config.sizes import parameter_count
+from megatron.config.subsets import DATA_VALUE_TOKENS, UNIQUE_TOKENS
 from megatron.config.vocabulary import Vocabulary
 from megatron.errors import ConfigurationError
 from megatron.objectives.registry import capabilities

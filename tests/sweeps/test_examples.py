@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from megatron.config.sizes import DATA_VALUE_EPOCHS
+from megatron.config.subsets import DATA_VALUE_EPOCHS
 from megatron.sweeps.plan import plan_sweep
 from megatron.sweeps.points import unique_runs
 from megatron.sweeps.sweep_file import read_sweep

@@ -135,6 +135,17 @@ def test_data_that_are_elsewhere_are_planned_with_the_stated_sizes(planned, corp
     stated = {"unique_tokens": 100_000, "vocabulary_size": 50257}
     point = planned(flags=flags, data=stated).points[0]
     assert (point.unique_tokens, point.train_samples) == (100_000, 4 * 100_000 // 32)
+    for blend, unique in (
+        (("1", "nowhere/a", "2000", "1", "nowhere/b", "1e3"), 3000),
+        (("1", "a", "2e3", "1", "b"), 1e5),
+    ):
+        point = planned(flags=flags | {"train-data-path": list(blend)}, data=stated).points[0]
+        assert point.unique_tokens == unique
+    point = planned(
+        flags=flags | {"train-data-path": "nowhere/c4", "train-unique-tokens": "C4-25M"},
+        data=stated | {"unique_tokens": 10**9},
+    ).points[0]
+    assert point.unique_tokens == 24_743_247
 
 
 def test_a_stage_waits_for_the_trials_that_it_chooses_from(planned):

@@ -53,6 +53,35 @@ def test_a_blend_from_a_path_file_is_interrupted_and_resumed(order, blended, tin
         check_error(other.stderr, f"--train-data-path-file {tmp_path}/train.txt", "or other shares", "branch")
 
 
+def test_unique_tokens_of_members_are_recorded_and_kept(tiny, corpus, tmp_path, capsys):
+    def flags(first: int, second: int) -> list[str]:
+        blend = ["1", f"{corpus}/train", str(first), "3", f"{corpus}/tuning", str(second)]
+        return [*map(str, replaced(tiny, "--train-data-path", *blend))]
+
+    main("ar", [*flags(2000, 1000), "--save", str(tmp_path / "run"), "--exit-interval", "2"])
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["unique_tokens"] == 3000
+    assert config["unique_tokens_by_data_set"] == {f"{corpus}/train": 2000, f"{corpus}/tuning": 1000}
+    main("ar", [*flags(2000, 1000), "--dry-run"])
+    plan = json.loads(capsys.readouterr().out)["plan"]
+    assert plan["epochs_by_data_set"][f"{corpus}/tuning"] == pytest.approx(0.75 * 93 * 32 / 1000, rel=0.02)
+    for other in (flags(1900, 1100), flags(2000, 1100)):
+        with pytest.raises(SystemExit) as left:
+            main("ar", [*other, "--save", str(tmp_path / "run")])
+        message = capsys.readouterr().err
+        assert left.value.code == 2 and f"the run in {tmp_path}/run was started with" in message, message
+    hashes = [open_sources(parse("ar", line)).corpus_hash for line in (flags(2000, 1000), flags(1900, 1100))]
+    assert hashes[0] == config["corpus_hash"] != hashes[1]
+    with pytest.raises(SystemExit):
+        main("ar", [*flags(10**9, 1000), "--dry-run"])
+    assert f"--train-data-path {corpus}/train 1000000000: {corpus}/train.bin holds" in capsys.readouterr().err
+    (tmp_path / "paths.txt").write_text(f"1 {corpus}/train 20\n3 {corpus}/tuning\n")
+    with pytest.raises(SystemExit):
+        main("ar", [*map(str, replaced(tiny, "--train-data-path-file", f"{tmp_path}/paths.txt")), "--dry-run"])
+    expected = f"--train-data-path-file {tmp_path}/paths.txt: {corpus}/train leaves 20"
+    assert expected in capsys.readouterr().err
+
+
 def test_split_cuts_whole_documents_and_leaves_the_test_part_for_evaluation(tiny, corpus, tmp_path):
     flags = replaced(tiny, "--data-path", f"{corpus}/train", "--split", "80,10,10")
     whole = IndexedDataset(f"{corpus}/train")

@@ -9,7 +9,7 @@ import resource
 import signal
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from itertools import islice
 from multiprocessing import active_children
 
@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.data._utils import signal_handling
 
 from megatron import stop_signals
+from megatron.batch import Batch
 from megatron.config.sections import ObjectiveConfig
 from megatron.config.vocabulary import Vocabulary
 from megatron.data.indexed import IndexedDataset, IndexedDatasetWriter
@@ -29,7 +30,7 @@ from megatron.objectives.input_noise import build_input_noise
 from megatron.objectives.masked_diffusion import MaskedDiffusion
 from megatron.objectives.registry import build_objective
 from megatron.objectives.token_dropout import TokenDropout
-from megatron.training.microbatches import Loader, MicroBatches
+from megatron.training.microbatches import Loader, MicroBatches, _Packed
 
 VOCABULARY, SEQ_LENGTH, SEED = Vocabulary(257), 32, 1234
 GLOBAL_BATCH, BUDGET = 8, 29  # four steps, the last one of 5 samples
@@ -424,3 +425,23 @@ def test_no_worker_outlives_the_loop_though_it_blocks_signals(raised):
     except OSError as error:
         assert error is raised
     assert set(active_children()) == children
+
+
+def test_a_packed_micro_batch_is_the_same_to_the_bit():
+    """Every field and both passes, whatever their element sizes."""
+    torch.manual_seed(0)
+    tokens, blocked = torch.randint(257, (3, 5)), torch.rand(1, 5, 5) < 0.5
+    weights = torch.rand(3, 5) * (torch.rand(3, 5) < 0.5)
+    first = Batch(tokens, tokens + 1, weights, np.array([1.0, 2.0, 0.5]), causal=True, blocked=blocked)
+    second = replace(first, causal=False, documents=tokens // 7, residual_scales=torch.rand(3, 2), blocked=None)
+    empty = Batch.unscored(tokens, causal=True)
+    restored = _Packed.pack([first, second, empty]).batches()
+    assert len(restored) == 3
+    for batch, other in zip((first, second, empty), restored):
+        for field in fields(Batch):
+            value, packed = getattr(batch, field.name), getattr(other, field.name)
+            assert type(value) is type(packed)
+            if torch.is_tensor(value):
+                assert value.dtype == packed.dtype and torch.equal(value, packed)
+            else:
+                assert np.array_equal(value, packed)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from math import isfinite
 
 from megatron.config.flags import Section, flag, require
+from megatron.config.subsets import TokenCount
 from megatron.config.tokenizer_flags import TOKENIZERS, check_tokenizer
 
 
@@ -13,12 +14,14 @@ class DataConfig(Section):
 
     train_data_path: tuple[str, ...] = flag(
         (),
-        "training data: a data prefix (of PREFIX.bin and PREFIX.idx), or pairs of weight and data prefix for a blend",
-        metavar="[WEIGHT] PREFIX",
+        "training data: a data prefix (of PREFIX.bin and PREFIX.idx), or weight and data prefix of every data set of a "
+        "blend, each with the unique tokens to train on, if not all: 0.7 a 25_000_000 0.3 b C4-100M",
+        metavar="[WEIGHT] PREFIX [UNIQUE_TOKENS]",
     )
     train_data_path_file: str | None = flag(
         None,
-        'file with the arguments of --train-data-path: one line of "WEIGHT PREFIX" "WEIGHT PREFIX", or one pair a line',
+        'file with the arguments of --train-data-path: one line of "WEIGHT PREFIX" "WEIGHT PREFIX UNIQUE_TOKENS", or '
+        "one data set a line",
         metavar="FILE",
         excludes="train_data_path",
     )
@@ -39,8 +42,12 @@ class DataConfig(Section):
         metavar="TRAIN,VALID,TEST",
     )
     seq_length: int = flag(2048, "sequence length: tokens per sample", within="[2, inf)")
-    train_unique_tokens: int | None = flag(
-        None, "train on the first N tokens only, the last document cut; default all", metavar="N", within="(0, inf)"
+    train_unique_tokens: TokenCount | None = flag(  # noqa: RUF009
+        None,
+        "train on the first N tokens only, the last document cut; default all; or on a published subset by its name, "
+        "such as C4-100M or SlimPajama-1B (tools/sizes.py lists them), of data that begin with its documents",
+        metavar="N",
+        within="(0, inf)",
     )
     epoch_order: str = flag(
         "documents",
