@@ -46,7 +46,7 @@ def merge(prefixes: Sequence[str], output: str) -> dict:
     """
     check_output(output, tuple(prefixes))
     sources = [Source.open(prefix) for prefix in prefixes]
-    _check_equal(sources)
+    check_equal(sources)
     dtype = sources[0].dataset.dtype
     metadata, files = merged_metadata(sources, Path(output))
     total = sum(source.dataset.total_tokens for source in sources) * dtype.itemsize
@@ -57,14 +57,19 @@ def merge(prefixes: Sequence[str], output: str) -> dict:
     return metadata
 
 
-def _check_equal(sources: list[Source]) -> None:
-    """Check that all sources have the dtype and, where it is recorded, the tokenizer of the first."""
+def check_equal(sources: list[Source], action: str = "merge") -> None:
+    """Check that all sources have the dtype and, where it is recorded, the tokenizer of the first.
+
+    The message says to `action` data of one tokenizer.
+
+    Raises: ConfigurationError if one has another.
+    """
     first = sources[0]
     for source in sources[1:]:
         if source.dataset.dtype != first.dataset.dtype:
             raise ConfigurationError(
                 f"{source.prefix}: has ids of {source.dataset.dtype}, and {first.prefix} of {first.dataset.dtype}; "
-                "merge data of one tokenizer, tokenised in the same way"
+                f"{action} data of one tokenizer, tokenised in the same way"
             )
     recorded = [source for source in sources if source.metadata]
     for source in sources:
@@ -77,7 +82,7 @@ def _check_equal(sources: list[Source]) -> None:
         if differing:
             raise ConfigurationError(
                 f"{source.prefix}: was tokenised with another tokenizer than {recorded[0].prefix} ({differing}); "
-                "merge data of one tokenizer"
+                f"{action} data of one tokenizer"
             )
 
 
