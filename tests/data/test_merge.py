@@ -1,6 +1,5 @@
 """Merged data sets against the concatenation of their documents, other writers' files, and refusals."""
 
-import fcntl
 import json
 import resource
 import shutil
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 
 from megatron.data.blend import combined_hash
+from megatron.data.copy_documents import Source, new_data_set
 from megatron.data.index_file import Index, write_index
 from megatron.data.indexed import IndexedDataset, read_metadata
 from megatron.data.merge import input_prefixes, merge
@@ -192,14 +192,14 @@ def test_other_wrong_inputs_are_refused(two, data_set, tmp_path, refused):
 
 
 def test_a_second_writer_is_refused_and_a_killed_one_leaves_nothing_in_the_way(two, tmp_path, refused):
-    with open(tmp_path / "out.bin.partial", "ab") as other:
-        other.write(b"half a data set")
-        other.flush()
-        fcntl.flock(other, fcntl.LOCK_EX)
+    with new_data_set(str(tmp_path / "out"), np.dtype(np.uint16), 0, "writing") as other:
+        other.copy(Source.open(two[0]))
         with refused("another process writes it"):
             merge(two, str(tmp_path / "out"))
-        assert (tmp_path / "out.bin.partial").read_bytes() == b"half a data set"
-    merge(two, str(tmp_path / "out"))  # the other process has ended without removing its file
+        assert (tmp_path / "out.bin.partial").exists()
+    assert not [*tmp_path.glob("out*")]  # `finish` was not called
+    (tmp_path / "out.bin.partial").write_bytes(bytes(1000))  # left by a killed process
+    merge(two, str(tmp_path / "out"))
     assert documents(tmp_path / "out")[: len(DOCUMENTS)] == DOCUMENTS and not [*tmp_path.glob("*.partial")]
 
 

@@ -110,6 +110,29 @@ def test_documents_of_another_data_set_are_those_of_all_pairs(tokens):
     both = find_duplicates(tokens(own), tokens(other, "other"), DuplicateOptions(near_duplicates=0.7, against="other"))
     assert (both.other >= 0).tolist() == (duplicates.other >= 0).tolist()
     assert both.clusters.tolist() == components(own, 0.7, 5)
+    assert both.compared_pairs > duplicates.compared_pairs  # those within the data set
+
+
+@pytest.mark.parametrize("chunk_tokens", [1 << 22, 250])
+def test_a_pair_is_compared_once_and_only_if_it_can_change_the_result(tokens, monkeypatch, chunk_tokens):
+    monkeypatch.setattr(near_duplicates, "CHUNK_TOKENS", chunk_tokens)
+    base = np.arange(100)
+    edited = [np.where(base == number, 500 + number, base).tolist() for number in range(5, 95, 8)]
+    options = DuplicateOptions(near_duplicates=0.95)  # of 96 5-grams each edit changes up to 5: none reaches it
+    opened = tokens(edited)
+    keys = band_keys(opened, np.arange(len(edited)), 5, Bands.of(0.95))
+    candidates = sum((keys[a] == keys[b]).any() for a, b in combinations(range(len(edited)), 2))
+    duplicates = find_duplicates(opened, None, options)
+    assert duplicates.compared_pairs == candidates > 10 and duplicates.verified_pairs == 0
+    connected = find_duplicates(opened, None, DuplicateOptions(near_duplicates=0.5))
+    assert len(edited) - 1 <= connected.compared_pairs <= 2 * len(edited)  # of 66 pairs
+    options = DuplicateOptions(near_duplicates=0.5, against="other", within=False)
+    matched = find_duplicates(tokens(edited[:1]), tokens(edited[1:], "other"), options)
+    assert matched.compared_pairs == matched.verified_pairs == 1
+    options = DuplicateOptions(near_duplicates=0.95, against="other", within=False)
+    unmatched = find_duplicates(tokens(edited[3:]), tokens(edited[:3], "other"), options)
+    between = sum((keys[a] == keys[b]).any() for a in range(3) for b in range(3, len(edited)))
+    assert unmatched.compared_pairs == between > 0
 
 
 @pytest.mark.parametrize("similarity", [0.4, 0.6, 0.8])
