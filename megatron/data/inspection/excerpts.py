@@ -128,7 +128,13 @@ def sample_texts(source: Source, tokenizer: Tokenizer | None, flags: SampleFlags
         if not dataset.sizes[:last].any():
             raise ConfigurationError(f"--split {data.split}: leaves no training tokens; change the shares")
         dataset = dataset.document_range(0, last)
-    samples = TrainSamples(dataset, data.seq_length, flags.seed, data.epoch_order, data.train_unique_tokens)
+    samples = TrainSamples(
+        dataset,
+        data.seq_length,
+        flags.seed,
+        epoch_order=data.epoch_order,
+        unique_tokens=data.train_unique_tokens,
+    )
     samples.request(flags.train_samples or 1)
     shown = []
     for index in flags.sample:
