@@ -1,0 +1,1 @@
+"""Inspection of token files: statistics, documents, training samples, duplicates and their removal."""
