@@ -35,7 +35,6 @@ REQUEUE_SECONDS = 120.0  # for the controller to requeue this task and to end it
 PORTS = range(20000, 32000)  # below Linux's ephemeral ports
 # SIGUSR1 in the first moments of Python, before the handlers of the run: nothing was trained, nothing failed
 KILLED_AT_START = 128 + signal.SIGUSR1
-ENDED = 128 + signal.SIGTERM  # in place of the exit code of an srun that was ended here, which is 0
 STARTS = 3  # in a row, without a new record or checkpoint, after which a task stops
 
 
@@ -211,9 +210,10 @@ def _next(
 class SrunEnd:
     """How an srun has ended."""
 
-    code: int  # ENDED if it was ended here
+    code: int
     rank_0_wrote: bool  # to the run folder, in this start
     messages: str = ""  # of srun and the ranks, as far as standard error is a file
+    hung: bool = False  # and was ended here
 
 
 def _train(command: list[str], run: Path, hang_minutes: float) -> SrunEnd:
@@ -240,7 +240,7 @@ def _train(command: list[str], run: Path, hang_minutes: float) -> SrunEnd:
             process.wait(KILL_SECONDS)
         process.kill()
         process.wait()
-        return SrunEnd(ENDED, last_change(run) != changed)
+        return SrunEnd(1, last_change(run) != changed, hung=True)  # its own exit code is then 0
 
 
 def _standard_error(offset: int) -> str:
@@ -265,7 +265,7 @@ def failing_nodes(nodes: list[str], state: State, end: SrunEnd) -> list[str]:
     named = [node for node in nodes if re.search(rf"(?<![\w-]){re.escape(node)}(?![\w-])", state.reason)]
     if end.rank_0_wrote and named:
         return named
-    if end.code == ENDED or "did not connect" in end.messages:  # by the ranks that did
+    if end.hung or "did not connect" in end.messages:  # by the ranks that did
         return []
     if end.rank_0_wrote:
         return nodes[:1] if state.name == "lost" else []

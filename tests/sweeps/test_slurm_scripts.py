@@ -8,7 +8,7 @@ import pytest
 
 from megatron.errors import ConfigurationError
 from megatron.parallel.failure_detector import listen
-from megatron.sweeps.array_task import ENDED, SrunEnd, failing_nodes, free_port
+from megatron.sweeps.array_task import SrunEnd, failing_nodes, free_port
 from megatron.sweeps.plan import plan_sweep
 from megatron.sweeps.slurm import queued_runs, read_site, submit_array, write_arrays
 from megatron.sweeps.states import State
@@ -144,9 +144,9 @@ srun: error: n1: tasks 0,2: Exited with exit code 143
         (["a-1", "a-1b", "a"], State("failed", "rank 0 (process 7 on a-1.cluster) is gone"), WROTE, ["a-1"]),
         (["n1", "n2"], State("failed", "rank 1 failed with OSError: disk"), WROTE, []),
         (["n1", "n2"], State("lost"), WROTE, ["n1"]),  # rank 0, which writes the status, was killed
-        (["n1", "n2"], State("lost"), SrunEnd(ENDED, True), []),  # all ranks were, since they hung
+        (["n1", "n2"], State("lost"), SrunEnd(1, True, hung=True), []),  # all ranks were, since they hung
         (["n1", "n2"], State("lost"), SILENT, []),
-        (["n1", "n2"], State("lost"), SrunEnd(137, False, SRUN), ["n2"]),
+        (["n1", "n2"], State("lost"), SrunEnd(143, False, SRUN), ["n2"]),
         (["n1", "n2"], State("failed", "rank 3 (process 7 on n1) is gone"), SrunEnd(137, False, SRUN), ["n2"]),  # stale
         (["n1", "n2"], State("waiting"), SrunEnd(1, False, f"rank 1 of 2 did not connect\n{SRUN}"), []),
     ],
