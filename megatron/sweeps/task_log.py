@@ -45,9 +45,11 @@ class TaskLog:
                 steps.pop(line["restart"], None)
             else:
                 steps = {}
-        furthest = max([step, *steps.values()])
         steps.pop(self.restarts, None)
-        return list(steps.values()).count(furthest) + missing
+        earlier = list(steps.values())
+        furthest = max([step, *earlier])
+        since = earlier.index(furthest) if furthest in earlier else len(earlier)
+        return len(earlier) - since + missing
 
     def wait(self) -> None:
         """Note that this start has only waited for another process that trains the run."""

@@ -96,13 +96,15 @@ def test_starts_without_a_new_record_or_checkpoint_are_counted(tmp_path):
     assert [task_log(tmp_path, restarts).start() for restarts in (3, 4)] == [0, 1]
     record(tmp_path, 3)  # the records after the checkpoint that a start loads are gone
     assert task_log(tmp_path, 5).start() == 2
+    record(tmp_path, 4)  # further than this start, but not as far as an earlier one
+    assert task_log(tmp_path, 6).start() == 3
     (tmp_path / "runs" / "abc" / "checkpoints" / "iter_0000006").mkdir(parents=True)
-    assert [task_log(tmp_path, restarts).start() for restarts in (6, 7)] == [0, 1]
-    task_log(tmp_path, 7).wait()  # another process trained it
-    assert task_log(tmp_path, 8).start() == 1
+    assert [task_log(tmp_path, restarts).start() for restarts in (7, 8)] == [0, 1]
+    task_log(tmp_path, 8).wait()  # another process trained it
+    assert task_log(tmp_path, 9).start() == 1
     assert TaskLog(tmp_path, "abc", task="8_1", restarts=0).start() == 0
-    task_log(tmp_path, 8).stop()
-    assert task_log(tmp_path, 9).start() == 0
+    task_log(tmp_path, 9).stop()
+    assert task_log(tmp_path, 10).start() == 0
 
 
 def test_starts_are_bounded_where_their_log_cannot_be_written(tmp_path):
