@@ -13,7 +13,8 @@ from megatron.reporting.contours import ContourFigure
 from megatron.reporting.figures import Curve, Figure
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito's palette
-MAX_LEGEND = 12  # entries
+COLOURS += ("#332288", "#882255", "#999933", "#44AA99", "#661100", "#888888")  # mostly Paul Tol's muted scheme
+MAX_LEGEND = 12  # entries, each of another colour
 MAX_MARKED = 50  # curves whose points are marked
 
 

@@ -168,10 +168,10 @@ def validated_run(folder: Path) -> Run | None:
     Raises: ConfigurationError if config.json cannot be read.
     """
     records = read_records(folder)
-    valid = _validations(records)
+    train = [(record["epoch"], record["loss"]) for record in records if record["kind"] == "train"]
+    valid = _validations(records, np.array([loss for _, loss in train], dtype=np.float64))
     if not valid:
         return None
-    train = [(record["epoch"], record["loss"]) for record in records if record["kind"] == "train"]
     return Run(
         name=folder.name,
         folder=folder,
@@ -182,18 +182,21 @@ def validated_run(folder: Path) -> Run | None:
     )
 
 
-def _validations(records: list[dict]) -> dict[str, list[dict]]:
-    """Return the validation records by set, with the mean loss of the training records since the one before."""
+def _validations(records: list[dict], losses: np.ndarray) -> dict[str, list[dict]]:
+    """Return the validation records by set, with the mean loss of the training records since the one before.
+
+    `losses` [T] are those of the training records.
+    """
     valid: dict[str, list[dict]] = {}
     starts: dict[str, int] = {}  # by set, the first training loss after the previous validation
-    losses: list[float] = []
+    count = 0
     for record in records:
         if record["kind"] == "train":
-            losses.append(record["loss"])
+            count += 1
             continue
-        recent = losses[starts.get(record["set"], 0) :]
-        starts[record["set"]] = len(losses)
-        mean = float(np.mean(recent)) if recent else None
+        recent = losses[starts.get(record["set"], 0) : count]
+        starts[record["set"]] = count
+        mean = float(recent.sum() / len(recent)) if len(recent) else None
         valid.setdefault(record["set"], []).append(record | {"mean_train_loss": mean})
     return valid
 

@@ -4,11 +4,11 @@ What SLURM does not do: srun does not end when a slurmstepd of its step is kille
 batch script is, and a job that met its time limit or whose preempted run saved in time is not requeued.
 """
 
-import json
 import logging
 import os
 import re
 import signal
+import stat
 import subprocess
 import time
 from collections.abc import Iterable, Sequence
@@ -23,6 +23,8 @@ from megatron.sweeps.launch import LOCKED, training_command
 from megatron.sweeps.points import Point
 from megatron.sweeps.slurm import queued_runs
 from megatron.sweeps.states import State, last_change, lock_holder, run_state
+from megatron.sweeps.task_log import TaskLog
+from megatron.training.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +35,7 @@ REQUEUE_SECONDS = 120.0  # for the controller to requeue this task and to end it
 PORTS = range(20000, 32000)  # below Linux's ephemeral ports
 # SIGUSR1 in the first moments of Python, before the handlers of the run: nothing was trained, nothing failed
 KILLED_AT_START = 128 + signal.SIGUSR1
-ENDED = 1  # in place of the exit code of an srun that was ended here, which is 0
+STARTS = 3  # in a row, without a new record or checkpoint, after which a task stops
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,16 +132,20 @@ def run_task(folder: Path, points: Sequence[Point], point_id: str, options: Task
         logger.error("%s: has failed: %s; not started again", point.label, state.reason)
         return 1
     task = ArrayTask()
+    log = TaskLog(folder, point.id, task=task.name, restarts=task.restarts)
     checkpoint = point.trunk_checkpoint(folder)
     if checkpoint is not None and not checkpoint.is_dir() and _may_be_queued(point.trunk, folder):
         logger.info("%s: its trunk %s has no checkpoint yet; requeued until then", point.label, point.trunk)
         return task.requeue(LOCKED)
+    starts = log.start()
+    if starts >= max(STARTS, options.retries + 1):
+        return _give_up(log, point, folder, starts)
     logger.info("%s: starts", point.label)
     # a stopped run exits with 0: srun returns the highest code of its ranks, and stops the others when one has failed
     extra = ["--exit-code-when-stopped", "0", "--wait-for-lock", f"{options.wait_for_lock:g}"]
     command = ["srun", "--kill-on-bad-exit=1", *training_command(point, folder), *extra]
-    code = _train(command, point.folder(folder), options.hang_minutes)
-    code = _next(task, point, folder, code=code, started_from=state, options=options)
+    end = _train(command, point.folder(folder), options.hang_minutes)
+    code = _next(task, point, log, end=end, started_from=state, options=options)
     # else the job of an orphan would stay RUNNING; its next start sees how the run has ended
     return task.requeue(code) if task.is_orphan else code
 
@@ -153,9 +159,29 @@ def _may_be_queued(run_id: str | None, folder: Path) -> bool:
         return True
 
 
-def _next(task: ArrayTask, point: Point, folder: Path, *, code: int, started_from: State, options: TaskOptions) -> int:
-    """Requeue the task after srun's exit code `code` if the run should go on; return the exit code of the task."""
-    state = run_state(point.folder(folder))
+def _give_up(log: TaskLog, point: Point, folder: Path, starts: int) -> int:
+    """Set the state of a run that never gets past its start to failed; return the exit code of the task."""
+    run = point.folder(folder)
+    state = run_state(run)
+    last = f"{state.name}, {state.reason}" if state.reason else state.name
+    reason = (
+        f"{starts} starts of job {log.task} brought neither a record nor a checkpoint (last state: {last}); read its "
+        "log, remove the cause and resubmit"
+    )
+    logger.error("%s: failed: %s", point.label, reason)
+    log.stop()
+    try:
+        RunFolder(str(run)).status("failed", reason, state.iteration, state.consumed_samples)
+    except (OSError, ConfigurationError) as error:  # another process holds the lock, or the disk is full
+        logger.warning("%s: the state could not be written (%s)", point.label, error)
+    return 1
+
+
+def _next(
+    task: ArrayTask, point: Point, log: TaskLog, *, end: "SrunEnd", started_from: State, options: TaskOptions
+) -> int:
+    """Requeue the task after the end of srun if the run should go on; return the exit code of the task."""
+    state, code = run_state(log.run), end.code
     if state.name == "finished":
         return 0
     if state.is_stopped_by_kill_switch:
@@ -163,12 +189,14 @@ def _next(task: ArrayTask, point: Point, folder: Path, *, code: int, started_fro
         return code or 1
     if task.terminated:
         return task.requeue(code or 1) if task.met_time_limit else code or 1
+    if code == LOCKED and state.name == "running" and state.silent_seconds < 60 * options.hang_minutes:
+        log.wait()
     if code in (0, LOCKED, KILLED_AT_START) or (state.name == "stopped" and state != started_from):
         return task.requeue(code)
     if code == 2 or state.has_own_fault:
         return code or 1
-    failing = failing_nodes(_output(f"scontrol show hostnames {task.nodes}").split(), state.reason)
-    failures, excluded = _note_failure(folder, point, task=task, code=code, failing=failing)
+    failing = failing_nodes(_output(f"scontrol show hostnames {task.nodes}").split(), state, end)
+    failures, excluded = log.failure(nodes=task.nodes, failing=failing, code=code)
     if failures > options.retries:
         return code or 1
     if len(excluded) > _nodes_of_partition() - point.nodes:
@@ -178,13 +206,24 @@ def _next(task: ArrayTask, point: Point, folder: Path, *, code: int, started_fro
     return task.requeue(code or 1, excluded)
 
 
-def _train(command: list[str], run: Path, hang_minutes: float) -> int:
-    """Run srun and return its exit code; end it if its run has ended, or hangs, without its notice."""
+@dataclass(frozen=True)
+class SrunEnd:
+    """How an srun has ended."""
+
+    code: int
+    rank_0_wrote: bool  # to the run folder, in this start
+    messages: str = ""  # of srun and the ranks, as far as standard error is a file
+    hung: bool = False  # and was ended here
+
+
+def _train(command: list[str], run: Path, hang_minutes: float) -> SrunEnd:
+    """Run srun until it ends; end it if its run has ended, or hangs, without its notice."""
     started, released, held = time.time(), 0.0, False
+    changed, log_offset = last_change(run), os.fstat(2).st_size
     process = subprocess.Popen(command, env=os.environ | {"MASTER_PORT": str(free_port())})
     while True:
         with suppress(subprocess.TimeoutExpired):
-            return process.wait(POLL)
+            return SrunEnd(process.wait(POLL), last_change(run) != changed, _standard_error(log_offset))
         holder = lock_holder(run)  # a finished run holds its lock until its trackers have uploaded
         held = held or bool(holder)
         released = 0.0 if holder or not held else released or time.monotonic()
@@ -201,39 +240,37 @@ def _train(command: list[str], run: Path, hang_minutes: float) -> int:
             process.wait(KILL_SECONDS)
         process.kill()
         process.wait()
-        return ENDED
+        return SrunEnd(1, last_change(run) != changed, hung=True)  # its own exit code is then 0
 
 
-def failing_nodes(nodes: list[str], reason: str) -> list[str]:
-    """Return the nodes of a task that its failure may be due to: the only node, or those that the reason names."""
+def _standard_error(offset: int) -> str:
+    """Return what was written to the log of this task after `offset`; "" if standard error is no file."""
+    with suppress(OSError):
+        if stat.S_ISREG(os.fstat(2).st_mode):
+            with open("/proc/self/fd/2", "rb") as log:
+                log.seek(offset)
+                return log.read().decode(errors="replace")
+    return ""
+
+
+def failing_nodes(nodes: list[str], state: State, end: SrunEnd) -> list[str]:
+    """Return the nodes of a task that its failure may be due to.
+
+    1. The only node, or those that the run's reason names.
+    2. The first node if the run is lost: rank 0, which SLURM starts there, has died before it could write a reason.
+    3. The node of the rank that ended first by srun's messages if rank 0 wrote nothing at all.
+    """
     if len(nodes) == 1:
         return nodes
-    return [node for node in nodes if re.search(rf"(?<![\w-]){re.escape(node)}(?![\w-])", reason)]
-
-
-def _note_failure(folder: Path, point: Point, *, task: ArrayTask, code: int, failing: list[str]) -> tuple[int, list]:
-    """Append a failure to the log of failures of a point; return how many this task has had, and on which nodes.
-
-    A log that cannot be written counts what it has: a full disk does not keep the task from its requeue.
-    """
-    record = {"time": time.time(), "job": task.name, "nodes": task.nodes, "failing": failing, "code": code}
-    lines = [json.dumps(record)]
-    try:
-        with open(folder / "logs" / f"{point.id}.failures.jsonl", "a+") as file:
-            file.seek(0)
-            earlier = file.read()
-            lines = [*earlier.splitlines(), *lines]
-            file.write(("" if earlier.endswith("\n") or not earlier else "\n") + lines[-1] + "\n")
-    except OSError as error:
-        logger.warning("%s: its failure could not be written to its log (%s)", point.label, error.strerror)
-    failures, nodes = 0, set()
-    for line in lines:
-        with suppress(ValueError, KeyError, TypeError):  # a torn line
-            failure = json.loads(line)
-            if failure["job"] == task.name:
-                nodes |= set(failure["failing"])
-                failures += 1
-    return failures, sorted(nodes)
+    named = [node for node in nodes if re.search(rf"(?<![\w-]){re.escape(node)}(?![\w-])", state.reason)]
+    if end.rank_0_wrote and named:
+        return named
+    if end.hung or "did not connect" in end.messages:  # by the ranks that did
+        return []
+    if end.rank_0_wrote:
+        return nodes[:1] if state.name == "lost" else []
+    first = re.search(r"^srun: error: ([\w.-]+): tasks? [\d,-]+: ", end.messages, re.M)
+    return [node for node in nodes if first and node == first[1]]
 
 
 def _nodes_of_partition() -> int:

@@ -8,8 +8,12 @@ is exact, so the id of a run does not depend on it.
 2. The others, the longest first, take the latest checkpoint that a run has, or will have, before both decays begin. In
    a new sweep this is the longest run, at the last step before their own decay.
 3. The longest run also keeps its last checkpoint before the decay, so that a longer budget can be added later.
+
+A checkpoint on disk is verified before a run takes it, by the plan and again when the run starts; one that is damaged
+is named, and no run branches from it.
 """
 
+import logging
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -23,9 +27,11 @@ from megatron.errors import ConfigurationError
 from megatron.sweeps.points import Point
 from megatron.sweeps.run_costs import PRUNED_TO
 from megatron.sweeps.states import run_state
-from megatron.training.checkpoint_store import CheckpointStore, read_meta
+from megatron.training.checkpoint_store import CheckpointStore, damage, read_meta
 from megatron.training.run_folder import read_json
 from megatron.training.schedule import learning_rate, weight_decay
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -86,6 +92,7 @@ class _Family:
     """The runs that differ only in their budget, with the trunk of each."""
 
     def __init__(self, members: Iterable[Resolved], folder: Path):
+        self.folder = folder
         self.members = sorted(members, key=lambda item: -item.plan.train_samples)
         self.histories = {item.point.id: _history(item.point.folder(folder)) for item in self.members}
         self.reasons: list[str] = []
@@ -124,11 +131,23 @@ class _Family:
             step = steps[source.point.id]
             difference = _difference(item, source, step) if step else "no checkpoint is left on their constant part"
             if difference is None:
+                if self._is_damaged(source.point, step):
+                    return self._start(item, sources)
                 return History(trunk=source.point.id, trunk_iteration=step, open_after=step)
             reason = reason or difference
         if sources and reason:
             self.reasons.append(reason)
         return History()
+
+    def _is_damaged(self, source: Point, step: int) -> bool:
+        """Return whether a source has a damaged checkpoint at a step, which then leaves its history."""
+        history, checkpoint = self.histories[source.id], source.checkpoint(self.folder, step)
+        if not history.has_started or not checkpoint.is_dir() or (fault := damage(checkpoint)) is None:
+            return False
+        logger.warning("%s: %s is damaged (%s); no run branches from it", source.label, checkpoint, fault)
+        after = None if history.open_after is None else max(history.open_after, step)
+        self.histories[source.id] = replace(history, permanent=history.permanent - {step}, open_after=after)
+        return True
 
     def _shared_step(self, item: Resolved, source: Resolved) -> int:
         limit = min(_last_constant_step(item), _last_constant_step(source))

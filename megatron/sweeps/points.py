@@ -74,15 +74,21 @@ class Point:
 
     def trunk_checkpoint(self, sweep: Path) -> Path | None:
         """Return the folder of the checkpoint to continue from, whether or not it exists yet."""
-        if self.trunk is None:
-            return None
-        from megatron.training.saver import folder_name  # imports torch, which readers of plans do not need
+        return None if self.trunk is None else _checkpoint(sweep, self.trunk, self.trunk_iteration)
 
-        return sweep / "runs" / self.trunk / "checkpoints" / folder_name(self.trunk_iteration)
+    def checkpoint(self, sweep: Path, iteration: int) -> Path:
+        """Return the folder of a checkpoint of the point's run, whether or not it exists."""
+        return _checkpoint(sweep, self.id, iteration)
 
     def folder(self, sweep: Path) -> Path:
         """Return the run folder of the point in the sweep folder."""
         return sweep / "runs" / self.id
+
+
+def _checkpoint(sweep: Path, run_id: str, iteration: int) -> Path:
+    from megatron.training.saver import folder_name  # imports torch, which readers of plans do not need
+
+    return sweep / "runs" / run_id / "checkpoints" / folder_name(iteration)
 
 
 def readable_name(stage: str, variant: str, axes: dict[str, Any], *, trial: int | None, seed: int) -> str:

@@ -1,7 +1,6 @@
 """The state of a run, from its folder alone: status.json, the lock and the time of the last record."""
 
 import fcntl
-import json
 import os
 import struct
 import time
@@ -10,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron.errors import ConfigurationError
-from megatron.training.run_folder import read_json
+from megatron.training.run_folder import parse_record, read_json
 
 LAST_BYTES = 1 << 14
 LAYOUT = "hhqqi4x"  # struct flock on 64-bit Linux: type, whence, start, length, process id
@@ -92,5 +91,5 @@ def last_record(folder: Path) -> dict:
         return {}
     for line in reversed(lines):
         with suppress(ValueError):
-            return json.loads(line)
+            return parse_record(line)
     return {}

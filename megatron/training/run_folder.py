@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 import numpy as np
+import orjson
 
 from megatron.errors import ConfigurationError
 from megatron.stop_signals import StopRequested
@@ -224,14 +225,25 @@ def read_records(folder: Path, up_to_iteration: float = math.inf) -> list[dict]:
     path, records = folder / "metrics.jsonl", []
     if not path.exists():
         return records
-    for line in path.read_text().splitlines():
+    for line in path.read_bytes().splitlines():
         try:
-            record = json.loads(line)
+            record = parse_record(line)
         except ValueError:
             break
         if record["iteration"] <= up_to_iteration:
             records.append(record)
     return records
+
+
+def parse_record(line: bytes) -> dict:
+    """Return the record of a line of metrics.jsonl.
+
+    Raises: ValueError for a line that is not JSON.
+    """
+    try:
+        return orjson.loads(line)
+    except ValueError:
+        return json.loads(line)  # reads NaN and infinities, which orjson does not
 
 
 def recorded_config(path: Path) -> dict | None:

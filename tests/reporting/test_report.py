@@ -15,6 +15,8 @@ from megatron.errors import ConfigurationError
 from megatron.reporting.plots import plot_task_scores
 from megatron.reporting.report import Report, write_report
 from megatron.reporting.runs import best_point, check_comparable, load_run, load_runs, paired_difference
+from megatron.sweeps.states import last_record
+from megatron.training.run_folder import read_records
 from tests.conftest import ROOT, run
 
 
@@ -49,6 +51,17 @@ def test_paired_difference_is_the_ratio_estimator_with_documents_as_clusters(tmp
     residuals = [difference[d] - mean * tokens[d] for d in (0, 2, 3)]
     variance = 3 / 2 * sum(r**2 for r in residuals) / 100**2
     assert paired.nats == pytest.approx(mean) and paired.se == pytest.approx(np.sqrt(variance))
+
+
+def test_records_are_those_that_json_reads_up_to_a_torn_line(tmp_path):
+    lines = ['{"iteration": 1, "loss": 6.2168474197387695e-05, "n": 5645008896.0}', '{"iteration": 2, "loss": NaN}']
+    lines += ['{"iteration": 3, "loss": -Infinity, "name": "\\ud800 é"}', '{"iteration": 4, "big": 123456789012345678}']
+    for torn in ("", '{"iteration": 5, "lo', "\0\0\0"):
+        (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, torn]), encoding="utf-8")
+        records = read_records(tmp_path)
+        assert repr(records) == repr(list(map(json.loads, lines)))
+        assert [record["iteration"] for record in read_records(tmp_path, up_to_iteration=2)] == [1, 2]
+    assert last_record(tmp_path) == records[-1]
 
 
 def test_noise_that_two_evaluations_share_adds_no_error_to_their_difference(tmp_path):

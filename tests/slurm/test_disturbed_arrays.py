@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -13,6 +14,7 @@ from tests.slurm.arrays import SITE, Array, parent, pause, resume, was_signalled
 from tests.slurm.cluster import NODES
 from tests.sweeps.files import toy, write
 from tests.sweeps.test_local_queue import finish, results, start
+from tests.sweeps.test_slurm_scripts import command
 from tests.training.jobs import alive
 from tests.training.test_trackers import offline_runs
 
@@ -180,6 +182,53 @@ def test_a_hanging_run_is_ended_and_started_on_another_node(submitted, tables):
     ended = array.wait_until_ended(job)
     assert ended["JobState"] == "COMPLETED" and ended["NodeList"] != node, array.log()
     assert results(array.folder) == tables[1]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_node_of_a_killed_rank_is_in_the_log_of_failures(rank, submitted, tables):
+    """Rank 0 writes the status of the run, so that its own death leaves no reason there."""
+    array, job = submitted(nodes=2)
+    variable = f"SLURM_PROCID={rank}\0".encode()
+    ranks = array.wait_until_training(4)
+    (victim,) = [pid for pid in ranks if variable in Path(f"/proc/{pid}/environ").read_bytes()]
+    os.kill(victim, signal.SIGKILL)
+    array.wait_until_finished()
+    ended = array.wait_until_ended(job)
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), array.log()
+    (failure,) = [json.loads(line) for line in failures(array)]
+    assert failure["failing"] == [NODES[rank]], array.log()
+    assert results(array.folder) == tables[2]
+
+
+def test_the_node_of_a_rank_that_fails_before_the_run_starts_is_in_the_log_of_failures(submitted, tmp_path):
+    script = '[ $SLURM_PROCID = 1 ] && kill -9 $$; exec "$@"'
+    setup = put_first(
+        tmp_path, "srun", f"option=$1; shift; exec {shutil.which('srun')} $option sh -c '{script}' sh \"$@\""
+    )
+    array, job = submitted(nodes=2, setup=setup, retries=0)
+    assert array.wait_until_ended(job)["JobState"] == "FAILED"
+    (failure,) = [json.loads(line) for line in failures(array)]
+    assert failure["failing"] == [NODES[1]], array.log()
+
+
+def put_first(folder: Path, name: str, script: str) -> str:
+    """Write a command; return a setup of a site that puts it before others of its name."""
+    command(folder, name, script)
+    return f"{SITE['setup']}\nexport PATH={folder}:$PATH"
+
+
+def failures(array: Array) -> list[str]:
+    (path,) = (array.folder / "logs").glob("*.failures.jsonl")
+    return path.read_text().splitlines()
+
+
+def test_a_run_that_is_requeued_again_and_again_before_it_starts_fails(submitted, tmp_path):
+    """Its srun ends with 0, as if it had been stopped in time."""
+    array, job = submitted(setup=put_first(tmp_path, "srun", "exit 0"))
+    ended = array.wait_until_ended(job)
+    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "1:0", "3"), array.log()
+    (state,) = array.states().values()
+    assert state.name == "failed" and state.reason.startswith(f"3 starts of job {job}_0 brought neither a record")
 
 
 def test_two_local_queues_and_an_array_train_every_point_once(cluster, content, tmp_path):

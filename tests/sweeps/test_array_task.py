@@ -3,7 +3,6 @@
 import json
 import os
 import sys
-from types import SimpleNamespace
 
 import pytest
 
@@ -11,8 +10,11 @@ from megatron.sweeps import array_task
 from megatron.sweeps.array_task import TaskOptions, run_task
 from megatron.sweeps.launch import LOCKED
 from megatron.sweeps.plan import plan_sweep
+from megatron.sweeps.states import run_state
 from megatron.sweeps.sweep_file import read_sweep
+from megatron.sweeps.task_log import TaskLog
 from tests.sweeps.files import toy, write
+from tests.sweeps.test_full_disk import full_disk
 from tests.sweeps.test_slurm_scripts import command
 
 TRACKERS_UPLOAD = """
@@ -56,22 +58,99 @@ def test_a_run_that_uploads_after_its_end_is_not_ended(tmp_path, monkeypatch):
     monkeypatch.setattr(array_task, "POLL", 0.05)
     monkeypatch.setattr(array_task, "END_SECONDS", 0.3)
     run = tmp_path / "run"
-    assert array_task._train([sys.executable, "-c", TRACKERS_UPLOAD, str(run)], run, 1.0) == 0
+    assert array_task._train([sys.executable, "-c", TRACKERS_UPLOAD, str(run)], run, 1.0).code == 0
 
 
-def failures(folder, failing):
+def task_log(folder, restarts):
+    return TaskLog(folder, "abc", task="7_1", restarts=restarts)
+
+
+def failures(folder, failing, restarts):
     """Note a failure of task 7_1; return how many it has had, and on which nodes."""
-    task, point = SimpleNamespace(name="7_1", nodes="n[1-2]"), SimpleNamespace(id="abc", label="point")
-    return array_task._note_failure(folder, point, task=task, code=1, failing=failing)
+    return task_log(folder, restarts).failure(nodes="n[1-2]", failing=failing, code=1)
 
 
-def test_failures_are_counted_over_torn_lines_and_where_the_log_cannot_be_written(tmp_path):
+def test_failures_are_counted_over_torn_lines_and_restarts_where_the_log_cannot_be_written(tmp_path):
     log = tmp_path / "logs" / "abc.failures.jsonl"
     log.parent.mkdir()
-    other = json.dumps({"job": "7_2", "failing": ["n9"]})
-    log.write_text(f'{other}\n7\n{{"job": "7_1", "fai')
-    assert failures(tmp_path, ["n1"]) == (1, ["n1"])
-    assert failures(tmp_path, ["n2"]) == (2, ["n1", "n2"])
+    other = {"time": 0, "job": "7_2", "restart": 0, "nodes": "n9", "failing": ["n9"], "code": 1}
+    log.write_text(f'{json.dumps(other)}\n7\n{{"job": "7_1", "fai')
+    assert failures(tmp_path, ["n1"], 0) == (1, ["n1"])
+    assert failures(tmp_path, ["n2"], 5) == (2, ["n1", "n2"])  # preemptions in between are none
     log.unlink()
     log.mkdir()
-    assert failures(tmp_path, ["n3"]) == (1, ["n3"])
+    assert [failures(tmp_path, ["n3"], restarts) for restarts in (0, 1, 2)] == [(n, ["n3"]) for n in (1, 2, 3)]
+
+
+def record(folder, step):
+    """Write records of a run up to a step."""
+    run = folder / "runs" / "abc"
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "metrics.jsonl").write_text(json.dumps({"iteration": step}) + "\n")
+
+
+def test_starts_without_a_new_record_or_checkpoint_are_counted(tmp_path):
+    (tmp_path / "logs").mkdir()
+    assert [task_log(tmp_path, restarts).start() for restarts in range(3)] == [0, 1, 2]
+    record(tmp_path, 5)
+    assert [task_log(tmp_path, restarts).start() for restarts in (3, 4)] == [0, 1]
+    record(tmp_path, 3)  # the records after the checkpoint that a start loads are gone
+    assert task_log(tmp_path, 5).start() == 2
+    record(tmp_path, 4)  # further than this start, but not as far as an earlier one
+    assert task_log(tmp_path, 6).start() == 3
+    (tmp_path / "runs" / "abc" / "checkpoints" / "iter_0000006").mkdir(parents=True)
+    assert [task_log(tmp_path, restarts).start() for restarts in (7, 8)] == [0, 1]
+    task_log(tmp_path, 8).wait()  # another process trained it
+    assert task_log(tmp_path, 9).start() == 1
+    assert TaskLog(tmp_path, "abc", task="8_1", restarts=0).start() == 0
+    task_log(tmp_path, 9).stop()
+    assert task_log(tmp_path, 10).start() == 0
+
+
+def test_starts_are_bounded_where_their_log_cannot_be_written(tmp_path):
+    (tmp_path / "logs").mkdir()
+    assert task_log(tmp_path, 4).start() == 0
+    record(tmp_path, 5)
+    with full_disk(1):
+        assert [task_log(tmp_path, restarts).start() for restarts in (5, 6, 7)] == [0, 1, 2]
+
+
+def counted_starts(folder, points, restarts, monkeypatch) -> int:
+    """Start a task whose run never begins so often; return the exit code of the last start."""
+    for restart in restarts:
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
+        code = run_task(folder, points, points[0].id, TaskOptions())
+    return code
+
+
+def test_a_run_that_never_gets_past_its_start_fails_and_is_not_requeued(slurm, corpus, tmp_path, monkeypatch):
+    """Its sruns end like those of preempted runs: with 0, before anything was written."""
+    path, folder = write(tmp_path, toy(corpus), parameters={"train-epochs": [4]}), tmp_path / "out"
+    points = plan_sweep(read_sweep(path), folder).points
+    (folder / "logs").mkdir(parents=True)
+    command(slurm, "srun", f"echo >> {tmp_path}/srun.txt")
+    requeued = ["requeue 7_1"] * 3
+    assert counted_starts(folder, points, range(3), monkeypatch) == 0
+    commands = (tmp_path / "scontrol.txt").read_text().splitlines
+    assert [line for line in commands() if "requeue" in line] == requeued
+    assert counted_starts(folder, points, [3], monkeypatch) == 1
+    state = run_state(points[0].folder(folder))
+    assert state.name == "failed" and not state.has_own_fault
+    assert state.reason.startswith(
+        "3 starts of job 7_1 brought neither a record nor a checkpoint (last state: waiting)"
+    )
+    assert len((tmp_path / "srun.txt").read_text().splitlines()) == 3
+    assert counted_starts(folder, points, [4], monkeypatch) == 0  # a person has requeued it
+    assert len((tmp_path / "srun.txt").read_text().splitlines()) == 4
+
+
+def test_requeues_are_bounded_where_nothing_can_be_written(slurm, corpus, tmp_path, monkeypatch):
+    path, folder = write(tmp_path, toy(corpus), parameters={"train-epochs": [4]}), tmp_path / "out"
+    points = plan_sweep(read_sweep(path), folder).points
+    folder.mkdir()
+    (folder / "logs").write_text("")
+    (folder / "runs").write_text("")
+    command(slurm, "srun", f"echo >> {tmp_path}/srun.txt; exit 1")
+    assert counted_starts(folder, points, range(6), monkeypatch) == 1
+    assert len((tmp_path / "srun.txt").read_text().splitlines()) == 3
+    assert (tmp_path / "scontrol.txt").read_text().splitlines().count("requeue 7_1") == 2

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import zlib
+from pathlib import Path
 
 import pytest
 from safetensors import safe_open
@@ -16,6 +18,7 @@ from tests.forked import run_script
 from tests.sweeps.files import held, toy, write
 from tests.sweeps.test_local_queue import finish
 
+FINISHED = {"state": "finished", "reason": "", "iteration": 24, "consumed_samples": 192}
 WSD = {"lr-decay-style": "WSD", "lr-warmup-samples": 16}
 
 
@@ -133,9 +136,9 @@ def test_a_trunk_that_is_lost_or_damaged_is_no_source(corpus, tmp_path):
     status = {"state": "failed", "reason": "step 9: loss is not finite", "iteration": 8, "consumed_samples": 64}
     (trunk.folder(folder) / "status.json").write_text(json.dumps(status))
     assert planned(path, folder).points[0].trunk is None  # no meta.json, and nothing more will come
-    (checkpoint / "meta.json").write_text(json.dumps({"iteration": 7, "permanent": True}))
+    (checkpoint / "meta.json").write_text(json.dumps({"iteration": 7, "permanent": True, "files": {}}))
     assert planned(path, folder).points == [short, trunk]
-    (checkpoint / "meta.json").write_text(json.dumps({"iteration": 7, "permanent": False}))
+    (checkpoint / "meta.json").write_text(json.dumps({"iteration": 7, "permanent": False, "files": {}}))
     (trunk.folder(folder) / "status.json").write_text(json.dumps(status | {"reason": "disk full"}))
     assert planned(path, folder).points[0].trunk is None  # it may be pruned, and the run has passed it
 
@@ -165,6 +168,36 @@ def test_a_damaged_checkpoint_of_a_trunk_is_not_loaded(corpus, tmp_path, caplog)
     (checkpoint / "meta.json").write_text(json.dumps({"files": {"model.safetensors": [9, 9]}}))
     assert "--load" not in training_command(short, folder)
     assert "model.safetensors is missing); trains in full" in caplog.text
+
+
+def save(point, folder, step: int, content: bytes) -> Path:
+    """Write a permanent checkpoint of a run; return its file of weights."""
+    path = point.checkpoint(folder, step) / "model.safetensors"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(content)
+    meta = {"iteration": step, "permanent": True, "files": {path.name: [len(content), zlib.crc32(content)]}}
+    path.with_name("meta.json").write_text(json.dumps(meta))
+    return path
+
+
+@pytest.mark.parametrize("fault", ["a flipped bit", "a cut file"])
+def test_no_run_branches_from_a_damaged_checkpoint(fault, corpus, tmp_path, caplog):
+    """The latest checkpoint before the decay of a finished trunk is damaged: an earlier one is taken, then none."""
+    folder = tmp_path / fault
+    path = sweep(corpus, tmp_path, epochs=(4, 12), variants=None)
+    short, trunk = planned(path, folder).points
+    files = [save(trunk, folder, step, bytes(1000)) for step in (5, short.trunk_iteration)]
+    (trunk.folder(folder) / "status.json").write_text(json.dumps(FINISHED))
+    assert planned(path, folder).points[0] == short and not caplog.text
+    for file, remaining in ((files[1], 5), (files[0], 0)):
+        file.write_bytes(bytes(999) + b"1" if fault == "a flipped bit" else bytes(999))
+        caplog.clear()
+        plan = planned(path, folder)
+        assert plan.points[0].trunk_iteration == remaining
+        reason = "does not match its checksum" if fault == "a flipped bit" else "has 999 bytes of 1000"
+        assert f"{file.parent} is damaged (model.safetensors {reason}); no run branches from it" in caplog.text
+    assert plan.points[0].trunk is None
+    assert plan.notes == ["1 WSD points are trained in full: no checkpoint is left on their constant part"]
 
 
 def weights(run) -> dict[str, bytes]:

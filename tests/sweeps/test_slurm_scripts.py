@@ -8,9 +8,10 @@ import pytest
 
 from megatron.errors import ConfigurationError
 from megatron.parallel.failure_detector import listen
-from megatron.sweeps.array_task import failing_nodes, free_port
+from megatron.sweeps.array_task import SrunEnd, failing_nodes, free_port
 from megatron.sweeps.plan import plan_sweep
 from megatron.sweeps.slurm import queued_runs, read_site, submit_array, write_arrays
+from megatron.sweeps.states import State
 from megatron.sweeps.sweep_file import read_sweep
 from tests.conftest import ROOT
 from tests.sweeps.files import toy, write
@@ -128,17 +129,30 @@ def test_a_job_id_that_slurm_gave_to_a_longer_array_is_no_error(planned, monkeyp
     assert queued_runs(tmp_path / "out") == {array.points[1].id: "7"}
 
 
+WROTE, SILENT = SrunEnd(1, True), SrunEnd(1, False)
+SRUN = """srun: error: n2: task 1: Killed
+srun: Terminating StepId=7.0
+srun: error: n1: tasks 0,2: Exited with exit code 143
+"""
+
+
 @pytest.mark.parametrize(
-    "nodes, reason, failing",
+    "nodes, state, end, failing",
     [
-        (["n1"], "", ["n1"]),
-        (["n1", "n10"], "rank 3 (process 7 on n10) is gone: it was killed", ["n10"]),
-        (["a-1", "a-1b", "a"], "rank 0 (process 7 on a-1.cluster) is gone: it was killed", ["a-1"]),
-        (["n1", "n2"], "rank 1 failed with OSError: disk", []),
+        (["n1"], State("failed"), WROTE, ["n1"]),
+        (["n1", "n10"], State("failed", "rank 3 (process 7 on n10) is gone: it was killed"), WROTE, ["n10"]),
+        (["a-1", "a-1b", "a"], State("failed", "rank 0 (process 7 on a-1.cluster) is gone"), WROTE, ["a-1"]),
+        (["n1", "n2"], State("failed", "rank 1 failed with OSError: disk"), WROTE, []),
+        (["n1", "n2"], State("lost"), WROTE, ["n1"]),  # rank 0, which writes the status, was killed
+        (["n1", "n2"], State("lost"), SrunEnd(1, True, hung=True), []),  # all ranks were, since they hung
+        (["n1", "n2"], State("lost"), SILENT, []),
+        (["n1", "n2"], State("lost"), SrunEnd(143, False, SRUN), ["n2"]),
+        (["n1", "n2"], State("failed", "rank 3 (process 7 on n1) is gone"), SrunEnd(137, False, SRUN), ["n2"]),  # stale
+        (["n1", "n2"], State("waiting"), SrunEnd(1, False, f"rank 1 of 2 did not connect\n{SRUN}"), []),
     ],
 )
-def test_the_nodes_of_a_failure_are_the_only_one_or_those_that_the_run_names(nodes, reason, failing):
-    assert failing_nodes(nodes, reason) == failing
+def test_the_nodes_of_a_failure_are_the_only_one_or_those_that_the_run_or_srun_names(nodes, state, end, failing):
+    assert failing_nodes(nodes, state, end) == failing
 
 
 def command(folder, name, script) -> None:
