@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import sysconfig
 from pathlib import Path
 from unittest import mock
@@ -34,16 +33,9 @@ def corpus(tmp_path_factory):
     ]
     lines = [line for line in lines if len(line) > 200]
     (folder / "text.jsonl").write_text("\n".join(lines))
-    command = [
-        sys.executable,
-        "tools/preprocess_data.py",
-        "--output-dir",
-        folder / "data",
-        "--input",
-        folder / "text.jsonl",
-    ]
-    command += ["--tokenizer-type", "ByteTokenizer", "--splits", "80", "10", "10"]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    flags = ["--output-dir", folder / "data", "--input", folder / "text.jsonl", "--tokenizer-type", "ByteTokenizer"]
+    done = run_python("tools/preprocess_data.py", *flags, "--splits", "80", "10", "10")
+    assert done.returncode == 0, done.stderr
     return folder / "data"
 
 
@@ -91,6 +83,11 @@ def run(objective: str, *flags, processes: int = 1, check: bool = True, timeout:
     if check and done.returncode:
         raise AssertionError(f"exit code {done.returncode}\n{done.stderr[-3000:]}")
     return done
+
+
+def run_python(*words, cwd: Path = ROOT, timeout: float = 300, **variables) -> subprocess.CompletedProcess:
+    """Run what follows `python`, forked from a process that has loaded torch, with further environment variables."""
+    return run_script([*map(str, words)], environment() | variables, timeout, cwd=cwd)
 
 
 def records(folder, kind=None) -> list[dict]:

@@ -5,7 +5,6 @@ import gc
 import json
 import os
 import pickle
-import resource
 import shutil
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from megatron.training.checkpoint_store import damage, load_checkpoint
 from megatron.training.command_line import parse
 from megatron.training.launcher import main
 from tests.conftest import entry, environment, records, run
+from tests.forked import run_script
 
 NETWORK = "--num-layers 2 --hidden-size 32 --num-attention-heads 2".split()
 
@@ -410,16 +410,9 @@ def test_offload_needs_a_gpu(refused, tiny):
 
 def limited(flags, size: int, processes: int = 1) -> subprocess.CompletedProcess:
     """Run with files limited to `size` bytes, which acts on large files like a full disk."""
-    command = [sys.executable, entry("ar"), *map(str, flags)]
-    if processes > 1:
-        command[1:1] = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-
-    def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-
-    return subprocess.run(
-        command, env=environment(), capture_output=True, text=True, preexec_fn=limit, timeout=120, check=False
-    )
+    limit = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size})); "
+    code = limit + "from megatron.training.launcher import main; main('ar')"
+    return run_script(["-c", code, *map(str, flags)], environment(), 120, processes)
 
 
 def test_a_full_disk_while_saving_loses_nothing(tiny, whole, tmp_path):

@@ -3,8 +3,6 @@
 import json
 import re
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -15,7 +13,7 @@ from megatron.errors import ConfigurationError
 from megatron.reporting.plots import plot_task_scores
 from megatron.reporting.report import Report, write_report
 from megatron.reporting.runs import best_point, check_comparable, load_run, load_runs, paired_difference
-from tests.conftest import ROOT, run
+from tests.conftest import run, run_python
 
 
 @pytest.fixture(scope="module")
@@ -83,8 +81,8 @@ def test_runs_on_other_text_are_never_put_in_one_table(folders, key, description
 
 
 def test_the_page_is_self_contained_and_says_that_mdm_losses_are_bounds(folders, tmp_path):
-    command = [sys.executable, "tools/report.py", folders / "ar", folders / "mdm", "--output", tmp_path]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    result = run_python("tools/report.py", folders / "ar", folders / "mdm", "--output", tmp_path)
+    assert result.returncode == 0, result.stderr
     page = (tmp_path / "report.html").read_text()
     assert not re.search(r"""(src|href)\s*=\s*["']|@import|url\(""", page[: page.index("<script")])
     assert not re.search(r"""<(script|img|link|iframe)[^>]*(src|href)=""", page)
@@ -182,6 +180,5 @@ def test_bad_input_gets_one_line(folders, tmp_path):
         ([folders / "ar", "--tuning", "other"], "has no validation set other; it has tuning, validation"),
         ([folders / "ar", "--output"], "--output"),
     ):
-        command = [sys.executable, "tools/report.py", "--output", tmp_path, *arguments]
-        result = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
+        result = run_python("tools/report.py", "--output", tmp_path, *arguments)
         assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr
