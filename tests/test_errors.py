@@ -21,8 +21,9 @@ from megatron.errors import ConfigurationError
 from megatron.training.checkpoint_store import damage, load_checkpoint
 from megatron.training.command_line import parse
 from megatron.training.launcher import main
-from tests.conftest import entry, environment, records, run
+from tests.conftest import environment, records, run
 from tests.forked import run_script
+from tests.training.runs import Run
 
 NETWORK = "--num-layers 2 --hidden-size 32 --num-attention-heads 2".split()
 
@@ -384,15 +385,9 @@ def test_a_branch_keeps_the_network(refused, tiny, whole, tmp_path):
 
 def test_a_second_process_is_told_who_holds_the_run(refused, tiny, tmp_path):
     flags = [*tiny, "--train-samples", "1000000", "--eval-interval", "1000000", "--save", str(tmp_path)]
-    first = subprocess.Popen([sys.executable, entry("ar"), *flags], env=environment(), stderr=subprocess.DEVNULL)
-    try:
-        while not (tmp_path / "status.json").exists():
-            assert first.poll() is None
-            time.sleep(0.05)
-        refused("ar", flags, f"--save {tmp_path}", f"process-{first.pid}", "wait for it", expected_code=75)
-    finally:
-        first.kill()
-        first.wait()
+    with Run("ar", flags, tmp_path / "output") as first:
+        first.wait_until((tmp_path / "status.json").exists)
+        refused("ar", flags, f"--save {tmp_path}", f"process-{first.ranks[0].pid}", "wait for it", expected_code=75)
 
 
 def test_a_layout_is_refused_before_anything_is_written(refused, tiny, tmp_path):
