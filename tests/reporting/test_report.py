@@ -155,21 +155,14 @@ def test_tasks_and_runs_are_named_literally_in_the_plot_of_their_scores(tmp_path
     assert not any(text.get_parse_math() for text in texts)
 
 
-def test_an_unfinished_run_is_reported_as_such(folders, tmp_path):
-    """The records end between the two sets of step 8."""
+def test_an_unfinished_run_with_a_record_cut_by_a_crash_is_reported_as_such(folders, tmp_path):
+    """The whole records end between the two sets of step 8."""
     shutil.copytree(folders / "ar", tmp_path / "ar")
     lines = (tmp_path / "ar" / "metrics.jsonl").read_text().splitlines(keepends=True)
     last = next(i for i, line in enumerate(lines) if '"iteration": 8' in line and '"set": "tuning"' in line)
-    (tmp_path / "ar" / "metrics.jsonl").write_text("".join(lines[: last + 1]))
-    text = write_report([load_run(tmp_path / "ar")], tmp_path / "report")
-    assert "ar is not finished: this is epoch 4.1 of " in text and "end of its budget" not in text
-
-
-def test_a_record_cut_by_a_crash_does_not_stop_the_report(folders, tmp_path):
-    shutil.copytree(folders / "ar", tmp_path / "ar")
-    with open(tmp_path / "ar" / "metrics.jsonl", "a") as file:
-        file.write('{"kind": "valid", "iter')
-    write_report([load_run(tmp_path / "ar")], tmp_path / "report", Report(tuning="validation"))
+    (tmp_path / "ar" / "metrics.jsonl").write_text("".join([*lines[: last + 1], '{"kind": "valid", "iter']))
+    text = write_report([load_run(tmp_path / "ar")], tmp_path / "report", Report(tuning="validation"))
+    assert "ar is not finished: this is epoch " in text and "end of its budget" not in text
     page = (tmp_path / "report" / "report.html").read_text()
     assert "chosen on the validation set" in page and "chosen on the tuning set" not in page
 
