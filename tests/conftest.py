@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import sysconfig
 from pathlib import Path
 from unittest import mock
@@ -17,8 +16,21 @@ ROOT = Path(__file__).resolve().parents[1]
 MODULES = "abc ast bisect calendar cmd code codecs copy csv dis enum fnmatch glob gzip heapq inspect io keyword".split()
 
 
+# the longest files of the fast tier, which run first; all others take seconds
+LONGEST = """
+parallel/test_layouts sweeps/test_local_queue parallel/test_deepspeed test_quickstart sweeps/test_branches
+scoring/test_lm_eval parallel/test_compiled test_static parallel/test_non_finite test_benchmarks training/test_jobs
+training/test_resume test_documentation objectives/test_training test_check examples/test_published_quickstart
+reporting/test_report objectives/test_page training/test_trackers sweeps/test_full_disk reporting/test_sweep_report
+training/test_tracker_restarts test_errors test_download training/test_stop_signals parallel/test_launcher
+parallel/test_failure_detector convert/test_export
+""".split()
+
+
 def pytest_collection_modifyitems(items):
-    """Give slow tests an hour before they count as hanging."""
+    """Run the longest files first, so that no worker is left alone with one; give slow tests an hour to hang."""
+    order = {ROOT / "tests" / f"{name}.py": index for index, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path, len(order)))
     for item in items:
         if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(3600))
@@ -34,16 +46,9 @@ def corpus(tmp_path_factory):
     ]
     lines = [line for line in lines if len(line) > 200]
     (folder / "text.jsonl").write_text("\n".join(lines))
-    command = [
-        sys.executable,
-        "tools/preprocess_data.py",
-        "--output-dir",
-        folder / "data",
-        "--input",
-        folder / "text.jsonl",
-    ]
-    command += ["--tokenizer-type", "ByteTokenizer", "--splits", "80", "10", "10"]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    flags = ["--output-dir", folder / "data", "--input", folder / "text.jsonl", "--tokenizer-type", "ByteTokenizer"]
+    done = run_python("tools/preprocess_data.py", *flags, "--splits", "80", "10", "10")
+    assert done.returncode == 0, done.stderr
     return folder / "data"
 
 
@@ -91,6 +96,11 @@ def run(objective: str, *flags, processes: int = 1, check: bool = True, timeout:
     if check and done.returncode:
         raise AssertionError(f"exit code {done.returncode}\n{done.stderr[-3000:]}")
     return done
+
+
+def run_python(*words, cwd: Path = ROOT, timeout: float = 300, **variables) -> subprocess.CompletedProcess:
+    """Run what follows `python`, forked from a process that has loaded torch, with further environment variables."""
+    return run_script([*map(str, words)], environment() | variables, timeout, cwd=cwd)
 
 
 def records(folder, kind=None) -> list[dict]:

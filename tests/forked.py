@@ -37,10 +37,13 @@ def forkserver_environment(env: dict[str, str]) -> Iterator[None]:
     yield
 
 
-def run_script(command: list[str], env: dict[str, str], timeout: float, size: int = 1) -> subprocess.CompletedProcess:
-    """Run `command` (a script and its arguments) on `size` ranks; return their result as subprocess.run does.
+def run_script(
+    command: list[str], env: dict[str, str], timeout: float, size: int = 1, cwd: Path | None = None
+) -> subprocess.CompletedProcess:
+    """Run `command` on `size` ranks; return their result as subprocess.run does.
 
-    Several ranks get the variables of torchrun. The exit code is the first one that is not 0.
+    The command is what follows `python`: a script, `-m` and a module, or `-c` and code; then its arguments. Several
+    ranks get the variables of torchrun. The exit code is the first one that is not 0.
     """
     rank_variables = [{}]
     if size > 1:
@@ -48,7 +51,7 @@ def run_script(command: list[str], env: dict[str, str], timeout: float, size: in
         rank_variables = [master | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size)]
     with tempfile.TemporaryDirectory() as folder:
         outputs = [Path(folder) / name for name in ("stdout", "stderr")]
-        processes = start_script(command, env, outputs, rank_variables)
+        processes = start_script(command, env, outputs, rank_variables, cwd)
         deadline = time.monotonic() + timeout
         for process in processes:
             process.join(max(0, deadline - time.monotonic()))
@@ -62,25 +65,40 @@ def run_script(command: list[str], env: dict[str, str], timeout: float, size: in
     return subprocess.CompletedProcess(command, next(filter(None, codes), 0), *text)
 
 
-def start_script(command: list[str], env: dict[str, str], outputs: list[Path], rank_variables: list[dict]) -> list:
+def start_script(
+    command: list[str], env: dict[str, str], outputs: list[Path], rank_variables: list[dict], cwd: Path | None = None
+) -> list:
     """Start `command` in one process per item of `rank_variables`, which is added to `env`; return the processes.
 
     `outputs` are the files of standard output and standard error.
     """
     with forkserver_environment(env):
         processes = [
-            _context.Process(target=_run, args=(command, env | variables, outputs)) for variables in rank_variables
+            _context.Process(target=_run, args=(command, env | variables, outputs, cwd or Path.cwd()))
+            for variables in rank_variables
         ]
         for process in processes:
             process.start()
     return processes
 
 
-def _run(command: list[str], env: dict[str, str], outputs: list[Path]) -> None:
+def _run(command: list[str], env: dict[str, str], outputs: list[Path], cwd: Path) -> None:
     for stream, path in zip((sys.stdout, sys.stderr), outputs):
         stream.flush()
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream.fileno())
     os.environ.clear()
     os.environ.update(env)
-    sys.argv[:] = command
-    runpy.run_path(command[0], run_name="__main__")
+    os.chdir(cwd)
+    program, *arguments = command
+    sys.path[:0] = filter(None, env.get("PYTHONPATH", "").split(os.pathsep))
+    if program in ("-m", "-c"):
+        sys.path.insert(0, str(cwd))
+        text, *arguments = arguments
+    sys.argv[:] = [program, *arguments]
+    if program == "-m":
+        runpy.run_module(text, run_name="__main__", alter_sys=True)
+    elif program == "-c":
+        exec(compile(text, "<string>", "exec"), {"__name__": "__main__"})
+    else:
+        sys.path.insert(0, str(Path(program).resolve().parent))
+        runpy.run_path(program, run_name="__main__")

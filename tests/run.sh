@@ -14,8 +14,9 @@ elif [[ "${1:-}" == --all ]]; then
 fi
 bash install.sh "${extras[@]}"
 export OMP_NUM_THREADS=1
-# Two workers, one file at a time each, so that the fixtures of a file are set up once. A failed test is repeated once,
-# since most start processes that compete for two cores; the summary lists it as RERUN, with its first error. A worker that
-# hangs where Python cannot raise prints its stacks and ends at `limit`.
+# Two workers, one file at a time each, so that the fixtures of a file are set up once; tests/conftest.py puts the longest
+# files first. A failed test is repeated once, since most start processes that compete for two cores; the summary lists it
+# as RERUN, with its first error. A worker that hangs where Python cannot raise prints its stacks and ends at `limit`.
+workers=(-n 2 --dist loadfile --no-loadscope-reorder)
 hanging=(-o "faulthandler_timeout=$limit" -o faulthandler_exit_on_timeout=true)
-exec .venv/bin/python -m pytest -q -n 2 --dist loadfile --reruns 1 -rfER "${hanging[@]}" "${select[@]}" "$@"
+exec .venv/bin/python -m pytest -q "${workers[@]}" --reruns 1 -rfER "${hanging[@]}" "${select[@]}" "$@"

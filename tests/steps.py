@@ -25,7 +25,7 @@ from megatron.training.step import reseed, train_step
 VOCABULARY, SEQ_LENGTH, GLOBAL_BATCH = Vocabulary(61), 18, 8
 LEARNING_RATE, WEIGHT_DECAY = 0.1, 0.5
 LOSS_TOLERANCE = 1e-6  # relative, of a step in fp32 in two layouts; docs/checkpoints.md states it
-CURVE_STEPS = 20
+CURVE_STEPS = 10
 DATA_PARALLEL = ParallelConfig()  # alone
 MODEL = dict(num_layers=2, hidden_size=16, num_attention_heads=2, add_bias_linear=True, init_method_std=0.2)
 

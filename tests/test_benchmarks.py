@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from importlib.util import find_spec
 
 import pytest
@@ -16,7 +15,7 @@ import torch
 from benchmarks import harness
 from megatron.data.sources.standard_library import standard_library
 from megatron.data.tokenizer import train_tokenizer
-from tests.conftest import ROOT, environment
+from tests.conftest import ROOT, run_python
 
 TOY = "--num-layers 2 --hidden-size 64 --num-attention-heads 2 --vocab-size 500 --seq-length 32 --rounds 2".split()
 TOY += "--steps 1 --micro-batches 2 --no-compile --device cpu".split()
@@ -33,15 +32,13 @@ run.main()
 
 def run(*arguments, script: str | None = None) -> subprocess.CompletedProcess:
     program = ["benchmarks/training_step/run.py"] if script is None else ["-c", script]
-    command = [sys.executable, *program, *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
+    return run_python(*program, *arguments, timeout=120)
 
 
 def report_of(benchmark: str, folder) -> dict:
     """Run the benchmark of a subject; return the JSON that it writes to --output, next to the tables that it prints."""
     subject, *flags = benchmark.split()
-    command = [sys.executable, f"benchmarks/{subject}/run.py", *flags, "--output", str(folder / "report.json")]
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
+    done = run_python(f"benchmarks/{subject}/run.py", *flags, "--output", folder / "report.json")
     assert done.returncode == 0, done.stderr[-3000:]
     assert (folder / "report.md").read_text() in done.stdout
     return json.loads((folder / "report.json").read_text())
@@ -329,8 +326,7 @@ def test_the_stall_of_a_small_model_is_measured(tmp_path):
     report = report_of("checkpoints --model-size 7M --rounds 2", tmp_path)
     assert report["bytes"] == 12 * report["parameters"]
     assert all(min(report["seconds"][name]) > 0 for name in ("copy", "clone", "stall", "writing", "longest_pause"))
-    command = [sys.executable, "benchmarks/checkpoints/run.py", "--model-size", "8M"]
-    refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    refused = run_python("benchmarks/checkpoints/run.py", "--model-size", "8M")
     assert refused.returncode == 2 and refused.stderr.startswith("error: --model-size 8M: is not on the ladder")
 
 
@@ -353,8 +349,7 @@ objectives.main()
 
 def test_regularisers_are_timed_and_compared_with_their_flops(tmp_path):
     flags = f"--model-size 7M --seq-length 32 --micro-batch-size 1 --rounds 1 --output {tmp_path}/objectives.json"
-    command = [sys.executable, "-c", FEW_CASES, *flags.split()]
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=200)
+    done = run_python("-c", FEW_CASES, *flags.split())
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads((tmp_path / "objectives.json").read_text())
     plain, blocks, masked = report["results"].values()

@@ -10,14 +10,14 @@ import pytest
 
 from megatron import check
 from tests.conftest import ROOT, environment
+from tests.forked import run_script
 
 VARIABLES = {name: value for name, value in environment().items() if not name.endswith("_SOCKET_IFNAME")}
 
 
 def run(**variables) -> subprocess.CompletedProcess:
     """Run megatron.check with further environment variables."""
-    command = [sys.executable, "-m", "megatron.check"]
-    return subprocess.run(command, cwd=ROOT, env=VARIABLES | variables, capture_output=True, text=True, timeout=150)
+    return run_script(["-m", "megatron.check"], VARIABLES | variables, 150)
 
 
 def failures(text: str) -> list[str]:
@@ -44,11 +44,11 @@ def test_a_sound_machine_passes():
     assert re.search(r"^gloo +2 ranks, all-reduce and broadcast ok in [\d.]+ s$", result.stdout, re.MULTILINE)
 
 
-def test_an_unusable_interface_is_named_with_the_remedy():
-    result = run(GLOO_SOCKET_IFNAME="none0")
-    (line,) = failures(result.stdout)
-    assert result.returncode == 1 and "Traceback" not in result.stdout + result.stderr
-    assert "GLOO_SOCKET_IFNAME=none0 is not an interface with an address: unset it, or use one of lo" in line
+def test_an_unusable_interface_is_named_with_the_remedy(monkeypatch):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "none0")
+    finding = check.collective("gloo", 1, 60, {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"})
+    assert finding.failed and "Traceback" not in finding.text and "\n" not in finding.text
+    assert "GLOO_SOCKET_IFNAME=none0 is not an interface with an address: unset it, or use one of lo" in finding.text
 
 
 def test_a_device_that_torch_cannot_use_is_reported(tmp_path, monkeypatch):
@@ -65,12 +65,24 @@ def test_a_device_that_torch_cannot_use_is_reported(tmp_path, monkeypatch):
     assert not any(finding.failed for finding in check.devices())
 
 
-def test_left_over_variables_of_torchrun_are_named():
-    result = run(RANK="0", WORLD_SIZE="2")
-    (line,) = failures(result.stdout)
-    assert result.returncode == 1 and "unset RANK WORLD_SIZE" in line
+def test_left_over_variables_of_torchrun_are_named(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    (failure,) = [finding for finding in check.network_findings() if finding.name == "environment"]
+    assert failure.failed and failure.text.endswith("unset RANK WORLD_SIZE")
 
 
+def test_ranks_that_have_not_finished_are_named_with_their_stages(tmp_path):
+    (tmp_path / "0").write_text("is waiting for other ranks to join")
+    text = check._fault(tmp_path, 2, 20.0)
+    assert text.startswith(
+        "not finished within 20 s (rank 0 is waiting for other ranks to join, rank 1 has not started); a firewall or"
+    )
+    (tmp_path / "output").write_text("first\nlast\n")
+    assert check._fault(tmp_path, 2, None).startswith("ended early: last; ")
+
+
+@pytest.mark.slow
 def test_a_missing_rank_is_named_after_the_limit_and_no_process_is_left(tmp_path, monkeypatch):
     program = tmp_path / "rank_1_sleeps.py"
     program.write_text(
@@ -90,7 +102,11 @@ def test_a_missing_rank_is_named_after_the_limit_and_no_process_is_left(tmp_path
     "code, message",
     [
         ("raise SystemExit('as planted')", "ended early: "),
-        ("import torch.distributed as d; d.broadcast = lambda *a, **k: None; main()", "broadcast on cpu gave 6"),
+        pytest.param(
+            "import torch.distributed as d; d.broadcast = lambda *a, **k: None; main()",
+            "broadcast on cpu gave 6",
+            marks=pytest.mark.slow,
+        ),
         ("import torch.distributed as d; d.all_reduce = lambda *a, **k: None; main()", "all-reduce on cpu gave"),
     ],
 )
@@ -117,7 +133,7 @@ def test_a_host_name_that_does_not_resolve_to_this_machine_is_reported(name, mes
 def test_a_package_that_is_missing_or_old_is_reported(monkeypatch):
     monkeypatch.setitem(sys.modules, "tokenizers", None)  # simulates a missing package
     monkeypatch.setattr(check, "TORCH", (99, 0))
-    tokenizers, torch = [str(finding) for finding in check.findings(60) if finding.failed][::-1]
+    tokenizers, torch = [str(finding) for finding in check.core_packages() if finding.failed][::-1]
     assert re.match(r"FAILED  tokenizers .*; run: bash install.sh$", tokenizers)
     assert re.match(r"FAILED  torch .* is too old; install 99.0 or newer, below 2.14$", torch)
 

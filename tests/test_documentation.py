@@ -4,7 +4,6 @@ import os
 import re
 import shlex
 import subprocess
-import sys
 from functools import lru_cache
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import pytest
 from megatron.config.compatibility_table import TABLE
 from megatron.errors import ConfigurationError
 from megatron.training.command_line import parse, parser
-from tests.conftest import ROOT
+from tests.conftest import ROOT, run_python
 
 OBJECTIVES = {"pretrain_gpt.py": "ar", "pretrain_mdm.py": "mdm"}
 MODEL = "--num-layers 2 --hidden-size 32 --num-attention-heads 2".split()
@@ -137,7 +136,7 @@ def dry_run(script: Path, *arguments: str, **variables) -> list[list[str]]:
 @lru_cache
 def help_of(*tool: Path | str) -> str:
     """Return the --help of a tool and of its subcommands."""
-    result = subprocess.run([sys.executable, *tool, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    result = run_python(*tool, "--help")
     assert result.returncode == 0, result.stderr
     usage = re.match(r"usage: \S+ \[-h\] \{([\w,-]+)\} \.\.\.", result.stdout)  # matches tools with subcommands
     return result.stdout + "".join(help_of(*tool, subcommand) for subcommand in (usage[1].split(",") if usage else ()))

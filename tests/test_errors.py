@@ -5,7 +5,6 @@ import gc
 import json
 import os
 import pickle
-import resource
 import shutil
 import subprocess
 import sys
@@ -22,7 +21,9 @@ from megatron.errors import ConfigurationError
 from megatron.training.checkpoint_store import damage, load_checkpoint
 from megatron.training.command_line import parse
 from megatron.training.launcher import main
-from tests.conftest import entry, environment, records, run
+from tests.conftest import environment, records, run
+from tests.forked import run_script
+from tests.training.runs import Run
 
 NETWORK = "--num-layers 2 --hidden-size 32 --num-attention-heads 2".split()
 
@@ -384,15 +385,9 @@ def test_a_branch_keeps_the_network(refused, tiny, whole, tmp_path):
 
 def test_a_second_process_is_told_who_holds_the_run(refused, tiny, tmp_path):
     flags = [*tiny, "--train-samples", "1000000", "--eval-interval", "1000000", "--save", str(tmp_path)]
-    first = subprocess.Popen([sys.executable, entry("ar"), *flags], env=environment(), stderr=subprocess.DEVNULL)
-    try:
-        while not (tmp_path / "status.json").exists():
-            assert first.poll() is None
-            time.sleep(0.05)
-        refused("ar", flags, f"--save {tmp_path}", f"process-{first.pid}", "wait for it", expected_code=75)
-    finally:
-        first.kill()
-        first.wait()
+    with Run("ar", flags, tmp_path / "output") as first:
+        first.wait_until((tmp_path / "status.json").exists)
+        refused("ar", flags, f"--save {tmp_path}", f"process-{first.ranks[0].pid}", "wait for it", expected_code=75)
 
 
 def test_a_layout_is_refused_before_anything_is_written(refused, tiny, tmp_path):
@@ -410,16 +405,9 @@ def test_offload_needs_a_gpu(refused, tiny):
 
 def limited(flags, size: int, processes: int = 1) -> subprocess.CompletedProcess:
     """Run with files limited to `size` bytes, which acts on large files like a full disk."""
-    command = [sys.executable, entry("ar"), *map(str, flags)]
-    if processes > 1:
-        command[1:1] = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-
-    def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-
-    return subprocess.run(
-        command, env=environment(), capture_output=True, text=True, preexec_fn=limit, timeout=120, check=False
-    )
+    limit = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size})); "
+    code = limit + "from megatron.training.launcher import main; main('ar')"
+    return run_script(["-c", code, *map(str, flags)], environment(), 120, processes)
 
 
 def test_a_full_disk_while_saving_loses_nothing(tiny, whole, tmp_path):

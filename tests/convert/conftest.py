@@ -10,7 +10,7 @@ from warnings import catch_warnings
 import pytest
 
 from megatron.training.launcher import main
-from tests.conftest import ROOT, environment
+from tests.conftest import ROOT, run_python
 
 
 @pytest.fixture(scope="session")
@@ -30,9 +30,7 @@ def convert(*arguments, process: bool = False, check: bool = True) -> subprocess
     """Run tools/convert_checkpoint.py in this process, or in a process of its own, which takes seconds."""
     words = list(map(str, arguments))
     if process:
-        variables = environment() | {"HF_HUB_OFFLINE": "1"}
-        command = [sys.executable, str(TOOL), *words]
-        result = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=300)
+        result = run_python(TOOL, *words, HF_HUB_OFFLINE="1")
     else:
         result = subprocess.CompletedProcess(words, 0)
         out, err = io.StringIO(), io.StringIO()

@@ -1,7 +1,6 @@
 """tools/fit_scaling_laws.py as a command: its page of text, fit.json, plots, answers and mistakes."""
 
 import json
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +17,7 @@ from megatron.laws.registry import FORMS, load_law
 from megatron.laws.study import comparison, comparison_table, study
 from megatron.laws.table import short
 from megatron.training.run_folder import write_json
-from tests.conftest import ROOT
+from tests.conftest import ROOT, run_python
 from tests.laws.synthetic import PLANTED, synthetic
 
 TOOL = ROOT / "tools" / "fit_scaling_laws.py"
@@ -26,8 +25,7 @@ TOOL = ROOT / "tools" / "fit_scaling_laws.py"
 
 def tool(*arguments) -> str:
     """Run the tool; return what it prints."""
-    command = [sys.executable, str(TOOL), *map(str, arguments)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    result = run_python(TOOL, *arguments)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 

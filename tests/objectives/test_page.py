@@ -9,15 +9,14 @@ import sys
 
 import pytest
 
-from tests.conftest import ROOT, environment, records
+from tests.conftest import ROOT, environment, records, run_python
 
 PAGE = (ROOT / "docs" / "objectives.md").read_text()
 PICTURES = re.findall(r"^```text\n\$ python tools/show_batch.py(.*?)\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
 
 
 def show(flags: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "tools/show_batch.py", *shlex.split(flags)]
-    return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
+    return run_python("tools/show_batch.py", *shlex.split(flags))
 
 
 def test_the_pictures_are_what_the_code_draws():
@@ -70,6 +69,25 @@ def extended(tmp_path_factory):
     return folder
 
 
+SCORING = """
+from megatron.scoring.requests import Request, Scoring
+from megatron.scoring.score import score
+from megatron.training.load_run import open_trained
+trained = open_trained({folder!r}, "latest")
+requests = [Request([100], [101, 102])]
+print(score(trained.model(), "prefix", requests, Scoring(), eod=trained.tokenizer().eod, seq_length=32)[0].upper_bound)
+"""
+MASK = "import sys; sys.path.insert(0, 'tools'); from show_batch import batches, picture; "
+MASK += "print(picture(*batches('yes.|now ', 1, ['--objective', 'prefix'])))"
+# runs commands one after another in processes that are forked from one that has loaded torch and the copy
+IN_COPY = """
+import json, sys
+from tests.conftest import run_python
+results = {name: run_python(*words) for name, words in json.loads(sys.argv[1]).items()}
+print(json.dumps({name: [done.returncode, done.stdout, done.stderr] for name, done in results.items()}))
+"""
+
+
 def in_copy(extended, *words) -> subprocess.CompletedProcess:
     """Run a Python command in the copy of the project."""
     paths = {"PYTHONPATH": str(extended)}
@@ -78,60 +96,59 @@ def in_copy(extended, *words) -> subprocess.CompletedProcess:
 
 
 @pytest.fixture(scope="module")
-def prefix_run(extended, tiny, tmp_path_factory):
-    """Return a run of the objective that the page adds."""
-    folder = tmp_path_factory.mktemp("prefix")
-    result = in_copy(extended, "pretrain_gpt.py", *tiny, "--objective", "prefix", "--save", folder)
-    assert result.returncode == 0, result.stderr
-    return folder
+def prefix_run(tmp_path_factory):
+    """Return the folder of the run of the objective that the page adds; `results` trains it."""
+    return tmp_path_factory.mktemp("prefix")
 
 
-def test_the_objective_that_the_page_adds_trains_and_validates(prefix_run):
+@pytest.fixture(scope="module")
+def results(extended, tiny, prefix_run):
+    """Return exit code, stdout and stderr of the commands that train a run of the new objective and use it."""
+    generate = ["tools/generate.py", prefix_run, "--max-new-tokens", 4]
+    commands = {
+        "train": ["pretrain_gpt.py", *tiny, "--objective", "prefix", "--save", prefix_run],
+        "generate": [*generate, "--prompt", "def ", "--output", prefix_run / "texts.jsonl"],
+        "score": ["-c", SCORING.format(folder=str(prefix_run))],
+        "infill": [*generate[:2], "--infill", "a{{2}}b"],
+        "export": ["tools/convert_checkpoint.py", "to-hf", prefix_run, "--output", prefix_run / "hf"],
+        "show": ["-c", MASK],
+    }
+    done = in_copy(extended, "-c", IN_COPY, json.dumps(commands, default=str))
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_the_objective_that_the_page_adds_trains_and_validates(results, prefix_run):
+    assert results["train"][0] == 0, results["train"][2]
     train, valid = records(prefix_run, "train"), records(prefix_run, "valid")
     assert train[-1]["loss"] < train[0]["loss"] - 0.5 and valid[-1]["loss"] < valid[0]["loss"]
     assert all(record["likelihood"] == "prefix" and not record["bound"] for record in valid)
 
 
-def test_it_has_the_uses_of_its_entry_and_no_others(extended, prefix_run, tmp_path):
-    generate = ("tools/generate.py", prefix_run, "--max-new-tokens", 4)
-    result = in_copy(extended, *generate, "--prompt", "def ", "--output", tmp_path / "texts.jsonl")
-    assert result.returncode == 0, result.stderr
-    assert len(json.loads((tmp_path / "texts.jsonl").read_text())["ids"]) <= 4
-    scoring = f"""
-from megatron.scoring.requests import Request, Scoring
-from megatron.scoring.score import score
-from megatron.training.load_run import open_trained
-trained = open_trained({str(prefix_run)!r}, "latest")
-requests = [Request([100], [101, 102])]
-print(score(trained.model(), "prefix", requests, Scoring(), eod=trained.tokenizer().eod, seq_length=32)[0].upper_bound)
-"""
-    result = in_copy(extended, "-c", scoring)
-    assert result.stdout == "False\n", result.stderr
-    for words, message in (
-        ((*generate[:2], "--infill", "a{{2}}b"), "--objective prefix: such a model predicts the next token from"),
-        (("tools/convert_checkpoint.py", "to-hf", prefix_run, "--output", tmp_path / "hf"), "reads a prefix in both"),
+def test_it_has_the_uses_of_its_entry_and_no_others(results, prefix_run):
+    assert results["generate"][0] == 0, results["generate"][2]
+    assert len(json.loads((prefix_run / "texts.jsonl").read_text())["ids"]) <= 4
+    assert results["score"][1] == "False\n", results["score"][2]
+    for name, message in (
+        ("infill", "--objective prefix: such a model predicts the next token from"),
+        ("export", "reads a prefix in both"),
     ):
-        result = in_copy(extended, *words)
-        assert result.returncode == 2 and message in result.stderr and result.stderr.count("\n") == 1, result.stderr
+        code, _, error = results[name]
+        assert code == 2 and message in error and error.count("\n") == 1, error
 
 
 def test_the_contract_of_all_objectives_holds_for_it(extended):
-    result = in_copy(extended, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/objectives/test_contract.py")
-    assert result.returncode == 0 and "prefix" not in result.stdout, result.stdout
-    listed = in_copy(extended, "-m", "pytest", "--collect-only", "-q", "tests/objectives/test_contract.py")
-    assert "[prefix]" in listed.stdout
+    words = "-m pytest -v --no-header -p no:cacheprovider tests/objectives/test_contract.py".split()
+    result = in_copy(extended, *words)
+    assert result.returncode == 0, result.stdout
+    outcomes = [line for line in result.stdout.splitlines() if "[prefix]" in line]
+    assert len(outcomes) > 5 and all("PASSED" in line for line in outcomes), outcomes
 
 
-def test_a_prefix_is_seen_in_both_directions(extended):
-    code = (
-        "from show_batch import batches, picture; print(picture(*batches('yes.|now ', 1, ['--objective', 'prefix'])))"
-    )
-    paths = {"PYTHONPATH": f"{extended}:{ROOT / 'tools'}"}
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=extended / "tools", env=environment() | paths, capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stderr
-    lines = result.stdout.splitlines()
+def test_a_prefix_is_seen_in_both_directions(results):
+    code, output, error = results["show"]
+    assert code == 0, error
+    lines = output.splitlines()
     has_target = [bool(cell.strip()) for cell in re.findall(r".{5}", lines[2][9:].ljust(40))]
     mask = [line[9:].split() for line in lines[4:]]
     prefix = mask[0].count("#")

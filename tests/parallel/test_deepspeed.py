@@ -67,10 +67,10 @@ CASES = {
     "ar-untied-unclipped": Case("ar", UNTIED, micro_batch=1, clip=0.0),
     "ar-full-recompute": Case("ar", BIASES, recompute="full"),
     "mdm-selective-recompute": Case("mdm", recompute="selective"),
-    "curve": Case("mdm", steps=20),
+    "curve": Case("mdm", steps=10),
     # a weight that rounds the other way changes all later steps: one step is exact, a curve is close
     "bf16": Case("mdm", steps=1, bf16=True),
-    "bf16-curve": Case("ar", UNTIED, steps=20, bf16=True),
+    "bf16-curve": Case("ar", UNTIED, steps=10, bf16=True),
 }
 # case, ZeRO stage, and settings that a DeepSpeed configuration file adds
 VARIANTS = {
@@ -82,6 +82,13 @@ VARIANTS = {
     "small-pieces-2": ("mdm-untied", 2, {"reduce_bucket_size": 500, "overlap_comm": True}),
     "all-reduce-2": ("ar", 2, {"reduce_scatter": False, "contiguous_gradients": False}),
     "small-pieces-3": ("ar", 3, SMALL),
+}
+# the cases of each stage that are fast tests; the others are slow ones
+FAST = {
+    0: ("ar", "mdm-untied"),
+    1: tuple(CASES),
+    2: ("ar", "mdm-untied"),
+    3: ("ar", "mdm-untied", "bf16", "curve"),
 }
 MOVED = Case("mdm", BIASES, steps=4)  # half of it in one engine, half in the other
 
@@ -201,12 +208,22 @@ def save(engine, folder: Path, case: Case) -> None:
         saver.save(engine.tensors(), {"iteration": case.steps // 2}, then=lambda: None)
 
 
+def slow_cases(ranks: ParallelContext) -> dict:
+    """Return the traces with two ranks that are not in FAST."""
+    cases = [(name, stage) for stage in STAGES for name in CASES if name not in FAST[stage]]
+    return {
+        (name, stage): train(Zero(ranks, CASES[name], None, stage), CASES[name], range(CASES[name].steps))
+        for name, stage in cases
+    }
+
+
 def two_ranks(ranks: ParallelContext, folder: Path) -> dict:
-    """Return the traces of all runs with two ranks."""
+    """Return the traces of all other runs with two ranks."""
     first_half, second_half = range(MOVED.steps // 2), range(MOVED.steps // 2, MOVED.steps)
     runs = {}
     for stage in STAGES:
-        for name, case in CASES.items():
+        for name in FAST[stage]:
+            case = CASES[name]
             runs[name, stage] = train(Zero(ranks, case, None, stage), case, range(case.steps))
         engine = Zero(ranks, MOVED, None, stage)
         train(engine, MOVED, first_half)
@@ -244,12 +261,30 @@ def single(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def two(single):
-    """The traces of two ranks with DeepSpeed; losses and norms are equal on both."""
-    first, second = spawn(two_ranks, 2, single["folder"])
+    """The traces of two ranks with DeepSpeed in fast tests."""
+    return equal_traces(*spawn(two_ranks, 2, single["folder"]))
+
+
+@pytest.fixture(scope="module")
+def two_slow():
+    """The traces of two ranks with DeepSpeed in slow tests only."""
+    return equal_traces(*spawn(slow_cases, 2))
+
+
+def equal_traces(first: dict, second: dict) -> dict:
+    """Return the traces of two ranks, whose losses and norms must be equal."""
     for name in first:
         np.testing.assert_equal(first[name].losses, second[name].losses)
         np.testing.assert_equal(first[name].norms, second[name].norms)
     return first
+
+
+def checks(*names: str) -> list:
+    """Return (fixture, case, ZeRO stage) of tests of some cases."""
+    pairs = [(name, stage) for name in names for stage in STAGES]
+    fast = [pytest.param("two", name, stage) for name, stage in pairs if name in FAST[stage]]
+    slow = [(name, stage) for name, stage in pairs if name not in FAST[stage]]
+    return fast + [pytest.param("two_slow", name, stage, marks=pytest.mark.slow) for name, stage in slow]
 
 
 def check_equal(trace: Trace, expected: Trace, rel: float) -> None:
@@ -263,11 +298,10 @@ def check_equal(trace: Trace, expected: Trace, rel: float) -> None:
 
 
 @installed
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("name", [name for name in CASES if "curve" not in name])
-def test_three_steps_are_those_of_fsdp2(single, two, name, stage):
+@pytest.mark.parametrize("traces, name, stage", checks(*(name for name in CASES if "curve" not in name)))
+def test_three_steps_are_those_of_fsdp2(request, single, traces, name, stage):
     assert max(single[name].norms) > 2 * 0.05  # above the clipping limit
-    check_equal(two[name, stage], single.get((name, stage), single[name]), 1e-5)
+    check_equal(request.getfixturevalue(traces)[name, stage], single.get((name, stage), single[name]), 1e-5)
 
 
 @installed
@@ -277,20 +311,19 @@ def test_settings_of_a_file_change_no_result(single, two, name):
 
 
 @installed
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("name, rel", [("curve", 1e-4), ("bf16-curve", 5e-3)])
-def test_a_curve_of_twenty_steps_is_that_of_fsdp2(single, two, name, rel, stage):
-    assert len(two[name, stage].losses) == 20
-    assert two[name, stage].losses == pytest.approx(single[name].losses, rel=rel)
+@pytest.mark.parametrize("traces, name, stage", checks("curve", "bf16-curve"))
+def test_a_curve_of_ten_steps_is_that_of_fsdp2(request, single, traces, name, stage):
+    losses = request.getfixturevalue(traces)[name, stage].losses
+    assert len(losses) == 10
+    assert losses == pytest.approx(single[name].losses, rel=5e-3 if name == "bf16-curve" else 1e-4)
 
 
 @installed
-@pytest.mark.parametrize("stage", STAGES)
-def test_a_curve_in_bf16_stays_near_the_one_in_fp32(single, two, stage):
-    assert two["bf16-curve", stage].losses == pytest.approx(single["fp32-curve"].losses, rel=1e-2)
-    assert two["bf16-curve", stage].losses != pytest.approx(
-        single["fp32-curve"].losses, rel=1e-5
-    )  # something was rounded
+@pytest.mark.parametrize("traces, name, stage", checks("bf16-curve"))
+def test_a_curve_in_bf16_stays_near_the_one_in_fp32(request, single, traces, name, stage):
+    losses = request.getfixturevalue(traces)[name, stage].losses
+    assert losses == pytest.approx(single["fp32-curve"].losses, rel=1e-2)
+    assert losses != pytest.approx(single["fp32-curve"].losses, rel=1e-5)  # something was rounded
 
 
 @installed
@@ -322,27 +355,27 @@ def test_a_norm_that_is_not_finite_is_reported(two, stage):
 
 
 @installed
-@pytest.mark.parametrize("stage", STAGES)
-def test_a_single_process_without_launcher_or_compiler(single, stage, tmp_path):
+def test_a_single_process_without_launcher_or_compiler(single, tmp_path):
     """No RANK, no LOCAL_RANK, no C++ compiler: with offload nothing is compiled, even at first use."""
     tools = tmp_path / "bin"
     tools.mkdir()
     for name in ("sh", "uname", "env"):  # without c++, g++, clang++, ninja
         (tools / name).symlink_to(shutil.which(name))
-    section = {} if stage == 0 else OFFLOAD
-    code = f"""
+    code = """
 import json
 from tests.distributed import joined
-from tests.parallel.test_deepspeed import CASES, Zero, train
+from tests.parallel.test_deepspeed import CASES, OFFLOAD, STAGES, Zero, train
 with joined() as ranks:
-    trace = train(Zero(ranks, CASES["ar"], None, {stage}, {section}), CASES["ar"], range(3))
-print(json.dumps(trace.losses))
+    for stage in STAGES:
+        zero = Zero(ranks, CASES["ar"], None, stage, OFFLOAD if stage else {})
+        print(json.dumps(train(zero, CASES["ar"], range(3)).losses))
 """
     env = {name: value for name, value in environment().items() if name not in ("RANK", "LOCAL_RANK", "CXX")}
     env |= {"PATH": str(tools), "TORCH_EXTENSIONS_DIR": str(tmp_path / "built")}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert json.loads(done.stdout) == pytest.approx(single["ar"].losses, rel=1e-5)  # and nothing else is printed
+    losses = [json.loads(line) for line in done.stdout.splitlines()]  # nothing else is printed
+    assert losses == [pytest.approx(single["ar"].losses, rel=1e-5)] * len(STAGES)
     assert not (tmp_path / "built").exists()
 
 

@@ -5,7 +5,6 @@ import inspect
 import json
 import shutil
 import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -27,6 +26,7 @@ from megatron.training.launcher import main
 from megatron.validation.evaluate import ValidationSet, evaluate
 from tests.conftest import ROOT, changed, environment, records
 from tests.distributed import joined
+from tests.forked import run_script
 
 VOCABULARY, SEQ_LENGTH = Vocabulary(257), 16
 SIZES = [dict(num_layers=1, hidden_size=16), dict(num_layers=2, hidden_size=24)]
@@ -113,10 +113,8 @@ def runs(tiny, tmp_path_factory):
 
 
 def command(*arguments, world_size: int = 1) -> subprocess.CompletedProcess:
-    words = [sys.executable, ROOT / "tools" / "ensemble.py", *arguments]
-    if world_size > 1:
-        words[1:1] = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world_size}"]
-    return subprocess.run(list(map(str, words)), env=environment(), capture_output=True, text=True, timeout=300)
+    words = [ROOT / "tools" / "ensemble.py", *arguments]
+    return run_script(list(map(str, words)), environment(), 300, world_size)
 
 
 def test_two_runs_are_evaluated_by_one_process_and_by_two(runs, tmp_path):

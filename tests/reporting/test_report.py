@@ -3,8 +3,6 @@
 import json
 import re
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -17,7 +15,7 @@ from megatron.reporting.report import Report, write_report
 from megatron.reporting.runs import best_point, check_comparable, load_run, load_runs, paired_difference
 from megatron.sweeps.states import last_record
 from megatron.training.run_folder import read_records
-from tests.conftest import ROOT, run
+from tests.conftest import run, run_python
 
 
 @pytest.fixture(scope="module")
@@ -96,8 +94,8 @@ def test_runs_on_other_text_are_never_put_in_one_table(folders, key, description
 
 
 def test_the_page_is_self_contained_and_says_that_mdm_losses_are_bounds(folders, tmp_path):
-    command = [sys.executable, "tools/report.py", folders / "ar", folders / "mdm", "--output", tmp_path]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    result = run_python("tools/report.py", folders / "ar", folders / "mdm", "--output", tmp_path)
+    assert result.returncode == 0, result.stderr
     page = (tmp_path / "report.html").read_text()
     assert not re.search(r"""(src|href)\s*=\s*["']|@import|url\(""", page[: page.index("<script")])
     assert not re.search(r"""<(script|img|link|iframe)[^>]*(src|href)=""", page)
@@ -170,21 +168,14 @@ def test_tasks_and_runs_are_named_literally_in_the_plot_of_their_scores(tmp_path
     assert not any(text.get_parse_math() for text in texts)
 
 
-def test_an_unfinished_run_is_reported_as_such(folders, tmp_path):
-    """The records end between the two sets of step 8."""
+def test_an_unfinished_run_with_a_record_cut_by_a_crash_is_reported_as_such(folders, tmp_path):
+    """The whole records end between the two sets of step 8."""
     shutil.copytree(folders / "ar", tmp_path / "ar")
     lines = (tmp_path / "ar" / "metrics.jsonl").read_text().splitlines(keepends=True)
     last = next(i for i, line in enumerate(lines) if '"iteration": 8' in line and '"set": "tuning"' in line)
-    (tmp_path / "ar" / "metrics.jsonl").write_text("".join(lines[: last + 1]))
-    text = write_report([load_run(tmp_path / "ar")], tmp_path / "report")
-    assert "ar is not finished: this is epoch 4.1 of " in text and "end of its budget" not in text
-
-
-def test_a_record_cut_by_a_crash_does_not_stop_the_report(folders, tmp_path):
-    shutil.copytree(folders / "ar", tmp_path / "ar")
-    with open(tmp_path / "ar" / "metrics.jsonl", "a") as file:
-        file.write('{"kind": "valid", "iter')
-    write_report([load_run(tmp_path / "ar")], tmp_path / "report", Report(tuning="validation"))
+    (tmp_path / "ar" / "metrics.jsonl").write_text("".join([*lines[: last + 1], '{"kind": "valid", "iter']))
+    text = write_report([load_run(tmp_path / "ar")], tmp_path / "report", Report(tuning="validation"))
+    assert "ar is not finished: this is epoch " in text and "end of its budget" not in text
     page = (tmp_path / "report" / "report.html").read_text()
     assert "chosen on the validation set" in page and "chosen on the tuning set" not in page
 
@@ -195,6 +186,5 @@ def test_bad_input_gets_one_line(folders, tmp_path):
         ([folders / "ar", "--tuning", "other"], "has no validation set other; it has tuning, validation"),
         ([folders / "ar", "--output"], "--output"),
     ):
-        command = [sys.executable, "tools/report.py", "--output", tmp_path, *arguments]
-        result = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
+        result = run_python("tools/report.py", "--output", tmp_path, *arguments)
         assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +18,7 @@ from megatron.sweeps.plan import plan_sweep
 from megatron.sweeps.points import read_plan, write_plan
 from megatron.sweeps.results import collect
 from megatron.sweeps.sweep_file import read_sweep
-from tests.conftest import ROOT, run
+from tests.conftest import run, run_python
 from tests.sweeps.files import toy, write
 
 OFFSETS = {1: 0.0, 2: 0.2}  # of the losses, by seed
@@ -201,9 +199,8 @@ def test_a_file_of_another_kind_is_refused_in_one_line(kind, tmp_path):
 
 def test_the_page_of_a_sweep_has_all_parts(sweep, tmp_path):
     fit, multiplier, scores = write_json(tmp_path, fit=FIT, multiplier=MULTIPLIER, scores=SCORES)
-    command = [sys.executable, "tools/report.py", sweep, "--output", tmp_path / "page", "--fit", fit]
-    command += ["--multiplier", multiplier, "--scores", scores]
-    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
+    records = ["--fit", fit, "--multiplier", multiplier, "--scores", scores]
+    done = run_python("tools/report.py", sweep, "--output", tmp_path / "page", *records)
     assert done.returncode == 0, done.stderr
     page = (tmp_path / "page" / "report.html").read_text()
     assert page.count("data-root-id") == len(list((tmp_path / "page").glob("*.svg"))) == 12

@@ -5,8 +5,8 @@ import logging
 import math
 import os
 import shutil
-import subprocess
 import sys
+from functools import partialmethod
 
 import lm_eval
 import numpy as np
@@ -31,8 +31,9 @@ from megatron.scoring.lm_eval_cli import prepare, read
 from megatron.scoring.requests import Scoring
 from megatron.training.launcher import main as train
 from megatron.training.load_run import open_trained
-from tests.conftest import ROOT, environment
+from tests.conftest import ROOT, environment, run_python
 from tests.distributed import spawn
+from tests.forked import run_script
 
 NINE = "arc_easy boolq copa hellaswag piqa race winogrande sciq lambada_standard".split()
 SEQ_LENGTH = 512
@@ -42,9 +43,9 @@ SEQ_LENGTH = 512
 def runs(corpus, tmp_path_factory):
     """An AR and an MDM run of six steps, with a tokenizer that transformers can also load."""
     root = tmp_path_factory.mktemp("runs")
-    command = [sys.executable, "tools/preprocess_data.py", "--output-dir", root / "data"]
-    command += ["--input", corpus.parent / "text.jsonl", "--train-tokenizer", "300", "--splits", "90", "5", "5"]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, env=environment())
+    command = ["tools/preprocess_data.py", "--output-dir", root / "data", "--input", corpus.parent / "text.jsonl"]
+    done = run_python(*command, "--train-tokenizer", "300", "--splits", "90", "5", "5")
+    assert done.returncode == 0, done.stderr
     flags = (
         "--num-layers 2 --hidden-size 32 --num-attention-heads 2 --fp32 --no-compile --lr 1e-2 --init-method-std 0.3 "
     )
@@ -65,6 +66,12 @@ def twin(runs, tmp_path_factory):
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(runs / "data" / "tokenizer.json"), eos_token="<|endoftext|>")
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def _tasks_of_files_only(monkeypatch):
+    """Leave lm-eval's own tasks out: listing their thousands of files takes seconds."""
+    monkeypatch.setattr(TaskManager, "__init__", partialmethod(TaskManager.__init__, include_defaults=False))
 
 
 TEXT = (ROOT / "LICENSE").read_text().lstrip()  # which nobody edits
@@ -568,9 +575,7 @@ PROGRAMS = ["-m megatron.scoring.lm_eval_cli", "tools/score_checkpoints.py"]
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_without_lm_eval_one_line_says_what_installs_it(program, tmp_path):
     (tmp_path / "lm_eval.py").write_text("raise ImportError('not here')")
-    command = [sys.executable, *program.split(), "--tasks", "x"]
-    surroundings = environment() | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
-    completed = subprocess.run(command, cwd=ROOT, env=surroundings, capture_output=True, text=True, timeout=120)
+    completed = run_python(*program.split(), "--tasks", "x", PYTHONPATH=f"{tmp_path}:{ROOT}")
     assert completed.returncode == 2
     (message,) = completed.stderr.splitlines()
     assert message == "error: scoring needs the package lm-eval (not here); bash install.sh --with-eval"
@@ -594,7 +599,7 @@ def test_unknown_tasks_and_missing_data_are_said_in_one_line(runs, tasks, tmp_pa
 
 
 def test_the_nine_published_tasks_are_known_without_a_network():
-    manager = TaskManager()
+    manager = TaskManager(include_defaults=True)
     assert set(manager.match_tasks(NINE)) == set(NINE)
 
 
@@ -701,17 +706,18 @@ def test_devices_and_rows_that_are_none(runs):
     assert MegatronLM(pretrained=str(runs / "ar"), batch_size="8", max_batch_size=4).scoring.batch_rows == 4
 
 
+TASKS_OF_FILES_ONLY = """
+from functools import partialmethod
+from lm_eval.tasks import TaskManager
+from megatron.scoring.lm_eval_cli import main
+TaskManager.__init__ = partialmethod(TaskManager.__init__, include_defaults=False)
+main()
+"""
+
+
 def test_a_task_with_fewer_documents_than_ranks_is_refused(runs, tasks):
-    """lm-eval fails on a rank without a document; the launcher then ends the others."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += ["-m", "megatron.scoring.lm_eval_cli", "--pretrained", runs / "ar", "--tasks", "writing", "--limit", "1"]
-    completed = subprocess.run(
-        [*map(str, command), "--include_path", str(tasks)],
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+    """lm-eval fails on a rank without a document, which then ends the others."""
+    flags = ["--pretrained", runs / "ar", "--tasks", "writing", "--limit", "1", "--include_path", tasks]
+    completed = run_script(["-c", TASKS_OF_FILES_ONLY, *map(str, flags)], environment(), 200, size=2)
     message = "--tasks writing: a task has fewer documents than the 2 ranks; start fewer, or give a higher --limit"
     assert completed.returncode and f"error: {message}" in completed.stderr.splitlines()

@@ -83,7 +83,13 @@ def test_a_branch_never_starts_after_the_end_of_its_own_budget(corpus, tmp_path)
     assert 0 < short.own_share < 1
 
 
-def test_branches_equal_full_runs_to_the_last_bit_also_of_budgets_that_are_added_later(corpus, tmp_path):
+@pytest.mark.parametrize(
+    "budgets, mdm_budgets",
+    [((2, 4, 8, 12, 24), ()), pytest.param((2, 4, 8, 12, 16, 24), (4, 12), marks=pytest.mark.slow)],
+)
+def test_branches_equal_full_runs_to_the_last_bit_also_of_budgets_that_are_added_later(
+    budgets, mdm_budgets, corpus, tmp_path
+):
     """AR with budgets 4 and 12 is stopped in the constant part of 12; shorter, longer and middle budgets are added."""
     flags = {"hidden-dropout": 0.1, "ema-decay": 0.9}
     folder = tmp_path / "branched"
@@ -92,13 +98,14 @@ def test_branches_equal_full_runs_to_the_last_bit_also_of_budgets_that_are_added
     assert trunk.keep_iterations == [7, 21]
     command = [*training_command(trunk, folder)[1:], "--exit-interval", "10"]
     assert run_script(command, environment(), 300).returncode == 0
-    mdm = {"flags": {"objective": "mdm", "hidden-dropout": 0}, "parameters": {"train-epochs": [4, 12]}}
-    grown = sweep(corpus, tmp_path, epochs=(2, 4, 8, 12, 16, 24), flags=flags, variants={"ar": {}, "mdm": mdm})
+    mdm = {"flags": {"objective": "mdm", "hidden-dropout": 0}, "parameters": {"train-epochs": list(mdm_budgets)}}
+    variants = {"ar": {}} | ({"mdm": mdm} if mdm_budgets else {})
+    grown = sweep(corpus, tmp_path, epochs=budgets, flags=flags, variants=variants)
     plan = planned(grown, folder)
     ar = {point.axes["train-epochs"]: point for point in plan.points if point.variant == "ar"}
     assert ar[12].id == trunk.id
     starts = {epochs: (point.trunk, point.trunk_iteration) for epochs, point in ar.items()}
-    assert starts == {
+    expected = {
         2: (None, 0),  # the trunk has passed its last step before the decay, 3
         4: (trunk.id, 7),
         8: (trunk.id, 14),
@@ -106,9 +113,11 @@ def test_branches_equal_full_runs_to_the_last_bit_also_of_budgets_that_are_added
         16: (ar[24].id, 28),
         24: (trunk.id, 21),
     }
-    assert ar[12].keep_iterations == [7, 14, 21] and ar[24].keep_iterations == [28, 43]
+    assert starts == {epochs: expected[epochs] for epochs in budgets}
+    assert ar[12].keep_iterations == [7, 14, 21] and ar[24].keep_iterations == [28] * (16 in budgets) + [43]
     assert plan.notes == ["1 WSD points are trained in full: no checkpoint is left on their constant part"]
-    assert "8 runs: 8 finished" in finish("run", grown, folder, "--slots", 2)
+    number = len(budgets) + len(mdm_budgets)
+    assert f"{number} runs: {number} finished" in finish("run", grown, folder, "--slots", 2)
     for point in read_plan(folder):
         full = tmp_path / "full" / point.id
         command = [str(ROOT / point.script), *point.arguments, "--save", str(full)]

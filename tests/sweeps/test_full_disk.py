@@ -3,8 +3,6 @@
 import json
 import resource
 import signal
-import subprocess
-import sys
 from argparse import Namespace
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +11,7 @@ import pytest
 
 from megatron.sweeps import commands
 from megatron.sweeps.points import Point, read_plan, replace_file
-from tests.conftest import ROOT, environment, records
+from tests.conftest import ROOT, environment, records, run_python
 from tests.forked import run_script
 from tests.sweeps.files import toy, write
 from tests.sweeps.test_local_queue import finish
@@ -81,17 +79,9 @@ def test_each_file_of_a_sweep_is_the_old_one_or_the_new_one(planned, corpus, cap
 def test_a_queue_on_a_full_disk_names_it_and_resumes_without_a_loss(corpus, tmp_path):
     path = write(tmp_path, toy(corpus), variants={"ar": {}}, parameters={"train-epochs": [4]})
     folder = tmp_path / "full"
-    words = [sys.executable, "tools/sweep.py", "run", path, "--output", folder, "--slots", "1", "--retries", "0"]
-    limits = (100_000, 100_000)  # less than a checkpoint
-    done = subprocess.run(
-        words,
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits),
-        timeout=300,
-    )
+    limit = "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))"  # less than a checkpoint
+    code = f"import resource, runpy; {limit}; runpy.run_path('tools/sweep.py', run_name='__main__')"
+    done = run_python("-c", code, "run", path, "--output", folder, "--slots", "1", "--retries", "0")
     (line,) = [line for line in done.stderr.splitlines() if "seed 1234: failed:" in line]
     assert done.returncode == 1 and "iter_0000004: could not be written" in line and "free space and start" in line
     (point,) = read_plan(folder)

@@ -2,13 +2,11 @@
 
 import json
 import signal
-import subprocess
-import sys
-import time
 
 import pytest
 
-from tests.conftest import entry, environment, records, run
+from tests.conftest import records, run
+from tests.training.runs import Run, status
 
 VARIANTS = {
     "ar": ("ar", []),
@@ -71,15 +69,14 @@ def test_one_command_that_saves_and_loads_begins_and_resumes(uninterrupted, tiny
 @pytest.mark.parametrize("variant", ["ar-averaged", "mdm-dropout"])
 def test_killed_and_resumed_equals_uninterrupted(variant, uninterrupted, tiny, tmp_path):
     objective, flags = VARIANTS[variant]
-    command = [sys.executable, entry(objective), *tiny, *flags, "--save", str(tmp_path)]
-    process = subprocess.Popen(command, env=environment(), stderr=subprocess.DEVNULL)
-    metrics, saved = tmp_path / "metrics.jsonl", tmp_path / "checkpoints" / "iter_0000004"
-    while process.poll() is None and not (saved.exists() and '"iteration": 6,' in metrics.read_text()):
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    run(objective, *tiny, *flags, "--save", tmp_path)
-    assert records(tmp_path) == records(uninterrupted(variant))
+    folder = tmp_path / "run"
+    metrics, saved = folder / "metrics.jsonl", folder / "checkpoints" / "iter_0000004"
+    with Run(objective, [*tiny, *flags, "--save", folder], tmp_path) as training:
+        training.wait_until(lambda: saved.exists() and '"iteration": 6,' in metrics.read_text())
+        training.signal("SIGKILL")
+        assert training.codes() == [-signal.SIGKILL]
+    run(objective, *tiny, *flags, "--save", folder)
+    assert records(folder) == records(uninterrupted(variant))
 
 
 def test_a_changing_weight_decay_is_recorded(uninterrupted):
@@ -152,27 +149,27 @@ def test_a_checkpoint_of_two_processes_resumes_on_one(uninterrupted, tiny, tmp_p
 
 def test_a_run_killed_with_loader_workers_restarts_at_once(tiny, tmp_path):
     """Workers outlive a killed run by seconds; they must not hold its lock."""
-    longer = [flag if flag != "93" else "100000" for flag in tiny] + ["--num-workers", "2", "--save", str(tmp_path)]
-    process = subprocess.Popen([sys.executable, entry("mdm"), *longer], env=environment(), stderr=subprocess.DEVNULL)
-    while not (tmp_path / "checkpoints" / "latest.json").exists():
-        time.sleep(0.05)
-    process.kill()
-    process.wait()
+    folder = tmp_path / "run"
+    longer = [flag if flag != "93" else "100000" for flag in tiny] + ["--num-workers", "2", "--save", folder]
+    with Run("mdm", longer, tmp_path) as training:
+        training.wait_until((folder / "checkpoints" / "latest.json").exists)
+        training.signal("SIGKILL")
+        assert training.codes() == [-signal.SIGKILL]
     run("mdm", *longer, "--exit-interval", 1)
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
 def test_signal_saves_and_leaves_cleanly(name, tiny, tmp_path):
     longer = [flag if flag != "93" else "100000" for flag in tiny]
-    command = [sys.executable, entry("ar"), *longer, "--eval-interval", "100000", "--save", str(tmp_path)]
-    process = subprocess.Popen(command, env=environment(), stderr=subprocess.DEVNULL)
-    while not (tmp_path / "metrics.jsonl").exists() or "train" not in (tmp_path / "metrics.jsonl").read_text():
-        time.sleep(0.05)
-    process.send_signal(signal.Signals[name])
-    assert process.wait(60) == 0
-    status = json.loads((tmp_path / "status.json").read_text())
-    assert status["state"] == "stopped" and status["reason"] == f"signal {name}"
-    assert json.loads((tmp_path / "checkpoints" / "latest.json").read_text())["iteration"] == status["iteration"]
+    folder = tmp_path / "run"
+    metrics = folder / "metrics.jsonl"
+    with Run("ar", [*longer, "--eval-interval", "100000", "--save", folder], tmp_path) as training:
+        training.wait_until(lambda: metrics.exists() and "train" in metrics.read_text())
+        training.signal(name)
+        assert training.codes() == [0]
+    state = status(folder)
+    assert state["state"] == "stopped" and state["reason"] == f"signal {name}"
+    assert json.loads((folder / "checkpoints" / "latest.json").read_text())["iteration"] == state["iteration"]
 
 
 def test_a_changed_budget_is_refused_and_a_branch_is_the_remedy(uninterrupted, tiny, tmp_path):

@@ -4,7 +4,6 @@ import itertools
 import json
 import signal
 import subprocess
-import sys
 import threading
 import zlib
 
@@ -19,7 +18,7 @@ from megatron.training import saver
 from megatron.training.checkpoint_store import CheckpointStore, damage, load_checkpoint
 from megatron.training.command_line import parse
 from megatron.training.saver import BLOCK, Saver, folder_name, pack, write_safetensors
-from tests.conftest import ROOT, environment, records, run
+from tests.conftest import records, run, run_python
 from tests.distributed import joined, spawn
 
 
@@ -283,8 +282,7 @@ main("ar", sys.argv[2:])
 
 
 def run_with(planted: str, folder, flags) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-c", planted, str(folder), *map(str, flags), "--save", str(folder)]
-    return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
+    return run_python("-c", planted, folder, *flags, "--save", folder, timeout=120)
 
 
 def test_training_continues_while_a_checkpoint_is_written(tiny, tmp_path):

@@ -21,7 +21,8 @@ from megatron.training.run_folder import RunFolder
 from megatron.training.trackers.base import TrackedRun
 from megatron.training.trackers.registry import Trackers
 from megatron.training.trackers.tensorboard import TensorBoard
-from tests.conftest import entry, environment, records, run
+from tests.conftest import environment, records, run
+from tests.training.runs import Run
 
 AXES = {
     "iterations": lambda record: record["iteration"],
@@ -154,17 +155,13 @@ def test_weights_and_biases_has_every_record_with_its_clocks(whole):
 
 
 def test_after_a_kill_the_board_equals_that_of_an_uninterrupted_run(whole, tiny, tmp_path):
-    command = [sys.executable, entry("mdm"), *tiny, *map(str, boards(tmp_path))]
-    process = subprocess.Popen(command, env=environment(), stderr=subprocess.DEVNULL)
-    while process.poll() is None and not (tmp_path / "board").exists():
-        time.sleep(0.002)
-    metrics = tmp_path / "metrics.jsonl"
-    while process.poll() is None and '"iteration": 6,' not in metrics.read_text():
-        time.sleep(0.002)
-    while process.poll() is None and not (tmp_path / "checkpoints" / "iter_0000004").exists():
-        time.sleep(0.002)  # it is written while the run continues
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    metrics, saved = tmp_path / "metrics.jsonl", tmp_path / "checkpoints" / "iter_0000004"
+    with Run("mdm", [*tiny, *boards(tmp_path)], tmp_path / "output") as training:
+        training.wait_until((tmp_path / "board").exists)
+        training.wait_until(lambda: '"iteration": 6,' in metrics.read_text())
+        training.wait_until(saved.exists)  # it is written while the run continues
+        training.signal("SIGKILL")
+        assert training.codes() == [-signal.SIGKILL]
     wandb_id = (tmp_path / "wandb.json").read_text()
     run("mdm", *tiny, *boards(tmp_path))
     assert shown(tmp_path / "board") == expected(read_metrics(tmp_path))
