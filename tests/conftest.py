@@ -28,7 +28,7 @@ parallel/test_failure_detector convert/test_export
 
 
 def pytest_collection_modifyitems(items):
-    """Run the longest files first, so that no worker is left alone with one; give slow tests an hour to hang."""
+    """Put the longest files first, so that workers end together; let slow tests run for an hour."""
     order = {ROOT / "tests" / f"{name}.py": index for index, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.path, len(order)))
     for item in items:

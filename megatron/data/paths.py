@@ -201,7 +201,8 @@ def _blend(name: str, words: list[str], named: str, split_index: int | None) -> 
         duplicate = next(prefix for prefix in prefixes if prefixes.count(prefix) > 1)
         raise ConfigurationError(f"{named}: names {duplicate} twice; add its weights")
     unique_tokens = tuple(None if count is None else TokenCount(count) for count in counts) if cuts else ()
-    return DataSet(name, prefixes, tuple(float(weight) for weight in weights), split_index, unique_tokens)
+    values = tuple(float(weight) for weight in weights)
+    return DataSet(name, prefixes, values, split_index, unique_tokens=unique_tokens)
 
 
 def _cut(train: DataSet, data: DataConfig, named: str) -> DataSet:

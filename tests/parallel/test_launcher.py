@@ -167,9 +167,9 @@ runpy.run_path(entry_point, run_name="__main__")
 
 
 def kill_a_launcher(
-    folder: Path, ranks: int, variables: dict, name: str = "python", script: tuple = (RANK,)
+    folder: Path, ranks: int, variables: dict, name: str = "python", script: tuple = (RANK,), *, seconds: float = 8
 ) -> list[int]:
-    """Start ranks from a launcher, kill it when they are ready, return the ids of those that run 8 seconds later."""
+    """Start ranks from a launcher, kill it when they are ready, return the ids of those that run `seconds` later."""
     command = [sys.executable, "-c", LAUNCHER, name, str(ranks), sys.executable, "-c", *script, str(folder)]
     process = subprocess.Popen(command, env=environment() | variables, stdout=subprocess.PIPE, text=True)
     pids = list(map(int, process.stdout.readline().split()))
@@ -181,7 +181,7 @@ def kill_a_launcher(
         process.kill()
         process.wait()
         (folder / "go").touch()
-        deadline = time.monotonic() + 8
+        deadline = time.monotonic() + seconds
         while any(map(alive, pids)) and time.monotonic() < deadline:
             time.sleep(0.05)
         return [pid for pid in pids if alive(pid)]
@@ -233,7 +233,7 @@ def test_a_rank_that_a_launcher_left_to_init_before_its_first_line_ends():
 
 
 def test_ranks_outlive_a_shell(tmp_path):
-    assert len(kill_a_launcher(tmp_path, 2, {}, "bash")) == 2
+    assert len(kill_a_launcher(tmp_path, 2, {}, "bash", seconds=4)) == 2
     assert not (tmp_path / "on_failure 0").exists()
 
 
