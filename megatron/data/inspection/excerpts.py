@@ -8,6 +8,7 @@ import numpy as np
 
 from megatron.config.flags import Section, flag, require
 from megatron.config.sections import DataConfig, TrainingConfig
+from megatron.config.subsets import TokenCount
 from megatron.config.tokenizer_flags import SENTENCE_PIECE, TOKENIZERS, check_tokenizer
 from megatron.data.copy_documents import Source
 from megatron.data.paths import split_edges
@@ -48,7 +49,9 @@ class SampleFlags(Section):
     epoch_order: str = flag(
         DataConfig.epoch_order, "--epoch-order of the run", choices=("documents", "windows", "megatron")
     )
-    train_unique_tokens: int | None = flag(None, "--train-unique-tokens of the run", metavar="N", within="(0, inf)")
+    train_unique_tokens: TokenCount | None = flag(  # noqa: RUF009
+        None, "--train-unique-tokens of the run", metavar="N", within="(0, inf)"
+    )
     train_samples: int | None = flag(
         None, "number of samples of the run, on which the order megatron depends", metavar="N", within="(0, inf)"
     )
