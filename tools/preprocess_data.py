@@ -65,7 +65,7 @@ def megatron_flags() -> str:
 def report(options: PreprocessOptions, summary: dict | None, seconds: float) -> None:
     """Print the sizes of the data sets, what was skipped, the changes of the round trip, and the contamination."""
     if summary is None:
-        print(f"{options.folder}: holds this corpus already")
+        print(f"{options.target}: holds this corpus already")
         return
     for name, size in summary["splits"].items():
         print(
@@ -81,7 +81,7 @@ def report(options: PreprocessOptions, summary: dict | None, seconds: float) -> 
             print(f"{example['document']}, character {example['character']:,}: {example['text']!r}", end=" ")
             print(f"becomes {example['decoded']!r}")
     for name, shared in summary["shared_13grams"].items():
-        share = f" (measured on {shared['sampled']:.1%} of them)" if shared["sampled"] < 1 else ""
+        share = f" (measured on a sample, {shared['sampled']:.1%} of them)" if shared["sampled"] < 1 else ""
         print(f"{shared['ngrams']:.2%} of the 13-grams of {name} are also in train{share}")
     megabytes = sum(size["bytes"] for size in summary["splits"].values()) / 1e6
     print(f"{seconds:.1f} s, {megabytes / max(1e-3, seconds):.1f} MB of text per second")

@@ -13,14 +13,11 @@ from types import ModuleType
 
 from megatron.errors import ConfigurationError
 
-Readable = gzip.GzipFile | bz2.BZ2File | lzma.LZMAFile | io.BufferedReader  # all have peek
+Readable = gzip.GzipFile | io.BufferedReader  # both have peek and read1
 SUFFIXES = (".gz", ".zst", ".bz2", ".xz")
-# suffix -> name of the format, the bytes with which such a file begins, the library's reader
-LIBRARY_READERS = {
-    ".gz": ("gzip", b"\x1f\x8b", lambda file: gzip.GzipFile(fileobj=file)),
-    ".bz2": ("bzip2", b"BZh", bz2.BZ2File),
-    ".xz": ("xz", b"\xfd7zXZ\0", lzma.LZMAFile),
-}
+# suffix -> name of the format, and the bytes with which such a file begins
+FORMATS = {".gz": ("gzip", b"\x1f\x8b"), ".bz2": ("bzip2", b"BZh"), ".xz": ("xz", b"\xfd7zXZ\0")}
+STREAM_BYTES = 1 << 20  # of text, decompressed at a time
 LARGEST_WINDOW = 1 << 31  # bytes, zstd --long=31: the largest window of zstd
 ZSTD_INPUT = 512  # bytes decompressed at a time; 4 bytes can decompress to a block of 128 KiB, so these to 16 MiB
 # part of zstd's error message for an undamaged file: our message
@@ -49,18 +46,17 @@ def open_decompressed(path: Path, named: str) -> Iterator[Readable]:
     try:
         with ExitStack() as stack:
             file: Readable = stack.enter_context(open(path, "rb"))
-            before = _identity(path)
-            if suffix in LIBRARY_READERS:
-                form, magic, library_reader = LIBRARY_READERS[suffix]
-                if not magic.startswith(file.peek(len(magic))[: len(magic)]):
-                    raise _not_as_named(named, form)
-                file = stack.enter_context(library_reader(file))
+            stack.enter_context(unchanged(path, named))
+            form, magic = FORMATS.get(suffix, ("", b""))
+            if not magic.startswith(file.peek(len(magic))[: len(magic)]):
+                raise _not_as_named(named, form)
+            if suffix == ".gz":
+                file = stack.enter_context(gzip.GzipFile(fileobj=file))
+            elif suffix in (".bz2", ".xz"):
+                file = stack.enter_context(_buffered(_Streams(file, suffix)))
             elif suffix == ".zst":
-                frames: io.BufferedReader = io.BufferedReader(_ZstdFrames(file, named))
-                file = stack.enter_context(frames)
+                file = stack.enter_context(_buffered(_ZstdFrames(file, named)))
             yield file
-            if _identity(path) != before:
-                raise ConfigurationError(f"{named}: changed while it was read; start again when nothing writes to it")
     except (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError) as error:
         raise damaged(named, str(error)) from None
     except OSError as error:
@@ -71,10 +67,14 @@ def open_decompressed(path: Path, named: str) -> Iterator[Readable]:
         ) from None
 
 
+def _buffered(raw: io.RawIOBase) -> io.BufferedReader:
+    return io.BufferedReader(raw)
+
+
 def disk_position(file: Readable) -> int:
     """Return how many bytes of the file on disk have been read, 0 where that is unknown (a pipe)."""
     raw = getattr(file, "raw", file)
-    for name in ("_fp", "fileobj", "_file"):  # of the readers of bz2 and xz, of gzip, and of zstd
+    for name in ("fileobj", "_file"):  # of gzip's reader, and of ours
         raw = getattr(raw, name, raw)
     try:
         return raw.tell()
@@ -87,10 +87,17 @@ def damaged(named: str, fault: str) -> DamagedFile:
     return DamagedFile(f"{named}: is damaged or truncated ({fault}); download or compress it again")
 
 
-def _identity(path: Path) -> tuple[int, int, int]:
-    """Return what differs after a file was written or replaced."""
-    status = os.stat(path)
-    return status.st_ino, status.st_size, status.st_mtime_ns
+@contextmanager
+def unchanged(path: str | Path, named: str) -> Iterator[None]:
+    """Check that nobody writes to a file while it is read.
+
+    Raises: ConfigurationError if somebody did, OSError if it is gone.
+    """
+    before = os.stat(path)
+    yield
+    after = os.stat(path)
+    if any(getattr(before, name) != getattr(after, name) for name in ("st_ino", "st_size", "st_mtime_ns")):
+        raise ConfigurationError(f"{named}: changed while it was read; start again when nothing writes to it")
 
 
 def _not_as_named(named: str, form: str) -> ConfigurationError:
@@ -107,6 +114,52 @@ def _zstandard(named: str) -> ModuleType:
             f"{named}: needs the package zstandard, the extra zstd; pip install zstandard"
         ) from None
     return zstandard
+
+
+class _Streams(io.RawIOBase):
+    """All streams of a .bz2 or .xz file; the libraries' own readers take a damaged stream for the end of the file."""
+
+    def __init__(self, file: io.BufferedReader, suffix: str):
+        self._file, self._suffix = file, suffix
+        self._stream: bz2.BZ2Decompressor | lzma.LZMADecompressor | None = None
+        self._input = b""  # not yet decompressed
+        self._output = memoryview(b"")  # not yet read by the caller
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        while not self._output:
+            if self._stream is None and not self._next_stream():
+                return 0
+            self._decompress()
+        count = min(len(buffer), len(self._output))
+        buffer[:count], self._output = self._output[:count], self._output[count:]
+        return count
+
+    def _next_stream(self) -> bool:
+        """Begin the next stream; return whether there is one."""
+        while True:
+            if self._suffix == ".xz":
+                self._input = self._input.lstrip(b"\0")  # padding between streams
+            if self._input:
+                break
+            self._input = self._file.read(io.DEFAULT_BUFFER_SIZE)
+            if not self._input:
+                return False
+        self._stream = bz2.BZ2Decompressor() if self._suffix == ".bz2" else lzma.LZMADecompressor()
+        return True
+
+    def _decompress(self) -> None:
+        assert self._stream is not None
+        if self._stream.needs_input and not self._input:
+            self._input = self._file.read(io.DEFAULT_BUFFER_SIZE)
+            if not self._input:
+                raise EOFError("the file ends inside a stream")
+        self._output = memoryview(self._stream.decompress(self._input, STREAM_BYTES))
+        self._input = b""
+        if self._stream.eof:
+            self._input, self._stream = self._stream.unused_data, None
 
 
 class _ZstdFrames(io.RawIOBase):

@@ -91,8 +91,8 @@ class HeldOut:
     def shared(self, train: TrainNgrams) -> dict[str, float | None]:
         """Return the share of the n-grams, and of the documents, that the training split shares.
 
-        `sampled` is the share of the n-grams that was compared, 1 if the figures are exact. The share of documents
-        is None if the n-grams of the training split are a sample.
+        `sampled` is the share of the documents that were sampled, times that of train's n-grams; 1 if the figures are
+        exact. The share of documents is None if train's n-grams are a sample.
         """
         ends = np.cumsum([len(hashes) for _, _, hashes in self._sampled], dtype=np.int64)
         hashes = np.concatenate([np.empty(0, np.uint64), *(hashes for _, _, hashes in self._sampled)])

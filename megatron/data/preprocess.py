@@ -26,7 +26,7 @@ from megatron.data.contamination import HeldOut, TrainNgrams
 from megatron.data.corpus import Fingerprint, corpus_hash, split_of_text
 from megatron.data.indexed import token_dtype
 from megatron.data.preprocess_options import PreprocessOptions
-from megatron.data.publish import Written, has_record, is_complete, publish
+from megatron.data.publish import Written, check_targets, has_record, is_complete, publish
 from megatron.data.round_trip import RoundTrip
 from megatron.data.sources.base import Position, Source, read_chunks, read_records
 from megatron.data.staging import StagedOutputs, clear, only_writer, read_progress, write_progress
@@ -48,6 +48,7 @@ def preprocess(options: PreprocessOptions) -> dict | None:
     Raises: ConfigurationError for unusable text or tokenizers, OSError if the files cannot be written.
     """
     sources = options.sources()
+    check_targets(options, sources)
     try:
         with only_writer(options.stage, options.target):
             try:
@@ -57,7 +58,8 @@ def preprocess(options: PreprocessOptions) -> dict | None:
                     clear(options.stage)
                     options.stage.rmdir()
     except OSError as error:
-        raise OSError(f"{options.target}: cannot be written ({error.strerror}); free space or name another") from None
+        reason = error.strerror or error
+        raise OSError(f"{options.target}: cannot be written ({reason}); free space or name another") from None
 
 
 def is_resumable(stage: Path) -> bool:
@@ -72,14 +74,15 @@ class _Preprocessing:
         self._options, self._sources, self._stage = options, sources, options.stage
         self._workers = options.worker_processes(sources)
         identities = [source.identity for source in sources]  # None for a stream, which is read once
-        if None in identities and options.trained_ids:
+        if options.reads_stream and options.trained_ids:
             raise ConfigurationError(
                 f"{options.named}: is read once, and training a tokenizer reads the text before; give "
                 "--tokenizer-model or another --tokenizer-type"
             )
-        identity = {"settings": options.settings(None), "sources": identities}
+        identity = {"format": 1, "settings": options.settings(None), "text": options.reading, "sources": identities}
         self._identity = None if None in identities else json.loads(json.dumps(identity))
         self._position: Position = (0, 0)
+        self._read_bytes = 0  # of the sources, up to the position
         self._lengths: dict[str, tuple[int, int]] = {}  # documents and tokens of each output
         self._surveyed_hash: str | None = None  # of the text when it was read before, if it was
         self._fingerprints = {name: Fingerprint() for name in options.outputs}
@@ -92,8 +95,10 @@ class _Preprocessing:
         """Return the content of corpus.json, None if everything is written already."""
         options, recorded = self._options, self._read_progress()
         if recorded is None:
+            if is_resumable(self._stage):
+                logger.info("%s: starts again, as the interrupted run had other text or flags", options.target)
             clear(self._stage)
-            may_be_complete = self._identity is not None and has_record(options)
+            may_be_complete = not options.reads_stream and has_record(options)
             if options.trained_ids or may_be_complete:
                 train_bytes = self._survey()
                 if may_be_complete and is_complete(options, self._surveyed_hash):
@@ -126,7 +131,7 @@ class _Preprocessing:
             for name, documents in result.documents.items():
                 fingerprints[name].add(documents.digests, documents.text_bytes)
         self._check_documents(fingerprints)
-        self._surveyed_hash, self._position = corpus_hash(fingerprints), (0, 0)
+        self._surveyed_hash, self._position, self._read_bytes = corpus_hash(fingerprints), (0, 0), 0
         return sum(fingerprints[name].text_bytes for name in self._training_outputs)
 
     def _training_texts(self, train_bytes: int) -> Iterator[str]:
@@ -184,10 +189,10 @@ class _Preprocessing:
 
         sizes = [source.size for source in self._sources]
         total = None if None in sizes else sum(size or 0 for size in sizes)
-        initial = sum(size or 0 for size in sizes[: self._position[0]])
-        with _bar(description, total, initial) as bar, in_order(self._workers, make) as map_in_order:
+        with _bar(description, total, self._read_bytes) as bar, in_order(self._workers, make) as map_in_order:
             for result in map_in_order(tasks()):
                 self._position, size = ahead.popleft()
+                self._read_bytes += size
                 bar.update(size)
                 yield result
 
@@ -207,7 +212,9 @@ class _Preprocessing:
         """Check that every data set has a document."""
         options = self._options
         if not any(fingerprint.documents for fingerprint in fingerprints.values()):
-            raise ConfigurationError(f"{options.named}: holds no text; give files that do")
+            skipped = ", ".join(f"{count:,} {reason}" for reason, count in sorted(self._skipped.items()))
+            note = f" (skipped: {skipped})" if skipped else ""
+            raise ConfigurationError(f"{options.named}: holds no text{note}; give files that do")
         for name, fingerprint in fingerprints.items():
             if not fingerprint.documents and options.has_splits:
                 raise ConfigurationError(
@@ -220,9 +227,12 @@ class _Preprocessing:
     def _record(self, outputs: StagedOutputs) -> float:
         """Record the progress; return the seconds that this took."""
         start = monotonic()
-        outputs.to_disk()
+        files = outputs.to_disk()
         progress = {
             "identity": self._identity,
+            "on_error": self._options.on_error,
+            "files": files,
+            "read_bytes": self._read_bytes,
             "position": self._position,
             "lengths": outputs.lengths,
             "surveyed_hash": self._surveyed_hash,
@@ -238,7 +248,10 @@ class _Preprocessing:
     def _read_progress(self) -> tuple[dict, dict[str, np.ndarray]] | None:
         """Return the progress of an interrupted run of the same settings and sources, None if there is none."""
         recorded = read_progress(self._stage)
-        return recorded if recorded and self._identity and recorded[0]["identity"] == self._identity else None
+        if not recorded or not self._identity or recorded[0]["identity"] != self._identity:
+            return None
+        # a run that stopped at a bad record may go on without it, but one that skipped records cannot undo that
+        return recorded if recorded[0]["on_error"] in ("stop", self._options.on_error) else None
 
     def _restore(self, progress: dict, arrays: dict[str, np.ndarray]) -> None:
         """Continue from a recorded progress."""
@@ -246,7 +259,7 @@ class _Preprocessing:
         for name, array in arrays.items():
             output, _, key = name.partition("/")
             states.setdefault(output, {})[key] = array
-        self._position = tuple(progress["position"])
+        self._position, self._read_bytes = tuple(progress["position"]), progress["read_bytes"]
         self._lengths = {name: (documents, tokens) for name, (documents, tokens) in progress["lengths"].items()}
         self._surveyed_hash = progress["surveyed_hash"]
         self._fingerprints = {name: Fingerprint(**state) for name, state in progress["fingerprints"].items()}

@@ -10,6 +10,7 @@ from megatron.config.flags import Section, flag, require
 from megatron.config.tokenizer_flags import SENTENCE_PIECE, TOKENIZERS, check_tokenizer
 from megatron.data.corpus import SPLITS
 from megatron.data.sources.base import Source
+from megatron.data.sources.json_lines import STANDARD_INPUT
 from megatron.data.sources.registry import list_sources
 from megatron.data.sources.standard_library import StandardLibrary
 from megatron.data.sources.tables import HuggingFaceDataset
@@ -124,8 +125,12 @@ class PreprocessOptions(Section):
         )
         keys = " ".join(self.json_keys)
         require(len(set(self.json_keys)) == len(self.json_keys), "json_keys", keys, "names a key twice; leave one out")
-        several = "several keys need --output-prefix; give one key"
-        require(self.output_prefix is not None or len(self.json_keys) == 1, "json_keys", keys, several)
+        several = "several keys need --output-prefix, and JSON lines or tables; give one key"
+        has_keys = self.output_prefix is not None and (self.input or self.hf_dataset)
+        require(bool(has_keys) or len(self.json_keys) == 1, "json_keys", keys, several)
+        prefix = self.output_prefix
+        is_name = prefix is None or os.path.basename(prefix) not in ("", ".", "..")
+        require(is_name, "output_prefix", prefix, "ends with no name for the files; append one")
         require("/" not in keys, "json_keys", keys, "a key is part of a file name and has no slash; rename it")
         shares, kind = self.shares, self.tokenizer_type
         model, train = self.tokenizer_model, self.train_tokenizer
@@ -195,6 +200,16 @@ class PreprocessOptions(Section):
     def is_blank(self, text: str) -> bool:
         """Return whether a document is left out: white space, or with Megatron's command line an empty one only."""
         return not text or (self.has_splits and text.isspace())
+
+    @property
+    def reads_stream(self) -> bool:
+        """Whether the text can be read only once."""
+        return self.input == (STANDARD_INPUT,)
+
+    @property
+    def reading(self) -> dict:
+        """How the text is taken from its sources, apart from what --on-error skips."""
+        return {"json_keys": self.json_keys, "txt": self.txt, "txt_separator": self.txt_separator}
 
     @property
     def source(self) -> list[str] | str:

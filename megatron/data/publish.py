@@ -8,7 +8,10 @@ from dataclasses import dataclass
 from megatron.data.corpus import SPLITS, Fingerprint, corpus_hash
 from megatron.data.indexed import IndexedDataset, read_metadata
 from megatron.data.preprocess_options import PreprocessOptions
+from megatron.data.sources.base import Source
+from megatron.data.staging import clear
 from megatron.data.tokenizer import Tokenizer, file_hash
+from megatron.errors import ConfigurationError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,10 +30,31 @@ def publish(options: PreprocessOptions, tokenizer: Tokenizer, written: Written) 
     if tokenizer.source is not None:  # so that training reads it next to the data, without a flag
         (options.stage / options.tokenizer_file).write_bytes(tokenizer.source)
     record = _describe(options, tokenizer, written)
-    for path in options.stage.glob("progress*"):
-        path.unlink()
-    _move(options)
+    _move(options, [*_outputs(options), options.tokenizer_file])
     return record
+
+
+def check_targets(options: PreprocessOptions, sources: list[Source]) -> None:
+    """Check that no source, and no folder, has the name of a file that is written.
+
+    Raises: ConfigurationError if one has.
+    """
+    targets = {os.path.realpath(options.folder / name): name for name in (*_outputs(options), options.tokenizer_file)}
+    stage = os.path.realpath(options.stage)
+    for path in (source.path for source in sources if source.path is not None):
+        real = os.path.realpath(path)
+        if real in targets or os.path.commonpath([stage, real]) == stage:
+            raise ConfigurationError(
+                f"--input {path}: would be overwritten, as {options.target} writes a file of that name; write elsewhere"
+            )
+    for real in filter(os.path.isdir, targets):
+        raise ConfigurationError(f"{options.target}: {real} is a folder; name another, or remove it")
+
+
+def _outputs(options: PreprocessOptions) -> list[str]:
+    """Return the names of the files of all data sets, also of splits that are not written, and of corpus.json."""
+    names = {*options.outputs.values(), *(SPLITS if options.has_splits else ())}
+    return [options.record, *(f"{name}{suffix}" for name in sorted(names) for suffix in (".idx", ".bin", ".json"))]
 
 
 def has_record(options: PreprocessOptions) -> bool:
@@ -103,18 +127,21 @@ def _describe(options: PreprocessOptions, tokenizer: Tokenizer, written: Written
     return record
 
 
-def _move(options: PreprocessOptions) -> None:
+def _move(options: PreprocessOptions, names: list[str]) -> None:
     """Move all files into place; in between, no index and no corpus.json is there, so that a mixture is never valid.
 
     A split of an earlier call from the same text that this call does not write is removed, since its documents are now
     in other splits.
     """
-    folder, written = options.folder, [path.name for path in options.stage.iterdir()]
-    (folder / options.record).unlink(missing_ok=True)
-    outputs = {*options.outputs.values()}
-    for name in sorted(outputs | {*SPLITS} if options.has_splits else outputs):
-        if name in outputs or read_metadata(folder / name).get("source") == options.source:
-            for suffix in (".idx", ".bin", ".json"):
-                (folder / f"{name}{suffix}").unlink(missing_ok=True)
+    folder, stage, outputs = options.folder, options.stage, {*options.outputs.values()}
+    for name in names:
+        dataset = name.partition(".")[0] if options.has_splits else name
+        foreign = dataset in SPLITS and dataset not in outputs
+        if foreign and read_metadata(folder / dataset).get("source") != options.source:
+            continue
+        if name != options.tokenizer_file or not options.has_splits:  # it may be that of another split
+            (folder / name).unlink(missing_ok=True)
+    written = [name for name in names if (stage / name).exists()]
     for name in sorted(written, key=lambda name: (name == options.record, name.endswith(".idx"), name)):
-        os.replace(options.stage / name, folder / name)
+        os.replace(stage / name, folder / name)
+    clear(stage)

@@ -23,7 +23,7 @@ class RoundTrip:
         Raises: ConfigurationError if `decoded` is blank.
         """
         self.characters += len(text)
-        if decoded == text:
+        if decoded == text or not text.strip():
             return
         if not decoded.strip():
             raise ConfigurationError(

@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -39,7 +40,7 @@ def only_writer(stage: Path, named: str) -> Iterator[None]:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                logger.info("%s: another process writes to it; waiting", stage.parent)
+                logger.info("%s: another process writes to it; waiting", named)
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
             if _is_at(stage, descriptor):  # else the other process removed it when it had finished
                 yield
@@ -62,12 +63,14 @@ def clear(stage: Path) -> None:
 
 
 def read_progress(stage: Path) -> tuple[dict, dict[str, np.ndarray]] | None:
-    """Return the last progress and its arrays; None if there is none that can be read."""
+    """Return the last progress and its arrays; None if there is none, or its files are not all there."""
     try:
         progress = json.loads((stage / "progress.json").read_bytes())
+        if any((stage / name).stat().st_size < size for name, size in progress["files"].items()):
+            return None
         with np.load(stage / progress["arrays"], allow_pickle=False) as arrays:
             return progress, dict(arrays)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, BadZipFile):
         return None
 
 
@@ -112,20 +115,20 @@ class StagedOutputs:
         number, tokens = self.lengths[output]
         self.lengths[output] = number + len(documents.sizes), tokens + len(documents.ids)
 
-    def to_disk(self) -> None:
-        """Return when everything is on the disk."""
-        for file in (*self._ids.values(), *self._sizes.values()):
+    def to_disk(self) -> dict[str, int]:
+        """Return the length of each file when everything is on the disk."""
+        files = (*self._ids.values(), *self._sizes.values())
+        for file in files:
             _to_disk(file)
+        return {Path(file.name).name: file.tell() for file in files}
 
     def finish(self) -> None:
-        """Write the index of each output, in place of its sizes."""
+        """Write the index of each output."""
         self._files.close()
         for output, (documents, _) in self.lengths.items():
             name = self._names[output]
-            path = self._stage / f"{name}.sizes"
-            sizes = np.memmap(path, np.int32, "r") if documents else np.empty(0, np.int32)
+            sizes = np.memmap(self._stage / f"{name}.sizes", np.int32, "r") if documents else np.empty(0, np.int32)
             write_index(self._stage / f"{name}.idx", self._dtype, sizes, np.arange(documents + 1))
-            path.unlink()
 
     def _open(self, name: str, length: int):
         file = self._files.enter_context((self._stage / name).open("ab"))

@@ -107,9 +107,10 @@ class ChunkTokeniser:
         texts: dict[str, list[Text]] = {name: [] for name in self._options.outputs}
         for output, text in self._texts(task.chunk, skipped):
             texts[output].append(text)
+        documents = {output: self._tokenised(texts[output], skipped) for output in texts}
         train = [ngram_hashes(text.data) for text in texts["train"]] if task.thresholds else []
         return TokenisedChunk(
-            documents={output: self._encoded(texts[output]) for output in texts},
+            documents=documents,
             skipped=skipped,
             ngrams=below(np.concatenate([np.empty(0, np.uint64), *train]), task.largest_ngram),
             held_out={
@@ -135,6 +136,28 @@ class ChunkTokeniser:
                 digest = hashlib.sha256(data).digest()
                 output = split_of(record.group, digest, options.splits) if options.has_splits else key
                 yield output, Text(record.name, text, data, digest)
+
+    def _tokenised(self, documents: list[Text], skipped: Counter) -> Documents:
+        """Return the tokens of documents; those that cannot be encoded are removed from the list, or the first raises.
+
+        Raises: BadRecord for a document that cannot be encoded, unless --on-error is skip.
+        """
+        try:
+            return self._encoded(documents)
+        except ConfigurationError:
+            good = [document for document in documents if self._is_good(document, skipped)]
+            documents[:] = good
+            return self._encoded(documents)
+
+    def _is_good(self, document: Text, skipped: Counter) -> bool:
+        try:
+            self._encoded([document])
+        except ConfigurationError as error:
+            if self._options.on_error == "stop":
+                raise BadRecord(f"{error} (in {document.name})", "cannot be encoded") from None
+            skipped["cannot be encoded"] += 1
+            return False
+        return True
 
     def _encoded(self, documents: list[Text]) -> Documents:
         """Return the tokens of the documents of one output, each with `eod` at its end if it is appended."""
@@ -194,8 +217,8 @@ def in_order(workers: int, make: Callable[[], ChunkTokeniser]) -> Iterator[MapIn
         yield lambda tasks: _ahead(pool, tasks, 2 * workers + 2)
     except BrokenProcessPool:
         raise ConfigurationError(
-            f"--workers {workers}: a worker process was killed, perhaps for lack of memory; lower it and run the same "
-            "command again, which resumes"
+            f"--workers {workers}: a worker process was killed, perhaps for lack of memory; lower it, and run the same "
+            "command again"
         ) from None
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
@@ -204,11 +227,22 @@ def in_order(workers: int, make: Callable[[], ChunkTokeniser]) -> Iterator[MapIn
 def _ahead(pool: ProcessPoolExecutor, tasks: Iterable[ChunkTask], most: int) -> Iterator[TokenisedChunk]:
     pending = deque()
     for task in tasks:
-        pending.append(pool.submit(_compute, task))
+        with _interrupts_wait():  # a worker that starts would print its own traceback
+            pending.append(pool.submit(_compute, task))
         if len(pending) >= most:
             yield pending.popleft().result()
     while pending:
         yield pending.popleft().result()
+
+
+@contextmanager
+def _interrupts_wait() -> Iterator[None]:
+    """Hold SIGINT back; processes that start inherit that, and only the calling process ends the pool."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 _worker: ChunkTokeniser | None = None
@@ -216,7 +250,6 @@ _worker: ChunkTokeniser | None = None
 
 def _start_worker(make: Callable[[], ChunkTokeniser], parent: int) -> None:
     global _worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the calling process ends the pool
     Thread(target=_end_with, args=(parent,), daemon=True).start()
     _worker = make()
 

@@ -75,7 +75,9 @@ class HFTokenizer:
     @property
     def lossless(self) -> bool:
         """Whether decoding returns every text: else a normalizer may change it, or the model drop characters."""
-        return self._fast is not None
+        from tokenizers import decoders
+
+        return self._fast is not None and isinstance(self._library.decoder, decoders.ByteLevel)
 
     def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Return the ids of each text, computed on one core if it is byte-level BPE."""

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from megatron.data import preprocess as preparing
-from megatron.data import preprocess_options
+from megatron.data import preprocess_options, staging
+from megatron.data import publish as publishing
 from megatron.data.indexed import IndexedDataset, read_metadata
 from megatron.data.preprocess import is_resumable, preprocess
 from megatron.data.preprocess_options import PreprocessOptions
@@ -75,6 +76,38 @@ def test_any_number_of_workers_gives_the_same_bytes(text, tokenizer, tmp_path, m
     assert contents(tmp_path / "trained 1") == contents(tmp_path / "trained 2")
 
 
+def test_a_run_that_stopped_at_a_bad_record_goes_on_without_it(text, tmp_path, monkeypatch, refused):
+    small_chunks(monkeypatch)
+    own, compute, calls = tmp_path / "own.jsonl", ChunkTokeniser.__call__, []
+    lines = text.read_bytes().splitlines(keepends=True)
+    own.write_bytes(b"".join([*lines[:900], b"{\n", *lines[900:]]))
+    with refused(f"--input {own}: line 901 is not JSON"):
+        preprocess(options(own, tmp_path / "data"))
+    monkeypatch.setattr(ChunkTokeniser, "__call__", lambda self, task: calls.append(task) or compute(self, task))
+    assert preprocess(options(own, tmp_path / "data", on_error="skip"))["skipped"] == {"not JSON": 1}
+    assert calls[0].chunk.first > 800
+    preprocess(options(text, tmp_path / "whole"))
+    assert (tmp_path / "data" / "train.bin").read_bytes() == (tmp_path / "whole" / "train.bin").read_bytes()
+
+
+@pytest.mark.parametrize("moment", ["write_index", "_describe", "_move"])
+def test_a_run_that_ends_after_the_last_chunk_resumes(text, tmp_path, monkeypatch, moment):
+    """Such as on a disk that has room for the tokens, and not for the index."""
+    small_chunks(monkeypatch)
+    preprocess(options(text, tmp_path / "whole"))
+    module = staging if moment == "write_index" else publishing
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left on device"):
+        patch.setattr(module, moment, fail)
+        preprocess(options(text, tmp_path / "data"))
+    monkeypatch.setattr(ChunkTokeniser, "__call__", None)  # nothing is tokenised again
+    preprocess(options(text, tmp_path / "data"))
+    assert contents(tmp_path / "data") == contents(tmp_path / "whole")
+
+
 class Interrupt(Exception):
     """Stands for a signal at a known place."""
 
@@ -107,11 +140,11 @@ def test_an_interrupted_run_resumes_without_tokenising_again(text, tokenizer, tm
     assert len(computed) == len(set(computed)) + 1  # the chunk of the interruption alone was computed again
 
 
-@pytest.mark.parametrize("change", ["text", "flags", "progress"])
+@pytest.mark.parametrize("change", ["text", "splits", "key", "errors", "progress", "shorter", "missing"])
 def test_progress_of_other_text_or_flags_is_not_used(text, tmp_path, monkeypatch, change):
     small_chunks(monkeypatch)
     own = tmp_path / "own.jsonl"
-    own.write_bytes(text.read_bytes())
+    own.write_bytes(text.read_bytes().replace(b'{"text"', b'{"other": "x", "text"'))
     compute, calls = ChunkTokeniser.__call__, []
 
     def interrupted(self, task):
@@ -122,16 +155,22 @@ def test_progress_of_other_text_or_flags_is_not_used(text, tmp_path, monkeypatch
 
     monkeypatch.setattr(ChunkTokeniser, "__call__", interrupted)
     with pytest.raises(Interrupt):
-        preprocess(options(own, tmp_path / "data"))
-    flags = {}
+        preprocess(options(own, tmp_path / "data", on_error="skip" if change == "errors" else "stop"))
+    flags, stage = {}, tmp_path / "data" / ".partial"
     if change == "text":
-        own.write_bytes(text.read_bytes().replace(b"import", b"IMPORT"))
-    elif change == "flags":
-        flags = {"splits": (50, 25, 25)}
-    else:
-        progress = tmp_path / "data" / ".partial" / "progress.json"
-        progress.write_bytes(progress.read_bytes()[:-20])
+        own.write_bytes(own.read_bytes().replace(b"import", b"IMPORT"))
+    elif change in ("splits", "key"):
+        flags = {"splits": (50, 25, 25)} if change == "splits" else {"json_keys": ("other",), "splits": (1, 0, 0)}
+    elif change == "progress":
+        (stage / "progress.json").write_bytes((stage / "progress.json").read_bytes()[:-20])
+    elif change == "shorter":
+        os.truncate(stage / "tuning.sizes", 8)
+    elif change == "missing":
+        (stage / "train.bin").unlink()
+    calls.clear()
+    monkeypatch.setattr(ChunkTokeniser, "__call__", lambda self, task: calls.append(task) or compute(self, task))
     preprocess(options(own, tmp_path / "data", **flags))
+    assert len(calls) > 10 and calls[0].chunk.first == 1  # from the beginning
     preprocess(options(own, tmp_path / "fresh", **flags))
     assert contents(tmp_path / "data") == contents(tmp_path / "fresh")
 
@@ -176,7 +215,8 @@ def running(text: Path, folder: Path) -> tuple[subprocess.Popen, list[str]]:
     large = folder / "large.jsonl"
     large.write_bytes(text.read_bytes() * 20)
     flags = ["--input", large, "--tokenizer-type", "ByteTokenizer", "--workers", 2, "--output-dir", folder / "data"]
-    process = subprocess.Popen(program(20_000, *flags), env=environment(), stderr=subprocess.PIPE, text=True)
+    command = program(20_000, *flags)
+    process = subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True, start_new_session=True)
     deadline = time.monotonic() + 60
     while not (folder / "data" / ".partial" / "progress.json").exists():
         assert process.poll() is None and time.monotonic() < deadline
@@ -202,11 +242,15 @@ def test_workers_end_with_a_killed_parent(text, tmp_path):
     [
         (signal.SIGKILL, "worker", 2, "--workers 2: a worker process was killed"),
         (signal.SIGINT, "parent", 130, "interrupted; the same command resumes"),
+        (signal.SIGINT, "group", 130, "interrupted; the same command resumes"),
     ],
 )
 def test_a_run_that_ends_early_says_how_to_go_on(text, tmp_path, signal_number, victim, code, message):
     process, workers = running(text, tmp_path)
-    os.kill(int(workers[0]) if victim == "worker" else process.pid, signal_number)
+    if victim == "group":
+        os.killpg(process.pid, signal_number)
+    else:
+        os.kill(int(workers[0]) if victim == "worker" else process.pid, signal_number)
     errors = process.communicate(timeout=60)[1]
     assert process.returncode == code and message in errors and "Traceback" not in errors, errors
     assert is_resumable(tmp_path / "data" / ".partial") and not (tmp_path / "data" / "corpus.json").exists()

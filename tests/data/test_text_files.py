@@ -214,7 +214,7 @@ def test_zeros_after_a_gzip_file_are_padding(file):
     [
         (b'{"text": "x"', ["is not JSON", "fix or remove it"]),
         (b"plain text", ["is not JSON"]),
-        (b'{"text": "\xff\xfe"}', ["is not JSON", "0xff"]),
+        (b'{"text": "\xff\xfe"}', ["is not UTF-8", "0xff"]),
         (b"[" * 100_000, ["is not JSON"]),
         (b'{"body": "x"}', ['has no field "text"', "--json-keys"]),
         (b'["text"]', ['has no field "text"', "--json-keys"]),

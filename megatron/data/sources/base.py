@@ -14,7 +14,6 @@ from megatron.errors import ConfigurationError
 Position = tuple[int, int]  # a source, and the number of its chunks that are finished
 
 CHUNK_BYTES = 1 << 21  # of text
-CHUNK_ROWS = 1024  # of a table
 LONGEST_DOCUMENT = 64 << 20  # bytes; tokenisation takes a multiple of that in memory
 
 
@@ -67,6 +66,11 @@ class Source(Protocol):
     @property
     def size(self) -> int | None:
         """Its bytes on disk, None if unknown."""
+        ...
+
+    @property
+    def path(self) -> str | None:
+        """The path of a file, None for anything else."""
         ...
 
     def chunks(self, keys: tuple[str, ...]) -> Iterator[Chunk]:

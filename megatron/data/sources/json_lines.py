@@ -32,7 +32,9 @@ class Lines:
         """Yield the documents; blank lines are none."""
         data = self.data.removeprefix(codecs.BOM_UTF8) if self.first == 1 else self.data
         for number, line in enumerate(data.split(b"\n"), self.first):
-            if line and not line.isspace():
+            if len(line) > base.LONGEST_DOCUMENT:
+                yield base.too_long(f"{self.path}: line {number}", "fix or remove it")
+            elif line and not line.isspace():
                 try:
                     yield Record(f"{self.path}:{number}", _texts(line, keys, f"--input {self.path}: line {number}"))
                 except BadRecord as error:
@@ -44,12 +46,13 @@ class JsonLines:
 
     def __init__(self, path: str, size: int | None, identity: tuple | None):
         self._path, self.size, self.identity = path, size, identity
+        self.path = None if path == STANDARD_INPUT else path
 
     def chunks(self, keys: tuple[str, ...]) -> Iterator[Lines | base.Given]:
         """Yield chunks of whole lines."""
         first, rest, position = 1, b"", 0
         with self._open() as file:
-            while block := file.read(base.CHUNK_BYTES):
+            for block in _blocks(file):
                 data, newline, rest = (rest + block).rpartition(b"\n")
                 position, size = disk_position(file), disk_position(file) - position
                 if newline:
@@ -59,13 +62,29 @@ class JsonLines:
                     where = f"{self._path}: line {first}"
                     yield base.Given((base.too_long(where, "fix or remove it"),), size)
                     rest, first = _after_line(file), first + 1
-        if rest:
-            yield Lines(self._path, first, rest, 0)
+            if rest:
+                yield Lines(self._path, first, rest, 0)
 
     def _open(self) -> AbstractContextManager[Readable]:
         if self._path == STANDARD_INPUT:
             return nullcontext(io.BufferedReader(io.FileIO(sys.stdin.fileno(), closefd=False)))
         return open_text(Path(self._path), f"--input {self._path}")
+
+
+def _blocks(file: Readable) -> Iterator[bytes]:
+    """Yield what is in a file, some CHUNK_BYTES at a time; of a damaged file also what comes before the damage."""
+    while True:
+        parts, size = [], 0
+        try:
+            while size < base.CHUNK_BYTES and (part := file.read1(base.CHUNK_BYTES - size)):
+                parts.append(part)
+                size += len(part)
+        except Exception:
+            yield b"".join(parts)
+            raise
+        if not parts:
+            return
+        yield b"".join(parts)
 
 
 def _after_line(file: Readable) -> bytes:
@@ -105,6 +124,8 @@ def _texts(line: bytes, keys: tuple[str, ...], where: str) -> tuple[str, ...]:
 def _lenient(line: bytes, where: str) -> object:
     try:
         return json.loads(line)
+    except UnicodeDecodeError as error:
+        raise BadRecord(f"{where} is not UTF-8 ({error}); fix or remove it", "not UTF-8") from None
     except (ValueError, RecursionError) as error:
         raise BadRecord(f"{where} is not JSON ({error}); fix or remove it", "not JSON") from None
 

@@ -1,5 +1,6 @@
 """Plain text: a file is one document, or several that a separating line ends."""
 
+import codecs
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ class Texts:
                 yield base.too_long(name, TOO_LONG)
                 continue
             try:
-                yield Record(name, (data.decode("utf-8-sig"),))
+                yield Record(name, (data.decode(),))
             except UnicodeDecodeError as error:
                 message = f"--input {name}: is not UTF-8 ({error}); convert it with iconv -t UTF-8"
                 yield BadRecord(message, "not UTF-8")
@@ -37,7 +38,8 @@ class PlainText:
     """A file of plain text; without a `separator` it is one document, "" is an empty line."""
 
     def __init__(self, path: str, size: int, identity: tuple, *, separator: str | None = None):
-        self._path, self.size, self.identity, self._separator = path, size, identity, separator
+        self.path = self._path = path
+        self.size, self.identity, self._separator = size, identity, separator
 
     def chunks(self, keys: tuple[str, ...]) -> Iterator[Texts]:
         """Yield chunks of whole documents."""
@@ -47,6 +49,8 @@ class PlainText:
                 "give one"
             )
         with open_text(Path(self._path), f"--input {self._path}") as file:
+            if file.peek(3)[:3] == codecs.BOM_UTF8:
+                file.read(3)
             position, size, documents = 0, 0, []
             for name, data in self._whole(file) if self._separator is None else self._separated(file):
                 documents.append((name, data))
@@ -63,11 +67,11 @@ class PlainText:
     def _separated(self, file: Readable) -> Iterator[tuple[str, bytes]]:
         """Yield (name, text) of each document; of one that is too long, only as much as shows it."""
         end = (self._separator or "").encode()
-        lines, size, first = [], 0, 1
-        number = 0
+        lines, size, first, number, whole = [], 0, 1, 0, True
         while line := file.readline(base.LONGEST_DOCUMENT + 1):
-            number += line.endswith(b"\n")
-            if line.rstrip(b"\r\n") == end:
+            is_start, whole = whole, line.endswith(b"\n")  # else it is a part of a longer line
+            number += whole
+            if is_start and line.rstrip(b"\r\n") == end:
                 yield f"{self._path}:{first}", b"".join(lines)
                 lines, size, first = [], 0, number + 1
             elif size <= base.LONGEST_DOCUMENT:

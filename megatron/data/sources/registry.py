@@ -33,19 +33,23 @@ def list_sources(inputs: Sequence[str], *, txt: bool = False, separator: str | N
             if len(inputs) > 1:
                 raise ConfigurationError("--input -: is standard input, and other inputs are given too; leave one out")
             return [JsonLines(STANDARD_INPUT, None, None)]
-        for path in _files(word, txt):
-            if path in seen:
-                raise ConfigurationError(f"--input {word}: names {path} a second time; leave one out")
-            seen.add(path)
-            sources.append(_source(path, txt, separator))
+        # a file behind two names is read once
+        files = {os.path.realpath(path): path for path in reversed(_files(word, txt))}
+        for real in sorted(files.keys() & seen):
+            raise ConfigurationError(f"--input {word}: names {files[real]} a second time; leave one out")
+        seen |= files.keys()
+        sources += [_source(path, txt, separator) for path in reversed(files.values())]
     return sources
 
 
 def _files(word: str, txt: bool) -> list[str]:
     """Return the files that a value of --input names."""
     if os.path.isdir(word):
-        paths = sorted(path for path in glob.glob(f"{glob.escape(word)}/**", recursive=True) if os.path.isfile(path))
-        files = [path for path in paths if txt or text_kind(Path(path)) in FOLDER_KINDS]
+        paths = sorted(os.path.join(folder, name) for folder, _, names in os.walk(word) for name in names)
+        visible = [
+            path for path in paths if not any(part.startswith(".") for part in Path(path).relative_to(word).parts)
+        ]
+        files = [path for path in visible if txt or text_kind(Path(path)) in FOLDER_KINDS]
         wanted = "no file" if txt else f"no file of the kinds {', '.join(FOLDER_KINDS)}"
         remedy = "name its files" if txt else "name its files, or read every file as plain text with --txt"
     else:

@@ -1,6 +1,7 @@
 """The source code of the running Python's standard library: text that every machine has."""
 
 import hashlib
+import platform
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,8 +27,8 @@ BUILD_RECORDS = ("config-", "_sysconfigdata")
 class StandardLibrary:
     """The standard library's source as a source of documents."""
 
-    size = None
-    identity = ("python-stdlib",)
+    size = path = None
+    identity = ("python-stdlib", platform.python_version())
 
     def chunks(self, keys: tuple[str, ...]) -> Iterator[Given]:
         """Yield chunks of files; `keys` has one entry."""

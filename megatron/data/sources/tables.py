@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -10,11 +10,12 @@ from typing import Any
 import pyarrow
 from pyarrow import ipc, parquet
 
-from megatron.data.compressed import damaged
+from megatron.data.compressed import damaged, unchanged
 from megatron.data.sources import base
 from megatron.data.sources.base import BadRecord, Record
 from megatron.errors import ConfigurationError
 
+BATCH_ROWS = 64  # decoded at a time; a chunk takes as many batches as fill it
 STRINGS = (pyarrow.string(), pyarrow.large_string(), pyarrow.string_view())
 KEYS_FLAG = "name the columns that hold the text with --json-keys"
 
@@ -33,8 +34,7 @@ class Rows:
         columns = [_values(self.table.column(key)) for key in keys]
         for number, texts in enumerate(zip(*columns), self.first):
             where = f"{self.named}: row {number}"
-            longest = max((len(text) for text in texts if isinstance(text, str)), default=0)
-            if longest > base.LONGEST_DOCUMENT:
+            if any(isinstance(text, str) and _is_too_long(text) for text in texts):
                 yield base.too_long(where.removeprefix("--input "), "remove it")
             elif all(isinstance(text, str) for text in texts):
                 yield Record(where.removeprefix("--input ").replace(": row ", ":"), texts)
@@ -48,31 +48,33 @@ class Rows:
 
 
 class ParquetFile:
-    """A Parquet file, compressed inside; read row group by row group."""
+    """A Parquet file; a row group is decoded at a time."""
 
     def __init__(self, path: str, size: int, identity: tuple):
-        self._path, self.size, self.identity = path, size, identity
+        self.path = self._path = path
+        self.size, self.identity = size, identity
 
     def chunks(self, keys: tuple[str, ...]) -> Iterator[Rows]:
         """Yield chunks of rows."""
         named = f"--input {self._path}"
-        with _reading(named), parquet.ParquetFile(self._path) as file:
+        with _reading(self._path, named), parquet.ParquetFile(self._path, pre_buffer=False) as file:
             check_columns(file.schema_arrow, keys, named)
-            batches = file.iter_batches(batch_size=base.CHUNK_ROWS, columns=list(keys))
-            share = self.size / max(1, file.metadata.num_rows)
-            yield from _chunks(named, map(_as_table, batches), share)
+            batches = file.iter_batches(batch_size=BATCH_ROWS, columns=list(keys))
+            yield from _chunks(named, map(_as_table, batches), self.size / max(1, file.metadata.num_rows))
 
 
 class ArrowFile:
-    """An Arrow file, as a stream (as `datasets` writes them) or with an index, memory-mapped."""
+    """An Arrow file, as a stream (as `datasets` writes them) or with an index."""
 
     def __init__(self, path: str, size: int, identity: tuple):
-        self._path, self.size, self.identity = path, size, identity
+        self.path = self._path = path
+        self.size, self.identity = size, identity
 
     def chunks(self, keys: tuple[str, ...]) -> Iterator[Rows]:
         """Yield chunks of rows."""
         named = f"--input {self._path}"
-        with _reading(named), pyarrow.memory_map(self._path) as file:
+        # read, not memory-mapped: a file that is truncated meanwhile would kill the process
+        with _reading(self._path, named), pyarrow.OSFile(self._path) as file:
             try:
                 reader: Any = ipc.open_stream(file)
                 batches: Iterable = reader
@@ -85,18 +87,19 @@ class ArrowFile:
             position = 0
             for chunk in _chunks(named, tables, 0):
                 size, position = file.tell() - position, file.tell()
-                yield Rows(chunk.named, chunk.first, chunk.table, max(0, size))
+                yield replace(chunk, size=max(0, size))
 
 
 class HuggingFaceDataset:
     """A data set of Hugging Face's hub, streamed, or a local folder of one."""
 
-    size = None
+    size = path = None
 
     def __init__(self, name: str, split: str, config: str | None):
         self._name, self._split, self._config = name, split, config
         self._named = f"--hf-dataset {name}"
-        self.identity = ("hf", name, split, config)
+        revision = _files(name) if Path(name).is_dir() else _revision(name)
+        self.identity = (name, split, config, revision) if revision else None
 
     def chunks(self, keys: tuple[str, ...]) -> Iterator[Rows]:
         """Yield chunks of rows."""
@@ -104,18 +107,20 @@ class HuggingFaceDataset:
         if rows.features is not None:
             check_columns(rows.features.arrow_schema, keys, self._named)
         try:
-            tables = rows.select_columns(list(keys)).with_format("arrow").iter(batch_size=base.CHUNK_ROWS)
+            tables = rows.select_columns(list(keys)).with_format("arrow").iter(batch_size=BATCH_ROWS)
             yield from _chunks(self._named, tables, 0)
         except ConfigurationError:
             raise
         except Exception as error:  # of many kinds, such as a lost connection, which --on-error must not skip
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ConfigurationError(
-                f"{self._named}: cannot be read further ({reason}); run the same command again, which resumes"
+                f"{self._named}: cannot be read further ({reason}); check the data set and the connection, and run the "
+                "same command again"
             ) from None
 
     def _open(self, library: ModuleType):
         library.disable_progress_bars()
+        library.logging.set_verbosity(library.logging.CRITICAL)  # its errors are ours, in one line
         saved = [Path(self._name, name).is_file() for name in ("state.json", "dataset_dict.json")]
         try:
             if not any(saved):
@@ -139,6 +144,8 @@ def check_columns(schema: pyarrow.Schema, keys: tuple[str, ...], named: str) -> 
     Raises: ConfigurationError if it has not.
     """
     for key in keys:
+        if schema.names.count(key) > 1:
+            raise ConfigurationError(f'{named}: has {schema.names.count(key)} columns "{key}"; rename all but one')
         if key not in schema.names:
             raise ConfigurationError(f'{named}: has no column "{key}", but {", ".join(schema.names)}; {KEYS_FLAG}')
         kind = schema.field(key).type
@@ -148,14 +155,42 @@ def check_columns(schema: pyarrow.Schema, keys: tuple[str, ...], named: str) -> 
 
 
 def _chunks(named: str, tables: Iterable[pyarrow.Table], bytes_per_row: float) -> Iterator[Rows]:
-    first = 1
+    """Yield chunks of some CHUNK_BYTES, whatever the sizes of `tables`."""
+    first, parts, size = 1, [], 0
     for table in tables:
-        for start in range(0, len(table), base.CHUNK_ROWS):
+        for start in range(0, len(table), BATCH_ROWS):
             part = table
-            if len(table) > base.CHUNK_ROWS:  # copied, since pickling a slice of a table would send all of it
-                part = table.take(pyarrow.array(range(start, min(len(table), start + base.CHUNK_ROWS))))
-            yield Rows(named, first, part, round(bytes_per_row * len(part)))
-            first += len(part)
+            if len(table) > BATCH_ROWS:  # copied, since pickling a slice of a table would send all of it
+                part = table.take(pyarrow.array(range(start, min(len(table), start + BATCH_ROWS))))
+            parts.append(part)
+            size += part.nbytes
+            if size >= base.CHUNK_BYTES:
+                whole = pyarrow.concat_tables(parts)
+                yield Rows(named, first, whole, round(bytes_per_row * len(whole)))
+                first, parts, size = first + len(whole), [], 0
+    if parts:
+        whole = pyarrow.concat_tables(parts)
+        yield Rows(named, first, whole, round(bytes_per_row * len(whole)))
+
+
+def _is_too_long(text: str) -> bool:
+    return 4 * len(text) > base.LONGEST_DOCUMENT and len(text.encode()) > base.LONGEST_DOCUMENT
+
+
+def _files(folder: str) -> list[tuple[str, int, int]]:
+    """Return name, size and time of the files of a folder."""
+    paths = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+    return [(str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+
+
+def _revision(name: str) -> str | None:
+    """Return the commit of a data set on the hub, None where that cannot be known."""
+    from huggingface_hub import HfApi
+
+    try:
+        return HfApi().dataset_info(name, timeout=10).sha
+    except Exception:  # of many kinds; opening the data set then reports it, or reads it from a cache
+        return None
 
 
 def _as_table(batch: pyarrow.RecordBatch) -> pyarrow.Table:
@@ -178,9 +213,10 @@ def _decoded(value: bytes | None) -> str | bytes | None:
 
 
 @contextmanager
-def _reading(named: str) -> Iterator[None]:
+def _reading(path: str, named: str) -> Iterator[None]:
     try:
-        yield
+        with unchanged(path, named):
+            yield
     except ConfigurationError:
         raise
     except FileNotFoundError as error:
