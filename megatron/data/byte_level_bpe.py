@@ -17,9 +17,12 @@ from tokenizers import Tokenizer, models
 # the words of GPT-2 (openai/gpt-2, encoder.py), which the `tokenizers` library's ByteLevel pre-tokenizer cuts as well;
 # possessive quantifiers and the first of the alternatives for white space change no match, only the time
 WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
-# the same for text whose white space is ASCII: what is not ASCII is matched with all characters up to white space
-ASCII_WORDS = r" ?[A-Za-z]+|'(?:[sdmt]|ll|ve|re)| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+"
+# the same for ASCII; an alternative that begins with a character or a set of them is passed over fastest
+ASCII_WORDS = "|".join(
+    [r" [A-Za-z]+|[A-Za-z]+|'(?:[sdmt]|ll|ve|re)| [0-9]+|[0-9]+", r" [^\sA-Za-z0-9]+|[^\sA-Za-z0-9]+|\s+(?!\S)|\s+"]
+)
 find_ascii_words = re.compile(ASCII_WORDS, re.ASCII).findall
+# for text whose white space is ASCII: what is not ASCII is matched with all characters up to white space
 find_words = re.compile(rf" ?\S*[^\x00-\x7f]\S*|{ASCII_WORDS}", re.ASCII).findall
 has_other_space = re.compile(r"[^\S\x00-\x7f]").search
 CACHED_WORDS, CACHED_LENGTH = 1 << 20, 40  # words in memory, and characters of the longest
@@ -34,18 +37,19 @@ class FastCore:
 
     def __init__(self, encoding: tiktoken.Encoding, ids: np.ndarray):
         self._encoding, self._ids = encoding, ids
+        self._id_bytes = [index.tobytes() for index in ids]
         self._cache = _Cache(self)
 
     def encode(self, text: str) -> np.ndarray:
         """Return the ids of a text, uint32 [N]."""
         if not text.isascii() and has_other_space(text):
-            return self.encode_word(text)
+            return self._ids[self._encoding.encode_to_numpy(text, disallowed_special=())]
         words = find_ascii_words(text) if text.isascii() else find_words(text)
         return np.frombuffer(b"".join(map(self._cache.__getitem__, words)), np.uint32)
 
-    def encode_word(self, word: str) -> np.ndarray:
-        """Return the ids of a text, all of it by the core."""
-        return self._ids[self._encoding.encode_to_numpy(word, disallowed_special=())]
+    def encode_word(self, word: str) -> bytes:
+        """Return the ids of a word, as bytes, from the core."""
+        return b"".join(map(self._id_bytes.__getitem__, self._encoding.encode_ordinary(word)))
 
 
 class _Cache(dict[str, bytes]):
@@ -56,7 +60,7 @@ class _Cache(dict[str, bytes]):
         self._core = core
 
     def __missing__(self, word: str) -> bytes:
-        data = self._core.encode_word(word).tobytes()
+        data = self._core.encode_word(word)
         if len(word) <= CACHED_LENGTH:
             if len(self) >= CACHED_WORDS:
                 self.clear()

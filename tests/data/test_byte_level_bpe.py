@@ -1,5 +1,6 @@
 """The fast core of byte-level BPE: the ids of the `tokenizers` library for every text, or no core."""
 
+import itertools
 import json
 import random
 import sys
@@ -43,6 +44,12 @@ def random_text(draw: random.Random) -> str:
     ranges = ascii_only * draw.randrange(1, 9) + ranges[: draw.randrange(4)]
     codes = (draw.randrange(*draw.choice(ranges)) for _ in range(draw.randrange(200)))
     return "".join(chr(code) for code in codes if not 0xD800 <= code < 0xE000)
+
+
+def test_runs_of_white_space_in_every_combination(path):
+    """Up to five characters of white space between two words, at the start and at the end."""
+    runs = ["".join(run) for size in range(6) for run in itertools.product(" \n\t", repeat=size)]
+    assert equal(HFTokenizer(path)._library, [*(f"a{run}b c{run}" for run in runs), *(f"{run}'s" for run in runs)])
 
 
 def equal(library: Tokenizer, texts: list[str]) -> bool:
