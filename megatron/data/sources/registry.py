@@ -33,7 +33,7 @@ def list_sources(inputs: Sequence[str], *, txt: bool = False, separator: str | N
             if len(inputs) > 1:
                 raise ConfigurationError("--input -: is standard input, and other inputs are given too; leave one out")
             return [JsonLines(STANDARD_INPUT, None, None)]
-        # a file behind two names is read once
+        # a file of two names is read once
         files = {os.path.realpath(path): path for path in reversed(_files(word, txt))}
         for real in sorted(files.keys() & seen):
             raise ConfigurationError(f"--input {word}: names {files[real]} a second time; leave one out")
