@@ -68,7 +68,7 @@ without_nvcc = pytest.mark.skipif(
     "flags, machine, message",
     [
         (["--fast"], {}, "install.sh --fast: unknown flag; --help lists them"),
-        (["--with-apexx"], {}, "install.sh --with-apexx: unknown extra; give one of test, eval, deepspeed,"),
+        (["--with-apexx"], {}, "install.sh --with-apexx: unknown extra; give one of test, eval, datasets,"),
         (["--cpu", "--cuda"], {}, "install.sh --cuda: excludes --cpu; drop one"),
         (["--with-apex", "--cpu"], {}, "install.sh --with-apex: excludes --cpu, apex is for CUDA; drop one"),
         ([], {"version": "3.9"}, "is Python 3.9; this needs 3.10 or newer"),

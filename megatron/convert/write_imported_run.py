@@ -44,6 +44,10 @@ class UnknownData:
     fingerprints: dict[str, str] = field(default_factory=dict)
     shared_13grams: dict[str, dict] = field(default_factory=dict)
 
+    def unique_tokens(self) -> dict[str, int]:
+        """Return no counts: the data sets are unknown."""
+        return {}
+
 
 def write_run(folder: Path, recorded: dict, weights: dict[str, Tensor], time_block: int) -> None:
     """Write a run into the empty `folder`: `recorded` as its config.json, `weights` as its checkpoint at step 0.
