@@ -106,6 +106,8 @@ class _Preprocessing:
                 if options.trained_ids:
                     texts = self._training_texts(train_bytes)
                     train_tokenizer(texts, options.trained_ids, self._tokenizer_path)
+                else:
+                    self._surveyed_hash = None  # it includes documents that the tokenizer cannot encode
         tokenizer = options.build_tokenizer(self._tokenizer_path)
         self._round_trips = {name: RoundTrip(tokenizer.flag) for name in options.outputs}
         if recorded is not None:
@@ -126,11 +128,12 @@ class _Preprocessing:
 
     def _survey(self) -> int:
         """Read all text for its hash; return the bytes to train a tokenizer on."""
-        fingerprints = {name: Fingerprint() for name in self._options.outputs}
+        fingerprints, skipped = {name: Fingerprint() for name in self._options.outputs}, Counter()
         for result in self._map("reading", partial(ChunkTokeniser, self._options, None), {}):
             for name, documents in result.documents.items():
                 fingerprints[name].add(documents.digests, documents.text_bytes)
-        self._check_documents(fingerprints)
+            skipped.update(result.skipped)
+        self._check_documents(fingerprints, skipped)
         self._surveyed_hash, self._position, self._read_bytes = corpus_hash(fingerprints), (0, 0), 0
         return sum(fingerprints[name].text_bytes for name in self._training_outputs)
 
@@ -164,7 +167,7 @@ class _Preprocessing:
                 if monotonic() > recorded + RECORD_SECONDS and self._identity:
                     seconds = self._record(outputs)
                     recorded = monotonic() + seconds * RECORD_SHARE
-            self._check_documents(self._fingerprints)
+            self._check_documents(self._fingerprints, self._skipped)
             if self._surveyed_hash not in (None, corpus_hash(self._fingerprints)):
                 raise ConfigurationError(
                     f"{self._options.named}: changed while it was read; start again when nothing writes to it"
@@ -208,12 +211,12 @@ class _Preprocessing:
             for crc, hashes in held_out:
                 self._held_out[name].add(crc, hashes)
 
-    def _check_documents(self, fingerprints: dict[str, Fingerprint]) -> None:
-        """Check that every data set has a document."""
+    def _check_documents(self, fingerprints: dict[str, Fingerprint], skipped: Counter) -> None:
+        """Check that every data set has a document; the message counts what was skipped."""
         options = self._options
         if not any(fingerprint.documents for fingerprint in fingerprints.values()):
-            skipped = ", ".join(f"{count:,} {reason}" for reason, count in sorted(self._skipped.items()))
-            note = f" (skipped: {skipped})" if skipped else ""
+            counts = ", ".join(f"{count:,} {reason}" for reason, count in sorted(skipped.items()))
+            note = f" (skipped: {counts})" if counts else ""
             raise ConfigurationError(f"{options.named}: holds no text{note}; give files that do")
         for name, fingerprint in fingerprints.items():
             if not fingerprint.documents and options.has_splits:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -210,25 +211,30 @@ def test_ten_kills_at_random_moments_and_the_same_bytes(text, tokenizer, tmp_pat
     assert contents(tmp_path / "data") == contents(tmp_path / "whole")
 
 
-def running(text: Path, folder: Path) -> tuple[subprocess.Popen, list[str]]:
-    """Start the tool in two workers on 30 MB; return it with its child processes when progress was recorded."""
-    large = folder / "large.jsonl"
+@pytest.fixture
+def running(text, tmp_path):
+    """The tool in two workers on 30 MB with its worker processes, after progress was recorded; killed at the end."""
+    large = tmp_path / "large.jsonl"
     large.write_bytes(text.read_bytes() * 20)
-    flags = ["--input", large, "--tokenizer-type", "ByteTokenizer", "--workers", 2, "--output-dir", folder / "data"]
+    flags = ["--input", large, "--tokenizer-type", "ByteTokenizer", "--workers", 2, "--output-dir", tmp_path / "data"]
     command = program(20_000, *flags)
     process = subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True, start_new_session=True)
-    deadline = time.monotonic() + 60
-    while not (folder / "data" / ".partial" / "progress.json").exists():
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    workers = [child for child in children if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
-    assert len(workers) == 2
-    return process, workers
+    try:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "data" / ".partial" / "progress.json").exists():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        workers = [child for child in children if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
+        assert len(workers) == 2
+        yield process, workers
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
-def test_workers_end_with_a_killed_parent(text, tmp_path):
-    process, workers = running(text, tmp_path)
+def test_workers_end_with_a_killed_parent(running):
+    process, workers = running
     process.kill()
     process.wait()
     deadline = time.monotonic() + 30
@@ -245,8 +251,8 @@ def test_workers_end_with_a_killed_parent(text, tmp_path):
         (signal.SIGINT, "group", 130, "interrupted; the same command resumes"),
     ],
 )
-def test_a_run_that_ends_early_says_how_to_go_on(text, tmp_path, signal_number, victim, code, message):
-    process, workers = running(text, tmp_path)
+def test_a_run_that_ends_early_says_how_to_go_on(running, tmp_path, signal_number, victim, code, message):
+    process, workers = running
     if victim == "group":
         os.killpg(process.pid, signal_number)
     else:

@@ -263,6 +263,9 @@ def test_all_whole_lines_before_the_damage_of_a_file_are_read(tmp_path):
     with pytest.raises(ConfigurationError, match=r"holds no text \(skipped: 1 not JSON\); give files"):
         (tmp_path / "b.jsonl").write_text("{")
         preprocess(options(tmp_path / "out", input=(str(tmp_path / "b.jsonl"),), on_error="skip"))
+    trained = {"tokenizer_type": "HFTokenizer", "train_tokenizer": 300, "on_error": "skip"}
+    with pytest.raises(ConfigurationError, match=r"holds no text \(skipped: 1 not JSON\); give files"):
+        preprocess(options(tmp_path / "out", input=(str(tmp_path / "b.jsonl"),), **trained))
 
 
 def test_chunks_of_a_table_are_small_whatever_its_rows(tmp_path, monkeypatch):
@@ -349,6 +352,8 @@ def test_documents_that_cannot_be_encoded_are_bad_records(tmp_path, refused, on_
     summary = preprocess(requested)
     assert summary["skipped"] == {"cannot be encoded": 10}
     assert sum(size["documents"] for size in summary["splits"].values()) == 50
+    before = token_files(tmp_path / "out")
+    assert preprocess(requested) == summary and token_files(tmp_path / "out") == before
 
 
 @pytest.mark.parametrize("prefix", ["x/", "..", "a/.", "x/.."])
