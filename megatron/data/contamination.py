@@ -53,7 +53,7 @@ class TrainNgrams:
         return self._hashes
 
     def state(self) -> dict[str, np.ndarray]:
-        """Return arrays from which `restored` makes an equal sample."""
+        """Return the arrays that `restored` takes."""
         return {"hashes": self.hashes(), "largest": np.array(self.largest, np.uint64)}
 
     @classmethod
@@ -109,7 +109,7 @@ class HeldOut:
         }
 
     def state(self) -> dict[str, np.ndarray]:
-        """Return arrays from which `restored` makes an equal sample."""
+        """Return the arrays that `restored` takes."""
         return {
             "counts": np.array([self._documents, self.threshold], np.int64),
             "keys": np.array([entry[:2] for entry in self._sampled], np.int64).reshape(-1, 2),

@@ -59,7 +59,7 @@ class Source:
 
 
 class DocumentCopy:
-    """A data set that is being written: `copy` from others, then `finish`. Made by `new_data_set`."""
+    """A data set that is being written: `copy` from others, then `finish`. Created by `new_data_set`."""
 
     def __init__(self, prefix: Path, dtype: np.dtype, data: BinaryIO, bar: tqdm):
         self._prefix, self._dtype, self._data, self._bar = prefix, dtype, data, bar

@@ -47,7 +47,7 @@ class Fingerprint:
         return {"documents": self.documents, "bytes": self.text_bytes}
 
     def state(self) -> dict:
-        """Return the fields, from which an equal fingerprint is made."""
+        """Return the fields, the arguments of an equal fingerprint."""
         return asdict(self)
 
 

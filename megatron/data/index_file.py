@@ -161,7 +161,7 @@ def map_file(path: Path) -> mmap.mmap:
 
 @contextmanager
 def without_readahead(mapped: mmap.mmap) -> Iterator[None]:
-    """Turn readahead off, which costs milliseconds at each of few places that are read in a large file."""
+    """Turn readahead off, which costs milliseconds at each of the few offsets that are read in a large file."""
     mapped.madvise(mmap.MADV_RANDOM)
     try:
         yield

@@ -164,7 +164,7 @@ class Loader:
 
 
 @dataclass(frozen=True)
-class _Place:
+class _TensorSlice:
     """Where a tensor is in a block of bytes."""
 
     start: int
@@ -189,7 +189,7 @@ class _Packed:
     """
 
     block: Tensor  # uint8
-    contents: list[dict[str, Any]]  # the fields of each batch, with places for tensors
+    contents: list[dict[str, Any]]  # the fields of each batch, with a `_TensorSlice` for each tensor
 
     @classmethod
     def pack(cls, batches: list[Batch]) -> "_Packed":
@@ -199,13 +199,13 @@ class _Packed:
             for name, value in values.items():
                 if torch.is_tensor(value):
                     tensors.append(value)
-                    values[name] = place = _Place(size, value.shape, value.dtype)
-                    size = -(-place.end // ALIGNMENT) * ALIGNMENT
+                    values[name] = piece = _TensorSlice(size, value.shape, value.dtype)
+                    size = -(-piece.end // ALIGNMENT) * ALIGNMENT
             contents.append(values)
         block = torch.empty(size, dtype=torch.uint8).share_memory_()
-        places = [place for values in contents for place in values.values() if isinstance(place, _Place)]
-        for place, tensor in zip(places, tensors, strict=True):
-            place.of(block).copy_(tensor)
+        slices = [value for values in contents for value in values.values() if isinstance(value, _TensorSlice)]
+        for piece, tensor in zip(slices, tensors, strict=True):
+            piece.of(block).copy_(tensor)
         return cls(block, contents)
 
     def pin_memory(self) -> "_Packed":
@@ -217,7 +217,7 @@ class _Packed:
         return [Batch(**{name: self._restored(value) for name, value in values.items()}) for values in self.contents]
 
     def _restored(self, value: Any) -> Any:
-        return value.of(self.block) if isinstance(value, _Place) else value
+        return value.of(self.block) if isinstance(value, _TensorSlice) else value
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,7 @@ class DuplicateOptions(DuplicateFlags):
 
     @property
     def searches(self) -> bool:
-        """Whether duplicates are to be found."""
+        """Whether to search for duplicates."""
         return self.exact_duplicates or self.near_duplicates is not None
 
 
