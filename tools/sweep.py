@@ -7,6 +7,7 @@
     python tools/sweep.py status SWEEP.yaml                      what is done, running, waiting, failed
     python tools/sweep.py resubmit SWEEP.yaml --site SITE.yaml   submit again what failed or was lost
     python tools/sweep.py collect SWEEP.yaml                     one table of all validations: CSV and Parquet
+    python tools/sweep.py compare DIR --baseline variant=NAME    differences to a baseline, paired by seed
 
 SWEEP.yaml is described in docs/sweeps.md; the folder of the sweep, runs/NAME or --output, takes its place everywhere.
 """
@@ -20,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron.errors import ConfigurationError
 from megatron.log import configure_logging
-from megatron.sweeps.commands import collect, plan, resubmit, run, run_task, status, submit
+from megatron.sweeps.commands import collect, compare, plan, resubmit, run, run_task, status, submit
 
 
 def main() -> None:
@@ -69,6 +70,24 @@ def _options() -> argparse.Namespace:
         sub.add_argument("--dry-run", action="store_true", help="write and print the scripts; submit nothing")
     add("status", status, "list the state of every run and write status.html")
     add("collect", collect, "write results.csv and results.parquet: a row per validation, all axes as columns")
+    difference = commands.add_parser(
+        "compare",
+        help="list the best losses of all points and their differences to a baseline, paired by seed",
+        description="Take each run at its best step on the tuning set, and print its loss on the validation set and "
+        "the difference to the baseline: mean over seeds and standard error of the mean.",
+        epilog="example: python tools/sweep.py compare runs/epochs --baseline variant=ar",
+        allow_abbrev=False,
+    )
+    difference.add_argument("table", type=Path, metavar="TABLE", help="results.csv of `collect`, or its folder")
+    difference.add_argument(
+        "--baseline", nargs="+", required=True, metavar="COLUMN=VALUE", help="variant or axis, and the baseline's value"
+    )
+    difference.add_argument("--variants", default="*", metavar="PATTERN", help="only these variants, such as 'mdm*'")
+    difference.add_argument("--tuning", default="tuning", metavar="SET", help="chooses the step (default: tuning)")
+    difference.add_argument(
+        "--validation", default="validation", metavar="SET", help="is reported (default: validation)"
+    )
+    difference.set_defaults(command=compare)
     task = add("run-task", run_task, "train the point of a SLURM array task; called by the scripts of `submit`")
     task.add_argument("--tasks", type=Path, required=True, metavar="FILE", help="points of the tasks, an id a line")
     task.add_argument("--retries", type=int, default=2, metavar="N", help="after passing failures (default: 2)")

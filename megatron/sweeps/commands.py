@@ -11,6 +11,7 @@ import torch
 
 from megatron.errors import ConfigurationError
 from megatron.sweeps import array_task, results, slurm
+from megatron.sweeps import compare as differences
 from megatron.sweeps.branches import needs_trunk
 from megatron.sweeps.local_queue import LocalQueue, QueueOptions
 from megatron.sweeps.plan import Planned, plan_sweep
@@ -82,6 +83,21 @@ def collect(options: Namespace) -> int:
     rows = results.collect(folder, read_plan(folder), progress=True)
     for path in results.write_table(rows, folder):
         print(f"{rows.num_rows} rows: {path}")
+    return 0
+
+
+def compare(options: Namespace) -> int:
+    """Print every point next to the baseline."""
+    baseline = {}
+    for setting in options.baseline:
+        name, _, value = setting.partition("=")
+        if not value:
+            raise ConfigurationError(f"--baseline {setting}: is not COLUMN=VALUE; give --baseline variant=NAME")
+        baseline[name] = value
+    path = options.table
+    sets = {"tuning": options.tuning, "validation": options.validation}
+    comparisons = differences.compare(differences.read_table(path), baseline, **sets, variants=options.variants)
+    print(differences.markdown(comparisons))
     return 0
 
 

@@ -1,0 +1,176 @@
+"""Compares the points of a collected sweep with a baseline, seed by seed.
+
+1. The best step of a run is that of its lowest loss on the tuning set; its loss there on the validation set is
+   reported.
+2. A point is compared with the baseline point that has the same values of all other columns: same seed, same samples.
+3. The difference is the mean over the shared seeds, with the standard error of that mean over seeds. It contains
+   neither the sampling of documents nor, for masked diffusion, that of masks, which are the same for both.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.csv
+
+from megatron.errors import ConfigurationError
+from megatron.sweeps.results import COST_COLUMNS, POINT_COLUMNS, RECORD_COLUMNS, RUN_COLUMNS
+
+TABLE = "results.csv"
+COMPARABLE = (*RUN_COLUMNS, "alignment", "num_mc")  # equal, or the losses are of different things
+HEADER = ("best loss", "se", "epoch", "runs", "difference", "se", "lower")
+
+
+@dataclass(frozen=True)
+class Best:
+    """A run at its best step on the tuning set."""
+
+    loss: float  # on the validation set, nats per token
+    epoch: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A point of the sweep over its seeds, next to the baseline."""
+
+    names: dict[str, str]  # variant and axes
+    runs: dict[str, Best]  # by seed
+    differences: list[float]  # nats per token, this point minus the baseline, of each seed that both have
+
+    def cells(self) -> list[str]:
+        """Return the point as the cells of a table."""
+        losses = [run.loss for run in self.runs.values()]
+        epoch = fmean(run.epoch for run in self.runs.values())
+        cells = [*self.names.values(), f"{fmean(losses):.4f}", _error(losses), f"{epoch:.1f}", str(len(losses))]
+        if not self.differences:
+            return [*cells, "-", "-", "-"]
+        lower = sum(difference < 0 for difference in self.differences)
+        mean = fmean(self.differences)
+        return [*cells, f"{mean:+.4f}", _error(self.differences), f"{lower} of {len(self.differences)}"]
+
+
+def _error(values: Sequence[float]) -> str:
+    """Return the standard error of a mean as text; - where there is one value."""
+    return f"{stdev(values) / len(values) ** 0.5:.4f}" if len(values) > 1 else "-"
+
+
+def read_table(path: Path) -> list[dict[str, str]]:
+    """Return the rows of a results.csv, or of the one in a sweep folder, as text.
+
+    Raises: ConfigurationError where it is missing or has not the columns of `collect`.
+    """
+    path = path / TABLE if path.is_dir() else path
+    if not path.is_file():
+        raise ConfigurationError(f"{path}: is missing; tools/sweep.py collect SWEEP writes it")
+    try:
+        names = pyarrow.csv.open_csv(path).schema.names
+        convert = pyarrow.csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string()))
+        rows = pyarrow.csv.read_csv(path, convert_options=convert).to_pylist()
+    except pa.ArrowInvalid as error:
+        raise ConfigurationError(f"{path}: is not a table ({str(error).splitlines()[0]}); collect it again") from None
+    missing = [name for name in (*POINT_COLUMNS, *COMPARABLE, *RECORD_COLUMNS) if name not in names]
+    if missing:
+        raise ConfigurationError(f"{path}: has no column {missing[0]}; collect it again with this version")
+    return rows
+
+
+def compare(
+    rows: Sequence[dict[str, str]], baseline: dict[str, str], *, tuning: str, validation: str, variants: str = "*"
+) -> list[Comparison]:
+    """Return every point of the variants that match a pattern, in the table's order, next to the baseline.
+
+    `baseline` has the values of some columns, such as {"num-loops": "1"} or {"variant": "ar"}.
+
+    Raises: ConfigurationError for a column or value that the table lacks, a set without validations, and losses that
+    cannot be compared.
+    """
+    rows = [row for row in rows if fnmatch(row["variant"], variants)]
+    if not rows:
+        raise ConfigurationError(f"--variants {variants}: matches no variant of the table; see its column variant")
+    columns = _columns(rows)
+    for name, value in baseline.items():
+        if name not in columns:
+            raise ConfigurationError(f"--baseline {name}={value}: names no column; give one of {', '.join(columns)}")
+        if value not in {_text(row[name]) for row in rows}:
+            raise ConfigurationError(f"--baseline {name}={value}: no run has that value of {name}; see the table")
+    for set_name in (tuning, validation):
+        chosen = [row for row in rows if row["set"] == set_name]
+        if not chosen:
+            sets = ", ".join(dict.fromkeys(row["set"] for row in rows))
+            raise ConfigurationError(f"{set_name}: is no set of the table; give --tuning and --validation of {sets}")
+        _check_comparable(chosen, set_name)
+    best = _best(rows, columns, tuning, validation)
+    comparisons = []
+    for key, runs in best.items():
+        names = dict(zip(columns, key, strict=True))
+        base = best.get(tuple((names | baseline).values()), {})
+        is_baseline = names | baseline == names
+        differences = [] if is_baseline else [run.loss - base[seed].loss for seed, run in runs.items() if seed in base]
+        comparisons.append(Comparison(names, runs, differences))
+    return comparisons
+
+
+def markdown(comparisons: Sequence[Comparison]) -> str:
+    """Return the comparisons as a Markdown table; columns with one value only are left out."""
+    names = [name for name in comparisons[0].names if len({entry.names[name] for entry in comparisons}) > 1]
+    lines = [[*names, *HEADER]]
+    for entry in comparisons:
+        lines.append(Comparison({name: entry.names[name] for name in names}, entry.runs, entry.differences).cells())
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    text = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |" for line in lines]
+    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
+    return "\n".join([text[0], rule, *text[1:]])
+
+
+def _columns(rows: Sequence[dict[str, str]]) -> list[str]:
+    """Return the columns that tell points apart: stage, variant, trial, and the axes and tuned flags."""
+    known = {*POINT_COLUMNS, *RUN_COLUMNS, *COST_COLUMNS, *RECORD_COLUMNS}
+    return ["stage", "variant", "trial", *(name for name in rows[0] if name not in known)]
+
+
+def _text(value: Any) -> str:
+    """Return a cell as text: numbers in their shortest form, as a flag has them."""
+    try:
+        return f"{float(value):g}"
+    except (TypeError, ValueError):
+        return value or ""
+
+
+def _best(
+    rows: Sequence[dict[str, str]], columns: Sequence[str], tuning: str, validation: str
+) -> dict[tuple[str, ...], dict[str, Best]]:
+    """Return each run at its best step, by point and seed; runs without both sets at that step have none."""
+    losses: dict[tuple, dict[str, dict[int, dict[str, Best]]]] = defaultdict(lambda: defaultdict(dict))
+    for row in rows:
+        key = tuple(_text(row[name]) for name in columns)
+        step = losses[key][row["seed"]].setdefault(int(row["iteration"]), {})
+        step[row["set"]] = Best(float(row["loss"]), float(row["epoch"]))
+    best: dict[tuple[str, ...], dict[str, Best]] = {}
+    for key, seeds in losses.items():
+        for seed, steps in seeds.items():
+            both = [sets for sets in steps.values() if tuning in sets and validation in sets]
+            if both:
+                best.setdefault(key, {})[seed] = min(both, key=lambda sets: sets[tuning].loss)[validation]
+    return best
+
+
+def _check_comparable(rows: Sequence[dict[str, str]], set_name: str) -> None:
+    """Check that the losses of a set are of the same text and, for bounds, of the same noise.
+
+    Raises: ConfigurationError otherwise.
+    """
+    for name in COMPARABLE:
+        by_bound: dict[str, set[str]] = defaultdict(set)
+        for row in rows:
+            by_bound[row["bound"] if name == "num_mc" else ""].add(row[name])
+        values = next((values for values in by_bound.values() if len(values) > 1), None)
+        if values:
+            raise ConfigurationError(
+                f"{set_name}: its losses differ in {name} ({', '.join(sorted(values))}) and cannot be compared; "
+                "give --variants that share it"
+            )
