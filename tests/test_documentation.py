@@ -138,7 +138,7 @@ def help_of(*tool: Path | str) -> str:
     """Return the --help of a tool and of its subcommands."""
     result = run_python(*tool, "--help")
     assert result.returncode == 0, result.stderr
-    usage = re.match(r"usage: \S+ \[-h\] \{([\w,-]+)\} \.\.\.", result.stdout)  # matches tools with subcommands
+    usage = re.match(r"usage: \S+ \[-h\]\s+\{([\w,-]+)\}\s+\.\.\.", result.stdout)  # matches tools with subcommands
     return result.stdout + "".join(help_of(*tool, subcommand) for subcommand in (usage[1].split(",") if usage else ()))
 
 

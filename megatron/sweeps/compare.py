@@ -123,8 +123,8 @@ def markdown(comparisons: Sequence[Comparison]) -> str:
         lines.append(Comparison({name: entry.names[name] for name in names}, entry.runs, entry.differences).cells())
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     text = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |" for line in lines]
-    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
-    return "\n".join([text[0], rule, *text[1:]])
+    separator = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
+    return "\n".join([text[0], separator, *text[1:]])
 
 
 def _columns(rows: Sequence[dict[str, str]]) -> list[str]:

@@ -99,7 +99,7 @@ def check(case: Case, peak: dict) -> None:
 
 FAULTS = [
     ("head", lambda self: 0, CASES[12]),
-    ("backward_workspace", 0, CASES[1]),
+    ("backward_workspace", 0, CASES[14]),
     ("compute_weights", lambda self, *_: 0, CASES[8]),
     ("pipeline_buffers", 0, CASES[11]),
     ("in_flight", 1, CASES[10]),
