@@ -23,7 +23,7 @@ LAYERS = {
     "validation": 4,
     "training": 5,
     "generation": 6, "convert": 6, "check": 6, "sweeps": 6,
-    "scoring": 7,
+    "scoring": 7, "likelihoods": 7,
     "reporting": 8,
 }  # fmt: skip
 INDEPENDENT = {frozenset({"parallel", "objectives"})}  # only training imports both

@@ -17,6 +17,7 @@ from megatron.generation.sampling import Sampling, choose
 from megatron.model.transformer import Transformer
 from megatron.randomness import stream
 
+DIRECTIONS = {"left-to-right": -1, "right-to-left": 1}  # priority of the next position, by order
 MAX_LOGIT_POSITIONS = 1024  # positions whose logits exist at one time
 
 # called after each step: its number from 1, the indices of the texts in this step, and their tokens [R, T]
@@ -52,7 +53,7 @@ def fill(
         for start in range(0, len(members) if num_masked else 0, batch_size):
             indices = members[start : start + batch_size]
             batch_texts, batch_keys = [texts[index] for index in indices], [keys[index] for index in indices]
-            filling = _Filling(model, batch_texts, batch_keys, sampling, eod=eod, open_end=open_end)
+            filling = Filling(model, batch_texts, batch_keys, sampling, eod=eod, open_end=open_end)
             batch = filling.run(advance, _step_of_batch(on_step, indices) if on_step else None)
             for index, text in zip(indices, batch, strict=True):
                 filled[index] = text
@@ -64,7 +65,7 @@ def _step_of_batch(on_step: OnStep, indices: list[int]) -> OnStep:
     return lambda step, active, tokens: on_step(step, [indices[row] for row in active], tokens)
 
 
-class _Filling:
+class Filling:
     """The state of B texts of T tokens, each with L masked positions."""
 
     def __init__(
@@ -76,12 +77,14 @@ class _Filling:
         *,
         eod: int,
         open_end: bool,
+        offset: int = 0,
     ):
         self.model = model
         self.sampling = sampling
         self.keys = keys
         self.eod = eod
         self.open_end = open_end
+        self.offset = offset  # the output at position j predicts token j + offset
         self.device = model.embed_tokens.weight.device
         self.mask_id = model.vocabulary.mask_id
         self.tokens = torch.tensor(texts, device=self.device)  # [B, T]
@@ -93,7 +96,9 @@ class _Filling:
         self.blocks = torch.arange(self.length, device=self.device) // size  # [L]
         self.active = torch.arange(len(texts), device=self.device)  # [R], texts that are not decided yet
 
-    def run(self, advance: Callable[[int], None], on_step: OnStep | None) -> list[list[int]]:
+    def run(
+        self, advance: Callable[[int], None] = lambda tokens: None, on_step: OnStep | None = None
+    ) -> list[list[int]]:
         """Return the filled texts."""
         for step in range(self.steps):
             before, after = (self.length * count // self.steps for count in (step, step + 1))
@@ -122,9 +127,10 @@ class _Filling:
         counts = after - before + remasked.sum(1)  # [R]
         if counts.any():
             states = self.model.hidden_states(Batch.unscored(tokens, causal=False))
-            states = states.gather(1, positions[..., None].expand(-1, -1, states.shape[-1]))  # [R, L, H]
+            predicting = (positions - self.offset)[..., None].expand(-1, -1, states.shape[-1])
+            states = states.gather(1, predicting)  # [R, L, H]
             selected = self._highest(self._scores(states, masked, counts, draws[1]), counts)
-            answers[selected] = self._choose(states[selected], draws[0][selected])
+            answers[selected] = self.choose(states[selected], draws[0][selected], selected)
             answers[remasked] = self.mask_id
             self.tokens[self.active] = tokens.scatter(1, positions, answers)
 
@@ -158,20 +164,26 @@ class _Filling:
         scores = torch.full_like(draws, float("-inf"))
         if self.sampling.order == "random":
             scores[candidates] = draws[candidates]
+        elif self.sampling.order in DIRECTIONS:
+            turns = torch.arange(self.length, device=self.device, dtype=scores.dtype).expand_as(scores)
+            scores[candidates] = DIRECTIONS[self.sampling.order] * turns[candidates]
         else:
             chunks = states[candidates].split(MAX_LOGIT_POSITIONS)
-            certainties = [certainty(self._logits(chunk), self.sampling.order) for chunk in chunks]
+            certainties = [certainty(self.logits(chunk), self.sampling.order) for chunk in chunks]
             scores[candidates] = torch.cat(certainties).double()
         # earlier blocks have priority
         earlier = candidates & (self.blocks < last_block[:, None])
         return scores.masked_fill(earlier, float("inf"))
 
-    def _choose(self, states: Tensor, draws: Tensor) -> Tensor:
-        """Return tokens [N] sampled from hidden states [N, H] with uniform `draws` [N]."""
-        chunks = zip(states.split(MAX_LOGIT_POSITIONS), draws.split(MAX_LOGIT_POSITIONS), strict=True)
-        return torch.cat([choose(self._logits(chunk), self.sampling, uniforms) for chunk, uniforms in chunks])
+    def choose(self, states: Tensor, draws: Tensor, selected: Tensor) -> Tensor:
+        """Return tokens [N] sampled from hidden states [N, H] with uniform `draws` [N].
 
-    def _logits(self, states: Tensor) -> Tensor:
+        `selected` [R, L] is True at their N positions.
+        """
+        chunks = zip(states.split(MAX_LOGIT_POSITIONS), draws.split(MAX_LOGIT_POSITIONS), strict=True)
+        return torch.cat([choose(self.logits(chunk), self.sampling, uniforms) for chunk, uniforms in chunks])
+
+    def logits(self, states: Tensor) -> Tensor:
         """Return fp32 logits [N, V] of hidden states [N, H]."""
         logits = self.model.head(states)
         if not self.open_end:

@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron.config.flags import flag, require, typed
 from megatron.errors import ConfigurationError
 
-ORDERS = ("confidence", "margin", "entropy", "random")
+ORDERS = ("confidence", "margin", "entropy", "random", "left-to-right", "right-to-left")
 MASKED = ("steps", "block_length", "order", "remask")  # fields that act in masked diffusion only
 
 
@@ -45,7 +45,7 @@ class Sampling:
     order: str = flag(
         "confidence",
         "masked diffusion: which positions are unmasked first: confidence, highest probability of the best token; "
-        "margin, largest difference of the best two; entropy, lowest entropy; random",
+        "margin, largest difference of the best two; entropy, lowest entropy; random; left-to-right; right-to-left",
         choices=ORDERS,
     )
     remask: float = flag(

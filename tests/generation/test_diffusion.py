@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megatron.errors import ConfigurationError
-from megatron.generation.diffusion import _Filling, certainty, fill
+from megatron.generation.diffusion import Filling, certainty, fill
 from megatron.generation.generate import generate, infill
 from megatron.generation.sampling import ORDERS, Sampling, draw_keys
 from tests.frequencies import chi_square
@@ -237,7 +237,7 @@ def test_texts_that_are_decided_are_read_no_more(monkeypatch, settings):
     )
     outputs = generate(transformer, "mdm", PROMPTS, sampling, eod=end, advance=advances.append)
     num_rows = sum(batch_sizes)
-    monkeypatch.setattr(_Filling, "_drop_decided", lambda *_: None)
+    monkeypatch.setattr(Filling, "_drop_decided", lambda *_: None)
     assert generate(transformer, "mdm", PROMPTS, sampling, eod=end) == outputs
     assert sum(advances) == 12 * len(PROMPTS) and outputs[2] == whole[: whole.index(end)]
     assert num_rows < sum(batch_sizes) - num_rows or "steps" in settings  # few steps may all be needed

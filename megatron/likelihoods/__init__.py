@@ -1,0 +1,1 @@
+"""Likelihoods of masked diffusion besides its bound: of an unmasking policy, and of the mixture over random orders."""

@@ -1,0 +1,211 @@
+"""All likelihoods of one run on the same windows: the bound, unmasking policies, the mixture over orders, AR's loss."""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from megatron.config.flags import require
+from megatron.data.blend import ValidationBlend
+from megatron.errors import ConfigurationError
+from megatron.generation.sampling import Sampling
+from megatron.likelihoods.windows import MixtureEngine, PolicyEngine, WholeWindows, with_steps
+from megatron.objectives.base import Likelihood
+from megatron.objectives.documents import ByDocument
+from megatron.objectives.masked_diffusion import MaskedDiffusion
+from megatron.objectives.registry import build_objective, document_rules
+from megatron.parallel.mesh import ParallelContext
+from megatron.statistics import paired_difference
+from megatron.training.datasets import open_sources
+from megatron.training.load_run import Trained
+from megatron.validation.evaluate import Evaluation, EvaluationEngine, ValidationSet, evaluate
+
+DEFAULT_ORDERS = ("left-to-right", "right-to-left", "confidence", "margin", "entropy")
+DEFAULT_NUM_ORDERS = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policies:
+    """Which likelihoods of masked diffusion to compute besides its bound; None: the default where there are masks."""
+
+    orders: tuple[str, ...] | None  # of Sampling
+    tokens_per_step: int
+    block_length: int | None
+    num_orders: int | None  # random orders of the mixture, even; 0 leaves it out
+
+
+@dataclass(frozen=True)
+class ModelEngine:
+    """A whole model on this rank as an `EvaluationEngine`."""
+
+    model: torch.nn.Module
+    ranks: ParallelContext
+
+    def nll(self, batch):
+        """Return the unweighted NLL per position, fp32 [B, S]."""
+        return self.model(batch.to(self.ranks.device), per_position=True)
+
+    def train(self) -> None:
+        """Do nothing: the model is not trained."""
+
+    def eval(self) -> None:
+        """Set evaluation mode."""
+        self.model.eval()
+
+    def reshard(self) -> None:
+        """Do nothing: the model is whole on every rank."""
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One evaluation: its names, one for each result, and how to run it."""
+
+    names: tuple[str, ...]
+    kinds: tuple[str, ...]  # exact, upper or lower: how the result bounds the NLL that it is named after
+    likelihood: Likelihood
+    engine: EvaluationEngine
+    replicates: int
+    passes: int  # forward passes of a window
+
+
+def evaluate_likelihoods(
+    trained: Trained, policies: Policies, ranks: ParallelContext, *, windows: int, average: bool = False
+) -> dict:
+    """Return the record of every likelihood of a run on its validation sets, the same on every rank.
+
+    Each rank holds the whole model; the windows, `windows` of each set spread evenly over it, are divided among ranks.
+
+    Raises: ConfigurationError for policies that the run does not have or that do not fit its windows.
+    """
+    sources = open_sources(trained.config)
+    if not sources.validation:
+        raise ConfigurationError(f"{trained.name}: has no validation set; give --valid-data-path")
+    rules = document_rules(trained.config.data, trained.config.objective, sources.tokenizer.eod)
+    objective = build_objective(trained.config.objective, trained.vocabulary, trained.meta["time_block"], rules)
+    model = trained.model(average, device=str(ranks.device))
+    rows = list(_rows(trained, objective.likelihoods, policies, ModelEngine(model, ranks)))
+    record = {
+        "run": trained.name,
+        "checkpoint": str(trained.checkpoint),
+        "iteration": trained.meta["iteration"],
+        "objective_name": objective.name,
+        "alignment": trained.config.validation.eval_alignment,
+        "eval_seed": trained.config.validation.eval_seed,
+        "sets": {},
+    }
+    for data in sources.validation:
+        record["sets"][data.name] = _evaluate_set(trained, _limited(data, windows), rows)
+    return record
+
+
+def _rows(
+    trained: Trained, likelihoods: Sequence[Likelihood], policies: Policies, engine: ModelEngine
+) -> Iterator[_Row]:
+    """Yield the evaluations of a run: each likelihood of its objective, then the policies of its masked diffusion."""
+    num_mc = trained.config.validation.num_mc
+    has_masks = False
+    for likelihood in likelihoods:
+        kind, name = (
+            ("exact", f"{likelihood.name}, exact") if likelihood.exact else ("upper", f"{likelihood.name}, bound")
+        )
+        replicates = 1 if likelihood.exact else num_mc
+        yield _Row((name,), (kind,), likelihood, engine, replicates, replicates)
+        if isinstance(likelihood, MaskedDiffusion):
+            has_masks = True
+            yield from _policy_rows(trained, likelihood, policies, engine)
+        elif isinstance(likelihood, ByDocument) and isinstance(likelihood.inner, MaskedDiffusion):
+            raise ConfigurationError(
+                f"{trained.name}: was trained with document rules, which unmasking one token after another does not "
+                "have; take a run without --reset-attention-mask, --reset-position-ids and --eod-mask-loss"
+            )
+    if not has_masks and (policies.orders or policies.num_orders or policies.block_length):
+        raise ConfigurationError(
+            f"{trained.name}: is no masked-diffusion model, and only such a model has a choice of orders; leave out "
+            "--orders, --num-orders and --block-length"
+        )
+
+
+def _policy_rows(trained: Trained, masked: MaskedDiffusion, policies: Policies, engine: ModelEngine) -> Iterator[_Row]:
+    whole = WholeWindows(masked)
+    tokens = whole.scored_tokens(trained.config.data.seq_length, trained.config.validation.eval_alignment)
+    size = tokens.stop - tokens.start
+    message = f"is more than the {size} scored tokens of a window; give less"
+    require(policies.tokens_per_step <= size, "tokens_per_step", policies.tokens_per_step, message)
+    block = policies.block_length
+    message = f"does not divide the {size} scored tokens of a window; give a divisor, or leave it out"
+    require(block is None or size % block == 0, "block_length", block, message)
+    parts = (engine.model, engine.ranks)
+    for order in DEFAULT_ORDERS if policies.orders is None else policies.orders:
+        sampling = with_steps(Sampling(order=order, block_length=block), policies.tokens_per_step, size)
+        policy = PolicyEngine(*parts, sampling, offset=whole.target_offset)
+        yield _Row((f"chain, {order}",), ("exact",), whole, policy, 1, sampling.steps or 0)
+    count = DEFAULT_NUM_ORDERS if policies.num_orders is None else policies.num_orders
+    if count:
+        sampling = Sampling(order="random", seed=trained.config.validation.eval_seed)
+        mixture = MixtureEngine(*parts, sampling, offset=whole.target_offset, orders=count)
+        names = (f"mean over {count} orders", f"iwae, {count // 2} orders", f"iwae, {count} orders", "tangent bound")
+        yield _Row(names, ("upper", "upper", "upper", "lower"), whole, mixture, 1, count * size)
+
+
+def _limited(data: ValidationSet, windows: int) -> ValidationSet:
+    """Return a set with at most so many of its windows, spread evenly over it.
+
+    Raises: ConfigurationError for a blend.
+    """
+    if isinstance(data.windows, ValidationBlend):
+        raise ConfigurationError(f"{data.name}: is a blend, of which no evenly spread windows are taken; name one set")
+    return replace(data, windows=data.windows.limited(windows))
+
+
+def _evaluate_set(trained: Trained, data: ValidationSet, rows: Sequence[_Row]) -> dict:
+    """Return the summaries of all evaluations of a set; differences are to the first, paired by document."""
+    validation = trained.config.validation
+    results: list[dict] = []
+    first: Evaluation | None = None
+    for row in rows:
+        start = time.monotonic()
+        evaluations = evaluate(
+            row.engine,
+            row.likelihood,
+            data,
+            seed=validation.eval_seed,
+            replicates=row.replicates,
+            batch_size=validation.eval_batch_size or trained.config.training.micro_batch_size,
+            alignment=validation.eval_alignment,
+            models=len(row.names),
+        )
+        seconds = time.monotonic() - start
+        first = first or evaluations[0]
+        for name, kind, evaluation in zip(row.names, row.kinds, evaluations, strict=True):
+            difference = paired_difference(evaluation.nats, first.nats, evaluation.tokens)
+            summary = evaluation.summary() | {
+                "difference": difference.value,
+                "difference_se": difference.standard_error,
+            }
+            results.append({"name": name, "kind": kind, "passes": row.passes, "seconds": seconds, **summary})
+    return {"windows": len(data.windows), "likelihoods": results}
+
+
+def table(record: dict) -> str:
+    """Return the record as text: one table per set, and a legend of the columns."""
+    signs = {"exact": "", "upper": "<= ", "lower": ">= "}
+    lines = [f"{record['run']} step {record['iteration']}, {record['objective_name']}"]
+    for name, results in record["sets"].items():
+        rows = [[f"{name} ({results['windows']} windows)", "nats per token", "difference", "passes", "seconds"]]
+        for result in results["likelihoods"]:
+            loss = f"{signs[result['kind']]}{result['loss']:.4f}" + _error(result["data_se"])
+            difference = f"{result['difference']:+.4f}" + _error(result["difference_se"])
+            rows.append([result["name"], loss, difference, str(result["passes"]), f"{result['seconds']:.1f}"])
+        widths = [max(map(len, column)) for column in zip(*rows)]
+        lines += ["", *("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)]
+    lines.append("")
+    lines.append(
+        "±: standard error over documents, of the difference to the first line paired by document. chain is exact"
+    )
+    lines.append("for the policy, iwae and the tangent bound are of the mixture over all orders. passes: of a window.")
+    return "\n".join(lines)
+
+
+def _error(value: float | None) -> str:
+    return "" if value is None else f" ± {value:.4f}"

@@ -1,0 +1,106 @@
+#!/usr/bin/env python3
+"""Evaluate all likelihoods of one run on the same windows: how loose is the bound of masked diffusion?
+
+    python tools/likelihoods.py runs/mdm --eval-windows 32
+    python tools/likelihoods.py runs/mdm --orders confidence left-to-right --tokens-per-step 4 --num-orders 0
+    torchrun --standalone --nproc-per-node 8 tools/likelihoods.py runs/mdm --json runs/mdm_likelihoods.json
+
+chain: the exact likelihood of an unmasking order, that of tools/generate.py with the same order at temperature 1, one
+token after another. iwae: the importance-weighted bound of the mixture over all orders, which tightens with the number
+of random orders. tangent bound: a lower bound of the negative log-likelihood of the same mixture, so that it has an
+interval. Autoregressive runs have one exact likelihood. A chain costs as many forward passes as a window has tokens.
+
+Data, noise and alignment are those that the run recorded; flags of data and validation override them.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron.training.launcher import launch
+
+# isort: split
+# OMP_WAIT_POLICY is set by the import above and must precede torch
+from megatron.config.flags import require
+from megatron.generation.sampling import ORDERS
+from megatron.parallel.mesh import initialize_parallel
+from megatron.reporting.ensemble import settings
+from megatron.reporting.likelihoods import Policies, evaluate_likelihoods, table
+from megatron.training.load_run import open_trained
+from megatron.training.run_folder import write_json, writing
+
+
+def main() -> None:
+    """Run the command."""
+    options, flags = _parser().parse_known_args()
+
+    def read():
+        for name in ("eval_windows", "tokens_per_step", "block_length"):
+            value = getattr(options, name)
+            require(value is None or value >= 1, name, value, "must be at least 1")
+        count = options.num_orders
+        require(count is None or (count >= 0 and count % 2 == 0), "num_orders", count, "is an even number, or 0")
+        return settings(options.run, flags)
+
+    def work(config, detector) -> None:
+        ranks = initialize_parallel(minutes=config.parallel.distributed_timeout_minutes)
+        trained = ranks.from_rank_0(lambda: open_trained(options.run, options.checkpoint, flags))
+        if options.json:
+            with writing(options.json):
+                options.json.parent.mkdir(parents=True, exist_ok=True)
+        policies = Policies(
+            orders=None if options.orders is None else tuple(options.orders),
+            tokens_per_step=options.tokens_per_step,
+            block_length=options.block_length,
+            num_orders=options.num_orders,
+        )
+        settings = {"windows": options.eval_windows, "average": options.average}
+        record = evaluate_likelihoods(trained, policies, ranks, **settings)
+        if ranks.rank == 0:
+            print(table(record))
+            if options.json:
+                write_json(options.json, record)
+
+    launch(read, work)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("run", metavar="RUN", help="a folder that --save wrote, or a checkpoint in it")
+    parser.add_argument(
+        "--checkpoint",
+        choices=("latest", "best"),
+        default="latest",
+        help="the newest checkpoint, or that of the lowest loss on the first set (default: latest)",
+    )
+    parser.add_argument("--average", action="store_true", help="use the averaged weights")
+    parser.add_argument(
+        "--eval-windows",
+        type=int,
+        default=32,
+        metavar="N",
+        help="windows of each validation set, spread evenly over it (default: 32)",
+    )
+    parser.add_argument(
+        "--orders",
+        nargs="*",
+        choices=ORDERS,
+        help="masked diffusion: orders of unmasking with a likelihood each (default: all but random)",
+    )
+    parser.add_argument(
+        "--tokens-per-step", type=int, default=1, metavar="K", help="unmask K tokens a step (default: 1)"
+    )
+    parser.add_argument("--block-length", type=int, metavar="N", help="unmask blocks of N tokens from left to right")
+    parser.add_argument(
+        "--num-orders", type=int, metavar="K", help="random orders of iwae, an even number; 0: none (default: 8)"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the record as JSON")
+    return parser
+
+
+if __name__ == "__main__":
+    main()
