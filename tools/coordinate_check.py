@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Check that hyperparameters transfer: the change of every activation must not depend on the width of the model.
 
-    python tools/coordinate_check.py --num-layers 2 --hidden-size 128 --num-attention-heads 4 --seq-length 64 --lr 4e-3 \\
-        --global-batch-size 8 --parametrization mup --base-hidden-size 128 --widths 128 256 512 1024 --with-standard
+    python tools/coordinate_check.py --num-layers 2 --hidden-size 128 --num-attention-heads 4 --seq-length 64 \\
+        --global-batch-size 8 --lr 4e-3 --parametrization mup --base-hidden-size 128 --widths 128 256 512 1024
 
 It takes the flags of a training run (pretrain_gpt.py, pretrain_mdm.py) but no data: the model, which --hidden-size
 describes, is trained for a few steps on the same random text at each of --widths, with a multiple of its heads (of

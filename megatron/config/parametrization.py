@@ -10,7 +10,7 @@ n = layers / base layers (1 with muP), in multiples of the base model's values:
 | vectors of the blocks | 1 | 1 | | 1/(m n) | |
 | embedding, final norm, head | 1 | 1 | | 1/m | 1/m for the logits |
 
-Embedding and head have the same row, so that they may be tied. A model of the size of the base model is the standard one.
+Embedding and head have the same row, so that they may be tied. A model of the base model's size is the standard one.
 
 Yang et al., Tensor Programs V (2203.03466), table 8 and appendix B.3 (epsilon); Dey et al., CompleteP (2505.01618),
 table 1 with alpha = 1. Muon: an orthogonal update of RMS r has the spectral norm r sqrt(width), where a change of

@@ -84,9 +84,9 @@ class ModelConfig(Section):
     )
     weight_decay_scaling: str = flag(
         "inverse-lr",
-        "factor of the weight decay of the matrices of the blocks, with the ratio m of --hidden-size and "
-        "--base-hidden-size; inverse-lr: the inverse of the factor of their learning rate, m for AdamW; sqrt-width: the "
-        "square root of m; none: 1",
+        "factor of the weight decay of the matrices of the blocks, m = --hidden-size / --base-hidden-size; "
+        "inverse-lr: the inverse of the factor of their learning rate, m for AdamW; sqrt-width: the square root of m; "
+        "none: 1",
         choices=("inverse-lr", "sqrt-width", "none"),
         needs="parametrization",
     )
