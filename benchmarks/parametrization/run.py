@@ -10,7 +10,7 @@ also one of muP. --output also writes a figure, as .svg and .png.
 
 import sys
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -67,18 +67,19 @@ def tables(losses: Losses) -> str:
 
 
 def figure(losses: Losses, name: str, seeds: int) -> Figure:
-    """Return the losses against the learning rate, a curve for each parametrization and width."""
+    """Return the losses against the learning rate, a colour for each width; the standard parametrization is dashed."""
     curves = []
     for (parametrization, width), by_rate in sorted(losses.items(), key=lambda item: item[0][1]):
         rates = sorted(by_rate)
         count = min(map(len, by_rate.values()))
         values = np.array([by_rate[rate][:count] for rate in rates]).T  # [seeds, rates]
-        label = f"{parametrization}, width {width}"
-        curves.append(seed_curve(np.array(rates), values, label=label, series=label, markers=True))
+        label, series = f"{parametrization}, width {width}", f"width {width}"
+        curve_of_width = seed_curve(np.array(rates), values, label=label, series=series, markers=True)
+        curves.append(replace(curve_of_width, dashed=parametrization == "standard"))
     return Figure(
         name=name,
-        title="Final validation loss against the learning rate by width",
-        x_label="peak learning rate of the base width",
+        title="Final validation loss against the learning rate (dashed: standard)",
+        x_label="peak learning rate, of the base width with muP",
         y_label=LOSS,
         curves=curves,
         note=SEED_BAND if seeds > 1 else "",

@@ -6,10 +6,12 @@ grows, larger models need lower rates (Yang et al., 2203.03466, appendix D.1). `
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from megatron.batch import Batch
 from megatron.config.flags import require
@@ -110,7 +112,7 @@ def changes(
 @torch.no_grad()
 def _activations(engine: Engine, probe: Transformer, batch: Batch) -> list[Tensor]:
     """Return the activations of the engine's weights at PLACES, fp32, computed by the plain model `probe`."""
-    weights = {name: parameter.full_tensor() for name, parameter in engine.named_parameters()}
+    weights = {name: cast(DTensor, parameter).full_tensor() for name, parameter in engine.named_parameters()}
     probe.load_state_dict(weights)
     blocks = list(probe.layers.values())
     modules = [probe.embed_tokens, blocks[(len(blocks) - 1) // 2], blocks[-1]]
