@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from megatron.batch import Batch
+from megatron.config.parametrization import Parametrization
 from megatron.config.sections import ModelConfig, ObjectiveConfig, OptimizerConfig, ParallelConfig
 from megatron.config.vocabulary import Vocabulary
 from megatron.objectives.documents import DocumentRules
@@ -97,7 +98,8 @@ def build(
     engine = build_engine(
         config, VOCABULARY, ranks, parallel, seed=5, bf16=bf16, compile=compile, fp8_recipe=fp8_recipe
     )
-    optimizer = build_optimizer(engine, OptimizerConfig(lr=1.0, weight_decay=WEIGHT_DECAY, **case.optimizer))
+    settings = OptimizerConfig(lr=1.0, weight_decay=WEIGHT_DECAY, **case.optimizer)
+    optimizer = build_optimizer(engine, settings, Parametrization.of(config))
     start_state(optimizer, 0)
     eps = 1e-9 if case.nothing_masked else 1e-3
     settings = ObjectiveConfig(objective=case.name, mask_eps=eps, **case.options)

@@ -71,6 +71,7 @@ CASES = [
     "--label-smoothing 0.1",
     "--z-loss 1e-4",
     "--optimizer muon",
+    "--parametrization completep --base-hidden-size 64 --base-num-layers 1",
     "--ema-decay 0.999",
 ]
 

@@ -212,6 +212,16 @@ OPTIMIZER = (
         "not supported, Muon's updates have the RMS of AdamW's, 0.2 times the learning rate; leave it out",
     ),
     refused(
+        "--use-mup --scaling-recipe --mup-base-hidden-size --scaling-base-hidden-size --scaling-base-num-layers "
+        "--mup-base-head-dim",
+        "not supported, muP here scales attention only where the head dimension differs from the base model's, and "
+        "every epsilon; give --parametrization with --base-hidden-size and --base-kv-channels",
+    ),
+    refused(
+        "--mup-width-mult --mup-embedding-mult --mup-output-mult --mup-attn-scale-power",
+        "not supported, the multipliers follow from the sizes of the model and of its base model; leave it out",
+    ),
+    refused(
         "--lr-decay-tokens --lr-warmup-tokens",
         "not supported, the schedule counts samples; give --lr-decay-samples and --lr-warmup-samples",
     ),

@@ -5,6 +5,7 @@ from dataclasses import fields
 from typing import TYPE_CHECKING
 
 from megatron.config.flags import typed
+from megatron.config.parametrization import PARAMETRIZATION_FIELDS
 from megatron.config.sections import SECTIONS
 from megatron.objectives.registry import OBJECTIVES, capabilities
 from megatron.training.load_run import Trained
@@ -18,6 +19,7 @@ REGULARISERS = {
     "model": (
         *("attention_dropout", "hidden_dropout", "mlp_dropout", "embedding_dropout", "label_smoothing", "z_loss"),
         "softmax_over_padding",
+        *PARAMETRIZATION_FIELDS,
     ),
     "data": ("reset_attention_mask", "reset_position_ids", "eod_mask_loss"),
     "objective": tuple(field.name for field in fields(SECTIONS["objective"]) if field.name != "objective"),

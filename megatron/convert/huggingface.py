@@ -3,6 +3,7 @@
 Parameter names are the same up to a prefix, so conversion slices the vocabulary rows and permutes nothing.
 """
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron.config.flags import typed
+from megatron.config.parametrization import Parametrization, attention_scale
 from megatron.config.sections import ModelConfig
 from megatron.errors import ConfigurationError
 from megatron.model.transformer import Transformer
@@ -127,12 +129,13 @@ def hugging_face_config(
 def hugging_face_model(model: Transformer, config: "PreTrainedConfig") -> "PreTrainedModel":
     """Return the transformers model of `config`, from `hugging_face_config`, with the weights of `model`.
 
-    Both share the memory of their weights; vocabulary rows that `config` does not have are left out.
+    Both share the memory of their weights, except those that the multipliers of a parametrization are folded into;
+    vocabulary rows that `config` does not have are left out.
     """
     family = FAMILIES[config.model_type]
     with torch.device("meta"):  # skips initialisation, which takes time and memory
         converted = family.model_class()(config)
-    weights = {_hugging_face_name(name): tensor for name, tensor in model.state_dict().items()}
+    weights = {_hugging_face_name(name): tensor for name, tensor in _folded(model).items()}
     weights["lm_head.weight"] = model.lm_weight().detach()
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         weights[name] = weights[name][: config.vocab_size]
@@ -142,6 +145,25 @@ def hugging_face_model(model: Transformer, config: "PreTrainedConfig") -> "PreTr
     converted.tie_weights()
     converted.model.rotary_emb = type(converted.model.rotary_emb)(config=config)  # a buffer, not in the state dict
     return converted.eval()
+
+
+def _folded(model: Transformer) -> dict[str, Tensor]:
+    """Return the weights of a model with the standard parametrization that computes what `model` does."""
+    config, parametrization = model.config, Parametrization.of(model.config)
+    queries = "q_norm." if config.qk_layernorm else "q_proj."  # rotation is linear
+    scale = attention_scale(config)
+    factors = {
+        "o_proj.": parametrization.residual,
+        "down_proj.": parametrization.residual,
+        queries: scale * math.sqrt(config.head_size) if scale else 1.0,
+    }
+
+    def factor(name: str) -> float:
+        if name == "norm.weight":  # RMSNorm; the head may be tied
+            return parametrization.logits
+        return next((value for part, value in factors.items() if part in name), 1.0)
+
+    return {name: tensor if factor(name) == 1 else tensor * factor(name) for name, tensor in model.state_dict().items()}
 
 
 def extra_rows(model: Transformer, rows: int) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron.config.parametrization import standard_settings
 from megatron.config.sections import ModelConfig
 from megatron.config.vocabulary import Vocabulary
 from megatron.convert.export import EXTRA_ROWS, RECORD
@@ -48,6 +49,7 @@ def _restore(folder: Folder, output: Path, seq_length: int | None) -> list[str]:
         recorded, meta = dict(record["config"]), record["meta"]
         vocabulary = Vocabulary(recorded["vocabulary_size"])
         time_block = meta["time_block"]
+        recorded["model"] = standard_settings(recorded["model"])  # the export has folded the multipliers in
         model = ModelConfig(**recorded["model"])
         seed = recorded["training"]["seed"]
         masked = capabilities(recorded["objective_name"]).export == "masked"

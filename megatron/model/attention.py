@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
+from megatron.config.parametrization import attention_scale
 from megatron.config.sections import ModelConfig
 from megatron.model.kv_cache import LayerKVCache
 from megatron.model.norm import normalisation
@@ -35,6 +36,7 @@ class Attention(nn.Module):
         self.head_size = config.head_size
         self.grouped = config.key_value_heads != config.num_attention_heads
         self.dropout = config.attention_dropout
+        self.scale = attention_scale(config)
         query_size = config.num_attention_heads * config.head_size
         key_size = config.key_value_heads * config.head_size
         self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.add_bias_linear)
@@ -60,7 +62,7 @@ class Attention(nn.Module):
         if context.kv_cache is not None:
             k, v = context.kv_cache.extend(k, v)  # [B, kv_heads, P + S, D]
         if isinstance(context.mask, BlockMask):
-            output = flex_attention(q, k, v, block_mask=context.mask, enable_gqa=self.grouped)
+            output = flex_attention(q, k, v, block_mask=context.mask, scale=self.scale, enable_gqa=self.grouped)
         else:
             repeats = self.grouped and needs_equal_heads(q.device.type, q.dtype, context.mask is not None)
             if repeats:
@@ -72,6 +74,7 @@ class Attention(nn.Module):
                 attn_mask=context.mask,
                 dropout_p=self.dropout if self.training else 0.0,
                 is_causal=context.causal,
+                scale=self.scale,
                 enable_gqa=self.grouped and not repeats,
             )
         return output.transpose(1, 2).flatten(2)  # [B, heads, S, D] -> [B, S, heads * D]

@@ -3,6 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megatron.config.parametrization import Parametrization
 from megatron.config.sections import ModelConfig
 from megatron.model.attention import Attention, AttentionContext
 from megatron.model.mlp import MLP
@@ -15,6 +16,7 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.dropout = config.hidden_dropout
+        self.multiplier = Parametrization.of(config).residual
         self.input_layernorm = normalisation(config, config.hidden_size)
         self.self_attn = Attention(config)
         self.post_attention_layernorm = normalisation(config, config.hidden_size)
@@ -32,4 +34,6 @@ class Block(nn.Module):
     def residual(self, output: Tensor, residual_scale: Tensor | None) -> Tensor:
         """Return what the output of attention or MLP [..., H] adds to the residual stream: with dropout, scaled."""
         output = F.dropout(output, self.dropout, self.training)
+        if self.multiplier != 1:
+            output = output * self.multiplier
         return output if residual_scale is None else output * residual_scale.to(output.dtype)

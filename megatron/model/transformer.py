@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron.batch import Batch
+from megatron.config.parametrization import Parametrization
 from megatron.config.sections import ModelConfig
 from megatron.config.vocabulary import Vocabulary
 from megatron.model.attention import AttentionContext, block_mask, dense_mask
@@ -37,6 +38,7 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleDict({str(index): Block(config) for index in range(config.num_layers - 1)})
         self.layers[str(config.num_layers - 1)] = LastBlock(config)
         self.norm = normalisation(config, config.hidden_size)
+        self.logit_multiplier = Parametrization.of(config).logits
         if config.untie_embeddings_and_output_weights:
             self.lm_head = nn.Linear(config.hidden_size, vocabulary.padded_size, bias=False)
         # set from outside: by megatron/parallel
@@ -92,7 +94,12 @@ class Transformer(nn.Module):
         for block, residual_scale in zip(self.layers.values(), residual_scales, strict=True):
             selected = (selection,) if isinstance(block, LastBlock) else ()
             states = block(states, context, residual_scale, *selected)
-        return self.norm(states) if self.is_last_stage else states
+        return self._head_input(states) if self.is_last_stage else states
+
+    def _head_input(self, states: Tensor) -> Tensor:
+        """Return the normalised states [..., H], with the multiplier of the logits."""
+        hidden = self.norm(states)
+        return hidden if self.logit_multiplier == 1 else hidden * self.logit_multiplier
 
     def _attention_context(self, batch: Batch, dtype: torch.dtype) -> AttentionContext:
         """Return rotary tables and attention mask of a batch.
@@ -130,7 +137,7 @@ class Transformer(nn.Module):
         for name, block in self.layers.items():
             context = AttentionContext(rotary, rotary, causal, mask=mask, kv_cache=cache.block(name))
             hidden = block(hidden, context)
-        return self.norm(hidden)
+        return self._head_input(hidden)
 
     def logits(self, tokens: Tensor, causal: bool, position_ids: Tensor | None = None) -> Tensor:
         """Return fp32 logits [B, S, V] over the tokenizer's ids: for scoring, generation and tests."""

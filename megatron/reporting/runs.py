@@ -37,6 +37,7 @@ REGULARISERS = {
     "label_smoothing": "label smoothing {}",
     "z_loss": "z-loss {}",
 }
+PARAMETRIZATIONS = {"standard": [], "mup": ["muP"], "completep": ["CompleteP"]}
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,7 @@ class Run:
         decay = optimizer["weight_decay"]
         if optimizer.get("weight_decay_incr_style", "constant") != "constant":
             decay = f"{optimizer['start_weight_decay']} to {optimizer['end_weight_decay']}"
+        names += PARAMETRIZATIONS[self.config["model"].get("parametrization", "standard")]
         if optimizer.get("optimizer") == "muon":
             names.append("Muon")
         return ", ".join([*names, f"weight decay {decay}"])

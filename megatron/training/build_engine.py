@@ -5,6 +5,7 @@ from importlib.util import find_spec
 import torch
 
 from megatron.config.flags import require
+from megatron.config.parametrization import Parametrization
 from megatron.config.sections import Config
 from megatron.config.vocabulary import Vocabulary
 from megatron.model.initialise import initialise
@@ -50,6 +51,7 @@ def start_engine(
     """
     parallel = config.parallel
     seed = config.training.seed
+    parametrization = Parametrization.of(config.model)
     settings = check_engine(config, ranks.size, bf16)
     if settings is None:
         engine = build_engine(
@@ -62,12 +64,12 @@ def start_engine(
             fp8_recipe=config.training.fp8_recipe,
             compile=compile,
         )
-        optimizer = build_optimizer(engine, config.optimizer)
+        optimizer = build_optimizer(engine, config.optimizer, parametrization)
         start_state(optimizer, steps)
         return engine, optimizer
     model = Transformer(config.model, vocabulary)
     initialise(model, config.model, seed)
     recompute(model.to(ranks.device), parallel)
-    optimizer = build_optimizer(model, config.optimizer)
+    optimizer = build_optimizer(model, config.optimizer, parametrization)
     assert isinstance(optimizer, torch.optim.AdamW)
     return DeepSpeedEngine(model, optimizer, settings, ranks, compile=compile), optimizer

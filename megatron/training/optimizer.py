@@ -11,6 +11,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 
+from megatron.config.parametrization import STANDARD, Parametrization, Scale
 from megatron.config.sections import Config, OptimizerConfig
 from megatron.config.vocabulary import Vocabulary
 from megatron.model.transformer import Transformer
@@ -28,24 +29,33 @@ def kind(name: str, parameter: torch.Tensor) -> str:
     return MATRICES if name.startswith("layers.") else TABLES
 
 
-def parameter_groups(model: nn.Module | Engine, config: OptimizerConfig) -> list[dict]:
-    """Return one parameter group per kind of parameter on this rank.
+def parameter_groups(
+    model: nn.Module | Engine, config: OptimizerConfig, parametrization: Parametrization = STANDARD
+) -> list[dict]:
+    """Return the parameter groups of this rank: one per kind of parameter and its factors of the parametrization.
 
-    "moments" names the optimizer's state per parameter, "decays" is whether weight decay applies.
+    "moments" names the optimizer's state per parameter, "decays" is whether weight decay applies, "scale" has the
+    factors of learning rate and weight decay.
     """
-    named = list(model.named_parameters())
-    members = {group: [parameter for name, parameter in named if kind(name, parameter) == group] for group in KINDS}
+    members: dict[tuple[str, Scale], list[torch.Tensor]] = {}
+    for name, parameter in model.named_parameters():
+        group = kind(name, parameter)
+        in_block, is_matrix = name.startswith("layers."), group == MATRICES
+        scale = parametrization.scale(in_block=in_block, is_matrix=is_matrix, optimizer=optimizer_of(group, config))
+        members.setdefault((group, scale), []).append(parameter)
     decaying = DECAYING[config.weight_decay_parameters]
     return [
         {
             "params": parameters,
-            "lr": config.lr,
+            "lr": config.lr * scale.lr,
+            "eps": config.adam_eps * scale.eps,
             "moments": ("momentum_buffer",) if optimizer_of(group, config) == "muon" else MOMENTS,
             "decays": group in decaying,
-            "weight_decay": config.weight_decay if group in decaying else 0.0,
+            "weight_decay": config.weight_decay * scale.weight_decay if group in decaying else 0.0,
+            "scale": scale,
         }
-        for group, parameters in members.items()
-        if parameters  # a pipeline stage may have no embedding
+        # a pipeline stage may have no embedding
+        for (group, scale), parameters in sorted(members.items(), key=lambda item: KINDS.index(item[0][0]))
     ]
 
 
@@ -72,9 +82,11 @@ def parameter_table(config: Config, vocabulary: Vocabulary) -> Iterator[str]:
         yield f"{group:<24}{count:>16,}  {optimizer_of(group, optimizer):<9}  {group_decay}"
 
 
-def build_optimizer(model: nn.Module | Engine, config: OptimizerConfig) -> Optimizer:
+def build_optimizer(
+    model: nn.Module | Engine, config: OptimizerConfig, parametrization: Parametrization = STANDARD
+) -> Optimizer:
     """Return the optimizer of the parameters on this rank; learning rate and weight decay are set at every step."""
-    groups = parameter_groups(model, config)
+    groups = parameter_groups(model, config, parametrization)
     matrices = groups.pop(0) if config.optimizer == "muon" else None
     first = groups[0]["params"][0]
     options = {"lr": config.lr, "betas": (config.adam_beta1, config.adam_beta2), "eps": config.adam_eps}
@@ -123,7 +135,11 @@ class ShardedApexAdam(Optimizer):
             for parameter in group["params"]
         }
         local_groups = [
-            {"params": [self._local[p] for p in group["params"]], "weight_decay": group["weight_decay"]}
+            {
+                "params": [self._local[p] for p in group["params"]],
+                "eps": group["eps"],
+                "weight_decay": group["weight_decay"],
+            }
             for group in self.param_groups
         ]
         self._apex = fused_adam(local_groups, **options, adam_w_mode=True, capturable=True)

@@ -46,6 +46,6 @@ def train_step(
     (count,) = ranks.sum(sum(batch.count for batch in micro_batches) if ranks.is_loss_rank else 0)
     loss = engine.backward(micro_batches, count)
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate
-        group["weight_decay"] = weight_decay if group["decays"] else 0.0
+        group["lr"] = learning_rate * group["scale"].lr
+        group["weight_decay"] = weight_decay * group["scale"].weight_decay if group["decays"] else 0.0
     return StepResult(loss, engine.update(optimizer, clip_grad))

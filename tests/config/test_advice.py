@@ -46,6 +46,7 @@ def refusal(line: str, ranks: int = RANKS) -> str:
 
 # values for the flags in the remedies of the table
 VALUES = {
+    "--base-hidden-size": "16", "--base-kv-channels": "4", "--parametrization": "mup",
     "--bf16": "", "--deepspeed": "", "--deepspeed-config": "{file}", "--epoch-order": "windows",
     "--exit-duration-in-mins": "60", "--fp32": "", "--fp8-recipe": "rowwise", "--load": "run", "--log-interval": "5",
     "--low-noise-iter": "1000", "--lr-decay-samples": "100", "--lr-warmup-samples": "10", "--micro-batch-size": "1",

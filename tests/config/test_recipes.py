@@ -46,6 +46,7 @@ OURS = {
     "exact_branch", "exit_on_missing_checkpoint", "causal_ratio", "diffusion_block_size",
     "right_to_left_ratio", "target_offset_max", "target_positions", "random_replacement", "masked_input_weight",
     "masked_input_max", "stochastic_depth", "low_noise_ratio", "label_smoothing", "z_loss", "muon_momentum",
+    "parametrization", "base_hidden_size", "base_num_layers", "base_kv_channels", "weight_decay_scaling",
     "ema_decay", "average_from_samples",
     "blend_order",  # each published run reads one data set
 }  # fmt: skip

@@ -35,6 +35,20 @@ REFUSED = [
     (ModelConfig, {"label_smoothing": 1.0}, "--label-smoothing 1.0: must be in [0, 1)"),
     (ModelConfig, {"label_smoothing": -0.1}, "--label-smoothing -0.1: must be in [0, 1)"),
     (ModelConfig, {"z_loss": -1e-4}, "--z-loss -0.0001: must not be negative"),
+    (ModelConfig, {"parametrization": "mup"}, "--parametrization mup: does nothing without --base-hidden-size"),
+    (ModelConfig, {"base_hidden_size": 8}, "--base-hidden-size 8: does nothing without --parametrization; give both"),
+    (ModelConfig, {"weight_decay_scaling": "none"}, "--weight-decay-scaling none: does nothing without --parametriza"),
+    (ModelConfig, {"base_kv_channels": 8}, "--base-kv-channels 8: does nothing without --parametrization; give both"),
+    (
+        ModelConfig,
+        {"parametrization": "completep", "base_hidden_size": 8},
+        "--parametrization completep: scales with the depth and needs --base-num-layers; give it",
+    ),
+    (
+        ModelConfig,
+        {"parametrization": "mup", "base_hidden_size": 8, "base_num_layers": 2},
+        "--base-num-layers 2: does nothing without --parametrization completep; give both or neither",
+    ),
     (ModelConfig, {"hidden_size": 33}, "--hidden-size 33: is not a multiple of --num-attention-heads 4; change one"),
     (
         ModelConfig,

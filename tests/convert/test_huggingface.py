@@ -21,6 +21,12 @@ MODELS = {
     "biases": {"add_bias_linear": True, "untie_embeddings_and_output_weights": True},
     "QK-norm": {"qk_layernorm": True, "norm_epsilon": 1e-3, "kv_channels": 6},
     "QK-norm, odd width": {"qk_layernorm": True, "num_attention_heads": 3, "kv_channels": 10},
+    "CompleteP": {"parametrization": "completep", "base_hidden_size": 12, "base_num_layers": 1, "base_kv_channels": 3},
+    "muP, QK-norm": {"parametrization": "mup", "base_hidden_size": 12, "base_kv_channels": 3, "qk_layernorm": True},
+    "CompleteP, biases": {
+        **{"parametrization": "completep", "base_hidden_size": 12, "base_num_layers": 1, "base_kv_channels": 3},
+        **{"add_bias_linear": True, "untie_embeddings_and_output_weights": True},
+    },
 }
 CLASSES = {True: "EuroBertForMaskedLM", False: "LlamaForCausalLM"}
 

@@ -54,6 +54,8 @@ OPTIONS = [f"--objective {name}" for name in OBJECTIVES] + [
     "--embedding-dropout 0.1",
     "--label-smoothing 0.1",
     "--z-loss 1e-4",
+    "--parametrization mup --base-hidden-size 8 --base-kv-channels 4",
+    "--parametrization completep --base-hidden-size 8 --base-num-layers 1 --weight-decay-scaling sqrt-width",
     "--optimizer muon",
     "--weight-decay-parameters hidden",
     "--weight-decay-incr-style linear --start-weight-decay 0 --end-weight-decay 1",

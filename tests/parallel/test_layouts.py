@@ -24,6 +24,8 @@ from tests.steps import Case, Step, build, check_equal, curve, dropout_shared_by
 MODEL = dict(num_layers=3, num_attention_heads=4, group_query_attention=True, num_query_groups=2, qk_layernorm=True)
 TERMS = dict(label_smoothing=0.2, z_loss=0.05)
 UNTIED = dict(untie_embeddings_and_output_weights=True, normalization="layernorm", swiglu=False)
+MUP = dict(parametrization="mup", base_hidden_size=4, base_kv_channels=2)
+COMPLETEP = dict(parametrization="completep", base_hidden_size=4, base_num_layers=1)
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,8 @@ CASES = (
             "ar", micro_batch=2, model={"hidden_size": 24, "num_attention_heads": 3, "ffn_hidden_size": 48} | TERMS
         ),
         "mdm-muon": Case("mdm", micro_batch=2, model=MODEL, optimizer={"optimizer": "muon"}),
+        "ar-completep": Case("ar", micro_batch=2, model=MODEL | UNTIED | COMPLETEP),
+        "mdm-mup-muon": Case("mdm", micro_batch=2, model=MODEL | MUP, optimizer={"optimizer": "muon"}),
         "ar-deep-untied": Case("ar", micro_batch=2, model=MODEL | UNTIED | {"num_layers": 4}),
     }
 )
@@ -121,6 +125,8 @@ CHECKS += [
 MUON = [layout for layout in GRID if layout.size == 2] + [Layout(2, 2, 1)]
 MUON += [Layout(2, 1, 1, {"zero_stage": stage}) for stage in (0, 3)]
 CHECKS += [(layout, "mdm-muon") for layout in MUON]
+CHECKS += [(layout, "ar-completep") for layout in (Layout(2, 1, 1, {"zero_stage": 3}), Layout(1, 2, 2))]
+CHECKS += [(Layout(1, 1, 2, {"recompute_granularity": "full"}), "ar-completep"), (Layout(2, 2, 1), "mdm-mup-muon")]
 
 CURVES = [
     (layout, name)
@@ -128,7 +134,7 @@ CURVES = [
     for name in ("mdm", "ar-token-dropout")
 ]
 CURVES += [(Layout(1, 2, 2, INTERLEAVED), "mdm-deep")]
-CURVES += [(Layout(2, 2, 1), "mdm-muon")]
+CURVES += [(Layout(2, 2, 1), "mdm-muon"), (Layout(1, 2, 2), "mdm-mup-muon")]
 HALVED = [Layout(2, 1, 1), Layout(2, 1, 1, {"zero_stage": 3}), Layout(1, 2, 1), Layout(1, 1, 2)]
 
 

@@ -18,6 +18,13 @@ VARIANTS = {
         ],
     ),
     "ar-averaged": ("ar", ["--ema-decay", "0.9"]),
+    "ar-completep": (
+        "ar",
+        [
+            *("--parametrization", "completep", "--base-hidden-size", "8", "--base-num-layers", "1"),
+            *("--weight-decay-scaling", "sqrt-width"),
+        ],
+    ),
     "mdm": ("mdm", []),
     # the run stops at 40 samples, before the average starts
     "mdm-muon-averaged": ("mdm", ["--optimizer", "muon", "--average-from-samples", "60"]),

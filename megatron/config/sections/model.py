@@ -57,6 +57,39 @@ class ModelConfig(Section):
         metavar="STD",
         within="(0, inf)",
     )
+    parametrization: str = flag(
+        "standard",
+        "how weights and learning rates depend on the size of the model, so that hyperparameters of a small base model "
+        "serve a larger one; mup: on the width; completep: on width and depth",
+        choices=("standard", "mup", "completep"),
+        needs="base_hidden_size",
+    )
+    base_hidden_size: int | None = flag(
+        None,
+        "hidden size of the base model, whose hyperparameters are given",
+        within="[1, inf)",
+        needs="parametrization",
+    )
+    base_num_layers: int | None = flag(
+        None,
+        "transformer blocks of the base model",
+        within="[1, inf)",
+        needs="parametrization completep",
+    )
+    base_kv_channels: int | None = flag(
+        None,
+        "dimension of each head of the base model; default that of this model, whose width is then in more heads",
+        within="[1, inf)",
+        needs="parametrization",
+    )
+    weight_decay_scaling: str = flag(
+        "inverse-lr",
+        "factor of the weight decay of the matrices of the blocks, m = --hidden-size / --base-hidden-size; "
+        "inverse-lr: the inverse of the factor of their learning rate, m for AdamW; sqrt-width: the square root of m; "
+        "none: 1",
+        choices=("inverse-lr", "sqrt-width", "none"),
+        needs="parametrization",
+    )
     attention_dropout: float = flag(0.0, "dropout of attention probabilities", metavar="P", within="[0, 1)")
     hidden_dropout: float = flag(
         0.0,
@@ -92,6 +125,12 @@ class ModelConfig(Section):
             "kv_channels" if self.kv_channels else "hidden_size",
             self.kv_channels or self.hidden_size,
             f"gives heads of dimension {self.head_size}, and rotary embeddings need an even one; change it",
+        )
+        require(
+            self.parametrization != "completep" or self.base_num_layers is not None,
+            "parametrization",
+            self.parametrization,
+            "scales with the depth and needs --base-num-layers; give it, or --parametrization mup",
         )
         require(
             self.num_attention_heads % self.key_value_heads == 0,
