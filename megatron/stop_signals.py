@@ -1,9 +1,12 @@
-"""Signals that stop a training run: SIGTERM, SIGUSR1, SIGUSR2 and SIGINT (Ctrl-C).
+"""Signals that stop a training run, SIGTERM, SIGUSR1, SIGUSR2 and SIGINT (Ctrl-C), or a tool, SIGTERM and SIGINT.
 
-Entry points install the handlers before they import anything slow. Until `defer` is called a request exits at once:
-nothing was trained and no lock is held. After that it is recorded, and the run stops between two steps. Schedulers
-repeat signals (SLURM sends SIGTERM twice within milliseconds), so repetitions are one request; only a second SIGINT,
-which a user sends, ends a run that is saving.
+Entry points of training install the handlers before they import anything slow. Until `defer` is called a request exits
+at once: nothing was trained and no lock is held. After that it is recorded, and the run stops between two steps.
+Schedulers repeat signals (SLURM sends SIGTERM twice within milliseconds), so repetitions are one request; only a second
+SIGINT, which a user sends, ends a run that is saving.
+
+Tools install theirs before their imports, too. Until `raise_in_tool` is called they exit at once; then a request raises
+`Interrupted`, and a second SIGINT ends the process.
 """
 
 import argparse
@@ -14,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+TOOL_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 _signal_name: str | None = None  # of the first signal
 _is_deferred = False
@@ -24,10 +28,30 @@ class StopRequested(Exception):
     """A request to stop came before the first step; the message is its reason."""
 
 
+class Interrupted(KeyboardInterrupt):
+    """A stop signal that a tool received."""
+
+    def __init__(self, number: int):
+        super().__init__(signal.Signals(number).name)
+        self.exit_code = 128 + number  # as shells report it
+
+
 def install() -> None:
     """Install the handlers of the stop signals; for entry points only."""
     for number in SIGNALS:
         signal.signal(number, _handle)
+
+
+def install_in_tool() -> None:
+    """Make the stop signals of a tool end it at once, with one line; for entry points only, before slow imports."""
+    for number in TOOL_SIGNALS:
+        signal.signal(number, _end_imports)
+
+
+def raise_in_tool() -> None:
+    """Make the stop signals of a tool raise `Interrupted` from now on; for entry points only, after the imports."""
+    for number in TOOL_SIGNALS:
+        signal.signal(number, _raise)
 
 
 def end_ranks_by(end_all_ranks: Callable[[str, int], None]) -> None:
@@ -73,6 +97,16 @@ def _handle(number: int, frame) -> None:
     _signal_name = signal.Signals(number).name
     if not _is_deferred:
         _end_at_once()
+
+
+def _end_imports(number: int, frame) -> None:
+    os.write(2, b"error: interrupted; nothing was written\n")
+    os._exit(128 + number)
+
+
+def _raise(number: int, frame) -> None:
+    signal.signal(number, signal.SIG_DFL if number == signal.SIGINT else signal.SIG_IGN)
+    raise Interrupted(number)
 
 
 def _end_at_once() -> None:

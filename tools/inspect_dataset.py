@@ -20,6 +20,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megatron import stop_signals
+
+if __name__ == "__main__":
+    stop_signals.install_in_tool()  # before the imports, which take seconds
+
 from megatron.config.flags import DescribedFormatter, Parser, Section, add_section, build, flag, require
 from megatron.data.copy_documents import Source, check_output
 from megatron.data.inspection.clean import describe, write_clean
@@ -75,8 +80,8 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         fail(error, 1)
-    except KeyboardInterrupt:
-        fail("interrupted; nothing was written", 130)
+    except stop_signals.Interrupted as signal:
+        fail("interrupted; nothing was written", signal.exit_code)
 
 
 def read_options(arguments: list[str]) -> argparse.Namespace:
@@ -203,4 +208,5 @@ def fail(error: object, code: int) -> None:
 
 
 if __name__ == "__main__":
+    stop_signals.raise_in_tool()
     main()

@@ -15,6 +15,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megatron import stop_signals
+
+if __name__ == "__main__":
+    stop_signals.install_in_tool()  # before the imports, which take seconds
+
 from megatron.config.flags import DescribedFormatter, Parser, add_section, build, flag
 from megatron.data.merge import input_prefixes, merge
 from megatron.errors import ConfigurationError
@@ -42,8 +47,8 @@ def main() -> None:
         fail(error, 2)
     except OSError as error:
         fail(error, 1)
-    except KeyboardInterrupt:
-        fail("interrupted; nothing was written", 130)
+    except stop_signals.Interrupted as signal:
+        fail("interrupted; nothing was written", signal.exit_code)
     sizes = f"{metadata['documents']:,} documents, {metadata['tokens']:,} tokens"
     print(f"{options.output_prefix}: {sizes} of {len(prefixes)} data sets")
 
@@ -55,4 +60,5 @@ def fail(error: object, code: int) -> None:
 
 
 if __name__ == "__main__":
+    stop_signals.raise_in_tool()
     main()

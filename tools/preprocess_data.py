@@ -24,10 +24,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megatron import stop_signals
+
+if __name__ == "__main__":
+    stop_signals.install_in_tool()  # before the imports, which take seconds
+
 from megatron.config.compatibility import described, translate
 from megatron.config.flags import DescribedFormatter, Parser, add_section, build, typed_flags
 from megatron.config.tokenizer_flags import implied_tokenizer
-from megatron.data.preprocess import is_resumable, preprocess
+from megatron.data.preprocess import preprocess, resume_note
 from megatron.data.preprocess_options import TABLE, PreprocessOptions
 from megatron.data.round_trip import describe_changes
 from megatron.errors import ConfigurationError
@@ -48,12 +53,11 @@ def main() -> None:
         summary = preprocess(options)
         report(options, summary, time.monotonic() - start)
     except ConfigurationError as error:
-        fail(error, 2)
+        fail(f"{error}{resume_note(options, error)}", 2)
     except OSError as error:
-        fail(error, 1)
-    except KeyboardInterrupt:
-        resumable = options is not None and is_resumable(options.stage)
-        fail(f"interrupted; {'the same command resumes' if resumable else 'nothing was changed'}", 130)
+        fail(f"{error}{resume_note(options)}", 1)
+    except stop_signals.Interrupted as signal:
+        fail(f"interrupted{resume_note(options) or '; nothing was changed'}", signal.exit_code)
 
 
 def megatron_flags() -> str:
@@ -94,4 +98,5 @@ def fail(error: object, code: int) -> None:
 
 
 if __name__ == "__main__":
+    stop_signals.raise_in_tool()
     main()

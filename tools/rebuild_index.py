@@ -14,6 +14,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megatron import stop_signals
+
+if __name__ == "__main__":
+    stop_signals.install_in_tool()  # before the imports, which take seconds
+
 from megatron.data.rebuild_index import rebuild_index
 from megatron.errors import ConfigurationError
 
@@ -29,6 +34,8 @@ def main() -> None:
         sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
     except OSError as error:
         sys.exit(print(f"error: {prefix}.idx: cannot be written ({error.strerror})", file=sys.stderr) or 1)
+    except stop_signals.Interrupted as signal:
+        sys.exit(print("error: interrupted; nothing was written", file=sys.stderr) or signal.exit_code)
     if rebuilt is None:
         print(f"{prefix}.idx: matches its tokens already; nothing was changed")
         return
@@ -40,4 +47,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    stop_signals.raise_in_tool()
     main()

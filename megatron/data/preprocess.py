@@ -28,7 +28,7 @@ from megatron.data.indexed import token_dtype
 from megatron.data.preprocess_options import PreprocessOptions
 from megatron.data.publish import Written, check_targets, has_record, is_complete, publish
 from megatron.data.round_trip import RoundTrip
-from megatron.data.sources.base import Position, Source, read_chunks, read_records
+from megatron.data.sources.base import BadRecord, Position, Source, read_chunks, read_records
 from megatron.data.staging import StagedOutputs, clear, only_writer, read_progress, write_progress
 from megatron.data.tokenise import ChunkTask, ChunkTokeniser, TokenisedChunk, in_order
 from megatron.data.tokenizer import train_tokenizer
@@ -67,6 +67,20 @@ def is_resumable(stage: Path) -> bool:
     return read_progress(stage) is not None
 
 
+def resume_note(options: PreprocessOptions | None, error: Exception | None = None) -> str:
+    """Return the end of a message: where progress is recorded from which the command resumes; "" if it is nowhere."""
+    if options is None or not is_resumable(options.stage):
+        return ""
+    try:
+        if not _Preprocessing(options, options.sources()).has_progress:
+            return ""
+    except (ConfigurationError, OSError):
+        return ""
+    stops_again = isinstance(error, BadRecord) and options.on_error == "stop"
+    command = f"the same command{' with --on-error skip' if stops_again else ''}"
+    return f"; progress is recorded in {options.stage}, and {command} resumes there"
+
+
 class _Preprocessing:
     """One run: the text that was tokenised so far, and the position after it."""
 
@@ -90,6 +104,11 @@ class _Preprocessing:
         self._train_ngrams = TrainNgrams()
         compares = options.has_splits and "train" in options.outputs
         self._held_out = {name: HeldOut() for name in options.outputs if compares and name != "train"}
+
+    @property
+    def has_progress(self) -> bool:
+        """Whether progress of a run of the same settings and sources is recorded."""
+        return self._read_progress() is not None
 
     def run(self) -> dict | None:
         """Return the content of corpus.json, None if everything is written already."""

@@ -7,7 +7,6 @@
 
 import hashlib
 import os
-import signal
 import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
@@ -22,6 +21,7 @@ from time import sleep
 
 import numpy as np
 
+from megatron import stop_signals
 from megatron.data.contamination import below, ngram_hashes
 from megatron.data.corpus import split_of
 from megatron.data.indexed import token_dtype
@@ -227,22 +227,12 @@ def in_order(workers: int, make: Callable[[], ChunkTokeniser]) -> Iterator[MapIn
 def _ahead(pool: ProcessPoolExecutor, tasks: Iterable[ChunkTask], most: int) -> Iterator[TokenisedChunk]:
     pending = deque()
     for task in tasks:
-        with _interrupts_wait():  # a worker that starts would print its own traceback
+        with stop_signals.blocked():  # for the workers that start here: only this process ends them
             pending.append(pool.submit(_compute, task))
         if len(pending) >= most:
             yield pending.popleft().result()
     while pending:
         yield pending.popleft().result()
-
-
-@contextmanager
-def _interrupts_wait() -> Iterator[None]:
-    """Hold SIGINT back; processes that start inherit that, and only the calling process ends the pool."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 _worker: ChunkTokeniser | None = None

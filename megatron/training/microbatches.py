@@ -2,8 +2,9 @@
 
 import os
 import signal
+from collections import deque
 from collections.abc import Iterator
-from dataclasses import KW_ONLY, dataclass, fields
+from dataclasses import KW_ONLY, dataclass, fields, replace
 from functools import partial
 from multiprocessing.connection import wait
 from multiprocessing.context import ForkContext, ForkProcess
@@ -25,6 +26,7 @@ from megatron.objectives.input_noise import InputNoise
 from megatron.parallel.failure_detector import when_orphaned
 
 ALIGNMENT = 64  # bytes, of tensors in a block of shared memory
+MESSAGE_BYTES = 1 << 20  # of micro-batches that a worker sends together, unless a single one is larger
 LARGER = "make /dev/shm larger (docker run --shm-size)"
 
 
@@ -83,19 +85,23 @@ class Loader:
     """An iterator over the micro-batches to the end of the budget, in order; worker processes prefetch them.
 
     Used as a context manager: no worker outlives it. Errors in a worker are raised here as they would be without
-    workers.
+    workers, after the micro-batches that precede them. A worker sends small micro-batches several at a time, as many as
+    fit into MESSAGE_BYTES by the size of the first.
 
     Raises: ChildProcessError if a worker dies or cannot start; OSError if shared memory or open files run out.
     """
 
     def __init__(self, dataset: MicroBatches, num_workers: int, device: torch.device):
         self.num_workers = num_workers
+        self._received: deque[list[Batch] | Exception] = deque()  # but not yet returned
+        self._per_message = 1  # micro-batches, until the size of the first is known
+        micro_batches = dataset.steps * dataset.per_step
         context = _Context()
         self._workers = context.processes
         loader = DataLoader(
             _Shared(dataset, num_workers) if num_workers else dataset,
             batch_size=None,  # an item is already a batch
-            sampler=range(dataset.steps * dataset.per_step),
+            sampler=self._messages(micro_batches) if num_workers else range(micro_batches),
             num_workers=num_workers,
             multiprocessing_context=context if num_workers else None,
             worker_init_fn=partial(_start_worker, os.getpid()),
@@ -107,7 +113,7 @@ class Loader:
         try:
             # stop signals reach the whole job: the training process saves and exits, and needs its workers
             with stop_signals.blocked():
-                self._batches = iter(loader)
+                self._items = iter(loader)
         except BaseException as error:
             _kill(self._workers)
             if not (num_workers and isinstance(error, (OSError, RuntimeError))):
@@ -122,7 +128,7 @@ class Loader:
 
     def __exit__(self, kind, error, traceback) -> None:
         if kind is None:
-            self._batches = iter(())  # torch stops its workers when the last reference to its iterator goes
+            self._items = iter(())  # torch stops its workers when the last reference to its iterator goes
         _kill(self._workers)
 
     def __iter__(self) -> Iterator[list[Batch]]:
@@ -130,21 +136,44 @@ class Loader:
 
     def __next__(self) -> list[Batch]:
         self._check_workers()
+        if not self._received:
+            self._receive()
+        micro_batch = self._received.popleft()
+        if isinstance(micro_batch, Exception):
+            raise micro_batch
+        return micro_batch
+
+    def _messages(self, micro_batches: int) -> Iterator[range]:
+        """Yield the indices of the micro-batches of each message."""
+        first = 0
+        while first < micro_batches:
+            yield range(first, first := min(first + self._per_message, micro_batches))
+
+    def _receive(self) -> None:
+        """Wait for the next micro-batches.
+
+        Raises: StopIteration after the last one.
+        """
         try:
-            item = next(self._batches)
+            item = next(self._items)
         except (RuntimeError, OSError, EOFError) as error:
             # the error may come from a dying worker's half-sent data, or up to 5 s after its death
             closed = wait([worker.sentinel for worker in self._workers], timeout=1)
             for worker in self._workers:
                 worker.join(None if worker.sentinel in closed else 0)
             self._check_workers()
-            if "open files" in str(error):  # every tensor of a prefetched batch needs a file descriptor
+            if "open files" in str(error):  # every message that is prefetched needs a file descriptor
                 message = "prefetched batches need more open files than the system allows; raise ulimit -n, or lower it"
                 raise OSError(f"{typed('num_workers', self.num_workers)}: {message}") from None
             raise
-        if isinstance(item, Exception):
-            raise item
-        return item.batches() if isinstance(item, _Packed) else item
+        if not isinstance(item, _Message):
+            self._received.append(item)
+            return
+        self._received.extend(item.micro_batches())
+        if item.error:
+            self._received.append(item.error)
+        elif self._per_message == 1:
+            self._per_message = max(1, MESSAGE_BYTES // item.block.numel())
 
     def _check_workers(self) -> None:
         dead = next((worker for worker in self._workers if worker.exitcode), None)
@@ -181,40 +210,47 @@ class _TensorSlice:
 
 
 @dataclass(frozen=True)
-class _Packed:
-    """Batches whose tensors are in one block of shared memory.
+class _Message:
+    """Consecutive micro-batches whose tensors are in one block of shared memory, and the error that followed them.
 
     A block costs a file descriptor, which the training process fetches over a socket, as long as it takes to read some
     samples.
     """
 
     block: Tensor  # uint8
-    contents: list[dict[str, Any]]  # the fields of each batch, with a `_TensorSlice` for each tensor
+    contents: list[list[dict[str, Any]]]  # the fields of each batch, with a `_TensorSlice` for each tensor
+    error: Exception | None = None
 
     @classmethod
-    def pack(cls, batches: list[Batch]) -> "_Packed":
-        contents, tensors, size = [], [], 0
-        for batch in batches:
-            values = {field.name: getattr(batch, field.name) for field in fields(batch)}
-            for name, value in values.items():
-                if torch.is_tensor(value):
-                    tensors.append(value)
-                    values[name] = piece = _TensorSlice(size, value.shape, value.dtype)
-                    size = -(-piece.end // ALIGNMENT) * ALIGNMENT
-            contents.append(values)
-        block = torch.empty(size, dtype=torch.uint8).share_memory_()
-        slices = [value for values in contents for value in values.values() if isinstance(value, _TensorSlice)]
-        for piece, tensor in zip(slices, tensors, strict=True):
+    def pack(cls, micro_batches: list[list[Batch]], error: Exception | None = None) -> "_Message":
+        tensors: list[tuple[_TensorSlice, Tensor]] = []
+
+        def packed(value: Any) -> Any:
+            if not torch.is_tensor(value):
+                return value
+            start = -(-tensors[-1][0].end // ALIGNMENT) * ALIGNMENT if tensors else 0
+            tensors.append((_TensorSlice(start, value.shape, value.dtype), value))
+            return tensors[-1][0]
+
+        contents = [
+            [{field.name: packed(getattr(batch, field.name)) for field in fields(batch)} for batch in batches]
+            for batches in micro_batches
+        ]
+        block = torch.empty(tensors[-1][0].end if tensors else 0, dtype=torch.uint8).share_memory_()
+        for piece, tensor in tensors:
             piece.of(block).copy_(tensor)
-        return cls(block, contents)
+        return cls(block, contents, error)
 
-    def pin_memory(self) -> "_Packed":
+    def pin_memory(self) -> "_Message":
         """Return a copy in pinned memory; the data loader calls it."""
-        return _Packed(self.block.pin_memory(), self.contents)
+        return replace(self, block=self.block.pin_memory())
 
-    def batches(self) -> list[Batch]:
-        """Return the batches, views of the block."""
-        return [Batch(**{name: self._restored(value) for name, value in values.items()}) for values in self.contents]
+    def micro_batches(self) -> list[list[Batch]]:
+        """Return the batches of each micro-batch, views of the block."""
+        return [
+            [Batch(**{name: self._restored(value) for name, value in values.items()}) for values in batches]
+            for batches in self.contents
+        ]
 
     def _restored(self, value: Any) -> Any:
         return value.of(self.block) if isinstance(value, _TensorSlice) else value
@@ -222,7 +258,7 @@ class _Packed:
 
 @dataclass(frozen=True)
 class _Shared(Dataset):
-    """Micro-batches in shared memory, or an error for the user: the items that a worker sends.
+    """Micro-batches in shared memory, up to an error for the user: the messages that a worker sends.
 
     By default torch copies batches there in a thread of the worker, in which an error is only printed and the batch
     never arrives, and it wraps errors in a traceback.
@@ -231,19 +267,22 @@ class _Shared(Dataset):
     dataset: MicroBatches
     num_workers: int
 
-    def __getitem__(self, index: int) -> _Packed | Exception:
+    def __getitem__(self, indices: range) -> _Message:
+        micro_batches, error = [], None
         try:
-            batches = self.dataset[index]
-        except (ConfigurationError, OSError) as error:
-            return error
+            for index in indices:
+                micro_batches.append(self.dataset[index])
+        except (ConfigurationError, OSError) as raised:
+            error = raised
         try:
-            return _Packed.pack(batches)
-        except (RuntimeError, OSError) as error:
-            reason = str(error).partition("\n")[0]
-            return OSError(
+            return _Message.pack(micro_batches, error)
+        except (RuntimeError, OSError) as raised:
+            reason = str(raised).partition("\n")[0]
+            error = OSError(
                 f"{typed('num_workers', self.num_workers)}: a batch could not be copied to shared memory ({reason}); "
                 f"{LARGER}, lower --num-workers, or give 0"
             )
+            return _Message(torch.empty(0, dtype=torch.uint8), [], error)
 
 
 class _Context(ForkContext):

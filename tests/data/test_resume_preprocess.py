@@ -17,12 +17,13 @@ from megatron.data import preprocess as preparing
 from megatron.data import preprocess_options, staging
 from megatron.data import publish as publishing
 from megatron.data.indexed import IndexedDataset, read_metadata
-from megatron.data.preprocess import is_resumable, preprocess
+from megatron.data.preprocess import is_resumable, preprocess, resume_note
 from megatron.data.preprocess_options import PreprocessOptions
 from megatron.data.sources import base
 from megatron.data.staging import only_writer
 from megatron.data.tokenise import ChunkTokeniser
 from megatron.data.tokenizer import HFTokenizer, train_tokenizer
+from megatron.errors import ConfigurationError
 from tests.conftest import ROOT, environment
 
 SETTINGS = "from megatron.data import preprocess, preprocess_options; from megatron.data.sources import base"
@@ -77,13 +78,16 @@ def test_any_number_of_workers_gives_the_same_bytes(text, tokenizer, tmp_path, m
     assert contents(tmp_path / "trained 1") == contents(tmp_path / "trained 2")
 
 
-def test_a_run_that_stopped_at_a_bad_record_goes_on_without_it(text, tmp_path, monkeypatch, refused):
+def test_a_run_that_stopped_at_a_bad_record_goes_on_without_it(text, tmp_path, monkeypatch):
     small_chunks(monkeypatch)
     own, compute, calls = tmp_path / "own.jsonl", ChunkTokeniser.__call__, []
     lines = text.read_bytes().splitlines(keepends=True)
     own.write_bytes(b"".join([*lines[:900], b"{\n", *lines[900:]]))
-    with refused(f"--input {own}: line 901 is not JSON"):
+    with pytest.raises(ConfigurationError, match=f"--input {own}: line 901 is not JSON") as caught:
         preprocess(options(own, tmp_path / "data"))
+    note = f"; progress is recorded in {tmp_path / 'data' / '.partial'}, and the same command with --on-error skip "
+    assert resume_note(options(own, tmp_path / "data"), caught.value) == f"{note}resumes there"
+    assert resume_note(options(text, tmp_path / "data"), caught.value) == ""  # of other text
     monkeypatch.setattr(ChunkTokeniser, "__call__", lambda self, task: calls.append(task) or compute(self, task))
     assert preprocess(options(own, tmp_path / "data", on_error="skip"))["skipped"] == {"not JSON": 1}
     assert calls[0].chunk.first > 800
@@ -104,6 +108,8 @@ def test_a_run_that_ends_after_the_last_chunk_resumes(text, tmp_path, monkeypatc
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left on device"):
         patch.setattr(module, moment, fail)
         preprocess(options(text, tmp_path / "data"))
+    assert resume_note(options(text, tmp_path / "data")).endswith(".partial, and the same command resumes there")
+    assert resume_note(options(text, tmp_path / "whole")) == ""
     monkeypatch.setattr(ChunkTokeniser, "__call__", None)  # nothing is tokenised again
     preprocess(options(text, tmp_path / "data"))
     assert contents(tmp_path / "data") == contents(tmp_path / "whole")
@@ -247,8 +253,10 @@ def test_workers_end_with_a_killed_parent(running):
     "signal_number, victim, code, message",
     [
         (signal.SIGKILL, "worker", 2, "--workers 2: a worker process was killed"),
-        (signal.SIGINT, "parent", 130, "interrupted; the same command resumes"),
-        (signal.SIGINT, "group", 130, "interrupted; the same command resumes"),
+        (signal.SIGINT, "parent", 130, "interrupted"),
+        (signal.SIGINT, "group", 130, "interrupted"),
+        (signal.SIGTERM, "parent", 143, "interrupted"),
+        (signal.SIGTERM, "group", 143, "interrupted"),
     ],
 )
 def test_a_run_that_ends_early_says_how_to_go_on(running, tmp_path, signal_number, victim, code, message):
@@ -258,7 +266,10 @@ def test_a_run_that_ends_early_says_how_to_go_on(running, tmp_path, signal_numbe
     else:
         os.kill(int(workers[0]) if victim == "worker" else process.pid, signal_number)
     errors = process.communicate(timeout=60)[1]
-    assert process.returncode == code and message in errors and "Traceback" not in errors, errors
+    note = f"; progress is recorded in {tmp_path / 'data' / '.partial'}, and the same command resumes there\n"
+    assert process.returncode == code and errors.endswith(note), errors
+    error = errors.splitlines()[-1]  # and no line of a worker or of multiprocessing's resource_tracker follows
+    assert error.startswith(f"error: {message}") and "Traceback" not in errors and "resource_tracker" not in errors
     assert is_resumable(tmp_path / "data" / ".partial") and not (tmp_path / "data" / "corpus.json").exists()
 
 

@@ -89,6 +89,26 @@ def test_the_same_text_in_any_format_gives_the_same_files(tmp_path, table):
     assert decoded == set(TEXTS) and sum(map(len, parts)) == len(TEXTS)
 
 
+def test_a_data_set_in_the_cache_is_read_offline(tmp_path, table):
+    """The cache as load_dataset fills it, under the name of the data set on the hub."""
+    parquet.write_table(table, tmp_path / "train.parquet")
+    prepared = datasets.load_dataset_builder(str(tmp_path), cache_dir=str(tmp_path / "cache"))
+    prepared.download_and_prepare()
+    entry = tmp_path / "home" / "datasets" / "someone___texts" / "default" / "0.0.0" / ("0123456789" * 4)
+    entry.mkdir(parents=True)
+    for path in Path(prepared.cache_dir).iterdir():
+        (entry / path.name.replace(f"{prepared.dataset_name}-", "texts-")).write_bytes(path.read_bytes())
+    info = json.loads((entry / "dataset_info.json").read_bytes())
+    (entry / "dataset_info.json").write_text(json.dumps(info | {"dataset_name": "texts", "config_name": "default"}))
+    variables = environment() | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, ROOT / "tools/preprocess_data.py", "--tokenizer-type", "ByteTokenizer"]
+    command += ["--hf-dataset", "someone/texts", "--output-dir", tmp_path / "data"]
+    done = subprocess.run(command, env=variables, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    preprocess(options(tmp_path / "file", input=(str(tmp_path / "train.parquet"),)))
+    assert token_files(tmp_path / "data") == token_files(tmp_path / "file")
+
+
 def test_standard_input_is_json_lines(tmp_path):
     command = [sys.executable, ROOT / "tools/preprocess_data.py", "--tokenizer-type", "ByteTokenizer", "--input", "-"]
     flags = ["--output-dir", tmp_path / "a", "--splits", "98", "1", "1"]

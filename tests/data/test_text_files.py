@@ -209,6 +209,14 @@ def test_zeros_after_a_gzip_file_are_padding(file):
     assert texts_of(file("a.txt.gz", padded, pack=False)) == ["one two"]
 
 
+def test_integers_of_any_length_are_json(file, refused):
+    digits = "1" * 5000  # int() reads 4,300
+    path = file("a.jsonl", f'{{"text": "one", "n": {digits}}}\n{{"n": [-{digits}], "text": "two"}}')
+    assert texts_of(path) == ["one", "two"]
+    with refused('line 1 has a value of type int in "n", not a string'):
+        texts_of(path, key="n")
+
+
 @pytest.mark.parametrize(
     "line, parts",
     [

@@ -10,7 +10,7 @@ import signal
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from itertools import islice
+from itertools import chain, islice
 from multiprocessing import active_children
 
 import numpy as np
@@ -30,7 +30,8 @@ from megatron.objectives.input_noise import build_input_noise
 from megatron.objectives.masked_diffusion import MaskedDiffusion
 from megatron.objectives.registry import build_objective
 from megatron.objectives.token_dropout import TokenDropout
-from megatron.training.microbatches import Loader, MicroBatches, _Packed
+from megatron.training import microbatches
+from megatron.training.microbatches import Loader, MicroBatches, _Message
 
 VOCABULARY, SEQ_LENGTH, SEED = Vocabulary(257), 32, 1234
 GLOBAL_BATCH, BUDGET = 8, 29  # four steps, the last one of 5 samples
@@ -300,6 +301,28 @@ def test_a_worker_that_ends_by_itself_is_named_with_its_code():
     assert isinstance(error, ChildProcessError) and " exited with code 3: lower --num-workers 1 " in str(error)
 
 
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_the_micro_batches_before_an_error_are_returned(workers):
+    count, refused = 0, pytest.raises(OSError, match="Input/output error")
+    with refused, open_loader(Failing(OSError(5, "Input/output error")), workers) as loader:
+        for _ in loader:
+            count += 1
+    assert count == 10  # of 4 samples, up to index 39
+
+
+def test_a_message_holds_as_many_micro_batches_as_its_bytes_allow(monkeypatch):
+    with open_loader(Failing(), 0) as loader:
+        size = _Message.pack([next(loader)]).block.numel()
+    monkeypatch.setattr(microbatches, "MESSAGE_BYTES", 12 * size - 1)
+    counts = []
+    with open_loader(Failing(), 2) as loader:
+        for _ in range(20):
+            loader._receive()
+            counts.append(len(loader._received))
+            loader._received.clear()
+    assert counts == [1] * 9 + [11] * 11  # nine are requested before the first arrives
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("fault", [ConfigurationError("a.bin: holds the token id 7"), OSError(5, "Input/output error")])
 def test_errors_are_the_same_with_and_without_workers(fault, workers):
@@ -318,7 +341,8 @@ def test_too_little_shared_memory_is_named():
     assert "--num-workers 2: a batch could not be copied to shared memory" in str(error) and "/dev/shm" in str(error)
 
 
-def test_too_few_open_files_are_named():
+def test_too_few_open_files_are_named(monkeypatch):
+    monkeypatch.setattr(microbatches, "MESSAGE_BYTES", 1)  # a file for each micro-batch
     opened = len(os.listdir("/proc/self/fd"))
     refused = pytest.raises(OSError, match="raise ulimit -n, or lower it")
     with limit(resource.RLIMIT_NOFILE, opened + 60), refused, open_loader(Failing(), 2) as batches:
@@ -435,9 +459,9 @@ def test_a_packed_micro_batch_is_the_same_to_the_bit():
     first = Batch(tokens, tokens + 1, weights, np.array([1.0, 2.0, 0.5]), causal=True, blocked=blocked)
     second = replace(first, causal=False, documents=tokens // 7, residual_scales=torch.rand(3, 2), blocked=None)
     empty = Batch.unscored(tokens, causal=True)
-    restored = _Packed.pack([first, second, empty]).batches()
-    assert len(restored) == 3
-    for batch, other in zip((first, second, empty), restored):
+    restored = _Message.pack([[first, second], [empty]]).micro_batches()
+    assert [len(batches) for batches in restored] == [2, 1]
+    for batch, other in zip((first, second, empty), chain(*restored), strict=True):
         for field in fields(Batch):
             value, packed = getattr(batch, field.name), getattr(other, field.name)
             assert type(value) is type(packed)

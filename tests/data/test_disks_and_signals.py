@@ -1,0 +1,133 @@
+"""The data tools on a read-only disk, with a line of 2 GB, and stopped while they import their libraries."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron.data.indexed import IndexedDataset, IndexedDatasetWriter
+from tests.conftest import ROOT, environment
+
+LINES = '{"text": "first"}\n', '{"text": "last"}\n'
+LONG_LINE = 2 << 30  # bytes
+
+
+def command(tool: str, *arguments) -> list[str]:
+    return [sys.executable, str(ROOT / "tools" / tool), *map(str, arguments)]
+
+
+def preprocessing(*arguments) -> list[str]:
+    flags = ["--tokenizer-type", "ByteTokenizer", "--splits", 1, 0, 0]
+    return command("preprocess_data.py", *arguments, *flags)
+
+
+@pytest.fixture
+def read_only(tmp_path):
+    """Return a function that runs a command while the folder `mounted` is on a read-only disk."""
+    folder = tmp_path / "mounted"
+    (folder / "old" / ".partial").mkdir(parents=True)  # of an interrupted run
+    (folder / "old" / ".partial" / "train.bin").write_bytes(b"12")
+    mount = f"mount --bind {folder} {folder} && mount -o remount,bind,ro {folder} && exec"
+    probe = subprocess.run(["unshare", "-rm", "sh", "-c", f"{mount} true"], capture_output=True, text=True)
+    if probe.returncode:
+        pytest.skip(f"this machine permits no mounts in a user namespace: {probe.stderr.strip()}")
+
+    def run(words: list[str]) -> subprocess.CompletedProcess:
+        shell = ["unshare", "-rm", "sh", "-c", f'{mount} "$@"', "sh", *words]
+        return subprocess.run(shell, capture_output=True, text=True, env=environment())
+
+    return run
+
+
+def test_a_read_only_disk_is_one_line_and_changes_nothing(read_only, tmp_path):
+    disk, text, data = tmp_path / "mounted", tmp_path / "text.jsonl", tmp_path / "data"
+    text.write_text("".join(LINES))
+    with IndexedDatasetWriter(data, 100) as writer:
+        for ids in ([1, 2], [1, 2], [3]):
+            writer.add_document(ids)
+    before = sorted(disk.rglob("*"))
+    commands = {
+        f"--output-dir {disk}/new": preprocessing("--input", text, "--output-dir", disk / "new"),
+        f"--output-dir {disk}/old": preprocessing("--input", text, "--output-dir", disk / "old"),
+        f"--output-prefix {disk}/a": command("merge_datasets.py", "--input", data, "--output-prefix", disk / "a"),
+        f"--output-prefix {disk}/b": command(
+            "inspect_dataset.py", data, "--exact-duplicates", "--remove", "--output-prefix", disk / "b"
+        ),
+    }
+    for flag, words in commands.items():
+        done = read_only(words)
+        assert done.returncode in (1, 2) and "Traceback" not in done.stderr, done.stderr
+        assert done.stderr.splitlines()[-1].startswith(f"error: {flag}: cannot be "), done.stderr
+        assert "(Read-only file system); " in done.stderr
+    assert sorted(disk.rglob("*")) == before
+
+
+def test_input_on_a_read_only_disk_is_read(read_only, tmp_path):
+    (tmp_path / "mounted" / "text.jsonl").write_text("".join(LINES))
+    done = read_only(preprocessing("--input", tmp_path / "mounted", "--output-dir", tmp_path / "data"))
+    assert done.returncode == 0, done.stderr
+    assert len(IndexedDataset(str(tmp_path / "data" / "train"))) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["jsonl", "txt"])
+def test_a_line_of_two_gigabytes_takes_bounded_memory(tmp_path, kind):
+    path, output = tmp_path / f"text.{kind}", tmp_path / "data"
+    with open(path, "wb") as file:
+        file.write(f"{LINES[0]}\n".encode())
+        for _ in range(LONG_LINE >> 24):
+            file.write(b"x" * (1 << 24))
+        file.write(f"\n\n{LINES[1]}".encode())
+    flags = ["--input", path, "--output-dir", output, "--txt-separator", ""]
+    stopped = subprocess.run(preprocessing(*flags), env=environment(), capture_output=True, text=True)
+    where = {"jsonl": f"{path}: line 3", "txt": f"{path}:3"}[kind]
+    error = f"error: --input {where}: is one document of more than 67108864 bytes; "
+    assert stopped.returncode == 2 and stopped.stderr.startswith(error), stopped.stderr
+    assert not [*output.iterdir()]
+    pid = os.posix_spawn(sys.executable, preprocessing(*flags, "--on-error", "skip"), environment())
+    _, status, usage = os.wait4(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+    dataset = IndexedDataset(str(output / "train"))
+    assert [bytes(dataset[number][:-1].astype(np.uint8)).strip() for number in (0, -1)] == (
+        [b"first", b"last"] if kind == "jsonl" else [line.strip().encode() for line in LINES]
+    )
+    assert len(dataset) == 2 and usage.ru_maxrss < 400_000  # kilobytes; a short line takes 200,000
+
+
+TOOLS = ["preprocess_data.py", "merge_datasets.py", "inspect_dataset.py", "rebuild_index.py"]
+WHILE_IMPORTING = """
+import os, runpy, sys
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "numpy":
+            os.kill(os.getpid(), {number})
+sys.meta_path.insert(0, Finder())
+sys.argv = ["{tool}", "--help"]
+runpy.run_path("{tool}", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("tool", TOOLS)
+def test_a_stop_signal_during_the_imports_is_one_line(tool, number):
+    source = WHILE_IMPORTING.format(tool=ROOT / "tools" / tool, number=int(number))
+    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, env=environment())
+    assert (done.returncode, done.stderr) == (128 + number, "error: interrupted; nothing was written\n")
+    assert done.stdout == ""
+
+
+def test_imported_tools_install_no_handlers():
+    """Worker processes import the tool that started them, and pytest has its own handler of Ctrl-C."""
+    source = "import signal, runpy; runpy.run_path({!r}, run_name='tool'); print(signal.getsignal(signal.SIGTERM))"
+    words = [sys.executable, "-c", source.format(str(ROOT / "tools" / TOOLS[0]))]
+    done = subprocess.run(words, capture_output=True, text=True, env=environment())
+    assert done.stdout.strip() == str(signal.getsignal(signal.SIGTERM)), done.stderr
+
+
+def test_all_tools_with_handlers_are_tested():
+    installing = [path.name for path in sorted(Path(ROOT / "tools").glob("*.py")) if "raise_in_tool" in path.read_text()]
+    assert installing == sorted(TOOLS)
