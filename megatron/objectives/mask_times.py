@@ -8,6 +8,7 @@ uniform, so that no weight exceeds 1 / u, and the others have the density g of a
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cached_property
 from statistics import NormalDist
 
 import numpy as np
@@ -101,28 +102,31 @@ class Bell(TimeDensity):
 
     def density(self, time: float) -> float:
         """Return the density at a time."""
-        bell = STANDARD_NORMAL.pdf((time - self.center) / self.std) / (self.std * self._mass)
+        _, mass = self._truncation
+        bell = STANDARD_NORMAL.pdf((time - self.center) / self.std) / (self.std * mass)
         return self.uniform_share + (1 - self.uniform_share) * bell
 
     def cumulative(self, time: float) -> float:
         """Return the probability of a smaller time."""
-        start, end = ((limit - self.center) / (self.std * math.sqrt(2)) for limit in (0.0, time))
-        bell = (math.erf(end) - math.erf(start)) / (2 * self._mass)
-        return self.uniform_share * time + (1 - self.uniform_share) * bell
+        start, mass = self._truncation
+        return self.uniform_share * time + (1 - self.uniform_share) * (self._normal(time) - start) / mass
 
     @property
     def mean(self) -> float:
         """The mean time."""
         start, end = (STANDARD_NORMAL.pdf((limit - self.center) / self.std) for limit in (0.0, 1.0))
-        return self.uniform_share / 2 + (1 - self.uniform_share) * (
-            self.center + self.std * (start - end) / self._mass
-        )
+        bell = self.center + self.std * (start - end) / self._truncation[1]
+        return self.uniform_share / 2 + (1 - self.uniform_share) * bell
 
-    @property
-    def _mass(self) -> float:
-        """The probability of (0, 1) before the density is truncated."""
-        start, end = ((limit - self.center) / (self.std * math.sqrt(2)) for limit in (0.0, 1.0))
-        return (math.erf(end) - math.erf(start)) / 2
+    def _normal(self, time: float) -> float:
+        """Return the probability of a smaller time before the density is truncated."""
+        return (1 + math.erf((time - self.center) / (self.std * math.sqrt(2)))) / 2
+
+    @cached_property
+    def _truncation(self) -> tuple[float, float]:
+        """The probabilities of a time below 0 and of one in (0, 1), before the density is truncated."""
+        start = self._normal(0.0)
+        return start, self._normal(1.0) - start
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ class MaskedDiffusion(Likelihood):
         # 1. Diffusion times t in [0, 1), one per sequence
         times = np.array([self.time(int(index), seed) for index in sample_indices])  # [B]
 
-        # 2. Mask probabilities p = (1 - eps) t + eps
+        # 2. Mask probabilities p = (1 - eps) t + eps; the bound weights a masked token by 1 / p
         mask_prob = (1 - self.eps) * times[:, None] + self.eps  # [B, 1]
 
         # 3. Mask every token independently with probability p
@@ -67,7 +67,7 @@ class MaskedDiffusion(Likelihood):
         # 5. If shifted, no position predicts token 0: never mask it
         masked[:, : self.target_offset] = False
 
-        # 6. Masked inputs, targets and weights, 1 / p for the bound; normalise by the maskable tokens, not by the masked ones
+        # 6. Masked inputs, targets and weights; normalise by the maskable tokens, not by the masked ones
         counts = np.full(batch_size, length - self.target_offset)  # [B]
         return self._batch(ids, masked, self._weights(mask_prob, sample_indices, seed), counts)
 

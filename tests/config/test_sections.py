@@ -87,6 +87,31 @@ REFUSED = [
     ),
     (ObjectiveConfig, {"mask_eps": 0.0}, "--mask-eps 0.0: must be in (0, 1)"),
     (ObjectiveConfig, {"mask_eps": 1.0}, "--mask-eps 1.0: must be in (0, 1)"),
+    (
+        ObjectiveConfig,
+        {"mask_time_distribution": "bell", "mask_time_high": 0.9},
+        "--mask-time-high 0.9: does nothing without --mask-time-distribution window; give both or neither",
+    ),
+    (
+        ObjectiveConfig,
+        {"mask_time_weighting": "none"},
+        "--mask-time-weighting none: does nothing without --mask-time-distribution; give both or neither",
+    ),
+    (
+        ObjectiveConfig,
+        {"mask_time_distribution": "window", "mask_time_low": 0.8},
+        "--mask-time-low 0.8: must be below --mask-time-high 0.75; change one of them",
+    ),
+    (
+        ObjectiveConfig,
+        {"mask_time_distribution": "window", "mask_time_uniform_share": 0.0},
+        "--mask-time-uniform-share 0.0: leaves out times outside the window, which importance weights need; give more",
+    ),
+    (
+        ObjectiveConfig,
+        {"mask_time_distribution": "bell", "mask_time_std": 0.0},
+        "--mask-time-std 0.0: must be positive",
+    ),
     (ObjectiveConfig, {"stochastic_depth": 1.0}, "--stochastic-depth 1.0: must be in [0, 1)"),
     (ObjectiveConfig, {"masked_input_weight": -1.0}, "--masked-input-weight -1.0: must not be negative"),
     (ObjectiveConfig, {"diffusion_block_size": 0}, "--diffusion-block-size 0: must be at least 1"),

@@ -31,6 +31,9 @@ VOCABULARY, EOD = Vocabulary(257), 256
 HAS_DEEPSPEED = find_spec("deepspeed") is not None
 OPTIONS = [f"--objective {name}" for name in OBJECTIVES] + [
     "--mask-times iid",
+    "--mask-time-distribution window",
+    "--mask-time-distribution bell --mask-time-weighting none",
+    "--mdm-loss simple",
     "--ar-ratio 0.5",
     "--low-noise-samples 8",
     "--causal-ratio 1",

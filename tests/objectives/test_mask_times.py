@@ -12,6 +12,7 @@ from megatron.config.vocabulary import Vocabulary
 from megatron.errors import ConfigurationError
 from megatron.model.initialise import initialise
 from megatron.model.transformer import Transformer
+from megatron.objectives.base import EvaluationNoise
 from megatron.objectives.mask_times import Bell, Uniform, Window
 from megatron.objectives.registry import build_objective
 
@@ -22,8 +23,9 @@ DISTRIBUTIONS = {"uniform": {}, "window": WINDOW, "bell": BELL}
 UNWEIGHTED = {"mask_time_weighting": "none"}
 
 
-def objective(name="mdm", vocabulary=VOCABULARY, time_block=8, **options):
-    return build_objective(ObjectiveConfig(objective=name, mask_eps=EPS, **options), vocabulary, time_block)
+def objective(name="mdm", time_block=8, **options):
+    eps = {} if name in ("ar", "any-order") else {"mask_eps": EPS}
+    return build_objective(ObjectiveConfig(objective=name, **eps, **options), VOCABULARY, time_block)
 
 
 def normal(center: float, std: float):
@@ -51,7 +53,7 @@ def test_densities_and_quantiles_are_those_of_scipy(density, reference, share):
         time = tested.quantile(probability)
         assert 0 <= time <= 1 and tested.cumulative(time) == pytest.approx(probability, abs=1e-12)
         if share == 0:
-            assert time == pytest.approx(reference.ppf(probability), rel=1e-9, abs=1e-12)
+            assert time == pytest.approx(reference.ppf(probability), abs=1e-8)
 
 
 def test_uniform_times_are_the_probabilities_themselves():
@@ -80,29 +82,115 @@ def loss_at(model):
 
 
 def expected_loss(tested, loss_at) -> float:
-    """Return the expected training loss by quadrature over the uniform number that a time is made of."""
-    sampling = tested.time_sampling
+    """Return the expected training loss of one token, by quadrature over the uniform number that its time is made of."""
+    density = tested.time_sampling.density
 
     def loss(probability: float) -> float:
-        time = sampling.density.quantile(probability)
-        mask_prob = np.array([[(1 - EPS) * time + EPS]])
+        time = density.quantile(probability)
+        (weight,) = tested._weights([time])
+        return float(weight) * loss_at((1 - EPS) * time + EPS) / SEQ_LENGTH
 
-        class AtTime(type(tested)):
-            def _full_noise_time(self, sample_index, seed):
-                return time
-
-        at_time = AtTime(**vars(tested))
-        return float(at_time._weights(mask_prob, np.array([0]), 1)[0, 0]) * loss_at(float(mask_prob[0, 0])) / SEQ_LENGTH
-
-    jumps = [sampling.density.cumulative(time) for time in (0.2, 0.6)]
+    jumps = [density.cumulative(time) for time in (0.2, 0.6)]
     return integrate.quad(loss, 0, 1, points=jumps, limit=200, epsabs=1e-9)[0]
 
 
+# one block of the whole sequence is masked diffusion, and takes the times themselves
 @pytest.mark.parametrize("loss", ["bound", "simple"])
 @pytest.mark.parametrize("name", ["window", "bell"])
 def test_importance_weights_keep_the_expectation_of_uniform_times(loss_at, name, loss):
-    expected = expected_loss(objective(mdm_loss=loss), loss_at)
-    weighted = expected_loss(objective(mdm_loss=loss, **DISTRIBUTIONS[name]), loss_at)
-    unweighted = expected_loss(objective(mdm_loss=loss, **DISTRIBUTIONS[name], **UNWEIGHTED), loss_at)
-    assert weighted == pytest.approx(expected, rel=1e-6)
-    assert abs(unweighted / expected - 1) > 1e-4  # another objective
+    uniform, weighted, unweighted = (
+        expected_loss(objective("block-diffusion", mdm_loss=loss, **options), loss_at)
+        for options in ({}, DISTRIBUTIONS[name], DISTRIBUTIONS[name] | UNWEIGHTED)
+    )
+    assert weighted == pytest.approx(uniform, rel=1e-6)
+    assert abs(unweighted / uniform - 1) > 1e-4  # another objective
+
+
+@pytest.mark.parametrize("options", [{}, {"low_noise_samples": 10**6, "low_noise_ratio": 0.6}], ids=["", "low-noise"])
+@pytest.mark.parametrize("times", ["stratified", "iid"])
+@pytest.mark.parametrize("name", ["window", "bell"])
+def test_the_mean_loss_of_training_batches_is_that_of_uniform_times(loss_at, model, name, times, options):
+    ids, count = np.array([[2, 0, 4, 1, 3]]), 1024
+    options = options | {"mask_times": times, "time_block": 1024}
+
+    def losses(**distribution) -> np.ndarray:
+        batch = objective(**options, **distribution).prepare(ids.repeat(count, 0), np.arange(count), seed=1)
+        with torch.no_grad():
+            return (model(batch, per_position=True) * batch.weights).sum(1).double().numpy() / SEQ_LENGTH
+
+    scale = options.get("low_noise_ratio", 1.0)
+    exact = integrate.quad(lambda t: loss_at((1 - EPS) * scale * t + EPS) / ((1 - EPS) * scale * t + EPS), 0, 1)[0]
+    for distribution in ({}, DISTRIBUTIONS[name]):
+        values = losses(**distribution)
+        assert abs(values.mean() - exact / SEQ_LENGTH) < 4 * values.std() / count**0.5
+
+
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
+def test_consecutive_samples_have_times_in_every_part_of_the_density(name):
+    """Each of 32 parts of equal probability has two of the 64 times of a block."""
+    tested = objective(time_block=64, **DISTRIBUTIONS[name])
+    edges = [tested.time_sampling.density.quantile(part / 32) for part in range(1, 32)]
+    for start in (0, 64, 640):
+        times = [tested.time(index, 3) for index in range(start, start + 64)]
+        assert np.bincount(np.searchsorted(edges, times), minlength=32).tolist() == [2] * 32
+    iid = objective(time_block=64, mask_times="iid", **DISTRIBUTIONS[name])
+    drawn = [iid.time(index, 3) for index in range(2000)]
+    assert stats.kstest(drawn, np.vectorize(iid.time_sampling.density.cumulative)).pvalue > 0.01
+
+
+@pytest.mark.parametrize("distribution", [{}, WINDOW, BELL | UNWEIGHTED], ids=["uniform", "window", "bell-unweighted"])
+def test_the_simple_loss_is_a_multiple_of_the_unweighted_cross_entropy(model, distribution):
+    ids, count = np.random.default_rng(0).integers(0, VOCABULARY.size, (64, SEQ_LENGTH + 1)), 64
+    tested = objective(mdm_loss="simple", time_block=64, **distribution)
+    batch = tested.prepare(ids, np.arange(count), seed=1)
+    masked = batch.tokens == VOCABULARY.mask_id
+    assert torch.equal(batch.tokens, objective(time_block=64, **distribution).prepare(ids, np.arange(count), 1).tokens)
+    with torch.no_grad():
+        logits = model.logits(batch.tokens, causal=False).double()
+        loss = float((model(batch, per_position=True) * batch.weights).sum()) / batch.count
+    nll = torch.nn.functional.cross_entropy(logits.mT, batch.targets, reduction="none") * masked
+    density = tested.time_sampling.density
+    importance = np.ones(count)
+    if tested.time_sampling.importance:
+        importance = np.array([1 / density.density(tested.time(index, 1)) for index in range(count)])
+    mean = integrate.quad(lambda t: t * density.density(t), 0, 1, points=(0.2, 0.6))[0]
+    mean_mask_prob = (1 - EPS) * (0.5 if tested.time_sampling.importance else mean) + EPS
+    expected = float((nll.sum(1).numpy() * importance).sum()) / mean_mask_prob / (count * SEQ_LENGTH)
+    assert loss == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"mdm_loss": "simple"}, WINDOW, BELL, WINDOW | UNWEIGHTED], ids=str)
+@pytest.mark.parametrize("name", ["mdm", "dual", "block-diffusion"])
+def test_the_summed_weights_are_the_count_on_average(name, options):
+    text = np.random.default_rng(0).integers(0, VOCABULARY.size, (4, SEQ_LENGTH + 1))
+    settings = {"diffusion_block_size": 2} if name == "block-diffusion" else {}
+    tested = objective(name, **settings, **options)
+    batches = [tested.prepare(text, np.arange(start, start + 4), seed=3) for start in range(4, 4000, 8)]
+    shares = torch.cat([batch.weights.sum(1) / torch.from_numpy(batch.counts) for batch in batches])
+    assert abs(shares.mean() - 1) < 4 * shares.std() / len(shares) ** 0.5 < 0.3
+
+
+@pytest.mark.parametrize("name", ["mdm", "dual", "block-diffusion"])
+def test_times_and_weights_do_not_act_in_evaluation(name):
+    text = np.random.default_rng(0).integers(0, VOCABULARY.size, (4, SEQ_LENGTH + 1))
+    batches = [
+        likelihood.evaluation(text, EvaluationNoise(1, "v", 0), np.arange(4), "common")
+        for options in ({}, WINDOW | {"mdm_loss": "simple"})
+        for likelihood in objective(name, **options).likelihoods
+    ]
+    half = len(batches) // 2
+    for plain, batch in zip(batches[:half], batches[half:], strict=True):
+        assert torch.equal(plain.tokens, batch.tokens) and torch.equal(plain.weights, batch.weights)
+
+
+def test_a_pure_window_is_the_published_one():
+    tested = objective(**WINDOW, **UNWEIGHTED)
+    assert tested.time_sampling.density == Window(0.2, 0.6, 0.0)
+    assert all(0.2 <= tested.time(index, 1) <= 0.6 for index in range(200))
+    assert objective(**WINDOW).time_sampling.density.uniform_share == 0.1
+
+
+@pytest.mark.parametrize("name", ["ar", "any-order"])
+def test_an_objective_without_masks_refuses_times(name):
+    with pytest.raises(ConfigurationError, match="--mdm-loss simple: acts in masked diffusion only"):
+        objective(name, mdm_loss="simple")

@@ -147,7 +147,8 @@ class ObjectiveConfig(Section):
         low, high = self.mask_time_low, self.mask_time_high
         require(low < high, "mask_time_low", low, f"must be below --mask-time-high {high}; change one of them")
         is_positive = self.mask_time_distribution != "window" or not self.importance_weighted_times
-        message = "leaves times outside the window without importance weights; give more, or --mask-time-weighting none"
+        message = "leaves out times outside the window, which importance weights need; give more, or "
+        message += "--mask-time-weighting none"
         share = self.mask_time_uniform_share
         require(is_positive or share != 0, "mask_time_uniform_share", share, message)
 
