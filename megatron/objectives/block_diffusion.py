@@ -13,7 +13,7 @@ import torch
 
 from megatron.batch import Batch
 from megatron.objectives.base import EvaluationNoise, Likelihood
-from megatron.objectives.mask_times import TimeSampling
+from megatron.objectives.mask_times import UNIFORM_TIMES, TimeSampling
 from megatron.randomness import radical_inverse, stream
 
 
@@ -24,7 +24,7 @@ class BlockDiffusion(Likelihood):
     mask_id: int
     block_size: int
     eps: float = 1e-3  # smallest mask probability in training
-    time_sampling: TimeSampling = TimeSampling()
+    time_sampling: TimeSampling = UNIFORM_TIMES
 
     name = "block-diffusion"
     exact = False

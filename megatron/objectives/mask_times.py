@@ -50,7 +50,10 @@ class TimeDensity(ABC):
 class Uniform(TimeDensity):
     """Uniform times."""
 
-    mean = 0.5
+    @property
+    def mean(self) -> float:
+        """The mean time."""
+        return 0.5
 
     def density(self, time: float) -> float:
         """Return 1."""
@@ -133,15 +136,18 @@ class Bell(TimeDensity):
 class TimeSampling:
     """How the diffusion times of training are distributed, and how masked tokens are weighted."""
 
-    density: TimeDensity = Uniform()
+    density: TimeDensity
     importance: bool = False  # weight times by the uniform density over `density`, which restores the bound
     simple: bool = False  # every masked token has the weight 1 / E[p] instead of 1 / p, p its mask probability
 
     @property
     def mean(self) -> float:
         """The mean time, of uniform times if others are weighted to their expectation."""
-        return Uniform.mean if self.importance else self.density.mean
+        return (Uniform() if self.importance else self.density).mean
 
     def importance_weights(self, times: list[float]) -> np.ndarray:
         """Return the uniform density over the density at each of the `times` [N] drawn from it, [N]."""
         return np.array([1 / self.density.density(time) for time in times])
+
+
+UNIFORM_TIMES = TimeSampling(Uniform())

@@ -14,7 +14,7 @@ import torch
 
 from megatron.batch import Batch
 from megatron.objectives.base import EvaluationNoise, Likelihood
-from megatron.objectives.mask_times import TimeSampling
+from megatron.objectives.mask_times import UNIFORM_TIMES, TimeSampling
 from megatron.randomness import radical_inverse, stream
 
 
@@ -29,7 +29,7 @@ class MaskedDiffusion(Likelihood):
     suffix_ratio: float = 0.0  # share of sequences that are masked at their end instead (--ar-ratio, 2507.15857)
     low_noise_samples: int = 0  # the times of the first samples of a run are multiplied by `low_noise_ratio`
     low_noise_ratio: float = 0.5
-    time_sampling: TimeSampling = TimeSampling()
+    time_sampling: TimeSampling = UNIFORM_TIMES
     shifted: bool = False  # position j predicts token j + 1, and token 0 is never masked (MNTP, 2404.05961)
 
     name = "mdm"
@@ -43,7 +43,8 @@ class MaskedDiffusion(Likelihood):
     def prepare(self, ids: np.ndarray, sample_indices: np.ndarray, seed: int) -> Batch:
         """Return the training batch of `ids` [B, S+1] at the `sample_indices` [B].
 
-        A masked token has weight 1 / p <= 1 / eps, or as `time_sampling` has it. A sequence counts all its maskable tokens: S, or S - 1 if shifted.
+        A masked token has weight 1 / p <= 1 / eps, if `time_sampling` does not change it. A sequence counts all its
+        maskable tokens: S, or S - 1 if shifted.
         """
         batch_size, length = len(ids), ids.shape[1] - 1
 

@@ -82,7 +82,7 @@ def loss_at(model):
 
 
 def expected_loss(tested, loss_at) -> float:
-    """Return the expected training loss of one token, by quadrature over the uniform number that its time is made of."""
+    """Return the expected training loss of one token, by quadrature over the quantiles of times."""
     density = tested.time_sampling.density
 
     def loss(probability: float) -> float:
