@@ -138,6 +138,8 @@ REFUSED = [
         {"token_dropout": 0.1, "token_dropout_max": 0.3},
         "--token-dropout 0.1: excludes --token-dropout-max 0.3; give one of them",
     ),
+    (OptimizerConfig, {"lr_cycles": 4}, "--lr-cycles 4: does nothing without --lr-decay-style cyclic; give both"),
+    (OptimizerConfig, {"lr_decay_style": "cyclic"}, "--lr-decay-style cyclic: needs --lr-cycles; give it"),
     (OptimizerConfig, {"lr": 0.0}, "--lr 0.0: must be positive"),
     (OptimizerConfig, {"lr": 0.1, "min_lr": 0.2}, "--min-lr 0.2: must be in [0, --lr 0.1]"),
     (OptimizerConfig, {"min_lr": -0.1}, "--min-lr -0.1: must be in [0, --lr 0.0002]"),
