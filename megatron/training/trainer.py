@@ -209,7 +209,7 @@ class Trainer:
 
     @property
     def _is_snapshot(self) -> bool:
-        """Whether the last step ended a cycle of the learning rate: the next one ends in another (1704.00109)."""
+        """Whether the last step is the last one of a cycle of the learning rate (1704.00109)."""
         samples = self.progress.consumed_samples
-        next_samples = samples + self.config.training.global_batch_size
-        return any(samples <= cycle_end < next_samples for cycle_end in self.plan.lr_cycle_ends)
+        next_samples = min(samples + self.config.training.global_batch_size, self.plan.train_samples)
+        return any(samples == end or samples < end < next_samples for end in self.plan.lr_cycle_ends)
