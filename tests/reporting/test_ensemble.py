@@ -312,3 +312,18 @@ def test_a_set_that_selects_is_not_reported(runs, ranks):
         with pytest.raises(ConfigurationError) as caught:
             selection.split(open_sources(settings(members[0].name, words)), 2)
         assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
+
+
+@pytest.mark.slow
+def test_two_processes_select_the_members_of_one(snapshots, tmp_path):
+    selected = []
+    for world_size in (1, 2):
+        path = tmp_path / f"{world_size}.json"
+        completed = command(f"{snapshots}@snapshots", "--select", "2", "--json", path, world_size=world_size)
+        assert completed.returncode == 0, completed.stderr
+        selected.append(json.loads(path.read_text()))
+    first, second = selected
+    assert first["members"] == second["members"] and [*first["sets"]] == ["validation"]
+    assert first["selection"]["losses"] == pytest.approx(second["selection"]["losses"], rel=1e-4)
+    refused = command(f"{snapshots}@snapshots", "--select-on", "tuning")
+    assert refused.returncode == 2 and "--select-on tuning: does nothing without --select" in refused.stderr
