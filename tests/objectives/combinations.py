@@ -60,6 +60,7 @@ OPTIONS = [f"--objective {name}" for name in OBJECTIVES] + [
     "--optimizer muon",
     "--weight-decay-parameters hidden",
     "--weight-decay-incr-style linear --start-weight-decay 0 --end-weight-decay 1",
+    "--lr-decay-style cyclic --lr-cycles 2",
     "--ema-decay 0.99",
     "--average-from-samples 8",
     "--deepspeed",
