@@ -56,6 +56,7 @@ CASES = [
     "--objective any-order",
     "--objective block-diffusion",
     "--objective mdm --ar-ratio 0.5",
+    "--objective mdm --mask-time-distribution bell",
     "--num-order-list 10",
     "--right-to-left-ratio 0.5",
     "--target-offset-max 5 --target-positions",

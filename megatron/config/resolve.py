@@ -29,6 +29,7 @@ class Plan:
     lr_warmup_samples: int
     lr_decay_samples: int
     lr_wsd_decay_samples: int
+    lr_cycle_ends: tuple[int, ...]  # samples at the end of each cycle of a cyclic schedule
     eval_interval: int
     save_interval: int
 
@@ -81,6 +82,7 @@ def resolve(config: Config, vocabulary: Vocabulary, unique_tokens: int, capabili
         lr_warmup_samples=warmup,
         lr_decay_samples=decay,
         lr_wsd_decay_samples=wsd_decay,
+        lr_cycle_ends=_cycle_ends(optimizer.lr_cycles, warmup, decay, training.global_batch_size),
         eval_interval=eval_interval,
         save_interval=config.checkpoint.save_interval or eval_interval,
     )
@@ -116,6 +118,18 @@ def _train_samples(training, seq_length: int, unique_tokens: int, computed_param
     }[name]()
     require(samples >= 1, name, value, f"is less than one sample of {seq_length} tokens; raise it")
     return samples
+
+
+def _cycle_ends(cycles: int | None, warmup: int, decay: int, batch_size: int) -> tuple[int, ...]:
+    """Return the samples at the end of each of `cycles` equal parts of `decay` samples, rounded to whole steps."""
+    if cycles is None:
+        return ()
+    message = f"makes cycles of less than a step in a schedule of {decay} samples; give fewer"
+    require(cycles * batch_size <= decay, "lr_cycles", cycles, message)
+    ends = tuple(round(cycle * decay / (cycles * batch_size)) * batch_size for cycle in range(1, cycles))
+    message = f"is not shorter than the first cycle, which ends at {(*ends, decay)[0]} samples; shorten it"
+    require(warmup < (*ends, decay)[0], "lr_warmup_samples", warmup, message)
+    return (*ends, decay)
 
 
 def no_op_flags(config: Config, exact: bool) -> list[str]:

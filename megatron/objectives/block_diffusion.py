@@ -13,6 +13,7 @@ import torch
 
 from megatron.batch import Batch
 from megatron.objectives.base import EvaluationNoise, Likelihood
+from megatron.objectives.mask_times import UNIFORM_TIMES, TimeSampling
 from megatron.randomness import radical_inverse, stream
 
 
@@ -23,6 +24,7 @@ class BlockDiffusion(Likelihood):
     mask_id: int
     block_size: int
     eps: float = 1e-3  # smallest mask probability in training
+    time_sampling: TimeSampling = UNIFORM_TIMES
 
     name = "block-diffusion"
     exact = False
@@ -31,19 +33,29 @@ class BlockDiffusion(Likelihood):
     def prepare(self, ids: np.ndarray, sample_indices: np.ndarray, seed: int) -> Batch:
         """Return the training batch of `ids` [B, S+1], T = 2S positions; weights 1 / p, with a p for each block.
 
-        The times of a sample's blocks share one uniform shift, so that they cover (0, 1) evenly.
+        The times of a sample's blocks share one uniform shift, so that they cover (0, 1) evenly. Times of another
+        density are its quantiles at these, and `time_sampling` may change the weights.
         """
         length = ids.shape[1] - 1
         block = np.arange(length) // self.block_size  # [S], block index of each token
+        inverses = np.array([radical_inverse(number) for number in range(block[-1] + 1)])  # [blocks]
         mask_prob = []
+        weights = []
         draws = []
         for index in sample_indices:
             shift = stream(seed, "block times", int(index)).random()
-            times = (shift + np.array([radical_inverse(number) for number in range(block[-1] + 1)])) % 1.0  # [blocks]
-            mask_prob.append(((1 - self.eps) * times + self.eps)[block])  # [S]
+            times = [self.time_sampling.density.quantile(value) for value in (shift + inverses) % 1.0]  # [blocks]
+            mask_prob.append(((1 - self.eps) * np.array(times) + self.eps)[block])  # [S]
+            weights.append(self._weights(times)[block])  # [S]
             draws.append(stream(seed, "mask", int(index)).random(length))  # [S]
         masked = np.stack(draws) < mask_prob  # [B, S]
-        return self._batch(ids, masked, 1 / np.stack(mask_prob), length)
+        return self._batch(ids, masked, np.stack(weights), length)
+
+    def _weights(self, times: list[float]) -> np.ndarray:
+        """Return the weight of the masked tokens of each block, [blocks], given its time."""
+        sampling = self.time_sampling
+        mask_prob = (1 - self.eps) * np.array([sampling.mean] * len(times) if sampling.simple else times) + self.eps
+        return (sampling.importance_weights(times) if sampling.importance else 1) / mask_prob
 
     def evaluation(self, ids: np.ndarray, noise: EvaluationNoise, windows: np.ndarray, alignment: str) -> Batch:
         """Return a batch whose weighted nll estimates the bound of the scored tokens of `ids` [B, S+1].

@@ -4,6 +4,7 @@ A token is masked with the mask probability p, uniform on (0, 1) over the sequen
 the masked tokens divided by S, is an unbiased estimate of an upper bound of the negative log-likelihood in nats per
 token (2406.07524, 2502.09992; published system: 2507.15857). The bound is the mean negative log-likelihood over all
 orders of the tokens. Masking exactly k tokens with weight S / k, k uniform on 1..S, estimates it with less variance.
+Training may draw p from another density, or weight all masked tokens alike; see `mask_times`.
 """
 
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import torch
 
 from megatron.batch import Batch
 from megatron.objectives.base import EvaluationNoise, Likelihood
+from megatron.objectives.mask_times import UNIFORM_TIMES, TimeSampling
 from megatron.randomness import radical_inverse, stream
 
 
@@ -27,6 +29,7 @@ class MaskedDiffusion(Likelihood):
     suffix_ratio: float = 0.0  # share of sequences that are masked at their end instead (--ar-ratio, 2507.15857)
     low_noise_samples: int = 0  # the times of the first samples of a run are multiplied by `low_noise_ratio`
     low_noise_ratio: float = 0.5
+    time_sampling: TimeSampling = UNIFORM_TIMES
     shifted: bool = False  # position j predicts token j + 1, and token 0 is never masked (MNTP, 2404.05961)
 
     name = "mdm"
@@ -40,14 +43,15 @@ class MaskedDiffusion(Likelihood):
     def prepare(self, ids: np.ndarray, sample_indices: np.ndarray, seed: int) -> Batch:
         """Return the training batch of `ids` [B, S+1] at the `sample_indices` [B].
 
-        A masked token has weight 1 / p <= 1 / eps. A sequence counts all its maskable tokens: S, or S - 1 if shifted.
+        A masked token has weight 1 / p <= 1 / eps, if `time_sampling` does not change it. A sequence counts all its
+        maskable tokens: S, or S - 1 if shifted.
         """
         batch_size, length = len(ids), ids.shape[1] - 1
 
         # 1. Diffusion times t in [0, 1), one per sequence
         times = np.array([self.time(int(index), seed) for index in sample_indices])  # [B]
 
-        # 2. Mask probabilities p = (1 - eps) t + eps
+        # 2. Mask probabilities p = (1 - eps) t + eps; the bound weights a masked token by 1 / p
         mask_prob = (1 - self.eps) * times[:, None] + self.eps  # [B, 1]
 
         # 3. Mask every token independently with probability p
@@ -64,21 +68,39 @@ class MaskedDiffusion(Likelihood):
         # 5. If shifted, no position predicts token 0: never mask it
         masked[:, : self.target_offset] = False
 
-        # 6. Masked inputs, targets and weights 1 / p; normalise by the maskable tokens, not by the masked ones
+        # 6. Masked inputs, targets and weights; normalise by the maskable tokens, not by the masked ones
         counts = np.full(batch_size, length - self.target_offset)  # [B]
-        return self._batch(ids, masked, 1 / mask_prob, counts)
+        return self._batch(ids, masked, self._weights(mask_prob, sample_indices, seed), counts)
 
     def time(self, sample_index: int, seed: int) -> float:
         """Return the diffusion time of a sample, in [0, 1).
 
         Stratified times: K consecutive samples share one uniform shift of the first K radical inverses, so each time is
-        uniform, and the times of any consecutive samples cover [0, 1) nearly evenly.
+        uniform, and the times of any consecutive samples cover [0, 1) nearly evenly. Times of another density are its
+        quantiles at these.
         """
-        scale = self.low_noise_ratio if sample_index < self.low_noise_samples else 1.0
+        return self._time_scale(sample_index) * self._full_noise_time(sample_index, seed)
+
+    def _time_scale(self, sample_index: int) -> float:
+        return self.low_noise_ratio if sample_index < self.low_noise_samples else 1.0
+
+    def _full_noise_time(self, sample_index: int, seed: int) -> float:
+        quantile = self.time_sampling.density.quantile
         if self.mask_times == "iid":
-            return scale * stream(seed, "time", sample_index).random()
+            return quantile(stream(seed, "time", sample_index).random())
         block, offset = divmod(sample_index, self.time_block)
-        return scale * ((stream(seed, "time", block).random() + radical_inverse(offset)) % 1.0)
+        return quantile((stream(seed, "time", block).random() + radical_inverse(offset)) % 1.0)
+
+    def _weights(self, mask_prob: np.ndarray, sample_indices: np.ndarray, seed: int) -> np.ndarray:
+        """Return the weight of the masked tokens of each sequence, [B, 1], given its mask probability [B, 1]."""
+        sampling = self.time_sampling
+        if sampling.simple:
+            scales = np.array([self._time_scale(int(index)) for index in sample_indices])  # [B]
+            mask_prob = ((1 - self.eps) * scales * sampling.mean + self.eps)[:, None]  # the expected one
+        if not sampling.importance:
+            return 1 / mask_prob
+        times = [self._full_noise_time(int(index), seed) for index in sample_indices]
+        return sampling.importance_weights(times)[:, None] / mask_prob
 
     def evaluation(self, ids: np.ndarray, noise: EvaluationNoise, windows: np.ndarray, alignment: str) -> Batch:
         """Return a batch whose weighted nll estimates the bound of the scored tokens of `ids` [B, S+1].

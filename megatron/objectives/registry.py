@@ -16,6 +16,7 @@ from megatron.objectives.base import Likelihood, Objective
 from megatron.objectives.block_diffusion import BlockDiffusion
 from megatron.objectives.documents import ByDocument, DocumentRules
 from megatron.objectives.dual import Dual
+from megatron.objectives.mask_times import Bell, TimeSampling, Uniform, Window
 from megatron.objectives.masked_diffusion import MaskedDiffusion
 from megatron.objectives.orders import Orders
 
@@ -39,7 +40,9 @@ COMMON = ("objective", "stochastic_depth")
 NOISE = ("token_dropout", "token_dropout_max", "random_replacement")
 NOISE += ("masked_input_weight", "masked_input_max", "randmask_ratio")
 ORDERS = ("num_order_list", "use_predefined_order", "right_to_left_ratio", "target_offset_max", "target_positions")
-MASKS = ("mask_times", "mask_eps")
+TIMES = ("mask_time_distribution", "mask_time_low", "mask_time_high", "mask_time_center", "mask_time_std")
+TIMES += ("mask_time_uniform_share", "mask_time_weighting", "mdm_loss")
+MASKS = ("mask_times", "mask_eps", *TIMES)
 DOCUMENT_RULES = ("reset_attention_mask", "reset_position_ids", "eod_mask_loss")  # of DataConfig
 PERMUTED = "needs samples that are read from left to right; other orders interleave their documents"
 
@@ -47,6 +50,17 @@ PERMUTED = "needs samples that are read from left to right; other orders interle
 def _autoregressive(config, vocabulary, time_block, by_document):
     orders = Orders(config.num_order_list, config.use_predefined_order, config.right_to_left_ratio)
     return by_document(Autoregressive(orders, config.target_offset_max, config.target_positions))
+
+
+def _time_sampling(config: ObjectiveConfig) -> TimeSampling:
+    share = config.uniform_time_share
+    densities = {
+        "uniform": Uniform(),
+        "window": Window(config.mask_time_low, config.mask_time_high, share),
+        "bell": Bell(config.mask_time_center, config.mask_time_std, share),
+    }
+    density = densities[config.mask_time_distribution]
+    return TimeSampling(density, config.importance_weighted_times, simple=config.mdm_loss == "simple")
 
 
 def _masked_diffusion(config, vocabulary, time_block, by_document, shifted=False):
@@ -58,6 +72,7 @@ def _masked_diffusion(config, vocabulary, time_block, by_document, shifted=False
         suffix_ratio=config.ar_ratio,
         low_noise_samples=config.low_noise_samples,
         low_noise_ratio=config.low_noise_ratio,
+        time_sampling=_time_sampling(config),
         shifted=shifted,
     )
     return by_document(objective)
@@ -69,7 +84,8 @@ def _dual(config, vocabulary, time_block, by_document):
 
 
 def _block_diffusion(config, vocabulary, time_block, by_document):
-    return by_document(BlockDiffusion(vocabulary.mask_id, config.diffusion_block_size, config.mask_eps))
+    sampling = _time_sampling(config)
+    return by_document(BlockDiffusion(vocabulary.mask_id, config.diffusion_block_size, config.mask_eps, sampling))
 
 
 NO_GAPS = Refused("predicts the next token from the tokens before it, and a gap needs both sides")
@@ -122,7 +138,7 @@ OBJECTIVES: dict[str, Entry] = {
     "block-diffusion": Entry(
         "blocks left to right, masked diffusion within a block",
         _block_diffusion,
-        ("mask_eps", "diffusion_block_size"),
+        ("mask_eps", *TIMES, "diffusion_block_size"),
         Capabilities(
             NO_BLOCK_MASK,
             NO_BLOCK_MASK,

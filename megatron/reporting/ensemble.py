@@ -8,6 +8,7 @@ losses.)
 
 import logging
 from dataclasses import fields
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,8 +25,9 @@ from megatron.objectives.registry import DOCUMENT_RULES, build_objective, docume
 from megatron.parallel.apply import build_engine
 from megatron.parallel.engine import Engine
 from megatron.parallel.mesh import ParallelContext
+from megatron.reporting.member_selection import Selection, select_greedily
 from megatron.statistics import clustered_ratio
-from megatron.training.checkpoint_store import load_checkpoint
+from megatron.training.checkpoint_store import CheckpointStore, load_checkpoint
 from megatron.training.datasets import Sources, open_sources
 from megatron.training.load_run import Trained, open_trained, trained_config
 from megatron.validation.evaluate import Evaluation, ValidationSet, evaluate
@@ -35,17 +37,15 @@ logger = logging.getLogger(__name__)
 COLUMNS = ("loss", "data_se", "mc_se", "bits_per_byte")
 
 
-class Ensemble:
-    """Several engines as one for `evaluate`: the NLL of each, and of the ensembles of the first 1, 2, ... of them."""
+class Members:
+    """Several engines as one for `evaluate`: the NLL of each."""
 
     def __init__(self, engines: list[Engine]):
         self.engines, self.ranks = engines, engines[0].ranks
 
     def nll(self, batch: Batch) -> Tensor:
-        """Return the unweighted NLL per position, fp32 [2K, B, S]: of K members, then of the first 1 to K together."""
-        members = torch.stack([engine.nll(batch) for engine in self.engines])
-        sizes = torch.arange(1, len(members) + 1, device=members.device)
-        return torch.cat([members, sizes.log()[:, None, None] - torch.logcumsumexp(-members, dim=0)])
+        """Return the unweighted NLL per position of each of K members, fp32 [K, B, S]."""
+        return torch.stack([engine.nll(batch) for engine in self.engines])
 
     def train(self) -> None:
         """Put all members into training mode."""
@@ -61,6 +61,32 @@ class Ensemble:
         """Free the gathered weights of all members."""
         for engine in self.engines:
             engine.reshard()
+
+
+class Ensemble(Members):
+    """Members, and the ensembles of the first 1, 2, ... of them."""
+
+    def nll(self, batch: Batch) -> Tensor:
+        """Return the unweighted NLL per position, fp32 [2K, B, S]: of K members, then of the first 1 to K together."""
+        members = super().nll(batch)
+        sizes = torch.arange(1, len(members) + 1, device=members.device)
+        return torch.cat([members, sizes.log()[:, None, None] - torch.logcumsumexp(-members, dim=0)])
+
+
+class Candidates(Members):
+    """Members whose NLL of each scored token of this rank is stored."""
+
+    def __init__(self, engines: list[Engine]):
+        super().__init__(engines)
+        self.losses: list[np.ndarray] = []  # of each batch, fp32 [K, R], R scored positions
+        self.weights: list[np.ndarray] = []  # of each batch, fp32 [R]
+
+    def nll(self, batch: Batch) -> Tensor:
+        """Return what `Members.nll` returns."""
+        members, scored = super().nll(batch), batch.scored_positions
+        self.losses.append(members.flatten(1).cpu()[:, scored].numpy())
+        self.weights.append(batch.weights.flatten()[scored].numpy())
+        return members
 
 
 def shared(member: Trained) -> dict:
@@ -93,6 +119,29 @@ def settings(run: str, flags: list[str]) -> Config:
                     "run was trained; leave it out"
                 )
     return config
+
+
+def expand_snapshots(runs: list[str]) -> list[str]:
+    """Return `runs` with each RUN@snapshots replaced by the checkpoints that RUN keeps for good, the newest first.
+
+    They are the last of every cycle of --lr-decay-style cyclic, and those of --keep-iterations and --keep-every-epochs.
+
+    Raises: ConfigurationError for a run without such a checkpoint.
+    """
+    names = []
+    for name in runs:
+        run, at, suffix = name.rpartition("@")
+        if not at or suffix != "snapshots":
+            names.append(name)
+            continue
+        snapshots = [str(folder) for folder in reversed(CheckpointStore.of_run(Path(run)).permanent())]
+        if not snapshots:
+            raise ConfigurationError(
+                f"{name}: keeps no snapshot; train with --lr-decay-style cyclic, --keep-every-epochs or "
+                "--keep-iterations"
+            )
+        names += snapshots
+    return names
 
 
 def open_members(runs: list[str], which: str, flags: list[str]) -> list[Trained]:
@@ -144,11 +193,12 @@ def check_data(members: list[Trained], sources: Sources) -> None:
                 )
 
 
-def evaluate_members(members: list[Trained], ranks: ParallelContext) -> dict:
+def evaluate_members(members: list[Trained], ranks: ParallelContext, selection: Selection | None = None) -> dict:
     """Return the record of an evaluation on every validation set of the first member, the same on every rank.
 
     For each set it has `Evaluation.summary` of every member, and of the ensembles of the first 1 to K of them. Data,
-    noise and alignment are the first member's; each member has its own precision.
+    noise and alignment are the first member's; each member has its own precision. With a `selection` the members are
+    the selected ones, in their order, and the sets are those that did not select them.
     """
     first = members[0]
     validation = first.config.validation
@@ -160,10 +210,18 @@ def evaluate_members(members: list[Trained], ranks: ParallelContext) -> dict:
     exact = all(likelihood.exact for likelihood in objective.likelihoods)
     for line in no_op_flags(first.config, exact) if ranks.rank == 0 else ():
         logger.info(line)
-    ensemble = Ensemble([_engine(member, vocabulary, ranks) for member in members])
+    engines = [_engine(member, vocabulary, ranks) for member in members]
+    validation_sets, selection_record = sources.validation, {}
+    if selection:
+        selecting_set, validation_sets = selection.split(sources, len(members))
+        likelihood = objective.likelihoods[0]
+        selected, losses = _select(members, engines, selecting_set, likelihood=likelihood, size=selection.size)
+        members, engines = [members[index] for index in selected], [engines[index] for index in selected]
+        selection_record = {"selection": {"set": selecting_set.name, "losses": losses}}
+    ensemble = Ensemble(engines)
     sets = {
         name: _evaluate_set(members, ensemble, name, data=data, likelihood=likelihood)
-        for data in sources.validation
+        for data in validation_sets
         for name, likelihood in objective.evaluations(data.name)
     }
     return {
@@ -181,8 +239,24 @@ def evaluate_members(members: list[Trained], ranks: ParallelContext) -> dict:
             }
             for member in members
         ],
+        **selection_record,
         "sets": sets,
     }
+
+
+def _select(
+    members: list[Trained], engines: list[Engine], data: ValidationSet, *, likelihood: Likelihood, size: int
+) -> tuple[list[int], list[float]]:
+    """Return which members are selected on `data`, in order, and the losses of the first 1, 2, ... of them there.
+
+    Raises: ConfigurationError where the loss of a member is not finite.
+    """
+    candidates = Candidates(engines)
+    evaluations = evaluate(candidates, likelihood, data, **_evaluation_settings(members[0].config), models=len(members))
+    _check_finite(members, evaluations, data.name)
+    nll, weights = np.concatenate(candidates.losses, axis=1), np.concatenate(candidates.weights)
+    selected, nats = select_greedily(nll, weights, size, candidates.ranks)
+    return selected, [value / (evaluations[0].tokens.sum() * len(evaluations[0].nats)) for value in nats]
 
 
 def _evaluate_set(
@@ -194,20 +268,9 @@ def _evaluate_set(
     """
     first = members[0].config
     validation = first.validation
-    results = evaluate(
-        ensemble,
-        likelihood,
-        data,
-        seed=validation.eval_seed,
-        replicates=validation.num_mc,
-        batch_size=validation.eval_batch_size or first.training.micro_batch_size,
-        alignment=validation.eval_alignment,
-        models=2 * len(members),
-    )
+    results = evaluate(ensemble, likelihood, data, **_evaluation_settings(first), models=2 * len(members))
     singles, ensembles = results[: len(members)], results[len(members) :]
-    for member, evaluation in zip(members, singles, strict=True):
-        if not np.isfinite(evaluation.nats).all():
-            raise ConfigurationError(f"{member.name}: its loss on {name} is not finite; leave it out")
+    _check_finite(members, singles, name)
     return {
         "upper_bound": not likelihood.exact,
         "num_mc": 1 if likelihood.exact else validation.num_mc,
@@ -217,6 +280,27 @@ def _evaluate_set(
             for size, evaluation in enumerate(ensembles, start=1)
         ],
     }
+
+
+def _evaluation_settings(config: Config) -> dict:
+    """Return the arguments of `evaluate` that flags decide."""
+    validation = config.validation
+    return {
+        "seed": validation.eval_seed,
+        "replicates": validation.num_mc,
+        "batch_size": validation.eval_batch_size or config.training.micro_batch_size,
+        "alignment": validation.eval_alignment,
+    }
+
+
+def _check_finite(members: list[Trained], evaluations: list[Evaluation], name: str) -> None:
+    """Check the losses of members on a set.
+
+    Raises: ConfigurationError for one that is not finite.
+    """
+    for member, evaluation in zip(members, evaluations, strict=True):
+        if not np.isfinite(evaluation.nats).all():
+            raise ConfigurationError(f"{member.name}: its loss on {name} is not finite; leave it out")
 
 
 def _engine(member: Trained, vocabulary: Vocabulary, ranks: ParallelContext) -> Engine:
@@ -244,6 +328,10 @@ def table(record: dict) -> str:
     """Return the record as text: one table per set, and a legend of the columns."""
     lines = []
     members = record["members"]
+    if "selection" in record:
+        selection = record["selection"]
+        losses = ", ".join(f"{loss:.4f}" for loss in selection["losses"])
+        lines += [f"selected on {selection['set']}, in this order; losses there, too low: {losses}", ""]
     for name, results in record["sets"].items():
         rows = [[f"{name} ({record['alignment']})", "nats per token", "bits/byte", "gain"]]
         for member, summary in zip(members, results["members"], strict=True):

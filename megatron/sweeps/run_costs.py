@@ -87,9 +87,9 @@ def _exist(data: DataConfig) -> bool:
 
 
 def disk_bytes(config: Config, plan: Plan, seq_length: int) -> int:
-    """Return the size of a run's checkpoints: those that are always kept, and one every --keep-every-epochs."""
+    """Return the size of a run's checkpoints: those that are always kept, one every --keep-every-epochs and cycle."""
     interval = config.checkpoint.keep_every_epochs
     epochs = plan.train_samples * seq_length / plan.unique_tokens
-    permanent = int(epochs // interval) if interval else 0
+    permanent = (int(epochs // interval) if interval else 0) + (config.optimizer.lr_cycles or 0)
     size = plan.parameters * (STATE_BYTES + AVERAGE_BYTES * config.optimizer.averages)
     return size * (PRUNED_TO + permanent)

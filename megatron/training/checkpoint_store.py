@@ -47,6 +47,10 @@ class CheckpointStore:
         """
         return sorted((path for path in self.root.glob("iter_*") if path.name[5:].isdecimal()), key=_iteration)
 
+    def permanent(self) -> list[Path]:
+        """Return the completely written checkpoints that are never pruned, oldest first."""
+        return [folder for folder in self.complete() if _permanent(folder)]
+
     def has_any(self) -> bool:
         """Return whether a checkpoint was ever completed, even if an earlier start renamed it to .damaged."""
         return bool(self.complete()) or any(self.root.glob("iter_*.damaged"))

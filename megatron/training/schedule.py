@@ -10,7 +10,8 @@ def learning_rate(config: OptimizerConfig, plan: Plan, samples: int) -> float:
     """Return the learning rate of the step that ends at `samples` consumed samples.
 
     Linear warm-up from 0, then the decay style down to the final rate at `lr_decay_samples`, then the final rate.
-    WSD (2404.06395) stays at the peak and decays linearly at the end; "constant" stays at the peak after warm-up.
+    WSD (2404.06395) stays at the peak and decays linearly at the end; "constant" stays at the peak after warm-up;
+    "cyclic" is a cosine that restarts at the peak after every cycle (1608.03983).
 
     Megatron uses the samples before the step: its step k + 1 has the rate of our step k, and its first step rate 0.
     """
@@ -18,11 +19,14 @@ def learning_rate(config: OptimizerConfig, plan: Plan, samples: int) -> float:
         return config.lr * samples / plan.lr_warmup_samples
     if config.lr_decay_style == "constant":
         return config.lr
-    start = plan.lr_warmup_samples
+    start, end = plan.lr_warmup_samples, plan.lr_decay_samples
     if config.lr_decay_style == "WSD":
-        start = max(start, plan.lr_decay_samples - plan.lr_wsd_decay_samples)
-    fraction = min(1.0, max(0.0, (samples - start) / max(1, plan.lr_decay_samples - start)))
-    factor = (1 + math.cos(math.pi * fraction)) / 2 if config.lr_decay_style == "cosine" else 1 - fraction
+        start = max(start, end - plan.lr_wsd_decay_samples)
+    if config.lr_decay_style == "cyclic":
+        earlier = [cycle_end for cycle_end in plan.lr_cycle_ends[:-1] if cycle_end < samples]
+        start, end = max([start, *earlier]), plan.lr_cycle_ends[len(earlier)]
+    fraction = min(1.0, max(0.0, (samples - start) / max(1, end - start)))
+    factor = (1 + math.cos(math.pi * fraction)) / 2 if config.lr_decay_style in ("cosine", "cyclic") else 1 - fraction
     return config.final_lr + (config.lr - config.final_lr) * factor
 
 

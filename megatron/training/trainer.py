@@ -110,7 +110,7 @@ class Trainer:
     def _due(self) -> dict[str, bool]:
         step, last = self.progress.iteration, self.progress.iteration == self.steps
         interval, checkpoint = self.config.training.log_interval, self.config.checkpoint
-        at_save = step % self.plan.save_interval == 0 or step in checkpoint.keep_iterations or last
+        at_save = step % self.plan.save_interval == 0 or step in checkpoint.keep_iterations or last or self._is_snapshot
         return {
             "log": step % interval == 0 or step == 1 or last,
             "evaluate": bool(self.parts.validation_sets) and (step % self.plan.eval_interval == 0 or last),
@@ -196,10 +196,20 @@ class Trainer:
         self.saved_at, self.saved_samples = progress.iteration, progress.consumed_samples
 
     def _permanent(self) -> bool:
-        """Return whether this checkpoint is never pruned: the first of an n-th epoch, or one of --keep-iterations."""
+        """Return whether this checkpoint is never pruned.
+
+        Kept are the first of an n-th epoch, those of --keep-iterations, and the last of each cycle.
+        """
         interval, epoch = self.config.checkpoint.keep_every_epochs, self.parts.epoch
-        if self.progress.iteration in self.config.checkpoint.keep_iterations:
+        if self._is_snapshot or self.progress.iteration in self.config.checkpoint.keep_iterations:
             return True
         return (
             bool(interval) and epoch(self.progress.consumed_samples) // interval > epoch(self.saved_samples) // interval
         )
+
+    @property
+    def _is_snapshot(self) -> bool:
+        """Whether the last step is the last one of a cycle of the learning rate (1704.00109)."""
+        samples = self.progress.consumed_samples
+        next_samples = min(samples + self.config.training.global_batch_size, self.plan.train_samples)
+        return any(samples == end or samples < end < next_samples for end in self.plan.lr_cycle_ends)

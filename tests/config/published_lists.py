@@ -216,6 +216,9 @@ ABSENT = {
     **{"train_unique_tokens": None, "blend_order": "due-time"},  # one data set: no blend
     **{"right_to_left_ratio": 0.0, "target_offset_max": 1, "target_positions": False, "token_dropout": 0.0},
     **{"token_dropout_max": 0.0, "random_replacement": 0.0, "masked_input_weight": 0.0, "masked_input_max": 0.5},
+    **{"mask_time_distribution": "uniform", "mask_time_low": 0.25, "mask_time_high": 0.75, "mask_time_center": 0.5},
+    **{"mask_time_std": 0.2, "mask_time_uniform_share": None, "mask_time_weighting": "importance"},
+    **{"mdm_loss": "bound", "lr_cycles": None},
     **{"stochastic_depth": 0.0, "causal_ratio": 0.5, "diffusion_block_size": 16},  # of other objectives
     **{"lr_wsd_decay_samples": None, "muon_momentum": 0.95, "ema_decay": None, "average_from_samples": None},
     **{"recipe": "published", "train_epochs": None, "train_flops": None, "fp8_recipe": None, "dry_run": False},

@@ -49,7 +49,7 @@ def other_value(section, name: str):
     if isinstance(default, bool):
         return not default
     if within:
-        return next(value for value in (0.25, 1, 2) if value in within and value != default)
+        return next(value for value in (0.25, 0.5, 1, 2) if value in within and value != default)
     return ("value",) if default == () else "value"
 
 

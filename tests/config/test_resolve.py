@@ -74,6 +74,14 @@ def test_defaults_follow_from_the_budget():
     assert plan("--train-samples 9 --eval-interval 7 --save-interval 3").save_interval == 3
 
 
+def test_cycles_end_at_the_steps_nearest_to_equal_parts():
+    assert plan("--train-samples 93 --lr-decay-style cyclic --lr-cycles 3").lr_cycle_ends == (32, 64, 93)
+    assert plan("--train-samples 80 --lr-decay-style cyclic --lr-cycles 10").lr_cycle_ends == tuple(range(8, 81, 8))
+    ends = plan("--train-samples 1000 --lr-decay-style cyclic --lr-cycles 2 --lr-decay-samples 100").lr_cycle_ends
+    assert ends == (48, 100)
+    assert plan("--train-samples 93").lr_cycle_ends == ()
+
+
 @pytest.mark.parametrize(
     "line, message",
     [
@@ -104,6 +112,14 @@ def test_defaults_follow_from_the_budget():
         (
             "--train-samples 9 --average-from-samples 10",
             "--average-from-samples 10: is more than the budget of 9 samples, so nothing would be averaged; lower it",
+        ),
+        (
+            "--train-samples 79 --lr-decay-style cyclic --lr-cycles 10",
+            "--lr-cycles 10: makes cycles of less than a step in a schedule of 79 samples; give fewer",
+        ),
+        (
+            "--train-samples 80 --lr-decay-style cyclic --lr-cycles 2 --lr-warmup-samples 40",
+            "--lr-warmup-samples 40: is not shorter than the first cycle, which ends at 40 samples; shorten it",
         ),
         (
             "--train-samples 100 --lr-decay-style WSD --lr-warmup-samples 50 --lr-wsd-decay-samples 60",

@@ -31,6 +31,9 @@ VOCABULARY, EOD = Vocabulary(257), 256
 HAS_DEEPSPEED = find_spec("deepspeed") is not None
 OPTIONS = [f"--objective {name}" for name in OBJECTIVES] + [
     "--mask-times iid",
+    "--mask-time-distribution window",
+    "--mask-time-distribution bell --mask-time-weighting none",
+    "--mdm-loss simple",
     "--ar-ratio 0.5",
     "--low-noise-samples 8",
     "--causal-ratio 1",
@@ -59,6 +62,7 @@ OPTIONS = [f"--objective {name}" for name in OBJECTIVES] + [
     "--optimizer muon",
     "--weight-decay-parameters hidden",
     "--weight-decay-incr-style linear --start-weight-decay 0 --end-weight-decay 1",
+    "--lr-decay-style cyclic --lr-cycles 2",
     "--ema-decay 0.99",
     "--average-from-samples 8",
     "--deepspeed",

@@ -408,6 +408,11 @@ VARIANTS = {
     "backwards": {"right_to_left_ratio": 0.5},
     "offsets": {"target_offset_max": 4, "target_positions": True},
     "suffix": {"objective": "mdm", "ar_ratio": 0.5, "low_noise_samples": 4},
+    "bell": {"objective": "mdm", "mask_time_distribution": "bell", "low_noise_samples": 102},
+    "blocks of a window": {
+        **{"objective": "block-diffusion", "diffusion_block_size": 5, "mask_time_distribution": "window"},
+        **{"mask_time_weighting": "none", "mdm_loss": "simple"},
+    },
     "noise": {"token_dropout_max": 0.5, "random_replacement": 0.3, "randmask_ratio": 0.5, "stochastic_depth": 0.5},
     "second pass": {"masked_input_weight": 0.4},
 }
@@ -486,7 +491,7 @@ def test_a_uniform_model_scores_log_v_for_any_draw(name, documents, alignment):
             assert torch.allclose(batch.weights.sum(1), torch.from_numpy(batch.counts).float(), rtol=1e-5)
 
 
-TRAINING_ONLY = ["backwards", "suffix", "noise", "second pass"]
+TRAINING_ONLY = ["backwards", "suffix", "bell", "noise", "second pass"]
 
 
 @pytest.mark.parametrize("name", TRAINING_ONLY)

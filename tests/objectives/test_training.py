@@ -35,6 +35,9 @@ CASES = {
 SLOW = {
     "--objective mdm --ar-ratio 0.2 --global-batch-size 16": {"validation": 3.0},
     "--objective mdm --low-noise-samples 800": {"validation": 3.0},
+    "--objective mdm --mask-time-distribution window --mask-time-weighting none": {"validation": 3.0},
+    "--objective mdm --mask-time-distribution bell --global-batch-size 16": {"validation": 3.0},
+    "--objective mdm --mdm-loss simple": {"validation": 3.0},
     "--num-order-list 4 --use-predefined-order": {"validation": 2.9},
     "--target-offset-max 3 --target-positions": {"validation": 2.9},
     "--token-dropout 0.2": {"validation": 2.6},

@@ -74,6 +74,7 @@ OPTIONS = {
         "ar", {"masked_input_weight": 0.4, "randmask_ratio": 0.5}, micro_batch=2, samples=5, model=MODEL
     ),
     "ar-documents": Case("ar", documents=DocumentRules(7, True, True, True), micro_batch=2, model=MODEL),
+    "mdm-bell": Case("mdm", {"mask_time_distribution": "bell", "mdm_loss": "simple"}, micro_batch=2, model=MODEL),
     "mdm-depth": Case("mdm", {"ar_ratio": 0.5, "stochastic_depth": 0.5}, micro_batch=2, model=MODEL),
 }
 CASES = (

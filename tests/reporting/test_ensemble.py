@@ -5,6 +5,7 @@ import inspect
 import json
 import shutil
 import subprocess
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -20,7 +21,16 @@ from megatron.model.transformer import Transformer
 from megatron.objectives.base import EvaluationNoise
 from megatron.objectives.registry import build_objective
 from megatron.parallel.apply import build_engine
-from megatron.reporting.ensemble import Ensemble, check_data, evaluate_members, open_members, settings, table
+from megatron.reporting.ensemble import (
+    Ensemble,
+    check_data,
+    evaluate_members,
+    expand_snapshots,
+    open_members,
+    settings,
+    table,
+)
+from megatron.reporting.member_selection import Selection, select_greedily
 from megatron.training.datasets import open_sources
 from megatron.training.launcher import main
 from megatron.validation.evaluate import ValidationSet, evaluate
@@ -221,3 +231,99 @@ def test_other_data_than_a_member_knows_is_refused(runs, tmp_path):
         with pytest.raises(ConfigurationError) as caught:
             check_data(open_members(names, "latest", []), open_sources(settings(first, [])))
         assert str(caught.value).startswith(message)
+
+
+# ------------------------------------------------------------------------------------ snapshots and selection
+
+
+@pytest.fixture(scope="module")
+def snapshots(tiny, tmp_path_factory) -> str:
+    """An AR run of three cycles, which saves no other checkpoint before the end."""
+    folder = str(tmp_path_factory.mktemp("cyclic") / "run")
+    cycles = "--lr-decay-style cyclic --lr-cycles 3 --lr-warmup-samples 0 --save-interval 100".split()
+    main("ar", [*tiny, *cycles, "--save", folder])
+    return folder
+
+
+def test_a_run_keeps_the_last_checkpoint_of_each_cycle(snapshots):
+    names = expand_snapshots([f"{snapshots}@snapshots", "other@run"])
+    assert [name.rpartition("/")[2] for name in names[:-1]] == ["iter_0000012", "iter_0000008", "iter_0000004"]
+    assert names[-1] == "other@run"
+    rates = {record["iteration"]: record["learning_rate"] for record in records(snapshots, "train")}
+    assert all(rates[step] == pytest.approx(1e-3) for step in (4, 8, 12))
+    assert rates[5] == pytest.approx(rates[9], rel=0.1) and rates[5] > 8e-3  # restarted
+    assert len(open_members(names[:-1], "latest", [])) == 3
+
+
+def test_a_run_without_snapshots_is_refused(runs):
+    name = f"{runs / 'first'}@snapshots"
+    with pytest.raises(ConfigurationError, match="@snapshots: keeps no snapshot; train with --lr-decay-style cyclic"):
+        expand_snapshots([name])
+
+
+def test_selection_is_greedy_on_the_averaged_probabilities(ranks):
+    generator = np.random.default_rng(0)
+    probability, weights = generator.uniform(0.05, 0.9, (6, 40)), generator.uniform(0, 2, 40)
+
+    def nats(members) -> float:
+        return float(-(np.log(probability[list(members)].mean(axis=0)) * weights).sum())
+
+    selected, losses = select_greedily(-np.log(probability), weights, 4, ranks)
+    for size in range(1, 5):
+        others = [index for index in range(6) if index not in selected[: size - 1]]
+        assert nats(selected[:size]) == min(nats([*selected[: size - 1], index]) for index in others)
+        assert losses[size - 1] == pytest.approx(nats(selected[:size]))
+    assert sorted(select_greedily(-np.log(probability), weights, 6, ranks)[0]) == list(range(6))
+    pairs = [nats(pair) for pair in combinations(range(6), 2)]
+    assert min(pairs) <= losses[1] <= np.mean(pairs)
+
+
+def test_selected_members_are_reported_on_the_other_set(snapshots, ranks):
+    members = open_members(expand_snapshots([f"{snapshots}@snapshots"]), "latest", [])
+    everything = evaluate_members(members, ranks)
+    record = evaluate_members(members, ranks, Selection(2, "tuning"))
+    assert [*record["sets"]] == ["validation"] and record["selection"]["set"] == "tuning"
+    single = [summary["loss"] for summary in everything["sets"]["tuning"]["members"]]
+    assert record["members"][0] == everything["members"][int(np.argmin(single))]
+    assert record["selection"]["losses"][0] == pytest.approx(min(single), rel=1e-6)
+    pair = evaluate_members([members[int(np.argmin(single))], *_named(members, record["members"][1:])], ranks)
+    assert record["selection"]["losses"][1] == pytest.approx(pair["sets"]["tuning"]["ensembles"][1]["loss"], rel=1e-6)
+    assert record["sets"]["validation"] == pair["sets"]["validation"]
+    assert "selected on tuning, in this order" in table(record)
+
+
+def _named(members, descriptions):
+    return [member for description in descriptions for member in members if member.name == description["name"]]
+
+
+def test_a_set_that_selects_is_not_reported(runs, ranks):
+    members = open_members([str(runs / "first"), str(runs / "second")], "latest", [])
+    sources = open_sources(settings(members[0].name, []))
+    (tuning, validation) = sources.validation
+    assert Selection(2).split(sources, 2) == (tuning, [validation])
+    data = [f"{name}={members[0].config.data.valid_data_path[0].partition('=')[2]}" for name in ("a", "b")]
+    for selection, flags, message in (
+        (Selection(3), [], "--select 3: there are 2 members; give 1 to 2"),
+        (Selection(1, "test"), [], "--select-on test: is no validation set; give one of tuning, validation"),
+        (Selection(1), data[:1], "--select-on a: is the only validation set, and an ensemble is not reported on the"),
+        (Selection(1, "a"), data, "--select-on a: is the same text as b, and an ensemble is not reported on the text"),
+    ):
+        words = ["--valid-data-path", *flags] if flags else []
+        with pytest.raises(ConfigurationError) as caught:
+            selection.split(open_sources(settings(members[0].name, words)), 2)
+        assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
+
+
+@pytest.mark.slow
+def test_two_processes_select_the_members_of_one(snapshots, tmp_path):
+    selected = []
+    for world_size in (1, 2):
+        path = tmp_path / f"{world_size}.json"
+        completed = command(f"{snapshots}@snapshots", "--select", "2", "--json", path, world_size=world_size)
+        assert completed.returncode == 0, completed.stderr
+        selected.append(json.loads(path.read_text()))
+    first, second = selected
+    assert first["members"] == second["members"] and [*first["sets"]] == ["validation"]
+    assert first["selection"]["losses"] == pytest.approx(second["selection"]["losses"], rel=1e-4)
+    refused = command(f"{snapshots}@snapshots", "--select-on", "tuning")
+    assert refused.returncode == 2 and "--select-on tuning: does nothing without --select" in refused.stderr

@@ -40,6 +40,7 @@ VARIANTS = {
     "ar-token-dropout": ("ar", {"token_dropout_max": 0.8}),
     "mdm": ("mdm", {}),
     "mdm-iid": ("mdm", {"mask_times": "iid"}),
+    "mdm-bell": ("mdm", {"mask_time_distribution": "bell", "mdm_loss": "simple"}),
 }
 NOISY = [name for name in VARIANTS if name != "ar"]
 

@@ -28,6 +28,8 @@ VARIANTS = {
     "mdm": ("mdm", []),
     # the run stops at 40 samples, before the average starts
     "mdm-muon-averaged": ("mdm", ["--optimizer", "muon", "--average-from-samples", "60"]),
+    "ar-cyclic": ("ar", ["--lr-decay-style", "cyclic", "--lr-cycles", "3", "--save-interval", "5"]),
+    "mdm-window": ("mdm", ["--mask-time-distribution", "window", "--low-noise-samples", "60"]),
     "dual": ("ar", ["--objective", "dual"]),
     "block-diffusion": ("mdm", ["--objective", "block-diffusion", "--diffusion-block-size", "4"]),
     "ar-noise": (

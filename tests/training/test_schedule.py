@@ -77,6 +77,27 @@ def test_warm_up_may_last_to_the_end(style):
     assert rate(END + 1, style, warmup=END) == (PEAK if style == "constant" else LOW)
 
 
+CYCLES = (300, 650, END)  # samples at their ends
+
+
+def test_a_cyclic_rate_is_a_cosine_in_each_cycle():
+    config = OptimizerConfig(lr=PEAK, min_lr=LOW, lr_decay_style="cyclic", lr_cycles=3)
+    plan = SimpleNamespace(lr_warmup_samples=WARMUP, lr_decay_samples=END, lr_cycle_ends=CYCLES)
+    for start, end in zip((WARMUP, *CYCLES), CYCLES):
+        for samples in range(start + 1, end + 1):
+            expected = LOW + (PEAK - LOW) * cos(pi / 2 * (samples - start) / (end - start)) ** 2
+            assert learning_rate(config, plan, samples) == pytest.approx(expected, rel=1e-12)
+        assert learning_rate(config, plan, end) == pytest.approx(LOW)
+    for samples, expected in ((0, 0.0), (50, 0.25), (WARMUP, PEAK), (END + 1, LOW), (10**12, LOW)):
+        assert learning_rate(config, plan, samples) == pytest.approx(expected)
+
+
+def test_one_cycle_is_a_cosine():
+    config = OptimizerConfig(lr=PEAK, min_lr=LOW, lr_decay_style="cyclic", lr_cycles=1)
+    plan = SimpleNamespace(lr_warmup_samples=WARMUP, lr_decay_samples=END, lr_cycle_ends=(END,))
+    assert all(learning_rate(config, plan, samples) == rate(samples) for samples in range(0, 1300, 7))
+
+
 def test_a_wsd_decay_longer_than_what_is_left_begins_after_the_warm_up():
     assert rate(WARMUP, "WSD", wsd=END) == PEAK
     assert rate((WARMUP + END) // 2, "WSD", wsd=END) == pytest.approx((PEAK + LOW) / 2)

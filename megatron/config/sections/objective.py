@@ -16,6 +16,48 @@ class ObjectiveConfig(Section):
         "cover [0, 1) evenly; iid: independently",
         choices=("stratified", "iid"),
     )
+    mask_time_distribution: str = flag(
+        "uniform",
+        "masked diffusion: density of the diffusion time in training; window: uniform on [--mask-time-low, "
+        "--mask-time-high]; bell: normal, truncated to (0, 1)",
+        choices=("uniform", "window", "bell"),
+    )
+    mask_time_low: float = flag(
+        0.25, "masked diffusion: first time of the window", within="[0, 1)", needs="mask_time_distribution window"
+    )
+    mask_time_high: float = flag(
+        0.75, "masked diffusion: last time of the window", within="(0, 1]", needs="mask_time_distribution window"
+    )
+    mask_time_center: float = flag(
+        0.5, "masked diffusion: most frequent time of the bell", within="[0, 1]", needs="mask_time_distribution bell"
+    )
+    mask_time_std: float = flag(
+        0.2,
+        "masked diffusion: standard deviation of the bell before it is truncated",
+        within="(0, inf)",
+        needs="mask_time_distribution bell",
+    )
+    mask_time_uniform_share: float | None = flag(
+        None,
+        "masked diffusion: share R of the times that is uniform on (0, 1), which limits importance weights to 1 / R; "
+        "default 0.1 with --mask-time-weighting importance, else 0",
+        metavar="R",
+        within="[0, 1)",
+        needs="mask_time_distribution",
+    )
+    mask_time_weighting: str = flag(
+        "importance",
+        "masked diffusion: importance: the loss of a sequence is weighted by the uniform density over that of its "
+        "time, which keeps the bound; none: it is not, and the loss is another one",
+        choices=("importance", "none"),
+        needs="mask_time_distribution",
+    )
+    mdm_loss: str = flag(
+        "bound",
+        "masked diffusion: bound: a token masked with probability p weighs 1 / p; simple: all masked tokens weigh the "
+        "same, 1 / E[p]",
+        choices=("bound", "simple"),
+    )
     mask_eps: float = flag(
         1e-3, "masked diffusion: a token is masked with probability (1 - EPS) t + EPS", metavar="EPS", within="(0, 1)"
     )
@@ -102,6 +144,25 @@ class ObjectiveConfig(Section):
         offset = self.target_offset_max
         message = "needs --target-positions, or the model cannot know which token to predict; give both"
         require(offset == 1 or self.target_positions, "target_offset_max", offset, message)
+        low, high = self.mask_time_low, self.mask_time_high
+        require(low < high, "mask_time_low", low, f"must be below --mask-time-high {high}; change one of them")
+        is_positive = self.mask_time_distribution != "window" or not self.importance_weighted_times
+        message = "leaves out times outside the window, which importance weights need; give more, or "
+        message += "--mask-time-weighting none"
+        share = self.mask_time_uniform_share
+        require(is_positive or share != 0, "mask_time_uniform_share", share, message)
+
+    @property
+    def importance_weighted_times(self) -> bool:
+        """Whether times are weighted by the uniform density over their own."""
+        return self.mask_time_distribution != "uniform" and self.mask_time_weighting == "importance"
+
+    @property
+    def uniform_time_share(self) -> float:
+        """The share of uniform times in a window or bell: --mask-time-uniform-share or its default."""
+        if self.mask_time_uniform_share is None:
+            return 0.1 if self.importance_weighted_times else 0.0
+        return self.mask_time_uniform_share
 
     def passes(self, positions_per_token: int) -> int:
         """Return how often each token of a sample passes through the model, forward and backward."""

@@ -19,8 +19,9 @@ class OptimizerConfig(Section):
     min_lr: float | None = flag(None, "final learning rate; default --lr / 10", excludes="lr_decay_style constant")
     lr_decay_style: str = flag(
         "cosine",
-        "learning-rate schedule after the warm-up; WSD (warm-up, stable, decay) decays only at the end",
-        choices=("cosine", "linear", "constant", "WSD"),
+        "learning-rate schedule after the warm-up; WSD (warm-up, stable, decay) decays only at the end; cyclic: a "
+        "cosine in each of --lr-cycles cycles, whose last checkpoints are kept",
+        choices=("cosine", "linear", "constant", "WSD", "cyclic"),
     )
     lr_warmup_samples: int | None = flag(None, "samples of linear warm-up; default 1% of the budget", within="[0, inf)")
     lr_decay_samples: int | None = flag(
@@ -34,6 +35,13 @@ class OptimizerConfig(Section):
         "samples of the decay phase of WSD; default 10% of the schedule",
         within="[1, inf)",
         needs="lr_decay_style WSD",
+    )
+    lr_cycles: int | None = flag(
+        None,
+        "cycles of equal length of a cyclic schedule",
+        metavar="N",
+        within="[1, inf)",
+        needs="lr_decay_style cyclic",
     )
     weight_decay: float = flag(0.1, "decoupled weight decay", within="[0, inf)")
     weight_decay_incr_style: str = flag(
@@ -75,6 +83,8 @@ class OptimizerConfig(Section):
         require(
             self.min_lr is None or 0 <= self.min_lr <= self.lr, "min_lr", self.min_lr, f"must be in [0, --lr {self.lr}]"
         )
+        message = "needs --lr-cycles; give it"
+        require(self.lr_decay_style != "cyclic" or bool(self.lr_cycles), "lr_decay_style", "cyclic", message)
         self._check_changing_weight_decay()
 
     def _check_changing_weight_decay(self) -> None:
