@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from megatron.config.flags import spelling
 from megatron.config.sections import Config
 from megatron.config.tokenizer_flags import SENTENCE_PIECE
 from megatron.config.vocabulary import Vocabulary
@@ -15,6 +16,7 @@ from megatron.data.tokenizer import Tokenizer
 from megatron.errors import ConfigurationError
 from megatron.model.attention import disable_cudnn_attention
 from megatron.model.transformer import Transformer
+from megatron.objectives.registry import DOCUMENT_RULES
 from megatron.training.checkpoint_store import find_checkpoint, load_checkpoint, read_meta
 from megatron.training.command_line import evaluation_config
 from megatron.training.datasets import tokenizer_of_data
@@ -91,6 +93,17 @@ def open_trained(run: str, which: str = "latest", flags: Sequence[str] = ()) -> 
     recorded = _recorded(run)
     config, folder = evaluation_config(recorded, run, flags), find_checkpoint(Path(run), which)
     return Trained(name=run, config=config, recorded=recorded, checkpoint=folder, meta=read_meta(folder))
+
+
+def shared_settings(config: Config, vocabulary_size: int) -> dict:
+    """Return the settings that models must share whose probabilities are averaged or compared token by token."""
+    return {
+        "objective": config.objective.objective,
+        **{spelling(name): getattr(config.objective, name) for name in ("target_positions", "diffusion_block_size")},
+        **{spelling(name): getattr(config.data, name) for name in DOCUMENT_RULES},
+        "vocabulary size": vocabulary_size,
+        "--tokenizer-type": config.data.tokenizer_type,
+    }
 
 
 def trained_config(run: str, flags: Sequence[str] = ()) -> Config:
