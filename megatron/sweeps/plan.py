@@ -23,13 +23,14 @@ from megatron.sweeps.choices import best_trials
 from megatron.sweeps.points import Point, identity, readable_name, same_value, text
 from megatron.sweeps.run_costs import RunCosts, disk_bytes
 from megatron.sweeps.sweep_file import Flags, Stage, Sweep, Variant
+from megatron.sweeps.teachers import teacher_ids, unfinished_teachers
 from megatron.sweeps.trials import draw_trials
 from megatron.training.command_line import ENTRY_POINTS, parse
 from megatron.training.resume_checks import BUDGET_PLAN, FREE_ON_RESUME
 
 # fields that a resume may change and that decide a run's result all the same
 DECISIVE = {"train_data_path", "train_data_path_file", "valid_data_path", "valid_data_path_file"}
-DECISIVE |= {"objective", "tokenizer_model", "vocab_file", "merge_file", "bf16", "fp32"}
+DECISIVE |= {"objective", "teacher", "tokenizer_model", "vocab_file", "merge_file", "bf16", "fp32"}
 NOT_IN_ID = FREE_ON_RESUME - DECISIVE
 SECTIONS_NOT_IN_ID = ("checkpoint", "tracking", "parallel")
 # defaults by (section, field) of what decides a run's result
@@ -55,7 +56,7 @@ class Planned:
 def plan_sweep(sweep: Sweep, folder: Path, progress: bool = False) -> Planned:
     """Return the plan of a sweep whose runs lie in `folder`.
 
-    A stage with `best_of` is planned when all runs of that stage have finished.
+    A stage with `best_of` or `teachers_of` is planned when all runs of that stage have finished.
 
     Raises: ConfigurationError that names every impossible point, up to a screenful.
     """
@@ -76,7 +77,13 @@ def plan_sweep(sweep: Sweep, folder: Path, progress: bool = False) -> Planned:
                 planned.waiting[stage.name] = chosen
                 continue
             tuned, planned.choices[stage.name] = chosen.flags, chosen.records
-        drafts = list(_drafts(sweep, stage, tuned))
+        teachers = [item.point for item in resolved if item.point.stage == stage.teachers_of]
+        if stage.teachers_of is not None:
+            reason = unfinished_teachers(teachers, folder) if teachers else f"waits for stage {stage.teachers_of}"
+            if reason is not None:
+                planned.waiting[stage.name] = reason
+                continue
+        drafts = list(_drafts(sweep, stage, tuned, teachers))
         all_drafts += drafts
         for draft in tqdm(drafts, desc=f"plan {stage.name}", disable=None if progress else True, leave=False):
             try:
@@ -110,6 +117,7 @@ class _Draft:
     tuned: Flags
     seed: int
     trial: int | None
+    teachers: list[str]  # ids of runs
 
     @property
     def label(self) -> str:
@@ -117,7 +125,7 @@ class _Draft:
 
     @property
     def flags(self) -> Flags:
-        """All flags, the more specific ones winning."""
+        """All flags but the teachers, the more specific ones winning."""
         return {**self.stage.flags, **self.variant.flags, **self.axes, **self.tuned, "seed": self.seed}
 
     @property
@@ -126,7 +134,9 @@ class _Draft:
         return {"variant": self.variant.name, **self.flags}
 
 
-def _drafts(sweep: Sweep, stage: Stage, chosen: dict[tuple, Flags]) -> Iterator[_Draft]:
+def _drafts(
+    sweep: Sweep, stage: Stage, chosen: dict[tuple, Flags], teachers: Sequence[Point]
+) -> Iterator[_Draft]:
     for variant in stage.variants:
         axes = {**stage.parameters, **variant.parameters}
         if stage.tuning is None:
@@ -147,11 +157,17 @@ def _drafts(sweep: Sweep, stage: Stage, chosen: dict[tuple, Flags]) -> Iterator[
                         " add the values there, or drop the axis from `by`"
                     )
                 best = chosen[group]
-            for seed in stage.seeds:
-                for trial, tuned in trials:
-                    yield _Draft(
-                        stage=stage, variant=variant, axes=point, tuned={**tuned, **best}, seed=seed, trial=trial
-                    )
+            ids = teacher_ids(stage, variant, point, teachers)
+            for seed, (trial, tuned) in itertools.product(stage.seeds, trials):
+                yield _Draft(
+                    stage=stage,
+                    variant=variant,
+                    axes=point,
+                    tuned={**tuned, **best},
+                    seed=seed,
+                    trial=trial,
+                    teachers=ids,
+                )
 
 
 def words(flags: Flags) -> list[str]:
@@ -170,7 +186,8 @@ def _resolved(draft: _Draft, costs: RunCosts, group: str) -> Resolved:
 
     Raises: ConfigurationError where the training command would refuse it.
     """
-    config = parse("ar", words(draft.flags))
+    # a teacher is known by the id of its run, so that the sweep folder may move
+    config = parse("ar", words(draft.flags | ({"teacher": draft.teachers} if draft.teachers else {})))
     resources = _resources(draft)
     declared = capabilities(config.objective.objective)
     unique_tokens, vocabulary_size = costs.data_sizes(config)
@@ -209,6 +226,7 @@ def _resolved(draft: _Draft, costs: RunCosts, group: str) -> Resolved:
         memory_bytes=costs.memory_bytes(config, vocabulary, resources["world_size"]),
         disk_bytes=disk_bytes(config, plan, seq_length),
         seconds=None if speed is None else flops / (speed * resources["world_size"]),
+        teachers=draft.teachers,
     )
     return Resolved(point, config, plan, family=identity(_settings(config)))
 
