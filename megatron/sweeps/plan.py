@@ -87,7 +87,7 @@ def plan_sweep(sweep: Sweep, folder: Path, progress: bool = False) -> Planned:
         all_drafts += drafts
         for draft in tqdm(drafts, desc=f"plan {stage.name}", disable=None if progress else True, leave=False):
             try:
-                resolved.append(_resolved(draft, costs, folder.resolve().name))
+                resolved.append(_resolved(draft, costs, folder))
             except ConfigurationError as error:
                 errors.append(f"{draft.label}: {error}")
     if errors:
@@ -127,6 +127,16 @@ class _Draft:
     def flags(self) -> Flags:
         """All flags but the teachers, the more specific ones winning."""
         return {**self.stage.flags, **self.variant.flags, **self.axes, **self.tuned, "seed": self.seed}
+
+    def config(self, folder: Path | None = None) -> Config:
+        """Return the configuration: with the teachers' run folders, or by default with the ids of their runs.
+
+        The id of a point depends on those, so that a sweep folder can be moved.
+
+        Raises: ConfigurationError where the training command would refuse it.
+        """
+        teachers = [str(folder / "runs" / teacher) if folder else teacher for teacher in self.teachers]
+        return parse("ar", words(self.flags | ({"teacher": teachers} if teachers else {})))
 
     @property
     def named(self) -> Flags:
@@ -181,13 +191,12 @@ def words(flags: Flags) -> list[str]:
     return line
 
 
-def _resolved(draft: _Draft, costs: RunCosts, group: str) -> Resolved:
+def _resolved(draft: _Draft, costs: RunCosts, folder: Path) -> Resolved:
     """Return the point of a draft.
 
     Raises: ConfigurationError where the training command would refuse it.
     """
-    # a teacher is known by the id of its run, so that the sweep folder may move
-    config = parse("ar", words(draft.flags | ({"teacher": draft.teachers} if draft.teachers else {})))
+    config = draft.config()
     resources = _resources(draft)
     declared = capabilities(config.objective.objective)
     unique_tokens, vocabulary_size = costs.data_sizes(config)
@@ -213,7 +222,7 @@ def _resolved(draft: _Draft, costs: RunCosts, group: str) -> Resolved:
         seed=draft.seed,
         trial=draft.trial,
         script=ENTRY_POINTS.get(config.objective.objective, "pretrain_gpt.py"),
-        arguments=words(_tracked(draft, group, point_id)),
+        arguments=words(_tracked(draft, folder.resolve().name, point_id)),
         nodes=resources["nodes"],
         world_size=resources["world_size"],
         minutes=resources["minutes"],
@@ -223,7 +232,9 @@ def _resolved(draft: _Draft, costs: RunCosts, group: str) -> Resolved:
         tokens=plan.tokens(plan.train_samples, seq_length),
         epochs=plan.train_samples * seq_length / plan.unique_tokens,
         flops=flops,
-        memory_bytes=costs.memory_bytes(config, vocabulary, resources["world_size"]),
+        memory_bytes=costs.memory_bytes(
+            draft.config(folder) if draft.teachers else config, vocabulary, resources["world_size"]
+        ),
         disk_bytes=disk_bytes(config, plan, seq_length),
         seconds=None if speed is None else flops / (speed * resources["world_size"]),
         teachers=draft.teachers,

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from megatron.config.flags import spelling
-from megatron.config.sections import Config
+from megatron.config.sections import Config, ModelConfig
 from megatron.config.tokenizer_flags import SENTENCE_PIECE
 from megatron.config.vocabulary import Vocabulary
 from megatron.data.indexed import read_metadata
@@ -112,6 +112,14 @@ def trained_config(run: str, flags: Sequence[str] = ()) -> Config:
     Raises: ConfigurationError if there is no run.
     """
     return evaluation_config(_recorded(run), run, flags)
+
+
+def teacher_models(config: Config) -> tuple[ModelConfig, ...]:
+    """Return the models of the runs that --teacher names, for estimates.
+
+    Raises: ConfigurationError if one is no run.
+    """
+    return tuple(trained_config(name).model for name in config.distillation.teacher)
 
 
 def _recorded(run: str) -> dict:

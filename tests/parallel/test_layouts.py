@@ -91,6 +91,10 @@ CASES = (
             "ar", micro_batch=2, model={"hidden_size": 24, "num_attention_heads": 3, "ffn_hidden_size": 48} | TERMS
         ),
         "mdm-muon": Case("mdm", micro_batch=2, model=MODEL, optimizer={"optimizer": "muon"}),
+        "ar-distilled": Case("ar", {"stochastic_depth": 0.5}, micro_batch=2, model=MODEL, teachers=({"num_layers": 1},)),
+        "mdm-distilled": Case(
+            "mdm", micro_batch=2, samples=5, model=MODEL | TERMS, teachers=(MODEL, {"hidden_size": 24} | UNTIED)
+        ),
         "ar-deep-untied": Case("ar", micro_batch=2, model=MODEL | UNTIED | {"num_layers": 4}),
     }
 )
@@ -121,6 +125,11 @@ CHECKS += [
 MUON = [layout for layout in GRID if layout.size == 2] + [Layout(2, 2, 1)]
 MUON += [Layout(2, 1, 1, {"zero_stage": stage}) for stage in (0, 3)]
 CHECKS += [(layout, "mdm-muon") for layout in MUON]
+
+DISTILLED = [layout for layout in GRID if layout.pipeline == 1]
+DISTILLED += [Layout(2, 1, 1, {"zero_stage": stage}) for stage in (0, 2, 3)]
+DISTILLED += [Layout(1, 2, 1, {"recompute_granularity": "full"})]
+CHECKS += [(layout, name) for layout in DISTILLED for name in ("ar-distilled", "mdm-distilled")]
 
 CURVES = [
     (layout, name)
