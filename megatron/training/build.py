@@ -170,7 +170,7 @@ def dry_run(run: ResolvedRun) -> None:
     precision = stated_precision(config)
     check_engine(config, _known_world_size(config), None if precision is None else precision == "bf16")
     origin = check_run(config, run.plan, run.sources, precision)
-    opened = open_teachers(config, run.vocabulary, _known_world_size(config))
+    opened = open_teachers(config, run.vocabulary, _known_world_size(config) or config.parallel.fewest_ranks)
     teachers = describe_teachers(opened, config, run.plan)
     check_same_teachers(origin, teachers, config)
     if rank() == 0:

@@ -25,10 +25,10 @@ from megatron.training.load_run import Trained, open_trained, shared_settings
 from megatron.training.resume import Origin
 
 
-def open_teachers(config: Config, vocabulary: Vocabulary, world_size: int | None) -> list[Trained]:
+def open_teachers(config: Config, vocabulary: Vocabulary, world_size: int) -> list[Trained]:
     """Return the teachers of a run, each at its newest checkpoint or at the one that --teacher names.
 
-    None in an evaluation. `world_size` is None while it is unknown.
+    An evaluation has none.
 
     Raises: ConfigurationError for a teacher that is missing or damaged, is this run itself or given twice, or does not
     fit the student or its layout.
@@ -41,11 +41,10 @@ def open_teachers(config: Config, vocabulary: Vocabulary, world_size: int | None
         is_new = teacher.checkpoint.resolve() not in [other.checkpoint.resolve() for other in teachers]
         require(is_new, "teacher", name, "is the same checkpoint as another teacher; name each teacher once")
         _check_student(teacher, config, vocabulary)
-        if world_size is not None:
-            try:
-                check_layout(replace(config, model=teacher.config.model), world_size)
-            except ConfigurationError as error:
-                raise ConfigurationError(f"{typed('teacher', name)}: does not fit the layout: {error}") from None
+        try:
+            check_layout(replace(config, model=teacher.config.model), world_size)
+        except ConfigurationError as error:
+            raise ConfigurationError(f"{typed('teacher', name)}: does not fit the layout: {error}") from None
         teachers.append(teacher)
     return teachers
 
