@@ -149,9 +149,7 @@ def _weighted_loss_(
     """Overwrite logits [C, V] with the gradient of the sum of weights * loss; return that sum, fp32 []."""
     if soft is None:
         return (_to_gradient_(logits, targets, weights, **options) * weights).sum()
-    divergence, gradient = soft.divergence(
-        logits, weights, vocab_size=options["vocab_size"], shard=options["shard"]
-    )
+    divergence, gradient = soft.divergence(logits, weights, vocab_size=options["vocab_size"], shard=options["shard"])
     weights = (1 - soft.weight) * weights
     loss = (_to_gradient_(logits, targets, weights, **options) * weights).sum()
     logits += gradient

@@ -136,7 +136,9 @@ class RankSizes:
         """Return the elements of a teacher on this rank: shards of its blocks, and all of its embedding and head."""
         shapes = [_shard_shape(*item, self.tp_size) for item in block_shapes(model).items()]
         tables = 2 if model.untie_embeddings_and_output_weights else 1
-        return _elements(shapes, num_shards).shard * model.num_layers + tables * self.vocabulary_shard * model.hidden_size
+        return (
+            _elements(shapes, num_shards).shard * model.num_layers + tables * self.vocabulary_shard * model.hidden_size
+        )
 
     def _repeats_heads(self, config: Config, capabilities: Capabilities) -> bool:
         dtype = {2: torch.bfloat16, FP32: torch.float32}[self.size]

@@ -23,7 +23,7 @@ from megatron.sweeps.choices import best_trials
 from megatron.sweeps.points import Point, identity, readable_name, same_value, text
 from megatron.sweeps.run_costs import RunCosts, disk_bytes
 from megatron.sweeps.sweep_file import Flags, Stage, Sweep, Variant
-from megatron.sweeps.teachers import teacher_ids, unfinished_teachers
+from megatron.sweeps.teachers import TeacherStage, unfinished_teachers
 from megatron.sweeps.trials import draw_trials
 from megatron.training.command_line import ENTRY_POINTS, parse
 from megatron.training.resume_checks import BUDGET_PLAN, FREE_ON_RESUME
@@ -64,26 +64,17 @@ def plan_sweep(sweep: Sweep, folder: Path, progress: bool = False) -> Planned:
     resolved: list[Resolved] = []
     all_drafts: list[_Draft] = []
     for stage in sweep.stages:
-        tuned: dict = {}
-        if stage.best_of is not None:
-            source = next(other for other in sweep.stages if other.name == stage.best_of)
-            points = [item.point for item in resolved if item.point.stage == stage.best_of]
-            if stage.best_of in planned.waiting:
-                planned.waiting[stage.name] = f"waits for stage {stage.best_of}"
-                continue
-            assert source.tuning is not None
-            chosen = best_trials(points, folder, set_name=source.tuning.set, by=stage.by)
-            if isinstance(chosen, str):
-                planned.waiting[stage.name] = chosen
-                continue
-            tuned, planned.choices[stage.name] = chosen.flags, chosen.records
-        teachers = [item.point for item in resolved if item.point.stage == stage.teachers_of]
-        if stage.teachers_of is not None:
-            reason = unfinished_teachers(teachers, folder) if teachers else f"waits for stage {stage.teachers_of}"
-            if reason is not None:
-                planned.waiting[stage.name] = reason
-                continue
-        drafts = list(_drafts(sweep, stage, tuned, teachers))
+        if errors and stage.teachers_of is not None:
+            continue  # the points of its teachers may be among those
+        earlier = {
+            other.name: (other, [item.point for item in resolved if item.point.stage == other.name])
+            for other in sweep.stages
+        }
+        inherited = _inherited(stage, earlier, planned, folder)
+        if isinstance(inherited, str):
+            planned.waiting[stage.name] = inherited
+            continue
+        drafts = list(_drafts(sweep, stage, inherited))
         all_drafts += drafts
         for draft in tqdm(drafts, desc=f"plan {stage.name}", disable=None if progress else True, leave=False):
             try:
@@ -105,6 +96,35 @@ def plan_sweep(sweep: Sweep, folder: Path, progress: bool = False) -> Planned:
     if sweep.wsd_branches:
         planned.points, planned.notes = assign_trunks(resolved, folder)
     return planned
+
+
+@dataclass(frozen=True)
+class _Inherited:
+    """What a stage takes from earlier ones: tuned flags by group, and teachers."""
+
+    tuned: dict[tuple, Flags]
+    teachers: TeacherStage
+
+
+def _inherited(
+    stage: Stage, earlier: dict[str, tuple[Stage, list[Point]]], planned: Planned, folder: Path
+) -> _Inherited | str:
+    """Return what a stage takes from earlier ones, or what it waits for; record how trials were chosen in `planned`."""
+    for name in (stage.best_of, stage.teachers_of):
+        if name in planned.waiting:
+            return f"waits for stage {name}"
+    tuned: dict[tuple, Flags] = {}
+    if stage.best_of is not None:
+        source, points = earlier[stage.best_of]
+        assert source.tuning is not None
+        chosen = best_trials(points, folder, set_name=source.tuning.set, by=stage.by)
+        if isinstance(chosen, str):
+            return chosen
+        tuned, planned.choices[stage.name] = chosen.flags, chosen.records
+    if stage.teachers_of is None:
+        return _Inherited(tuned, TeacherStage())
+    teachers = TeacherStage(*earlier[stage.teachers_of])
+    return unfinished_teachers(teachers.points, folder) or _Inherited(tuned, teachers)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,9 +164,7 @@ class _Draft:
         return {"variant": self.variant.name, **self.flags}
 
 
-def _drafts(
-    sweep: Sweep, stage: Stage, chosen: dict[tuple, Flags], teachers: Sequence[Point]
-) -> Iterator[_Draft]:
+def _drafts(sweep: Sweep, stage: Stage, inherited: _Inherited) -> Iterator[_Draft]:
     for variant in stage.variants:
         axes = {**stage.parameters, **variant.parameters}
         if stage.tuning is None:
@@ -161,13 +179,13 @@ def _drafts(
             best: Flags = {}
             if stage.best_of is not None:
                 group = (variant.name, *(text(point[name]) for name in stage.by))
-                if group not in chosen:
+                if group not in inherited.tuned:
                     raise ConfigurationError(
                         f"{sweep.path}: stages.{stage.name}: stage {stage.best_of} has no trial for {', '.join(group)};"
                         " add the values there, or drop the axis from `by`"
                     )
-                best = chosen[group]
-            ids = teacher_ids(stage, variant, point, teachers)
+                best = inherited.tuned[group]
+            ids = inherited.teachers.ids(stage, variant, point)
             for seed, (trial, tuned) in itertools.product(stage.seeds, trials):
                 yield _Draft(
                     stage=stage,

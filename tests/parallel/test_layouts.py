@@ -91,7 +91,9 @@ CASES = (
             "ar", micro_batch=2, model={"hidden_size": 24, "num_attention_heads": 3, "ffn_hidden_size": 48} | TERMS
         ),
         "mdm-muon": Case("mdm", micro_batch=2, model=MODEL, optimizer={"optimizer": "muon"}),
-        "ar-distilled": Case("ar", {"stochastic_depth": 0.5}, micro_batch=2, model=MODEL, teachers=({"num_layers": 1},)),
+        "ar-distilled": Case(
+            "ar", {"stochastic_depth": 0.5}, micro_batch=2, model=MODEL, teachers=({"num_layers": 1},)
+        ),
         "mdm-distilled": Case(
             "mdm", micro_batch=2, samples=5, model=MODEL | TERMS, teachers=(MODEL, {"hidden_size": 24} | UNTIED)
         ),
