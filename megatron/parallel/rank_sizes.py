@@ -133,12 +133,11 @@ class RankSizes:
         return tables + norm if self.is_last else tables
 
     def _teacher_elements(self, model: ModelConfig, num_shards: int) -> int:
-        """Return the elements of a teacher on this rank: shards of its blocks, and all of its embedding and head."""
-        shapes = [_shard_shape(*item, self.tp_size) for item in block_shapes(model).items()]
+        """Return the elements of a teacher on this rank: shards of its blocks, and all parameters outside them."""
+        blocks = _elements([_shard_shape(*item, self.tp_size) for item in block_shapes(model).items()], num_shards)
         tables = 2 if model.untie_embeddings_and_output_weights else 1
-        return (
-            _elements(shapes, num_shards).shard * model.num_layers + tables * self.vocabulary_shard * model.hidden_size
-        )
+        norms = 1 if model.normalization == "rmsnorm" else 2
+        return blocks.shard * model.num_layers + (tables * self.vocabulary_shard + norms) * model.hidden_size
 
     def _repeats_heads(self, config: Config, capabilities: Capabilities) -> bool:
         dtype = {2: torch.bfloat16, FP32: torch.float32}[self.size]
