@@ -8,17 +8,22 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from megatron.batch import Batch
 from megatron.config.parametrization import Parametrization
 from megatron.config.sections import ModelConfig, ObjectiveConfig, OptimizerConfig, ParallelConfig
 from megatron.config.vocabulary import Vocabulary
+from megatron.model.distillation import Distillation
+from megatron.model.initialise import initialise
+from megatron.model.transformer import Transformer
 from megatron.objectives.documents import DocumentRules
 from megatron.objectives.input_noise import build_input_noise
 from megatron.objectives.masked_diffusion import MaskedDiffusion
 from megatron.objectives.registry import build_objective
 from megatron.parallel.apply import build_engine
 from megatron.parallel.mesh import ParallelContext
+from megatron.parallel.teachers import build_teacher
 from megatron.training.microbatches import MicroBatches
 from megatron.training.optimizer import build_optimizer, start_state
 from megatron.training.step import reseed, train_step
@@ -63,6 +68,7 @@ class Case:
     period: int = 100
     model: dict = field(default_factory=dict)
     optimizer: dict = field(default_factory=dict)
+    teachers: tuple[dict, ...] = ()  # their models, as far as they differ from MODEL
 
 
 @dataclass(frozen=True)
@@ -100,6 +106,9 @@ def build(
     )
     settings = OptimizerConfig(lr=1.0, weight_decay=WEIGHT_DECAY, **case.optimizer)
     optimizer = build_optimizer(engine, settings, Parametrization.of(config))
+    if case.teachers:
+        states = tuple(frozen(ranks, {**MODEL, **own}, parallel, bf16).teacher_states for own in case.teachers)
+        engine.models[0].distillation = Distillation(states, weight=0.6, temperature=1.5)
     start_state(optimizer, 0)
     eps = 1e-9 if case.nothing_masked else 1e-3
     settings = ObjectiveConfig(objective=case.name, mask_eps=eps, **case.options)
@@ -119,6 +128,23 @@ def build(
         size=ranks.data_size,
     )
     return engine, optimizer, data
+
+
+def frozen(ranks: ParallelContext, model: dict, parallel: ParallelConfig, bf16: bool = False) -> Transformer:
+    """Return a teacher with the weights that a new model of seed 9 has."""
+    config = ModelConfig(**model)
+    whole_model = Transformer(config, VOCABULARY)
+    initialise(whole_model, config, 9)
+    weights = dict(whole_model.named_parameters())
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    teacher = build_teacher(config, VOCABULARY, ranks, parallel, dtype=dtype)
+    with torch.no_grad():
+        for name, parameter in teacher.named_parameters():
+            weight = weights[name].detach().to(dtype)
+            if isinstance(parameter, DTensor):
+                weight = distribute_tensor(weight, parameter.device_mesh, parameter.placements, src_data_rank=None)
+            parameter.copy_(weight)
+    return teacher
 
 
 def batches_of_step(data: MicroBatches, step: int) -> list[Batch]:

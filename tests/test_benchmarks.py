@@ -359,6 +359,13 @@ def test_regularisers_are_timed_and_compared_with_their_flops(tmp_path):
     assert len(rows) == len(report["results"])
 
 
+@pytest.mark.slow
+def test_teachers_are_timed_and_compared_with_their_forward_passes(tmp_path):
+    report = report_of("distillation --model-size 7M --seq-length 16 --micro-batch-size 1 --rounds 1", tmp_path)
+    assert [result["explained"] for result in report["results"].values()][:4] == [1, 4 / 3, 5 / 3, 7 / 3]
+    assert all(result["times_plain"]["median"] > 0 for result in report["results"].values())
+
+
 GENERATION = "--model-size 7M --prompt-length 6 --max-new-tokens 4 --batch-size 2 --rounds 1".split()
 
 

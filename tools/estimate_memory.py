@@ -33,6 +33,7 @@ from megatron.errors import ConfigurationError
 from megatron.objectives.registry import capabilities
 from megatron.parallel.memory_estimate import Memory, peak_memory
 from megatron.training.command_line import parse_with
+from megatron.training.load_run import teacher_models
 
 GIB = 2**30
 OVERHEAD = 2 * GIB  # CUDA context, NCCL buffers, fragmentation of the allocator: a guess
@@ -77,7 +78,8 @@ def estimate(options: Options, config: Config) -> Memory:
     check_batch(config, options.processes, declared)
     precision = "fp32" if config.training.fp32 else "bf16"
     vocabulary = Vocabulary(options.vocabulary_size)
-    return peak_memory(config, vocabulary, declared, world_size=options.processes, precision=precision)
+    settings = {"world_size": options.processes, "precision": precision, "teachers": teacher_models(config)}
+    return peak_memory(config, vocabulary, declared, **settings)
 
 
 def layouts(options: Options, config: Config) -> Iterator[tuple[Config, Memory]]:

@@ -38,6 +38,7 @@ from megatron.parallel.mesh import destroy_parallel, initialize_parallel
 from megatron.training.command_line import parse_with
 from megatron.training.device_info import device_memory
 from megatron.training.environment import choose_precision, cpp_compiler, device_name, prepare_device
+from megatron.training.load_run import teacher_models
 from megatron.training.run_folder import write_json
 from megatron.training.step_benchmark import WARM_UP, Trial, attempt
 
@@ -157,6 +158,7 @@ class Tuner:
         if not config.parallel.deepspeed:
             precision, kind = choose_precision(config, self.ranks.device), self.ranks.device.type
             settings = {"world_size": self.ranks.size, "precision": precision, "device": kind}
+            settings |= {"teachers": teacher_models(config)}
             declared = capabilities(config.objective.objective)
             needed = peak_memory(config, self.vocabulary, declared, **settings).total
             if needed > self.memory:

@@ -12,12 +12,16 @@ from megatron.training.command_line import parse
 
 @dataclass(frozen=True)
 class Case:
-    """A training configuration: flags, world size, micro-batches per step and rank, vocabulary size."""
+    """A training configuration: flags, world size, micro-batches per step and rank, vocabulary size, teachers.
+
+    The teachers have the model of the student.
+    """
 
     flags: str
     processes: int = 1
     micro_batches: int = 1
     vocabulary_size: int = 2000
+    num_teachers: int = 0
 
     @property
     def config(self) -> Config:
@@ -38,6 +42,7 @@ class Case:
             world_size=self.processes,
             precision=precision,
             device=device,
+            teachers=[config.model] * self.num_teachers,
         )
 
 
@@ -59,6 +64,8 @@ CPU_CASES = [
     Case(SMALL, 1, 2),
     Case(f"{SMALL.replace('--bf16', '--fp32')}"),
     Case(f"{SMALL} {GELU}"),
+    Case(SHORT, 1, 1, 20000, num_teachers=2),
+    Case(f"{SMALL} {TENSOR}", 2, num_teachers=2),
     Case(f"{SMALL} {FULL}"),
     Case(f"{SMALL} {SELECTIVE}"),
     *(Case(f"{SMALL} --zero-stage {stage}", 2, 2) for stage in (0, 1, 2, 3)),

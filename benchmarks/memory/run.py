@@ -31,9 +31,11 @@ from benchmarks.memory.live_bytes import LiveBytes
 from megatron.batch import Batch
 from megatron.config.sections import Config
 from megatron.config.vocabulary import Vocabulary
+from megatron.model.distillation import Distillation
 from megatron.parallel.apply import build_engine
 from megatron.parallel.memory_estimate import Memory
 from megatron.parallel.mesh import build_parallel_context, destroy_parallel, initialize_parallel
+from megatron.parallel.teachers import build_teacher
 from megatron.training.optimizer import build_optimizer, start_state
 from megatron.training.step import train_step
 
@@ -55,6 +57,11 @@ def measure(case: Case, rank: int, device: torch.device, steps: int = STEPS) -> 
     )
     bf16 = not config.training.fp32
     engine = build_engine(config.model, vocabulary, ranks, parallel, seed=0, bf16=bf16, compile=False)
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    teachers = [build_teacher(config.model, vocabulary, ranks, parallel, dtype=dtype) for _ in range(case.num_teachers)]
+    if teachers:
+        states = tuple(teacher.teacher_states for teacher in teachers)
+        engine.models[0].distillation = Distillation(states, weight=0.5, temperature=1.0)
     optimizer = build_optimizer(engine, config.optimizer)
     start_state(optimizer, 0)
     batches = [random_batch(config, vocabulary, seed) for seed in range(case.micro_batches)]
@@ -69,6 +76,8 @@ def measure(case: Case, rank: int, device: torch.device, steps: int = STEPS) -> 
         counter.add(parameter, "master weights")
         for moment in optimizer.state[parameter].keys() - {"step"}:
             counter.add(optimizer.state[parameter][moment], "optimizer states")
+    for parameter in (parameter for teacher in teachers for parameter in teacher.parameters()):
+        counter.add(parameter, "compute weights")
     for batch in batches:
         for name in ("tokens", "targets", "weights", "scored_positions"):
             counter.add(getattr(batch, name))

@@ -334,7 +334,7 @@ LEFT_OUT = (
     refused(
         "--num-layers-teacher --num-experts-teacher --hidden-size-teacher --num-attention-heads-teacher --mos --kd "
         "--kd-alpha-ce --kd-beta-ce --kd-temp --load-teacher",
-        "not supported, there is no distillation; leave it out",
+        "not supported, a teacher is a finished run, whose model is recorded; give --teacher",
     ),
     refused(
         "--retro-workdir --retro-add-retriever --retro-cyclic-train-iters --retro-encoder-layers "

@@ -49,6 +49,11 @@ def resolve(config: Config, vocabulary: Vocabulary, unique_tokens: int, capabili
     """
     training, optimizer, seq_length = config.training, config.optimizer, config.data.seq_length
     _check_deepspeed(config)
+    stages = config.parallel.pipeline_model_parallel_size
+    message = (
+        "splits the student, and its last stage would run every --teacher as a whole; give 1, or leave out --teacher"
+    )
+    require(stages == 1 or not config.distillation.teacher, "pipeline_model_parallel_size", stages, message)
     parameters = parameter_count(config.model, vocabulary)
     passes = config.objective.passes(capabilities.positions_per_token)
     samples = _train_samples(training, seq_length, unique_tokens, parameters * passes)

@@ -16,11 +16,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from megatron.model.distillation import SoftTargets
+from megatron.model.head_shard import WHOLE, WholeHead
 
 logger = logging.getLogger(__name__)
 
@@ -28,28 +31,6 @@ logger = logging.getLogger(__name__)
 CHUNK_ROWS = {"cpu": 256, "cuda": 9216}  # positions of a chunk, by device type
 LAST_CHUNK_MULTIPLE = {"cuda": 1024}  # the last chunk is padded to a multiple of this; on others to a whole chunk
 CACHED_NUMBERS = 800_000  # elements a CPU processes at a time: fp32 copies of more exceed its cache and are slow
-
-
-class WholeHead:
-    """An unsharded head. A vocabulary-parallel head overrides every attribute and method."""
-
-    whole = True
-    start = 0  # id of the first vocabulary row of this shard
-
-    def local(self, weight: Tensor) -> Tensor:
-        """Return the vocabulary rows of this shard."""
-        return weight
-
-    def highest(self, values: Tensor) -> Tensor:
-        """Return the element-wise maximum of `values` over all shards; may overwrite `values`."""
-        return values
-
-    def total(self, values: Tensor) -> Tensor:
-        """Return the element-wise sum of `values` over all shards; may overwrite `values`."""
-        return values
-
-
-WHOLE = WholeHead()
 
 
 class Terms(NamedTuple):
@@ -77,15 +58,18 @@ def linear_cross_entropy(
     vocab_size: int,
     shard: WholeHead = WHOLE,
     terms: Terms = PLAIN,
+    soft_targets: SoftTargets | None = None,
 ) -> Tensor:
     """Return the sum over `positions` of weight * loss, fp32 [1], differentiable in `hidden` and `head`.
 
     hidden [N, H] and head [padded vocabulary, H] in the compute dtype; targets int64 [N]; weights fp32 [N];
-    positions int64 [R], distinct indices into N, R may be 0. The loss of a position is its nll, plus `terms`. Matrix
-    products run in the compute dtype, softmax and sums in fp32. With a vocabulary-parallel head every rank returns the
-    same loss, and the gradient of `hidden` is partial: the sum over the ranks is the gradient.
+    positions int64 [R], distinct indices into N, R may be 0. The loss of a position is its nll, plus `terms`, mixed
+    with the divergence from `soft_targets` as `distillation` describes. Matrix products run in the compute dtype,
+    softmax and sums in fp32. With a vocabulary-parallel head every rank returns the same loss, and the gradient of
+    `hidden` is partial: the sum over the ranks is the gradient.
     """
-    return _LinearCrossEntropy.apply(hidden, head, targets, weights, positions, vocab_size, shard, terms)
+    options = {"vocab_size": vocab_size, "shard": shard, "terms": terms}
+    return _LinearCrossEntropy.apply(hidden, head, targets, weights, positions, options, soft_targets)
 
 
 @torch.no_grad()
@@ -103,20 +87,21 @@ def linear_nll(
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, head, targets, weights, positions, vocab_size, shard, terms):
+    def forward(ctx, hidden, head, targets, weights, positions, options, soft_targets):
         loss = torch.zeros(1, device=hidden.device)
         grad_hidden = torch.zeros_like(hidden)  # [N, H]
         grad_head = torch.zeros_like(head, dtype=torch.float32)  # [V, H]
         # buffers for all chunks: allocation is expensive on a CPU
         logits = hidden.new_empty(CHUNK_ROWS[hidden.device.type], len(head))  # [C, V]
         chunk_grad_head = torch.empty_like(head)
+        num_done = 0
         for chunk, padded, chunk_targets in _chunks(targets, positions):
             inputs = hidden[padded]  # [C, H]
             chunk_weights = _pad(weights[chunk], len(padded))  # [C]
             chunk_logits = torch.mm(inputs, head.T, out=logits[: len(padded)])  # [C, V]
-            options = {"vocab_size": vocab_size, "shard": shard, "terms": terms}
-            chunk_loss = _to_gradient_(chunk_logits, chunk_targets, chunk_weights, **options)
-            loss += (chunk_loss * chunk_weights).sum()
+            soft = soft_targets and soft_targets.chunk(num_done, len(padded))
+            loss += _weighted_loss_(chunk_logits, chunk_targets, chunk_weights, soft=soft, **options)
+            num_done += len(chunk)
             grad_hidden[chunk] = (chunk_logits @ head)[: len(chunk)]
             torch.mm(chunk_logits.T, inputs, out=chunk_grad_head)
             for total, addend in _slices(grad_head, chunk_grad_head):
@@ -132,7 +117,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         scaled_head = torch.empty_like(grad_head, dtype=ctx.dtype)
         for scaled, gradient in _slices(scaled_head, grad_head):
             torch.mul(gradient, grad_output, out=scaled)
-        return (grad_hidden * grad_output).to(ctx.dtype), scaled_head, None, None, None, None, None, None
+        return (grad_hidden * grad_output).to(ctx.dtype), scaled_head, None, None, None, None, None
 
 
 def _chunks(targets: Tensor, positions: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -156,6 +141,19 @@ def _slices(matrix: Tensor, *tensors: Tensor, split: bool = True) -> Iterator[tu
     split = split and matrix.device.type == "cpu"
     slice_size = max(1, CACHED_NUMBERS // matrix.shape[1]) if split else max(1, len(matrix))
     return zip(*(tensor.split(slice_size) for tensor in (matrix, *tensors)), strict=True)
+
+
+def _weighted_loss_(
+    logits: Tensor, targets: Tensor, weights: Tensor, *, soft: SoftTargets | None, **options: Any
+) -> Tensor:
+    """Overwrite logits [C, V] with the gradient of the sum of weights * loss; return that sum, fp32 []."""
+    if soft is None:
+        return (_to_gradient_(logits, targets, weights, **options) * weights).sum()
+    divergence, gradient = soft.divergence(logits, weights, vocab_size=options["vocab_size"], shard=options["shard"])
+    weights = (1 - soft.weight) * weights
+    loss = (_to_gradient_(logits, targets, weights, **options) * weights).sum()
+    logits += gradient
+    return loss + divergence
 
 
 def _to_gradient_(

@@ -13,9 +13,11 @@ from megatron.config.sections import ModelConfig
 from megatron.config.vocabulary import Vocabulary
 from megatron.model.attention import AttentionContext, block_mask, dense_mask
 from megatron.model.block import Block
+from megatron.model.distillation import Distillation, TeacherStates
+from megatron.model.head_shard import WHOLE
 from megatron.model.kv_cache import KVCache
 from megatron.model.last_block import LastBlock
-from megatron.model.linear_cross_entropy import PLAIN, WHOLE, Terms, linear_cross_entropy, linear_nll
+from megatron.model.linear_cross_entropy import PLAIN, Terms, linear_cross_entropy, linear_nll
 from megatron.model.norm import normalisation
 from megatron.model.rotary import RotaryTable, rotary_table
 from megatron.model.scored_positions import Selection
@@ -47,6 +49,7 @@ class Transformer(nn.Module):
         self.head_shard = WHOLE  # the vocabulary rows of the head on this tensor-parallel rank
         self.selects_scored_positions = True  # the last block computes o_proj and the MLP at scored positions only
         self.uses_block_mask = False  # masked attention is FlexAttention, which must be compiled
+        self.distillation: Distillation | None = None  # soft targets of the training loss
 
     def forward(self, batch: Batch, hidden: Tensor | None = None, per_position: bool = False) -> Tensor:
         """Return the sum of weight * nll over the scored positions, fp32 [1]; plus the loss terms in training mode.
@@ -58,9 +61,10 @@ class Transformer(nn.Module):
         positions = batch.scored_positions  # [R]
         targets = batch.targets.flatten()  # [N]
         weights = batch.weights.flatten()  # [N]
-        # a causal batch scores nearly all positions; a short one would compile another graph for its last step
-        selects = self.is_last_stage and self.selects_scored_positions and not batch.causal
-        selection = Selection.of(positions, len(targets)) if selects else None
+        soft_targets = None
+        if self.distillation and self.training and not per_position:
+            soft_targets = self.distillation.soft_targets(batch)
+        selection = self._selection(batch)
         hidden = self.hidden_states(batch, hidden, selection)
         if not self.is_last_stage:
             return hidden
@@ -78,7 +82,21 @@ class Transformer(nn.Module):
                 nll = zeros.index_copy_(0, batch.scored_positions, nll[: len(positions)])
             return nll.view_as(batch.weights)
         terms = Terms(self.config.label_smoothing, self.config.z_loss) if self.training else PLAIN
-        return linear_cross_entropy(hidden, head, targets, positions, weights=weights, terms=terms, **softmax)
+        options = {"weights": weights, "terms": terms, "soft_targets": soft_targets, **softmax}
+        return linear_cross_entropy(hidden, head, targets, positions, **options)
+
+    def teacher_states(self, batch: Batch) -> TeacherStates:
+        """Return what a student needs of this model: the head's input at the scored positions, [R, H], and the head."""
+        selection, positions = self._selection(batch), batch.scored_positions
+        hidden = self.hidden_states(batch, selection=selection).flatten(0, -2)
+        hidden = hidden[positions] if selection is None else hidden[: len(positions)]
+        return TeacherStates(hidden, self.head_shard.local(self.lm_weight()))
+
+    def _selection(self, batch: Batch) -> Selection | None:
+        """Return the positions at which the last block computes o_proj and the MLP; None for all."""
+        # a causal batch scores nearly all positions; a short one would compile another graph for its last step
+        selects = self.is_last_stage and self.selects_scored_positions and not batch.causal
+        return Selection.of(batch.scored_positions, batch.targets.numel()) if selects else None
 
     def hidden_states(self, batch: Batch, hidden: Tensor | None = None, selection: Selection | None = None) -> Tensor:
         """Return the input of the head, [B, T, H], or of a `selection` only, [chunks * size, H]."""

@@ -9,11 +9,11 @@ The largest sum is the peak. `rank_sizes.py` has the terms. Sizes are bytes of l
 `benchmarks/memory/run.py` compares this with measured peaks, for FSDP2 and the pipeline schedules of torch 2.13.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 
 from megatron.config.capabilities import Capabilities
-from megatron.config.sections import Config
+from megatron.config.sections import Config, ModelConfig
 from megatron.config.vocabulary import Vocabulary
 from megatron.parallel.rank_sizes import FP32, RankSizes
 
@@ -29,7 +29,7 @@ class Memory:
     master_weights: int  # fp32, this rank's shard
     optimizer_states: int  # of this rank's shard: two moments of AdamW, one of Muon, and averaged weights
     gradients: int  # shards, and what is not reduced yet
-    compute_weights: int  # weights gathered by FSDP2, in the compute dtype
+    compute_weights: int  # weights gathered by FSDP2, and those of teachers, in the compute dtype
     activations: int
     head: int  # workspace of head and loss
     communication: int  # buffers of FSDP2's all-gathers and reduce-scatters, and of what a pipeline receives
@@ -55,11 +55,12 @@ def peak_memory(
     world_size: int,
     precision: str,
     device: str = "cuda",
+    teachers: Sequence[ModelConfig] = (),
 ) -> Memory:
     """Return the peak memory of the rank that needs most; the layout must have passed `check_layout`.
 
     `capabilities` are those of the objective, `precision` is "bf16" or "fp32". On a CPU, where the formula is measured,
-    RMSNorm saves fp32 copies and the head uses smaller chunks.
+    RMSNorm saves fp32 copies and the head uses smaller chunks. `teachers` are the models of a distillation's teachers.
     """
     moments = []
     for stage in range(config.parallel.pipeline_model_parallel_size):
@@ -71,6 +72,7 @@ def peak_memory(
             precision=precision,
             device=device,
             stage=stage,
+            teachers=teachers,
         )
         moments += _Moments(rank).moments()
     return max(moments, key=lambda memory: memory.total)
@@ -231,11 +233,13 @@ class _Moments:
     def _build(self, moment: str, **sizes: int) -> Memory:
         rank = self.rank
         shard = rank.parameters.shard
+        compute_weights = sizes.pop("compute_weights", 0) + rank.teacher_weights
         return Memory(
             stage=rank.stage,
             moment=moment,
             master_weights=rank.resident * shard,
             optimizer_states=rank.resident * rank.state_elements,
             host=(FP32 - rank.resident) * (2 * shard + rank.state_elements),
-            **{"compute_weights": 0, "activations": 0, "head": 0, **sizes},
+            compute_weights=compute_weights,
+            **{"activations": 0, "head": 0, **sizes},
         )

@@ -6,12 +6,13 @@ Activation Recomputation in Large Transformer Models (2205.05198), section 4; he
 the head no logits.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from megatron.config.capabilities import Capabilities, mask_flags
-from megatron.config.sections import Config
+from megatron.config.sections import Config, ModelConfig
 from megatron.config.sizes import block_shapes
 from megatron.config.vocabulary import Vocabulary
 from megatron.model.attention import needs_equal_heads
@@ -23,6 +24,7 @@ FP32 = 4  # bytes
 # as in megatron/model/linear_cross_entropy.py: positions per chunk of logits, and elements in fp32 at a time
 HEAD_POSITIONS = {"cpu": 256, "cuda": 9216}
 HEAD_ELEMENTS = {"cpu": 800_000}
+SOFT_POSITIONS = {"cpu": 256, "cuda": 1024}  # of a slice, as in megatron/model/distillation.py
 HEAD_IN_PLACE = {"cuda"}  # kernels need no fp32 copy of logits
 ACTIVE_CHUNKS = 3  # whole stages that torch's interleaved 1F1B lets a rank hold
 
@@ -73,6 +75,7 @@ class RankSizes:
         precision: str,
         device: str,
         stage: int,
+        teachers: Sequence[ModelConfig] = (),
     ):
         model, parallel, training = config.model, config.parallel, config.training
         self.model = model
@@ -115,6 +118,9 @@ class RankSizes:
         # of the keys that attention stores, and of its values
         self.attended_keys = self.queries if self._repeats_heads(config, capabilities) else self.keys
         self.mlp = self.tokens * model.mlp_size // self.tp_size
+        self.teachers = teachers
+        shards = num_shards if parallel.fsdp_stage == 3 else 1
+        self.teacher_weights = self.size * sum(self._teacher_elements(teacher, shards) for teacher in teachers)
         self.saved_per_layer = [self._saved_by_layer(layer) for layer in range(self.num_layers)]
 
     def _root_shapes(self) -> list[tuple[int, ...]]:
@@ -125,6 +131,13 @@ class RankSizes:
             tables.append((self.vocabulary_shard, self.model.hidden_size))
         norm = [(self.model.hidden_size,)] * (1 if self.model.normalization == "rmsnorm" else 2)
         return tables + norm if self.is_last else tables
+
+    def _teacher_elements(self, model: ModelConfig, num_shards: int) -> int:
+        """Return the elements of a teacher on this rank: shards of its blocks, and all parameters outside them."""
+        blocks = _elements([_shard_shape(*item, self.tp_size) for item in block_shapes(model).items()], num_shards)
+        tables = 2 if model.untie_embeddings_and_output_weights else 1
+        norms = 1 if model.normalization == "rmsnorm" else 2
+        return blocks.shard * model.num_layers + (tables * self.vocabulary_shard + norms) * model.hidden_size
 
     def _repeats_heads(self, config: Config, capabilities: Capabilities) -> bool:
         dtype = {2: torch.bfloat16, FP32: torch.float32}[self.size]
@@ -265,7 +278,16 @@ class RankSizes:
         forward = fp32_logits + self.size * (logits + weight + 2 * positions * width) + FP32 * weight + 2 * self.hidden
         scaled = FP32 * max(min(weight, fp32_elements), self.tokens * width)
         backward = scaled + (FP32 + self.size) * weight + self.hidden
-        return max(forward, backward)
+        return max(forward + self._soft_targets(), backward)
+
+    def _soft_targets(self) -> int:
+        """Return the workspace of the divergence from the teachers: their hidden states, a gradient and a slice."""
+        if not self.teachers:
+            return 0
+        states = self.size * self.tokens * sum(teacher.hidden_size for teacher in self.teachers)
+        gradient = self.size * HEAD_POSITIONS[self.device] * self.vocabulary_shard
+        probabilities = (4 * FP32 + self.size) * SOFT_POSITIONS[self.device] * self.vocabulary_shard
+        return states + gradient + probabilities
 
     # ------------------------------------------------------------------ between stages
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from megatron.model.linear_cross_entropy import WholeHead
+from megatron.model.head_shard import WholeHead
 
 
 class VocabParallelHead(WholeHead):

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from megatron.batch import Batch
-from megatron.config.flags import spelling, typed
+from megatron.config.flags import typed
 from megatron.config.resolve import no_op_flags
 from megatron.config.sections import SECTIONS, Config
 from megatron.config.vocabulary import Vocabulary
 from megatron.errors import ConfigurationError
 from megatron.objectives.base import Likelihood
-from megatron.objectives.registry import DOCUMENT_RULES, build_objective, document_rules
+from megatron.objectives.registry import build_objective, document_rules
 from megatron.parallel.apply import build_engine
 from megatron.parallel.engine import Engine
 from megatron.parallel.mesh import ParallelContext
@@ -29,7 +29,7 @@ from megatron.reporting.member_selection import Selection, select_greedily
 from megatron.statistics import clustered_ratio
 from megatron.training.checkpoint_store import CheckpointStore, load_checkpoint
 from megatron.training.datasets import Sources, open_sources
-from megatron.training.load_run import Trained, open_trained, trained_config
+from megatron.training.load_run import Trained, open_trained, shared_settings, trained_config
 from megatron.validation.evaluate import Evaluation, ValidationSet, evaluate
 
 logger = logging.getLogger(__name__)
@@ -91,15 +91,8 @@ class Candidates(Members):
 
 def shared(member: Trained) -> dict:
     """Return the settings that all members of an ensemble must share."""
-    config = member.config
-    return {
-        "objective": member.recorded["objective_name"],
-        **{spelling(name): getattr(config.objective, name) for name in ("target_positions", "diffusion_block_size")},
-        **{spelling(name): getattr(config.data, name) for name in DOCUMENT_RULES},
-        "vocabulary size": member.recorded["vocabulary_size"],
-        "--tokenizer-type": config.data.tokenizer_type,
-        "--eval-alignment": config.validation.eval_alignment,
-    }
+    settings = shared_settings(member.config, member.recorded["vocabulary_size"])
+    return settings | {"--eval-alignment": member.config.validation.eval_alignment}
 
 
 def settings(run: str, flags: list[str]) -> Config:

@@ -22,6 +22,8 @@ SAVE_SECONDS = 120  # that torchrun gives its ranks to save after a signal, from
 def training_command(point: Point, sweep: Path) -> list[str]:
     """Return the command that trains the run of a point in one process, or as one rank of several."""
     words = [*point.arguments, "--save", str(point.folder(sweep))]
+    if point.teachers:
+        words += ["--teacher", *(str(sweep / "runs" / teacher) for teacher in point.teachers)]
     if point.keep_iterations:
         words += ["--keep-iterations", *map(str, point.keep_iterations)]
     checkpoint = point.trunk_checkpoint(sweep)

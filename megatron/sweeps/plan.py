@@ -23,13 +23,14 @@ from megatron.sweeps.choices import best_trials
 from megatron.sweeps.points import Point, identity, readable_name, same_value, text
 from megatron.sweeps.run_costs import RunCosts, disk_bytes
 from megatron.sweeps.sweep_file import Flags, Stage, Sweep, Variant
+from megatron.sweeps.teachers import TeacherStage, unfinished_teachers
 from megatron.sweeps.trials import draw_trials
 from megatron.training.command_line import ENTRY_POINTS, parse
 from megatron.training.resume_checks import BUDGET_PLAN, FREE_ON_RESUME
 
 # fields that a resume may change and that decide a run's result all the same
 DECISIVE = {"train_data_path", "train_data_path_file", "valid_data_path", "valid_data_path_file"}
-DECISIVE |= {"objective", "tokenizer_model", "vocab_file", "merge_file", "bf16", "fp32"}
+DECISIVE |= {"objective", "teacher", "tokenizer_model", "vocab_file", "merge_file", "bf16", "fp32"}
 NOT_IN_ID = FREE_ON_RESUME - DECISIVE
 SECTIONS_NOT_IN_ID = ("checkpoint", "tracking", "parallel")
 # defaults by (section, field) of what decides a run's result
@@ -55,7 +56,7 @@ class Planned:
 def plan_sweep(sweep: Sweep, folder: Path, progress: bool = False) -> Planned:
     """Return the plan of a sweep whose runs lie in `folder`.
 
-    A stage with `best_of` is planned when all runs of that stage have finished.
+    A stage with `best_of` or `teachers_of` is planned when all runs of that stage have finished.
 
     Raises: ConfigurationError that names every impossible point, up to a screenful.
     """
@@ -63,24 +64,21 @@ def plan_sweep(sweep: Sweep, folder: Path, progress: bool = False) -> Planned:
     resolved: list[Resolved] = []
     all_drafts: list[_Draft] = []
     for stage in sweep.stages:
-        tuned: dict = {}
-        if stage.best_of is not None:
-            source = next(other for other in sweep.stages if other.name == stage.best_of)
-            points = [item.point for item in resolved if item.point.stage == stage.best_of]
-            if stage.best_of in planned.waiting:
-                planned.waiting[stage.name] = f"waits for stage {stage.best_of}"
-                continue
-            assert source.tuning is not None
-            chosen = best_trials(points, folder, set_name=source.tuning.set, by=stage.by)
-            if isinstance(chosen, str):
-                planned.waiting[stage.name] = chosen
-                continue
-            tuned, planned.choices[stage.name] = chosen.flags, chosen.records
-        drafts = list(_drafts(sweep, stage, tuned))
+        if errors and stage.teachers_of is not None:
+            continue  # the points of its teachers may be among those
+        earlier = {
+            other.name: (other, [item.point for item in resolved if item.point.stage == other.name])
+            for other in sweep.stages
+        }
+        inherited = _inherited(stage, earlier, planned, folder)
+        if isinstance(inherited, str):
+            planned.waiting[stage.name] = inherited
+            continue
+        drafts = list(_drafts(sweep, stage, inherited))
         all_drafts += drafts
         for draft in tqdm(drafts, desc=f"plan {stage.name}", disable=None if progress else True, leave=False):
             try:
-                resolved.append(_resolved(draft, costs, folder.resolve().name))
+                resolved.append(_resolved(draft, costs, folder))
             except ConfigurationError as error:
                 errors.append(f"{draft.label}: {error}")
     if errors:
@@ -100,6 +98,35 @@ def plan_sweep(sweep: Sweep, folder: Path, progress: bool = False) -> Planned:
     return planned
 
 
+@dataclass(frozen=True)
+class _Inherited:
+    """What a stage takes from earlier ones: tuned flags by group, and teachers."""
+
+    tuned: dict[tuple, Flags]
+    teachers: TeacherStage
+
+
+def _inherited(
+    stage: Stage, earlier: dict[str, tuple[Stage, list[Point]]], planned: Planned, folder: Path
+) -> _Inherited | str:
+    """Return what a stage takes from earlier ones, or what it waits for; record how trials were chosen in `planned`."""
+    for name in (stage.best_of, stage.teachers_of):
+        if name in planned.waiting:
+            return f"waits for stage {name}"
+    tuned: dict[tuple, Flags] = {}
+    if stage.best_of is not None:
+        source, points = earlier[stage.best_of]
+        assert source.tuning is not None
+        chosen = best_trials(points, folder, set_name=source.tuning.set, by=stage.by)
+        if isinstance(chosen, str):
+            return chosen
+        tuned, planned.choices[stage.name] = chosen.flags, chosen.records
+    if stage.teachers_of is None:
+        return _Inherited(tuned, TeacherStage())
+    teachers = TeacherStage(*earlier[stage.teachers_of])
+    return unfinished_teachers(teachers.points, folder) or _Inherited(tuned, teachers)
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Draft:
     """A point before its flags are parsed."""
@@ -110,6 +137,7 @@ class _Draft:
     tuned: Flags
     seed: int
     trial: int | None
+    teachers: list[str]  # ids of runs
 
     @property
     def label(self) -> str:
@@ -117,8 +145,18 @@ class _Draft:
 
     @property
     def flags(self) -> Flags:
-        """All flags, the more specific ones winning."""
+        """All flags but the teachers, the more specific ones winning."""
         return {**self.stage.flags, **self.variant.flags, **self.axes, **self.tuned, "seed": self.seed}
+
+    def config(self, folder: Path | None = None) -> Config:
+        """Return the configuration: with the teachers' run folders, or by default with the ids of their runs.
+
+        The id of a point depends on those, so that a sweep folder can be moved.
+
+        Raises: ConfigurationError where the training command would refuse it.
+        """
+        teachers = [str(folder / "runs" / teacher) if folder else teacher for teacher in self.teachers]
+        return parse("ar", words(self.flags | ({"teacher": teachers} if teachers else {})))
 
     @property
     def named(self) -> Flags:
@@ -126,7 +164,7 @@ class _Draft:
         return {"variant": self.variant.name, **self.flags}
 
 
-def _drafts(sweep: Sweep, stage: Stage, chosen: dict[tuple, Flags]) -> Iterator[_Draft]:
+def _drafts(sweep: Sweep, stage: Stage, inherited: _Inherited) -> Iterator[_Draft]:
     for variant in stage.variants:
         axes = {**stage.parameters, **variant.parameters}
         if stage.tuning is None:
@@ -141,17 +179,23 @@ def _drafts(sweep: Sweep, stage: Stage, chosen: dict[tuple, Flags]) -> Iterator[
             best: Flags = {}
             if stage.best_of is not None:
                 group = (variant.name, *(text(point[name]) for name in stage.by))
-                if group not in chosen:
+                if group not in inherited.tuned:
                     raise ConfigurationError(
                         f"{sweep.path}: stages.{stage.name}: stage {stage.best_of} has no trial for {', '.join(group)};"
                         " add the values there, or drop the axis from `by`"
                     )
-                best = chosen[group]
-            for seed in stage.seeds:
-                for trial, tuned in trials:
-                    yield _Draft(
-                        stage=stage, variant=variant, axes=point, tuned={**tuned, **best}, seed=seed, trial=trial
-                    )
+                best = inherited.tuned[group]
+            ids = inherited.teachers.ids(stage, variant, point)
+            for seed, (trial, tuned) in itertools.product(stage.seeds, trials):
+                yield _Draft(
+                    stage=stage,
+                    variant=variant,
+                    axes=point,
+                    tuned={**tuned, **best},
+                    seed=seed,
+                    trial=trial,
+                    teachers=ids,
+                )
 
 
 def words(flags: Flags) -> list[str]:
@@ -165,12 +209,12 @@ def words(flags: Flags) -> list[str]:
     return line
 
 
-def _resolved(draft: _Draft, costs: RunCosts, group: str) -> Resolved:
+def _resolved(draft: _Draft, costs: RunCosts, folder: Path) -> Resolved:
     """Return the point of a draft.
 
     Raises: ConfigurationError where the training command would refuse it.
     """
-    config = parse("ar", words(draft.flags))
+    config = draft.config()
     resources = _resources(draft)
     declared = capabilities(config.objective.objective)
     unique_tokens, vocabulary_size = costs.data_sizes(config)
@@ -196,7 +240,7 @@ def _resolved(draft: _Draft, costs: RunCosts, group: str) -> Resolved:
         seed=draft.seed,
         trial=draft.trial,
         script=ENTRY_POINTS.get(config.objective.objective, "pretrain_gpt.py"),
-        arguments=words(_tracked(draft, group, point_id)),
+        arguments=words(_tracked(draft, folder.resolve().name, point_id)),
         nodes=resources["nodes"],
         world_size=resources["world_size"],
         minutes=resources["minutes"],
@@ -206,9 +250,12 @@ def _resolved(draft: _Draft, costs: RunCosts, group: str) -> Resolved:
         tokens=plan.tokens(plan.train_samples, seq_length),
         epochs=plan.train_samples * seq_length / plan.unique_tokens,
         flops=flops,
-        memory_bytes=costs.memory_bytes(config, vocabulary, resources["world_size"]),
+        memory_bytes=costs.memory_bytes(
+            draft.config(folder) if draft.teachers else config, vocabulary, resources["world_size"]
+        ),
         disk_bytes=disk_bytes(config, plan, seq_length),
         seconds=None if speed is None else flops / (speed * resources["world_size"]),
+        teachers=draft.teachers,
     )
     return Resolved(point, config, plan, family=identity(_settings(config)))
 

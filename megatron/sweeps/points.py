@@ -51,6 +51,7 @@ class Point:
     trunk_iteration: int = 0
     trunk_samples: int = 0  # consumed there
     keep_iterations: list[int] = field(default_factory=list)  # checkpoints that other runs continue from
+    teachers: list[str] = field(default_factory=list)  # ids of runs of an earlier stage
 
     @property
     def label(self) -> str:

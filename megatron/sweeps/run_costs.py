@@ -12,6 +12,7 @@ from megatron.objectives.registry import capabilities
 from megatron.parallel.memory_estimate import peak_memory
 from megatron.sweeps.sweep_file import Sweep
 from megatron.training.datasets import open_sources
+from megatron.training.load_run import teacher_models
 
 STATE_BYTES = 12  # a parameter in a checkpoint: its fp32 weight and two moments
 AVERAGE_BYTES = 4
@@ -54,15 +55,20 @@ class RunCosts:
         return self._sizes[data]
 
     def memory_bytes(self, config: Config, vocabulary: Vocabulary, world_size: int) -> int | None:
-        """Return the peak memory of the rank that needs most, on CUDA; None where no formula holds."""
+        """Return the peak memory of the rank that needs most, on CUDA; None where no formula holds.
+
+        Raises: ConfigurationError where a teacher is no run.
+        """
         if config.parallel.deepspeed:
             return None  # the formula is FSDP2's
         settings = [getattr(getattr(config, section), name) for section, name in MEMORY_FIELDS]
-        key = (*settings, config.objective.objective, vocabulary, world_size)
+        teachers = teacher_models(config)
+        key = (*settings, config.objective.objective, vocabulary, world_size, teachers)
         if key not in self._peaks:
             precision = "fp32" if config.training.fp32 else "bf16"
             declared = capabilities(config.objective.objective)
-            peak = peak_memory(config, vocabulary, declared, world_size=world_size, precision=precision)
+            options = {"world_size": world_size, "precision": precision, "teachers": teachers}
+            peak = peak_memory(config, vocabulary, declared, **options)
             self._peaks[key] = peak.total
         return self._peaks[key]
 

@@ -15,6 +15,7 @@ from megatron.sweeps.points import same_value, text
 from megatron.sweeps.yaml_file import YamlFile, unknown_name
 
 STAGE_KEYS = ("flags", "parameters", "variants", "seeds", "tuning", "resources", "best_of", "by")
+STAGE_KEYS += ("teachers_of", "teacher_seeds")
 SWEEP_KEYS = ("name", "description", "data", "exclude", "wsd_branches", "stages", *STAGE_KEYS)
 VARIANT_KEYS = ("flags", "parameters", "tuning")
 DISTRIBUTIONS = {
@@ -83,6 +84,7 @@ class Stage:
     """A grid of runs. With `best_of`, the tuned flags of each variant are those of the best trial of that stage.
 
     The best trial is chosen for each combination of the axes in `by`, from the mean over seeds and all other axes.
+    With `teachers_of`, runs of that stage are the teachers of this stage's runs.
     """
 
     name: str
@@ -94,6 +96,8 @@ class Stage:
     resources: Resources
     best_of: str | None
     by: tuple[str, ...]
+    teachers_of: str | None
+    teacher_seeds: tuple[int, ...]  # of the teachers; () for all seeds of that stage
 
     def tuned(self, variant: Variant) -> dict[str, Distribution]:
         """Return the flags that the trials of a variant tune, the shared ones first; none without tuning."""
@@ -193,9 +197,12 @@ class _Reader(YamlFile):
             resources=self._resources(f"{key}resources", given.get("resources"), given),
             best_of=None if given.get("best_of") is None else str(given["best_of"]),
             by=tuple(self.flag_name(f"{key}by", axis) for axis in self.sequence(f"{key}by", given.get("by"))),
+            teachers_of=None if given.get("teachers_of") is None else str(given["teachers_of"]),
+            teacher_seeds=self._teacher_seeds(key, given),
         )
         self._check_axes(key, stage)
         self._check_best(key, stage, earlier)
+        self._check_teachers(key, stage, earlier)
         return stage
 
     def _check_axes(self, key: str, stage: Stage) -> None:
@@ -237,6 +244,39 @@ class _Reader(YamlFile):
                         raise self.error(
                             f"{key}by", f"{axis}: is no axis of stage {owner.name}; name one of both stages"
                         )
+
+    def _teacher_seeds(self, key: str, given: dict) -> tuple[int, ...]:
+        if given.get("teacher_seeds") is None:
+            return ()
+        if given.get("teachers_of") is None:
+            raise self.error(f"{key}teacher_seeds", "does nothing without teachers_of; give both or neither")
+        return self._seeds(f"{key}teacher_seeds", given["teacher_seeds"])
+
+    def _check_teachers(self, key: str, stage: Stage, earlier: tuple[Stage, ...]) -> None:
+        """Refuse a stage whose runs do not know which runs of an earlier stage are their teachers."""
+        if stage.teachers_of is None:
+            return
+        key, source = f"{key}teachers_of", {other.name: other for other in earlier}.get(stage.teachers_of)
+        if source is None:
+            names = ", ".join(other.name for other in earlier) or "none"
+            raise self.error(key, f"{stage.teachers_of}: is not an earlier stage ({names}); name one")
+        if source.tuning is not None:
+            raise self.error(key, f"{source.name}: has trials; name a stage that takes its best_of")
+        if missing := set(stage.teacher_seeds) - set(source.seeds):
+            raise self.error(key, f"{source.name}: has no seed {min(missing)}; correct teacher_seeds")
+        twins = {other.name: other for other in source.variants}
+        for variant in stage.variants:
+            if variant.name not in twins and len(twins) > 1:
+                raise self.error(key, f"{source.name}: has several variants, none named {variant.name}; add it there")
+            twin = twins.get(variant.name, source.variants[0])
+            own = {**stage.parameters, **variant.parameters}
+            if "teacher" in {**stage.flags, **variant.flags, **own}:
+                raise self.error(key, "sets the flag teacher, which is given as well; drop one of the two")
+            for axis, values in {**source.parameters, **twin.parameters}.items():
+                lacking = [value for value in own.get(axis, ()) if not any(same_value(value, v) for v in values)]
+                if lacking or (axis not in own and len(values) > 1):
+                    problem = f"lacks {axis} {text(lacking[0])}" if lacking else f"has several values of {axis}"
+                    raise self.error(key, f"{source.name}: {problem}; give both stages the same values of the axis")
 
     def _variant(self, key: str, name: str, given: Any) -> Variant:
         given = self.mapping(key, given, VARIANT_KEYS)

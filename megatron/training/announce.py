@@ -21,6 +21,7 @@ def announce(parts: RunParts) -> None:
     if parts.origin:
         _announce_origin(parts, parts.origin)
     _announce_size(parts)
+    _announce_teachers(parts)
     for line in () if config.validation.skip_train else parameter_table(config, parts.run.vocabulary):
         logger.info(line)
 
@@ -48,3 +49,15 @@ def _announce_size(parts: RunParts) -> None:
         ranks.device.type, ranks.size,
         f" ({', '.join([*layout, zero_stage])})" if ranks.size > 1 else "",
     )  # fmt: skip
+
+
+def _announce_teachers(parts: RunParts) -> None:
+    teachers, settings = parts.description["teachers"], parts.config.distillation
+    if teachers:
+        logger.info(
+            "distillation from %s, weight %g, temperature %g: forward passes of %.3g FLOPs in all, which the %.3g of "
+            "6ND do not include",
+            ", ".join(f"{teacher['checkpoint']} ({teacher['parameters'] / 1e6:.2f}M)" for teacher in teachers),
+            settings.distill_weight, settings.distill_temperature, sum(teacher["flops"] for teacher in teachers),
+            parts.plan.flops(parts.plan.train_samples, parts.config.data.seq_length),
+        )  # fmt: skip

@@ -44,6 +44,7 @@ from megatron.training.microbatches import MicroBatches
 from megatron.training.progress import Progress
 from megatron.training.resume import Origin, check_run, open_run
 from megatron.training.run_folder import RunFolder
+from megatron.training.teachers import attach_teachers, check_same_teachers, describe_teachers, open_teachers
 from megatron.training.trackers.base import TrackedRun
 from megatron.training.trackers.registry import Trackers, check_packages, start_trackers
 from megatron.validation.evaluate import ValidationSet
@@ -168,9 +169,13 @@ def dry_run(run: ResolvedRun) -> None:
     check_kernels(config)
     precision = stated_precision(config)
     check_engine(config, _known_world_size(config), None if precision is None else precision == "bf16")
-    check_run(config, run.plan, run.sources, precision)
+    origin = check_run(config, run.plan, run.sources, precision)
+    opened = open_teachers(config, run.vocabulary, _known_world_size(config) or config.parallel.fewest_ranks)
+    teachers = describe_teachers(opened, config, run.plan)
+    check_same_teachers(origin, teachers, config)
     if rank() == 0:
         resolved = {"objective_name": config.objective.objective, "plan": amounts(run), **asdict(config)}
+        resolved |= {"teachers": teachers}
         print(json.dumps(resolved, indent=1))
 
 
@@ -203,7 +208,11 @@ def build_run(run: ResolvedRun, command: str) -> RunParts:
         stop_signals.defer()  # from here on all ranks stop together: rank 0 is about to lock the run folder
         device.ranks.sum(0)  # a barrier: no rank exits alone after it
     folder, origin = open_run(config, run.plan, run.sources, precision=device.precision, ranks=device.ranks)
+    opened = device.ranks.from_rank_0(lambda: open_teachers(config, run.vocabulary, device.ranks.size))
+    teachers = describe_teachers(opened, config, run.plan)
+    check_same_teachers(origin, teachers, config)
     state = _restore(run, device, origin)
+    attach_teachers(state.engine, opened, config, bf16=device.precision == "bf16")
     past_records = origin.records if origin else []
     description = describe(
         config,
@@ -216,6 +225,7 @@ def build_run(run: ResolvedRun, command: str) -> RunParts:
         command=command,
     )
     description["branched_from"] = origin.branched_from if origin else None
+    description["teachers"] = teachers
     data = _micro_batches(run, device.ranks, state.progress)
     _stop_before_training(data, device.ranks, folder, state.progress)
     if folder:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from megatron.config.sections import Config
+from megatron.config.flags import spelling
+from megatron.config.sections import Config, ModelConfig
 from megatron.config.tokenizer_flags import SENTENCE_PIECE
 from megatron.config.vocabulary import Vocabulary
 from megatron.data.indexed import read_metadata
@@ -15,6 +16,7 @@ from megatron.data.tokenizer import Tokenizer
 from megatron.errors import ConfigurationError
 from megatron.model.attention import disable_cudnn_attention
 from megatron.model.transformer import Transformer
+from megatron.objectives.registry import DOCUMENT_RULES
 from megatron.training.checkpoint_store import find_checkpoint, load_checkpoint, read_meta
 from megatron.training.command_line import evaluation_config
 from megatron.training.datasets import tokenizer_of_data
@@ -93,12 +95,31 @@ def open_trained(run: str, which: str = "latest", flags: Sequence[str] = ()) -> 
     return Trained(name=run, config=config, recorded=recorded, checkpoint=folder, meta=read_meta(folder))
 
 
+def shared_settings(config: Config, vocabulary_size: int) -> dict:
+    """Return the settings that models must share whose probabilities are averaged or compared token by token."""
+    return {
+        "objective": config.objective.objective,
+        **{spelling(name): getattr(config.objective, name) for name in ("target_positions", "diffusion_block_size")},
+        **{spelling(name): getattr(config.data, name) for name in DOCUMENT_RULES},
+        "vocabulary size": vocabulary_size,
+        "--tokenizer-type": config.data.tokenizer_type,
+    }
+
+
 def trained_config(run: str, flags: Sequence[str] = ()) -> Config:
     """Return the recorded configuration of a run or of a checkpoint's run, as --skip-train with `flags` reads it.
 
     Raises: ConfigurationError if there is no run.
     """
     return evaluation_config(_recorded(run), run, flags)
+
+
+def teacher_models(config: Config) -> tuple[ModelConfig, ...]:
+    """Return the models of the runs that --teacher names, for estimates.
+
+    Raises: ConfigurationError if one is no run.
+    """
+    return tuple(trained_config(name).model for name in config.distillation.teacher)
 
 
 def _recorded(run: str) -> dict:

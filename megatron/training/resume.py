@@ -56,8 +56,8 @@ def open_run(
     return (folders[0] if folders else None), origin
 
 
-def check_run(config: Config, plan: Plan, sources: Sources, precision: str | None) -> None:
-    """Make the checks of `open_run` without writing anything, except for the lock of the run folder.
+def check_run(config: Config, plan: Plan, sources: Sources, precision: str | None) -> Origin | None:
+    """Make the checks of `open_run` without writing anything, except for the lock of the run folder; return the origin.
 
     `precision` is None if the device decides it.
 
@@ -65,7 +65,7 @@ def check_run(config: Config, plan: Plan, sources: Sources, precision: str | Non
     """
     if config.checkpoint.save and not config.validation.skip_train:
         check_writable(Path(config.checkpoint.save))
-    find_origin(config, plan, sources, precision=precision, read_only=True)
+    return find_origin(config, plan, sources, precision=precision, read_only=True)
 
 
 def find_origin(

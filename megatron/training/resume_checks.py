@@ -15,7 +15,7 @@ FREE_ON_RESUME = {
     "exit_duration_in_mins", "kill_switch_file", "exit_code_when_stopped", "eval_interval", "eval_batch_size",
     "skip_train", "dry_run",
     "train_data_path", "train_data_path_file", "valid_data_path", "valid_data_path_file", "tokenizer_model",
-    "vocab_file", "merge_file", "bf16", "fp32", *BUDGETS,
+    "vocab_file", "merge_file", "bf16", "fp32", "teacher", *BUDGETS,
 }  # fmt: skip
 # Values of the plan that a resume must keep; a branch may change them.
 BUDGET_PLAN = ("train_samples", "lr_decay_samples", "lr_warmup_samples", "unique_tokens")
@@ -43,7 +43,8 @@ def check_resume(recorded: dict, config: Config, plan: Plan, *, objective: str, 
             f"{typed(folder_flag, folder)}: holds a run over {recorded['vocabulary_size']} token ids, and this data "
             f"has {plan.vocabulary_size}; give data of the same tokenizer, or start another run"
         )
-    sections = ("model",) if branch else ("training", "model", "data", "objective", "optimizer", "validation")
+    names = ("training", "model", "data", "objective", "distillation", "optimizer", "validation")
+    sections = ("model",) if branch else names
     for section in sections:
         defaults = {field.name: field.default for field in fields(SECTIONS[section])}
         for name, value in asdict(getattr(config, section)).items():

@@ -2,6 +2,7 @@
 
 import gc
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
@@ -20,8 +21,10 @@ from megatron.parallel.mesh import ParallelContext, initialize_parallel
 from megatron.training.build_engine import start_engine
 from megatron.training.device_info import peak_memory
 from megatron.training.environment import choose_precision, prepare_device
+from megatron.training.load_run import Trained
 from megatron.training.microbatches import MicroBatches
 from megatron.training.step import train_step
+from megatron.training.teachers import attach_teachers, open_teachers
 
 WARM_UP = 3  # untimed steps: the first compiles, the next two fill caches
 
@@ -60,6 +63,7 @@ def attempt(config: Config, vocabulary: Vocabulary, steps: int) -> Trial | str:
         # id 0 serves as the end-of-document token
         documents = document_rules(config.data, config.objective, eod=0)
         ranks = _join(config)
+        teachers = ranks.from_rank_0(lambda: open_teachers(config, vocabulary, ranks.size))
     except ConfigurationError as error:
         return f"refused: {error}"
     torch._dynamo.reset()  # code compiled for other configurations counts towards the recompilation limit
@@ -68,7 +72,7 @@ def attempt(config: Config, vocabulary: Vocabulary, steps: int) -> Trial | str:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     try:
-        return _measure(config, vocabulary, ranks, documents=documents, steps=steps)
+        return _measure(config, vocabulary, ranks, documents=documents, teachers=teachers, steps=steps)
     except torch.OutOfMemoryError as error:
         if ranks.size > 1:
             raise  # other ranks wait in a collective; the launcher ends them
@@ -90,12 +94,19 @@ def _join(config: Config) -> ParallelContext:
 
 
 def _measure(
-    config: Config, vocabulary: Vocabulary, ranks: ParallelContext, *, documents: DocumentRules | None, steps: int
+    config: Config,
+    vocabulary: Vocabulary,
+    ranks: ParallelContext,
+    *,
+    documents: DocumentRules | None,
+    teachers: Sequence[Trained],
+    steps: int,
 ) -> Trial:
     """Return the measurements of `steps` steps after `WARM_UP` untimed ones."""
     training, seq_length = config.training, config.data.seq_length
     bf16, compile = choose_precision(config, ranks.device) == "bf16", bool(training.compile)
     engine, optimizer = start_engine(config, vocabulary, ranks, bf16=bf16, compile=compile, steps=0)
+    attach_teachers(engine, teachers, config, bf16=bf16)
     data = MicroBatches(
         RandomText(vocabulary.size, seq_length),
         build_objective(config.objective, vocabulary, training.global_batch_size, documents),

@@ -226,5 +226,5 @@ ABSENT = {
     **{"num_layers_per_virtual_pipeline_stage": None, "num_distributed_optimizer_instances": 1, "eval_seed": 1},
     **{"exit_on_missing_checkpoint": False, "wait_for_lock": 0.0, "keep_every_epochs": None, "keep_iterations": ()},
     **{"trackio_project": None, "mlflow_experiment": None, "mlflow_tracking_uri": None},
-    **{"exact_branch": False},
+    **{"exact_branch": False, "teacher": (), "distill_weight": 0.5, "distill_temperature": 1.0},
 }

@@ -51,8 +51,8 @@ VALUES = {
     "--exit-duration-in-mins": "60", "--fp32": "", "--fp8-recipe": "rowwise", "--load": "run", "--log-interval": "5",
     "--low-noise-iter": "1000", "--lr-decay-samples": "100", "--lr-warmup-samples": "10", "--micro-batch-size": "1",
     "--num-layers": "2", "--recompute-granularity": "full", "--recompute-num-layers": "1", "--seq-length": "64",
-    "--skip-train": "", "--tensor-model-parallel-size": "2", "--tokenizer-model": "t.json", "--train-epochs": "2",
-    "--train-samples": "200", "--valid-data-path": "test=p",
+    "--skip-train": "", "--teacher": "run", "--tensor-model-parallel-size": "2", "--tokenizer-model": "t.json",
+    "--train-epochs": "2", "--train-samples": "200", "--valid-data-path": "test=p",
 }  # fmt: skip
 
 

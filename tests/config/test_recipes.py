@@ -47,9 +47,9 @@ OURS = {
     "right_to_left_ratio", "target_offset_max", "target_positions", "random_replacement", "masked_input_weight",
     "masked_input_max", "stochastic_depth", "low_noise_ratio", "label_smoothing", "z_loss", "muon_momentum",
     "parametrization", "base_hidden_size", "base_num_layers", "base_kv_channels", "weight_decay_scaling",
-    "ema_decay", "average_from_samples",
     "mask_time_distribution", "mask_time_low", "mask_time_high", "mask_time_center", "mask_time_std",
     "mask_time_uniform_share", "mask_time_weighting", "mdm_loss", "lr_cycles",
+    "ema_decay", "average_from_samples", "teacher", "distill_weight", "distill_temperature",
     "blend_order",  # each published run reads one data set
 }  # fmt: skip
 # and the parallel layout and the trackers

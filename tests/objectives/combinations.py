@@ -16,10 +16,12 @@ from megatron.config.resolve import resolve
 from megatron.config.sections import Config
 from megatron.config.vocabulary import Vocabulary
 from megatron.errors import ConfigurationError
+from megatron.model.distillation import Distillation
 from megatron.objectives.base import EvaluationNoise
 from megatron.objectives.input_noise import build_input_noise
 from megatron.objectives.registry import OBJECTIVES, build_objective, capabilities, document_rules
 from megatron.parallel.mesh import ParallelContext
+from megatron.parallel.teachers import build_teacher
 from megatron.training.build_engine import start_engine
 from megatron.training.command_line import parse
 from megatron.training.step import reseed, train_step
@@ -65,6 +67,7 @@ OPTIONS = [f"--objective {name}" for name in OBJECTIVES] + [
     "--lr-decay-style cyclic --lr-cycles 2",
     "--ema-decay 0.99",
     "--average-from-samples 8",
+    "--teacher RUN",
     "--deepspeed",
 ]
 
@@ -90,6 +93,9 @@ def refusal(flags: str, ranks: ParallelContext | None) -> str | None:
 def _step(config: Config, objective, plan, ranks: ParallelContext) -> None:
     noise = build_input_noise(config.objective, VOCABULARY, config.model.num_layers)
     engine, optimizer = start_engine(config, VOCABULARY, ranks, bf16=False, compile=False, steps=0)
+    if config.distillation.teacher:  # a new model
+        teacher = build_teacher(config.model, VOCABULARY, ranks, config.parallel, dtype=torch.float32)
+        engine.models[0].distillation = Distillation((teacher.teacher_states,), weight=0.5, temperature=1.0)
     generator = np.random.default_rng(1)
     ids = np.where(generator.random((8, 17)) < 0.1, EOD, generator.integers(0, EOD, (8, 17)))
     reseed(1, 0, ranks)

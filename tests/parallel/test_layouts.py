@@ -96,6 +96,12 @@ CASES = (
         "mdm-muon": Case("mdm", micro_batch=2, model=MODEL, optimizer={"optimizer": "muon"}),
         "ar-completep": Case("ar", micro_batch=2, model=MODEL | UNTIED | COMPLETEP),
         "mdm-mup-muon": Case("mdm", micro_batch=2, model=MODEL | MUP, optimizer={"optimizer": "muon"}),
+        "ar-distilled": Case(
+            "ar", {"stochastic_depth": 0.5}, micro_batch=2, model=MODEL, teachers=({"num_layers": 1},)
+        ),
+        "mdm-distilled": Case(
+            "mdm", micro_batch=2, samples=5, model=MODEL | TERMS, teachers=(MODEL, {"hidden_size": 24} | UNTIED)
+        ),
         "ar-deep-untied": Case("ar", micro_batch=2, model=MODEL | UNTIED | {"num_layers": 4}),
     }
 )
@@ -128,6 +134,11 @@ MUON += [Layout(2, 1, 1, {"zero_stage": stage}) for stage in (0, 3)]
 CHECKS += [(layout, "mdm-muon") for layout in MUON]
 CHECKS += [(layout, "ar-completep") for layout in (Layout(2, 1, 1, {"zero_stage": 3}), Layout(1, 2, 2))]
 CHECKS += [(Layout(1, 1, 2, {"recompute_granularity": "full"}), "ar-completep"), (Layout(2, 2, 1), "mdm-mup-muon")]
+
+DISTILLED = [layout for layout in GRID if layout.pipeline == 1]
+DISTILLED += [Layout(2, 1, 1, {"zero_stage": stage}) for stage in (0, 2, 3)]
+DISTILLED += [Layout(1, 2, 1, {"recompute_granularity": "full"})]
+CHECKS += [(layout, name) for layout in DISTILLED for name in ("ar-distilled", "mdm-distilled")]
 
 CURVES = [
     (layout, name)

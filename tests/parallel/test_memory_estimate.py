@@ -49,6 +49,9 @@ CASES = [
     Case(f"{RICH} {TENSOR}", 2, 1, 20000),
     Case(f"{SHORT} --num-distributed-optimizer-instances 2", 4, 2),
     Case(f"{SMALL} {TENSOR} {PIPELINE} {FULL}", 4, 4),
+    Case(SHORT, 1, 1, 20000, num_teachers=2),
+    Case(f"{SMALL} {TENSOR}", 2, 1, 20000, num_teachers=2),
+    Case(f"{SHORT} --zero-stage 3", 2, num_teachers=2),
 ]
 MODELS = [
     {},
@@ -73,7 +76,8 @@ def measured(alone):
 
 
 def names(case: Case) -> str:
-    return f"{case.processes}x{case.micro_batches}{case.flags.partition('--bf16')[2].replace(' ', '')}"
+    teachers = f"-{case.num_teachers}-teachers" if case.num_teachers else ""
+    return f"{case.processes}x{case.micro_batches}{teachers}{case.flags.partition('--bf16')[2].replace(' ', '')}"
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.processes == 1], ids=names)

@@ -3,12 +3,14 @@
 import json
 from argparse import Namespace
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 
 from megatron.errors import ConfigurationError
 from megatron.sweeps.choices import Choices
 from megatron.sweeps.commands import costs
+from megatron.sweeps.launch import training_command
 from megatron.sweeps.plan import plan_sweep
 from megatron.sweeps.points import read_plan, write_plan
 from megatron.sweeps.sweep_file import read_sweep
@@ -154,6 +156,41 @@ def test_a_stage_waits_for_the_trials_that_it_chooses_from(planned):
     result = planned(stages=stages)
     assert {point.stage for point in result.points} == {"tune", "last"}
     assert result.waiting == {"final": "waits for 8 of 8 points of stage tune"}
+
+
+def test_students_wait_for_their_teachers_and_take_those_of_their_variant_and_axes(planned, monkeypatch):
+    stages = {
+        "members": {"seeds": [1, 2]},
+        "students": {"teachers_of": "members", "seeds": [3], "parameters": {"distill-weight": [0.5, 0.9]}},
+        "chain": {"teachers_of": "students", "seeds": [4], "parameters": {"distill-weight": [0.5, 0.9]}},
+        "alone": {"teachers_of": "members", "teacher_seeds": [2], "seeds": [5]},
+    }
+    result = planned(stages=stages)
+    members = len(result.points)
+    assert {point.stage for point in result.points} == {"members"} and not any(p.teachers for p in result.points)
+    assert result.waiting == {
+        "students": f"waits for {members} of {members} points of stage members, its teachers",
+        "chain": "waits for stage students",
+        "alone": f"waits for {members} of {members} points of stage members, its teachers",
+    }
+    monkeypatch.setattr("megatron.sweeps.plan.unfinished_teachers", lambda *_: None)
+    monkeypatch.setattr("megatron.sweeps.run_costs.teacher_models", lambda _: ())
+    points = planned(stages=stages).points
+    by_id = {point.id: point for point in points}
+    assert len(by_id) == len(points)  # teachers enter the id
+    for point in points:
+        teachers = [by_id[teacher] for teacher in point.teachers]
+        expected = {"members": [], "students": [1, 2], "chain": [3], "alone": [2]}
+        assert [teacher.seed for teacher in teachers] == expected[point.stage]
+        for teacher in teachers:
+            assert teacher.variant == point.variant and teacher.axes.items() <= point.axes.items()
+        folders = [str(Path("out/runs") / teacher.id) for teacher in teachers]
+        words = training_command(point, Path("out"))
+        assert (words[words.index("--teacher") + 1 :][: len(folders)] if folders else []) == folders
+        assert folders or "--teacher" not in words
+    stages = {"members": {"parameters": {"lr": [1e-3]}}, "students": {"teachers_of": "members"}}
+    with pytest.raises(ConfigurationError, match="stages.students: stage members has no run for ar, train-epochs 4; "):
+        planned(stages=stages, exclude=[{"variant": "ar", "lr": 1e-3}])
 
 
 def test_a_stage_takes_no_defaults_where_an_earlier_one_was_not_tuned(planned, monkeypatch):

@@ -106,6 +106,18 @@ REFUSED = {
     "tuning: {trials: 2, parameters: {lr: {distribution: [uniform]}}}": "['uniform']: is an unknown distribution",
     "tuning: {trials: 2, parameters: {lr: {min: 1}}}": "distribution uniform takes min and max",
     "stages: {a: {by: [lr]}}": "stages.a.by: does nothing without best_of",
+    "stages: {a: {teachers_of: b}}": "stages.a.teachers_of: b: is not an earlier stage (none)",
+    "stages: {a: {teacher_seeds: [1]}}": "stages.a.teacher_seeds: does nothing without teachers_of",
+    "stages: {a: {tuning: {trials: 2, parameters: {lr: {min: 1e-3, max: 1e-2}}}}, b: {teachers_of: a}}": (
+        "stages.b.teachers_of: a: has trials; name a stage that takes its best_of"
+    ),
+    "stages: {a: {seeds: [1]}, b: {teachers_of: a, teacher_seeds: [2]}}": "a: has no seed 2; correct teacher_seeds",
+    "stages: {a: {variants: {x: {}, y: {}}}, b: {variants: {z: {}}, teachers_of: a}}": (
+        "stages.b.teachers_of: a: has several variants, none named z; add it there"
+    ),
+    "stages: {a: {}, b: {flags: {teacher: x}, teachers_of: a}}": "sets the flag teacher, which is given as well",
+    "stages: {a: {parameters: {lr: [1, 2]}}, b: {teachers_of: a}}": "a: has several values of lr; give both stages",
+    "stages: {a: {parameters: {lr: [1]}}, b: {parameters: {lr: [2]}, teachers_of: a}}": "a: lacks lr 2; give both",
     "stages: {a: {best_of: b}}": "stages.a.best_of: b: is not an earlier stage (none)",
     "stages: {a: {}, b: {best_of: a}}": "stages.b.best_of: a: has no tuning",
     "stages: {a: {tuning: {trials: 2, parameters: {lr: {min: 1, max: 2}}}}, "

@@ -8,6 +8,7 @@ import pytest
 from tests.conftest import records, run
 from tests.training.runs import Run, status
 
+TEACHER = "the run of the variant mdm"
 VARIANTS = {
     "ar": ("ar", []),
     "ar-regularised": (
@@ -39,8 +40,15 @@ VARIANTS = {
             *("--stochastic-depth", "0.5", "--target-offset-max", "3", "--target-positions"),
         ],
     ),
+    "mdm-distilled": ("mdm", ["--teacher", TEACHER, "--distill-temperature", "2"]),
     "mdm-dropout": ("mdm", ["--mlp-dropout", "0.2", "--attention-dropout", "0.1", "--embedding-dropout", "0.1"]),
 }
+
+
+def command(variant, folder):
+    """Return objective and flags of a variant; `folder(variant)` is the run folder of another one."""
+    objective, flags = VARIANTS[variant]
+    return objective, [str(folder("mdm")) if flag == TEACHER else flag for flag in flags]
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +57,7 @@ def uninterrupted(tiny, tmp_path_factory):
 
     def folder(variant):
         if variant not in folders:
-            objective, flags = VARIANTS[variant]
+            objective, flags = command(variant, folder)
             folders[variant] = tmp_path_factory.mktemp(variant)
             run(objective, *tiny, *flags, "--save", folders[variant])
         return folders[variant]
@@ -59,7 +67,7 @@ def uninterrupted(tiny, tmp_path_factory):
 
 @pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "ar-averaged"])  # it is killed below
 def test_stopped_and_resumed_equals_uninterrupted(variant, uninterrupted, tiny, tmp_path):
-    objective, flags = VARIANTS[variant]
+    objective, flags = command(variant, uninterrupted)
     run(objective, *tiny, *flags, "--save", tmp_path, "--exit-interval", 5)
     assert json.loads((tmp_path / "status.json").read_text())["state"] == "stopped"
     run(objective, *tiny, *flags, "--save", tmp_path, "--num-workers", 2)

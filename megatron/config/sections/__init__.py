@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from megatron.config.flags import REQUIRED, one_namespace
 from megatron.config.sections.checkpoint import CheckpointConfig
 from megatron.config.sections.data import DataConfig
+from megatron.config.sections.distillation import DistillationConfig
 from megatron.config.sections.model import ModelConfig
 from megatron.config.sections.objective import ObjectiveConfig
 from megatron.config.sections.optimizer import OptimizerConfig
@@ -22,6 +23,7 @@ __all__ = [
     "CheckpointConfig",
     "Config",
     "DataConfig",
+    "DistillationConfig",
     "ModelConfig",
     "ObjectiveConfig",
     "OptimizerConfig",
@@ -36,6 +38,7 @@ SECTIONS = one_namespace(
         "model": ModelConfig,
         "data": DataConfig,
         "objective": ObjectiveConfig,
+        "distillation": DistillationConfig,
         "optimizer": OptimizerConfig,
         "training": TrainingConfig,
         "parallel": ParallelConfig,
@@ -53,6 +56,7 @@ class Config:
     model: ModelConfig
     data: DataConfig
     objective: ObjectiveConfig
+    distillation: DistillationConfig
     optimizer: OptimizerConfig
     training: TrainingConfig
     parallel: ParallelConfig
