@@ -129,7 +129,8 @@ def _training(trained: Trained) -> Iterator[str]:
         )
     else:
         yield "Data: unknown"
-    yield f"Compute: {6.0 * recorded['parameters'] * tokens * passes:.3g} FLOPs (6ND, the embedding counted once)"
+    computed = recorded["plan"].get("computed_parameters", recorded["parameters"])
+    yield f"Compute: {6.0 * computed * tokens * passes:.3g} FLOPs (6ND, the embedding counted once)"
     regularisers = list(_regularisers(trained)) or ["none"]
     yield f"Regularisers and other options that are not at their default: {', '.join(regularisers)}"
     optimizer = config.optimizer

@@ -15,7 +15,8 @@ RESIDUAL_OUTPUTS = ("o_proj.weight", "down_proj.weight")
 def initialise(model: nn.Module, config: ModelConfig, seed: int) -> None:
     """Initialise an unsharded model on the CPU: matrices N(0, std), norm weights 1, biases 0.
 
-    Projections into the residual stream get std / sqrt(2L), so that its variance does not grow with depth.
+    Projections into the residual stream get std / sqrt(2L), so that its variance does not grow with depth: L counts a
+    block once for each of its uses, as each adds to the residual stream twice.
     """
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
@@ -23,7 +24,7 @@ def initialise(model: nn.Module, config: ModelConfig, seed: int) -> None:
         elif parameter.dim() == 1:
             parameter.fill_(1.0)
         else:
-            scale = math.sqrt(2 * config.num_layers) if name.endswith(RESIDUAL_OUTPUTS) else 1.0
+            scale = math.sqrt(2 * config.depth) if name.endswith(RESIDUAL_OUTPUTS) else 1.0
             parameter.normal_(0.0, config.init_method_std / scale, generator=_generator(seed, name))
 
 

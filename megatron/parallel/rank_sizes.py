@@ -11,12 +11,12 @@ from dataclasses import dataclass
 import torch
 
 from megatron.config.capabilities import Capabilities, mask_flags
+from megatron.config.layout_checks import layers_of
 from megatron.config.sections import Config
 from megatron.config.sizes import block_shapes
 from megatron.config.vocabulary import Vocabulary
 from megatron.model.attention import needs_equal_heads
 from megatron.parallel.apply import is_one_group
-from megatron.parallel.pipeline import layers_of
 from megatron.parallel.tensor import REPLACEMENTS
 
 FP32 = 4  # bytes

@@ -82,7 +82,7 @@ def refusal(flags: str, ranks: ParallelContext | None) -> str | None:
 
 
 def _step(config: Config, objective, plan, ranks: ParallelContext) -> None:
-    noise = build_input_noise(config.objective, VOCABULARY, config.model.num_layers)
+    noise = build_input_noise(config.objective, VOCABULARY, config.model.depth)
     engine, optimizer = start_engine(config, VOCABULARY, ranks, bf16=False, compile=False, steps=0)
     generator = np.random.default_rng(1)
     ids = np.where(generator.random((8, 17)) < 0.1, EOD, generator.integers(0, EOD, (8, 17)))

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 
+from megatron.config.layout_checks import layers_of
 from megatron.config.sections import ParallelConfig
 from megatron.objectives.documents import DocumentRules
 from megatron.parallel import tensor
 from megatron.parallel.engine import Engine
 from megatron.parallel.mesh import ParallelContext, build_parallel_context
-from megatron.parallel.pipeline import Pipeline, layers_of
+from megatron.parallel.pipeline import Pipeline
 from megatron.parallel.vocab_parallel import VocabParallelHead
 from megatron.training import muon
 from tests import steps
