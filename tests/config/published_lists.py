@@ -211,6 +211,7 @@ def published_configuration(script: Script, folder: Path) -> dict:
 # fields without a counterpart in the published system: values that change nothing
 ABSENT = {
     **{"model_size": None, "qk_layernorm": False, "mlp_dropout": 0.0, "label_smoothing": 0.0, "z_loss": 0.0},
+    **{"num_loops": 1, "loop_layers": None},
     **{"train_unique_tokens": None, "blend_order": "due-time"},  # one data set: no blend
     **{"right_to_left_ratio": 0.0, "target_offset_max": 1, "target_positions": False, "token_dropout": 0.0},
     **{"token_dropout_max": 0.0, "random_replacement": 0.0, "masked_input_weight": 0.0, "masked_input_max": 0.5},

@@ -54,6 +54,7 @@ OPTIONS = [f"--objective {name}" for name in OBJECTIVES] + [
     "--embedding-dropout 0.1",
     "--label-smoothing 0.1",
     "--z-loss 1e-4",
+    "--num-loops 3",
     "--optimizer muon",
     "--weight-decay-parameters hidden",
     "--weight-decay-incr-style linear --start-weight-decay 0 --end-weight-decay 1",

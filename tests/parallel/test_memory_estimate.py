@@ -11,6 +11,7 @@ from benchmarks.memory.cases import (
     FULL,
     GELU,
     INTERLEAVED,
+    LOOPS,
     PIPELINE,
     RICH,
     SHORT,
@@ -49,6 +50,8 @@ CASES = [
     Case(f"{RICH} {TENSOR}", 2, 1, 20000),
     Case(f"{SHORT} --num-distributed-optimizer-instances 2", 4, 2),
     Case(f"{SMALL} {TENSOR} {PIPELINE} {FULL}", 4, 4),
+    Case(f"{SMALL} {LOOPS} {FULL}"),
+    *(Case(f"{SHORT} {LOOPS} --zero-stage {stage}", 2) for stage in (1, 3)),
 ]
 MODELS = [
     {},

@@ -30,6 +30,10 @@ VARIANTS = {
             *("--stochastic-depth", "0.5", "--target-offset-max", "3", "--target-positions"),
         ],
     ),
+    "ar-loops": (
+        "ar",
+        ["--num-loops", "3", "--loop-layers", "1-1", "--stochastic-depth", "0.5", "--mlp-dropout", "0.2"],
+    ),
     "mdm-dropout": ("mdm", ["--mlp-dropout", "0.2", "--attention-dropout", "0.1", "--embedding-dropout", "0.1"]),
 }
 
