@@ -118,7 +118,7 @@ def build(
     data = MicroBatches(
         RandomText(case.period),
         objective,
-        build_input_noise(settings, VOCABULARY, config.num_layers),
+        build_input_noise(settings, VOCABULARY, config.depth),
         seed=7,
         first_sample=0,
         train_samples=case.samples + (steps - 1) * GLOBAL_BATCH,

@@ -57,7 +57,7 @@ def batches(text: str, sample_index: int, flags: list[str]) -> list[Batch]:
     config = parse("ar", [*MODEL_FLAGS.split(), "--seq-length", str(len(text) - 1), *flags])
     rules = document_rules(config.data, config.objective, ord(END_OF_DOCUMENT))
     objective = build_objective(config.objective, VOCABULARY, TIME_BLOCK, rules)
-    noise = build_input_noise(config.objective, VOCABULARY, config.model.num_layers)
+    noise = build_input_noise(config.objective, VOCABULARY, config.model.depth)
     seed = config.training.seed
     ids = np.array([list(text.encode())], np.int64)  # [1, S+1]
     sample_indices = np.array([sample_index])

@@ -58,6 +58,7 @@ DROPOUT = "--hidden-dropout 0.1 --mlp-dropout 0.1 --attention-dropout 0.1"
 GELU = "--no-swiglu --normalization layernorm"
 TENSOR, PIPELINE = "--tensor-model-parallel-size 2", "--pipeline-model-parallel-size 2"
 INTERLEAVED = f"{PIPELINE} --num-layers-per-virtual-pipeline-stage 1"
+LOOPS = "--num-loops 3 --loop-layers 1-2"
 FULL, SELECTIVE = "--recompute-granularity full", "--recompute-granularity selective"
 CPU_CASES = [
     Case(SMALL),
@@ -68,6 +69,9 @@ CPU_CASES = [
     Case(f"{SMALL} {TENSOR}", 2, num_teachers=2),
     Case(f"{SMALL} {FULL}"),
     Case(f"{SMALL} {SELECTIVE}"),
+    Case(f"{SMALL} {LOOPS}"),
+    Case(f"{SMALL} {LOOPS} {FULL}"),
+    *(Case(f"{SHORT} {LOOPS} --zero-stage {stage}", 2) for stage in (1, 3)),
     *(Case(f"{SMALL} --zero-stage {stage}", 2, 2) for stage in (0, 1, 2, 3)),
     *(Case(f"{SHORT} --zero-stage {stage}", 2) for stage in (0, 1, 3)),
     Case(f"{SMALL} {TENSOR}", 2),

@@ -112,7 +112,7 @@ class Case:
         self.data = MicroBatches(
             RandomText(VOCABULARY.size, options.seq_length),
             build_objective(config.objective, VOCABULARY, global_batch_size, rules),
-            build_input_noise(config.objective, VOCABULARY, config.model.num_layers),
+            build_input_noise(config.objective, VOCABULARY, config.model.depth),
             seed=1,
             first_sample=0,
             train_samples=(WARM_UP + options.rounds) * global_batch_size,

@@ -7,6 +7,13 @@ from megatron.config.flags import require
 from megatron.config.sections import Config
 
 
+def layers_of(stage: int, stages: int, num_layers: int) -> range:
+    """Return the layers of a pipeline stage: even shares, with one layer more for the first stages if need be."""
+    share, remainder = divmod(num_layers, stages)
+    start = stage * share + min(stage, remainder)
+    return range(start, start + share + (1 if stage < remainder else 0))
+
+
 def check_layout(config: Config, size: int) -> None:
     """Check that the layout divides the world size `size`, and that it can divide the model.
 
@@ -76,6 +83,16 @@ def _check_stages(config: Config) -> None:
         "pipeline_model_parallel_size",
         stages,
         f"is more than --num-layers {model.num_layers}: every stage has at least one; lower it",
+    )
+    loop = model.loop_range
+    shares = [layers_of(stage, stages * chunks, model.num_layers) for stage in range(stages * chunks)]
+    bounds = ", ".join(f"{share[0]}-{share[-1]}" for share in shares)
+    require(
+        model.num_loops == 1 or any(loop[0] in share and loop[-1] in share for share in shares),
+        "loop_layers" if model.loop_layers else "num_loops",
+        model.loop_layers or model.num_loops,
+        f"repeats blocks {loop[0]}-{loop[-1]} of several pipeline stages, which hold the blocks {bounds}; give "
+        "--loop-layers inside one of them",
     )
 
 

@@ -2,7 +2,7 @@
 
 muP keeps the size of every activation and of its change in a step independent of the width, CompleteP of the depth,
 too, so that hyperparameters tuned on a small base model serve larger ones. With m = hidden size / base hidden size and
-n = layers / base layers (1 with muP), in multiples of the base model's values:
+n = layers / base layers (1 with muP; a layer counts once for each of its uses), in multiples of the base model's values:
 
 | | initial std | AdamW's lr | Muon's lr | AdamW's epsilon | multiplier in the forward pass |
 |---|---|---|---|---|---|
@@ -48,7 +48,7 @@ class Parametrization:
         """Return the multipliers of a model."""
         return cls(
             width=config.hidden_size / (config.base_hidden_size or config.hidden_size),
-            depth=config.num_layers / (config.base_num_layers or config.num_layers),
+            depth=config.depth / (config.base_num_layers or config.depth),
             weight_decay_scaling=config.weight_decay_scaling,
         )
 
@@ -96,7 +96,7 @@ def residual_output_std_layers(config: ModelConfig) -> int:
 
     With CompleteP it is the depth of the base model: the residual multiplier accounts for the ratio.
     """
-    return config.base_num_layers or config.num_layers
+    return config.base_num_layers or config.depth
 
 
 def standard_settings(model: dict) -> dict:

@@ -21,6 +21,7 @@ class Plan:
     """The derived numbers of a run."""
 
     parameters: int  # N, embedding counted once
+    computed_parameters: int  # N, with a block counted once for each of its uses (--num-loops)
     vocabulary_size: int  # V, the tokenizer's ids
     unique_tokens: int  # U
     passes: int  # of every sample through the model
@@ -38,8 +39,8 @@ class Plan:
         return samples * seq_length
 
     def flops(self, samples: int, seq_length: int) -> float:
-        """Return 6ND of `samples` samples, D counted once for each pass."""
-        return 6.0 * self.parameters * samples * seq_length * self.passes
+        """Return 6ND of `samples` samples: D counted once for each pass, N with each use of a block in a loop."""
+        return 6.0 * self.computed_parameters * samples * seq_length * self.passes
 
 
 def resolve(config: Config, vocabulary: Vocabulary, unique_tokens: int, capabilities: Capabilities) -> Plan:
@@ -54,9 +55,9 @@ def resolve(config: Config, vocabulary: Vocabulary, unique_tokens: int, capabili
         "splits the student, and its last stage would run every --teacher as a whole; give 1, or leave out --teacher"
     )
     require(stages == 1 or not config.distillation.teacher, "pipeline_model_parallel_size", stages, message)
-    parameters = parameter_count(config.model, vocabulary)
+    computed_parameters = parameter_count(config.model.unrolled, vocabulary)
     passes = config.objective.passes(capabilities.positions_per_token)
-    samples = _train_samples(training, seq_length, unique_tokens, parameters * passes)
+    samples = _train_samples(training, seq_length, unique_tokens, computed_parameters * passes)
     average_start = optimizer.average_from_samples
     message = f"is more than the budget of {samples} samples, so nothing would be averaged; lower it"
     require(average_start is None or average_start <= samples, "average_from_samples", average_start, message)
@@ -78,7 +79,8 @@ def resolve(config: Config, vocabulary: Vocabulary, unique_tokens: int, capabili
     )
     eval_interval = config.validation.eval_interval or max(1, steps // 20)
     return Plan(
-        parameters=parameters,
+        parameters=parameter_count(config.model, vocabulary),
+        computed_parameters=computed_parameters,
         vocabulary_size=vocabulary.size,
         unique_tokens=unique_tokens,
         passes=passes,
@@ -105,8 +107,8 @@ def _check_deepspeed(config: Config) -> None:
         require(getattr(optimizer, name) is None, name, getattr(optimizer, name), message)
 
 
-def _train_samples(training, seq_length: int, unique_tokens: int, computed_parameters: int) -> int:
-    """Return the budget in samples; `computed_parameters` is the parameter count times the passes."""
+def _train_samples(training, seq_length: int, unique_tokens: int, parameters_of_passes: int) -> int:
+    """Return the budget in samples; `parameters_of_passes` is the parameter count of a pass times the passes."""
     budgets = {name: getattr(training, name) for name in BUDGETS if getattr(training, name) is not None}
     if len(budgets) != 1:
         typed_budgets = " and ".join(typed(name, value) for name, value in budgets.items()) or "no budget"
@@ -119,7 +121,7 @@ def _train_samples(training, seq_length: int, unique_tokens: int, computed_param
         "train_epochs": lambda: int(Fraction(str(value)) * unique_tokens / seq_length),
         "train_samples": lambda: value,
         "train_iters": lambda: value * training.global_batch_size,
-        "train_flops": lambda: int(value / (6 * computed_parameters * seq_length)),
+        "train_flops": lambda: int(value / (6 * parameters_of_passes * seq_length)),
     }[name]()
     require(samples >= 1, name, value, f"is less than one sample of {seq_length} tokens; raise it")
     return samples

@@ -159,12 +159,15 @@ def published_count(model: ModelConfig) -> int:
 def flops_per_token(model: ModelConfig, vocabulary: Vocabulary, seq_length: int) -> dict[str, float]:
     """Return the training FLOPs per token by each convention, the same for every objective.
 
+    N counts the parameters of a block once for each of its uses (--num-loops).
+
     - "6nd": 6N, the embedding counted once. Budgets (--train-flops) and records use it.
     - "6nd_published": 6N with the published scripts' N.
     - "6nd_no_embedding": 6 x non-embedding parameters, which the published system logs.
     - "hardware": the matrix products of forward and backward, with attention over the whole [S, S] matrix and the
       head at every position (Megatron's throughput formula, 2104.04473, section 5.1, with SwiGLU's third matrix).
     """
+    model = model.unrolled
     width, query = model.hidden_size, model.num_attention_heads * model.head_size
     key_value = model.key_value_heads * model.head_size
     projections = 2 * width * query + 2 * width * key_value + (3 if model.swiglu else 2) * width * model.mlp_size

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from megatron.config.flags import typed
 from megatron.config.parametrization import PARAMETRIZATION_FIELDS
-from megatron.config.sections import SECTIONS
+from megatron.config.sections import SECTIONS, ModelConfig
+from megatron.config.sizes import parameter_count
 from megatron.objectives.registry import OBJECTIVES, capabilities
 from megatron.training.load_run import Trained
 from megatron.training.run_folder import read_records
@@ -105,10 +106,21 @@ def model_card(
 def _summary(trained: Trained, kind: str, average: bool, dtype: str) -> str:
     model, meta = trained.config.model, trained.meta
     weights = "the average of its weights" if average else "its weights"
-    return (
-        f"A `{kind}` with {trained.recorded['parameters'] / 1e6:.2f}M parameters, padded vocabulary rows included: "
-        f"{model.num_layers} layers of width {model.hidden_size}, {model.num_attention_heads} heads. These are "
+    parameters = parameter_count(model.unrolled, trained.vocabulary)
+    text = (
+        f"A `{kind}` with {parameters / 1e6:.2f}M parameters, padded vocabulary rows included: "
+        f"{model.depth} layers of width {model.hidden_size}, {model.num_attention_heads} heads. These are "
         f"{weights} after step {meta['iteration']:,}, in {dtype}."
+    )
+    return f"{text} {unrolling(model)}" if model.num_loops > 1 else text
+
+
+def unrolling(model: ModelConfig) -> str:
+    """Return a sentence that says how the layers of an export repeat the blocks of a model with loops."""
+    loop = model.loop_range
+    return (
+        f"The run has {model.num_layers} blocks, of which {loop[0]} to {loop[-1]} run {model.num_loops} times with the "
+        f"same weights (`--num-loops`); here each use is a layer with a copy of them, {model.depth} in all."
     )
 
 
@@ -131,7 +143,8 @@ def _training(trained: Trained) -> Iterator[str]:
         )
     else:
         yield "Data: unknown"
-    yield f"Compute: {6.0 * recorded['parameters'] * tokens * passes:.3g} FLOPs (6ND, the embedding counted once)"
+    computed = recorded["plan"].get("computed_parameters", recorded["parameters"])
+    yield f"Compute: {6.0 * computed * tokens * passes:.3g} FLOPs (6ND, the embedding counted once)"
     regularisers = list(_regularisers(trained)) or ["none"]
     yield f"Regularisers and other options that are not at their default: {', '.join(regularisers)}"
     optimizer = config.optimizer

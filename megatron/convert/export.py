@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from megatron.config.capabilities import Refused
 from megatron.config.flags import typed
-from megatron.convert.card import model_card, validation_records
+from megatron.convert.card import model_card, unrolling, validation_records
 from megatron.convert.folders import check_new, new_folder, set_fields
 from megatron.convert.huggingface import extra_rows, family_of, hugging_face_config, hugging_face_model
 from megatron.convert.tokenizer import write_tokenizer
@@ -103,6 +103,7 @@ def export(
     return [
         f"{output}: {family.model}, a {kind} over {num_rows:,} ids in {dtype}, of {trained.checkpoint}"
         f"{', averaged weights' if average else ''}",
+        *([unrolling(trained.config.model)] if trained.config.model.num_loops > 1 else []),
         f"load it with AutoModelFor{'MaskedLM' if masked else 'CausalLM'}.from_pretrained({str(output)!r})",
     ]
 

@@ -100,7 +100,7 @@ def hugging_face_config(
 ) -> "PreTrainedConfig":
     """Return the transformers configuration of the model.
 
-    `tokens` are further fields: bos_token_id, eos_token_id, pad_token_id (default None), mask_token_id.
+    Loops are unrolled: each use of a block is a layer. `tokens` are further fields: bos_token_id, eos_token_id, pad_token_id (default None), mask_token_id.
 
     Raises: ConfigurationError as `family_of` does.
     """
@@ -109,7 +109,7 @@ def hugging_face_config(
         vocab_size=vocabulary_rows,
         hidden_size=config.hidden_size,
         intermediate_size=config.mlp_size,
-        num_hidden_layers=config.num_layers,
+        num_hidden_layers=config.depth,
         num_attention_heads=config.num_attention_heads,
         num_key_value_heads=config.key_value_heads,
         head_dim=config.head_size,
@@ -129,13 +129,13 @@ def hugging_face_config(
 def hugging_face_model(model: Transformer, config: "PreTrainedConfig") -> "PreTrainedModel":
     """Return the transformers model of `config`, from `hugging_face_config`, with the weights of `model`.
 
-    Both share the memory of their weights, except those that the multipliers of a parametrization are folded into;
-    vocabulary rows that `config` does not have are left out.
+    Both share the memory of their weights, except those that the multipliers of a parametrization are folded into, and
+    the further uses of a block in a loop, which are copies; vocabulary rows that `config` does not have are left out.
     """
     family = FAMILIES[config.model_type]
     with torch.device("meta"):  # skips initialisation, which takes time and memory
         converted = family.model_class()(config)
-    weights = {_hugging_face_name(name): tensor for name, tensor in _folded(model).items()}
+    weights = {_hugging_face_name(name): tensor for name, tensor in _unrolled(model, _folded(model)).items()}
     weights["lm_head.weight"] = model.lm_weight().detach()
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         weights[name] = weights[name][: config.vocab_size]
@@ -164,6 +164,19 @@ def _folded(model: Transformer) -> dict[str, Tensor]:
         return next((value for part, value in factors.items() if part in name), 1.0)
 
     return {name: tensor if factor(name) == 1 else tensor * factor(name) for name, tensor in model.state_dict().items()}
+
+
+def _unrolled(model: Transformer, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the `weights` of a model as those of the model without loops that computes the same."""
+    unrolled = {name: tensor for name, tensor in weights.items() if not name.startswith("layers.")}
+    used = set()
+    for position, layer in model.schedule:
+        prefix = f"layers.{layer}."
+        for name in [name for name in weights if name.startswith(prefix)]:
+            tensor = weights[name]
+            unrolled[f"layers.{position}.{name.removeprefix(prefix)}"] = tensor.clone() if layer in used else tensor
+        used.add(layer)
+    return unrolled
 
 
 def extra_rows(model: Transformer, rows: int) -> dict[str, Tensor]:

@@ -63,6 +63,11 @@ def _restore(folder: Folder, output: Path, seq_length: int | None) -> list[str]:
         raise ConfigurationError(
             f"--seq-length {seq_length}: {folder.path} is the export of a run, which recorded its own; leave it out"
         )
+    if model.num_loops > 1:
+        raise ConfigurationError(
+            f"{folder.path}: is the unrolled export of a run with --num-loops {model.num_loops}, which no folder of "
+            f"transformers can hold; use the run folder, or remove {RECORD} to import {model.depth} separate layers"
+        )
     for name in MODEL_SETTINGS:
         if getattr(model, name) != getattr(folder.model, name):
             raise ConfigurationError(

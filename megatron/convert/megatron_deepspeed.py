@@ -51,6 +51,7 @@ def import_checkpoint(path: Path, output: Path, flags: list[str], by_head: bool 
     message = "does not exist in these files, which hold as many keys as queries; leave it out"
     require(not model.group_query_attention, "group_query_attention", True, message)
     require(not model.qk_layernorm, "qk_layernorm", True, "does not exist in these files; leave it out")
+    require(model.num_loops == 1, "num_loops", model.num_loops, "does not exist in these files; leave it out")
     tokenizer = build_tokenizer(
         data.tokenizer_type,
         data.tokenizer_model,

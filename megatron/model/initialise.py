@@ -16,7 +16,8 @@ RESIDUAL_OUTPUTS = ("o_proj.weight", "down_proj.weight")
 def initialise(model: nn.Module, config: ModelConfig, seed: int) -> None:
     """Initialise an unsharded model on the CPU: matrices N(0, std), norm weights 1, biases 0.
 
-    Projections into the residual stream get std / sqrt(2L), so that its variance does not grow with depth; the
+    Projections into the residual stream get std / sqrt(2L), so that its variance does not grow with depth: L counts a
+    block once for each of its uses, as each adds to the residual stream twice; the
     parametrization scales the matrices of the blocks with the width.
     """
     matrix_std = config.init_method_std * Parametrization.of(config).matrix_std

@@ -1,4 +1,4 @@
-"""KV cache of a causal model: keys and values of every block for the tokens processed so far."""
+"""KV cache of a causal model: keys and values of every use of a block for the tokens processed so far."""
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ class KVCache:
     def __init__(self):
         self._present: Tensor | None = None
         self._has_padding = False  # known to the host, which does not wait for the device at every token
-        self._blocks: dict[str, tuple[Tensor, Tensor]] = {}  # block name: rotated keys and values, [B, kv_heads, P, D]
+        self._blocks: dict[int, tuple[Tensor, Tensor]] = {}  # position: rotated keys and values, [B, kv_heads, P, D]
 
     @property
     def present(self) -> Tensor | None:
@@ -44,9 +44,9 @@ class KVCache:
         visible[:, :, before.shape[1] :] |= diagonal
         return position_ids, visible
 
-    def block(self, name: str) -> "LayerKVCache":
-        """Return the view of the cache that a block's attention reads and extends."""
-        return LayerKVCache(self._blocks, name)
+    def block(self, position: int) -> "LayerKVCache":
+        """Return the view of the cache that attention of the block at a `position` of the depth reads and extends."""
+        return LayerKVCache(self._blocks, position)
 
     def select(self, rows: Tensor) -> "KVCache":
         """Return a copy of the sequences `rows` [R]; indices may repeat: answers share a prefix."""
@@ -56,21 +56,21 @@ class KVCache:
             selected.present = self._present[rows]
         else:
             selected._present = self._present[rows]
-        selected._blocks = {name: (keys[rows], values[rows]) for name, (keys, values) in self._blocks.items()}
+        selected._blocks = {at: (keys[rows], values[rows]) for at, (keys, values) in self._blocks.items()}
         return selected
 
 
 class LayerKVCache:
-    """The KV cache of one block."""
+    """The KV cache of one use of a block."""
 
-    def __init__(self, blocks: dict[str, tuple[Tensor, Tensor]], name: str):
+    def __init__(self, blocks: dict[int, tuple[Tensor, Tensor]], position: int):
         self._blocks = blocks
-        self._name = name
+        self._position = position
 
     def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Append keys and values [B, kv_heads, T, D]; return the whole cache, [B, kv_heads, P + T, D]."""
-        if self._name in self._blocks:
-            cached = self._blocks[self._name]
+        if self._position in self._blocks:
+            cached = self._blocks[self._position]
             keys, values = (torch.cat(pair, dim=2) for pair in zip(cached, (keys, values)))
-        self._blocks[self._name] = (keys, values)
+        self._blocks[self._position] = (keys, values)
         return keys, values

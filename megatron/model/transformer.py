@@ -39,6 +39,8 @@ class Transformer(nn.Module):
         # keyed by name, so that a pipeline stage can delete layers without renumbering the others
         self.layers = nn.ModuleDict({str(index): Block(config) for index in range(config.num_layers - 1)})
         self.layers[str(config.num_layers - 1)] = LastBlock(config)
+        # every use of a block: its position in the depth of the whole model, and the name of the block
+        self.schedule = [(position, str(layer)) for position, layer in enumerate(config.schedule)]
         self.norm = normalisation(config, config.hidden_size)
         self.logit_multiplier = Parametrization.of(config).logits
         if config.untie_embeddings_and_output_weights:
@@ -100,17 +102,18 @@ class Transformer(nn.Module):
 
     def hidden_states(self, batch: Batch, hidden: Tensor | None = None, selection: Selection | None = None) -> Tensor:
         """Return the input of the head, [B, T, H], or of a `selection` only, [chunks * size, H]."""
-        residual_scales = [None] * len(self.layers)
-        if batch.residual_scales is not None:
-            residual_scales = [batch.residual_scales[:, int(index), None, None] for index in self.layers]
         if self.is_first_stage:
             states = F.dropout(self.embed_tokens(batch.tokens), self.config.embedding_dropout, self.training)
         else:
             assert hidden is not None
             states = hidden
         context = self._attention_context(batch, states.dtype)
-        for block, residual_scale in zip(self.layers.values(), residual_scales, strict=True):
-            selected = (selection,) if isinstance(block, LastBlock) else ()
+        scales = batch.residual_scales
+        for position, name in self.schedule:
+            block = self.layers[name]
+            residual_scale = None if scales is None else scales[:, position, None, None]
+            is_last_use = position == self.config.depth - 1
+            selected = (selection if is_last_use else None,) if isinstance(block, LastBlock) else ()
             states = block(states, context, residual_scale, *selected)
         return self._head_input(states) if self.is_last_stage else states
 
@@ -152,9 +155,9 @@ class Transformer(nn.Module):
         hidden = self.embed_tokens(tokens)
         mask = None if visible is None else dense_mask(visible, hidden.dtype)
         causal = mask is None and tokens.shape[1] > 1  # several tokens need no mask only where the cache was empty
-        for name, block in self.layers.items():
-            context = AttentionContext(rotary, rotary, causal, mask=mask, kv_cache=cache.block(name))
-            hidden = block(hidden, context)
+        for position, name in self.schedule:
+            context = AttentionContext(rotary, rotary, causal, mask=mask, kv_cache=cache.block(position))
+            hidden = self.layers[name](hidden, context)
         return self._head_input(hidden)
 
     def logits(self, tokens: Tensor, causal: bool, position_ids: Tensor | None = None) -> Tensor:

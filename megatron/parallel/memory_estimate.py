@@ -89,7 +89,7 @@ class _Moments:
         for in_flight, accumulated in self._passes():
             if self.rank.is_last:
                 yield self._at_head(in_flight, accumulated)
-            for num_done in range(self.rank.num_layers):
+            for num_done in range(len(self.rank.uses)):
                 yield self._within_block(in_flight, accumulated, num_done)
                 yield self._after_block(in_flight, accumulated, num_done)
         yield from self._at_end()
@@ -118,31 +118,32 @@ class _Moments:
     def _within_block(self, in_flight: int, accumulated: bool, num_done: int) -> Memory:
         """Return the memory during a block's backward pass, with all its activations, recomputed or saved."""
         rank = self.rank
-        layer = rank.num_layers - 1 - num_done
+        use = len(rank.uses) - 1 - num_done
         communication = 0
         if num_done > 0 and rank.reduces(accumulated):
             communication += FP32 * rank.block.gathered  # FSDP2 keeps the previous block's until then
         if rank.parallel.fsdp_stage == 3:
             communication += rank.gather_buffer  # prefetch of the next block
         return self._memory(
-            f"backward of block {layer + 1} of {rank.num_layers}",
+            f"backward of block {use + 1} of {len(rank.uses)}",
             in_flight,
             accumulated,
             num_done,
             gradients=rank.head_gradient,
-            activations=rank.in_backward(layer) - rank.saved_per_layer[layer] + rank.backward_workspace,
+            activations=rank.in_backward(use) - rank.saved_per_use[use] + rank.backward_workspace,
             communication=communication,
         )
 
     def _after_block(self, in_flight: int, accumulated: bool, num_done: int) -> Memory:
         """Return the memory after a block's backward pass.
 
-        Its gradients are copied into an fp32 buffer and reduced, or accumulated.
+        Its gradients are copied into an fp32 buffer and reduced, or accumulated, when the last of its uses is done.
         """
         rank = self.rank
         gathered, shard = rank.block.gathered, rank.block.shard
-        reduces = rank.reduces(accumulated)
-        if rank.one_group:
+        is_whole = rank.blocks_done(num_done + 1) > rank.blocks_done(num_done)
+        reduces = is_whole and rank.reduces(accumulated)
+        if rank.one_group or not is_whole:
             unreduced = 0
         elif not reduces:
             unreduced = rank.size * gathered if accumulated else 0
@@ -151,7 +152,7 @@ class _Moments:
         else:
             unreduced = max(0, rank.size * gathered - rank.resident * shard)
         return self._memory(
-            f"reduction of block {rank.num_layers - num_done} of {rank.num_layers}",
+            f"reduction of block {len(rank.uses) - num_done} of {len(rank.uses)}",
             in_flight,
             accumulated,
             num_done + 1,
@@ -171,7 +172,7 @@ class _Moments:
         root_gradients = FP32 * rank.root.gathered if has_fp32 else 0
         if rank.reduces_every_micro_batch and rank.micro_batches > 1:
             root_gradients = rank.resident * rank.root.shard
-        weights = rank.compute_weights(1, True, rank.num_layers)
+        weights = rank.compute_weights(1, True, len(rank.uses))
         tables = 0  # gradients of embedding and head; with tied weights their sum as well
         if rank.is_first:
             tables = 1
@@ -202,7 +203,9 @@ class _Moments:
     def _memory(self, moment: str, in_flight: int, accumulated: bool, num_done: int | None, **extra: int) -> Memory:
         """Return the memory at a moment of a backward pass, plus `extra`; `num_done` is None before the first block."""
         rank = self.rank
-        blocks_done = num_done or 0
+        blocks_done = rank.blocks_done(num_done or 0)
+        # of a block with uses left, autograd sums the gradients of its uses before it accumulates them
+        partial_gradients = rank.size * rank.block.gathered * (rank.blocks_begun(num_done or 0) - blocks_done)
         if rank.one_group:
             gradients = rank.in_one_group(rank.block * blocks_done, accumulated)
             if accumulated:
@@ -220,10 +223,10 @@ class _Moments:
         if not rank.is_first and rank.norm_saves_input:
             communication -= in_flight * rank.hidden_shard  # the first block's input is such a buffer
         batches = BATCH_BYTES * rank.tokens * (rank.micro_batches if rank.num_stages > 1 else 1)
-        activations = (in_flight - 1) * rank.chunk() + rank.chunk(blocks_done) + batches
+        activations = (in_flight - 1) * rank.chunk() + rank.chunk(num_done or 0) + batches
         return self._build(
             moment,
-            gradients=gradients + extra.get("gradients", 0),
+            gradients=gradients + partial_gradients + extra.get("gradients", 0),
             compute_weights=rank.compute_weights(in_flight, accumulated, num_done),
             activations=activations + extra.get("activations", 0),
             head=extra.get("head", 0),

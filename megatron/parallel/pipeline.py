@@ -11,16 +11,10 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleIn
 from torch.distributed.tensor import DTensor
 
 from megatron.batch import Batch
+from megatron.config.layout_checks import layers_of
 from megatron.model.transformer import Transformer
 from megatron.parallel.engine import Engine, loss_scale
 from megatron.parallel.mesh import ParallelContext
-
-
-def layers_of(stage: int, stages: int, num_layers: int) -> range:
-    """Return the layers of a pipeline stage: even shares, with one layer more for the first stages if need be."""
-    share, remainder = divmod(num_layers, stages)
-    start = stage * share + min(stage, remainder)
-    return range(start, start + share + (1 if stage < remainder else 0))
 
 
 def extract_stage(model: Transformer, stage: int, num_stages: int) -> Transformer:
@@ -33,6 +27,7 @@ def extract_stage(model: Transformer, stage: int, num_stages: int) -> Transforme
     piece.is_last_stage = stage == num_stages - 1
     for name in list(piece.layers.keys() - map(str, layers_of(stage, num_stages, len(model.layers)))):
         del piece.layers[name]
+    piece.schedule = [(position, name) for position, name in piece.schedule if name in piece.layers]
     is_tied = not piece.config.untie_embeddings_and_output_weights
     if not (piece.is_first_stage or (piece.is_last_stage and is_tied)):
         del piece.embed_tokens

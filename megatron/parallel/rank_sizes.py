@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import torch
 
 from megatron.config.capabilities import Capabilities, mask_flags
+from megatron.config.layout_checks import layers_of
 from megatron.config.sections import Config, ModelConfig
 from megatron.config.sizes import block_shapes
 from megatron.config.vocabulary import Vocabulary
 from megatron.model.attention import needs_equal_heads
 from megatron.parallel.apply import is_one_group
-from megatron.parallel.pipeline import layers_of
 from megatron.parallel.tensor import REPLACEMENTS
 
 FP32 = 4  # bytes
@@ -61,8 +61,9 @@ def _shard_shape(name: str, shape: tuple[int, ...], tp_size: int) -> tuple[int, 
 class RankSizes:
     """The sizes of one rank of a layout, in bytes unless a name or a comment says otherwise.
 
-    `num_done` blocks of a chunk, counted from its end, have finished their backward pass. `accumulated`: gradients of
-    earlier micro-batches of the step exist already. A `chunk` is a virtual pipeline stage.
+    `num_done` uses of blocks in a chunk, counted from its end, have finished their backward pass; without loops every
+    block has one use. `accumulated`: gradients of earlier micro-batches of the step exist already. A `chunk` is a virtual
+    pipeline stage; with loops every chunk of the rank counts as the one with the most uses.
     """
 
     def __init__(
@@ -89,7 +90,13 @@ class RankSizes:
         self.is_first = stage == 0
         self.is_last = stage == self.num_stages - 1
         self.num_chunks = parallel.chunks(model.num_layers)
-        self.num_layers = len(layers_of(stage, self.num_stages * self.num_chunks, model.num_layers))  # of one chunk
+        total_stages = self.num_stages * self.num_chunks
+        chunks = [
+            layers_of(index, total_stages, model.num_layers) for index in range(stage, total_stages, self.num_stages)
+        ]
+        self.num_layers = len(chunks[0])  # of one chunk
+        uses = [[layer - chunk.start for layer in model.schedule if layer in chunk] for chunk in chunks]
+        self.uses = max(uses, key=len)  # the block of every use, in the order of computation
         data_size = parallel.data_size(world_size)
         self.micro_batches = training.global_batch_size // (training.micro_batch_size * data_size)
 
@@ -121,7 +128,7 @@ class RankSizes:
         self.teachers = teachers
         shards = num_shards if parallel.fsdp_stage == 3 else 1
         self.teacher_weights = self.size * sum(self._teacher_elements(teacher, shards) for teacher in teachers)
-        self.saved_per_layer = [self._saved_by_layer(layer) for layer in range(self.num_layers)]
+        self.saved_per_use = [self._saved_by_layer(layer) for layer in self.uses]
 
     def _root_shapes(self) -> list[tuple[int, ...]]:
         """Return the shapes of the parameters outside blocks; tied weights exist at both ends of a pipeline."""
@@ -154,6 +161,14 @@ class RankSizes:
 
     # ------------------------------------------------------------------ weights and gradients
 
+    def blocks_begun(self, num_done: int) -> int:
+        """Return how many blocks have a use among the `num_done` that are done."""
+        return len(set(self.uses[len(self.uses) - num_done :]))
+
+    def blocks_done(self, num_done: int) -> int:
+        """Return how many blocks have all their uses among the `num_done` that are done."""
+        return self.num_layers - len(set(self.uses[: len(self.uses) - num_done]))
+
     @property
     def reduces_every_micro_batch(self) -> bool:
         """Whether gradients are reduced after every micro-batch; a pipeline reduces once per step."""
@@ -181,12 +196,12 @@ class RankSizes:
             if is_zero3:
                 gathered_blocks = 0 if num_done is None else 1
             elif not self.one_group and (accumulated or self.micro_batches == 1):
-                gathered_blocks -= num_done or 0
+                gathered_blocks -= self.blocks_begun(num_done or 0)  # gathered again for the next use
         elif self.num_chunks > 1:
             gathered_blocks = min(self.num_chunks, ACTIVE_CHUNKS) * self.num_layers
         elif is_zero3 and in_flight == self.in_flight:
             # in a pipeline the forward pass frees a block after use, the backward pass does not
-            gathered_blocks = 0 if num_done is None else min(1 + num_done, gathered_blocks)
+            gathered_blocks = 0 if num_done is None else min(1 + self.blocks_begun(num_done), gathered_blocks)
         return self.size * (self.root.gathered + self.block.gathered * gathered_blocks)
 
     @property
@@ -246,9 +261,9 @@ class RankSizes:
         log_sums = FP32 * self.queries // self.model.head_size
         return self.hidden_shard + self.size * products + 2 * self.hidden + log_sums
 
-    def in_backward(self, layer: int) -> int:
-        """Return the activations of a block in its backward pass, after recomputation."""
-        stored, saved = self.saved_per_layer[layer], self._saved()
+    def in_backward(self, use: int) -> int:
+        """Return the activations of a block in the backward pass of a use, after recomputation."""
+        stored, saved = self.saved_per_use[use], self._saved()
         return saved if stored == saved or self.norm_saves_input else saved + self.hidden_shard
 
     @property
@@ -260,8 +275,8 @@ class RankSizes:
         return branches + self.hidden_shard + gathered + weight
 
     def chunk(self, num_done: int = 0) -> int:
-        """Return the activations of one micro-batch in a chunk with `num_done` blocks done."""
-        stored = sum(self.saved_per_layer[: self.num_layers - num_done])
+        """Return the activations of one micro-batch in a chunk with `num_done` uses done."""
+        stored = sum(self.saved_per_use[: len(self.uses) - num_done])
         stored += 2 * FP32 * self.seq_length * self.model.head_size  # the rotary table
         if self.is_last and num_done == 0:
             stored += self._norm(self.shard_tokens * self.model.hidden_size, self.shard_tokens)

@@ -287,7 +287,7 @@ def _micro_batches(run: ResolvedRun, ranks: ParallelContext, progress: Progress)
     return MicroBatches(
         run.sources.train,
         run.objective(progress.time_block),
-        build_input_noise(config.objective, run.vocabulary, config.model.num_layers),
+        build_input_noise(config.objective, run.vocabulary, config.model.depth),
         seed=config.training.seed,
         first_sample=progress.consumed_samples,
         train_samples=run.plan.train_samples,

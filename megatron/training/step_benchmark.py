@@ -110,7 +110,7 @@ def _measure(
     data = MicroBatches(
         RandomText(vocabulary.size, seq_length),
         build_objective(config.objective, vocabulary, training.global_batch_size, documents),
-        build_input_noise(config.objective, vocabulary, config.model.num_layers),
+        build_input_noise(config.objective, vocabulary, config.model.depth),
         seed=training.seed,
         first_sample=0,
         train_samples=(WARM_UP + steps) * training.global_batch_size,

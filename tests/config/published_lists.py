@@ -213,6 +213,7 @@ ABSENT = {
     **{"model_size": None, "qk_layernorm": False, "mlp_dropout": 0.0, "label_smoothing": 0.0, "z_loss": 0.0},
     **{"parametrization": "standard", "base_hidden_size": None, "base_num_layers": None, "base_kv_channels": None},
     **{"weight_decay_scaling": "inverse-lr"},
+    **{"num_loops": 1, "loop_layers": None},
     **{"train_unique_tokens": None, "blend_order": "due-time"},  # one data set: no blend
     **{"right_to_left_ratio": 0.0, "target_offset_max": 1, "target_positions": False, "token_dropout": 0.0},
     **{"token_dropout_max": 0.0, "random_replacement": 0.0, "masked_input_weight": 0.0, "masked_input_max": 0.5},

@@ -35,6 +35,7 @@ def test_a_step_divides_into_micro_batches_of_all_processes():
     (4, "--zero-stage 3 --num-distributed-optimizer-instances 2"),
     (2, "--num-layers 4 --pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1"),
     (2, "--num-layers 3 --pipeline-model-parallel-size 2"),
+    (2, "--num-layers 3 --pipeline-model-parallel-size 2 --num-loops 4 --loop-layers 0-1"),
 ])  # fmt: skip
 def test_a_layout_that_fits_passes(size, line):
     check_layout(config(line), size)
@@ -62,6 +63,11 @@ def test_a_layout_that_fits_passes(size, line):
      "--num-layers-per-virtual-pipeline-stage 1: gives every rank one stage"),
     (2, "--pipeline-model-parallel-size 2 --recompute-granularity full --recompute-num-layers 2",
      "--recompute-num-layers 2: is more than the 1 layer of a stage; lower"),
+    (2, "--num-layers 4 --pipeline-model-parallel-size 2 --num-loops 2",
+     "--num-loops 2: repeats blocks 0-3 of several pipeline stages, which hold the blocks 0-1, 2-3; give --loop-"),
+    (2, "--num-layers 4 --pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1 --num-loops 2 "
+        "--loop-layers 2-3",
+     "--loop-layers 2-3: repeats blocks 2-3 of several pipeline stages, which hold the blocks 0-0, 1-1, 2-2, 3-3"),
     (3, "--num-distributed-optimizer-instances 2",
      "--num-distributed-optimizer-instances 2: does not divide the 3 data-parallel ranks"),
 ])  # fmt: skip

@@ -50,6 +50,7 @@ OURS = {
     "mask_time_distribution", "mask_time_low", "mask_time_high", "mask_time_center", "mask_time_std",
     "mask_time_uniform_share", "mask_time_weighting", "mdm_loss", "lr_cycles",
     "ema_decay", "average_from_samples", "teacher", "distill_weight", "distill_temperature",
+    "num_loops", "loop_layers",
     "blend_order",  # each published run reads one data set
 }  # fmt: skip
 # and the parallel layout and the trackers

@@ -163,3 +163,12 @@ def test_five_steps_of_one_layer(width, tiny, tmp_path):
     small[small.index("--train-samples") + 1] = "40"
     run("mdm", *small, "--model-size", size, "--num-layers", 1, "--save", tmp_path)
     assert json.loads((tmp_path / "status.json").read_text())["iteration"] == 5
+
+
+def test_every_use_of_a_block_is_counted():
+    """A model with loops computes as much per token as an unrolled one, and has fewer parameters."""
+    shape = {"hidden_size": 8, "num_attention_heads": 2}
+    looped = ModelConfig(num_layers=4, num_loops=3, loop_layers="1-2", **shape)
+    unrolled, plain = ModelConfig(num_layers=8, **shape), ModelConfig(num_layers=4, **shape)
+    assert flops_per_token(looped, GPT2, 10) == flops_per_token(unrolled, GPT2, 10)
+    assert parameter_count(looped, GPT2) == parameter_count(plain, GPT2)

@@ -207,6 +207,7 @@ def test_files_that_do_not_match_the_model_are_refused_in_one_line(tmp_path):
         ("complete", ["--vocab-size", "383", "--objective", "mdm"], "384 ids of the tokenizer and [MASK] need 385"),
         ("complete", ["--objective", "dual"], "that Megatron-DeepSpeed trains; give ar or mdm"),
         ("complete", ["--qk-layernorm"], "--qk-layernorm: does not exist in these files"),
+        ("complete", ["--num-loops", "2"], "--num-loops 2: does not exist in these files"),
         ("complete", ["--group-query-attention", "--num-query-groups", "2"], "--group-query-attention: does not exist"),
         ("complete", ["--num-layer", "3"], "unknown flag --num-layer; did you mean --num-layers?"),
     ):

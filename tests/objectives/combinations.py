@@ -61,6 +61,7 @@ OPTIONS = [f"--objective {name}" for name in OBJECTIVES] + [
     "--z-loss 1e-4",
     "--parametrization mup --base-hidden-size 8 --base-kv-channels 4",
     "--parametrization completep --base-hidden-size 8 --base-num-layers 1 --weight-decay-scaling sqrt-width",
+    "--num-loops 3",
     "--optimizer muon",
     "--weight-decay-parameters hidden",
     "--weight-decay-incr-style linear --start-weight-decay 0 --end-weight-decay 1",
@@ -91,7 +92,7 @@ def refusal(flags: str, ranks: ParallelContext | None) -> str | None:
 
 
 def _step(config: Config, objective, plan, ranks: ParallelContext) -> None:
-    noise = build_input_noise(config.objective, VOCABULARY, config.model.num_layers)
+    noise = build_input_noise(config.objective, VOCABULARY, config.model.depth)
     engine, optimizer = start_engine(config, VOCABULARY, ranks, bf16=False, compile=False, steps=0)
     if config.distillation.teacher:  # a new model
         teacher = build_teacher(config.model, VOCABULARY, ranks, config.parallel, dtype=torch.float32)

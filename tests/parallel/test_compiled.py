@@ -28,6 +28,7 @@ KINDS = [
         micro_batch=2,
     ),
     Case("ar", documents=DocumentRules(7, True, True, True), micro_batch=2),
+    Case("mdm", {"stochastic_depth": 0.5}, micro_batch=2, model={"num_loops": 3}),
 ]
 NAMES = ["-".join([case.name, *case.options]) for case in KINDS]
 

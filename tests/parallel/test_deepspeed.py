@@ -67,6 +67,7 @@ CASES = {
     "ar-untied-unclipped": Case("ar", UNTIED, micro_batch=1, clip=0.0),
     "ar-full-recompute": Case("ar", BIASES, recompute="full"),
     "mdm-selective-recompute": Case("mdm", recompute="selective"),
+    "mdm-loops": Case("mdm", BIASES | {"num_loops": 3}),
     "curve": Case("mdm", steps=10),
     # a weight that rounds the other way changes all later steps: one step is exact, a curve is close
     "bf16": Case("mdm", steps=1, bf16=True),
@@ -87,8 +88,8 @@ VARIANTS = {
 FAST = {
     0: ("ar", "mdm-untied"),
     1: tuple(CASES),
-    2: ("ar", "mdm-untied"),
-    3: ("ar", "mdm-untied", "bf16", "curve"),
+    2: ("ar", "mdm-untied", "mdm-loops"),
+    3: ("ar", "mdm-untied", "mdm-loops", "bf16", "curve"),
 }
 MOVED = Case("mdm", BIASES, steps=4)  # half of it in one engine, half in the other
 

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 
+from megatron.config.layout_checks import layers_of
 from megatron.config.sections import ParallelConfig
 from megatron.objectives.documents import DocumentRules
 from megatron.parallel import tensor
 from megatron.parallel.engine import Engine
 from megatron.parallel.mesh import ParallelContext, build_parallel_context
-from megatron.parallel.pipeline import Pipeline, layers_of
+from megatron.parallel.pipeline import Pipeline
 from megatron.parallel.vocab_parallel import VocabParallelHead
 from megatron.training import muon
 from tests import steps
@@ -51,6 +52,11 @@ def described(check: tuple[Layout, str]) -> str:
     layout, name = check
     options = "".join(f"-{key.split('_')[0]}{value}" for key, value in layout.options.items())
     return f"{name}-dp{layout.data}-tp{layout.tensor}-pp{layout.pipeline}{options}"
+
+
+def looped(layers: str | None, loops: int = 2) -> dict:
+    """Return the fields of a model with weight-shared loops."""
+    return MODEL | {"num_loops": loops, "loop_layers": layers}
 
 
 OBJECTIVES = {
@@ -103,6 +109,11 @@ CASES = (
             "mdm", micro_batch=2, samples=5, model=MODEL | TERMS, teachers=(MODEL, {"hidden_size": 24} | UNTIED)
         ),
         "ar-deep-untied": Case("ar", micro_batch=2, model=MODEL | UNTIED | {"num_layers": 4}),
+        # in a pipeline each loop is inside one stage: the first of two, the second of two, the third of four
+        "mdm-loops": Case("mdm", {"stochastic_depth": 0.5}, micro_batch=2, model=looped("0-1", 3)),
+        "ar-last-loops": Case("ar", micro_batch=2, model=looped("2-2")),
+        "mdm-deep-loops": Case("mdm", micro_batch=2, model=looped("2-2") | {"num_layers": 4}),
+        "mdm-all-loops": Case("mdm", micro_batch=2, model=looped(None)),
     }
 )
 GRID = [Layout(data, tensor, pipeline) for data in (1, 2) for tensor in (1, 2) for pipeline in (1, 2)][1:]
@@ -127,6 +138,13 @@ CHECKS += [
     (Layout(data, tensor, pipeline, {"recompute_granularity": granularity}), "mdm")
     for data, tensor, pipeline in ((2, 1, 1), (1, 2, 1), (1, 1, 2))
     for granularity in ("full", "selective")
+]
+CHECKS += [(layout, "mdm-loops") for layout in GRID]
+CHECKS += [(Layout(1, 1, 2), "ar-last-loops"), (Layout(1, 1, 2, INTERLEAVED), "mdm-deep-loops")]
+CHECKS += [(Layout(2, 1, 1, {"zero_stage": stage}), "mdm-all-loops") for stage in (0, 1, 2, 3)]
+CHECKS += [
+    (Layout(2, 1, 1, {"zero_stage": stage, "recompute_granularity": granularity}), "mdm-all-loops")
+    for stage, granularity in ((3, "full"), (1, "selective"))
 ]
 # all placements of a matrix
 MUON = [layout for layout in GRID if layout.size == 2] + [Layout(2, 2, 1)]

@@ -11,6 +11,7 @@ from benchmarks.memory.cases import (
     FULL,
     GELU,
     INTERLEAVED,
+    LOOPS,
     PIPELINE,
     RICH,
     SHORT,
@@ -52,6 +53,8 @@ CASES = [
     Case(SHORT, 1, 1, 20000, num_teachers=2),
     Case(f"{SMALL} {TENSOR}", 2, 1, 20000, num_teachers=2),
     Case(f"{SHORT} --zero-stage 3", 2, num_teachers=2),
+    Case(f"{SMALL} {LOOPS} {FULL}"),
+    *(Case(f"{SHORT} {LOOPS} --zero-stage {stage}", 2) for stage in (1, 3)),
 ]
 MODELS = [
     {},

@@ -20,7 +20,10 @@ JOURNEY = [
     (2, ["--deepspeed", "--zero-stage", 3, "--cpu-optimizer"]),
     (2, TENSOR),
 ]
-OBJECTIVES = {"ar": ["--token-dropout-max", 0.3], "mdm": ["--untie-embeddings-and-output-weights"]}
+OBJECTIVES = {
+    "ar": ["--token-dropout-max", 0.3],
+    "mdm": ["--untie-embeddings-and-output-weights", "--num-loops", 2, "--loop-layers", "2-2"],
+}
 
 
 @pytest.fixture(scope="module")

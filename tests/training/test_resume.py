@@ -41,6 +41,10 @@ VARIANTS = {
         ],
     ),
     "mdm-distilled": ("mdm", ["--teacher", TEACHER, "--distill-temperature", "2"]),
+    "ar-loops": (
+        "ar",
+        ["--num-loops", "3", "--loop-layers", "1-1", "--stochastic-depth", "0.5", "--mlp-dropout", "0.2"],
+    ),
     "mdm-dropout": ("mdm", ["--mlp-dropout", "0.2", "--attention-dropout", "0.1", "--embedding-dropout", "0.1"]),
 }
 

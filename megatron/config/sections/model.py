@@ -1,6 +1,7 @@
 """The model section."""
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 
 from megatron.config.flags import Section, flag, require
 
@@ -16,6 +17,15 @@ class ModelConfig(Section):
         metavar="NAME",
     )
     num_layers: int = flag(help="number of transformer blocks", within="[1, inf)")
+    num_loops: int = flag(
+        1, "passes through the blocks of --loop-layers, all with the same weights", metavar="K", within="[1, inf)"
+    )
+    loop_layers: str | None = flag(
+        None,
+        "indices, from 0, of the first and the last block that --num-loops repeats, such as 2-5; default all blocks",
+        metavar="A-B",
+        needs="num_loops",
+    )
     hidden_size: int = flag(help="hidden size: width of the residual stream", within="[1, inf)")
     num_attention_heads: int = flag(help="number of query heads", within="[1, inf)")
     kv_channels: int | None = flag(
@@ -53,7 +63,7 @@ class ModelConfig(Section):
     init_method_std: float = flag(
         0.02,
         "standard deviation of the initial weights; the output projections of attention and MLP use STD / sqrt(2 * "
-        "--num-layers)",
+        "--num-layers), a layer counted once for each of its --num-loops",
         metavar="STD",
         within="(0, inf)",
     )
@@ -138,6 +148,38 @@ class ModelConfig(Section):
             self.num_query_groups,
             f"does not divide --num-attention-heads {self.num_attention_heads}; change one",
         )
+        bounds = re.fullmatch(r"(\d+)-(\d+)", self.loop_layers or f"0-{self.num_layers - 1}")
+        require(
+            bounds is not None and int(bounds[1]) <= int(bounds[2]) < self.num_layers,
+            "loop_layers",
+            self.loop_layers,
+            f"must be A-B with 0 <= A <= B <= {self.num_layers - 1}, the last of --num-layers {self.num_layers}; "
+            "change it",
+        )
+
+    @property
+    def loop_range(self) -> range:
+        """Indices of the blocks that run --num-loops times."""
+        if self.loop_layers is None:
+            return range(self.num_layers)
+        first, last = map(int, self.loop_layers.split("-"))
+        return range(first, last + 1)
+
+    @property
+    def schedule(self) -> tuple[int, ...]:
+        """Index of the block of every use, in the order of computation; without loops every block is used once."""
+        loop = self.loop_range
+        return (*range(loop.start), *(tuple(loop) * self.num_loops), *range(loop.stop, self.num_layers))
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks that hidden states pass through: --num-layers, with each use in a loop counted."""
+        return self.num_layers + (self.num_loops - 1) * len(self.loop_range)
+
+    @property
+    def unrolled(self) -> "ModelConfig":
+        """The model without loops that computes the same: each use of a block is a block of its own."""
+        return replace(self, num_layers=self.depth, num_loops=1, loop_layers=None)
 
     @property
     def head_size(self) -> int:
