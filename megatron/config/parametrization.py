@@ -2,7 +2,8 @@
 
 muP keeps the size of every activation and of its change in a step independent of the width, CompleteP of the depth,
 too, so that hyperparameters tuned on a small base model serve larger ones. With m = hidden size / base hidden size and
-n = layers / base layers (1 with muP; a layer counts once for each of its uses), in multiples of the base model's values:
+n = layers / base layers (1 with muP), each use of a block in a loop being a layer, in multiples of the base model's
+values:
 
 | | initial std | AdamW's lr | Muon's lr | AdamW's epsilon | multiplier in the forward pass |
 |---|---|---|---|---|---|

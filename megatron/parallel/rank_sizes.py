@@ -62,8 +62,8 @@ class RankSizes:
     """The sizes of one rank of a layout, in bytes unless a name or a comment says otherwise.
 
     `num_done` uses of blocks in a chunk, counted from its end, have finished their backward pass; without loops every
-    block has one use. `accumulated`: gradients of earlier micro-batches of the step exist already. A `chunk` is a virtual
-    pipeline stage; with loops every chunk of the rank counts as the one with the most uses.
+    block has one use. `accumulated`: gradients of earlier micro-batches of the step exist already. A `chunk` is a
+    virtual pipeline stage; with loops every chunk of the rank counts as the one with the most uses.
     """
 
     def __init__(
