@@ -43,14 +43,14 @@ def main() -> None:
         options = build(MergeOptions, parser.parse_known(sys.argv[1:]))
         prefixes = input_prefixes(options.input)
         metadata = merge(prefixes, options.output_prefix)
+        sizes = f"{metadata['documents']:,} documents, {metadata['tokens']:,} tokens"
+        print(f"{options.output_prefix}: {sizes} of {len(prefixes)} data sets", flush=True)
     except ConfigurationError as error:
         fail(error, 2)
     except OSError as error:
         fail(error, 1)
     except stop_signals.Interrupted as signal:
         fail("interrupted; nothing was written", signal.exit_code)
-    sizes = f"{metadata['documents']:,} documents, {metadata['tokens']:,} tokens"
-    print(f"{options.output_prefix}: {sizes} of {len(prefixes)} data sets")
 
 
 def fail(error: object, code: int) -> None:
