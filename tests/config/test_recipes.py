@@ -46,7 +46,7 @@ OURS = {
     "exact_branch", "exit_on_missing_checkpoint", "causal_ratio", "diffusion_block_size",
     "right_to_left_ratio", "target_offset_max", "target_positions", "random_replacement", "masked_input_weight",
     "masked_input_max", "stochastic_depth", "low_noise_ratio", "label_smoothing", "z_loss", "muon_momentum",
-    "ema_decay", "average_from_samples",
+    "ema_decay", "average_from_samples", "meta_gradient_norm", "meta_gradient_parameters", "meta_gradient_style",
     "blend_order",  # each published run reads one data set
 }  # fmt: skip
 # and the parallel layout and the trackers

@@ -94,6 +94,10 @@ def test_defaults_follow_from_the_budget():
             "--optimizer muon: orthogonalises whole matrices, and DeepSpeed's ZeRO updates flat pieces of them; leave",
         ),
         (
+            "--train-samples 9 --meta-gradient-norm 0.5 --deepspeed",
+            "--meta-gradient-norm 0.5: moves whole weights along whole gradients, which DeepSpeed keeps in flat pieces",
+        ),
+        (
             "--train-samples 9 --ema-decay 0.9 --deepspeed",
             "--ema-decay 0.9: averages the fp32 weights, which DeepSpeed",
         ),

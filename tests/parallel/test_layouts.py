@@ -91,6 +91,9 @@ CASES = (
             "ar", micro_batch=2, model={"hidden_size": 24, "num_attention_heads": 3, "ffn_hidden_size": 48} | TERMS
         ),
         "mdm-muon": Case("mdm", micro_batch=2, model=MODEL, optimizer={"optimizer": "muon"}),
+        "mdm-muon-meta": Case(
+            "mdm", micro_batch=2, model=MODEL, optimizer={"optimizer": "muon", "meta_gradient_norm": 0.5}
+        ),
         "ar-deep-untied": Case("ar", micro_batch=2, model=MODEL | UNTIED | {"num_layers": 4}),
     }
 )
@@ -121,6 +124,7 @@ CHECKS += [
 MUON = [layout for layout in GRID if layout.size == 2] + [Layout(2, 2, 1)]
 MUON += [Layout(2, 1, 1, {"zero_stage": stage}) for stage in (0, 3)]
 CHECKS += [(layout, "mdm-muon") for layout in MUON]
+CHECKS += [(Layout(1, 2, 1), "mdm-muon-meta")]  # data-parallel ranks move their weights differently
 
 CURVES = [
     (layout, name)

@@ -49,6 +49,7 @@ CASES = [
     Case(f"{RICH} {TENSOR}", 2, 1, 20000),
     Case(f"{SHORT} --num-distributed-optimizer-instances 2", 4, 2),
     Case(f"{SMALL} {TENSOR} {PIPELINE} {FULL}", 4, 4),
+    *(Case(f"{SHORT} --meta-gradient-norm 0.5", processes, 2) for processes in (1, 2)),
 ]
 MODELS = [
     {},
