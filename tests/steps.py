@@ -23,6 +23,7 @@ from megatron.objectives.masked_diffusion import MaskedDiffusion
 from megatron.objectives.registry import build_objective
 from megatron.parallel.apply import build_engine
 from megatron.parallel.mesh import ParallelContext
+from megatron.parallel.meta_gradient import MetaGradient
 from megatron.parallel.teachers import build_teacher
 from megatron.training.microbatches import MicroBatches
 from megatron.training.optimizer import build_optimizer, start_state
@@ -69,6 +70,11 @@ class Case:
     model: dict = field(default_factory=dict)
     optimizer: dict = field(default_factory=dict)
     teachers: tuple[dict, ...] = ()  # their models, as far as they differ from MODEL
+
+    @property
+    def meta_gradient(self) -> MetaGradient | None:
+        """The trial move at the peak learning rate."""
+        return MetaGradient.at(OptimizerConfig(**self.optimizer), OptimizerConfig.lr)
 
 
 @dataclass(frozen=True)
@@ -160,7 +166,7 @@ def take(ranks: ParallelContext, case: Case, parallel: ParallelConfig = DATA_PAR
         lambda *_: gradients.update(whole((name, p.grad) for name, p in engine.named_parameters()))
     )
     reseed(7, 0, ranks)
-    rates = {"learning_rate": LEARNING_RATE, "weight_decay": WEIGHT_DECAY}
+    rates = {"learning_rate": LEARNING_RATE, "weight_decay": WEIGHT_DECAY, "meta_gradient": case.meta_gradient}
     result = train_step(engine, optimizer, batches_of_step(data, 0), **rates, clip_grad=case.clip)
     return Step(float(result.loss), float(result.grad_norm), gradients, before, whole(engine.named_parameters()))
 

@@ -35,6 +35,7 @@ from megatron.model.distillation import Distillation
 from megatron.parallel.apply import build_engine
 from megatron.parallel.memory_estimate import Memory
 from megatron.parallel.mesh import build_parallel_context, destroy_parallel, initialize_parallel
+from megatron.parallel.meta_gradient import MetaGradient
 from megatron.parallel.teachers import build_teacher
 from megatron.training.optimizer import build_optimizer, start_state
 from megatron.training.step import train_step
@@ -65,7 +66,8 @@ def measure(case: Case, rank: int, device: torch.device, steps: int = STEPS) -> 
     optimizer = build_optimizer(engine, config.optimizer)
     start_state(optimizer, 0)
     batches = [random_batch(config, vocabulary, seed) for seed in range(case.micro_batches)]
-    step = partial(train_step, engine, optimizer, batches, learning_rate=1e-4, weight_decay=0.1, clip_grad=1.0)
+    rates = {"learning_rate": 1e-4, "weight_decay": 0.1, "meta_gradient": MetaGradient.at(config.optimizer, 1e-4)}
+    step = partial(train_step, engine, optimizer, batches, **rates, clip_grad=1.0)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         for _ in range(steps):

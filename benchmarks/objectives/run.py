@@ -38,6 +38,7 @@ from megatron.config.vocabulary import Vocabulary
 from megatron.objectives.input_noise import build_input_noise
 from megatron.objectives.registry import build_objective, document_rules
 from megatron.parallel.mesh import ParallelContext, destroy_parallel, initialize_parallel
+from megatron.parallel.meta_gradient import MetaGradient
 from megatron.training.averaging import start_average
 from megatron.training.build_engine import start_engine
 from megatron.training.command_line import parse
@@ -74,6 +75,7 @@ CASES = [
     "--optimizer muon",
     "--parametrization completep --base-hidden-size 64 --base-num-layers 1",
     "--ema-decay 0.999",
+    "--meta-gradient-norm 0.5",
 ]
 
 
@@ -127,7 +129,9 @@ class Case:
         """Take a step and record its multiplications."""
         reseed(1, iteration, self.ranks)
         batches = [batch for index in range(2) for batch in self.data[2 * iteration + index]]
-        train_step(self.engine, self.optimizer, batches, learning_rate=1e-4, weight_decay=0.1, clip_grad=1.0)
+        meta_gradient = MetaGradient.at(self.config.optimizer, self.config.optimizer.lr)
+        rates = {"learning_rate": 1e-4, "weight_decay": 0.1, "meta_gradient": meta_gradient}
+        train_step(self.engine, self.optimizer, batches, **rates, clip_grad=1.0)
         if self.average:
             self.average.update(iteration)
         self.multiplications.append(sum(multiplications(self.config, batch) for batch in batches))

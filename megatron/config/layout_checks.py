@@ -34,6 +34,7 @@ def check_layout(config: Config, size: int) -> None:
     require(parallel.compiles or not config.training.compile, "compile", True, message)
     _check_tensor_parallel(config, size)
     _check_stages(config)
+    _check_meta_gradient(config)
     replicas, data_size = parallel.num_distributed_optimizer_instances, parallel.data_size(size)
     require(
         data_size % replicas == 0,
@@ -96,6 +97,22 @@ def _check_stages(config: Config) -> None:
     )
 
 
+def _check_meta_gradient(config: Config) -> None:
+    """Check that a rank has whole gradients and weights between the halves of a meta-gradient step."""
+    parallel, norm = config.parallel, config.optimizer.meta_gradient_norm
+    stages, stage = parallel.pipeline_model_parallel_size, parallel.fsdp_stage
+    message = (
+        f"moves weights between two halves of a step, and with --pipeline-model-parallel-size {stages} all its "
+        "micro-batches are in flight at once; leave one of them out"
+    )
+    require(norm is None or stages == 1, "meta_gradient_norm", norm, message)
+    message = (
+        f"moves the gathered weights along gradients that are not reduced, and --zero-stage {stage} shards them after "
+        "every micro-batch; give --zero-stage 0 or 1"
+    )
+    require(norm is None or stage <= 1, "meta_gradient_norm", norm, message)
+
+
 def check_batch(config: Config, size: int, capabilities: Capabilities) -> None:
     """Check that a step divides into whole micro-batches over `size` ranks, enough of them for the pipeline.
 
@@ -114,6 +131,7 @@ def check_batch(config: Config, size: int, capabilities: Capabilities) -> None:
         f"is not a multiple of --micro-batch-size {training.micro_batch_size} times {data_size} "
         f"{kind}{'s' if data_size > 1 else ''} = {samples}; take {nearest}",
     )
+    _check_halves(config, data_size)
     causal, micro = config.objective.causal_samples(training.global_batch_size), training.micro_batch_size
     fits = [f"{count * micro / training.global_batch_size:.6g}" for count in (causal // micro, causal // micro + 1)]
     require(
@@ -132,3 +150,17 @@ def check_batch(config: Config, size: int, capabilities: Capabilities) -> None:
         f"makes {steps} micro-batch{'es' if steps > 1 else ''} a step, and --pipeline-model-parallel-size {stages} "
         f"needs {needed}; take {max(1, round(steps / stages)) * stages * samples}, or lower --micro-batch-size",
     )
+
+
+def _check_halves(config: Config, data_size: int) -> None:
+    """Check that the micro-batches of a rank are two halves of a meta-gradient step."""
+    training, norm = config.training, config.optimizer.meta_gradient_norm
+    micro, samples = training.micro_batch_size, training.global_batch_size // data_size  # of a rank in a step
+    fits = [size for size in range(1, micro + 1) if samples % (2 * size) == 0]
+    remedy = f"--micro-batch-size {fits[-1]}" if fits else f"--global-batch-size {(samples + 1) * data_size}"
+    count = samples // micro
+    message = (
+        f"needs an even number of micro-batches, two halves, and a step has {count} on "
+        f"{'each data-parallel' if data_size > 1 else 'the'} rank; give {remedy}"
+    )
+    require(norm is None or count % 2 == 0, "meta_gradient_norm", norm, message)

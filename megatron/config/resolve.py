@@ -102,6 +102,9 @@ def _check_deepspeed(config: Config) -> None:
     optimizer = config.optimizer
     message = f"orthogonalises whole matrices, and DeepSpeed's ZeRO updates flat pieces of them; {WITHOUT_DEEPSPEED}"
     require(optimizer.optimizer != "muon", "optimizer", optimizer.optimizer, message)
+    message = f"moves whole weights along whole gradients, which DeepSpeed keeps in flat pieces; {WITHOUT_DEEPSPEED}"
+    norm = optimizer.meta_gradient_norm
+    require(norm is None, "meta_gradient_norm", norm, message)
     for name in ("ema_decay", "average_from_samples"):
         message = f"averages the fp32 weights, which DeepSpeed keeps in flat pieces of its own; {WITHOUT_DEEPSPEED}"
         require(getattr(optimizer, name) is None, name, getattr(optimizer, name), message)

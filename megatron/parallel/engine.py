@@ -54,11 +54,18 @@ class Engine:
         `batches` are this rank's micro-batches, all of one shape (gradient accumulation); `count` is global. The
         shares, on the device, sum to the loss over all ranks; they are 0 except on loss ranks.
         """
+        return self.accumulate(batches, count, reduces=True)
+
+    def accumulate(self, batches: list[Batch], count: float, *, reduces: bool = False) -> Tensor:
+        """Do what `backward` does, but unless the step `reduces` here, leave reduction and resharding to a later call.
+
+        Then the gradients remain this rank's own and the weights gathered, except for what ZeRO 2 and 3 always shard.
+        """
         (root,) = self.roots
         sharding = cast(FSDPModule, root)
         loss = torch.zeros((), device=self.ranks.device)
         for index, batch in enumerate(batches):
-            is_last = index == len(batches) - 1
+            is_last = reduces and index == len(batches) - 1
             # between micro-batches ZeRO 2 keeps sharded gradients only, and ZeRO 3 sharded parameters only
             sharding.set_requires_gradient_sync(is_last or self.zero_stage >= 2)
             sharding.set_reshard_after_backward(is_last or self.zero_stage >= 3)

@@ -92,6 +92,8 @@ class _Moments:
             for num_done in range(len(self.rank.uses)):
                 yield self._within_block(in_flight, accumulated, num_done)
                 yield self._after_block(in_flight, accumulated, num_done)
+        if self.rank.moves_weights:
+            yield self._at_trial_move()
         yield from self._at_end()
 
     def _passes(self) -> list[tuple[int, bool]]:
@@ -159,6 +161,17 @@ class _Moments:
             gradients=rank.head_gradient + unreduced,
             activations=rank.hidden_shard,
             communication=FP32 * gathered if reduces else 0,
+        )
+
+    def _at_trial_move(self) -> Memory:
+        """Return the memory while a meta-gradient step moves a block; in bf16 its fp32 weights may be sharded."""
+        rank = self.rank
+        gathers = rank.is_sharded and rank.size != FP32
+        return self._build(
+            "trial move",
+            gradients=FP32 * (rank.parameters.gathered + 2 * rank.block.gathered),  # and moves and moved weights
+            compute_weights=rank.compute_weights(1, False, None),
+            communication=FP32 * rank.block.gathered if gathers else 0,
         )
 
     def _at_end(self) -> Iterator[Memory]:

@@ -114,6 +114,7 @@ class RankSizes:
             matrices = [shape for shape in shapes if len(shape) == 2]
             self.state_elements -= _elements(matrices, num_shards).shard * self.num_layers * self.num_chunks
         self.state_elements += self.parameters.shard * config.optimizer.averages
+        self.moves_weights = config.optimizer.meta_gradient_norm is not None
 
         self.seq_length = config.data.seq_length * capabilities.positions_per_token
         self.tokens = training.micro_batch_size * self.seq_length

@@ -89,6 +89,8 @@ class Run:
         if optimizer.get("weight_decay_incr_style", "constant") != "constant":
             decay = f"{optimizer['start_weight_decay']} to {optimizer['end_weight_decay']}"
         names += PARAMETRIZATIONS[self.config["model"].get("parametrization", "standard")]
+        if optimizer.get("meta_gradient_norm"):
+            names.append(f"meta-gradient {optimizer['meta_gradient_norm']}")
         if optimizer.get("optimizer") == "muon":
             names.append("Muon")
         return ", ".join([*names, f"weight decay {decay}"])

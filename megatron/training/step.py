@@ -8,6 +8,7 @@ from torch import Tensor
 from megatron.batch import Batch
 from megatron.parallel.engine import Engine
 from megatron.parallel.mesh import ParallelContext
+from megatron.parallel.meta_gradient import MetaGradient
 from megatron.randomness import stream
 
 
@@ -35,16 +36,21 @@ def train_step(
     learning_rate: float,
     weight_decay: float,
     clip_grad: float,
+    meta_gradient: MetaGradient | None = None,
 ) -> StepResult:
     """Update the engine's model on the mean loss of this step's micro-batches over all ranks.
 
     The loss is sum(weights * nll) / count with one global count, known before the forward pass, so the
-    result does not depend on how the step is split into micro-batches and ranks.
+    result does not depend on how the step is split into micro-batches and ranks. With a `meta_gradient` it depends on
+    which samples a rank reads, and the loss of the second half is that at the moved weights.
     """
     ranks = engine.ranks
     # several ranks read the same samples; only the loss rank counts them
     (count,) = ranks.sum(sum(batch.count for batch in micro_batches) if ranks.is_loss_rank else 0)
-    loss = engine.backward(micro_batches, count)
+    if meta_gradient:
+        loss = meta_gradient.backward(engine, micro_batches, count)
+    else:
+        loss = engine.backward(micro_batches, count)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate * group["scale"].lr
         group["weight_decay"] = weight_decay * group["scale"].weight_decay if group["decays"] else 0.0

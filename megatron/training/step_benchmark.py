@@ -18,6 +18,7 @@ from megatron.objectives.input_noise import build_input_noise
 from megatron.objectives.registry import build_objective, capabilities, document_rules
 from megatron.parallel.launch import world_size
 from megatron.parallel.mesh import ParallelContext, initialize_parallel
+from megatron.parallel.meta_gradient import MetaGradient
 from megatron.training.build_engine import start_engine
 from megatron.training.device_info import peak_memory
 from megatron.training.environment import choose_precision, prepare_device
@@ -119,13 +120,15 @@ def _measure(
         rank=ranks.data_rank,
         size=ranks.data_size,
     )
+    meta_gradient = MetaGradient.at(config.optimizer, config.optimizer.lr)
     seconds = []
     for step in range(data.steps):
         batches = [batch for index in range(data.per_step) for batch in data[step * data.per_step + index]]
         if ranks.device.type == "cuda":
             batches = [batch.pin_memory() for batch in batches]  # as the training loader does
         start = time.perf_counter()
-        result = train_step(engine, optimizer, batches, learning_rate=1e-4, weight_decay=0.1, clip_grad=1.0)
+        rates = {"learning_rate": 1e-4, "weight_decay": 0.1, "meta_gradient": meta_gradient}
+        result = train_step(engine, optimizer, batches, **rates, clip_grad=1.0)
         (loss,) = ranks.sum(float(result.loss))  # synchronises with the device
         seconds.append(time.perf_counter() - start)
     seconds_per_step = ranks.from_rank_0(lambda: median(seconds[WARM_UP:]))  # so that all ranks decide alike

@@ -10,6 +10,7 @@ from torch import Tensor
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from megatron.objectives.base import Likelihood
+from megatron.parallel.meta_gradient import MetaGradient
 from megatron.training.build import RunParts
 from megatron.training.checkpoint_store import CheckpointStore
 from megatron.training.exit_conditions import ExitConditions
@@ -98,6 +99,7 @@ class Trainer:
             learning_rate=self.rate,
             weight_decay=self.decay,
             clip_grad=self.config.optimizer.clip_grad,
+            meta_gradient=MetaGradient.at(self.config.optimizer, self.rate),
         )
         if self.average:
             self.average.update(samples)

@@ -222,6 +222,7 @@ ABSENT = {
     **{"mdm_loss": "bound", "lr_cycles": None},
     **{"stochastic_depth": 0.0, "causal_ratio": 0.5, "diffusion_block_size": 16},  # of other objectives
     **{"lr_wsd_decay_samples": None, "muon_momentum": 0.95, "ema_decay": None, "average_from_samples": None},
+    **{"meta_gradient_norm": None, "meta_gradient_parameters": "matrices", "meta_gradient_style": "constant"},
     **{"recipe": "published", "train_epochs": None, "train_flops": None, "fp8_recipe": None, "dry_run": False},
     **{"flash_attention": None, "compile": None, "deterministic": False, "exit_code_when_stopped": 0},
     **{"num_layers_per_virtual_pipeline_stage": None, "num_distributed_optimizer_instances": 1, "eval_seed": 1},

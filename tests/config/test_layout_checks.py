@@ -68,11 +68,31 @@ def test_a_layout_that_fits_passes(size, line):
     (2, "--num-layers 4 --pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1 --num-loops 2 "
         "--loop-layers 2-3",
      "--loop-layers 2-3: repeats blocks 2-3 of several pipeline stages, which hold the blocks 0-0, 1-1, 2-2, 3-3"),
+    (2, "--meta-gradient-norm 0.5 --pipeline-model-parallel-size 2",
+     "--meta-gradient-norm 0.5: moves weights between two halves of a step, and with --pipeline-model-parallel-size 2 "
+     "all its micro-batches are in flight at once; leave one of them out"),
+    (2, "--meta-gradient-norm 0.5 --zero-stage 2",
+     "--meta-gradient-norm 0.5: moves the gathered weights along gradients that are not reduced, and --zero-stage 2 "
+     "shards them after every micro-batch; give --zero-stage 0 or 1"),
     (3, "--num-distributed-optimizer-instances 2",
      "--num-distributed-optimizer-instances 2: does not divide the 3 data-parallel ranks"),
 ])  # fmt: skip
 def test_a_layout_that_does_not_fit_is_refused(size, line, message):
     assert refusal(check_layout, config(line), size).startswith(message)
+
+
+@pytest.mark.parametrize("size, line, remedy", [
+    (1, "--micro-batch-size 8", "has 1 on the rank; give --micro-batch-size 4"),
+    (1, "--micro-batch-size 4 --global-batch-size 12", "has 3 on the rank; give --micro-batch-size 3"),
+    (2, "--micro-batch-size 4", "has 1 on each data-parallel rank; give --micro-batch-size 2"),
+    (2, "--micro-batch-size 1 --global-batch-size 6", "has 3 on each data-parallel rank; give --global-batch-size 8"),
+])  # fmt: skip
+def test_a_meta_gradient_step_needs_two_halves(size, line, remedy):
+    line = f"{line} --meta-gradient-norm 0.5"
+    message = refusal(check_batch, config(line), size, capabilities("ar"))
+    needed = "--meta-gradient-norm 0.5: needs an even number of micro-batches, two halves, and a step "
+    assert message == needed + remedy
+    check_batch(config(f"{line} {remedy.partition('give ')[2]}"), size, capabilities("ar"))
 
 
 def test_a_pipeline_needs_enough_micro_batches():

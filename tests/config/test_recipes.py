@@ -51,6 +51,7 @@ OURS = {
     "mask_time_uniform_share", "mask_time_weighting", "mdm_loss", "lr_cycles",
     "ema_decay", "average_from_samples", "teacher", "distill_weight", "distill_temperature",
     "num_loops", "loop_layers",
+    "meta_gradient_norm", "meta_gradient_parameters", "meta_gradient_style",
     "blend_order",  # each published run reads one data set
 }  # fmt: skip
 # and the parallel layout and the trackers

@@ -102,6 +102,10 @@ def test_cycles_end_at_the_steps_nearest_to_equal_parts():
             "--optimizer muon: orthogonalises whole matrices, and DeepSpeed's ZeRO updates flat pieces of them; leave",
         ),
         (
+            "--train-samples 9 --meta-gradient-norm 0.5 --deepspeed",
+            "--meta-gradient-norm 0.5: moves whole weights along whole gradients, which DeepSpeed keeps in flat pieces",
+        ),
+        (
             "--train-samples 9 --ema-decay 0.9 --deepspeed",
             "--ema-decay 0.9: averages the fp32 weights, which DeepSpeed",
         ),

@@ -21,6 +21,7 @@ from megatron.objectives.base import EvaluationNoise
 from megatron.objectives.input_noise import build_input_noise
 from megatron.objectives.registry import OBJECTIVES, build_objective, capabilities, document_rules
 from megatron.parallel.mesh import ParallelContext
+from megatron.parallel.meta_gradient import MetaGradient
 from megatron.parallel.teachers import build_teacher
 from megatron.training.build_engine import start_engine
 from megatron.training.command_line import parse
@@ -66,6 +67,7 @@ OPTIONS = [f"--objective {name}" for name in OBJECTIVES] + [
     "--weight-decay-parameters hidden",
     "--weight-decay-incr-style linear --start-weight-decay 0 --end-weight-decay 1",
     "--lr-decay-style cyclic --lr-cycles 2",
+    "--meta-gradient-norm 0.5",
     "--ema-decay 0.99",
     "--average-from-samples 8",
     "--teacher RUN",
@@ -104,7 +106,7 @@ def _step(config: Config, objective, plan, ranks: ParallelContext) -> None:
     for start in (0, 4):
         sample_indices = np.arange(start, start + 4)
         batches += noise(objective.prepare(ids[sample_indices], sample_indices, 1), sample_indices, 1)
-    rates = {"learning_rate": 1e-3, "weight_decay": 0.1}
+    rates = {"learning_rate": 1e-3, "weight_decay": 0.1, "meta_gradient": MetaGradient.at(config.optimizer, 1e-3)}
     result = train_step(engine, optimizer, batches, **rates, clip_grad=1.0)
     assert torch.isfinite(result.loss) and result.grad_norm > 0, "the step is not finite"
     engine.eval()

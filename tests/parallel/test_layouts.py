@@ -108,6 +108,9 @@ CASES = (
         "mdm-distilled": Case(
             "mdm", micro_batch=2, samples=5, model=MODEL | TERMS, teachers=(MODEL, {"hidden_size": 24} | UNTIED)
         ),
+        "mdm-muon-meta": Case(
+            "mdm", micro_batch=2, model=MODEL, optimizer={"optimizer": "muon", "meta_gradient_norm": 0.5}
+        ),
         "ar-deep-untied": Case("ar", micro_batch=2, model=MODEL | UNTIED | {"num_layers": 4}),
         # in a pipeline each loop is inside one stage: the first of two, the second of two, the third of four
         "mdm-loops": Case("mdm", {"stochastic_depth": 0.5}, micro_batch=2, model=looped("0-1", 3)),
@@ -157,6 +160,7 @@ DISTILLED = [layout for layout in GRID if layout.pipeline == 1]
 DISTILLED += [Layout(2, 1, 1, {"zero_stage": stage}) for stage in (0, 2, 3)]
 DISTILLED += [Layout(1, 2, 1, {"recompute_granularity": "full"})]
 CHECKS += [(layout, name) for layout in DISTILLED for name in ("ar-distilled", "mdm-distilled")]
+CHECKS += [(Layout(1, 2, 1), "mdm-muon-meta")]  # data-parallel ranks move their weights differently
 
 CURVES = [
     (layout, name)

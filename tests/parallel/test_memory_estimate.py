@@ -55,6 +55,7 @@ CASES = [
     Case(f"{SHORT} --zero-stage 3", 2, num_teachers=2),
     Case(f"{SMALL} {LOOPS} {FULL}"),
     *(Case(f"{SHORT} {LOOPS} --zero-stage {stage}", 2) for stage in (1, 3)),
+    *(Case(f"{SHORT} --meta-gradient-norm 0.5", processes, 2) for processes in (1, 2)),
 ]
 MODELS = [
     {},

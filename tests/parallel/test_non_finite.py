@@ -25,11 +25,14 @@ from tests.steps import GLOBAL_BATCH, Case, batches_of_step, build, patched
 FINITE_STEPS, STEPS = 2, 4  # the third step is not finite, the fourth would be
 FAULTS = ("loss", "gradient")
 MUON = {"optimizer": "muon"}
-ONE_RANK = {"adamw": {}, "muon": MUON}
+META = {"meta_gradient_norm": 0.5}
+ONE_RANK = {"adamw": {}, "muon": MUON, "meta": META}
 TWO_RANKS = {
     "dp2": (Layout(2, 1, 1), {}),
     "dp2-zero3": (Layout(2, 1, 1, {"zero_stage": 3}), {}),
     "tp2": (Layout(1, 2, 1), {}),
+    "dp2-meta": (Layout(2, 1, 1), META),
+    "tp2-meta": (Layout(1, 2, 1), META),
     "pp2": (Layout(1, 1, 2), {}),
     "pp2-muon": (Layout(1, 1, 2), MUON),
 }
@@ -80,7 +83,7 @@ def fsdp(ranks: ParallelContext, layout: Layout, optimizer_settings: dict) -> Jo
 
     def step(index: int):
         reseed(7, index, engine.ranks)
-        rates = {"learning_rate": 0.1, "weight_decay": 0.5, "clip_grad": 1.0}
+        rates = {"learning_rate": 0.1, "weight_decay": 0.5, "clip_grad": 1.0, "meta_gradient": case.meta_gradient}
         batches = batches_of_step(data, index)
         with NoHostSynchronisation() if index else nullcontext():  # a pipeline's first step sets up its connections
             result = train_step(engine, optimizer, batches, **rates)

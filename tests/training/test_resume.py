@@ -15,6 +15,7 @@ VARIANTS = {
         "ar",
         [
             *("--token-dropout-max", "0.5", "--mlp-dropout", "0.2", "--hidden-dropout", "0.1"),
+            *("--meta-gradient-norm", "0.1", "--meta-gradient-style", "lr"),
             *("--weight-decay-incr-style", "linear", "--start-weight-decay", "0", "--end-weight-decay", "0.93"),
         ],
     ),

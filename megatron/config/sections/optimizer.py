@@ -64,6 +64,25 @@ class OptimizerConfig(Section):
     adam_eps: float = flag(1e-8, "epsilon of AdamW", metavar="EPS", within="(0, inf)")
     muon_momentum: float = flag(0.95, "Nesterov momentum of Muon", within="[0, 1)", needs="optimizer muon")
     clip_grad: float = flag(1.0, "clip gradients to this global norm; 0 disables clipping", within="[0, inf)")
+    meta_gradient_norm: float | None = flag(
+        None,
+        "compute the gradients of the second half of a rank's micro-batches after a trial move of L2 norm ETA against "
+        "those of the first half",
+        metavar="ETA",
+        within="(0, inf)",
+    )
+    meta_gradient_parameters: str = flag(
+        "matrices",
+        "parameters of the trial move; matrices: those of the blocks; mlp: those of their MLPs",
+        choices=("matrices", "mlp"),
+        needs="meta_gradient_norm",
+    )
+    meta_gradient_style: str = flag(
+        "constant",
+        "norm of the trial move; constant: ETA; lr: ETA times the learning rate's share of its peak",
+        choices=("constant", "lr"),
+        needs="meta_gradient_norm",
+    )
     ema_decay: float | None = flag(
         None,
         "also evaluate an exponential moving average (EMA) of the weights, with decay D a step",
