@@ -24,7 +24,9 @@ FP32 = 4  # bytes
 # as in megatron/model/linear_cross_entropy.py: positions per chunk of logits, and elements in fp32 at a time
 HEAD_POSITIONS = {"cpu": 256, "cuda": 9216}
 HEAD_ELEMENTS = {"cpu": 800_000}
-SOFT_POSITIONS = {"cpu": 256, "cuda": 1024}  # of a slice, as in megatron/model/distillation.py
+# as in megatron/model/distillation.py: positions of a slice of teacher logits, and elements in fp32 at a time
+SOFT_POSITIONS = {"cpu": 256, "cuda": 1024}
+SOFT_ELEMENTS = {"cpu": 50_000}
 HEAD_IN_PLACE = {"cuda"}  # kernels need no fp32 copy of logits
 ACTIVE_CHUNKS = 3  # whole stages that torch's interleaved 1F1B lets a rank hold
 
@@ -286,8 +288,10 @@ class RankSizes:
             return 0
         states = self.size * self.tokens * sum(teacher.hidden_size for teacher in self.teachers)
         gradient = self.size * HEAD_POSITIONS[self.device] * self.vocabulary_shard
-        probabilities = (4 * FP32 + self.size) * SOFT_POSITIONS[self.device] * self.vocabulary_shard
-        return states + gradient + probabilities
+        count, slice_logits = len(self.teachers), SOFT_POSITIONS[self.device] * self.vocabulary_shard
+        fits = SOFT_ELEMENTS.get(self.device, slice_logits) if self.tp_size == 1 else slice_logits
+        probabilities = FP32 * (2 + 2 * count) * min(fits, slice_logits)
+        return states + gradient + self.size * count * slice_logits + probabilities
 
     # ------------------------------------------------------------------ between stages
 
