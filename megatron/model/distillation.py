@@ -8,7 +8,7 @@ temperature T; the mean of probabilities is the ensemble of `tools/ensemble.py`.
 the whole vocabulary for a chunk of positions at a time.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -19,7 +19,8 @@ from torch import Tensor
 from megatron.batch import Batch
 from megatron.model.head_shard import WholeHead
 
-SLICE_ROWS = {"cpu": 256, "cuda": 1024}  # positions whose probabilities, in fp32, exist at a time, by device type
+SLICE_ROWS = {"cpu": 256, "cuda": 1024}  # positions whose teacher logits exist at a time, by device type
+CACHED_NUMBERS = 50_000  # elements of logits whose probabilities a CPU computes at a time, in fp32
 
 
 class TeacherStates(NamedTuple):
@@ -52,21 +53,21 @@ class SoftTargets(NamedTuple):
         logits [R, V] are the student's; weights fp32 [R]; the gradient has the shape and dtype of the logits.
         """
         num_ids = min(logits.shape[1], max(0, vocab_size - shard.start))
-        softmax = {"temperature": self.temperature, "num_ids": num_ids, "shard": shard}
         scales = self.weight * self.temperature * weights
         total = torch.zeros((), device=logits.device)
         gradient = torch.zeros_like(logits)
         size = SLICE_ROWS[logits.device.type]
         for start in range(0, len(logits), size):
             rows = slice(start, start + size)
-            log_student = _log_softmax(logits[rows], **softmax)
-            teacher = torch.zeros_like(log_student)
-            for hidden, head in self.teachers:
-                teacher += _log_softmax(hidden[rows] @ head.T, **softmax).exp_()
-            teacher /= len(self.teachers)
-            divergence = shard.total((torch.xlogy(teacher, teacher) - teacher * log_student).sum(1))
-            total += self.temperature * (scales[rows] * divergence).sum()
-            gradient[rows, :num_ids] = log_student.exp_().sub_(teacher).mul_(scales[rows, None])
+            teacher_logits = [hidden[rows] @ head.T for hidden, head in self.teachers]
+            matrices = (logits[rows], gradient[rows], scales[rows], *teacher_logits)
+            for student, slice_gradient, scale, *teachers in _cached_slices(*matrices, split=shard.whole):
+                softmax = {"temperature": self.temperature, "num_ids": num_ids, "shard": shard}
+                log_student, probabilities = _softmax(student, **softmax)
+                mean = torch.stack([_softmax(teacher, **softmax)[1] for teacher in teachers]).mean(0)
+                divergence = shard.total((torch.xlogy(mean, mean) - mean * log_student).sum(1))
+                total += self.temperature * (scale * divergence).sum()
+                slice_gradient[:, :num_ids] = probabilities.sub_(mean).mul_(scale[:, None])
         return total, gradient
 
 
@@ -85,9 +86,18 @@ class Distillation:
         return SoftTargets(tuple(teacher(batch) for teacher in self.teachers), self.weight, self.temperature)
 
 
-def _log_softmax(logits: Tensor, *, temperature: float, num_ids: int, shard: WholeHead) -> Tensor:
-    """Return log softmax(logits / temperature), fp32 [R, num_ids], of the first `num_ids` vocabulary rows."""
-    scaled = logits[:, :num_ids].float() / temperature
-    lowest = scaled.new_full((len(scaled), 1), float("-inf"))  # of a shard without ids
-    scaled -= shard.highest(scaled.amax(1, keepdim=True) if num_ids else lowest)
-    return scaled.sub_(shard.total(scaled.exp().sum(1, keepdim=True)).log())
+def _cached_slices(matrix: Tensor, *tensors: Tensor, split: bool) -> Iterator[tuple[Tensor, ...]]:
+    """Yield matching slices along dim 0: one, or with `split` on a CPU as many as fit its cache."""
+    split = split and matrix.device.type == "cpu"
+    size = max(1, CACHED_NUMBERS // matrix.shape[1]) if split else len(matrix)
+    return zip(*(tensor.split(size) for tensor in (matrix, *tensors)), strict=True)
+
+
+def _softmax(logits: Tensor, *, temperature: float, num_ids: int, shard: WholeHead) -> tuple[Tensor, Tensor]:
+    """Return log softmax and softmax of logits / temperature, fp32 [R, num_ids], of the first `num_ids` rows."""
+    log_probabilities = logits[:, :num_ids].float() / temperature
+    lowest = logits.new_full((len(logits), 1), float("-inf"), dtype=torch.float32)  # of a shard without ids
+    log_probabilities -= shard.highest(log_probabilities.amax(1, keepdim=True) if num_ids else lowest)
+    exps = log_probabilities.exp()
+    sum_exp = shard.total(exps.sum(1, keepdim=True))
+    return log_probabilities.sub_(sum_exp.log()), exps.div_(sum_exp)

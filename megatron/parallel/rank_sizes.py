@@ -24,7 +24,9 @@ FP32 = 4  # bytes
 # as in megatron/model/linear_cross_entropy.py: positions per chunk of logits, and elements in fp32 at a time
 HEAD_POSITIONS = {"cpu": 256, "cuda": 9216}
 HEAD_ELEMENTS = {"cpu": 800_000}
-SOFT_POSITIONS = {"cpu": 256, "cuda": 1024}  # of a slice, as in megatron/model/distillation.py
+# as in megatron/model/distillation.py: positions of a slice of teacher logits, and elements in fp32 at a time
+SOFT_POSITIONS = {"cpu": 256, "cuda": 1024}
+SOFT_ELEMENTS = {"cpu": 50_000}
 HEAD_IN_PLACE = {"cuda"}  # kernels need no fp32 copy of logits
 ACTIVE_CHUNKS = 3  # whole stages that torch's interleaved 1F1B lets a rank hold
 
@@ -291,19 +293,26 @@ class RankSizes:
         fp32_elements = HEAD_ELEMENTS.get(self.device, logits + weight) if self.tp_size == 1 else logits + weight
         needs_copy = self.size != FP32 and self.device not in HEAD_IN_PLACE
         fp32_logits = FP32 * min(logits, fp32_elements) if needs_copy else 0
-        forward = fp32_logits + self.size * (logits + weight + 2 * positions * width) + FP32 * weight + 2 * self.hidden
+        forward = (
+            max(fp32_logits, self._soft_slice())
+            + self.size * (logits + weight + 2 * positions * width)
+            + FP32 * weight
+            + 2 * self.hidden
+        )
         scaled = FP32 * max(min(weight, fp32_elements), self.tokens * width)
         backward = scaled + (FP32 + self.size) * weight + self.hidden
-        return max(forward + self._soft_targets(), backward)
+        if self.teachers:  # their hidden states, and the gradient of the divergence
+            forward += self.size * (self.tokens * sum(teacher.hidden_size for teacher in self.teachers) + logits)
+        return max(forward, backward)
 
-    def _soft_targets(self) -> int:
-        """Return the workspace of the divergence from the teachers: their hidden states, a gradient and a slice."""
+    def _soft_slice(self) -> int:
+        """Return the workspace of the divergence from the teachers in a slice, before the fp32 copy of logits."""
         if not self.teachers:
             return 0
-        states = self.size * self.tokens * sum(teacher.hidden_size for teacher in self.teachers)
-        gradient = self.size * HEAD_POSITIONS[self.device] * self.vocabulary_shard
-        probabilities = (4 * FP32 + self.size) * SOFT_POSITIONS[self.device] * self.vocabulary_shard
-        return states + gradient + probabilities
+        count, slice_logits = len(self.teachers), SOFT_POSITIONS[self.device] * self.vocabulary_shard
+        fits = SOFT_ELEMENTS.get(self.device, slice_logits) if self.tp_size == 1 else slice_logits
+        probabilities = FP32 * (2 + 2 * count) * min(fits, slice_logits)
+        return self.size * count * slice_logits + probabilities
 
     # ------------------------------------------------------------------ between stages
 
