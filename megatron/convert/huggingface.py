@@ -98,7 +98,8 @@ def hugging_face_config(
 ) -> "PreTrainedConfig":
     """Return the transformers configuration of the model.
 
-    Loops are unrolled: each use of a block is a layer. `tokens` are further fields: bos_token_id, eos_token_id, pad_token_id (default None), mask_token_id.
+    Loops are unrolled: each use of a block is a layer. `tokens` are further fields: bos_token_id, eos_token_id,
+    pad_token_id (default None), mask_token_id.
 
     Raises: ConfigurationError as `family_of` does.
     """

@@ -60,8 +60,8 @@ class RankSizes:
     """The sizes of one rank of a layout, in bytes unless a name or a comment says otherwise.
 
     `num_done` uses of blocks in a chunk, counted from its end, have finished their backward pass; without loops every
-    block has one use. `accumulated`: gradients of earlier micro-batches of the step exist already. A `chunk` is a virtual
-    pipeline stage; with loops every chunk of the rank counts as the one with the most uses.
+    block has one use. `accumulated`: gradients of earlier micro-batches of the step exist already. A `chunk` is a
+    virtual pipeline stage; with loops every chunk of the rank counts as the one with the most uses.
     """
 
     def __init__(
@@ -87,8 +87,8 @@ class RankSizes:
         self.is_first = stage == 0
         self.is_last = stage == self.num_stages - 1
         self.num_chunks = parallel.chunks(model.num_layers)
-        total_stages = self.num_stages * self.num_chunks
-        chunks = [layers_of(index, total_stages, model.num_layers) for index in range(stage, total_stages, self.num_stages)]
+        count = self.num_stages * self.num_chunks
+        chunks = [layers_of(index, count, model.num_layers) for index in range(stage, count, self.num_stages)]
         self.num_layers = len(chunks[0])  # of one chunk
         uses = [[layer - chunk.start for layer in model.schedule if layer in chunk] for chunk in chunks]
         self.uses = max(uses, key=len)  # the block of every use, in the order of computation
