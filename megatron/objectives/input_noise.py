@@ -27,8 +27,8 @@ class InputNoise:
         return [batch, self.second_pass(batch, sample_indices, seed)] if self.second_pass else [batch]
 
 
-def build_input_noise(config: ObjectiveConfig, vocabulary: Vocabulary, depth: int) -> InputNoise:
-    """Return the noise that `config` sets, for a model whose hidden states pass through `depth` blocks."""
+def build_input_noise(config: ObjectiveConfig, vocabulary: Vocabulary, num_layers: int) -> InputNoise:
+    """Return the noise that `config` sets, for a model of `num_layers` blocks, each use in a loop counted."""
     noise = []
     if config.random_replacement:
         noise.append(RandomReplacement(vocabulary.size, config.random_replacement))
@@ -37,7 +37,7 @@ def build_input_noise(config: ObjectiveConfig, vocabulary: Vocabulary, depth: in
     if config.randmask_ratio:
         noise.append(RowMasking(config.randmask_ratio))
     if config.stochastic_depth:
-        noise.append(StochasticDepth(depth, config.stochastic_depth))
+        noise.append(StochasticDepth(num_layers, config.stochastic_depth))
     second_pass = None
     if config.masked_input_weight:
         second_pass = MaskedInput(

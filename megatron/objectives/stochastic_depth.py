@@ -16,13 +16,13 @@ class StochasticDepth:
     The draw is keyed by the sample index, as ranks that share a sequence must skip the same blocks.
     """
 
-    depth: int  # L, with each use of a block in a loop counted
+    num_layers: int  # L, each use in a loop counted
     ratio: float
 
     def __call__(self, batch: Batch, sample_indices: np.ndarray, seed: int) -> Batch:
         """Return the batch with `residual_scales` [B, L] for the sequences at the `sample_indices` [B]."""
-        keep_prob = 1 - self.ratio * np.arange(1, self.depth + 1) / self.depth  # [L]
+        keep_prob = 1 - self.ratio * np.arange(1, self.num_layers + 1) / self.num_layers  # [L]
         generators = [stream(seed, "stochastic depth", int(index)) for index in sample_indices]
-        draws = np.stack([generator.random(self.depth) for generator in generators])  # [B, L]
+        draws = np.stack([generator.random(self.num_layers) for generator in generators])  # [B, L]
         scales = np.where(draws < keep_prob, 1 / keep_prob, 0)
         return replace(batch, residual_scales=torch.from_numpy(scales.astype(np.float32)))

@@ -92,10 +92,8 @@ class RankSizes:
         self.is_first = stage == 0
         self.is_last = stage == self.num_stages - 1
         self.num_chunks = parallel.chunks(model.num_layers)
-        total_stages = self.num_stages * self.num_chunks
-        chunks = [
-            layers_of(index, total_stages, model.num_layers) for index in range(stage, total_stages, self.num_stages)
-        ]
+        count = self.num_stages * self.num_chunks
+        chunks = [layers_of(index, count, model.num_layers) for index in range(stage, count, self.num_stages)]
         self.num_layers = len(chunks[0])  # of one chunk
         uses = [[layer - chunk.start for layer in model.schedule if layer in chunk] for chunk in chunks]
         self.uses = max(uses, key=len)  # the block of every use, in the order of computation

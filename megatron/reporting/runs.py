@@ -84,6 +84,9 @@ class Run:
         settings = self.config["model"] | self.config["objective"]
         # .get: the config.json of an older run may lack newer flags
         names = [text.format(settings[name]) for name, text in REGULARISERS.items() if settings.get(name)]
+        if settings.get("num_loops", 1) > 1:
+            blocks = f"blocks {settings['loop_layers']}" if settings["loop_layers"] else "all blocks"
+            names.append(f"{settings['num_loops']} loops of {blocks}")
         optimizer = self.config["optimizer"]
         decay = optimizer["weight_decay"]
         if optimizer.get("weight_decay_incr_style", "constant") != "constant":
