@@ -171,7 +171,8 @@ def test_one_rank_remains_at_the_last_good_step(name, fault):
     with joined() as ranks:
         result = outcome(fsdp(ranks, Layout(), ONE_RANK[name]), fault)
     check_later_steps_are_skipped(result)
-    assert np.isfinite(result.losses).tolist() == [True, True, fault != "loss", True]
+    is_finite = fault == "gradient" and name != "meta"  # after a trial move along NaN gradients the loss is NaN
+    assert np.isfinite(result.losses).tolist() == [True, True, is_finite, True]
     assert result.states[-1]["steps"].tolist() == [FINITE_STEPS] * len(result.states[-1]["steps"])
 
 
