@@ -90,8 +90,8 @@ def compare(options: Namespace) -> int:
     """Print every point next to the baseline."""
     baseline = {}
     for setting in options.baseline:
-        name, _, value = setting.partition("=")
-        if not value:
+        name, equals, value = setting.partition("=")
+        if not equals:
             raise ConfigurationError(f"--baseline {setting}: is not COLUMN=VALUE; give --baseline variant=NAME")
         baseline[name] = value
     path = options.table

@@ -3,10 +3,12 @@
 1. The best step of a run is that of its lowest loss on the tuning set; its loss there on the validation set is
    reported.
 2. A point is compared with the baseline point that has the same values of all other columns: same seed, same samples.
-3. The difference is the mean over the shared seeds, with the standard error of that mean over seeds. It contains
-   neither the sampling of documents nor, for masked diffusion, that of masks, which are the same for both.
+3. The difference is the mean over the shared seeds, with the standard error of that mean over seeds; without a shared
+   seed it is the difference of the means, with the root of the sum of their squared errors. Neither contains the
+   sampling of documents nor, for masked diffusion, that of masks, which are the same for both.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -40,23 +42,37 @@ class Comparison:
 
     names: dict[str, str]  # variant and axes
     runs: dict[str, Best]  # by seed
-    differences: list[float]  # nats per token, this point minus the baseline, of each seed that both have
+    baseline: dict[str, Best]  # the runs of the baseline; none for the baseline itself
 
     def cells(self) -> list[str]:
         """Return the point as the cells of a table."""
         losses = [run.loss for run in self.runs.values()]
         epoch = fmean(run.epoch for run in self.runs.values())
         cells = [*self.names.values(), f"{fmean(losses):.4f}", _error(losses), f"{epoch:.1f}", str(len(losses))]
-        if not self.differences:
-            return [*cells, "-", "-", "-"]
-        lower = sum(difference < 0 for difference in self.differences)
-        mean = fmean(self.differences)
-        return [*cells, f"{mean:+.4f}", _error(self.differences), f"{lower} of {len(self.differences)}"]
+        return [*cells, *self._difference()]
+
+    def _difference(self) -> list[str]:
+        """Return the difference to the baseline, its standard error, and for how many seeds it is negative, as text."""
+        if not self.baseline:
+            return ["-", "-", "-"]
+        paired = [run.loss - self.baseline[seed].loss for seed, run in self.runs.items() if seed in self.baseline]
+        if paired:
+            lower = sum(difference < 0 for difference in paired)
+            return [f"{fmean(paired):+.4f}", _error(paired), f"{lower} of {len(paired)}"]
+        sides = [[run.loss for run in runs.values()] for runs in (self.runs, self.baseline)]
+        difference = fmean(sides[0]) - fmean(sides[1])
+        if min(map(len, sides)) == 1:
+            return [f"{difference:+.4f}", "-", "unpaired"]
+        return [f"{difference:+.4f}", f"{math.hypot(*map(_standard_error, sides)):.4f}", "unpaired"]
 
 
 def _error(values: Sequence[float]) -> str:
     """Return the standard error of a mean as text; - where there is one value."""
-    return f"{stdev(values) / len(values) ** 0.5:.4f}" if len(values) > 1 else "-"
+    return f"{_standard_error(values):.4f}" if len(values) > 1 else "-"
+
+
+def _standard_error(values: Sequence[float]) -> float:
+    return stdev(values) / len(values) ** 0.5
 
 
 def read_table(path: Path) -> list[dict[str, str]]:
@@ -108,10 +124,8 @@ def compare(
     comparisons = []
     for key, runs in best.items():
         names = dict(zip(columns, key, strict=True))
-        base = best.get(tuple((names | baseline).values()), {})
-        is_baseline = names | baseline == names
-        differences = [] if is_baseline else [run.loss - base[seed].loss for seed, run in runs.items() if seed in base]
-        comparisons.append(Comparison(names, runs, differences))
+        base = tuple((names | baseline).values())
+        comparisons.append(Comparison(names, runs, {} if base == key else best.get(base, {})))
     return comparisons
 
 
@@ -120,7 +134,7 @@ def markdown(comparisons: Sequence[Comparison]) -> str:
     names = [name for name in comparisons[0].names if len({entry.names[name] for entry in comparisons}) > 1]
     lines = [[*names, *HEADER]]
     for entry in comparisons:
-        lines.append(Comparison({name: entry.names[name] for name in names}, entry.runs, entry.differences).cells())
+        lines.append(Comparison({name: entry.names[name] for name in names}, entry.runs, entry.baseline).cells())
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     text = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |" for line in lines]
     separator = "|" + "|".join("-" * (width + 2) for width in widths) + "|"

@@ -129,5 +129,7 @@ def test_imported_tools_install_no_handlers():
 
 
 def test_all_tools_with_handlers_are_tested():
-    installing = [path.name for path in sorted(Path(ROOT / "tools").glob("*.py")) if "raise_in_tool" in path.read_text()]
+    installing = [
+        path.name for path in sorted(Path(ROOT / "tools").glob("*.py")) if "raise_in_tool" in path.read_text()
+    ]
     assert installing == sorted(TOOLS)

@@ -66,7 +66,7 @@ def test_differences_are_paired_by_seed_at_the_best_step_on_the_tuning_set(table
         variant, loops = divmod(index, 2)
         assert [run.loss for run in entry.runs.values()] == reported[variant, loops].tolist()
         expected = reported[variant, 1] - reported[variant, 0]
-        assert entry.differences == (expected.tolist() if loops else [])
+        assert bool(entry.baseline) == bool(loops)
         cells = entry.cells()[len(entry.names) :]
         assert cells[0] == f"{reported[variant, loops].mean():.4f}" and cells[3] == "3"
         assert cells[1] == f"{reported[variant, loops].std(ddof=1) / np.sqrt(3):.4f}"
@@ -82,7 +82,18 @@ def test_only_shared_seeds_are_paired(tmp_path, losses):
     lines = [line for line in path.read_text().splitlines() if ",inf," not in line]
     path.write_text("\n".join(lines) + "\n")
     baseline, other, *_ = compare(read_table(path), {"num-loops": "1"}, **SETS)
-    assert list(baseline.runs) == ["1", "2"] and len(other.runs) == 3 and len(other.differences) == 2
+    assert list(baseline.runs) == ["1", "2"] and len(other.runs) == 3 and other.cells()[-1].endswith("of 2")
+
+
+def test_without_a_shared_seed_means_are_compared(tmp_path, losses):
+    path = write(tmp_path / "results.csv", losses[:1, :, :, :1])
+    rows = read_table(path)
+    for row in rows:
+        row["seed"] = row["seed"] + ("0" if row["num-loops"] == "2" else "")
+    _, other = compare(rows, {"num-loops": "1"}, **SETS)
+    first, second = losses[0, :, :, 0, 1]
+    errors = [side.std(ddof=1) / np.sqrt(3) for side in (first, second)]
+    assert other.cells()[-3:] == [f"{second.mean() - first.mean():+.4f}", f"{np.hypot(*errors):.4f}", "unpaired"]
 
 
 def test_the_command_prints_a_markdown_table(table):
