@@ -1,5 +1,6 @@
 """The tables of results that are computed from committed records: the documented command prints them."""
 
+import argparse
 import re
 import shlex
 from pathlib import Path
@@ -18,11 +19,13 @@ TABLES = re.findall(
 @pytest.mark.parametrize("arguments, printed", TABLES, ids=[arguments.split()[0] for arguments, _ in TABLES])
 def test_a_table_follows_from_its_records(arguments, printed):
     path, *words = shlex.split(arguments)
-    flags = {word: words[index + 1] for index, word in enumerate(words) if word.startswith("--")}
-    baseline = dict([flags.pop("--baseline").split("=")])
-    sets = {"tuning": "tuning", "validation": "validation"}
-    more = {name.removeprefix("--"): value for name, value in flags.items()}
-    assert markdown(compare(read_table(ROOT / path), baseline, **{**sets, **more})) == printed.strip()
+    options = argparse.ArgumentParser()
+    options.add_argument("--baseline", nargs="+")
+    options.add_argument("--variants", default="*")
+    options = options.parse_args(words)
+    baseline = dict(setting.split("=") for setting in options.baseline)
+    settings = {"tuning": "tuning", "validation": "validation", "variants": options.variants}
+    assert markdown(compare(read_table(ROOT / path), baseline, **settings)) == printed.strip()
 
 
 def test_every_record_has_a_table():

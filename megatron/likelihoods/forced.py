@@ -21,9 +21,9 @@ class ForcedFilling(Filling):
         model: Transformer,
         texts: Tensor,
         masked: Tensor,
+        *,
         keys: list[tuple[int, int]],
         sampling: Sampling,
-        *,
         offset: int = 0,
     ):
         mask_id = model.vocabulary.mask_id
@@ -52,9 +52,9 @@ def policy_nll(
     model: Transformer,
     texts: Tensor,
     masked: Tensor,
+    *,
     keys: list[tuple[int, int]],
     sampling: Sampling,
-    *,
     offset: int = 0,
 ) -> Tensor:
     """Return the NLL of each masked token of texts [B, S], fp32 [B, S], 0 at the others.
@@ -62,6 +62,6 @@ def policy_nll(
     `masked` [B, S] has the same number of True in every row. The order, steps and blocks of `sampling` are the policy;
     its seed and the `keys` of the texts decide a random order. The output at position j predicts token j + `offset`.
     """
-    filling = ForcedFilling(model, texts, masked, keys, sampling, offset=offset)
+    filling = ForcedFilling(model, texts, masked, keys=keys, sampling=sampling, offset=offset)
     filling.run()
     return torch.zeros(texts.shape, device=filling.device).scatter_(1, filling.positions, filling.nll)

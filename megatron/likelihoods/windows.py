@@ -78,7 +78,8 @@ class PolicyEngine:
         if real.any():
             keys = [(_key(text), index) for text in batch.tokens[real].numpy()]
             masked = predicting[real].roll(self.offset, 1)
-            tokens = policy_nll(self.model, batch.tokens[real], masked, keys, self.sampling, offset=self.offset)
+            policy = {"keys": keys, "sampling": self.sampling, "offset": self.offset}
+            tokens = policy_nll(self.model, batch.tokens[real], masked, **policy)
             nll[real.to(nll.device)] = tokens.roll(-self.offset, 1)
         return nll
 

@@ -92,11 +92,7 @@ class RankSizes:
         self.is_first = stage == 0
         self.is_last = stage == self.num_stages - 1
         self.num_chunks = parallel.chunks(model.num_layers)
-        count = self.num_stages * self.num_chunks
-        chunks = [layers_of(index, count, model.num_layers) for index in range(stage, count, self.num_stages)]
-        self.num_layers = len(chunks[0])  # of one chunk
-        uses = [[layer - chunk.start for layer in model.schedule if layer in chunk] for chunk in chunks]
-        self.uses = max(uses, key=len)  # the block of every use, in the order of computation
+        self.num_layers, self.uses = self._chunk()
         data_size = parallel.data_size(world_size)
         self.micro_batches = training.global_batch_size // (training.micro_batch_size * data_size)
 
@@ -130,6 +126,14 @@ class RankSizes:
         shards = num_shards if parallel.fsdp_stage == 3 else 1
         self.teacher_weights = self.size * sum(self._teacher_elements(teacher, shards) for teacher in teachers)
         self.saved_per_use = [self._saved_by_layer(layer) for layer in self.uses]
+
+    def _chunk(self) -> tuple[int, list[int]]:
+        """Return the layers of a chunk, and the block of every use, in the order of computation."""
+        count, schedule = self.num_stages * self.num_chunks, self.model.schedule
+        indices = range(self.stage, count, self.num_stages)
+        chunks = [layers_of(index, count, self.model.num_layers) for index in indices]
+        uses = [[layer - chunk.start for layer in schedule if layer in chunk] for chunk in chunks]
+        return len(chunks[0]), max(uses, key=len)
 
     def _root_shapes(self) -> list[tuple[int, ...]]:
         """Return the shapes of the parameters outside blocks; tied weights exist at both ends of a pipeline."""

@@ -4,13 +4,12 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-import torch
-
 from megatron.config.flags import require
 from megatron.data.blend import ValidationBlend
 from megatron.errors import ConfigurationError
 from megatron.generation.sampling import Sampling
 from megatron.likelihoods.windows import MixtureEngine, PolicyEngine, WholeWindows, with_steps
+from megatron.model.transformer import Transformer
 from megatron.objectives.base import Likelihood
 from megatron.objectives.documents import ByDocument
 from megatron.objectives.masked_diffusion import MaskedDiffusion
@@ -39,7 +38,7 @@ class Policies:
 class ModelEngine:
     """A whole model on this rank as an `EvaluationEngine`."""
 
-    model: torch.nn.Module
+    model: Transformer
     ranks: ParallelContext
 
     def nll(self, batch):
@@ -57,7 +56,7 @@ class ModelEngine:
         """Do nothing: the model is whole on every rank."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Row:
     """One evaluation: its names, one for each result, and how to run it."""
 
@@ -65,7 +64,7 @@ class _Row:
     kinds: tuple[str, ...]  # exact, upper or lower: how the result bounds the NLL that it is named after
     likelihood: Likelihood
     engine: EvaluationEngine
-    replicates: int
+    replicates: int = 1
     passes: int  # forward passes of a window
 
 
@@ -110,7 +109,14 @@ def _rows(
             ("exact", f"{likelihood.name}, exact") if likelihood.exact else ("upper", f"{likelihood.name}, bound")
         )
         replicates = 1 if likelihood.exact else num_mc
-        yield _Row((name,), (kind,), likelihood, engine, replicates, replicates)
+        yield _Row(
+            names=(name,),
+            kinds=(kind,),
+            likelihood=likelihood,
+            engine=engine,
+            replicates=replicates,
+            passes=replicates,
+        )
         if isinstance(likelihood, MaskedDiffusion):
             has_masks = True
             yield from _policy_rows(trained, likelihood, policies, engine)
@@ -139,13 +145,15 @@ def _policy_rows(trained: Trained, masked: MaskedDiffusion, policies: Policies, 
     for order in DEFAULT_ORDERS if policies.orders is None else policies.orders:
         sampling = with_steps(Sampling(order=order, block_length=block), policies.tokens_per_step, size)
         policy = PolicyEngine(*parts, sampling, offset=whole.target_offset)
-        yield _Row((f"chain, {order}",), ("exact",), whole, policy, 1, sampling.steps or 0)
+        passes = sampling.steps or 0
+        yield _Row(names=(f"chain, {order}",), kinds=("exact",), likelihood=whole, engine=policy, passes=passes)
     count = DEFAULT_NUM_ORDERS if policies.num_orders is None else policies.num_orders
     if count:
         sampling = Sampling(order="random", seed=trained.config.validation.eval_seed)
         mixture = MixtureEngine(*parts, sampling, offset=whole.target_offset, orders=count)
         names = (f"mean over {count} orders", f"iwae, {count // 2} orders", f"iwae, {count} orders", "tangent bound")
-        yield _Row(names, ("upper", "upper", "upper", "lower"), whole, mixture, 1, count * size)
+        kinds = ("upper", "upper", "upper", "lower")
+        yield _Row(names=names, kinds=kinds, likelihood=whole, engine=mixture, passes=count * size)
 
 
 def _limited(data: ValidationSet, windows: int) -> ValidationSet:

@@ -23,6 +23,7 @@ from megatron.objectives.input_noise import build_input_noise
 from megatron.objectives.registry import build_objective
 from megatron.parallel.engine import Engine
 from megatron.parallel.mesh import ParallelContext
+from megatron.parallel.meta_gradient import MetaGradient
 from megatron.training.build_engine import start_engine
 from megatron.training.environment import choose_precision
 from megatron.training.microbatches import MicroBatches
@@ -102,8 +103,15 @@ def changes(
     for step in range(steps):
         batches = [batch for index in range(data.per_step) for batch in data[step * data.per_step + index]]
         reseed(training.seed, step, ranks)
-        rates = {"learning_rate": config.optimizer.lr, "weight_decay": config.optimizer.weight_decay}
-        train_step(engine, optimizer, batches, **rates, clip_grad=config.optimizer.clip_grad)
+        train_step(
+            engine,
+            optimizer,
+            batches,
+            learning_rate=config.optimizer.lr,
+            weight_decay=config.optimizer.weight_decay,
+            clip_grad=config.optimizer.clip_grad,
+            meta_gradient=MetaGradient.at(config.optimizer, config.optimizer.lr),
+        )
         after = _activations(engine, probe, first)
         result.append([float((new - old).square().mean().sqrt()) for new, old in zip(after, before, strict=True)])
     return np.array(result)

@@ -20,7 +20,10 @@ from megatron.statistics import clustered_ratio
 class EvaluationEngine(Protocol):
     """The part of an `Engine` that `evaluate` uses; an ensemble of engines has it too."""
 
-    ranks: ParallelContext
+    @property
+    def ranks(self) -> ParallelContext:
+        """This rank in the device mesh."""
+        ...
 
     def nll(self, batch: Batch) -> Tensor:
         """Return the unweighted NLL per position, fp32 [B, S], or [models, B, S] of several models."""

@@ -52,7 +52,9 @@ def order_probabilities(transformer, text: list[int], offset: int = 0) -> list[f
 @pytest.mark.parametrize("sampling", POLICIES, ids=str)
 def test_the_probabilities_of_all_texts_sum_to_one(tiny, sampling):
     masked = torch.tensor([[False, True, True, True]]).expand(27, -1)
-    nll = policy_nll(tiny, TEXTS[:27], masked, [(0, 0)] * 27, sampling)  # all texts that begin with token 0
+    nll = policy_nll(
+        tiny, TEXTS[:27], masked, keys=[(0, 0)] * 27, sampling=sampling
+    )  # all texts that begin with token 0
     assert float((-nll.double().sum(1)).exp().sum()) == pytest.approx(1, abs=1e-5)
 
 
@@ -62,8 +64,8 @@ def test_generation_follows_the_likelihood_of_its_policy(tiny, sampling):
     drawn = Sampling(order=sampling.order, steps=sampling.steps, block_length=sampling.block_length, temperature=1.0)
     keys = draw_keys([text] * count)
     outputs = fill(tiny, [text] * count, keys, drawn, batch_size=count, eod=NEVER, open_end=True)
-    texts = TEXTS[27:54]
-    nll = policy_nll(tiny, texts, texts.new_tensor([[0, 1, 1, 1]]).bool().expand(27, -1), [(0, 0)] * 27, sampling)
+    texts, masked = TEXTS[27:54], torch.tensor([[False, True, True, True]]).expand(27, -1)
+    nll = policy_nll(tiny, texts, masked, keys=[(0, 0)] * 27, sampling=sampling)
     expected = {tuple(row): float(p) for row, p in zip(texts.tolist(), (-nll.double().sum(1)).exp())}
     assert chi_square(Counter(tuple(output) for output in outputs), expected, count) > 1e-3
 
@@ -73,7 +75,7 @@ def test_a_direction_is_the_chain_rule_in_it(tiny):
     masked = torch.tensor([[False, True, True, True]])
     by_order = dict(zip(itertools.permutations(range(1, 4)), order_probabilities(tiny, text), strict=True))
     for order, positions in (("left-to-right", (1, 2, 3)), ("right-to-left", (3, 2, 1))):
-        nll = policy_nll(tiny, torch.tensor([text]), masked, [(0, 0)], Sampling(order=order))
+        nll = policy_nll(tiny, torch.tensor([text]), masked, keys=[(0, 0)], sampling=Sampling(order=order))
         assert float((-nll.sum()).exp()) == pytest.approx(by_order[positions], rel=1e-5)
 
 
