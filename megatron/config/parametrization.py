@@ -101,5 +101,6 @@ def residual_output_std_layers(config: ModelConfig) -> int:
 
 
 def standard_settings(model: dict) -> dict:
-    """Return the settings of a model section with the standard parametrization."""
-    return {name: value for name, value in model.items() if name not in PARAMETRIZATION_FIELDS}
+    """Return the settings of a recorded model section with the standard parametrization."""
+    defaults = {name: getattr(ModelConfig, name) for name in PARAMETRIZATION_FIELDS if name in model}
+    return model | defaults

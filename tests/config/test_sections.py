@@ -49,6 +49,7 @@ REFUSED = [
         {"parametrization": "mup", "base_hidden_size": 8, "base_num_layers": 2},
         "--base-num-layers 2: does nothing without --parametrization completep; give both or neither",
     ),
+    (ModelConfig, {"num_loops": 2, "loop_layers": "1-0"}, "--loop-layers 1-0: must be A-B with 0 <= A <= B <= "),
     (ModelConfig, {"hidden_size": 33}, "--hidden-size 33: is not a multiple of --num-attention-heads 4; change one"),
     (
         ModelConfig,
