@@ -104,8 +104,8 @@ class MixtureEngine(PolicyEngine):
     2. -log m is, in expectation, at least -log p(x), and falls with K (importance weighted bounds, 1509.00519); here it
        is evaluated with the K orders, and with each half of them.
     3. 1 - log psi - m / psi is, in expectation, at most -log p(x) for any psi that does not depend on the orders of m,
-       since log p <= log psi + p / psi - 1: the tangent bound (2605.24292). Here psi is the m of one half, and m that of
-       the other; both ways are averaged.
+       since log p <= log psi + p / psi - 1: the tangent bound (2605.24292). Here psi is the m of one half, and m that
+       of the other; both ways are averaged.
 
     Each window's value is divided evenly among its tokens, but for the parts that belong to single tokens.
     """
