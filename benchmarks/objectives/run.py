@@ -139,7 +139,7 @@ class Case:
 
 def multiplications(config: Config, batch: Batch) -> float:
     """Return the multiplications of one forward pass of a batch, matrix products and attention only."""
-    model = config.model
+    model = config.model.unrolled  # every use of a block in a loop
     positions = batch.tokens.numel()
     halved = batch.causal and batch.blocked is None and batch.documents is None
     keys_per_query = batch.tokens.shape[1] / (2 if halved else 1)
