@@ -33,7 +33,7 @@ from megatron.parallel.mesh import destroy_parallel, initialize_parallel
 from megatron.reporting.figures import Curve, Figure, seed_curve
 from megatron.reporting.plots import draw
 from megatron.training.command_line import parse_with
-from megatron.training.coordinate_check import PLACES, changes, slope, with_width
+from megatron.training.coordinate_check import ACTIVATIONS, changes, slope, with_width
 from megatron.training.environment import prepare_device
 
 
@@ -73,18 +73,20 @@ class Options:
 
 
 def check(config: Config) -> None:
-    """Refuse layouts of several ranks, and DeepSpeed.
+    """Refuse layouts of several ranks, DeepSpeed, and teachers.
 
     Raises: ConfigurationError
     """
     message = "keeps weights in flat pieces, and the check reads them by name; leave it out"
     require(not config.parallel.deepspeed, "deepspeed", True, message)
+    message = "has no effect on the check, which has random text; leave it out"
+    require(not config.distillation.teacher, "teacher", config.distillation.teacher, message)
     check_layout(config, 1)
     check_batch(config, 1, capabilities(config.objective.objective))
 
 
 def measure(options: Options, config: Config) -> np.ndarray:
-    """Return the changes after the last step, [seeds, sizes, places]."""
+    """Return the changes after the last step, [seeds, sizes, activations]."""
     ranks = initialize_parallel()
     prepare_device(config, ranks.device)
     vocabulary = Vocabulary(options.check_vocabulary)
@@ -96,13 +98,16 @@ def measure(options: Options, config: Config) -> np.ndarray:
             model = with_width(config.model, size) if options.widths else replace(config.model, num_layers=size)
             sized = replace(config, model=model, training=training)
             result.append(changes(sized, vocabulary, ranks, documents=documents, steps=options.check_steps)[-1])
-    return np.array(result).reshape(options.check_seeds, len(options.sizes), len(PLACES))
+    return np.array(result).reshape(options.check_seeds, len(options.sizes), len(ACTIVATIONS))
 
 
 def slopes(sizes: tuple[int, ...], measured: np.ndarray) -> dict[str, float]:
-    """Return the slope of each place, of the geometric mean over seeds of `measured` [seeds, sizes, places]."""
-    means = np.exp(np.log(measured).mean(axis=0))  # [sizes, places]
-    return {place: slope(sizes, means[:, index]) for index, place in enumerate(PLACES)}
+    """Return the slope of each activation, of the geometric mean over seeds.
+
+    `measured` is [seeds, sizes, activations].
+    """
+    means = np.exp(np.log(measured).mean(axis=0))  # [sizes, activations]
+    return {activation: slope(sizes, means[:, index]) for index, activation in enumerate(ACTIVATIONS)}
 
 
 def table(options: Options, name: str, measured: np.ndarray) -> str:
@@ -110,9 +115,9 @@ def table(options: Options, name: str, measured: np.ndarray) -> str:
     means = np.exp(np.log(measured).mean(axis=0))
     lines = [f"| {name}, {options.axis} | {' | '.join(map(str, options.sizes))} | slope |"]
     lines.append("|---|" + "---|" * (len(options.sizes) + 1))
-    for index, (place, exponent) in enumerate(slopes(options.sizes, measured).items()):
+    for index, (activation, exponent) in enumerate(slopes(options.sizes, measured).items()):
         values = " | ".join(f"{value:.4g}" for value in means[:, index])
-        lines.append(f"| {place} | {values} | {exponent:+.2f} |")
+        lines.append(f"| {activation} | {values} | {exponent:+.2f} |")
     return "\n".join(lines)
 
 
@@ -120,8 +125,8 @@ def figure(options: Options, measured: dict[str, np.ndarray], objective: str) ->
     """Return the changes against the size; the standard parametrization is dashed where there is another."""
     curves: list[Curve] = []
     for name, values in measured.items():
-        for index, place in enumerate(PLACES):
-            curve = seed_curve(np.array(options.sizes, dtype=float), values[:, :, index], label=name, series=place)
+        for index, activation in enumerate(ACTIVATIONS):
+            curve = seed_curve(np.array(options.sizes, dtype=float), values[:, :, index], label=name, series=activation)
             curves.append(replace(curve, markers=True, dashed=name == "standard" and len(measured) > 1))
     dashed = "Dashed: standard. " if len(measured) > 1 else ""
     return Figure(
@@ -137,10 +142,12 @@ def figure(options: Options, measured: dict[str, np.ndarray], objective: str) ->
 
 def verdict(options: Options, name: str, measured: np.ndarray) -> tuple[bool, str]:
     """Return whether the changes are flat, and the line that says so."""
-    steep = {place: p for place, p in slopes(options.sizes, measured).items() if not abs(p) <= options.flat_slope}
+    steep = {
+        activation: p for activation, p in slopes(options.sizes, measured).items() if not abs(p) <= options.flat_slope
+    }
     if not steep:
         return True, f"{name}: flat in {options.axis}, all slopes are within {options.flat_slope:g} of 0"
-    listed = ", ".join(f"{place} {p:+.2f}" for place, p in steep.items())
+    listed = ", ".join(f"{activation} {p:+.2f}" for activation, p in steep.items())
     return (
         False,
         f"{name}: not flat in {options.axis}, these slopes are not within {options.flat_slope:g} of 0: {listed}",

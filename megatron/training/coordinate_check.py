@@ -10,7 +10,7 @@ from typing import cast
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from megatron.batch import Batch
@@ -30,7 +30,7 @@ from megatron.training.microbatches import MicroBatches
 from megatron.training.step import reseed, train_step
 from megatron.training.step_benchmark import RandomText
 
-PLACES = (
+ACTIVATIONS = (
     "embedding",
     "half of the blocks",
     "all blocks",
@@ -75,7 +75,7 @@ def with_width(model: ModelConfig, width: int) -> ModelConfig:
 def changes(
     config: Config, vocabulary: Vocabulary, ranks: ParallelContext, *, documents: DocumentRules | None, steps: int
 ) -> np.ndarray:
-    """Return the root mean square change of a coordinate since initialisation, [steps, places], after each step.
+    """Return the root mean square change of a coordinate since initialisation, [steps, activations], after each step.
 
     All steps train on the same sequences of random text at the full learning rate; masks and other noise differ. The
     changes are those at the first micro-batch, without dropout. On one rank.
@@ -86,7 +86,7 @@ def changes(
     data = MicroBatches(
         RepeatedText(vocabulary.size, config.data.seq_length, training.global_batch_size),
         build_objective(config.objective, vocabulary, training.global_batch_size, documents),
-        build_input_noise(config.objective, vocabulary, config.model.num_layers),
+        build_input_noise(config.objective, vocabulary, config.model.depth),
         seed=training.seed,
         first_sample=0,
         train_samples=steps * training.global_batch_size,
@@ -119,19 +119,21 @@ def changes(
 
 @torch.no_grad()
 def _activations(engine: Engine, probe: Transformer, batch: Batch) -> list[Tensor]:
-    """Return the activations of the engine's weights at PLACES, fp32, computed by the plain model `probe`."""
+    """Return the activations of the engine's weights at ACTIVATIONS, fp32, computed by the plain model `probe`."""
     weights = {name: cast(DTensor, parameter).full_tensor() for name, parameter in engine.named_parameters()}
     probe.load_state_dict(weights)
     blocks = list(probe.layers.values())
-    modules = [probe.embed_tokens, blocks[(len(blocks) - 1) // 2], blocks[-1]]
-    outputs: list[Tensor] = []
-    hooks = [
-        module.register_forward_hook(lambda _module, _inputs, output: outputs.append(output)) for module in modules
-    ]
+    modules: list[nn.Module] = [probe.embed_tokens, blocks[(len(blocks) - 1) // 2], blocks[-1]]
+    outputs: dict[nn.Module, Tensor] = {}  # of the last use of a block in a loop
+
+    def keep(module: nn.Module, _inputs: tuple, output: Tensor) -> None:
+        outputs[module] = output
+
+    hooks = [module.register_forward_hook(keep) for module in set(modules)]
     hidden = probe.hidden_states(batch)
     for hook in hooks:
         hook.remove()
-    return [*outputs, probe.head(hidden)]
+    return [*(outputs[module] for module in modules), probe.head(hidden)]
 
 
 def slope(sizes: Sequence[int], change: np.ndarray) -> float:

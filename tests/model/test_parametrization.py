@@ -11,7 +11,7 @@ from megatron.model.initialise import initialise
 from megatron.model.kv_cache import KVCache
 from megatron.model.transformer import Transformer
 from megatron.training.command_line import parse_with
-from megatron.training.coordinate_check import PLACES
+from megatron.training.coordinate_check import ACTIVATIONS
 from megatron.training.optimizer import parameter_groups
 from tests.distributed import joined
 from tools import coordinate_check
@@ -74,7 +74,7 @@ def test_initial_weights_shrink_with_the_width_and_not_with_the_depth_beyond_the
         ratio = 0.5 if name.startswith("layers.") and expected.dim() == 2 else 1.0  # 1 / sqrt(4)
         torch.testing.assert_close(mup.get_parameter(name), expected * ratio)
         if name.endswith(("o_proj.weight", "down_proj.weight")):
-            ratio *= 3**0.5  # std / sqrt(2L) of the base model's 2 layers in place of 6
+            ratio *= 3**0.5  # std / sqrt(2L) of the base model's 2 layers in activation of 6
         torch.testing.assert_close(completep.get_parameter(name), expected * ratio)
 
 
@@ -131,7 +131,7 @@ def slopes():
 )
 def test_changes_are_flat_in_width_with_mup_and_not_without(slopes, flags):
     options, measured, exponents = slopes(flags)
-    assert list(exponents) == list(PLACES) and max(map(abs, exponents.values())) < 0.2
+    assert list(exponents) == list(ACTIVATIONS) and max(map(abs, exponents.values())) < 0.2
     assert coordinate_check.verdict(options, "mup", measured)[0] == (max(map(abs, exponents.values())) <= 0.15)
     _, _, standard = slopes(flags.replace("mup --base-hidden-size 32", "standard"))
     assert standard["all blocks"] > 0.5 and standard["logits"] > 0.25
@@ -143,6 +143,11 @@ def test_changes_are_flat_in_depth_with_completep_and_not_without(slopes):
     assert max(map(abs, exponents.values())) < 0.2
     _, _, mup = slopes(flags.replace("completep", "mup").replace("--base-num-layers 2", ""))
     assert mup["all blocks"] > 0.3
+
+
+def test_loops_and_stochastic_depth_are_checked_as_other_models(slopes):
+    _, measured, _ = slopes(f"mup {WIDTH} --num-loops 2 --loop-layers 1-1 --stochastic-depth 0.5")
+    assert measured.shape[2] == len(ACTIVATIONS) and (measured > 0).all()
 
 
 def test_a_slope_is_the_exponent_of_a_power_law():
