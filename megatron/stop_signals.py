@@ -5,7 +5,7 @@ at once: nothing was trained and no lock is held. After that it is recorded, and
 Schedulers repeat signals (SLURM sends SIGTERM twice within milliseconds), so repetitions are one request; only a second
 SIGINT, which a user sends, ends a run that is saving.
 
-Tools install theirs before their imports, too. Until `raise_in_tool` is called they exit at once; then a request raises
+Tools install theirs before their imports, too. Until `run_tool` is called they exit at once; then a request raises
 `Interrupted`, and a second SIGINT ends the process.
 """
 
@@ -48,10 +48,18 @@ def install_in_tool() -> None:
         signal.signal(number, _end_imports)
 
 
-def raise_in_tool() -> None:
-    """Make the stop signals of a tool raise `Interrupted` from now on; for entry points only, after the imports."""
+def run_tool(main: Callable[[], None]) -> None:
+    """Call the `main` of a tool, in which stop signals raise `Interrupted`; for entry points only, after the imports.
+
+    What `main` does not catch ends the process with one line.
+    """
     for number in TOOL_SIGNALS:
         signal.signal(number, _raise)
+    try:
+        main()
+    except Interrupted as request:
+        print("error: interrupted", file=sys.stderr)
+        sys.exit(request.exit_code)
 
 
 def end_ranks_by(end_all_ranks: Callable[[str, int], None]) -> None:

@@ -28,6 +28,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megatron import stop_signals
+
+if __name__ == "__main__":
+    stop_signals.install_in_tool()  # before the imports, which take seconds
+
 from megatron.training.launcher import configure_logging, report_error
 
 # isort: split
@@ -164,4 +169,4 @@ def refuse(flags: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    stop_signals.run_tool(main)

@@ -19,6 +19,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megatron import stop_signals
+
+if __name__ == "__main__":
+    stop_signals.install_in_tool()  # before the imports, which take seconds
+
 import numpy as np
 
 from megatron.config.flags import flag, require
@@ -178,4 +183,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    stop_signals.run_tool(main)

@@ -19,6 +19,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megatron import stop_signals
+
+if __name__ == "__main__":
+    stop_signals.install_in_tool()  # before the imports, which take seconds
+
 from megatron.errors import ConfigurationError
 from megatron.laws.data_multiplier import INTERPOLATIONS, Curve, curve, measured_loss, multipliers, table, to_json
 from megatron.laws.table import Selection, add_table_arguments, parse_amount, read_runs, selection_from
@@ -109,4 +114,4 @@ def _side(words: list[str], table_path: str | None, selection: Selection, flag: 
 
 
 if __name__ == "__main__":
-    main()
+    stop_signals.run_tool(main)

@@ -98,5 +98,4 @@ def fail(error: object, code: int) -> None:
 
 
 if __name__ == "__main__":
-    stop_signals.raise_in_tool()
-    main()
+    stop_signals.run_tool(main)

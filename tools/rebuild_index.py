@@ -47,5 +47,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    stop_signals.raise_in_tool()
-    main()
+    stop_signals.run_tool(main)

@@ -13,6 +13,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megatron import stop_signals
+
+if __name__ == "__main__":
+    stop_signals.install_in_tool()  # before the imports, which take seconds
+
 from megatron.errors import ConfigurationError
 from megatron.reporting.attachments import read_attachments
 from megatron.reporting.report import Report, write_report
@@ -62,4 +67,4 @@ def _options() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    stop_signals.run_tool(main)

@@ -12,7 +12,12 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # import this repository's megatron
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron import stop_signals
+
+if __name__ == "__main__":
+    stop_signals.install_in_tool()  # before the imports, which take seconds
 
 import numpy as np
 import torch
@@ -101,4 +106,4 @@ def _character(token) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    stop_signals.run_tool(main)

@@ -13,6 +13,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megatron import stop_signals
+
+if __name__ == "__main__":
+    stop_signals.install_in_tool()  # before the imports, which take seconds
+
 from megatron.config.flags import DescribedFormatter, Parser
 from megatron.config.sizes import (
     BEST_ON_100M,
@@ -97,4 +102,4 @@ def print_budgets() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    stop_signals.run_tool(main)

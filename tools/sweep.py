@@ -19,6 +19,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megatron import stop_signals
+
+if __name__ == "__main__":
+    stop_signals.install_in_tool()  # before the imports, which take seconds
+
 from megatron.errors import ConfigurationError
 from megatron.log import configure_logging
 from megatron.sweeps.commands import collect, compare, plan, resubmit, run, run_task, status, submit
@@ -98,4 +103,4 @@ def _options() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    stop_signals.run_tool(main)

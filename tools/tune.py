@@ -24,6 +24,11 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megatron import stop_signals
+
+if __name__ == "__main__":
+    stop_signals.install_in_tool()  # before the imports, which take seconds
+
 import torch
 
 from megatron.config.flags import flag, require, typed
@@ -234,4 +239,4 @@ def write(path: Path, tuner: Tuner) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    stop_signals.run_tool(main)
