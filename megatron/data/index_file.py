@@ -20,7 +20,7 @@ HEADER = struct.Struct("<9sQBQQ")
 # Megatron's codes 6 and 7 are floats, which cannot be token ids
 DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
 CODES = {np.dtype(dtype): code for code, dtype in DTYPES.items()}
-CHUNK = 1 << 20  # pointers checked at a time
+CHUNK = 1 << 20  # entries checked or written at a time
 WHOLE = 1 << 24  # entries up to which an index is checked as a whole when it is opened: 0.2 s
 BLOCKS, BLOCK = 64, 1 << 13  # blocks that are checked in a larger index, and entries of a block
 
@@ -200,12 +200,27 @@ def rebuild_command(index: Path) -> str:
     return f"rebuild it: python tools/rebuild_index.py {index.with_suffix('')}"
 
 
-def write_index(path: Path, dtype: np.dtype, sizes: np.ndarray | Sequence[int], boundaries: np.ndarray) -> None:
-    """Write an index file; the offsets are computed from `sizes`, int [N]."""
+def write_index(
+    path: Path, dtype: np.dtype, sizes: np.ndarray | Sequence[int], boundaries: np.ndarray | None = None
+) -> None:
+    """Write an index file; the offsets are computed from `sizes`, int [N].
+
+    Without `boundaries`, int [M], each of the N entries is a document. Needs little memory besides its arguments.
+    """
     sizes = np.asarray(sizes, np.int32)
-    offsets = np.zeros(len(sizes), np.int64)
-    np.cumsum(sizes[:-1].astype(np.int64) * dtype.itemsize, out=offsets[1:])
+    documents = range(len(sizes) + 1) if boundaries is None else boundaries
+    offset = 0
     with open(path, "wb") as index:
-        index.write(HEADER.pack(MAGIC, 1, CODES[dtype], len(sizes), len(boundaries)))
-        for array in (sizes, offsets, np.asarray(boundaries, np.int64)):
-            index.write(array.tobytes())
+        index.write(HEADER.pack(MAGIC, 1, CODES[dtype], len(sizes), len(documents)))
+        for chunk in _chunks(len(sizes)):
+            index.write(sizes[chunk].tobytes())
+        for chunk in _chunks(len(sizes)):
+            ends = offset + np.cumsum(sizes[chunk].astype(np.int64) * dtype.itemsize)
+            index.write(np.concatenate(([offset], ends[:-1])).tobytes())
+            offset = int(ends[-1])
+        for chunk in _chunks(len(documents)):
+            index.write(np.asarray(documents[chunk], np.int64).tobytes())
+
+
+def _chunks(length: int) -> Iterator[slice]:
+    return (slice(start, start + CHUNK) for start in range(0, length, CHUNK))

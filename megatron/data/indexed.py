@@ -206,8 +206,7 @@ class IndexedDatasetWriter:
         try:
             self._data.close()
             if kind is None:
-                boundaries = np.arange(len(self._sizes) + 1)
-                write_index(Path(f"{self._prefix}.idx.partial"), self._dtype, self._sizes, boundaries)
+                write_index(Path(f"{self._prefix}.idx.partial"), self._dtype, self._sizes)
                 self._publish()
         finally:
             for suffix in (".bin", ".idx"):

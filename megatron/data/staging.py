@@ -128,7 +128,7 @@ class StagedOutputs:
         for output, (documents, _) in self.lengths.items():
             name = self._names[output]
             sizes = np.memmap(self._stage / f"{name}.sizes", np.int32, "r") if documents else np.empty(0, np.int32)
-            write_index(self._stage / f"{name}.idx", self._dtype, sizes, np.arange(documents + 1))
+            write_index(self._stage / f"{name}.idx", self._dtype, sizes)
 
     def _open(self, name: str, length: int):
         file = self._files.enter_context((self._stage / name).open("ab"))

@@ -40,6 +40,16 @@ def test_written_bytes_equal_the_format(tmp_path, vocabulary_size, code, letter)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data.bin", "data.idx"]
 
 
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 9])
+def test_an_index_written_in_chunks_equals_the_format(tmp_path, monkeypatch, count):
+    monkeypatch.setattr(index_file, "CHUNK", 3)
+    documents = [[1] * (number * 5 % 4) for number in range(count)]
+    with IndexedDatasetWriter(tmp_path / "data", 65499) as writer:
+        for ids in documents:
+            writer.add_document(ids)
+    assert (tmp_path / "data.idx").read_bytes() == by_hand(8, "H", documents)[1]
+
+
 @pytest.mark.parametrize("code, letter", [(1, "B"), (2, "b"), (3, "h"), (4, "i"), (5, "q"), (8, "H")])
 def test_every_integer_type_is_read(tmp_path, code, letter):
     dataset = IndexedDataset(place(tmp_path, *by_hand(code, letter)))
