@@ -8,6 +8,8 @@
     python tools/sweep.py resubmit SWEEP.yaml --site SITE.yaml   submit again what failed or was lost
     python tools/sweep.py collect SWEEP.yaml                     one table of all validations: CSV and Parquet
     python tools/sweep.py compare DIR --baseline variant=NAME    differences to a baseline, paired by seed
+    python tools/sweep.py archive SWEEP.yaml FILE                records of finished runs as one file
+    python tools/sweep.py restore SWEEP.yaml FILE                finished runs from that file
 
 SWEEP.yaml is described in docs/sweeps.md; the folder of the sweep, runs/NAME or --output, takes its place everywhere.
 """
@@ -26,7 +28,7 @@ if __name__ == "__main__":
 
 from megatron.errors import ConfigurationError
 from megatron.log import configure_logging
-from megatron.sweeps.commands import collect, compare, plan, resubmit, run, run_task, status, submit
+from megatron.sweeps.commands import archive, collect, compare, plan, restore, resubmit, run, run_task, status, submit
 
 
 def main() -> None:
@@ -75,6 +77,12 @@ def _options() -> argparse.Namespace:
         sub.add_argument("--dry-run", action="store_true", help="write and print the scripts; submit nothing")
     add("status", status, "list the state of every run and write status.html")
     add("collect", collect, "write results.csv and results.parquet: a row per validation, all axes as columns")
+    for name, command, help in (
+        ("archive", archive, "write the records of all finished runs to one file, without checkpoints"),
+        ("restore", restore, "make finished runs from such a file, so that they are not trained again"),
+    ):
+        sub = add(name, command, help)
+        sub.add_argument("file", type=Path, metavar="FILE", help="JSON lines, a run each")
     difference = commands.add_parser(
         "compare",
         help="list the best losses of all points and their differences to a baseline, paired by seed",

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from megatron.errors import ConfigurationError
+from megatron.sweeps import archive as archives
 from megatron.sweeps import array_task, results, slurm
 from megatron.sweeps import compare as differences
 from megatron.sweeps.branches import needs_trunk
@@ -83,6 +84,27 @@ def collect(options: Namespace) -> int:
     rows = results.collect(folder, read_plan(folder), progress=True)
     for path in results.write_table(rows, folder):
         print(f"{rows.num_rows} rows: {path}")
+    return 0
+
+
+def archive(options: Namespace) -> int:
+    """Write the records of all finished runs to one file."""
+    folder = _folder(options)
+    count = archives.write_archive(options.file, folder, read_plan(folder))
+    print(f"{count} runs: {options.file}")
+    return 0
+
+
+def restore(options: Namespace) -> int:
+    """Make the finished runs of a sweep from such a file, stage by stage."""
+    restored = 0
+    while True:
+        folder, planned = _planned(options)
+        more = archives.restore(options.file, folder, planned.points)
+        restored += more
+        if not (more and planned.waiting):  # else the best trials of an earlier stage may be known now
+            break
+    print(f"{restored} runs of {options.file}: {folder}")
     return 0
 
 

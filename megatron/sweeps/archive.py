@@ -1,0 +1,94 @@
+"""Records of finished runs in one file, without their checkpoints: to commit them, or to go on elsewhere.
+
+A line is a run, {"id": ..., "config": ..., "records": [...]}: its config.json without the folder of the sweep, and the
+lines of its metrics.jsonl. A run folder made from it counts as finished, so the sweep does not train it again.
+"""
+
+import json
+import os
+import shlex
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from megatron.errors import ConfigurationError
+from megatron.sweeps.points import Point, replace_file, unique_runs
+from megatron.sweeps.states import run_state
+from megatron.training.run_folder import read_records, recorded_config, writing
+
+REASON = "records of an archive, without checkpoints"
+
+
+def write_archive(path: Path, folder: Path, points: Sequence[Point]) -> int:
+    """Write the records of all finished runs of a sweep, in the order of its points, and return their number.
+
+    Raises: ConfigurationError where no run has finished; OSError where the file cannot be written.
+    """
+    lines = []
+    for point in tqdm(unique_runs(points), desc="archive", disable=None, leave=False):
+        run = point.folder(folder)
+        config = recorded_config(run)
+        if config is None or run_state(run).name != "finished":
+            continue
+        config["checkpoint"]["save"] = None
+        config["command"] = f"{point.script} {shlex.join(point.arguments)}"
+        line = {"id": point.id, "config": config, "records": read_records(run)}
+        lines.append(json.dumps(line, separators=(",", ":")) + "\n")
+    if not lines:
+        raise ConfigurationError(f"{folder}: no run has finished yet; see tools/sweep.py status")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path, "".join(lines))
+    return len(lines)
+
+
+def restore(path: Path, folder: Path, points: Sequence[Point]) -> int:
+    """Make a run folder of each archived run of `points` that has none, and return their number.
+
+    Raises: ConfigurationError where the file is missing or damaged; nothing is made then.
+    """
+    wanted = {point.id: point for point in points if not (point.folder(folder) / "config.json").exists()}
+    restored = [(wanted[line["id"]], line) for line in _read(path) if line["id"] in wanted]
+    for point, line in restored:
+        _make_run(point.folder(folder), line)
+    return len(restored)
+
+
+def _read(path: Path) -> list[dict]:
+    """Return the checked lines of an archive."""
+    try:
+        content = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"{path}: cannot be read ({error}); name a file of tools/sweep.py archive") from None
+    lines = []
+    for number, text in enumerate(content.splitlines(), 1):
+        try:
+            line = json.loads(text)
+            if not (isinstance(line["config"], dict) and all("iteration" in record for record in line["records"])):
+                raise ValueError("no configuration or a record without a step")
+            str.encode(line["id"])
+            line["records"][-1]["consumed_samples"]
+        except (ValueError, KeyError, TypeError, IndexError) as error:
+            raise ConfigurationError(
+                f"{path}: line {number} is damaged ({error}); name a file of tools/sweep.py archive"
+            ) from None
+        lines.append(line)
+    return lines
+
+
+def _make_run(run: Path, line: dict) -> None:
+    """Make a run folder under a temporary name, and rename it."""
+    partial = run.with_name(f"{run.name}.{os.getpid()}.partial")
+    with writing(run):
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        last = line["records"][-1]
+        progress = {name: last[name] for name in ("iteration", "consumed_samples")}
+        status = {"state": "finished", "reason": REASON, **progress}
+        replace_file(partial / "config.json", json.dumps(line["config"], indent=1))
+        replace_file(partial / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in line["records"]))
+        replace_file(partial / "status.json", json.dumps(status, indent=1))
+        shutil.rmtree(run, ignore_errors=True)  # a folder without a configuration: its run never started
+        partial.replace(run)
