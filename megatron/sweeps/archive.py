@@ -13,9 +13,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from megatron.config.sections import Config, DataConfig
 from megatron.errors import ConfigurationError
 from megatron.sweeps.points import Point, replace_file, unique_runs
+from megatron.sweeps.run_costs import exist
 from megatron.sweeps.states import run_state
+from megatron.training.datasets import open_sources
 from megatron.training.run_folder import read_records, recorded_config, writing
 
 REASON = "records of an archive, without checkpoints"
@@ -44,16 +47,32 @@ def write_archive(path: Path, folder: Path, points: Sequence[Point]) -> int:
     return len(lines)
 
 
-def restore(path: Path, folder: Path, points: Sequence[Point]) -> int:
-    """Make a run folder of each archived run of `points` that has none, and return their number.
+def restore(path: Path, folder: Path, points: Sequence[Point]) -> tuple[int, int]:
+    """Make a run folder of each archived run of `points` that has none.
+
+    Returns the number of runs made, and that of runs left out, whose corpus differs from the one on this machine.
 
     Raises: ConfigurationError where the file is missing or damaged; nothing is made then.
     """
     wanted = {point.id: point for point in points if not (point.folder(folder) / "config.json").exists()}
-    restored = [(wanted[line["id"]], line) for line in _read(path) if line["id"] in wanted]
-    for point, line in restored:
-        _make_run(point.folder(folder), line)
-    return len(restored)
+    lines = [line for line in _read(path) if line["id"] in wanted]
+    same = _of_this_corpus(lines)
+    for line in same:
+        _make_run(wanted[line["id"]].folder(folder), line)
+    return len(same), len(lines) - len(same)
+
+
+def _of_this_corpus(lines: Sequence[dict]) -> list[dict]:
+    """Return the lines whose corpus is that on this machine, or is not on it."""
+    hashes: dict[DataConfig, str | None] = {}
+    same = []
+    for line in lines:
+        config = Config.from_recorded(line["config"])
+        if config.data not in hashes:
+            hashes[config.data] = open_sources(config).corpus_hash if exist(config.data) else None
+        if hashes[config.data] in (None, line["config"]["corpus_hash"]):
+            same.append(line)
+    return same
 
 
 def _read(path: Path) -> list[dict]:
@@ -68,7 +87,7 @@ def _read(path: Path) -> list[dict]:
             line = json.loads(text)
             if not (isinstance(line["config"], dict) and all("iteration" in record for record in line["records"])):
                 raise ValueError("no configuration or a record without a step")
-            str.encode(line["id"])
+            str.encode(line["id"] + line["config"]["corpus_hash"])
             line["records"][-1]["consumed_samples"]
         except (ValueError, KeyError, TypeError, IndexError) as error:
             raise ConfigurationError(

@@ -100,11 +100,13 @@ def restore(options: Namespace) -> int:
     restored = 0
     while True:
         folder, planned = _planned(options)
-        more = archives.restore(options.file, folder, planned.points)
-        restored += more
-        if not (more and planned.waiting):  # else the best trials of an earlier stage may be known now
+        made, of_others = archives.restore(options.file, folder, planned.points)
+        restored += made
+        if not (made and planned.waiting):  # else the best trials of an earlier stage may be known now
             break
     print(f"{restored} runs of {options.file}: {folder}")
+    if of_others:
+        print(f"{of_others} runs were left out: the data on this machine are of another corpus")
     return 0
 
 

@@ -45,7 +45,7 @@ class RunCosts:
         """
         data = config.data
         if data not in self._sizes:
-            if len(self._stated) == 2 and not _exist(data):
+            if len(self._stated) == 2 and not exist(data):
                 unique_tokens = self._stated["unique_tokens"]
                 sizes = min(unique_tokens, _cut(data) or unique_tokens), self._stated["vocabulary_size"]
             else:
@@ -82,7 +82,8 @@ def _cut(data: DataConfig) -> int | None:
     return None if None in cuts else sum(filter(None, cuts))
 
 
-def _exist(data: DataConfig) -> bool:
+def exist(data: DataConfig) -> bool:
+    """Return whether all data sets of a run are on this machine."""
     try:
         train, held_out = requested_sets(data, with_test=False)
         for prefix in (prefix for requested in (train, *held_out) for prefix in requested.prefixes):

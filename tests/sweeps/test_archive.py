@@ -60,18 +60,30 @@ def test_runs_that_exist_and_those_of_other_sweeps_are_left_alone(tuned, tmp_pat
     commands.archive(options(path, folder, archive))
     points = read_plan(folder)
     before = [(point.folder(folder) / "config.json").read_bytes() for point in points]
-    assert restore(archive, folder, points) == 0
+    assert restore(archive, folder, points) == (0, 0)
     assert [(point.folder(folder) / "config.json").read_bytes() for point in points] == before
-    assert restore(archive, tmp_path / "new", points[:1]) == 1
+    assert restore(archive, tmp_path / "new", points[:1]) == (1, 0)
     assert [run.name for run in (tmp_path / "new" / "runs").iterdir()] == [points[0].id]
 
 
+def test_runs_of_another_corpus_are_left_out(tuned, tmp_path, capsys):
+    path, folder = tuned
+    archive, copy = tmp_path / "records.jsonl", tmp_path / "copy"
+    commands.archive(options(path, folder, archive))
+    archive.write_text(archive.read_text().replace('"corpus_hash":"', '"corpus_hash":"0'))
+    commands.restore(options(path, copy, archive))
+    assert "2 runs were left out: the data on this machine are of another corpus" in capsys.readouterr().out
+    assert not (copy / "runs").exists()
+
+
+CONFIG, RECORD = {"corpus_hash": "a"}, {"iteration": 1, "consumed_samples": 1}
 DAMAGED = {
     "text": "not JSON",
     "a list": "[1]",
-    "no records": json.dumps({"id": "a", "config": {}, "records": []}),
-    "no step": json.dumps({"id": "a", "config": {}, "records": [{"loss": 1}]}),
-    "an id of numbers": json.dumps({"id": 1, "config": {}, "records": [{"iteration": 1, "consumed_samples": 1}]}),
+    "no records": json.dumps({"id": "a", "config": CONFIG, "records": []}),
+    "no step": json.dumps({"id": "a", "config": CONFIG, "records": [{"loss": 1}]}),
+    "no corpus": json.dumps({"id": "a", "config": {}, "records": [RECORD]}),
+    "an id of numbers": json.dumps({"id": 1, "config": CONFIG, "records": [RECORD]}),
 }
 
 
