@@ -1,11 +1,14 @@
 """The one exception for what a user can fix: a flag, a file, a folder."""
 
+from collections.abc import Sequence
+
 
 class ConfigurationError(ValueError):
     """A user's mistake in one line: the flag and its value, the rule it breaks, what to do.
 
-    Entry points print the message without a traceback and exit with code 2. Line breaks in names of files are escaped.
+    Many mistakes at once, as in a sweep, are `details` in lines of their own. Line breaks in names of files are escaped.
+    Entry points print the message without a traceback and exit with code 2.
     """
 
-    def __init__(self, message: str):
-        super().__init__("\\n".join(message.splitlines()))
+    def __init__(self, message: str, details: Sequence[str] = ()):
+        super().__init__("\n  ".join("\\n".join(line.splitlines()) for line in (message, *details)))

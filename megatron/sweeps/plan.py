@@ -82,11 +82,11 @@ def plan_sweep(sweep: Sweep, folder: Path, progress: bool = False) -> Planned:
             except ConfigurationError as error:
                 errors.append(f"{draft.label}: {error}")
     if errors:
-        listed = "".join(f"\n  {error}" for error in errors[:10])
-        more = f"\n  and {len(errors) - 10} more" if len(errors) > 10 else ""
+        more = [f"and {len(errors) - 10} more"] if len(errors) > 10 else []
         raise ConfigurationError(
             f"{sweep.path}: {len(errors)} of {len(errors) + len(resolved)} points cannot run; correct their "
-            f"flags, or leave them out with `exclude`:{listed}{more}"
+            "flags, or leave them out with `exclude`:",
+            [*errors[:10], *more],
         )
     if not resolved:
         raise ConfigurationError(f"{sweep.path}: has no point; every combination is excluded")
