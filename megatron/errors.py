@@ -6,7 +6,7 @@ from collections.abc import Sequence
 class ConfigurationError(ValueError):
     """A user's mistake in one line: the flag and its value, the rule it breaks, what to do.
 
-    Many mistakes at once, as in a sweep, are `details` in lines of their own. Line breaks in names of files are escaped.
+    Several mistakes at once, as of a sweep, are `details`, a line each. Line breaks in names of files are escaped.
     Entry points print the message without a traceback and exit with code 2.
     """
 
