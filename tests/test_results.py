@@ -7,27 +7,28 @@ from pathlib import Path
 
 import pytest
 
-from megatron.sweeps.compare import compare, markdown, read_table
+from megatron.sweeps.commands import compare
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGE = ROOT / "results" / "techniques.md"
-TABLES = re.findall(
-    r"^```bash\npython tools/sweep\.py compare (.*?)\n```\n\n(.*?)(?=^[^|]|\Z)", PAGE.read_text(), re.M | re.S
-)
+PAGES = [ROOT / "results" / "techniques.md", ROOT / "results" / "study.md"]
+BLOCK = r"^```bash\npython tools/sweep\.py compare ((?:\\\n|.)*?)\n```\n\n(.*?)(?=^[^|]|\Z)"
+TABLES = [table for page in PAGES for table in re.findall(BLOCK, page.read_text(), re.M | re.S)]
 
 
 @pytest.mark.parametrize("arguments, printed", TABLES, ids=[arguments.split()[0] for arguments, _ in TABLES])
-def test_a_table_follows_from_its_records(arguments, printed):
-    path, *words = shlex.split(arguments)
+def test_a_table_follows_from_its_records(arguments, printed, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
     options = argparse.ArgumentParser()
-    options.add_argument("--baseline", nargs="+")
+    options.add_argument("table", type=Path)
     options.add_argument("--variants", default="*")
-    options = options.parse_args(words)
-    baseline = dict(setting.split("=") for setting in options.baseline)
-    settings = {"tuning": "tuning", "validation": "validation", "variants": options.variants}
-    assert markdown(compare(read_table(ROOT / path), baseline, **settings)) == printed.strip()
+    for flag in ("--baseline", "--where", "--best-over"):
+        options.add_argument(flag, nargs="+", default=())
+    options = options.parse_args(shlex.split(arguments), argparse.Namespace(tuning="tuning", validation="validation"))
+    assert compare(options) == 0
+    assert capsys.readouterr().out == printed.rstrip() + "\n"
 
 
-def test_every_record_has_a_table():
-    files = {path.name for path in (ROOT / "results" / "techniques").glob("*.csv")}
-    assert files and files == {Path(arguments.split()[0]).name for arguments, _ in TABLES}
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_record_has_a_table(page):
+    files = {str(path.relative_to(ROOT)) for path in page.with_suffix("").glob("*.csv")}
+    assert files and files <= {arguments.split()[0] for arguments, _ in TABLES}

@@ -96,6 +96,20 @@ def _options() -> argparse.Namespace:
         "--baseline", nargs="+", required=True, metavar="COLUMN=VALUE", help="variant or axis, and the baseline's value"
     )
     difference.add_argument("--variants", default="*", metavar="PATTERN", help="only these variants, such as 'mdm*'")
+    difference.add_argument(
+        "--where",
+        nargs="+",
+        default=(),
+        metavar="COLUMN=VALUE",
+        help="only rows with these values, such as stage=final",
+    )
+    difference.add_argument(
+        "--best-over",
+        nargs="+",
+        default=(),
+        metavar="COLUMN",
+        help="take the best of these columns on the tuning set, such as train-epochs and tuned flags",
+    )
     difference.add_argument("--tuning", default="tuning", metavar="SET", help="chooses the step (default: tuning)")
     difference.add_argument(
         "--validation", default="validation", metavar="SET", help="is reported (default: validation)"

@@ -112,17 +112,30 @@ def restore(options: Namespace) -> int:
 
 def compare(options: Namespace) -> int:
     """Print every point next to the baseline."""
-    baseline = {}
-    for setting in options.baseline:
-        name, equals, value = setting.partition("=")
-        if not equals:
-            raise ConfigurationError(f"--baseline {setting}: is not COLUMN=VALUE; give --baseline variant=NAME")
-        baseline[name] = value
-    path = options.table
-    sets = {"tuning": options.tuning, "validation": options.validation}
-    comparisons = differences.compare(differences.read_table(path), baseline, **sets, variants=options.variants)
-    print(differences.markdown(comparisons))
+    selection = differences.Selection(
+        tuning=options.tuning,
+        validation=options.validation,
+        variants=options.variants,
+        where=_settings("--where", options.where),
+        best_over=options.best_over,
+    )
+    rows = differences.read_table(options.table)
+    print(differences.markdown(differences.compare(rows, _settings("--baseline", options.baseline), selection)))
     return 0
+
+
+def _settings(flag: str, words: Sequence[str]) -> dict[str, str]:
+    """Return COLUMN=VALUE words as a dictionary.
+
+    Raises: ConfigurationError for another word.
+    """
+    settings = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not equals:
+            raise ConfigurationError(f"{flag} {word}: is not COLUMN=VALUE; give such as {flag} variant=NAME")
+        settings[name] = value
+    return settings
 
 
 def submit(options: Namespace) -> int:

@@ -1,7 +1,8 @@
 """Compares the points of a collected sweep with a baseline, seed by seed.
 
 1. The best step of a run is that of its lowest loss on the tuning set; its loss there on the validation set is
-   reported.
+   reported. Budgets, tuned flags or other columns may be chosen by that loss, too (`best_over`), and so is the
+   likelihood where a run has several.
 2. A point is compared with the baseline point that has the same values of all other columns: same seed, same samples.
 3. The difference is the mean over the shared seeds, with the standard error of that mean over seeds; without a shared
    seed it is the difference of the means, with the root of the sum of their squared errors. Neither contains the
@@ -10,8 +11,8 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
 from statistics import fmean, stdev
@@ -34,6 +35,7 @@ class Best:
 
     loss: float  # on the validation set, nats per token
     epoch: float
+    is_bound: bool  # the loss is an upper bound
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,8 @@ class Comparison:
         """Return the point as the cells of a table."""
         losses = [run.loss for run in self.runs.values()]
         epoch = fmean(run.epoch for run in self.runs.values())
-        cells = [*self.names.values(), f"{fmean(losses):.4f}", _error(losses), f"{epoch:.1f}", str(len(losses))]
+        sign = "<= " if any(run.is_bound for run in self.runs.values()) else ""
+        cells = [*self.names.values(), f"{sign}{fmean(losses):.4f}", _error(losses), f"{epoch:.1f}", str(len(losses))]
         return [*cells, *self._difference()]
 
     def _difference(self) -> list[str]:
@@ -95,25 +98,41 @@ def read_table(path: Path) -> list[dict[str, str]]:
     return rows
 
 
-def compare(
-    rows: Sequence[dict[str, str]], baseline: dict[str, str], *, tuning: str, validation: str, variants: str = "*"
-) -> list[Comparison]:
-    """Return every point of the variants that match a pattern, in the table's order, next to the baseline.
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """Which rows of a table are compared, and how a run's best step is chosen."""
+
+    tuning: str = "tuning"  # the set that chooses
+    validation: str = "validation"  # the set whose losses are reported
+    variants: str = "*"  # a pattern
+    where: Mapping[str, str] = field(default_factory=dict)  # values of columns that rows have
+    best_over: Sequence[str] = ()  # columns whose best value is taken, such as budgets and tuned flags
+
+
+def compare(rows: Sequence[dict[str, str]], baseline: dict[str, str], selection: Selection) -> list[Comparison]:
+    """Return every selected point, in the table's order, next to the baseline.
 
     `baseline` has the values of some columns, such as {"num-loops": "1"} or {"variant": "ar"}.
 
     Raises: ConfigurationError for a column or value that the table lacks, a set without validations, and losses that
     cannot be compared.
     """
-    rows = [row for row in rows if fnmatch(row["variant"], variants)]
+    tuning, validation = selection.tuning, selection.validation
+    rows = [row for row in rows if fnmatch(row["variant"], selection.variants)]
     if not rows:
-        raise ConfigurationError(f"--variants {variants}: matches no variant of the table; see its column variant")
+        raise ConfigurationError(
+            f"--variants {selection.variants}: matches no variant of the table; see its column variant"
+        )
     columns = _columns(rows)
-    for name, value in baseline.items():
+    for name in selection.best_over:
         if name not in columns:
-            raise ConfigurationError(f"--baseline {name}={value}: names no column; give one of {', '.join(columns)}")
-        if value not in {_text(row[name]) for row in rows}:
-            raise ConfigurationError(f"--baseline {name}={value}: no run has that value of {name}; see the table")
+            raise ConfigurationError(f"--best-over {name}: names no column; give one of {', '.join(columns)}")
+    for name, value in selection.where.items():
+        _check_value(rows, columns, "--where", name, value)
+        rows = [row for row in rows if _text(row[name]) == value]
+    columns = [name for name in columns if name not in selection.best_over]
+    for name, value in baseline.items():
+        _check_value(rows, columns, "--baseline", name, value)
     for set_name in (tuning, validation):
         chosen = [row for row in rows if row["set"] == set_name]
         if not chosen:
@@ -127,6 +146,17 @@ def compare(
         base = tuple((names | baseline).values())
         comparisons.append(Comparison(names, runs, {} if base == key else best.get(base, {})))
     return comparisons
+
+
+def _check_value(rows: Sequence[dict[str, str]], columns: Sequence[str], flag: str, name: str, value: str) -> None:
+    """Check that some row has a value of a column.
+
+    Raises: ConfigurationError otherwise.
+    """
+    if name not in columns:
+        raise ConfigurationError(f"{flag} {name}={value}: names no column; give one of {', '.join(columns)}")
+    if value not in {_text(row[name]) for row in rows}:
+        raise ConfigurationError(f"{flag} {name}={value}: no run has that value of {name}; see the table")
 
 
 def markdown(comparisons: Sequence[Comparison]) -> str:
@@ -159,11 +189,11 @@ def _best(
     rows: Sequence[dict[str, str]], columns: Sequence[str], tuning: str, validation: str
 ) -> dict[tuple[str, ...], dict[str, Best]]:
     """Return each run at its best step, by point and seed; runs without both sets at that step have none."""
-    losses: dict[tuple, dict[str, dict[int, dict[str, Best]]]] = defaultdict(lambda: defaultdict(dict))
+    losses: dict[tuple, dict[str, dict[tuple, dict[str, Best]]]] = defaultdict(lambda: defaultdict(dict))
     for row in rows:
         key = tuple(_text(row[name]) for name in columns)
-        step = losses[key][row["seed"]].setdefault(int(row["iteration"]), {})
-        step[row["set"]] = Best(float(row["loss"]), float(row["epoch"]))
+        step = losses[key][row["seed"]].setdefault((row["id"], row["likelihood"], row["iteration"]), {})
+        step[row["set"]] = Best(float(row["loss"]), float(row["epoch"]), row["bound"].lower() == "true")
     best: dict[tuple[str, ...], dict[str, Best]] = {}
     for key, seeds in losses.items():
         for seed, steps in seeds.items():

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from megatron.errors import ConfigurationError
-from megatron.sweeps.compare import compare, markdown, read_table
+from megatron.sweeps.compare import Selection, compare, markdown, read_table
 from megatron.sweeps.results import COST_COLUMNS, POINT_COLUMNS, RECORD_COLUMNS, RUN_COLUMNS
 
 ROOT = Path(__file__).resolve().parents[2]
-SETS = {"tuning": "tuning", "validation": "validation"}
+SETS = Selection()
 VARIANTS, LOOPS, SEEDS, STEPS = ("ar", "mdm"), ("1", "2"), ("1", "2", "3"), ("10", "20", "30")
 
 
@@ -35,6 +35,7 @@ def write(path: Path, losses: np.ndarray, **changes: str) -> Path:
     for (variant, loops, seed, step, number), loss in np.ndenumerate(losses):
         row = dict.fromkeys(columns, "") | {"stage": "main", "variant": VARIANTS[variant], "num-loops": LOOPS[loops]}
         row |= {
+            "id": f"{variant}{loops}{seed}",
             "seed": SEEDS[seed],
             "iteration": STEPS[step],
             "epoch": STEPS[step],
@@ -58,7 +59,7 @@ def write(path: Path, losses: np.ndarray, **changes: str) -> Path:
 def test_differences_are_paired_by_seed_at_the_best_step_on_the_tuning_set(table, losses):
     best = losses[..., 0].argmin(-1)  # [variant, loops, seed]
     reported = np.take_along_axis(losses[..., 1], best[..., None], -1)[..., 0]
-    entries = compare(read_table(table), {"num-loops": "1"}, **SETS)
+    entries = compare(read_table(table), {"num-loops": "1"}, SETS)
     assert [(entry.names["variant"], entry.names["num-loops"]) for entry in entries] == [
         (variant, loops) for variant in VARIANTS for loops in LOOPS
     ]
@@ -68,7 +69,8 @@ def test_differences_are_paired_by_seed_at_the_best_step_on_the_tuning_set(table
         expected = reported[variant, 1] - reported[variant, 0]
         assert bool(entry.baseline) == bool(loops)
         cells = entry.cells()[len(entry.names) :]
-        assert cells[0] == f"{reported[variant, loops].mean():.4f}" and cells[3] == "3"
+        sign = "<= " if variant else ""
+        assert cells[0] == f"{sign}{reported[variant, loops].mean():.4f}" and cells[3] == "3"
         assert cells[1] == f"{reported[variant, loops].std(ddof=1) / np.sqrt(3):.4f}"
         assert cells[2] == f"{np.array([10.0, 20.0, 30.0])[best[variant, loops]].mean():.1f}"
         if loops:
@@ -76,12 +78,42 @@ def test_differences_are_paired_by_seed_at_the_best_step_on_the_tuning_set(table
             assert cells[6] == f"{(expected < 0).sum()} of 3"
 
 
+def test_the_best_of_a_column_is_chosen_on_the_tuning_set(table, losses):
+    flat = losses.transpose(0, 2, 1, 3, 4).reshape(2, 3, -1, 2)  # [variant, seed, loops and step, set]
+    best = flat[..., 0].argmin(-1)
+    reported = np.take_along_axis(flat[..., 1], best[..., None], -1)[..., 0]
+    ar, mdm = compare(read_table(table), {"variant": "ar"}, Selection(best_over=["num-loops"]))
+    assert [run.loss for run in ar.runs.values()] == reported[0].tolist()
+    assert [run.loss for run in mdm.runs.values()] == reported[1].tolist()
+    assert ar.cells()[3].startswith(f"{reported[0].mean():.4f}")
+    assert mdm.cells()[3] == f"<= {reported[1].mean():.4f}"  # a bound says so
+    assert mdm.cells()[-3] == f"{(reported[1] - reported[0]).mean():+.4f}"
+
+
+def test_only_selected_rows_are_compared(table):
+    entries = compare(read_table(table), {"variant": "ar"}, Selection(where={"num-loops": "2"}))
+    assert [entry.names["num-loops"] for entry in entries] == ["2", "2"]
+    whole = compare(read_table(table), {"variant": "ar"}, SETS)
+    assert [entry.cells() for entry in entries] == [entry.cells() for entry in whole if entry.names["num-loops"] == "2"]
+
+
+def test_of_several_likelihoods_the_best_on_the_tuning_set_is_taken(table):
+    rows = read_table(table)
+    for row in [row for row in rows if row["variant"] == "mdm"]:
+        lower = float(row["loss"]) - (1 if row["set"] == "tuning" else -1)
+        rows.append(row | {"likelihood": "other", "loss": repr(lower)})
+    before, after = (compare(content, {"num-loops": "1"}, SETS) for content in (read_table(table), rows))
+    for old, new in zip(before, after, strict=True):
+        shift = 1 if old.names["variant"] == "mdm" else 0
+        assert [run.loss + shift for run in old.runs.values()] == [run.loss for run in new.runs.values()]
+
+
 def test_only_shared_seeds_are_paired(tmp_path, losses):
     losses[0, 0, 2] = np.inf  # written, but this seed's rows are removed below
     path = write(tmp_path / "results.csv", losses)
     lines = [line for line in path.read_text().splitlines() if ",inf," not in line]
     path.write_text("\n".join(lines) + "\n")
-    baseline, other, *_ = compare(read_table(path), {"num-loops": "1"}, **SETS)
+    baseline, other, *_ = compare(read_table(path), {"num-loops": "1"}, SETS)
     assert list(baseline.runs) == ["1", "2"] and len(other.runs) == 3 and other.cells()[-1].endswith("of 2")
 
 
@@ -90,7 +122,7 @@ def test_without_a_shared_seed_means_are_compared(tmp_path, losses):
     rows = read_table(path)
     for row in rows:
         row["seed"] = row["seed"] + ("0" if row["num-loops"] == "2" else "")
-    _, other = compare(rows, {"num-loops": "1"}, **SETS)
+    _, other = compare(rows, {"num-loops": "1"}, SETS)
     first, second = losses[0, :, :, 0, 1]
     errors = [side.std(ddof=1) / np.sqrt(3) for side in (first, second)]
     assert other.cells()[-3:] == [f"{second.mean() - first.mean():+.4f}", f"{np.hypot(*errors):.4f}", "unpaired"]
@@ -99,7 +131,7 @@ def test_without_a_shared_seed_means_are_compared(tmp_path, losses):
 def test_the_command_prints_a_markdown_table(table):
     command = [sys.executable, "tools/sweep.py", "compare", str(table.parent), "--baseline", "num-loops=1"]
     result = subprocess.run([*command, "--variants", "m*"], cwd=ROOT, capture_output=True, text=True, check=True)
-    expected = markdown(compare(read_table(table), {"num-loops": "1"}, **SETS, variants="m*"))
+    expected = markdown(compare(read_table(table), {"num-loops": "1"}, Selection(variants="m*")))
     assert result.stdout == expected + "\n" and "variant" not in expected
     assert (
         expected.splitlines()[0].split()
@@ -122,11 +154,26 @@ def test_the_command_prints_a_markdown_table(table):
             {"tuning": "dev"},
             "dev: is no set of the table; give --tuning and --validation of tuning, validation",
         ),
+        (
+            {"num-loops": "1"},
+            {"where": {"stage": "final"}},
+            "--where stage=final: no run has that value of stage; see the table",
+        ),
+        (
+            {"variant": "ar"},
+            {"best_over": ["lr"]},
+            "--best-over lr: names no column; give one of stage, variant, trial, num-loops",
+        ),
+        (
+            {"num-loops": "1"},
+            {"best_over": ["num-loops"]},
+            "--baseline num-loops=1: names no column; give one of stage, variant, trial",
+        ),
     ],
 )
 def test_what_does_not_fit_the_table_is_refused(table, baseline, more, message):
     with pytest.raises(ConfigurationError) as caught:
-        compare(read_table(table), baseline, **{**SETS, **more})
+        compare(read_table(table), baseline, Selection(**more))
     assert str(caught.value) == message
 
 
@@ -134,7 +181,7 @@ def test_what_does_not_fit_the_table_is_refused(table, baseline, more, message):
 def test_losses_of_other_text_or_noise_are_not_compared(tmp_path, losses, changes):
     path = write(tmp_path / "results.csv", losses, **changes)
     with pytest.raises(ConfigurationError, match=f"its losses differ in {next(iter(changes))} .* cannot be compared"):
-        compare(read_table(path), {"num-loops": "1"}, **SETS)
+        compare(read_table(path), {"num-loops": "1"}, SETS)
 
 
 def test_a_file_that_is_no_table_is_refused(tmp_path):
