@@ -100,9 +100,9 @@ def restore(options: Namespace) -> int:
     restored = 0
     while True:
         folder, planned = _planned(options)
-        made, of_others = archives.restore(options.file, folder, planned.points)
-        restored += made
-        if not (made and planned.waiting):  # else the best trials of an earlier stage may be known now
+        count, of_others = archives.restore(options.file, folder, planned.points)
+        restored += count
+        if not (count and planned.waiting):  # else the best trials of an earlier stage may be known now
             break
     print(f"{restored} runs of {options.file}: {folder}")
     if of_others:
