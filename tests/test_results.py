@@ -1,9 +1,11 @@
 """The tables of results that are computed from committed records: the documented command prints them."""
 
 import argparse
+import json
 import re
 import shlex
 from pathlib import Path
+from statistics import fmean, stdev
 
 import pytest
 
@@ -26,6 +28,25 @@ def test_a_table_follows_from_its_records(arguments, printed, capsys, monkeypatc
     options = options.parse_args(shlex.split(arguments), argparse.Namespace(tuning="tuning", validation="validation"))
     assert compare(options) == 0
     assert capsys.readouterr().out == printed.rstrip() + "\n"
+
+
+ENSEMBLES = {  # rows of the table: the kind of ensemble, and its members less one
+    "last snapshot": ("snapshots", 0),
+    "last two snapshots": ("snapshots", 1),
+    "last three": ("snapshots", 2),
+    "all four": ("snapshots", 3),
+    "four seeds of 4 epochs": ("seeds", 3),
+    "best two of snapshots and seeds, chosen greedily on the tuning set": ("selected", 1),
+}
+
+
+@pytest.mark.parametrize("members", ENSEMBLES)
+def test_the_table_of_ensembles_follows_from_its_records(members):
+    kind, index = ENSEMBLES[members]
+    records = json.loads((ROOT / "results" / "techniques" / "snapshot_ensembles.json").read_text())[kind]
+    losses = [record["ensembles"][index] for record in records]
+    row = f"| {members} | {fmean(losses):.4f} ± {stdev(losses) / len(losses) ** 0.5:.4f} |"
+    assert len(losses) == 3 and row in PAGES[0].read_text().splitlines()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
