@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron.generation.diffusion import Advance
 from megatron.generation.sampling import Sampling
 from megatron.likelihoods.forced import ForcedAnyOrder, ForcedBlocks, ForcedFilling, Keys
 from megatron.model.transformer import Transformer
@@ -17,8 +18,6 @@ from megatron.objectives.base import Likelihood
 from megatron.objectives.block_diffusion import BlockDiffusion
 from megatron.objectives.masked_diffusion import MaskedDiffusion
 from megatron.randomness import stream
-
-Advance = Callable[[int], object]  # called after so many positions of a batch are unmasked
 
 
 @dataclass(frozen=True)
