@@ -77,7 +77,7 @@ def test_generation_follows_the_likelihood_of_its_policy(tiny, sampling):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("order", [order for order in ORDERS if order != "random"])
 def test_a_policy_is_the_chain_rule_in_its_order(tiny, kind, order):
-    # an any-order model sees distances as attention weights only: one token of context is a tie, which goes to the left,
+    # an any-order model sees distances as attention weights only: one token of context is a tie, which goes left,
     # and two equal ones would be a tie but for rounding
     texts = [[1, 0, 2, 2, 1, 0], [0, 2, 1, 1, 0, 2], [2, 1, 0, 1, 2, 0]]
     chains, tokens = chains_of_kind(kind, tiny), torch.tensor(texts)
