@@ -1,15 +1,18 @@
 #!/usr/bin/env python3
-"""Evaluate all likelihoods of one run on the same windows: how loose is the bound of masked diffusion?
+"""Evaluate all likelihoods of one run on the same windows: how loose is its bound?
 
     python tools/likelihoods.py runs/mdm --eval-windows 32
     python tools/likelihoods.py runs/mdm --orders confidence left-to-right --tokens-per-step 4 --num-orders 0
     torchrun --standalone --nproc-per-node 8 tools/likelihoods.py runs/mdm --json runs/mdm_likelihoods.json
 
-chain: the exact likelihood of an unmasking order, that of tools/generate.py with the same order at temperature 1, one
-token after another. iwae: the importance-weighted bound of the mixture over all orders, which tightens with the number
-of random orders. tangent bound: a lower bound of the negative log-likelihood of the same mixture, so that it has an
-interval. Autoregressive runs have one exact likelihood. A chain costs as many forward passes as a window has tokens.
+chain: the exact likelihood of an unmasking order, one token after another; for masked diffusion that of
+tools/generate.py with the same order at temperature 1. iwae: the importance-weighted bound of the mixture over all
+orders, which tightens with the number of random orders. tangent bound: a lower bound of the negative log-likelihood of
+the same mixture, so that it has an interval. Autoregressive runs have one exact likelihood. A chain costs as many
+forward passes as a window has tokens; block diffusion, as a block has; an any-order model, one in an order that does
+not depend on predictions.
 
+The record is also in the run folder, where tools/report.py finds it. The same command resumes after a kill.
 Data, noise and alignment are those that the run recorded; flags of data and validation override them.
 """
 
@@ -32,9 +35,11 @@ from megatron.config.flags import require
 from megatron.generation.sampling import ORDERS
 from megatron.parallel.mesh import initialize_parallel
 from megatron.reporting.ensemble import settings
-from megatron.reporting.likelihoods import Policies, evaluate_likelihoods, table
+from megatron.reporting.likelihood_records import record_path, table
+from megatron.reporting.likelihoods import Policies, evaluate_likelihoods
+from megatron.scoring.answer_cache import cache_files
 from megatron.training.load_run import open_trained
-from megatron.training.run_folder import write_json, writing
+from megatron.training.run_folder import write_json
 
 
 def main() -> None:
@@ -52,21 +57,21 @@ def main() -> None:
     def work(config, detector) -> None:
         ranks = initialize_parallel(minutes=config.parallel.distributed_timeout_minutes)
         trained = ranks.from_rank_0(lambda: open_trained(options.run, options.checkpoint, flags))
-        if options.json:
-            with writing(options.json):
-                options.json.parent.mkdir(parents=True, exist_ok=True)
+        path = options.json or record_path(trained.checkpoint, trained.meta["iteration"], options.average)
+        progress = str(path.with_name(path.name + ".progress"))
         policies = Policies(
             orders=None if options.orders is None else tuple(options.orders),
             tokens_per_step=options.tokens_per_step,
             block_length=options.block_length,
             num_orders=options.num_orders,
         )
-        settings = {"windows": options.eval_windows, "average": options.average}
+        settings = {"windows": options.eval_windows, "average": options.average, "progress": progress}
         record = evaluate_likelihoods(trained, policies, ranks, **settings)
         if ranks.rank == 0:
-            print(table(record))
-            if options.json:
-                write_json(options.json, record)
+            write_json(path, record)
+            for file in cache_files(progress):
+                file.unlink()
+            print(f"{table(record)}\n\nrecord: {path}")
 
     launch(read, work)
 
@@ -94,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
         "--orders",
         nargs="*",
         choices=ORDERS,
-        help="masked diffusion: orders of unmasking with a likelihood each (default: all but random)",
+        help="orders of unmasking with a likelihood each (default: all but random)",
     )
     parser.add_argument(
         "--tokens-per-step", type=int, default=1, metavar="K", help="unmask K tokens a step (default: 1)"
@@ -103,7 +108,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--num-orders", type=int, metavar="K", help="random orders of iwae, an even number; 0: none (default: 8)"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the record as JSON")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write the record there (default: RUN/likelihoods/ITERATION.json)"
+    )
     return parser
 
 

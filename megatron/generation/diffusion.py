@@ -20,6 +20,9 @@ from megatron.randomness import stream
 DIRECTIONS = {"left-to-right": -1, "right-to-left": 1}  # priority of the next position, by order
 MAX_LOGIT_POSITIONS = 1024  # positions whose logits exist at one time
 
+# called after so many positions are decided
+Advance = Callable[[int], object]
+
 # called after each step: its number from 1, the indices of the texts in this step, and their tokens [R, T]
 OnStep = Callable[[int, list[int], Tensor], None]
 
@@ -34,7 +37,7 @@ def fill(
     batch_size: int,
     eod: int,
     open_end: bool,
-    advance: Callable[[int], None] = lambda tokens: None,
+    advance: Advance = lambda tokens: None,
     on_step: OnStep | None = None,
 ) -> list[list[int]]:
     """Return `texts` with every [MASK] replaced by a token of the tokenizer; all other tokens stay.
@@ -66,7 +69,10 @@ def _step_of_batch(on_step: OnStep, indices: list[int]) -> OnStep:
 
 
 class Filling:
-    """The state of B texts of T tokens, each with L masked positions."""
+    """The state of B texts of T tokens, each with up to L masked positions.
+
+    A text with fewer of them is decided in an earlier step than the others. --remask needs equally many in all texts.
+    """
 
     def __init__(
         self,
@@ -89,16 +95,15 @@ class Filling:
         self.mask_id = model.vocabulary.mask_id
         self.tokens = torch.tensor(texts, device=self.device)  # [B, T]
         masked = self.tokens == self.mask_id
-        self.positions = masked.nonzero()[:, 1].view(len(texts), -1)  # [B, L], from left to right
-        self.length = self.positions.shape[1]
+        self.length = int(masked.sum(1).max())
+        # [B, L], masked positions from left to right, then others where a text has fewer than L
+        self.positions = masked.int().argsort(dim=1, descending=True, stable=True)[:, : self.length]
         self.steps = sampling.steps or self.length
         size = sampling.block_length or self.length
         self.blocks = torch.arange(self.length, device=self.device) // size  # [L]
         self.active = torch.arange(len(texts), device=self.device)  # [R], texts that are not decided yet
 
-    def run(
-        self, advance: Callable[[int], None] = lambda tokens: None, on_step: OnStep | None = None
-    ) -> list[list[int]]:
+    def run(self, advance: Advance = lambda tokens: None, on_step: OnStep | None = None) -> list[list[int]]:
         """Return the filled texts."""
         for step in range(self.steps):
             before, after = (self.length * count // self.steps for count in (step, step + 1))
@@ -124,15 +129,19 @@ class Filling:
         answers = tokens.gather(1, positions)  # [R, L]
         masked = answers == self.mask_id
         remasked = self._remasked(~masked, draws[2], before, after)
-        counts = after - before + remasked.sum(1)  # [R]
+        counts = (after - before + remasked.sum(1)).clamp(max=masked.sum(1))  # [R]
         if counts.any():
-            states = self.model.hidden_states(Batch.unscored(tokens, causal=False))
-            predicting = (positions - self.offset)[..., None].expand(-1, -1, states.shape[-1])
-            states = states.gather(1, predicting)  # [R, L, H]
+            states = self.states(tokens, positions)  # [R, L, H]
             selected = self._highest(self._scores(states, masked, counts, draws[1]), counts)
             answers[selected] = self.choose(states[selected], draws[0][selected], selected)
             answers[remasked] = self.mask_id
             self.tokens[self.active] = tokens.scatter(1, positions, answers)
+
+    def states(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """Return the head's input that predicts the masked ones of `positions` [R, L] in `tokens` [R, T], [R, L, H]."""
+        hidden = self.model.hidden_states(Batch.unscored(tokens, causal=False))  # [R, T, H]
+        predicting = (positions - self.offset)[..., None].expand(-1, -1, hidden.shape[-1])
+        return hidden.gather(1, predicting)
 
     def _draws(self, step: int) -> Tensor:
         """Return uniform numbers for the token, the order and the remasking of each position, fp64 [3, R, L]."""
@@ -195,7 +204,7 @@ class Filling:
         ranks = scores.argsort(dim=1, descending=True, stable=True).argsort(1)
         return ranks < counts[:, None]
 
-    def _drop_decided(self, advance: Callable[[int], None], after: int) -> None:
+    def _drop_decided(self, advance: Advance, after: int) -> None:
         """Remove texts that are decided from the batch: those with no masked token before their first `eod`."""
         if not self.open_end or self.sampling.remask:
             return

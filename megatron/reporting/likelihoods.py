@@ -1,20 +1,24 @@
 """All likelihoods of one run on the same windows: the bound, unmasking policies, the mixture over orders, AR's loss."""
 
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+
+import numpy as np
 
 from megatron.config.flags import require
 from megatron.data.blend import ValidationBlend
 from megatron.errors import ConfigurationError
 from megatron.generation.sampling import Sampling
-from megatron.likelihoods.windows import MixtureEngine, PolicyEngine, WholeWindows, with_steps
+from megatron.likelihoods.chains import Chains, chains_of, with_steps
+from megatron.likelihoods.mixture import MixtureEngine
+from megatron.likelihoods.windows import PolicyEngine, WholeWindows
 from megatron.model.transformer import Transformer
 from megatron.objectives.base import Likelihood
 from megatron.objectives.documents import ByDocument
-from megatron.objectives.masked_diffusion import MaskedDiffusion
 from megatron.objectives.registry import build_objective, document_rules
 from megatron.parallel.mesh import ParallelContext
+from megatron.reporting.resumable import ResumableEngine
+from megatron.scoring.answer_cache import AnswerCache
 from megatron.statistics import paired_difference
 from megatron.training.datasets import open_sources
 from megatron.training.load_run import Trained
@@ -26,7 +30,7 @@ DEFAULT_NUM_ORDERS = 8
 
 @dataclass(frozen=True, kw_only=True)
 class Policies:
-    """Which likelihoods of masked diffusion to compute besides its bound; None: the default where there are masks."""
+    """Which likelihoods to compute besides the bound of a model that has a choice of orders; None: the default."""
 
     orders: tuple[str, ...] | None  # of Sampling
     tokens_per_step: int
@@ -66,14 +70,24 @@ class _Row:
     engine: EvaluationEngine
     replicates: int = 1
     passes: int  # forward passes of a window
+    policy: Sampling | None = None  # None: the loss of validation
+    num_variances: int = 0  # of the first results, over random orders, which the engine returns after the results
 
 
 def evaluate_likelihoods(
-    trained: Trained, policies: Policies, ranks: ParallelContext, *, windows: int, average: bool = False
+    trained: Trained,
+    policies: Policies,
+    ranks: ParallelContext,
+    *,
+    windows: int,
+    average: bool = False,
+    progress: str | None = None,
 ) -> dict:
     """Return the record of every likelihood of a run on its validation sets, the same on every rank.
 
     Each rank holds the whole model; the windows, `windows` of each set spread evenly over it, are divided among ranks.
+    The NLL of every batch is stored under the path `progress` (`AnswerCache`), and read from there if it was computed
+    before.
 
     Raises: ConfigurationError for policies that the run does not have or that do not fit its windows.
     """
@@ -84,26 +98,26 @@ def evaluate_likelihoods(
     objective = build_objective(trained.config.objective, trained.vocabulary, trained.meta["time_block"], rules)
     model = trained.model(average, device=str(ranks.device))
     rows = list(_rows(trained, objective.likelihoods, policies, ModelEngine(model, ranks)))
-    record = {
+    sets = [_limited(data, windows) for data in sources.validation]
+    cache = AnswerCache(progress, ranks.rank, {"checkpoint": trained.meta, "average": average})
+    return {
         "run": trained.name,
         "checkpoint": str(trained.checkpoint),
         "iteration": trained.meta["iteration"],
+        "average": average,
         "objective_name": objective.name,
         "alignment": trained.config.validation.eval_alignment,
         "eval_seed": trained.config.validation.eval_seed,
-        "sets": {},
+        "sets": {data.name: _evaluate_set(trained, data, rows, cache) for data in sets},
     }
-    for data in sources.validation:
-        record["sets"][data.name] = _evaluate_set(trained, _limited(data, windows), rows)
-    return record
 
 
 def _rows(
     trained: Trained, likelihoods: Sequence[Likelihood], policies: Policies, engine: ModelEngine
 ) -> Iterator[_Row]:
-    """Yield the evaluations of a run: each likelihood of its objective, then the policies of its masked diffusion."""
+    """Yield the evaluations of a run: each likelihood of its objective, then the policies of those with orders."""
     num_mc = trained.config.validation.num_mc
-    has_masks = False
+    has_orders = False
     for likelihood in likelihoods:
         kind, name = (
             ("exact", f"{likelihood.name}, exact") if likelihood.exact else ("upper", f"{likelihood.name}, bound")
@@ -117,43 +131,59 @@ def _rows(
             replicates=replicates,
             passes=replicates,
         )
-        if isinstance(likelihood, MaskedDiffusion):
-            has_masks = True
-            yield from _policy_rows(trained, likelihood, policies, engine)
-        elif isinstance(likelihood, ByDocument) and isinstance(likelihood.inner, MaskedDiffusion):
+        if chains := chains_of(likelihood, engine.model):
+            has_orders = True
+            yield from _policy_rows(trained, WholeWindows(likelihood), chains, policies=policies, ranks=engine.ranks)
+        elif isinstance(likelihood, ByDocument) and chains_of(likelihood.inner, engine.model):
             raise ConfigurationError(
                 f"{trained.name}: was trained with document rules, which unmasking one token after another does not "
                 "have; take a run without --reset-attention-mask, --reset-position-ids and --eod-mask-loss"
             )
-    if not has_masks and (policies.orders or policies.num_orders or policies.block_length):
+    if not has_orders and (policies.orders or policies.num_orders or policies.block_length):
         raise ConfigurationError(
-            f"{trained.name}: is no masked-diffusion model, and only such a model has a choice of orders; leave out "
+            f"{trained.name}: predicts the next token, from left to right, and has no choice of orders; leave out "
             "--orders, --num-orders and --block-length"
         )
 
 
-def _policy_rows(trained: Trained, masked: MaskedDiffusion, policies: Policies, engine: ModelEngine) -> Iterator[_Row]:
-    whole = WholeWindows(masked)
+def _policy_rows(
+    trained: Trained, whole: WholeWindows, chains: Chains, *, policies: Policies, ranks: ParallelContext
+) -> Iterator[_Row]:
     tokens = whole.scored_tokens(trained.config.data.seq_length, trained.config.validation.eval_alignment)
-    size = tokens.stop - tokens.start
-    message = f"is more than the {size} scored tokens of a window; give less"
+    num_masked = tokens.stop - tokens.start
+    size = chains.num_ordered(num_masked)
+    ordered = f"{size} scored tokens of a window" if size == num_masked else f"{size} tokens of a block"
+    message = f"is more than the {ordered}; give less"
     require(policies.tokens_per_step <= size, "tokens_per_step", policies.tokens_per_step, message)
     block = policies.block_length
-    message = f"does not divide the {size} scored tokens of a window; give a divisor, or leave it out"
+    message = f"does not divide the {ordered}; give a divisor, or leave it out"
     require(block is None or size % block == 0, "block_length", block, message)
-    parts = (engine.model, engine.ranks)
     for order in DEFAULT_ORDERS if policies.orders is None else policies.orders:
         sampling = with_steps(Sampling(order=order, block_length=block), policies.tokens_per_step, size)
-        policy = PolicyEngine(*parts, sampling, offset=whole.target_offset)
-        passes = sampling.steps or 0
-        yield _Row(names=(f"chain, {order}",), kinds=("exact",), likelihood=whole, engine=policy, passes=passes)
+        policy = PolicyEngine(chains, ranks, sampling)
+        passes = chains.passes(sampling, num_masked)
+        yield _Row(
+            names=(f"chain, {order}",),
+            kinds=("exact",),
+            likelihood=whole,
+            engine=policy,
+            passes=passes,
+            policy=sampling,
+        )
     count = DEFAULT_NUM_ORDERS if policies.num_orders is None else policies.num_orders
     if count:
         sampling = Sampling(order="random", seed=trained.config.validation.eval_seed)
-        mixture = MixtureEngine(*parts, sampling, offset=whole.target_offset, orders=count)
+        mixture = MixtureEngine(chains, ranks, sampling, orders=count)
         names = (f"mean over {count} orders", f"iwae, {count // 2} orders", f"iwae, {count} orders", "tangent bound")
-        kinds = ("upper", "upper", "upper", "lower")
-        yield _Row(names=names, kinds=kinds, likelihood=whole, engine=mixture, passes=count * size)
+        yield _Row(
+            names=names,
+            kinds=("upper", "upper", "upper", "lower"),
+            likelihood=whole,
+            engine=mixture,
+            passes=count * chains.passes(sampling, num_masked),
+            policy=sampling,
+            num_variances=MixtureEngine.num_variances,
+        )
 
 
 def _limited(data: ValidationSet, windows: int) -> ValidationSet:
@@ -166,54 +196,38 @@ def _limited(data: ValidationSet, windows: int) -> ValidationSet:
     return replace(data, windows=data.windows.limited(windows))
 
 
-def _evaluate_set(trained: Trained, data: ValidationSet, rows: Sequence[_Row]) -> dict:
+def _evaluate_set(trained: Trained, data: ValidationSet, rows: Sequence[_Row], cache: AnswerCache) -> dict:
     """Return the summaries of all evaluations of a set; differences are to the first, paired by document."""
     validation = trained.config.validation
     results: list[dict] = []
     first: Evaluation | None = None
     for row in rows:
-        start = time.monotonic()
+        engine = ResumableEngine(row.engine, cache, f"{row.names} {row.policy}")
         evaluations = evaluate(
-            row.engine,
+            engine,
             row.likelihood,
             data,
             seed=validation.eval_seed,
             replicates=row.replicates,
             batch_size=validation.eval_batch_size or trained.config.training.micro_batch_size,
             alignment=validation.eval_alignment,
-            models=len(row.names),
+            models=len(row.names) + row.num_variances,
         )
-        seconds = time.monotonic() - start
         first = first or evaluations[0]
-        for name, kind, evaluation in zip(row.names, row.kinds, evaluations, strict=True):
+        variances = evaluations[len(row.names) :]
+        errors = [*map(_standard_error, variances), *[None] * (len(row.names) - len(variances))]
+        for name, kind, evaluation, error in zip(row.names, row.kinds, evaluations, errors):
             difference = paired_difference(evaluation.nats, first.nats, evaluation.tokens)
             summary = evaluation.summary() | {
                 "difference": difference.value,
                 "difference_se": difference.standard_error,
             }
-            results.append({"name": name, "kind": kind, "passes": row.passes, "seconds": seconds, **summary})
+            summary["mc_se"] = summary["mc_se"] if error is None else error
+            results.append({"name": name, "kind": kind, "passes": row.passes, "seconds": engine.seconds, **summary})
     return {"windows": len(data.windows), "likelihoods": results}
 
 
-def table(record: dict) -> str:
-    """Return the record as text: one table per set, and a legend of the columns."""
-    signs = {"exact": "", "upper": "<= ", "lower": ">= "}
-    lines = [f"{record['run']} step {record['iteration']}, {record['objective_name']}"]
-    for name, results in record["sets"].items():
-        rows = [[f"{name} ({results['windows']} windows)", "nats per token", "difference", "passes", "seconds"]]
-        for result in results["likelihoods"]:
-            loss = f"{signs[result['kind']]}{result['loss']:.4f}" + _error(result["data_se"])
-            difference = f"{result['difference']:+.4f}" + _error(result["difference_se"])
-            rows.append([result["name"], loss, difference, str(result["passes"]), f"{result['seconds']:.1f}"])
-        widths = [max(map(len, column)) for column in zip(*rows)]
-        lines += ["", *("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)]
-    lines.append("")
-    lines.append(
-        "±: standard error over documents, of the difference to the first line paired by document. chain is exact"
-    )
-    lines.append("for the policy, iwae and the tangent bound are of the mixture over all orders. passes: of a window.")
-    return "\n".join(lines)
-
-
-def _error(value: float | None) -> str:
-    return "" if value is None else f" ± {value:.4f}"
+def _standard_error(variance: Evaluation) -> float | None:
+    """Return the standard error of a loss, given the variances of its sums by document; None where they are NaN."""
+    error = float(np.sqrt(variance.nats.sum()) / variance.tokens.sum())
+    return None if np.isnan(error) else error
