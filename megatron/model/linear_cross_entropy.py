@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 # masked diffusion scores half of 16,384 positions on average, and a chunk more for a few positions costs time
 CHUNK_ROWS = {"cpu": 256, "cuda": 9216}  # positions of a chunk, by device type
 LAST_CHUNK_MULTIPLE = {"cuda": 1024}  # the last chunk is padded to a multiple of this; on others to a whole chunk
+TEACHER_ROWS = {"cpu": 256, "cuda": 1024}  # positions whose teacher logits exist at a time, by device type
 CACHED_NUMBERS = 800_000  # elements a CPU processes at a time: fp32 copies of more exceed its cache and are slow
 
 
@@ -149,11 +150,17 @@ def _weighted_loss_(
     """Overwrite logits [C, V] with the gradient of the sum of weights * loss; return that sum, fp32 []."""
     if soft is None:
         return (_to_gradient_(logits, targets, weights, **options) * weights).sum()
-    divergence, gradient = soft.divergence(logits, weights, vocab_size=options["vocab_size"], shard=options["shard"])
-    weights = (1 - soft.weight) * weights
-    loss = (_to_gradient_(logits, targets, weights, **options) * weights).sum()
-    logits += gradient
-    return loss + divergence
+    loss = torch.zeros((), device=logits.device)
+    size, sizes = TEACHER_ROWS[logits.device.type], {name: options[name] for name in ("vocab_size", "shard")}
+    for start in range(0, len(logits), size):
+        rows = slice(start, start + size)
+        matrices = (logits[rows], targets[rows], weights[rows], *soft.logits(rows))
+        for student, target, weight, *teachers in _slices(*matrices, split=options["shard"].whole):
+            divergence, gradient = soft.divergence(student, teachers, weight, **sizes)
+            weight = (1 - soft.weight) * weight
+            loss += divergence + (_to_gradient_(student, target, weight, **options) * weight).sum()
+            student[:, : gradient.shape[1]] += gradient.to(student.dtype)
+    return loss
 
 
 def _to_gradient_(
