@@ -81,7 +81,7 @@ CASES = [
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Flags of this benchmark."""
+    """Flags of this benchmark and of `benchmarks/distillation`."""
 
     model_size: str = flag("7M", "a size of the ladder", metavar="NAME")
     seq_length: int = flag(512, "tokens per sample")
