@@ -27,6 +27,17 @@ class TeacherStates(NamedTuple):
     head: Tensor  # [V, H], the vocabulary rows of this rank
 
 
+class Divergence(NamedTuple):
+    """A weighted divergence, loss + share * log Z, with the gradient share * softmax(logits) - subtracted.
+
+    Z is the normaliser of the softmax that the loss with the target computes in any case.
+    """
+
+    loss: Tensor  # fp32 [R]
+    share: Tensor  # fp32 [R], 0 unless T = 1
+    subtracted: Tensor  # fp32 [R, I], of the I vocabulary rows that are ids of the tokenizer
+
+
 class SoftTargets(NamedTuple):
     """The teachers' distributions at R positions, as hidden states and heads, and how they enter the loss."""
 
@@ -48,11 +59,10 @@ class SoftTargets(NamedTuple):
 
     def divergence(
         self, logits: Tensor, teacher_logits: Sequence[Tensor], weights: Tensor, *, vocab_size: int, shard: WholeHead
-    ) -> tuple[Tensor, Tensor]:
-        """Return the sum of weights * W T^2 KL(p || q), fp32 [], and its gradient with respect to the logits.
+    ) -> Divergence:
+        """Return weights * W T^2 KL(p || q) at R positions, in parts.
 
-        logits [R, V] are the student's, teacher_logits [R, V] those of each teacher; weights fp32 [R]. The gradient is
-        fp32 [R, I], for the I vocabulary rows that are ids of the tokenizer.
+        logits [R, V] are the student's, teacher_logits [R, V] those of each teacher; weights fp32 [R].
         """
         num_ids = min(logits.shape[1], max(0, vocab_size - shard.start))
         softmax = {"temperature": self.temperature, "num_ids": num_ids, "shard": shard}
@@ -62,10 +72,17 @@ class SoftTargets(NamedTuple):
         if len(teacher_logits) > 1:
             mean /= len(teacher_logits)
             torch.log(mean.clamp_min(torch.finfo(mean.dtype).tiny), out=log_mean)  # 0 * log 0 = 0
-        log_student, probabilities = _softmax(logits, **softmax)
+        scale = self.weight * self.temperature * weights
+        share = scale
+        if self.temperature == 1:  # q is the softmax of the target's loss, and log q = logits - log Z
+            log_student = logits[:, :num_ids].float()
+            subtracted = mean
+        else:
+            log_student, probabilities = _softmax(logits, **softmax)
+            subtracted = probabilities.neg_().add_(mean)
+            share = torch.zeros_like(scale)
         divergence = shard.total(log_mean.sub_(log_student).mul_(mean).sum(1))
-        scales = self.weight * self.temperature * weights
-        return self.temperature * (scales * divergence).sum(), probabilities.sub_(mean).mul_(scales[:, None])
+        return Divergence(self.temperature * scale * divergence, share, subtracted.mul_(scale[:, None]))
 
 
 @dataclass(frozen=True)
