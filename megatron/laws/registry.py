@@ -58,7 +58,7 @@ def from_json(record: Mapping) -> Law:
         with np.errstate(divide="ignore"):  # a parameter frozen at 0
             draws = np.log(np.array(record["draws"], dtype=float).reshape(-1, len(form.parameters)))
     compute = Compute.from_json(record.get("computed_parameters"))
-    return Law(form, form.internal(record["values"]), draws, dict(record.get("notes", {})), compute)
+    return Law(form, form.internal(record["values"]), draws, dict(record.get("notes", {})), compute=compute)
 
 
 def load_law(path: str | Path, name: str | None = None) -> Law:
