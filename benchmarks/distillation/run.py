@@ -5,7 +5,8 @@
 
 Teachers have the model of the student and new weights. Every round times one step of each case, in a rotating order;
 the table gives the median of the ratios within a round. "explained" is (3 + K) / 3 for K teachers: a step computes the
-matrix products of three forward passes, and a teacher those of one.
+matrix products of three forward passes, and a teacher those of one. What exceeds it are elementwise passes over logits:
+each teacher and the divergence take about as many as the head without teachers.
 """
 
 import sys
