@@ -122,7 +122,8 @@ from benchmarks.training_step.implementations import Shape
 from benchmarks.training_step.options import Options
 from megatron.config.sections import ModelConfig
 from megatron.config.vocabulary import Vocabulary
-shape = Shape(ModelConfig(num_layers=3, hidden_size=64, num_attention_heads=2), Vocabulary(500), 256)
+loops = {"num_loops": 2, "loop_layers": "1-2"}
+shape = Shape(ModelConfig(num_layers=3, hidden_size=64, num_attention_heads=2, **loops), Vocabulary(500), 256)
 for name, ((batch,),) in parity.batches(Options(seq_length=256, micro_batch_size=4), shape, 1).items():
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         shape.ours()(batch).sum().backward()
@@ -144,6 +145,7 @@ def test_required_flops_are_what_pytorch_counts():
 
 
 ROOFS = """
+from dataclasses import replace
 from benchmarks.training_step.ceilings import Ceilings
 from benchmarks.training_step.implementations import Shape
 from benchmarks.training_step.work import bytes_moved, palm_flops
@@ -153,14 +155,16 @@ shape = Shape(ModelConfig(num_layers=1, hidden_size=64, num_attention_heads=1), 
 names = ("64 x 64", "64 x 128", "128 x 64")
 rates = {name: dict(zip(("forward", "input gradient", "weight gradient"), (1e6, 2e6, 2e6))) for name in names}
 ceilings = Ceilings(1e9, 1e3, rates, {"slow": {"causal": 1e3}, "fast": {"causal": 1e4}})
-print(palm_flops(shape), bytes_moved(shape, 16, 8, 2), ceilings.floor(shape, 16, 8, True, 2))
+looped = replace(shape, model=replace(shape.model, num_loops=3))
+more = bytes_moved(looped, 16, 8, 2) - bytes_moved(shape, 16, 8, 2)
+print(palm_flops(shape), bytes_moved(shape, 16, 8, 2), ceilings.floor(shape, 16, 8, True, 2), palm_flops(looped), more)
 """
 
 
 def test_the_floor_is_the_sum_of_its_terms():
     done = run(script=ROOFS)
     assert done.returncode == 0, done.stderr
-    palm, moved, floor = map(float, done.stdout.split())
+    palm, moved, floor, looped_palm, more_moved = map(float, done.stdout.split())
     parameters = 4 * 64 * 64 + 3 * 64 * 128 + 3 * 64 + 128 * 64
     assert palm == 6 * parameters + 12 * 64 * 8
     # per micro-batch: a norm and both rotations at all positions; a norm, SwiGLU, the final norm and the head at 8
@@ -169,6 +173,10 @@ def test_the_floor_is_the_sum_of_its_terms():
     products = 2 * 16 * 3 * 64 * 64 + 2 * 8 * (64 * 64 + 3 * 64 * 128 + 64 * 128)
     seconds = products * (1 / 1e6 + 2 / 2e6) + 6 * 64 * 8 * 16 / 1e4
     assert abs(floor - (2 * seconds + moved / 1e3)) < 1e-9 * floor
+    # two more uses of the block: all positions in each, and their gradients; nothing more in the optimizer
+    block = parameters - 64 - 128 * 64
+    assert looped_palm == palm + 2 * (6 * block + 12 * 64 * 8)
+    assert more_moved == 2 * (2 * 2 * 16 * (2 * 8 * 64 + 4 * 128 + 8 * 128) + 2 * 6 * block)
 
 
 GPU_GATES = """

@@ -81,7 +81,7 @@ CASES = [
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Flags of this benchmark."""
+    """Flags of this benchmark and of `benchmarks/distillation`."""
 
     model_size: str = flag("7M", "a size of the ladder", metavar="NAME")
     seq_length: int = flag(512, "tokens per sample")
@@ -139,11 +139,11 @@ class Case:
 
 def multiplications(config: Config, batch: Batch) -> float:
     """Return the multiplications of one forward pass of a batch, matrix products and attention only."""
-    model = config.model.unrolled  # every use of a block in a loop
+    model = config.model
     positions = batch.tokens.numel()
     halved = batch.causal and batch.blocked is None and batch.documents is None
     keys_per_query = batch.tokens.shape[1] / (2 if halved else 1)
-    attention = 2 * model.num_layers * model.num_attention_heads * model.head_size * keys_per_query
+    attention = 2 * model.depth * model.num_attention_heads * model.head_size * keys_per_query
     shape = Shape(model, VOCABULARY, config.data.seq_length)
     linear_layers = sum(
         count * inputs * outputs for count, inputs, outputs in linears(shape, positions, len(batch.scored_positions))

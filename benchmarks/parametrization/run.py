@@ -83,6 +83,7 @@ def figure(losses: Losses, name: str, seeds: int) -> Figure:
         y_label=LOSS,
         curves=curves,
         note=SEED_BAND if seeds > 1 else "",
+        x_ticks=tuple(sorted({rate for by_rate in losses.values() for rate in by_rate})),
     )
 
 

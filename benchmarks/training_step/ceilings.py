@@ -134,7 +134,7 @@ def _attention_rates(
                 seconds = fastest(forward_and_backward, device)
         except RuntimeError:  # the kernel does not support this shape or device
             continue
-        yield kind, attention_flops(shape, samples * shape.seq_length, causal) / model.num_layers / seconds
+        yield kind, attention_flops(shape, samples * shape.seq_length, causal) / model.depth / seconds
 
 
 def _random(device: torch.device, *size: int) -> torch.Tensor:

@@ -1,4 +1,7 @@
-"""The work of a training step of the benchmark model: FLOPs, matrix products by shape, memory traffic in bytes."""
+"""The work of a training step of the benchmark model: FLOPs, matrix products by shape, memory traffic in bytes.
+
+A block in a loop works once for each of its uses.
+"""
 
 from collections.abc import Iterator
 
@@ -13,7 +16,7 @@ def palm_flops(shape: Shape) -> float:
 
     The embedding counts once, attention is not halved for causal masks, the head runs at every position.
     """
-    model = shape.model
+    model = shape.model.unrolled
     attention = 12 * model.num_layers * model.num_attention_heads * model.head_size * shape.seq_length
     return flops_per_token(model, shape.vocabulary, shape.seq_length)["6nd"] + attention
 
@@ -32,10 +35,10 @@ def linears(shape: Shape, positions: int, num_scored: float) -> Iterator[tuple[f
 
     The head, and in the last block the layers after attention, run at the `num_scored` scored positions only.
     """
-    for layer in range(shape.model.num_layers):
+    for layer in range(shape.model.depth):
         for name, sizes in block_shapes(shape.model).items():
             if len(sizes) == 2:
-                scored_only = layer == shape.model.num_layers - 1 and not name.startswith(BEFORE_ATTENTION)
+                scored_only = layer == shape.model.depth - 1 and not name.startswith(BEFORE_ATTENTION)
                 yield num_scored if scored_only else positions, sizes[1], sizes[0]
     yield num_scored, shape.model.hidden_size, shape.vocabulary.padded_size
 
@@ -44,7 +47,7 @@ def attention_flops(shape: Shape, positions: int, causal: bool) -> float:
     """Return the FLOPs of the two attention products and their gradients in all blocks; causal attention takes half."""
     model = shape.model
     full = 12.0 * model.num_attention_heads * model.head_size * shape.seq_length * positions
-    return model.num_layers * full / (2 if causal else 1)
+    return model.depth * full / (2 if causal else 1)
 
 
 def bytes_moved(shape: Shape, positions: int, num_scored: float, micro_batches: int) -> float:
@@ -55,11 +58,12 @@ def bytes_moved(shape: Shape, positions: int, num_scored: float, micro_batches: 
        in both passes. SwiGLU reads two vectors and writes one, its gradient reads three and writes two.
     2. The final norm is one more norm, at scored positions. The softmax of the head reads the logits twice and
        overwrites them once.
-    3. Per parameter and micro-batch: a bf16 gradient is added to an fp32 one (6 bytes).
+    3. Per parameter and micro-batch: a bf16 gradient is added to an fp32 one (6 bytes); those of further uses of a
+       block in a loop are added to it before, in bf16 (6).
     4. Per parameter and step: the gradient norm reads all gradients (4), AdamW reads four values and writes three
        (28), and the weights are cast to bf16 (6).
     """
-    model = shape.model
+    model = shape.model.unrolled
     heads = (model.num_attention_heads + model.key_value_heads) * model.head_size
     # elements per position
     norm = 8 * model.hidden_size
@@ -73,5 +77,6 @@ def bytes_moved(shape: Shape, positions: int, num_scored: float, micro_batches: 
         + num_scored * norm
     )
     head = 3 * num_scored * shape.vocabulary.padded_size
-    per_parameter = 6 * micro_batches + 4 + 28 + 6
-    return 2 * micro_batches * (activations + head) + per_parameter * parameter_count(model, shape.vocabulary)
+    accumulated = 6 * micro_batches * parameter_count(model, shape.vocabulary)
+    updated = (4 + 28 + 6) * parameter_count(shape.model, shape.vocabulary)
+    return 2 * micro_batches * (activations + head) + accumulated + updated

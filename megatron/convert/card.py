@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import fields
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron.config.flags import typed
@@ -15,16 +16,22 @@ from megatron.training.run_folder import read_records
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+
+def _fields_but(section: str, *names: str) -> tuple[str, ...]:
+    return tuple(field.name for field in fields(SECTIONS[section]) if field.name not in names)
+
+
 # fields of each section that the card lists where they differ from their default
-REGULARISERS = {
+OPTIONS = {
     "model": (
         *("attention_dropout", "hidden_dropout", "mlp_dropout", "embedding_dropout", "label_smoothing", "z_loss"),
-        "softmax_over_padding",
+        *("softmax_over_padding", "init_method_std", "num_loops", "loop_layers"),
         *PARAMETRIZATION_FIELDS,
     ),
     "data": ("reset_attention_mask", "reset_position_ids", "eod_mask_loss"),
-    "objective": tuple(field.name for field in fields(SECTIONS["objective"]) if field.name != "objective"),
-    "optimizer": ("ema_decay", "average_from_samples"),
+    "objective": _fields_but("objective", "objective"),
+    "optimizer": _fields_but("optimizer", "optimizer", "lr", "weight_decay"),
+    "distillation": _fields_but("distillation", "teacher"),
 }
 MEANING = "Losses are in nats per token, ± the standard error over documents"
 LOAD = """\
@@ -143,10 +150,15 @@ def _training(trained: Trained) -> Iterator[str]:
         )
     else:
         yield "Data: unknown"
-    computed = recorded["plan"].get("computed_parameters", recorded["parameters"])
-    yield f"Compute: {6.0 * computed * tokens * passes:.3g} FLOPs (6ND, the embedding counted once)"
-    regularisers = list(_regularisers(trained)) or ["none"]
-    yield f"Regularisers and other options that are not at their default: {', '.join(regularisers)}"
+    yield f"Compute: {6.0 * trained.computed_parameters * tokens * passes:.3g} FLOPs (6ND, the embedding counted once)"
+    for teacher in recorded.get("teachers", []):
+        run = Path(teacher["checkpoint"]).parents[1].name
+        yield (
+            f"Distilled from {run}, step {teacher['iteration']:,}: {teacher['parameters'] / 1e6:.2f}M parameters, "
+            f"weights `{teacher['weights']}`, {teacher['flops']:.3g} FLOPs"
+        )
+    options = list(_options(trained)) or ["none"]
+    yield f"Regularisers and other options that are not at their default: {', '.join(options)}"
     optimizer = config.optimizer
     yield (
         f"Optimizer: {optimizer.optimizer}, peak learning rate {optimizer.lr:g}, weight decay "
@@ -156,8 +168,8 @@ def _training(trained: Trained) -> Iterator[str]:
     yield f"Precision: {recorded['precision']}; code: {recorded['commit'] or 'unknown commit'}"
 
 
-def _regularisers(trained: Trained) -> Iterator[str]:
-    for section, names in REGULARISERS.items():
+def _options(trained: Trained) -> Iterator[str]:
+    for section, names in OPTIONS.items():
         settings = getattr(trained.config, section)
         defaults = {field.name: field.default for field in fields(settings)}
         for name in names:

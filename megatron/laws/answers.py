@@ -1,9 +1,9 @@
 """What laws answer: the best model size and epochs for a data budget, compute-optimal frontiers, critical compute.
 
-Compute is C = 6 N D throughout: N parameters with the embedding counted once, D training tokens, epochs D / U over U
-unique tokens (the convention of budgets and records, docs/checkpoints.md). "At compute C" means at most C: a run may
-stop before it overfits. Every search is over a finite range, `Limits`; where a law still improves at the end of it
-there is no optimum, and the answer says so.
+Compute is C = 6 N D: N parameters with the embedding counted once, D training tokens, epochs D / U over U unique tokens
+(the convention of budgets and records, docs/checkpoints.md); loops and several passes count as `compute` has it. "At
+compute C" means at most C: a run may stop before it overfits. Every search is over a finite range, `Limits`; where a
+law still improves at the end of it there is no optimum, and the answer says so.
 """
 
 from collections.abc import Sequence
@@ -41,7 +41,7 @@ class Optimum:
     unique_tokens: float  # the data budget; a run of less than an epoch does not read them all
     tokens: float
     epochs: float
-    flops: float  # 6 N D of this run
+    flops: float  # of this run
     loss: float  # nats per token
     no_optimum_in: tuple[str, ...] = ()  # "parameters", "epochs": the law still improves at the end of the range
 
@@ -99,14 +99,14 @@ PUBLISHED_CRITICAL_COMPUTE = PowerLaw(2.12e15, 2.174)
 
 
 def best_run(law: Law, unique_tokens: float, flops: float | None = None, limits: Limits | None = None) -> Optimum:
-    """Return the size and the epochs of lowest loss on U unique tokens at C = 6 N D <= `flops`; None: no limit.
+    """Return the size and the epochs of lowest loss on U unique tokens at C <= `flops`; None: no limit.
 
     A grid over (log N, log D), with one epoch among its D, is refined around its best point until it is 1e-9 wide.
     """
     limits = limits or Limits()
     low, high = np.log(limits.parameters)
     if flops is not None:
-        high = max(low, min(high, np.log(flops / 6)))  # at least a token
+        high = max(low, min(high, law.compute.parameters(np.log(flops / 6))))  # at least a token
     depth = np.log(limits.epochs) + 12  # how far below the most tokens D may lie
     center, width = np.array([(low + high) / 2, depth / 2]), np.array([high - low, depth])
     log_size = log_tokens = 0.0
@@ -115,7 +115,9 @@ def best_run(law: Law, unique_tokens: float, flops: float | None = None, limits:
         axes = [
             np.clip(mid + span * np.linspace(-0.5, 0.5, 33), *ends) for mid, span, ends in zip(center, width, ranges)
         ]
-        most = _most_log_tokens(axes[0], unique_tokens, flops, limits)
+        most = np.full_like(axes[0], np.log(limits.epochs * unique_tokens))
+        if flops is not None:
+            most = np.minimum(most, np.log(flops / 6) - law.compute.computed(axes[0]))
         epoch = np.clip(most - np.log(unique_tokens), 0, depth)  # D = U, after which a loss may rise steeply
         log_sizes = np.append(np.repeat(axes[0], 33), axes[0])
         below = np.append(np.tile(axes[1], 33), epoch)
@@ -125,11 +127,6 @@ def best_run(law: Law, unique_tokens: float, flops: float | None = None, limits:
         center, width = np.array([log_sizes[best], below[best]]), width / 2
         log_size, log_tokens = log_sizes[best], log_tokens_of[best]
     return _optimum(law, (log_size, log_tokens), unique_tokens, flops=flops, limits=limits)
-
-
-def _most_log_tokens(log_sizes: np.ndarray, unique_tokens: float, flops: float | None, limits: Limits) -> np.ndarray:
-    most = np.full_like(log_sizes, np.log(limits.epochs * unique_tokens))
-    return most if flops is None else np.minimum(most, np.log(flops / 6) - log_sizes)
 
 
 def _optimum(law: Law, point: tuple, unique_tokens: float, *, flops: float | None, limits: Limits) -> Optimum:
@@ -143,7 +140,7 @@ def _optimum(law: Law, point: tuple, unique_tokens: float, *, flops: float | Non
         ("epochs", (size, most_epochs * unique_tokens)),
     ):
         is_free = name != "parameters" or limits.parameters[0] < limits.parameters[1]
-        affordable = flops is None or 6 * at_end[0] * at_end[1] <= flops * (1 + 1e-6)
+        affordable = flops is None or law.compute.flops(*at_end) <= flops * (1 + 1e-6)
         if is_free and affordable and law.loss(at_end[0], unique_tokens, at_end[1]) <= loss + SAME_LOSS:
             unbounded.append(name)
     return Optimum(
@@ -151,7 +148,7 @@ def _optimum(law: Law, point: tuple, unique_tokens: float, *, flops: float | Non
         unique_tokens=float(unique_tokens),
         tokens=float(tokens),
         epochs=float(tokens / unique_tokens),
-        flops=float(6 * size * tokens),
+        flops=float(law.compute.flops(size, tokens)),
         loss=loss,
         no_optimum_in=tuple(unbounded),
     )
@@ -169,7 +166,7 @@ def enough(law: Law, unique_tokens: float, limits: Limits | None = None) -> Opti
     if not law.form.models_repetition or (best.no_optimum_in and _falls_beyond(law, best, limits)):
         return None
     target = best.loss + NEAR_LOSS
-    flops = np.geomspace(*_all_flops(unique_tokens, limits), COARSE)
+    flops = np.geomspace(*_all_flops(law, unique_tokens, limits), COARSE)
     flops = np.sort(np.append(flops, np.clip(best.flops, flops[0], flops[-1])))  # the optimum may lie between two
     for _ in range(3):
         losses = frontier(law, unique_tokens, flops, limits)[0]
@@ -189,10 +186,11 @@ def _falls_beyond(law: Law, best: Optimum, limits: Limits) -> bool:
     return best_run(law, best.unique_tokens, limits=wider).loss < best.loss - NEAR_LOSS / 10
 
 
-def _all_flops(unique_tokens: float, limits: Limits) -> tuple[float, float]:
+def _all_flops(law: Law, unique_tokens: float, limits: Limits) -> tuple[float, float]:
     """Return the compute of the smallest model on a thousandth of an epoch, and the most that the limits allow."""
     smallest, largest = limits.parameters
-    return 6 * smallest * unique_tokens * 1e-3, 6 * largest * unique_tokens * limits.epochs
+    least, most = law.compute.flops(smallest, unique_tokens), law.compute.flops(largest, unique_tokens)
+    return float(least * 1e-3), float(most * limits.epochs)
 
 
 def frontier(
@@ -210,8 +208,10 @@ def frontier(
 
 def _spent(law: Law, unique_tokens: float, flops: np.ndarray, limits: Limits) -> tuple[np.ndarray, np.ndarray]:
     """Return the lowest losses [K] of runs that spend exactly `flops` [K], inf where there is none, and their sizes."""
-    low = np.maximum(np.log(limits.parameters[0]), np.log(flops / (6 * limits.epochs * unique_tokens)))
-    high = np.minimum(np.log(limits.parameters[1]), np.log(flops / 6))
+    # sizes are log M: the parameters that compute counts
+    smallest, largest = law.compute.computed(np.log(limits.parameters))
+    low = np.maximum(smallest, np.log(flops / (6 * limits.epochs * unique_tokens)))
+    high = np.minimum(largest, np.log(flops / 6))
     feasible = low <= high
     high = np.maximum(high, low)
     epoch = np.log(flops / (6 * unique_tokens))  # size of the run with D = U
@@ -221,11 +221,11 @@ def _spent(law: Law, unique_tokens: float, flops: np.ndarray, limits: Limits) ->
         sizes = center[:, None] + width[:, None] * np.linspace(-0.5, 0.5, num_points)  # [K, points]
         sizes = np.append(sizes, epoch[:, None], axis=1)
         sizes = np.clip(sizes, low[:, None], high[:, None])
-        values = law.loss(np.exp(sizes), unique_tokens, flops[:, None] / 6 / np.exp(sizes))
+        values = law.loss(np.exp(law.compute.parameters(sizes)), unique_tokens, flops[:, None] / 6 / np.exp(sizes))
         best = np.argmin(values, axis=1)[:, None]
         center, losses = np.take_along_axis(sizes, best, 1)[:, 0], np.take_along_axis(values, best, 1)[:, 0]
         width, num_points = width * 2.7 / (num_points - 1), 9  # 1.35 points to both sides of the best one
-    return np.where(feasible, losses, np.inf), np.exp(center)
+    return np.where(feasible, losses, np.inf), np.exp(law.compute.parameters(center))
 
 
 def critical_compute(
@@ -273,8 +273,9 @@ def _crossings(
     first: Law, second: Law, unique_tokens: float, limits: Limits
 ) -> tuple[float | None, float | None, list[float], str]:
     """Return critical compute and the loss there, all crossings, and the law that is ahead at the end."""
-    flops = np.geomspace(*(limits.flops or _all_flops(unique_tokens, limits)), COARSE)
     laws, arguments = (first, second), (unique_tokens, limits)
+    least, most = zip(*(_all_flops(law, unique_tokens, limits) for law in laws))
+    flops = np.geomspace(*(limits.flops or (max(least), min(most))), COARSE)
     spent = [_spent(law, unique_tokens, flops, limits)[0] for law in laws]
     # the lowest loss of a law that overfits lies between two budgets
     extra = np.concatenate([_around(flops, int(np.argmin(losses))) for losses in spent])

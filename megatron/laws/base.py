@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from megatron.errors import ConfigurationError
+from megatron.laws.compute import PLAIN, Compute
 
 LOWEST_LOG_LOSS = -700.0  # of a law whose terms all vanish; exp() of it is still positive
 
@@ -72,7 +73,8 @@ class LawTable(Points):
     group: np.ndarray  # [R] int
     source: str = ""  # the file, as it is printed with a fit
     filters: tuple[str, ...] = ()  # conditions that chose the rows, as typed
-    notes: tuple[str, ...] = ()  # on the groups, printed with a fit
+    notes: tuple[str, ...] = ()  # on groups and compute, printed with a fit
+    compute: Compute = PLAIN
 
     def __post_init__(self):
         lengths = {len(getattr(self, name)) for name in ("parameters", "unique_tokens", "tokens", "loss", "group")}
@@ -184,6 +186,7 @@ class Law:
     theta: np.ndarray  # [P] logarithms of the values
     draws: np.ndarray | None = None  # [B, P] theta of bootstrap resamples
     notes: Mapping[str, Any] = field(default_factory=dict)  # table, filters, base: printed with every answer
+    compute: Compute = PLAIN  # of the runs
 
     @property
     def values(self) -> dict[str, float]:
@@ -202,7 +205,7 @@ class Law:
         return [] if self.draws is None else [replace(self, theta=theta, draws=None) for theta in self.draws]
 
     def to_json(self) -> dict:
-        """Return what `from_json` reads: form, equation, values, and draws as lists of values."""
+        """Return what `from_json` reads: form, equation, values, compute, and draws as lists of values."""
         record = {
             "form": self.form.name,
             "equation": self.form.equation,
@@ -210,6 +213,8 @@ class Law:
             "values": self.values,
             "notes": dict(self.notes),
         }
+        if computed := self.compute.to_json():
+            record["computed_parameters"] = computed
         if self.draws is not None:
             record["draws"] = np.exp(self.draws).tolist()
         return record

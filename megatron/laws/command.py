@@ -102,7 +102,7 @@ def check_flops(table: LawTable, budgets: Sequence[float], flops: Sequence[float
     Raises: ConfigurationError for a compute budget below that on any number of unique tokens.
     """
     for budget in budgets:
-        least = 6 * float(table.parameters.min()) * budget * min(1.0, float(table.epochs.min()))
+        least = float(table.compute.flops(table.parameters.min(), budget * min(1.0, float(table.epochs.min()))))
         for compute in flops:
             if compute < least:
                 raise ConfigurationError(

@@ -10,6 +10,7 @@ import numpy as np
 
 from megatron.errors import ConfigurationError
 from megatron.laws.base import Form, Law
+from megatron.laws.compute import Compute
 from megatron.laws.forms.bounded import Bounded
 from megatron.laws.forms.chinchilla import Chinchilla
 from megatron.laws.forms.geometric import Geometric
@@ -56,7 +57,8 @@ def from_json(record: Mapping) -> Law:
     if record.get("draws"):
         with np.errstate(divide="ignore"):  # a parameter frozen at 0
             draws = np.log(np.array(record["draws"], dtype=float).reshape(-1, len(form.parameters)))
-    return Law(form, form.internal(record["values"]), draws, dict(record.get("notes", {})))
+    compute = Compute.from_json(record.get("computed_parameters"))
+    return Law(form, form.internal(record["values"]), draws, dict(record.get("notes", {})), compute=compute)
 
 
 def load_law(path: str | Path, name: str | None = None) -> Law:

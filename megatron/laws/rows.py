@@ -22,6 +22,7 @@ RECOGNISED = {
     "tokens": ("consumed_tokens", "tokens", "total_tokens", "D"),
     "epochs": ("epoch", "epochs"),
     "loss": ("loss", "val_loss"),
+    "flops": ("flops",),  # of a sweep: elsewhere the convention is not known
     "run": ("id", "run"),
     "seed": ("seed",),
 }
@@ -83,7 +84,7 @@ class Rows:
         for name in required:
             if name not in self.columns and not (name == "tokens" and "epochs" in self.columns):
                 self._refuse_missing(name)
-        self.all = {name: self._numbers(name) for name in QUANTITIES}
+        self.all = {name: self._numbers(name) for name in (*QUANTITIES, "flops")}
         if "tokens" not in self.columns and "epochs" in self.columns:
             self.all["tokens"] = self._numbers("epochs") * self.all["unique_tokens"]
         with np.errstate(divide="ignore", invalid="ignore"):  # zeros are refused where the quantity is required
@@ -93,6 +94,16 @@ class Rows:
     def quantities(self) -> dict[str, np.ndarray]:
         """QUANTITIES of the rows that are in. [R]"""
         return {name: self.all[name][self.index] for name in QUANTITIES}
+
+    @property
+    def flops(self) -> np.ndarray:
+        """Training FLOPs of the rows that are in, NaN where they are not recorded. [R]"""
+        return self.all["flops"][self.index]
+
+    @property
+    def is_sweep(self) -> bool:
+        """Whether the table is that of a collected sweep."""
+        return {"variant", "world_size", "set"} <= set(self.names)
 
     def _column_of(self, name: str) -> str | None:
         """Return the file's column of a quantity: that of --columns, or a recognised one."""
@@ -104,7 +115,7 @@ class Rows:
                     + (close(given[name], self.names) or f"; it has {', '.join(self.names)}")
                 )
             return given[name]
-        if name == "tokens" and "epochs" in given:
+        if (name == "tokens" and "epochs" in given) or (name == "flops" and not self.is_sweep):
             return None
         return next((column for column in RECOGNISED[name] if column in self.names), None)
 
@@ -276,7 +287,7 @@ class Rows:
 
         Of the other columns those of results and of dates do not count.
         """
-        if {"variant", "world_size", "set"} <= set(self.names):
+        if self.is_sweep:
             flags = self.names[self.names.index("world_size") + 1 : self.names.index("set")]
             names = ["variant", *flags]
         else:

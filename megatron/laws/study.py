@@ -46,7 +46,7 @@ class Study:
         table = self.fit.table
         notes: dict[str, Any] = {"table": table.source, "filters": list(table.filters), "rows": len(table)}
         notes |= {"base": self.base, "range": _ranges(table)}
-        return Law(self.fit.form, self.fit.theta, self.draws, notes)
+        return Law(self.fit.form, self.fit.theta, self.draws, notes, compute=table.compute)
 
     @property
     def r2(self) -> float | None:

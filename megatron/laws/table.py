@@ -16,6 +16,7 @@ import numpy as np
 
 from megatron.errors import ConfigurationError
 from megatron.laws.base import LawTable
+from megatron.laws.compute import PLAIN, compute_of
 from megatron.laws.rows import QUANTITIES, RECOGNISED, SUFFIXES, Rows, Selection, amount, close, open_table
 
 
@@ -27,6 +28,7 @@ class Runs:
     parameters: np.ndarray  # [R]
     unique_tokens: np.ndarray  # [R] of the training set, whether or not the run has read them all
     tokens: np.ndarray  # [R] training tokens
+    flops: np.ndarray  # [R] training FLOPs as recorded
     loss: np.ndarray  # [R] nats per token
     selection_loss: np.ndarray  # [R] on the set that chooses the best validation and the best run
     chosen_on: str | None  # that set; None in a table without sets
@@ -45,12 +47,14 @@ def read_table(path: str | Path, **selection: Any) -> LawTable:
 
     `path` is a CSV or Parquet file, or the folder of a collected sweep.
 
-    Raises: ConfigurationError for all that `read_runs` refuses.
+    Raises: ConfigurationError for all that `read_runs` refuses, and for runs that differ in loops or passes.
     """
-    runs = read_runs(path, Selection(**selection))
-    return LawTable(
-        **{name: getattr(runs, name) for name in (*QUANTITIES, "group", "source", "filters", "notes")},
-    )
+    chosen = Selection(**selection)
+    runs = read_runs(path, chosen)
+    is_counted = "flops" not in chosen.mixed
+    compute = compute_of(runs.parameters, runs.tokens, runs.flops, runs.source) if is_counted else PLAIN
+    columns = {name: getattr(runs, name) for name in (*QUANTITIES, "group", "source", "filters")}
+    return LawTable(**columns, notes=(*runs.notes, *compute.note()), compute=compute)
 
 
 def read_runs(path: str | Path, selection: Selection, required: Sequence[str] = QUANTITIES) -> Runs:
@@ -70,6 +74,7 @@ def read_runs(path: str | Path, selection: Selection, required: Sequence[str] = 
     return Runs(
         source=source,
         **rows.quantities,
+        flops=rows.flops,
         selection_loss=selection_loss,
         chosen_on=rows.chosen_on,
         group=rows.groups(settings, budgets),
@@ -107,7 +112,7 @@ def add_table_arguments(parser: ArgumentParser) -> None:
         "--columns",
         metavar="NAME=COLUMN,...",
         help="columns of a table that is not a sweep's: parameters=params,tokens=total_tokens,loss=val_loss; also "
-        "unique_tokens, epochs (in place of tokens), run (rows of one run are its validations), seed",
+        "unique_tokens, epochs (in place of tokens), flops, run (rows of one run are its validations), seed",
     )
     group.add_argument(
         "--where",

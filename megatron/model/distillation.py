@@ -5,10 +5,10 @@
 q = softmax(logits / T) is the student's distribution over the vocabulary, p the mean of the teachers' softmax(logits /
 T). As in Hinton, Vinyals and Dean 2015 (1503.02531, section 2), T^2 makes the size of the gradient independent of the
 temperature T; the mean of probabilities is the ensemble of `tools/ensemble.py`. The head computes the divergence over
-the whole vocabulary for a chunk of positions at a time.
+the whole vocabulary for a slice of positions at a time.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -19,15 +19,23 @@ from torch import Tensor
 from megatron.batch import Batch
 from megatron.model.head_shard import WholeHead
 
-SLICE_ROWS = {"cpu": 256, "cuda": 1024}  # positions whose teacher logits exist at a time, by device type
-CACHED_NUMBERS = 50_000  # elements of logits whose probabilities a CPU computes at a time, in fp32
-
 
 class TeacherStates(NamedTuple):
     """What the loss of a student needs of a teacher, in the compute dtype."""
 
     hidden: Tensor  # [R, H], the head's input at the scored positions, in their order
     head: Tensor  # [V, H], the vocabulary rows of this rank
+
+
+class Divergence(NamedTuple):
+    """A weighted divergence, loss + share * log Z, with the gradient share * softmax(logits) - subtracted.
+
+    Z is the normaliser of the softmax that the loss with the target computes in any case.
+    """
+
+    loss: Tensor  # fp32 [R]
+    share: Tensor  # fp32 [R], 0 unless T = 1
+    subtracted: Tensor  # fp32 [R, I], of the I vocabulary rows that are ids of the tokenizer
 
 
 class SoftTargets(NamedTuple):
@@ -45,30 +53,36 @@ class SoftTargets(NamedTuple):
             chunks.append(TeacherStates(F.pad(rows, (0, 0, 0, size - len(rows))), head))
         return self._replace(teachers=tuple(chunks))
 
-    def divergence(
-        self, logits: Tensor, weights: Tensor, *, vocab_size: int, shard: WholeHead
-    ) -> tuple[Tensor, Tensor]:
-        """Return the sum of weights * W T^2 KL(p || q), fp32 [], and its gradient with respect to the logits.
+    def logits(self, rows: slice) -> list[Tensor]:
+        """Return the logits [rows, V] of every teacher, for the vocabulary rows of this rank."""
+        return [hidden[rows] @ head.T for hidden, head in self.teachers]
 
-        logits [R, V] are the student's; weights fp32 [R]; the gradient has the shape and dtype of the logits.
+    def divergence(
+        self, logits: Tensor, teacher_logits: Sequence[Tensor], weights: Tensor, *, vocab_size: int, shard: WholeHead
+    ) -> Divergence:
+        """Return weights * W T^2 KL(p || q) at R positions, in parts.
+
+        logits [R, V] are the student's, teacher_logits [R, V] those of each teacher; weights fp32 [R].
         """
         num_ids = min(logits.shape[1], max(0, vocab_size - shard.start))
-        scales = self.weight * self.temperature * weights
-        total = torch.zeros((), device=logits.device)
-        gradient = torch.zeros_like(logits)
-        size = SLICE_ROWS[logits.device.type]
-        for start in range(0, len(logits), size):
-            rows = slice(start, start + size)
-            teacher_logits = [hidden[rows] @ head.T for hidden, head in self.teachers]
-            matrices = (logits[rows], gradient[rows], scales[rows], *teacher_logits)
-            for student, slice_gradient, scale, *teachers in _cached_slices(*matrices, split=shard.whole):
-                softmax = {"temperature": self.temperature, "num_ids": num_ids, "shard": shard}
-                log_student, probabilities = _softmax(student, **softmax)
-                mean = torch.stack([_softmax(teacher, **softmax)[1] for teacher in teachers]).mean(0)
-                divergence = shard.total((torch.xlogy(mean, mean) - mean * log_student).sum(1))
-                total += self.temperature * (scale * divergence).sum()
-                slice_gradient[:, :num_ids] = probabilities.sub_(mean).mul_(scale[:, None])
-        return total, gradient
+        softmax = {"temperature": self.temperature, "num_ids": num_ids, "shard": shard}
+        log_mean, mean = _softmax(teacher_logits[0], **softmax)
+        for other in teacher_logits[1:]:
+            mean += _softmax(other, **softmax)[1]
+        if len(teacher_logits) > 1:
+            mean /= len(teacher_logits)
+            torch.log(mean.clamp_min(torch.finfo(mean.dtype).tiny), out=log_mean)  # 0 * log 0 = 0
+        scale = self.weight * self.temperature * weights
+        share = scale
+        if self.temperature == 1:  # q is the softmax of the target's loss, and log q = logits - log Z
+            log_student = logits[:, :num_ids].float()
+            subtracted = mean
+        else:
+            log_student, probabilities = _softmax(logits, **softmax)
+            subtracted = probabilities.neg_().add_(mean)
+            share = torch.zeros_like(scale)
+        divergence = shard.total(log_mean.sub_(log_student).mul_(mean).sum(1))
+        return Divergence(self.temperature * scale * divergence, share, subtracted.mul_(scale[:, None]))
 
 
 @dataclass(frozen=True)
@@ -86,16 +100,11 @@ class Distillation:
         return SoftTargets(tuple(teacher(batch) for teacher in self.teachers), self.weight, self.temperature)
 
 
-def _cached_slices(matrix: Tensor, *tensors: Tensor, split: bool) -> Iterator[tuple[Tensor, ...]]:
-    """Yield matching slices along dim 0: one, or with `split` on a CPU as many as fit its cache."""
-    split = split and matrix.device.type == "cpu"
-    size = max(1, CACHED_NUMBERS // matrix.shape[1]) if split else len(matrix)
-    return zip(*(tensor.split(size) for tensor in (matrix, *tensors)), strict=True)
-
-
 def _softmax(logits: Tensor, *, temperature: float, num_ids: int, shard: WholeHead) -> tuple[Tensor, Tensor]:
     """Return log softmax and softmax of logits / temperature, fp32 [R, num_ids], of the first `num_ids` rows."""
-    log_probabilities = logits[:, :num_ids].float() / temperature
+    log_probabilities = logits[:, :num_ids].to(torch.float32, copy=True)
+    if temperature != 1:
+        log_probabilities /= temperature
     lowest = logits.new_full((len(logits), 1), float("-inf"), dtype=torch.float32)  # of a shard without ids
     log_probabilities -= shard.highest(log_probabilities.amax(1, keepdim=True) if num_ids else lowest)
     exps = log_probabilities.exp()

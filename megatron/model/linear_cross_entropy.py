@@ -16,13 +16,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron.model.distillation import SoftTargets
+from megatron.model.distillation import Divergence, SoftTargets
 from megatron.model.head_shard import WHOLE, WholeHead
 
 logger = logging.getLogger(__name__)
@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 # masked diffusion scores half of 16,384 positions on average, and a chunk more for a few positions costs time
 CHUNK_ROWS = {"cpu": 256, "cuda": 9216}  # positions of a chunk, by device type
 LAST_CHUNK_MULTIPLE = {"cuda": 1024}  # the last chunk is padded to a multiple of this; on others to a whole chunk
+TEACHER_ROWS = {"cpu": 256, "cuda": 1024}  # positions whose teacher logits exist at a time, by device type
 CACHED_NUMBERS = 800_000  # elements a CPU processes at a time: fp32 copies of more exceed its cache and are slow
 
 
@@ -144,41 +145,63 @@ def _slices(matrix: Tensor, *tensors: Tensor, split: bool = True) -> Iterator[tu
 
 
 def _weighted_loss_(
-    logits: Tensor, targets: Tensor, weights: Tensor, *, soft: SoftTargets | None, **options: Any
+    logits: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    *,
+    soft: SoftTargets | None,
+    vocab_size: int,
+    shard: WholeHead,
+    terms: Terms,
 ) -> Tensor:
     """Overwrite logits [C, V] with the gradient of the sum of weights * loss; return that sum, fp32 []."""
-    if soft is None:
-        return (_to_gradient_(logits, targets, weights, **options) * weights).sum()
-    divergence, gradient = soft.divergence(logits, weights, vocab_size=options["vocab_size"], shard=options["shard"])
-    weights = (1 - soft.weight) * weights
-    loss = (_to_gradient_(logits, targets, weights, **options) * weights).sum()
-    logits += gradient
-    return loss + divergence
+    losses = []
+    ids = {"vocab_size": vocab_size, "shard": shard}
+    size = TEACHER_ROWS[logits.device.type] if soft else len(logits)
+    for start in range(0, len(logits), size):
+        rows = slice(start, start + size)
+        teacher_logits = soft.logits(rows) if soft else []
+        matrices = (logits[rows], targets[rows], weights[rows], *teacher_logits)
+        # each slice is a collective over shards, which may differ in their number of rows: they take one slice
+        for slice_logits, target, weight, *teachers in _slices(*matrices, split=shard.whole):
+            divergence = None
+            if soft:  # before the logits are overwritten
+                divergence = soft.divergence(slice_logits, teachers, weight, **ids)
+                weight = (1 - soft.weight) * weight
+            losses.append(_to_gradient_(slice_logits, target, weight, divergence=divergence, terms=terms, **ids))
+    return torch.cat(losses).sum()
 
 
 def _to_gradient_(
-    logits: Tensor, targets: Tensor, weights: Tensor, *, vocab_size: int, shard: WholeHead, terms: Terms
+    logits: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    *,
+    divergence: Divergence | None = None,
+    vocab_size: int,
+    shard: WholeHead,
+    terms: Terms,
 ) -> Tensor:
-    """Overwrite logits [C, V] with weights * d loss / d logits; return the loss, fp32 [C]."""
+    """Overwrite logits [R, V] with the gradient of weights * loss + divergence; return that, fp32 [R]."""
     smoothing, z_loss = terms
-    losses = []
-    # each slice is a collective over shards, which may differ in their number of rows: they take one slice
-    for slice_logits, target, weight in _slices(logits, targets, weights, split=shard.whole):
-        softmax = _softmax_(slice_logits, target, vocab_size=vocab_size, shard=shard, with_mean=bool(smoothing))
-        loss = softmax.nll
-        scale = weight
-        if softmax.mean_logit is not None:  # label smoothing
-            loss = loss + smoothing * (softmax.target_logit - softmax.mean_logit).squeeze(1)
-        if z_loss:
-            log_z = (softmax.max_logit + softmax.sum_exp.log()).squeeze(1)
-            loss = loss + z_loss * log_z.square()
-            scale = weight * (1 + 2 * z_loss * log_z)
-        # weight * ((1 + 2 z log Z) softmax - (1 - e) onehot(target) - e / vocab_size)
-        at_target = (smoothing - 1) * weight[:, None] * softmax.is_local
-        everywhere = -weight[:, None] * (smoothing / vocab_size)
-        softmax.write_(slice_logits, scale[:, None] / softmax.sum_exp, at_target, everywhere)
-        losses.append(loss)
-    return torch.cat(losses)
+    softmax = _softmax_(logits, targets, vocab_size=vocab_size, shard=shard, with_mean=bool(smoothing))
+    loss, scale = softmax.nll, weights
+    if softmax.mean_logit is not None:  # label smoothing
+        loss = loss + smoothing * (softmax.target_logit - softmax.mean_logit).squeeze(1)
+    log_z = (softmax.max_logit + softmax.sum_exp.log()).squeeze(1)
+    if z_loss:
+        loss = loss + z_loss * log_z.square()
+        scale = weights * (1 + 2 * z_loss * log_z)
+    weighted = loss * weights
+    subtracted = None
+    if divergence:
+        weighted = weighted + divergence.loss + divergence.share * log_z
+        scale, subtracted = scale + divergence.share, divergence.subtracted
+    # weight * ((1 + 2 z log Z) softmax - (1 - e) onehot(target) - e / vocab_size)
+    at_target = (smoothing - 1) * weights[:, None] * softmax.is_local
+    everywhere = -weights[:, None] * (smoothing / vocab_size)
+    softmax.write_(logits, scale[:, None] / softmax.sum_exp, at_target, everywhere, subtracted=subtracted)
+    return weighted
 
 
 @dataclass(frozen=True)
@@ -193,8 +216,13 @@ class _Softmax:
     is_local: Tensor  # [C, 1] 1.0 where this shard holds the target's row, else 0.0
     num_ids: int  # vocabulary rows of this shard that are ids of the tokenizer
 
-    def write_(self, logits: Tensor, scale: Tensor, at_target: Tensor, everywhere: Tensor) -> None:
-        """Overwrite logits with scale * exps + everywhere, + at_target at the targets; 0 beyond the tokenizer's ids."""
+    def write_(
+        self, logits: Tensor, scale: Tensor, at_target: Tensor, everywhere: Tensor, *, subtracted: Tensor | None
+    ) -> None:
+        """Overwrite logits with scale * exps + everywhere - subtracted, + at_target at the targets.
+
+        Beyond the tokenizer's ids they become 0, and `subtracted` has no columns.
+        """
         if self.exps is None:
             kernels = _kernels(logits.device.type)
             assert kernels is not None
@@ -207,11 +235,15 @@ class _Softmax:
                 everywhere=everywhere,
                 num_ids=self.num_ids,
             )
+            if subtracted is not None:
+                logits[:, : self.num_ids] -= subtracted
             return
         gradient = self.exps.mul_(scale)
         gradient.scatter_add_(1, self.local_target, at_target)
         if self.mean_logit is not None:
             gradient[:, : self.num_ids].add_(everywhere)
+        if subtracted is not None:
+            gradient[:, : self.num_ids].sub_(subtracted)
         logits.copy_(gradient)
 
 

@@ -21,12 +21,10 @@ from megatron.parallel.apply import is_one_group
 from megatron.parallel.tensor import REPLACEMENTS
 
 FP32 = 4  # bytes
-# as in megatron/model/linear_cross_entropy.py: positions per chunk of logits, and elements in fp32 at a time
+# as in megatron/model/linear_cross_entropy.py: positions per chunk of logits, of teachers' logits, and elements in fp32
 HEAD_POSITIONS = {"cpu": 256, "cuda": 9216}
+TEACHER_POSITIONS = {"cpu": 256, "cuda": 1024}
 HEAD_ELEMENTS = {"cpu": 800_000}
-# as in megatron/model/distillation.py: positions of a slice of teacher logits, and elements in fp32 at a time
-SOFT_POSITIONS = {"cpu": 256, "cuda": 1024}
-SOFT_ELEMENTS = {"cpu": 50_000}
 HEAD_IN_PLACE = {"cuda"}  # kernels need no fp32 copy of logits
 ACTIVE_CHUNKS = 3  # whole stages that torch's interleaved 1F1B lets a rank hold
 
@@ -292,29 +290,30 @@ class RankSizes:
         """Return the workspace of the fused head and loss: the maximum of both passes."""
         positions, width = HEAD_POSITIONS[self.device], self.model.hidden_size
         logits, weight = positions * self.vocabulary_shard, self.table
-        fp32_elements = HEAD_ELEMENTS.get(self.device, logits + weight) if self.tp_size == 1 else logits + weight
+        fp32_elements = self._fp32_elements(logits + weight)
         needs_copy = self.size != FP32 and self.device not in HEAD_IN_PLACE
         fp32_logits = FP32 * min(logits, fp32_elements) if needs_copy else 0
         forward = (
-            max(fp32_logits, self._soft_slice())
+            max(fp32_logits, self._teacher_slice())
             + self.size * (logits + weight + 2 * positions * width)
             + FP32 * weight
             + 2 * self.hidden
+            + self.size * self.tokens * sum(teacher.hidden_size for teacher in self.teachers)
         )
         scaled = FP32 * max(min(weight, fp32_elements), self.tokens * width)
         backward = scaled + (FP32 + self.size) * weight + self.hidden
-        if self.teachers:  # their hidden states, and the gradient of the divergence
-            forward += self.size * (self.tokens * sum(teacher.hidden_size for teacher in self.teachers) + logits)
         return max(forward, backward)
 
-    def _soft_slice(self) -> int:
-        """Return the workspace of the divergence from the teachers in a slice, before the fp32 copy of logits."""
+    def _fp32_elements(self, elements: int) -> int:
+        """Return how many of `elements` exist in fp32 at a time, where a whole head computes in slices."""
+        return min(elements, HEAD_ELEMENTS.get(self.device, elements)) if self.tp_size == 1 else elements
+
+    def _teacher_slice(self) -> int:
+        """Return the workspace of the divergence from the teachers: their logits, and both sides' probabilities."""
         if not self.teachers:
             return 0
-        count, slice_logits = len(self.teachers), SOFT_POSITIONS[self.device] * self.vocabulary_shard
-        fits = SOFT_ELEMENTS.get(self.device, slice_logits) if self.tp_size == 1 else slice_logits
-        probabilities = FP32 * (2 + 2 * count) * min(fits, slice_logits)
-        return self.size * count * slice_logits + probabilities
+        logits = TEACHER_POSITIONS[self.device] * self.vocabulary_shard
+        return self.size * len(self.teachers) * logits + 4 * FP32 * self._fp32_elements(logits)
 
     # ------------------------------------------------------------------ between stages
 

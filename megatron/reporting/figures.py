@@ -52,6 +52,7 @@ class Figure:
     bars: bool = False  # draw intervals as error bars, not as bands
     log_x: bool = True
     log_y: bool = False
+    x_ticks: tuple[float, ...] = ()  # the ticks of x, if there are few values; () leaves them to the plot
 
     @property
     def series(self) -> list[str]:

@@ -130,8 +130,11 @@ def _settings(run: Run) -> str:
     config = run.config
     data = {name: value for name, value in config["data"].items() if name not in PATHS}
     sections = [data, *(config[name] for name in ("model", "objective", "optimizer"))]
+    if config.get("teachers"):
+        weights = None if run.point else [teacher["weights"] for teacher in config["teachers"]]
+        sections += [config["distillation"] | {"teacher": weights}]
     budget = [config.get(name) for name in ("train_samples", "unique_tokens", "precision")]
-    # a sweep names its branches, and those of each seed continue from the trunk of that seed
+    # a sweep names its branches and students; those of each seed may have a trunk and teachers of that seed
     origin = None if run.point else config.get("branched_from")
     training = [config["training"].get(name) for name in ("global_batch_size", "fp8_recipe")]
     return json.dumps([sections, budget, origin, training], sort_keys=True)

@@ -71,6 +71,9 @@ def draw(figure: Figure, folder: Path) -> list[Path]:
         _draw_series(axes, [curve for curve in figure.curves if curve.series == series], colour, figure)
     axes.autoscale_view()
     axes.set(xscale="log" if figure.log_x else "linear", yscale="log" if figure.log_y else "linear")
+    if figure.x_ticks:
+        axes.set_xticks([], minor=True)
+        axes.set_xticks(figure.x_ticks, [f"{tick:g}" for tick in figure.x_ticks])
     if len(colours) <= MAX_LEGEND:
         handles = [axes.plot([], [], color=colour)[0] for colour in colours.values()]
         # the best place among hundreds of curves takes seconds to find

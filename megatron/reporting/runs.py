@@ -17,27 +17,12 @@ from tqdm import tqdm
 
 from megatron import statistics
 from megatron.errors import ConfigurationError
+from megatron.reporting.methods import method_words
 from megatron.training.run_folder import read_json, read_records
 
 # config.json keys that must agree before two losses are compared
 COMPARABLE_KEYS = {"corpus_hash": "corpus", "vocabulary_size": "vocabulary"}
 TRAINING_POINTS = 60  # of a smoothed training curve
-
-REGULARISERS = {
-    "token_dropout": "token dropout {}",
-    "token_dropout_max": "token dropout U(0, {})",
-    "mlp_dropout": "MLP dropout {}",
-    "attention_dropout": "attention dropout {}",
-    "hidden_dropout": "hidden dropout {}",
-    "embedding_dropout": "embedding dropout {}",
-    "random_replacement": "random replacement {}",
-    "masked_input_weight": "masked input {}",
-    "randmask_ratio": "row masking {}",
-    "stochastic_depth": "stochastic depth {}",
-    "label_smoothing": "label smoothing {}",
-    "z_loss": "z-loss {}",
-}
-PARAMETRIZATIONS = {"standard": [], "mup": ["muP"], "completep": ["CompleteP"]}
 
 
 @dataclass(frozen=True)
@@ -80,23 +65,8 @@ class Run:
         return record.get("bound", record.get("mc_se") is not None)
 
     def regularisers(self) -> str:
-        """Return the regularisers of the run and its weight decay, as text."""
-        settings = self.config["model"] | self.config["objective"]
-        # .get: the config.json of an older run may lack newer flags
-        names = [text.format(settings[name]) for name, text in REGULARISERS.items() if settings.get(name)]
-        if settings.get("num_loops", 1) > 1:
-            blocks = f"blocks {settings['loop_layers']}" if settings["loop_layers"] else "all blocks"
-            names.append(f"{settings['num_loops']} loops of {blocks}")
-        optimizer = self.config["optimizer"]
-        decay = optimizer["weight_decay"]
-        if optimizer.get("weight_decay_incr_style", "constant") != "constant":
-            decay = f"{optimizer['start_weight_decay']} to {optimizer['end_weight_decay']}"
-        names += PARAMETRIZATIONS[self.config["model"].get("parametrization", "standard")]
-        if optimizer.get("meta_gradient_norm"):
-            names.append(f"meta-gradient {optimizer['meta_gradient_norm']}")
-        if optimizer.get("optimizer") == "muon":
-            names.append("Muon")
-        return ", ".join([*names, f"weight decay {decay}"])
+        """Return the regularisers and techniques of the run and its weight decay, as text."""
+        return method_words(self.config)
 
 
 @dataclass(frozen=True)

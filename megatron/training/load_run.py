@@ -38,6 +38,11 @@ class Trained:
         """The vocabulary of the run's tokenizer."""
         return Vocabulary(self.recorded["vocabulary_size"])
 
+    @property
+    def computed_parameters(self) -> int:
+        """N with a block counted once for each of its uses; older runs have no loops and do not record it."""
+        return self.recorded["plan"].get("computed_parameters", self.recorded["parameters"])
+
     def model(self, average: bool = False, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Transformer:
         """Return the whole model on one device, in evaluation mode, with its weights or their average.
 

@@ -70,7 +70,8 @@ def describe_teachers(teachers: Sequence[Trained], config: Config, plan: Plan) -
     """Return what config.json records of every teacher.
 
     `weights` is a hash of the checksums of the checkpoint; `flops` are those of the teacher's forward passes over the
-    whole run, 2 FLOPs per parameter and token, which the 6ND of the student do not include.
+    whole run, 2 FLOPs per token and parameter (a block in a loop counts for each use), which the 6ND of the student do
+    not include.
     """
     tokens = plan.tokens(plan.train_samples, config.data.seq_length) * plan.passes
     return [
@@ -80,7 +81,7 @@ def describe_teachers(teachers: Sequence[Trained], config: Config, plan: Plan) -
             "consumed_samples": teacher.meta["consumed_samples"],
             "parameters": teacher.recorded["parameters"],
             "weights": hashlib.sha256(json.dumps(teacher.meta["files"]).encode()).hexdigest()[:16],
-            "flops": 2.0 * teacher.recorded["parameters"] * tokens,
+            "flops": 2.0 * teacher.computed_parameters * tokens,
         }
         for teacher in teachers
     ]

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,15 +11,19 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
 from megatron.convert import export as module
+from megatron.convert.card import _training
 from megatron.convert.export import export
 from megatron.errors import ConfigurationError
 from megatron.objectives.base import EvaluationNoise
 from megatron.objectives.registry import build_objective
+from megatron.training.command_line import parse
 from megatron.training.datasets import open_sources
 from megatron.training.launcher import main
 from megatron.training.load_run import open_trained, trained_config
 from tests.conftest import changed, records, run
 from tests.convert.conftest import convert
+
+BATCH = "--micro-batch-size 2 --global-batch-size 4 --train-iters 1 --train-data-path none --seq-length 32".split()
 
 
 @torch.no_grad()
@@ -133,6 +138,24 @@ def test_the_card_tells_what_was_trained_and_how_to_read_its_losses(runs, tmp_pa
     assert "≤" not in ar and "upper bound" not in ar
     assert f"| tuning | ≤ {recorded_loss(runs / 'mdm', 'tuning'):.4f} ± " in mdm and "an upper bound" in mdm
     assert "from 4 Monte-Carlo samples" in mdm and "logits[..., :257]" in mdm and "from-hf mdm" in mdm
+
+
+def test_the_card_lists_every_technique_and_its_teachers(runs):
+    flags = "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --num-loops 2 --optimizer muon --teacher T "
+    flags += (
+        "--distill-weight 0.7 --meta-gradient-norm 0.5 --meta-gradient-style lr --lr-decay-style cyclic --lr-cycles 4"
+    )
+    trained = open_trained(str(runs / "ar"))
+    config = replace(parse("ar", [*flags.split(), *BATCH]), data=trained.config.data)
+    teacher = {"checkpoint": "/elsewhere/runs/seed_1/checkpoints/iter_20", "iteration": 20, "parameters": 5e5}
+    recorded = trained.recorded | {"teachers": [teacher | {"weights": "ab12", "flops": 3e9}]}
+    card = "\n".join(_training(replace(trained, config=config, recorded=recorded)))
+    assert "Distilled from seed_1, step 20: 0.50M parameters, weights `ab12`, 3e+09 FLOPs" in card
+    listed = card[card.index("not at their default: ") :].splitlines()[0]
+    expected = "num-loops 2`, `--lr-decay-style cyclic`, `--lr-cycles 4`, `--meta-gradient-norm 0.5`, "
+    assert (
+        listed.endswith(f"`--{expected}`--meta-gradient-style lr`, `--distill-weight 0.7`") and "/elsewhere" not in card
+    )
 
 
 def test_the_code_in_the_card_of_a_masked_model_runs(runs, tmp_path, monkeypatch):

@@ -4,7 +4,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron.model import distillation
 from megatron.model import linear_cross_entropy as fused
 from megatron.model.distillation import SoftTargets, TeacherStates
 from megatron.model.linear_cross_entropy import PLAIN, Terms, linear_cross_entropy
@@ -49,8 +48,8 @@ def loss_and_gradients(function):
 @pytest.mark.parametrize("terms", [PLAIN, Terms(label_smoothing=0.3, z_loss=0.1)])
 def test_loss_and_gradients_equal_the_plain_formula(monkeypatch, chunk, teachers, weight, temperature, terms):
     monkeypatch.setitem(fused.CHUNK_ROWS, "cpu", chunk)
-    monkeypatch.setitem(distillation.SLICE_ROWS, "cpu", 4 if chunk == 8 else 256)
-    monkeypatch.setattr(distillation, "CACHED_NUMBERS", 50_000 if chunk == 8 else 3 * PADDED)
+    monkeypatch.setitem(fused.TEACHER_ROWS, "cpu", 4 if chunk == 8 else 256)
+    monkeypatch.setattr(fused, "CACHED_NUMBERS", 800_000 if chunk == 8 else 3 * PADDED)
     soft = SoftTargets(teacher_states(45, teachers), weight, temperature)
 
     def fused_loss(hidden, head, targets, weights, positions):

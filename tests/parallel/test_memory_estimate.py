@@ -197,4 +197,5 @@ def test_shapes_are_those_of_the_model(changes):
 
 def test_constants_equal_those_of_the_head():
     assert rank_sizes.HEAD_POSITIONS == linear_cross_entropy.CHUNK_ROWS
+    assert rank_sizes.TEACHER_POSITIONS == linear_cross_entropy.TEACHER_ROWS
     assert rank_sizes.HEAD_ELEMENTS == {"cpu": linear_cross_entropy.CACHED_NUMBERS}

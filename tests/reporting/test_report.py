@@ -10,7 +10,9 @@ from markupsafe import escape
 from matplotlib.figure import Figure
 
 from megatron.errors import ConfigurationError
-from megatron.reporting.plots import plot_task_scores
+from megatron.reporting import figures
+from megatron.reporting.figures import Curve
+from megatron.reporting.plots import draw, plot_task_scores
 from megatron.reporting.report import Report, write_report
 from megatron.reporting.runs import best_point, check_comparable, load_run, load_runs, paired_difference
 from megatron.sweeps.states import last_record
@@ -168,6 +170,20 @@ def test_tasks_and_runs_are_named_literally_in_the_plot_of_their_scores(tmp_path
     texts = plot_texts["scores.png"]
     assert [text.get_text() for text in texts] == ["_mine acc", "a$b$ acc", "runs/$1_$2"]
     assert not any(text.get_parse_math() for text in texts)
+
+
+def test_a_logarithmic_axis_has_the_ticks_of_its_figure(tmp_path):
+    rates = (0.002, 0.004, 0.008, 0.016, 0.032)
+    line = Curve(label="a", series="a", x=np.array(rates), y=np.arange(5.0))
+    ticks = {}
+    for name, x_ticks in (("own", ()), ("given", rates)):
+        draw(figures.Figure(name=name, title="t", x_label="x", y_label="y", curves=[line], x_ticks=x_ticks), tmp_path)
+        picture = (tmp_path / f"{name}.svg").read_text()
+        ticks[name] = re.findall(
+            r'<g id="text_\d+">.*?<text[^>]*>(.*?)</text>', picture[: picture.index("matplotlib.axis_2")], re.S
+        )
+    assert ticks["given"][:-1] == ["0.002", "0.004", "0.008", "0.016", "0.032"]
+    assert ticks["own"] != ticks["given"]
 
 
 def test_an_unfinished_run_with_a_record_cut_by_a_crash_is_reported_as_such(folders, tmp_path):

@@ -85,10 +85,10 @@ def test_a_step_equals_the_plain_formula(ranks, name, num_teachers):
 
 @pytest.fixture(scope="module")
 def teachers(tiny, tmp_path_factory):
-    """Two finished runs of different sizes."""
+    """Two finished runs of different sizes, the second with loops."""
     folder = tmp_path_factory.mktemp("teachers")
     run("mdm", *tiny, "--save", folder / "first")
-    run("mdm", *tiny, "--hidden-size", 16, "--seed", 2, "--save", folder / "second")
+    run("mdm", *tiny, "--hidden-size", 16, "--num-loops", 2, "--seed", 2, "--save", folder / "second")
     return [folder / "first", folder / "second"]
 
 
@@ -106,8 +106,10 @@ def test_the_teachers_and_their_cost_are_recorded_and_announced(student, teacher
     own = [json.loads((teacher / "config.json").read_text()) for teacher in teachers]
     newest = [CheckpointStore.of_run(teacher).newest() for teacher in teachers]
     assert [Path(teacher["checkpoint"]) for teacher in recorded["teachers"]] == newest
-    for teacher, config in zip(recorded["teachers"], own, strict=True):
-        assert teacher["flops"] == 2 * config["parameters"] * 93 * 32 and teacher["parameters"] == config["parameters"]
+    for teacher, config, path in zip(recorded["teachers"], own, teachers, strict=True):
+        assert teacher["parameters"] == config["parameters"]
+        assert teacher["flops"] == pytest.approx(records(path)[-1]["flops"] / 3)  # of the same samples
+    assert recorded["teachers"][0]["flops"] == 2 * own[0]["parameters"] * 93 * 32
     assert "distillation from" in log and f"{sum(t['flops'] for t in recorded['teachers']):.3g} FLOPs" in log
     assert [record["flops"] for record in records(folder)] == [record["flops"] for record in records(teachers[0])]
     assert own[0]["teachers"] == []
