@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron.batch import Batch
+from megatron.generation.policies import candidates, highest
 from megatron.generation.sampling import Sampling, choose
 from megatron.model.transformer import Transformer
 from megatron.randomness import stream
@@ -129,7 +130,7 @@ class Filling:
             states = self.model.hidden_states(Batch.unscored(tokens, causal=False))
             predicting = (positions - self.offset)[..., None].expand(-1, -1, states.shape[-1])
             states = states.gather(1, predicting)  # [R, L, H]
-            selected = self._highest(self._scores(states, masked, counts, draws[1]), counts)
+            selected = highest(self._scores(states, masked, counts, draws[1]), counts)
             answers[selected] = self.choose(states[selected], draws[0][selected], selected)
             answers[remasked] = self.mask_id
             self.tokens[self.active] = tokens.scatter(1, positions, answers)
@@ -153,27 +154,22 @@ class Filling:
             return torch.zeros_like(filled)
         probability = min(self.sampling.remask, room / before)
         remasked = filled & (draws < probability)
-        return remasked & self._highest(torch.where(remasked, -draws, float("-inf")), remasked.sum(1).clamp(max=room))
+        return remasked & highest(torch.where(remasked, -draws, float("-inf")), remasked.sum(1).clamp(max=room))
 
     def _scores(self, states: Tensor, masked: Tensor, counts: Tensor, draws: Tensor) -> Tensor:
         """Return the priority of each position [R, L]: the highest are filled first, -inf is not filled."""
-        ordinal = masked.cumsum(1)
-        # [R], the last block that the next `counts` positions reach
-        last_block = torch.where(masked & (ordinal <= counts[:, None]), self.blocks, -1).amax(1)
-        candidates = masked & (self.blocks <= last_block[:, None])
+        reached, finished = candidates(masked, counts, self.blocks)
         scores = torch.full_like(draws, float("-inf"))
         if self.sampling.order == "random":
-            scores[candidates] = draws[candidates]
+            scores[reached] = draws[reached]
         elif self.sampling.order in DIRECTIONS:
             turns = torch.arange(self.length, device=self.device, dtype=scores.dtype).expand_as(scores)
-            scores[candidates] = DIRECTIONS[self.sampling.order] * turns[candidates]
+            scores[reached] = DIRECTIONS[self.sampling.order] * turns[reached]
         else:
-            chunks = states[candidates].split(MAX_LOGIT_POSITIONS)
+            chunks = states[reached].split(MAX_LOGIT_POSITIONS)
             certainties = [certainty(self.logits(chunk), self.sampling.order) for chunk in chunks]
-            scores[candidates] = torch.cat(certainties).double()
-        # earlier blocks have priority
-        earlier = candidates & (self.blocks < last_block[:, None])
-        return scores.masked_fill(earlier, float("inf"))
+            scores[reached] = torch.cat(certainties).double()
+        return scores.masked_fill(finished, float("inf"))  # earlier blocks have priority
 
     def choose(self, states: Tensor, draws: Tensor, selected: Tensor) -> Tensor:
         """Return tokens [N] sampled from hidden states [N, H] with uniform `draws` [N].
@@ -189,11 +185,6 @@ class Filling:
         if not self.open_end:
             logits[:, self.eod] = float("-inf")
         return logits
-
-    def _highest(self, scores: Tensor, counts: Tensor) -> Tensor:
-        """Return which elements of each row of `scores` [R, L] are its `counts` [R] highest; ties go to the left."""
-        ranks = scores.argsort(dim=1, descending=True, stable=True).argsort(1)
-        return ranks < counts[:, None]
 
     def _drop_decided(self, advance: Callable[[int], None], after: int) -> None:
         """Remove texts that are decided from the batch: those with no masked token before their first `eod`."""
