@@ -26,6 +26,7 @@ from megatron.config.sections import Config
 from megatron.parallel.mesh import initialize_parallel
 from megatron.reporting.plots import metrics, plot_task_scores
 from megatron.scoring.lm_eval_errors import leave_without_lm_eval
+from megatron.scoring.published_flags import translate_published
 from megatron.scoring.requests import Scoring
 from megatron.training.load_run import trained_config
 from megatron.training.run_folder import write_json, writing
@@ -50,7 +51,7 @@ def main() -> None:
     options = argparse.Namespace()
 
     def read() -> Config:
-        vars(options).update(vars(parser.parse_known(sys.argv[1:])))
+        vars(options).update(vars(parser.parse_known(translate_published(sys.argv[1:]))))
         options.scoring = build(Scoring, options)
         with writing(options.output):  # fail before scoring, not after it
             options.output.mkdir(parents=True, exist_ok=True)

@@ -121,8 +121,8 @@ def prepare(options: argparse.Namespace) -> Config:
     """
     source, scoring = read_arguments(options.model_args)
     trained = source.open()
-    objective = trained.recorded["objective_name"]
-    scoring.check(objective)
+    objective, seq_length = trained.config.objective, trained.config.data.seq_length
+    scoring.check(objective, seq_length)
     trained.tokenizer()
     if not options.tasks and not options.config:
         raise ConfigurationError(NO_TASKS)
@@ -132,7 +132,7 @@ def prepare(options: argparse.Namespace) -> Config:
         options.model_args["records"] = str(folder / f"scores_{time.strftime('%Y-%m-%dT%H-%M-%S')}.jsonl")
     check_include_path(options.include_path)
     # a max_gen_toks of the tasks themselves is checked when they are loaded
-    read_generation({"max_gen_toks": 1} | (options.gen_kwargs or {}), objective, trained.config.data.seq_length)
+    read_generation({"max_gen_toks": 1} | (options.gen_kwargs or {}), objective.objective, seq_length)
     if options.use_cache:  # our cache, not lm-eval's
         options.model_args["use_cache"] = options.use_cache
         options.use_cache = None
