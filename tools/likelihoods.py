@@ -27,7 +27,8 @@ from megatron.config.flags import require
 from megatron.generation.sampling import ORDERS
 from megatron.parallel.mesh import initialize_parallel
 from megatron.reporting.ensemble import settings
-from megatron.reporting.likelihoods import Policies, evaluate_likelihoods, table
+from megatron.reporting.likelihood_tables import table
+from megatron.reporting.likelihoods import Policies, evaluate_likelihoods
 from megatron.training.load_run import open_trained
 from megatron.training.run_folder import write_json, writing
 

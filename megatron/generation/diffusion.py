@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron.batch import Batch
-from megatron.generation.policies import candidates, highest
+from megatron.generation.policies import candidates, select_highest
 from megatron.generation.sampling import Sampling, choose
 from megatron.model.transformer import Transformer
 from megatron.randomness import stream
@@ -67,7 +67,10 @@ def _step_of_batch(on_step: OnStep, indices: list[int]) -> OnStep:
 
 
 class Filling:
-    """The state of B texts of T tokens, each with L masked positions."""
+    """The state of B texts of T tokens, each with up to L masked positions.
+
+    A text with fewer of them is decided in an earlier step than the others. --remask needs equally many in all texts.
+    """
 
     def __init__(
         self,
@@ -90,8 +93,9 @@ class Filling:
         self.mask_id = model.vocabulary.mask_id
         self.tokens = torch.tensor(texts, device=self.device)  # [B, T]
         masked = self.tokens == self.mask_id
-        self.positions = masked.nonzero()[:, 1].view(len(texts), -1)  # [B, L], from left to right
-        self.length = self.positions.shape[1]
+        self.length = int(masked.sum(1).max())
+        # [B, L], masked positions from left to right, then others where a text has fewer than L
+        self.positions = masked.int().argsort(dim=1, descending=True, stable=True)[:, : self.length]
         self.steps = sampling.steps or self.length
         size = sampling.block_length or self.length
         self.blocks = torch.arange(self.length, device=self.device) // size  # [L]
@@ -125,15 +129,19 @@ class Filling:
         answers = tokens.gather(1, positions)  # [R, L]
         masked = answers == self.mask_id
         remasked = self._remasked(~masked, draws[2], before, after)
-        counts = after - before + remasked.sum(1)  # [R]
+        counts = (after - before + remasked.sum(1)).clamp(max=masked.sum(1))  # [R]
         if counts.any():
-            states = self.model.hidden_states(Batch.unscored(tokens, causal=False))
-            predicting = (positions - self.offset)[..., None].expand(-1, -1, states.shape[-1])
-            states = states.gather(1, predicting)  # [R, L, H]
-            selected = highest(self._scores(states, masked, counts, draws[1]), counts)
+            states = self.states(tokens, positions)  # [R, L, H]
+            selected = select_highest(self._scores(states, masked, counts, draws[1]), counts)
             answers[selected] = self.choose(states[selected], draws[0][selected], selected)
             answers[remasked] = self.mask_id
             self.tokens[self.active] = tokens.scatter(1, positions, answers)
+
+    def states(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """Return the head's input that predicts the masked ones of `positions` [R, L] in `tokens` [R, T], [R, L, H]."""
+        hidden = self.model.hidden_states(Batch.unscored(tokens, causal=False))  # [R, T, H]
+        predicting = (positions - self.offset)[..., None].expand(-1, -1, hidden.shape[-1])
+        return hidden.gather(1, predicting)
 
     def _draws(self, step: int) -> Tensor:
         """Return uniform numbers for the token, the order and the remasking of each position, fp64 [3, R, L]."""
@@ -154,7 +162,7 @@ class Filling:
             return torch.zeros_like(filled)
         probability = min(self.sampling.remask, room / before)
         remasked = filled & (draws < probability)
-        return remasked & highest(torch.where(remasked, -draws, float("-inf")), remasked.sum(1).clamp(max=room))
+        return remasked & select_highest(torch.where(remasked, -draws, float("-inf")), remasked.sum(1).clamp(max=room))
 
     def _scores(self, states: Tensor, masked: Tensor, counts: Tensor, draws: Tensor) -> Tensor:
         """Return the priority of each position [R, L]: the highest are filled first, -inf is not filled."""

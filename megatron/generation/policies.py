@@ -18,14 +18,18 @@ def candidates(masked: Tensor, counts: Tensor, blocks: Tensor) -> tuple[Tensor, 
     return reached, reached & (blocks < last_block[:, None])
 
 
-def highest(scores: Tensor, counts: Tensor) -> Tensor:
+def select_highest(scores: Tensor, counts: Tensor) -> Tensor:
     """Return which elements of each row of `scores` [R, L] are its `counts` [R] highest; ties go to the left."""
     ranks = scores.argsort(dim=1, descending=True, stable=True).argsort(1)
     return ranks < counts[:, None]
 
 
-def step_sizes(num_tokens: int, tokens_per_step: int) -> list[int]:
-    """Return how many of `num_tokens` positions each step unmasks, as evenly as whole numbers allow."""
-    steps = -(-num_tokens // tokens_per_step)
-    ends = [num_tokens * count // steps for count in range(steps + 1)]
-    return [after - before for before, after in pairwise(ends)]
+def step_sizes(num_tokens: int, tokens_per_step: int, length: int | None = None) -> list[int]:
+    """Return how many of `num_tokens` positions each step unmasks, as evenly as whole numbers allow.
+
+    A text of `length` positions that is partly unmasked already has the same steps as a masked one, and fewer of them.
+    """
+    length = length or num_tokens
+    steps = -(-length // tokens_per_step)
+    ends = [min(length * count // steps, num_tokens) for count in range(steps + 1)]
+    return [after - before for before, after in pairwise(ends) if after > before]

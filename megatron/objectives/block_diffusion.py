@@ -5,7 +5,7 @@ masked form attends to its own block there and to the blocks before it in the te
 the text up to the end of its own block. One pass trains all blocks, each at its own diffusion time.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -85,16 +85,23 @@ class BlockDiffusion(Likelihood):
         """Return the batch of `ids` [B, S+1] with `masked` tokens and `weights`, both [B, S]."""
         text = ids[:, :-1]
         weights = np.where(masked, weights, 0).astype(np.float32)
-        position_ids = np.broadcast_to(np.arange(text.shape[1]), text.shape)
-        return Batch(
-            tokens=torch.from_numpy(np.hstack([np.where(masked, self.mask_id, text), text])),
+        masked_form = torch.from_numpy(np.where(masked, self.mask_id, text))
+        return replace(
+            two_forms(masked_form, torch.from_numpy(text.copy()), self.block_size),
             targets=torch.from_numpy(np.hstack([text, text])),
             weights=torch.from_numpy(np.hstack([weights, np.zeros_like(weights)])),
             counts=np.full(len(ids), count),
-            causal=False,
-            position_ids=torch.from_numpy(np.hstack([position_ids, position_ids])),
-            blocked=_blocked(text.shape[1], self.block_size)[None],
+            scored_positions=None,
         )
+
+
+def two_forms(masked_form: torch.Tensor, text: torch.Tensor, block_size: int) -> Batch:
+    """Return the unscored batch of T = 2S positions: the masked form of texts, then the texts, both [B, S]."""
+    length = text.shape[1]
+    position_ids = torch.arange(length, device=text.device).expand_as(text)
+    tokens = torch.cat([masked_form, text], dim=1)
+    batch = Batch.unscored(tokens, causal=False, position_ids=torch.cat([position_ids, position_ids], dim=1))
+    return replace(batch, blocked=_blocked(length, block_size)[None].to(text.device))
 
 
 @lru_cache(maxsize=2)

@@ -4,15 +4,18 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from megatron.config.flags import require
 from megatron.data.blend import ValidationBlend
 from megatron.errors import ConfigurationError
 from megatron.generation.sampling import Sampling
-from megatron.likelihoods.windows import MixtureEngine, PolicyEngine, WholeWindows, with_steps
+from megatron.likelihoods.chains import Chains, chains_of, with_steps
+from megatron.likelihoods.mixture import MixtureEngine
+from megatron.likelihoods.windows import PolicyEngine, WholeWindows
 from megatron.model.transformer import Transformer
 from megatron.objectives.base import Likelihood
 from megatron.objectives.documents import ByDocument
-from megatron.objectives.masked_diffusion import MaskedDiffusion
 from megatron.objectives.registry import build_objective, document_rules
 from megatron.parallel.mesh import ParallelContext
 from megatron.statistics import paired_difference
@@ -26,7 +29,7 @@ DEFAULT_NUM_ORDERS = 8
 
 @dataclass(frozen=True, kw_only=True)
 class Policies:
-    """Which likelihoods of masked diffusion to compute besides its bound; None: the default where there are masks."""
+    """Which likelihoods to compute besides the bound of a model that has a choice of orders; None: the default."""
 
     orders: tuple[str, ...] | None  # of Sampling
     tokens_per_step: int
@@ -66,6 +69,7 @@ class _Row:
     engine: EvaluationEngine
     replicates: int = 1
     passes: int  # forward passes of a window
+    with_variances: bool = False  # whether the engine returns those of its results over random orders, after them
 
 
 def evaluate_likelihoods(
@@ -103,7 +107,7 @@ def _rows(
 ) -> Iterator[_Row]:
     """Yield the evaluations of a run: each likelihood of its objective, then the policies of its masked diffusion."""
     num_mc = trained.config.validation.num_mc
-    has_masks = False
+    has_orders = False
     for likelihood in likelihoods:
         kind, name = (
             ("exact", f"{likelihood.name}, exact") if likelihood.exact else ("upper", f"{likelihood.name}, bound")
@@ -117,43 +121,51 @@ def _rows(
             replicates=replicates,
             passes=replicates,
         )
-        if isinstance(likelihood, MaskedDiffusion):
-            has_masks = True
-            yield from _policy_rows(trained, likelihood, policies, engine)
-        elif isinstance(likelihood, ByDocument) and isinstance(likelihood.inner, MaskedDiffusion):
+        if chains := chains_of(likelihood, engine.model):
+            has_orders = True
+            yield from _policy_rows(trained, WholeWindows(likelihood), chains, policies=policies, ranks=engine.ranks)
+        elif isinstance(likelihood, ByDocument) and chains_of(likelihood.inner, engine.model):
             raise ConfigurationError(
                 f"{trained.name}: was trained with document rules, which unmasking one token after another does not "
                 "have; take a run without --reset-attention-mask, --reset-position-ids and --eod-mask-loss"
             )
-    if not has_masks and (policies.orders or policies.num_orders or policies.block_length):
+    if not has_orders and (policies.orders or policies.num_orders or policies.block_length):
         raise ConfigurationError(
-            f"{trained.name}: is no masked-diffusion model, and only such a model has a choice of orders; leave out "
+            f"{trained.name}: predicts the next token, from left to right, and has no choice of orders; leave out "
             "--orders, --num-orders and --block-length"
         )
 
 
-def _policy_rows(trained: Trained, masked: MaskedDiffusion, policies: Policies, engine: ModelEngine) -> Iterator[_Row]:
-    whole = WholeWindows(masked)
+def _policy_rows(
+    trained: Trained, whole: WholeWindows, chains: Chains, *, policies: Policies, ranks: ParallelContext
+) -> Iterator[_Row]:
     tokens = whole.scored_tokens(trained.config.data.seq_length, trained.config.validation.eval_alignment)
-    size = tokens.stop - tokens.start
-    message = f"is more than the {size} scored tokens of a window; give less"
+    num_masked = tokens.stop - tokens.start
+    size = chains.num_ordered(num_masked)
+    ordered = f"{size} scored tokens of a window" if size == num_masked else f"{size} tokens of a block"
+    message = f"is more than the {ordered}; give less"
     require(policies.tokens_per_step <= size, "tokens_per_step", policies.tokens_per_step, message)
     block = policies.block_length
-    message = f"does not divide the {size} scored tokens of a window; give a divisor, or leave it out"
+    message = f"does not divide the {ordered}; give a divisor, or leave it out"
     require(block is None or size % block == 0, "block_length", block, message)
-    parts = (engine.model, engine.ranks)
     for order in DEFAULT_ORDERS if policies.orders is None else policies.orders:
         sampling = with_steps(Sampling(order=order, block_length=block), policies.tokens_per_step, size)
-        policy = PolicyEngine(*parts, sampling, offset=whole.target_offset)
-        passes = sampling.steps or 0
+        policy = PolicyEngine(chains, ranks, sampling)
+        passes = chains.passes(sampling, num_masked)
         yield _Row(names=(f"chain, {order}",), kinds=("exact",), likelihood=whole, engine=policy, passes=passes)
     count = DEFAULT_NUM_ORDERS if policies.num_orders is None else policies.num_orders
     if count:
         sampling = Sampling(order="random", seed=trained.config.validation.eval_seed)
-        mixture = MixtureEngine(*parts, sampling, offset=whole.target_offset, orders=count)
+        mixture = MixtureEngine(chains, ranks, sampling, orders=count)
         names = (f"mean over {count} orders", f"iwae, {count // 2} orders", f"iwae, {count} orders", "tangent bound")
-        kinds = ("upper", "upper", "upper", "lower")
-        yield _Row(names=names, kinds=kinds, likelihood=whole, engine=mixture, passes=count * size)
+        yield _Row(
+            names=names,
+            kinds=("upper", "upper", "upper", "lower"),
+            likelihood=whole,
+            engine=mixture,
+            passes=count * chains.passes(sampling, num_masked),
+            with_variances=True,
+        )
 
 
 def _limited(data: ValidationSet, windows: int) -> ValidationSet:
@@ -181,39 +193,24 @@ def _evaluate_set(trained: Trained, data: ValidationSet, rows: Sequence[_Row]) -
             replicates=row.replicates,
             batch_size=validation.eval_batch_size or trained.config.training.micro_batch_size,
             alignment=validation.eval_alignment,
-            models=len(row.names),
+            models=len(row.names) * (1 + row.with_variances),
         )
         seconds = time.monotonic() - start
         first = first or evaluations[0]
-        for name, kind, evaluation in zip(row.names, row.kinds, evaluations, strict=True):
+        variances = evaluations[len(row.names) :] or [None] * len(row.names)
+        for name, kind, evaluation, variance in zip(row.names, row.kinds, evaluations, variances):
             difference = paired_difference(evaluation.nats, first.nats, evaluation.tokens)
             summary = evaluation.summary() | {
                 "difference": difference.value,
                 "difference_se": difference.standard_error,
             }
+            if variance:
+                summary["mc_se"] = _standard_error(variance)
             results.append({"name": name, "kind": kind, "passes": row.passes, "seconds": seconds, **summary})
     return {"windows": len(data.windows), "likelihoods": results}
 
 
-def table(record: dict) -> str:
-    """Return the record as text: one table per set, and a legend of the columns."""
-    signs = {"exact": "", "upper": "<= ", "lower": ">= "}
-    lines = [f"{record['run']} step {record['iteration']}, {record['objective_name']}"]
-    for name, results in record["sets"].items():
-        rows = [[f"{name} ({results['windows']} windows)", "nats per token", "difference", "passes", "seconds"]]
-        for result in results["likelihoods"]:
-            loss = f"{signs[result['kind']]}{result['loss']:.4f}" + _error(result["data_se"])
-            difference = f"{result['difference']:+.4f}" + _error(result["difference_se"])
-            rows.append([result["name"], loss, difference, str(result["passes"]), f"{result['seconds']:.1f}"])
-        widths = [max(map(len, column)) for column in zip(*rows)]
-        lines += ["", *("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)]
-    lines.append("")
-    lines.append(
-        "±: standard error over documents, of the difference to the first line paired by document. chain is exact"
-    )
-    lines.append("for the policy, iwae and the tangent bound are of the mixture over all orders. passes: of a window.")
-    return "\n".join(lines)
-
-
-def _error(value: float | None) -> str:
-    return "" if value is None else f" ± {value:.4f}"
+def _standard_error(variance: Evaluation) -> float | None:
+    """Return the standard error of a loss, given the variances of its sums by document; None where they are NaN."""
+    error = float(np.sqrt(variance.nats.sum()) / variance.tokens.sum())
+    return None if np.isnan(error) else error

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from megatron.config.policies import CERTAINTIES
-from megatron.generation.policies import candidates, highest, step_sizes
+from megatron.generation.policies import candidates, select_highest, step_sizes
 from megatron.randomness import stream
 from megatron.scoring.batched_forward import Prediction
 from megatron.scoring.inputs import Inputs
@@ -71,7 +71,7 @@ class ChainScorer:
     def _steps(self, requests: Sequence[PendingRequest], orders: list[list[np.ndarray]]) -> Iterator[tuple]:
         """Yield (index of the request, of the order, sequence) for each step."""
         for number, (request, request_orders) in enumerate(zip(requests, orders, strict=True)):
-            sizes = step_sizes(request.size, self.scoring.tokens_per_step)
+            sizes = self._step_sizes(request)
             for index, order in enumerate(request_orders):
                 turns = np.argsort(order)  # [n], when each token is predicted
                 for start, size in zip(np.cumsum([0, *sizes[:-1]]), sizes):
@@ -81,7 +81,7 @@ class ChainScorer:
     def _follow_predictions(self, requests: Sequence[PendingRequest]) -> tuple[list[float], list[bool]]:
         """Return the nats of each request in the order of its predictions, and which requests are greedy."""
         masks = [np.ones(request.size, bool) for request in requests]
-        sizes = [step_sizes(request.size, self.scoring.tokens_per_step) for request in requests]
+        sizes = [self._step_sizes(request) for request in requests]
         nats, greedy = [0.0] * len(requests), [True] * len(requests)
         for step in range(max(map(len, sizes), default=0)):
             active = [number for number in range(len(requests)) if step < len(sizes[number])]
@@ -96,13 +96,18 @@ class ChainScorer:
             ):
                 scores = np.where(finished, np.inf, -np.inf)
                 scores[reached & ~finished] = prediction.confidence[~finished[reached]]
-                selected = highest(torch.from_numpy(scores)[None], torch.tensor([sizes[number][step]]))[0].numpy()
+                selected = select_highest(torch.from_numpy(scores)[None], torch.tensor([sizes[number][step]]))[
+                    0
+                ].numpy()
                 predicted = selected[reached]  # of the predictions
                 nats[number] += float(prediction.nll[predicted].sum())
                 greedy[number] &= bool((prediction.best == sequence.targets)[predicted].all())
                 masks[number] &= ~selected
                 count(requests[number], prediction)
         return nats, greedy
+
+    def _step_sizes(self, request: PendingRequest) -> list[int]:
+        return step_sizes(request.size, self.scoring.tokens_per_step, self.inputs.schedule_length(request))
 
     def _candidates(self, mask: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
         """Return which tokens a step may unmask, and which it does in any case; both [n]."""

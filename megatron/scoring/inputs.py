@@ -42,6 +42,10 @@ class Inputs(Protocol):
         """
         ...
 
+    def schedule_length(self, request: PendingRequest) -> int:
+        """Return the number of tokens over which a policy spreads its steps; a continuation may have fewer."""
+        ...
+
     def predict(self, sequences: Sequence[Any], order: str | None = None) -> list[Prediction]:
         """Return the predictions of each sequence; `order` is of `predict_sequences`."""
         ...
@@ -79,6 +83,10 @@ class MaskedInputs:
             unconditional = tokens.copy()
             unconditional[: request.start] = mask_id
         return MaskedSequence(tokens, positions - self.offset, request.sequence[positions], unconditional)
+
+    def schedule_length(self, request: PendingRequest) -> int:
+        """Return the number of tokens of the continuation."""
+        return request.size
 
     def predict(self, sequences: Sequence[MaskedSequence], order: str | None = None) -> list[Prediction]:
         """Return the predictions of each sequence; `order` is of `predict_sequences`."""
@@ -123,6 +131,10 @@ class BlockInputs:
         block[request.start - first + mask.nonzero()[0]] = mask_id
         positions = request.start - first + (mask.nonzero()[0] if targets is None else targets)
         return BlockSequence(request.sequence[:first], block, positions, request.sequence[first + positions])
+
+    def schedule_length(self, request: PendingRequest) -> int:
+        """Return the number of tokens of a block."""
+        return self.block_size
 
     @torch.no_grad()
     def predict(self, sequences: Sequence[BlockSequence], order: str | None = None) -> list[Prediction]:

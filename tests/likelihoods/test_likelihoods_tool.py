@@ -79,7 +79,7 @@ def test_several_tokens_a_step_and_blocks(runs, tmp_path):
     [
         (
             ["ar", "--orders", "margin"],
-            "ar: is no masked-diffusion model, and only such a model has a choice of orders",
+            "ar: predicts the next token, from left to right, and has no choice of orders; leave out --orders",
         ),
         (["rules"], "rules: was trained with document rules, which unmasking one token after another does not have"),
         (["mdm", "--tokens-per-step", "32"], "--tokens-per-step 32: is more than the 31 scored tokens of a window"),

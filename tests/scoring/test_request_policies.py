@@ -9,6 +9,8 @@ import torch
 from megatron.batch import Batch
 from megatron.config.sections import ModelConfig, ObjectiveConfig
 from megatron.config.vocabulary import Vocabulary
+from megatron.generation.sampling import Sampling
+from megatron.likelihoods.chains import BlockChains, MaskedChains, with_steps
 from megatron.model.initialise import initialise
 from megatron.model.transformer import Transformer
 from megatron.objectives.autoregressive import Autoregressive
@@ -317,3 +319,16 @@ def test_greedy_answers_of_blocks(model):
         tokens = state
     requests = [Request(tokens[:6], tokens[6:]), Request(tokens[:6], [*tokens[6:-1], (tokens[-1] + 1) % EOD])]
     assert [result.is_greedy for result in scores(model, BLOCKS, requests)] == [True, False]
+
+
+@pytest.mark.parametrize("policy", [{"order": "margin"}, {"order": "entropy", "tokens_per_step": 3}], ids=str)
+def test_a_whole_window_is_scored_as_in_validation(model, policy):
+    tokens = torch.tensor([text(8, SEQ_LENGTH)])
+    masked = torch.arange(SEQ_LENGTH)[None] > 0
+    request = Request(tokens[0, :1].tolist(), tokens[0, 1:].tolist())
+    order, tokens_per_step = policy["order"], policy.get("tokens_per_step", 1)
+    for objective, chains in (("mdm", MaskedChains(model)), (BLOCKS, BlockChains(model, BLOCK))):
+        sampling = with_steps(Sampling(order=order), tokens_per_step, chains.num_ordered(SEQ_LENGTH - 1))
+        expected = chains.nll(tokens, masked, keys=[(0, 0)], sampling=sampling).double().sum()
+        (result,) = chain(model, objective, [request], chain_order=order, tokens_per_step=tokens_per_step)
+        assert -result.log_likelihood == pytest.approx(float(expected), abs=1e-4)
