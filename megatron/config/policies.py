@@ -32,7 +32,7 @@ class LikelihoodFlags(Section):
     num_orders: int = flag(8, "random orders of iwae", metavar="K", within="[2, inf)", needs="likelihood iwae")
 
     def __post_init__(self):
+        super().__post_init__()
         for name, choices in (("likelihood", (None, *LIKELIHOODS)), ("chain_order", ORDERS)):
             value = getattr(self, name)
             require(value in choices, name, value, f"is not one of {', '.join(filter(None, choices))}")
-        super().__post_init__()
