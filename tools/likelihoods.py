@@ -27,10 +27,11 @@ from megatron.config.flags import require
 from megatron.generation.sampling import ORDERS
 from megatron.parallel.mesh import initialize_parallel
 from megatron.reporting.ensemble import settings
-from megatron.reporting.likelihood_tables import table
+from megatron.reporting.likelihood_records import record_path, table
 from megatron.reporting.likelihoods import Policies, evaluate_likelihoods
+from megatron.scoring.answer_cache import cache_files
 from megatron.training.load_run import open_trained
-from megatron.training.run_folder import write_json, writing
+from megatron.training.run_folder import write_json
 
 
 def main() -> None:
@@ -48,21 +49,21 @@ def main() -> None:
     def work(config, detector) -> None:
         ranks = initialize_parallel(minutes=config.parallel.distributed_timeout_minutes)
         trained = ranks.from_rank_0(lambda: open_trained(options.run, options.checkpoint, flags))
-        if options.json:
-            with writing(options.json):
-                options.json.parent.mkdir(parents=True, exist_ok=True)
+        path = options.json or record_path(trained.checkpoint, trained.meta["iteration"], options.average)
+        progress = str(path.with_name(path.name + ".progress"))
         policies = Policies(
             orders=None if options.orders is None else tuple(options.orders),
             tokens_per_step=options.tokens_per_step,
             block_length=options.block_length,
             num_orders=options.num_orders,
         )
-        settings = {"windows": options.eval_windows, "average": options.average}
+        settings = {"windows": options.eval_windows, "average": options.average, "progress": progress}
         record = evaluate_likelihoods(trained, policies, ranks, **settings)
         if ranks.rank == 0:
-            print(table(record))
-            if options.json:
-                write_json(options.json, record)
+            write_json(path, record)
+            for file in cache_files(progress):
+                file.unlink()
+            print(f"{table(record)}\n\nrecord: {path}")
 
     launch(read, work)
 
@@ -99,7 +100,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--num-orders", type=int, metavar="K", help="random orders of iwae, an even number; 0: none (default: 8)"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the record as JSON")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write the record there (default: RUN/likelihoods/ITERATION.json)"
+    )
     return parser
 
 

@@ -18,7 +18,7 @@ from megatron.objectives.block_diffusion import BlockDiffusion
 from megatron.objectives.masked_diffusion import MaskedDiffusion
 from megatron.randomness import stream
 
-Advance = Callable[[int], None]  # called after so many positions of a batch are unmasked
+Advance = Callable[[int], object]  # called after so many positions of a batch are unmasked
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,17 @@
 """Likelihoods of validation windows under unmasking policies, in the form that `validation.evaluate` reads."""
 
 import hashlib
+import sys
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from megatron.batch import Batch
 from megatron.generation.sampling import Sampling
-from megatron.likelihoods.chains import Advance, Chains
+from megatron.likelihoods.chains import Chains
 from megatron.objectives.base import EvaluationNoise, Likelihood
 from megatron.parallel.mesh import ParallelContext
 
@@ -55,7 +57,6 @@ class PolicyEngine:
     chains: Chains
     ranks: ParallelContext
     sampling: Sampling
-    advance: Advance = lambda tokens: None
 
     def nll(self, batch: Batch) -> Tensor:
         """Return the NLL of the tokens of `WholeWindows`, fp32 [B, T]."""
@@ -68,8 +69,11 @@ class PolicyEngine:
         nll = torch.zeros(masked.shape, device=self.ranks.device)
         if real.any():
             keys = [(_key(text), index) for text in batch.tokens[real].numpy()]
-            policy = {"keys": keys, "sampling": self.sampling, "advance": self.advance}
-            nll[real.to(nll.device)] = self.chains.nll(batch.tokens[real], masked[real], **policy)
+            silent = self.ranks.rank != 0 or not sys.stderr.isatty()
+            bar = {"unit": "token", "leave": False, "delay": 5, "disable": silent}  # of batches longer than 5 s
+            with tqdm(desc=self.sampling.order, total=int(masked.sum()), **bar) as progress:
+                policy = {"keys": keys, "sampling": self.sampling, "advance": progress.update}
+                nll[real.to(nll.device)] = self.chains.nll(batch.tokens[real], masked[real], **policy)
         return nll
 
     def train(self) -> None:

@@ -47,26 +47,30 @@ def read_attachments(fits: Sequence[Path], multipliers: Sequence[Path], scores: 
     """
     attachments = Attachments()
     for number, path in enumerate(fits, 1):
-        _read(path, "--fit", "tools/fit_scaling_laws.py", lambda record, n=number: _laws(record, n, attachments))
+        read_record(path, "--fit", "tools/fit_scaling_laws.py", lambda record, n=number: _laws(record, n, attachments))
     for number, path in enumerate(multipliers, 1):
-        _read(
+        read_record(
             path,
             "--multiplier",
             "tools/data_multiplier.py",
             lambda record, n=number: _multiplier(record, n, attachments),
         )
-    records = [_read(path, "--scores", "tools/score_checkpoints.py", _scored) for path in scores]
+    records = [read_record(path, "--scores", "tools/score_checkpoints.py", _scored) for path in scores]
     attachments.figures.extend(_scores(records))
     return attachments
 
 
-def _read(path: Path, flag: str, tool: str, use: Callable[[dict], Any]) -> Any:
-    """Return what `use` makes of a JSON file that `tool` wrote."""
+def read_record(path: Path, flag: str, tool: str, use: Callable[[dict], Any]) -> Any:
+    """Return what `use` makes of a JSON file that `tool` wrote; `flag` names it, if not empty.
+
+    Raises: ConfigurationError for a file that cannot be read or is of another kind.
+    """
     record = read_json(path)
     try:
         return use(record)
     except (KeyError, TypeError, ValueError, IndexError, AttributeError):
-        raise ConfigurationError(f"{flag} {path}: is no record of {tool}; give the JSON file that it wrote") from None
+        source = f"{flag} {path}".strip()
+        raise ConfigurationError(f"{source}: is no record of {tool}; give the JSON file that it wrote") from None
 
 
 # ------------------------------------------------------------------------------------ fitted laws

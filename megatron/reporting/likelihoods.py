@@ -1,6 +1,5 @@
 """All likelihoods of one run on the same windows: the bound, unmasking policies, the mixture over orders, AR's loss."""
 
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -18,6 +17,8 @@ from megatron.objectives.base import Likelihood
 from megatron.objectives.documents import ByDocument
 from megatron.objectives.registry import build_objective, document_rules
 from megatron.parallel.mesh import ParallelContext
+from megatron.reporting.resumable import ResumableEngine
+from megatron.scoring.answer_cache import AnswerCache
 from megatron.statistics import paired_difference
 from megatron.training.datasets import open_sources
 from megatron.training.load_run import Trained
@@ -69,15 +70,24 @@ class _Row:
     engine: EvaluationEngine
     replicates: int = 1
     passes: int  # forward passes of a window
+    policy: Sampling | None = None  # None: the loss of validation
     with_variances: bool = False  # whether the engine returns those of its results over random orders, after them
 
 
 def evaluate_likelihoods(
-    trained: Trained, policies: Policies, ranks: ParallelContext, *, windows: int, average: bool = False
+    trained: Trained,
+    policies: Policies,
+    ranks: ParallelContext,
+    *,
+    windows: int,
+    average: bool = False,
+    progress: str | None = None,
 ) -> dict:
     """Return the record of every likelihood of a run on its validation sets, the same on every rank.
 
     Each rank holds the whole model; the windows, `windows` of each set spread evenly over it, are divided among ranks.
+    The NLL of every batch is stored under the path `progress` (`AnswerCache`), and read from there if it was computed
+    before.
 
     Raises: ConfigurationError for policies that the run does not have or that do not fit its windows.
     """
@@ -88,24 +98,24 @@ def evaluate_likelihoods(
     objective = build_objective(trained.config.objective, trained.vocabulary, trained.meta["time_block"], rules)
     model = trained.model(average, device=str(ranks.device))
     rows = list(_rows(trained, objective.likelihoods, policies, ModelEngine(model, ranks)))
-    record = {
+    sets = [_limited(data, windows) for data in sources.validation]
+    cache = AnswerCache(progress, ranks.rank, {"checkpoint": trained.meta, "average": average})
+    return {
         "run": trained.name,
         "checkpoint": str(trained.checkpoint),
         "iteration": trained.meta["iteration"],
+        "average": average,
         "objective_name": objective.name,
         "alignment": trained.config.validation.eval_alignment,
         "eval_seed": trained.config.validation.eval_seed,
-        "sets": {},
+        "sets": {data.name: _evaluate_set(trained, data, rows, cache) for data in sets},
     }
-    for data in sources.validation:
-        record["sets"][data.name] = _evaluate_set(trained, _limited(data, windows), rows)
-    return record
 
 
 def _rows(
     trained: Trained, likelihoods: Sequence[Likelihood], policies: Policies, engine: ModelEngine
 ) -> Iterator[_Row]:
-    """Yield the evaluations of a run: each likelihood of its objective, then the policies of its masked diffusion."""
+    """Yield the evaluations of a run: each likelihood of its objective, then the policies of those with orders."""
     num_mc = trained.config.validation.num_mc
     has_orders = False
     for likelihood in likelihoods:
@@ -152,7 +162,14 @@ def _policy_rows(
         sampling = with_steps(Sampling(order=order, block_length=block), policies.tokens_per_step, size)
         policy = PolicyEngine(chains, ranks, sampling)
         passes = chains.passes(sampling, num_masked)
-        yield _Row(names=(f"chain, {order}",), kinds=("exact",), likelihood=whole, engine=policy, passes=passes)
+        yield _Row(
+            names=(f"chain, {order}",),
+            kinds=("exact",),
+            likelihood=whole,
+            engine=policy,
+            passes=passes,
+            policy=sampling,
+        )
     count = DEFAULT_NUM_ORDERS if policies.num_orders is None else policies.num_orders
     if count:
         sampling = Sampling(order="random", seed=trained.config.validation.eval_seed)
@@ -164,6 +181,7 @@ def _policy_rows(
             likelihood=whole,
             engine=mixture,
             passes=count * chains.passes(sampling, num_masked),
+            policy=sampling,
             with_variances=True,
         )
 
@@ -178,15 +196,15 @@ def _limited(data: ValidationSet, windows: int) -> ValidationSet:
     return replace(data, windows=data.windows.limited(windows))
 
 
-def _evaluate_set(trained: Trained, data: ValidationSet, rows: Sequence[_Row]) -> dict:
+def _evaluate_set(trained: Trained, data: ValidationSet, rows: Sequence[_Row], cache: AnswerCache) -> dict:
     """Return the summaries of all evaluations of a set; differences are to the first, paired by document."""
     validation = trained.config.validation
     results: list[dict] = []
     first: Evaluation | None = None
     for row in rows:
-        start = time.monotonic()
+        engine = ResumableEngine(row.engine, cache, f"{row.names} {row.policy}")
         evaluations = evaluate(
-            row.engine,
+            engine,
             row.likelihood,
             data,
             seed=validation.eval_seed,
@@ -195,7 +213,6 @@ def _evaluate_set(trained: Trained, data: ValidationSet, rows: Sequence[_Row]) -
             alignment=validation.eval_alignment,
             models=len(row.names) * (1 + row.with_variances),
         )
-        seconds = time.monotonic() - start
         first = first or evaluations[0]
         variances = evaluations[len(row.names) :] or [None] * len(row.names)
         for name, kind, evaluation, variance in zip(row.names, row.kinds, evaluations, variances):
@@ -206,7 +223,7 @@ def _evaluate_set(trained: Trained, data: ValidationSet, rows: Sequence[_Row]) -
             }
             if variance:
                 summary["mc_se"] = _standard_error(variance)
-            results.append({"name": name, "kind": kind, "passes": row.passes, "seconds": seconds, **summary})
+            results.append({"name": name, "kind": kind, "passes": row.passes, "seconds": engine.seconds, **summary})
     return {"windows": len(data.windows), "likelihoods": results}
 
 

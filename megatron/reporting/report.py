@@ -23,6 +23,7 @@ from megatron.reporting.groups import (
     summarise,
 )
 from megatron.reporting.interactive import embed
+from megatron.reporting.likelihood_records import likelihood_tables
 from megatron.reporting.plots import draw, draw_contours
 from megatron.reporting.runs import Run, check_comparable, check_evaluations
 
@@ -93,7 +94,7 @@ def write_report(runs: list[Run], output: Path, report: Report | None = None, pr
         reported=report.validation,
         omitted=omitted_note(rows),
         provenance=provenance(runs),
-        tables=report.attachments.tables,
+        tables=[*report.attachments.tables, *likelihood_tables(runs)],
         figures=figures,
         embedded=embed(figures),
     )

@@ -13,6 +13,12 @@ from typing import Any
 from megatron.training.run_folder import writing
 
 
+def cache_files(path: str) -> list[Path]:
+    """Return the files of all ranks under a path."""
+    prefix = Path(path)
+    return [file for file in prefix.parent.glob("*.jsonl") if file.name.startswith(f"{prefix.name}_rank")]
+
+
 class AnswerCache:
     """Answers under a path, or an empty cache that stores nothing where the path is None.
 
@@ -26,9 +32,8 @@ class AnswerCache:
         if path is None:
             return
         prefix = Path(path)
-        for file in prefix.parent.glob("*.jsonl"):
-            if file.name.startswith(f"{prefix.name}_rank"):
-                self._read(file)
+        for file in cache_files(path):
+            self._read(file)
         file = prefix.with_name(f"{prefix.name}_rank{rank}.jsonl")
         with writing(file):
             prefix.parent.mkdir(parents=True, exist_ok=True)

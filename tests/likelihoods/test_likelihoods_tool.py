@@ -1,25 +1,40 @@
 """tools/likelihoods.py on real runs: equal to validation, equal over ranks, ordered as theory says; what it refuses."""
 
 import json
+import os
+import shutil
+import signal
+import time
 
+import numpy as np
 import pytest
+import torch
 
+from megatron.batch import Batch
+from megatron.errors import ConfigurationError
+from megatron.reporting.likelihood_records import likelihood_tables
+from megatron.reporting.resumable import ResumableEngine
+from megatron.reporting.runs import load_runs
+from megatron.scoring.answer_cache import AnswerCache
 from megatron.training.launcher import main
 from tests.conftest import environment, records
-from tests.forked import run_script
+from tests.forked import run_script, start_script
 
 
 @pytest.fixture(scope="module")
 def runs(tiny, tmp_path_factory):
-    """A run of AR, of masked diffusion, of both, and with document rules, on windows of 31 scored tokens."""
+    """A run of every objective, and one with document rules, on windows of 31 scored tokens."""
     root = tmp_path_factory.mktemp("runs")
     for name, flags in (
         ("ar", []),
         ("mdm", []),
         ("dual", ["--objective", "dual"]),
+        ("any-order", ["--objective", "any-order"]),
+        ("blocks", ["--objective", "block-diffusion", "--diffusion-block-size", "4"]),
         ("rules", ["--objective", "mdm", "--reset-attention-mask"]),
     ):
         main("mdm" if name == "mdm" else "ar", [*tiny, *flags, "--save", str(root / name)])
+    shutil.copytree(root / "mdm" / "checkpoints" / "iter_0000012", root / "loose")
     return root
 
 
@@ -52,7 +67,7 @@ def test_every_likelihood_of_a_run(runs, tmp_path):
         assert other["difference_se"] == pytest.approx(result["difference_se"], rel=1e-3, abs=1e-6)
 
 
-@pytest.mark.parametrize("name", ["ar", "dual"])
+@pytest.mark.parametrize("name", ["ar", "dual", "blocks"])
 def test_losses_are_those_of_validation(runs, tmp_path, name):
     results = record(tmp_path, runs / name, "--eval-windows", "12", "--orders", "--num-orders", "0")
     for record_of_set in records(runs / name, "valid"):
@@ -74,6 +89,96 @@ def test_several_tokens_a_step_and_blocks(runs, tmp_path):
     assert blocks["loss"] == pytest.approx(forward["loss"], rel=1e-6)  # blocks of one token leave no choice
 
 
+def test_an_any_order_model_reads_a_window_at_once(runs, tmp_path):
+    """Left to right, steps of one token each equal the exact likelihood of the whole text in one pass."""
+    words = (runs / "any-order", "--eval-windows", "12", "--orders", "left-to-right", "confidence")
+    bound, forward, confident, mean, _, iwae, lower, exact = record(tmp_path, *words)["validation"]
+    assert forward["loss"] == pytest.approx(exact["loss"], rel=1e-6) and exact["name"] == "ar, exact"
+    assert [row["passes"] for row in (bound, forward, confident, mean)] == [4, 1, 31, 8]
+    assert abs(mean["loss"] - bound["loss"]) < 4 * np.hypot(mean["mc_se"], bound["mc_se"])
+    assert mean["loss"] >= iwae["loss"] >= lower["loss"] and iwae["mc_se"] > 0
+
+
+def test_blocks_of_a_window_advance_together(runs, tmp_path):
+    words = (runs / "blocks", "--eval-windows", "12", "--orders", "left-to-right")
+    bound, forward, mean, half, full, lower = record(tmp_path, *words, "--num-orders", "8")["validation"]
+    assert [row["passes"] for row in (bound, forward, mean)] == [4, 4, 32]
+    assert abs(mean["loss"] - bound["loss"]) < 4 * np.hypot(mean["mc_se"], bound["mc_se"])
+    assert mean["loss"] >= half["loss"] >= full["loss"] >= lower["loss"]
+
+
+def without_times(path) -> dict:
+    content = json.loads(path.read_text())
+    for results in content["sets"].values():
+        for likelihood in results["likelihoods"]:
+            assert likelihood.pop("seconds") > 0
+    return content
+
+
+@pytest.mark.slow
+def test_a_killed_command_resumes_to_the_bit(runs, tmp_path):
+    """Killed twice in the middle of a chain; two ranks resume it as well, and share what one rank has computed."""
+    words = ["tools/likelihoods.py", *map(str, (runs / "mdm", "--eval-windows", "12", "--orders", "confidence"))]
+    whole, path, shared = (tmp_path / name for name in ("whole.json", "killed.json", "shared.json"))
+    assert run_script([*words, "--json", str(whole)], environment(), 300).returncode == 0
+    progress = tmp_path / "killed.json.progress_rank0.jsonl"
+    for num_batches in (5, 10):
+        outputs = [tmp_path / "stdout", tmp_path / "stderr"]
+        (process,) = start_script([*words, "--json", str(path)], environment(), outputs, [{}])
+        deadline = time.monotonic() + 60
+        while not progress.exists() or progress.read_text().count("\n") < num_batches:
+            assert process.is_alive() and time.monotonic() < deadline, outputs[1].read_text()
+            time.sleep(0.005)
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+    assert not path.exists() and progress.exists()
+    shutil.copy(progress, tmp_path / "shared.json.progress_rank0.jsonl")
+    assert run_script([*words, "--json", str(path)], environment(), 300).returncode == 0
+    assert without_times(path) == without_times(whole)
+    assert run_script([*words, "--json", str(shared)], environment(), 300, 2).returncode == 0
+    assert sorted(file.name for file in tmp_path.glob("*.json*")) == ["killed.json", "shared.json", "whole.json"]
+    for name, results in without_times(shared)["sets"].items():
+        losses = [likelihood["loss"] for likelihood in results["likelihoods"]]
+        expected = [likelihood["loss"] for likelihood in without_times(whole)["sets"][name]["likelihoods"]]
+        assert losses == pytest.approx(expected, rel=1e-9)
+
+
+def test_a_stored_result_is_read_to_the_bit_for_its_engine_only(tmp_path):
+    class Engine:
+        """Counts its calls."""
+
+        calls = 0
+
+        def nll(self, batch):
+            self.calls += 1
+            return torch.rand(2, *batch.tokens.shape)
+
+    tokens = torch.arange(6).view(2, 3)
+    batch, other = (Batch(values, values, torch.ones(2, 3), np.ones(2), causal=True) for values in (tokens, tokens + 1))
+    engine, path = Engine(), str(tmp_path / "progress")
+    first = ResumableEngine(engine, AnswerCache(path, 0, {"step": 1}), "chain").nll(batch)
+    cache = AnswerCache(path, 1, {"step": 1})
+    assert torch.equal(ResumableEngine(engine, cache, "chain").nll(batch), first) and engine.calls == 1
+    ResumableEngine(engine, cache, "chain").nll(other)
+    ResumableEngine(engine, cache, "iwae").nll(batch)
+    ResumableEngine(engine, AnswerCache(path, 2, {"step": 2}), "chain").nll(batch)
+    assert engine.calls == 4
+
+
+def test_a_record_is_in_the_run_folder_and_in_its_report(runs):
+    done = command(runs / "blocks", "--eval-windows", "4", "--orders", "confidence", "--num-orders", "0")
+    path = runs / "blocks" / "likelihoods" / "12.json"
+    assert done.returncode == 0 and f"record: {path}" in done.stdout
+    assert [file.name for file in path.parent.iterdir()] == ["12.json"]
+    (tuning, validation) = likelihood_tables(load_runs([runs / "blocks"]))
+    assert validation.title == "Likelihoods of blocks at step 12: validation, 4 windows" and "tuning" in tuning.title
+    name, loss, *_ = validation.lines[1]
+    assert name == "chain, confidence" and loss in done.stdout
+    path.write_text("{}")
+    with pytest.raises(ConfigurationError, match="12.json: is no record of tools/likelihoods.py"):
+        likelihood_tables(load_runs([runs / "blocks"]))
+
+
 @pytest.mark.parametrize(
     "words, message",
     [
@@ -84,6 +189,9 @@ def test_several_tokens_a_step_and_blocks(runs, tmp_path):
         (["rules"], "rules: was trained with document rules, which unmasking one token after another does not have"),
         (["mdm", "--tokens-per-step", "32"], "--tokens-per-step 32: is more than the 31 scored tokens of a window"),
         (["mdm", "--block-length", "4"], "--block-length 4: does not divide the 31 scored tokens of a window"),
+        (["blocks", "--tokens-per-step", "5"], "--tokens-per-step 5: is more than the 4 tokens of a block; give less"),
+        (["blocks", "--block-length", "3"], "--block-length 3: does not divide the 4 tokens of a block"),
+        (["loose"], "loose: is in no run folder, which would hold the record; give --json FILE"),
         (["mdm", "--num-orders", "3"], "--num-orders 3: is an even number, or 0"),
         (["mdm", "--lr", "1"], "--lr 1.0: is neither a flag of data nor of validation"),
     ],

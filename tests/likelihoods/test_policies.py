@@ -27,7 +27,7 @@ KINDS = ("masked", "shifted", "any-order", "blocks")
 class OneRank:
     """The part of ParallelContext that the engines use."""
 
-    device = torch.device("cpu")
+    device, rank = torch.device("cpu"), 0
 
 
 @pytest.fixture(scope="module")

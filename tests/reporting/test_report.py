@@ -94,6 +94,7 @@ def test_runs_on_other_text_are_never_put_in_one_table(folders, key, description
 
 
 def test_the_page_is_self_contained_and_says_that_mdm_losses_are_bounds(folders, tmp_path):
+    run_python("tools/likelihoods.py", folders / "mdm", "--eval-windows", 2, "--orders", "--num-orders", 0)
     result = run_python("tools/report.py", folders / "ar", folders / "mdm", "--output", tmp_path)
     assert result.returncode == 0, result.stderr
     page = (tmp_path / "report.html").read_text()
@@ -103,6 +104,7 @@ def test_the_page_is_self_contained_and_says_that_mdm_losses_are_bounds(folders,
     for suffix in ("png", "svg"):
         assert {path.stem for path in tmp_path.glob(f"*.{suffix}")} == names
     assert page.count("data-root-id") == len(names)
+    assert "Likelihoods of mdm at step 12: validation, 2 windows" in page and "<td>mdm, bound</td>" in page
     for text in (page, result.stdout):
         assert "MLP dropout 0.1" in text and "≤ " in text and "upper bounds" in text and "not another seed" in text
     for name in ("ar", "mdm"):
