@@ -212,5 +212,8 @@ def certainty(logits: Tensor, order: str) -> Tensor:
     """
     if order == "entropy":
         return -torch.special.entr(logits.softmax(-1)).sum(-1)
-    highest = (logits.topk(2).values - logits.logsumexp(-1, keepdim=True)).exp()
-    return highest[:, 0] if order == "confidence" else highest[:, 0] - highest[:, 1]
+    normaliser = logits.logsumexp(-1)
+    if order == "confidence":
+        return (logits.amax(-1) - normaliser).exp()  # in less time than the highest two
+    first, second = (logits.topk(2).values - normaliser[:, None]).exp().unbind(1)
+    return first - second
