@@ -1,15 +1,18 @@
 #!/usr/bin/env python3
-"""Evaluate all likelihoods of one run on the same windows: how loose is the bound of masked diffusion?
+"""Evaluate all likelihoods of one run on the same windows: how loose is its bound?
 
     python tools/likelihoods.py runs/mdm --eval-windows 32
     python tools/likelihoods.py runs/mdm --orders confidence left-to-right --tokens-per-step 4 --num-orders 0
     torchrun --standalone --nproc-per-node 8 tools/likelihoods.py runs/mdm --json runs/mdm_likelihoods.json
 
-chain: the exact likelihood of an unmasking order, that of tools/generate.py with the same order at temperature 1, one
-token after another. iwae: the importance-weighted bound of the mixture over all orders, which tightens with the number
-of random orders. tangent bound: a lower bound of the negative log-likelihood of the same mixture, so that it has an
-interval. Autoregressive runs have one exact likelihood. A chain costs as many forward passes as a window has tokens.
+chain: the exact likelihood of an unmasking order, one token after another; for masked diffusion that of
+tools/generate.py with the same order at temperature 1. iwae: the importance-weighted bound of the mixture over all
+orders, which tightens with the number of random orders. tangent bound: a lower bound of the negative log-likelihood of
+the same mixture, so that it has an interval. Autoregressive runs have one exact likelihood. A chain costs as many
+forward passes as a window has tokens; block diffusion, as a block has; an any-order model, one in an order that does
+not depend on predictions.
 
+The record is also in the run folder, where tools/report.py finds it. The same command resumes after a kill.
 Data, noise and alignment are those that the run recorded; flags of data and validation override them.
 """
 
@@ -91,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
         "--orders",
         nargs="*",
         choices=ORDERS,
-        help="masked diffusion: orders of unmasking with a likelihood each (default: all but random)",
+        help="orders of unmasking with a likelihood each (default: all but random)",
     )
     parser.add_argument(
         "--tokens-per-step", type=int, default=1, metavar="K", help="unmask K tokens a step (default: 1)"

@@ -21,6 +21,9 @@ from megatron.randomness import stream
 DIRECTIONS = {"left-to-right": -1, "right-to-left": 1}  # priority of the next position, by order
 MAX_LOGIT_POSITIONS = 1024  # positions whose logits exist at one time
 
+# called after so many positions are decided
+Advance = Callable[[int], object]
+
 # called after each step: its number from 1, the indices of the texts in this step, and their tokens [R, T]
 OnStep = Callable[[int, list[int], Tensor], None]
 
@@ -35,7 +38,7 @@ def fill(
     batch_size: int,
     eod: int,
     open_end: bool,
-    advance: Callable[[int], None] = lambda tokens: None,
+    advance: Advance = lambda tokens: None,
     on_step: OnStep | None = None,
 ) -> list[list[int]]:
     """Return `texts` with every [MASK] replaced by a token of the tokenizer; all other tokens stay.
@@ -101,9 +104,7 @@ class Filling:
         self.blocks = torch.arange(self.length, device=self.device) // size  # [L]
         self.active = torch.arange(len(texts), device=self.device)  # [R], texts that are not decided yet
 
-    def run(
-        self, advance: Callable[[int], None] = lambda tokens: None, on_step: OnStep | None = None
-    ) -> list[list[int]]:
+    def run(self, advance: Advance = lambda tokens: None, on_step: OnStep | None = None) -> list[list[int]]:
         """Return the filled texts."""
         for step in range(self.steps):
             before, after = (self.length * count // self.steps for count in (step, step + 1))
@@ -194,7 +195,7 @@ class Filling:
             logits[:, self.eod] = float("-inf")
         return logits
 
-    def _drop_decided(self, advance: Callable[[int], None], after: int) -> None:
+    def _drop_decided(self, advance: Advance, after: int) -> None:
         """Remove texts that are decided from the batch: those with no masked token before their first `eod`."""
         if not self.open_end or self.sampling.remask:
             return

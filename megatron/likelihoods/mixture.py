@@ -73,10 +73,10 @@ def _variances(nll: Tensor) -> Tensor:
     pairs = len(nll) // 2
     if pairs < MIN_PAIRS:
         return totals.new_full((len(MixtureEngine.estimates), totals.shape[1]), math.nan)
-    one = torch.ones_like(totals[0])[:, None]  # all of a total is one token's
+    shares = torch.ones_like(totals[0])[:, None]  # [G, 1], a group as a single token
     left_out = torch.stack(
         [
-            _estimates(totals[torch.arange(len(nll)) % pairs != pair][..., None], one)[..., 0]  # [4, G]
+            _estimates(totals[torch.arange(len(nll)) % pairs != pair][..., None], shares)[..., 0]  # [4, G]
             for pair in range(pairs)
         ]
     )  # [K/2, 4, G]

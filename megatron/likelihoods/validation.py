@@ -13,7 +13,7 @@ from megatron.config.flags import require, typed
 from megatron.config.sections import ValidationConfig
 from megatron.errors import ConfigurationError
 from megatron.generation.sampling import Sampling
-from megatron.likelihoods.chains import Chains, chains_of, with_steps
+from megatron.likelihoods.chains import Chains, chains_of, check_policy, with_steps
 from megatron.likelihoods.mixture import MixtureEngine
 from megatron.likelihoods.windows import PolicyEngine, WholeWindows
 from megatron.model.transformer import Transformer
@@ -105,19 +105,6 @@ def _chains(likelihood: Likelihood, model: Transformer, kind: str) -> Chains | N
             "--reset-attention-mask, --reset-position-ids and --eod-mask-loss"
         )
     return chains_of(likelihood, model)
-
-
-def check_policy(chains: Chains, num_masked: int, tokens_per_step: int, block_length: int | None) -> None:
-    """Check that steps and blocks fit the tokens that a policy orders, of windows with so many masked tokens.
-
-    Raises: ConfigurationError where they do not.
-    """
-    size = chains.num_ordered(num_masked)
-    ordered = f"{size} scored tokens of a window" if size == num_masked else f"{size} tokens of a block"
-    message = f"is more than the {ordered}; give less"
-    require(tokens_per_step <= size, "tokens_per_step", tokens_per_step, message)
-    message = f"does not divide the {ordered}; give a divisor, or leave it out"
-    require(block_length is None or size % block_length == 0, "block_length", block_length, message)
 
 
 def _evaluate(
