@@ -2,7 +2,7 @@
 """Score every checkpoint of a run on downstream tasks, and plot the scores against epochs.
 
     python tools/score_checkpoints.py runs/mdm --tasks hellaswag,piqa --limit 200 --output runs/mdm_scores
-
+    python tools/score_checkpoints.py runs/block --tasks piqa --likelihood chain --output runs/block_scores
     torchrun --standalone --nproc-per-node 8 tools/score_checkpoints.py runs/mdm --tasks piqa --output runs/mdm_scores
 
 Writes DIR/scores.json and DIR/scores.png; damaged checkpoints are logged and left out. Answers are written to

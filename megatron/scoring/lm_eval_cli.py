@@ -1,6 +1,7 @@
 """Downstream tasks: lm-eval's command line, with training runs as its model `megatron`.
 
     python -m megatron.scoring.lm_eval_cli --pretrained runs/mdm --checkpoint best --tasks arc_easy,piqa --num-mc 32
+    python -m megatron.scoring.lm_eval_cli --pretrained runs/any_order --tasks piqa --likelihood iwae --num-orders 16
     python -m megatron.scoring.lm_eval_cli --model megatron --model_args pretrained=runs/ar --tasks lambada_standard
     torchrun --standalone --nproc-per-node 8 -m megatron.scoring.lm_eval_cli --pretrained runs/mdm --tasks piqa
 
