@@ -64,14 +64,16 @@ def test_requests_have_the_likelihood_of_the_settings(runs, name, settings):
 
 
 def test_answers_are_cached_by_policy(runs, tmp_path):
+    file = tmp_path / "answers_rank0.jsonl"
+
     def answers(**settings):
         lm = MegatronLM(pretrained=str(runs / "block-diffusion"), use_cache=str(tmp_path / "answers"), **settings)
         return lm.loglikelihood(instances())
 
     first, second = answers(**CHAIN), answers(**CHAIN | {"tokens_per_step": 1})
-    lines = (tmp_path / "answers_rank0.jsonl").read_text().split("\n")
-    assert first != second and len(lines) == len({json.loads(line)["key"] for line in lines if line}) == 6
-    assert answers(**CHAIN) == first and (tmp_path / "answers_rank0.jsonl").read_text().split("\n") == lines
+    written = file.read_text()
+    assert first != second and len({json.loads(line)["key"] for line in written.strip().splitlines()}) == 6
+    assert answers(**CHAIN) == first and file.read_text() == written
 
 
 def test_the_earlier_name_of_the_likelihood_is_read(runs):
