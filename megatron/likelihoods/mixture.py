@@ -32,17 +32,20 @@ class MixtureEngine(PolicyEngine):
     belong to single tokens.
 
     The standard error over random orders is that of the jackknife, which leaves out one of the K/2 pairs of orders, the
-    k-th of each half: all estimates are symmetric functions of these pairs. It needs MIN_PAIRS of them.
+    k-th of each half: the estimates are symmetric functions of these pairs. It needs MIN_PAIRS of them. The lower bound
+    has none: its tail makes the jackknife's error too large by more than a factor of two.
     """
 
     orders: int = 8  # K, even
 
     estimates = ("mean over orders", "K/2 orders", "K orders", "lower bound")
+    num_variances = 3  # of the first estimates
 
     def nll(self, batch: Batch) -> Tensor:
-        """Return the four `estimates` of the tokens of `WholeWindows` and the variances of each, fp32 [8, B, T].
+        """Return the four `estimates` of the tokens of `WholeWindows` and three variances, fp32 [7, B, T].
 
-        Variances over random orders are in squared nats, and add up over windows; NaN with few orders.
+        The variances, of the first estimates over random orders, are in squared nats and add up over windows; NaN with
+        few orders.
         """
         orders = torch.stack([self.order_nll(batch, index) for index in range(self.orders)]).double()  # [K, B, T]
         scored = (batch.weights > 0).to(orders)[None]  # [1, B, T]
@@ -50,7 +53,7 @@ class MixtureEngine(PolicyEngine):
         size = self.chains.num_ordered(length)  # t, tokens of a group that is ordered independently
         orders, scored = (_groups(values, size) for values in (orders, scored))  # [K, G, t], [1, G, t]
         shares = scored[0] / scored[0].sum(1, keepdim=True).clamp(min=1)
-        values = torch.cat([_estimates(orders, shares), _variances(orders)[..., None] * shares])  # [8, G, t]
+        values = torch.cat([_estimates(orders, shares), _variances(orders)[..., None] * shares])  # [7, G, t]
         return values.reshape(len(values), len(batch.tokens), -1)[..., :length].float()
 
 
@@ -68,11 +71,11 @@ def _estimates(nll: Tensor, shares: Tensor) -> Tensor:
 
 
 def _variances(nll: Tensor) -> Tensor:
-    """Return the jackknife's variance of the sum over tokens of `_estimates`, [4, G], from the NLL of K orders."""
+    """Return the jackknife's variances of the sums over tokens of the first `_estimates`, [3, G], from K orders."""
     totals = nll.sum(2)  # [K, G]
     pairs = len(nll) // 2
     if pairs < MIN_PAIRS:
-        return totals.new_full((len(MixtureEngine.estimates), totals.shape[1]), math.nan)
+        return totals.new_full((MixtureEngine.num_variances, totals.shape[1]), math.nan)
     shares = torch.ones_like(totals[0])[:, None]  # [G, 1], a group as a single token
     left_out = torch.stack(
         [
@@ -80,7 +83,7 @@ def _variances(nll: Tensor) -> Tensor:
             for pair in range(pairs)
         ]
     )  # [K/2, 4, G]
-    return (pairs - 1) * left_out.var(0, correction=0)
+    return (pairs - 1) * left_out[:, : MixtureEngine.num_variances].var(0, correction=0)
 
 
 def _mixture(nll: Tensor, shares: Tensor) -> Tensor:

@@ -70,7 +70,7 @@ class _Row:
     replicates: int = 1
     passes: int  # forward passes of a window
     policy: Sampling | None = None  # None: the loss of validation
-    with_variances: bool = False  # whether the engine returns those of its results over random orders, after them
+    num_variances: int = 0  # of the first results, over random orders, which the engine returns after the results
 
 
 def evaluate_likelihoods(
@@ -176,7 +176,7 @@ def _policy_rows(
             engine=mixture,
             passes=count * chains.passes(sampling, num_masked),
             policy=sampling,
-            with_variances=True,
+            num_variances=MixtureEngine.num_variances,
         )
 
 
@@ -205,18 +205,18 @@ def _evaluate_set(trained: Trained, data: ValidationSet, rows: Sequence[_Row], c
             replicates=row.replicates,
             batch_size=validation.eval_batch_size or trained.config.training.micro_batch_size,
             alignment=validation.eval_alignment,
-            models=len(row.names) * (1 + row.with_variances),
+            models=len(row.names) + row.num_variances,
         )
         first = first or evaluations[0]
-        variances = evaluations[len(row.names) :] or [None] * len(row.names)
-        for name, kind, evaluation, variance in zip(row.names, row.kinds, evaluations, variances):
+        variances = evaluations[len(row.names) :]
+        errors = [*map(_standard_error, variances), *[None] * (len(row.names) - len(variances))]
+        for name, kind, evaluation, error in zip(row.names, row.kinds, evaluations, errors):
             difference = paired_difference(evaluation.nats, first.nats, evaluation.tokens)
             summary = evaluation.summary() | {
                 "difference": difference.value,
                 "difference_se": difference.standard_error,
             }
-            if variance:
-                summary["mc_se"] = _standard_error(variance)
+            summary["mc_se"] = summary["mc_se"] if error is None else error
             results.append({"name": name, "kind": kind, "passes": row.passes, "seconds": engine.seconds, **summary})
     return {"windows": len(data.windows), "likelihoods": results}
 

@@ -10,8 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from megatron.batch import Batch
 from megatron.errors import ConfigurationError
+from megatron.generation.sampling import Sampling
+from megatron.likelihoods.chains import MaskedChains
+from megatron.likelihoods.windows import PolicyEngine, WholeWindows
+from megatron.objectives.masked_diffusion import MaskedDiffusion
 from megatron.reporting.likelihood_records import likelihood_tables
 from megatron.reporting.resumable import ResumableEngine
 from megatron.reporting.runs import load_runs
@@ -19,6 +22,9 @@ from megatron.scoring.answer_cache import AnswerCache
 from megatron.training.launcher import main
 from tests.conftest import environment, records
 from tests.forked import run_script, start_script
+from tests.generation.test_generate import model
+from tests.likelihoods.chain_reference import MASK, SIZE
+from tests.likelihoods.test_policies import NOISE, OneRank
 
 
 @pytest.fixture(scope="module")
@@ -143,26 +149,22 @@ def test_a_killed_command_resumes_to_the_bit(runs, tmp_path):
         assert losses == pytest.approx(expected, rel=1e-9)
 
 
-def test_a_stored_result_is_read_to_the_bit_for_its_engine_only(tmp_path):
-    class Engine:
-        """Counts its calls."""
-
-        calls = 0
-
-        def nll(self, batch):
-            self.calls += 1
-            return torch.rand(2, *batch.tokens.shape)
-
-    tokens = torch.arange(6).view(2, 3)
-    batch, other = (Batch(values, values, torch.ones(2, 3), np.ones(2), causal=True) for values in (tokens, tokens + 1))
-    engine, path = Engine(), str(tmp_path / "progress")
-    first = ResumableEngine(engine, AnswerCache(path, 0, {"step": 1}), "chain").nll(batch)
+def test_a_stored_result_is_read_to_the_bit_for_its_batch_and_settings_only(tmp_path):
+    """A model with other weights returns what the first one stored, unless anything differs."""
+    ids, path = np.array([[1, 0, 2, 2, 0], [2, 2, 1, 0, 1]]), str(tmp_path / "progress")
+    whole = WholeWindows(MaskedDiffusion(MASK, 1))
+    batch, other_batch = (whole.evaluation(rows, NOISE, np.arange(2), "common") for rows in (ids, ids[::-1]))
+    first, other = (
+        PolicyEngine(MaskedChains(model(SIZE, init_method_std=std)), OneRank(), Sampling()) for std in (0.3, 0.6)
+    )
+    stored = ResumableEngine(first, AnswerCache(path, 0, {"step": 1}), "chain").nll(batch)
+    assert torch.equal(stored, first.nll(batch))
     cache = AnswerCache(path, 1, {"step": 1})
-    assert torch.equal(ResumableEngine(engine, cache, "chain").nll(batch), first) and engine.calls == 1
-    ResumableEngine(engine, cache, "chain").nll(other)
-    ResumableEngine(engine, cache, "iwae").nll(batch)
-    ResumableEngine(engine, AnswerCache(path, 2, {"step": 2}), "chain").nll(batch)
-    assert engine.calls == 4
+    assert torch.equal(ResumableEngine(other, cache, "chain").nll(batch), stored)
+    computed = other.nll(batch)
+    assert torch.equal(ResumableEngine(other, cache, "iwae").nll(batch), computed) and not torch.equal(computed, stored)
+    assert torch.equal(ResumableEngine(other, AnswerCache(path, 2, {"step": 2}), "chain").nll(batch), computed)
+    assert torch.equal(ResumableEngine(other, cache, "chain").nll(other_batch), other.nll(other_batch))
 
 
 def test_a_record_is_in_the_run_folder_and_in_its_report(runs):
