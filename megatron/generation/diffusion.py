@@ -19,7 +19,8 @@ from megatron.model.transformer import Transformer
 from megatron.randomness import stream
 
 DIRECTIONS = {"left-to-right": -1, "right-to-left": 1}  # priority of the next position, by order
-MAX_LOGIT_POSITIONS = 1024  # positions whose logits exist at one time
+LOGIT_POSITIONS = {"cpu": 256, "cuda": 1024}  # positions whose logits exist at one time, by device type
+CACHED_LOGITS = 2**19  # elements that a CPU's cache holds: 2 MiB in fp32
 
 # called after so many positions are decided
 Advance = Callable[[int], object]
@@ -93,6 +94,7 @@ class Filling:
         self.open_end = open_end
         self.offset = offset  # the output at position j predicts token j + offset
         self.device = model.embed_tokens.weight.device
+        self.logit_positions = LOGIT_POSITIONS[self.device.type]
         self.mask_id = model.vocabulary.mask_id
         self.tokens = torch.tensor(texts, device=self.device)  # [B, T]
         masked = self.tokens == self.mask_id
@@ -175,7 +177,7 @@ class Filling:
             turns = torch.arange(self.length, device=self.device, dtype=scores.dtype).expand_as(scores)
             scores[reached] = DIRECTIONS[self.sampling.order] * turns[reached]
         else:
-            chunks = states[reached].split(MAX_LOGIT_POSITIONS)
+            chunks = states[reached].split(self.logit_positions)
             certainties = [certainty(self.logits(chunk), self.sampling.order) for chunk in chunks]
             scores[reached] = torch.cat(certainties).double()
         return scores.masked_fill(finished, float("inf"))  # earlier blocks have priority
@@ -185,7 +187,7 @@ class Filling:
 
         `selected` [R, L] is True at their N positions.
         """
-        chunks = zip(states.split(MAX_LOGIT_POSITIONS), draws.split(MAX_LOGIT_POSITIONS), strict=True)
+        chunks = zip(states.split(self.logit_positions), draws.split(self.logit_positions), strict=True)
         return torch.cat([choose(self.logits(chunk), self.sampling, uniforms) for chunk, uniforms in chunks])
 
     def logits(self, states: Tensor) -> Tensor:
@@ -211,6 +213,11 @@ def certainty(logits: Tensor, order: str) -> Tensor:
     confidence: the highest probability (LLaDA, 2502.09992); margin: the difference of the highest two (2502.06768);
     entropy: the negative entropy. All are of the model's own distribution, at temperature 1.
     """
+    rows = max(1, CACHED_LOGITS // logits.shape[1]) if logits.device.type == "cpu" else max(1, len(logits))
+    return torch.cat([_certainty(part, order) for part in logits.split(rows)])
+
+
+def _certainty(logits: Tensor, order: str) -> Tensor:
     if order == "entropy":
         return -torch.special.entr(logits.softmax(-1)).sum(-1)
     normaliser = logits.logsumexp(-1)
