@@ -219,7 +219,10 @@ def certainty(logits: Tensor, order: str) -> Tensor:
 
 def _certainty(logits: Tensor, order: str) -> Tensor:
     if order == "entropy":
-        return -torch.special.entr(logits.softmax(-1)).sum(-1)
+        shifted = (logits - logits.amax(-1, keepdim=True)).clamp(min=-100)  # -inf, which has probability 0, too
+        weights = shifted.exp()
+        total = weights.sum(-1)
+        return (weights * shifted).sum(-1) / total - total.log()
     normaliser = logits.logsumexp(-1)
     if order == "confidence":
         return (logits.amax(-1) - normaliser).exp()  # in less time than the highest two

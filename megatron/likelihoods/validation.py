@@ -123,7 +123,7 @@ def _evaluate(
         replicates=1,
         batch_size=validation.eval_batch_size or config.training.micro_batch_size,
         alignment=validation.eval_alignment,
-        models=1 if is_chain else 2 * len(MixtureEngine.estimates),
+        models=1 if is_chain else len(MixtureEngine.estimates) + MixtureEngine.num_variances,
     )
     if is_chain:
         names = ("chain_order", "tokens_per_step", "block_length")
