@@ -10,6 +10,6 @@ from megatron import parent_process, stop_signals
 if __name__ == "__main__":
     parent_process.record()  # before the imports, which take seconds
     stop_signals.install()
-    from megatron.training.launcher import main
+    from megatron.likelihoods.pretrain import main
 
     main("ar")

@@ -368,6 +368,20 @@ def test_regularisers_are_timed_and_compared_with_their_flops(tmp_path):
 
 
 @pytest.mark.slow
+def test_forward_tokens_of_likelihoods_are_those_of_theory(tmp_path):
+    flags = "--seq-length 12 --windows 2 --vocab-size 64 --tokens-per-step 2 --diffusion-block-size 4 --rounds 1"
+    objectives = report_of(f"likelihoods {flags}", tmp_path)["objectives"]
+    assert objectives.keys() == {"mdm", "dual", "any-order", "block-diffusion"}
+    for results in objectives.values():
+        assert all(result["forward_tokens"] == result["theory"] for result in results.values())
+        assert results["bound"]["relative_throughput"] == [1.0]
+    tokens = {name: objectives[name]["chain, margin"]["forward_tokens"] for name in objectives}
+    assert tokens == {"mdm": 6 * 12, "dual": 6 * 12, "any-order": 6 * 11, "block-diffusion": 2 * 24}
+    done = run_python("benchmarks/likelihoods/run.py", "--objectives", "xyz")
+    assert done.returncode == 2 and "--objectives xyz: is not one of ar, mdm, dual" in done.stderr
+
+
+@pytest.mark.slow
 def test_teachers_are_timed_and_compared_with_their_forward_passes(tmp_path):
     report = report_of("distillation --model-size 7M --seq-length 16 --micro-batch-size 1 --rounds 1", tmp_path)
     assert [result["explained"] for result in report["results"].values()][:4] == [1, 4 / 3, 5 / 3, 7 / 3]

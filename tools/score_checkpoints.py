@@ -2,7 +2,7 @@
 """Score every checkpoint of a run on downstream tasks, and plot the scores against epochs.
 
     python tools/score_checkpoints.py runs/mdm --tasks hellaswag,piqa --limit 200 --output runs/mdm_scores
-
+    python tools/score_checkpoints.py runs/block --tasks piqa --likelihood chain --output runs/block_scores
     torchrun --standalone --nproc-per-node 8 tools/score_checkpoints.py runs/mdm --tasks piqa --output runs/mdm_scores
 
 Writes DIR/scores.json and DIR/scores.png; damaged checkpoints are logged and left out. Answers are written to
@@ -31,6 +31,7 @@ from megatron.config.sections import Config
 from megatron.parallel.mesh import initialize_parallel
 from megatron.reporting.plots import metrics, plot_task_scores
 from megatron.scoring.lm_eval_errors import leave_without_lm_eval
+from megatron.scoring.published_flags import translate_published
 from megatron.scoring.requests import Scoring
 from megatron.training.load_run import trained_config
 from megatron.training.run_folder import write_json, writing
@@ -55,7 +56,7 @@ def main() -> None:
     options = argparse.Namespace()
 
     def read() -> Config:
-        vars(options).update(vars(parser.parse_known(sys.argv[1:])))
+        vars(options).update(vars(parser.parse_known(translate_published(sys.argv[1:]))))
         options.scoring = build(Scoring, options)
         with writing(options.output):  # fail before scoring, not after it
             options.output.mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,7 @@ from typing import Any, Literal
 from megatron.config.sections import Config
 
 Form = Literal["causal", "masked"]
+ScoringForm = Literal["causal", "masked", "blocks", "permuted"]
 
 
 @dataclass(frozen=True)
@@ -19,14 +20,18 @@ class Refused:
 class Capabilities:
     """How models of an objective are used, and what its samples need.
 
-    "causal" is from left to right, one token after another; "masked" is by predicting [MASK] from both sides.
+    "causal" is from left to right, one token after another; "masked" is by predicting [MASK] from both sides; "blocks"
+    is that within a block, given the text before it; "permuted" is causal in any order of the tokens. The first form
+    that a model is scored in is the default, and the last one has the likelihoods of orders (`--likelihood`).
     """
 
     generation: Form | Refused
-    scoring: Form | Refused
+    scoring: tuple[ScoringForm, ...]
     export: Form | Refused
     infilling: Literal["masked"] | Refused
     export_limits: str = ""  # a sentence of the model card: what the export cannot do
+    masked_offset: int = 0  # of masked predictions: the output at position j predicts token j + masked_offset
+    target_positions: bool = False  # the model is given the position of each target
     needs_mask: bool = False  # inputs contain [MASK] without any regulariser
     needs_attention_mask: bool = False  # `Batch.blocked` instead of causal or full attention
     positions_per_token: int = 1  # of one forward pass over a sample

@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 
 from megatron.batch import Batch
+from megatron.generation.policies import candidates, select_highest
 from megatron.generation.sampling import Sampling, choose
 from megatron.model.transformer import Transformer
 from megatron.randomness import stream
 
 DIRECTIONS = {"left-to-right": -1, "right-to-left": 1}  # priority of the next position, by order
-MAX_LOGIT_POSITIONS = 1024  # positions whose logits exist at one time
+LOGIT_POSITIONS = {"cpu": 256, "cuda": 1024}  # positions whose logits exist at one time, by device type
+CACHED_LOGITS = 2**19  # elements that a CPU's cache holds: 2 MiB in fp32
 
 # called after so many positions are decided
 Advance = Callable[[int], object]
@@ -92,6 +94,7 @@ class Filling:
         self.open_end = open_end
         self.offset = offset  # the output at position j predicts token j + offset
         self.device = model.embed_tokens.weight.device
+        self.logit_positions = LOGIT_POSITIONS[self.device.type]
         self.mask_id = model.vocabulary.mask_id
         self.tokens = torch.tensor(texts, device=self.device)  # [B, T]
         masked = self.tokens == self.mask_id
@@ -132,7 +135,7 @@ class Filling:
         counts = (after - before + remasked.sum(1)).clamp(max=masked.sum(1))  # [R]
         if counts.any():
             states = self.states(tokens, positions)  # [R, L, H]
-            selected = self._highest(self._scores(states, masked, counts, draws[1]), counts)
+            selected = select_highest(self._scores(states, masked, counts, draws[1]), counts)
             answers[selected] = self.choose(states[selected], draws[0][selected], selected)
             answers[remasked] = self.mask_id
             self.tokens[self.active] = tokens.scatter(1, positions, answers)
@@ -162,34 +165,29 @@ class Filling:
             return torch.zeros_like(filled)
         probability = min(self.sampling.remask, room / before)
         remasked = filled & (draws < probability)
-        return remasked & self._highest(torch.where(remasked, -draws, float("-inf")), remasked.sum(1).clamp(max=room))
+        return remasked & select_highest(torch.where(remasked, -draws, float("-inf")), remasked.sum(1).clamp(max=room))
 
     def _scores(self, states: Tensor, masked: Tensor, counts: Tensor, draws: Tensor) -> Tensor:
         """Return the priority of each position [R, L]: the highest are filled first, -inf is not filled."""
-        ordinal = masked.cumsum(1)
-        # [R], the last block that the next `counts` positions reach
-        last_block = torch.where(masked & (ordinal <= counts[:, None]), self.blocks, -1).amax(1)
-        candidates = masked & (self.blocks <= last_block[:, None])
+        reached, finished = candidates(masked, counts, self.blocks)
         scores = torch.full_like(draws, float("-inf"))
         if self.sampling.order == "random":
-            scores[candidates] = draws[candidates]
+            scores[reached] = draws[reached]
         elif self.sampling.order in DIRECTIONS:
             turns = torch.arange(self.length, device=self.device, dtype=scores.dtype).expand_as(scores)
-            scores[candidates] = DIRECTIONS[self.sampling.order] * turns[candidates]
+            scores[reached] = DIRECTIONS[self.sampling.order] * turns[reached]
         else:
-            chunks = states[candidates].split(MAX_LOGIT_POSITIONS)
+            chunks = states[reached].split(self.logit_positions)
             certainties = [certainty(self.logits(chunk), self.sampling.order) for chunk in chunks]
-            scores[candidates] = torch.cat(certainties).double()
-        # earlier blocks have priority
-        earlier = candidates & (self.blocks < last_block[:, None])
-        return scores.masked_fill(earlier, float("inf"))
+            scores[reached] = torch.cat(certainties).double()
+        return scores.masked_fill(finished, float("inf"))  # earlier blocks have priority
 
     def choose(self, states: Tensor, draws: Tensor, selected: Tensor) -> Tensor:
         """Return tokens [N] sampled from hidden states [N, H] with uniform `draws` [N].
 
         `selected` [R, L] is True at their N positions.
         """
-        chunks = zip(states.split(MAX_LOGIT_POSITIONS), draws.split(MAX_LOGIT_POSITIONS), strict=True)
+        chunks = zip(states.split(self.logit_positions), draws.split(self.logit_positions), strict=True)
         return torch.cat([choose(self.logits(chunk), self.sampling, uniforms) for chunk, uniforms in chunks])
 
     def logits(self, states: Tensor) -> Tensor:
@@ -198,11 +196,6 @@ class Filling:
         if not self.open_end:
             logits[:, self.eod] = float("-inf")
         return logits
-
-    def _highest(self, scores: Tensor, counts: Tensor) -> Tensor:
-        """Return which elements of each row of `scores` [R, L] are its `counts` [R] highest; ties go to the left."""
-        ranks = scores.argsort(dim=1, descending=True, stable=True).argsort(1)
-        return ranks < counts[:, None]
 
     def _drop_decided(self, advance: Advance, after: int) -> None:
         """Remove texts that are decided from the batch: those with no masked token before their first `eod`."""
@@ -220,7 +213,18 @@ def certainty(logits: Tensor, order: str) -> Tensor:
     confidence: the highest probability (LLaDA, 2502.09992); margin: the difference of the highest two (2502.06768);
     entropy: the negative entropy. All are of the model's own distribution, at temperature 1.
     """
+    rows = max(1, CACHED_LOGITS // logits.shape[1]) if logits.device.type == "cpu" else max(1, len(logits))
+    return torch.cat([_certainty(part, order) for part in logits.split(rows)])
+
+
+def _certainty(logits: Tensor, order: str) -> Tensor:
     if order == "entropy":
-        return -torch.special.entr(logits.softmax(-1)).sum(-1)
-    highest = (logits.topk(2).values - logits.logsumexp(-1, keepdim=True)).exp()
-    return highest[:, 0] if order == "confidence" else highest[:, 0] - highest[:, 1]
+        shifted = (logits - logits.amax(-1, keepdim=True)).clamp(min=-100)  # -inf, which has probability 0, too
+        weights = shifted.exp()
+        total = weights.sum(-1)
+        return (weights * shifted).sum(-1) / total - total.log()
+    normaliser = logits.logsumexp(-1)
+    if order == "confidence":
+        return (logits.amax(-1) - normaliser).exp()  # in less time than the highest two
+    first, second = (logits.topk(2).values - normaliser[:, None]).exp().unbind(1)
+    return first - second

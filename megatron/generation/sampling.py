@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from megatron.config.flags import flag, require, typed
+from megatron.config.policies import ORDERS
 from megatron.errors import ConfigurationError
 
-ORDERS = ("confidence", "margin", "entropy", "random", "left-to-right", "right-to-left")
 MASKED = ("steps", "block_length", "order", "remask")  # fields that act in masked diffusion only
 
 

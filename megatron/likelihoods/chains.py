@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron.config.flags import require
 from megatron.generation.diffusion import Advance
 from megatron.generation.sampling import Sampling
 from megatron.likelihoods.forced import ForcedAnyOrder, ForcedBlocks, ForcedFilling, Keys
@@ -153,3 +154,16 @@ def chains_of(likelihood: Likelihood, model: Transformer) -> Chains | None:
 def with_steps(sampling: Sampling, tokens_per_step: int, num_ordered: int) -> Sampling:
     """Return the policy with as many steps as unmask `tokens_per_step` tokens each, of `num_ordered` tokens."""
     return replace(sampling, steps=-(-num_ordered // tokens_per_step))
+
+
+def check_policy(chains: Chains, num_masked: int, tokens_per_step: int, block_length: int | None) -> None:
+    """Check that steps and blocks fit the tokens that a policy orders, of windows with so many masked tokens.
+
+    Raises: ConfigurationError where they do not.
+    """
+    size = chains.num_ordered(num_masked)
+    ordered = f"{size} scored tokens of a window" if size == num_masked else f"{size} tokens of a block"
+    message = f"is more than the {ordered}; give less"
+    require(tokens_per_step <= size, "tokens_per_step", tokens_per_step, message)
+    message = f"does not divide the {ordered}; give a divisor, or leave it out"
+    require(block_length is None or size % block_length == 0, "block_length", block_length, message)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron.batch import Batch
-from megatron.generation.diffusion import MAX_LOGIT_POSITIONS, Filling
+from megatron.generation.diffusion import Filling
 from megatron.generation.sampling import Sampling
 from megatron.model.transformer import Transformer
 from megatron.objectives.block_diffusion import two_forms
@@ -40,7 +40,7 @@ class ForcedFilling(Filling):
     def choose(self, states: Tensor, draws: Tensor, selected: Tensor) -> Tensor:
         """Return the tokens of the texts at the `selected` positions, and keep their NLL."""
         targets = self.truth[selected]  # [N]
-        chunks = zip(states.split(MAX_LOGIT_POSITIONS), targets.split(MAX_LOGIT_POSITIONS), strict=True)
+        chunks = zip(states.split(self.logit_positions), targets.split(self.logit_positions), strict=True)
         nll = [
             torch.nn.functional.cross_entropy(self.logits(chunk), target, reduction="none") for chunk, target in chunks
         ]

@@ -143,20 +143,24 @@ class Transformer(nn.Module):
     def _rotary_table(self, position_ids: Tensor) -> RotaryTable:
         return rotary_table(position_ids, self.config.head_size, self.config.rotary_base)
 
-    def read(self, tokens: Tensor, cache: KVCache, present: Tensor | None = None) -> Tensor:
+    def read(
+        self, tokens: Tensor, cache: KVCache, present: Tensor | None = None, target_positions: bool = False
+    ) -> Tensor:
         """Process [B, T] tokens that follow those in `cache`, and append them to it; return the head's input [B, T, H].
 
-        Attention is causal. `present` [B, T] is False at padding.
+        Attention is causal. `present` [B, T] is False at padding. With `target_positions` each position is given that
+        of its target, the next token.
         """
         whole = present is None
         present = torch.ones_like(tokens, dtype=torch.bool) if present is None else present
         position_ids, visible = cache.append(present, whole)
         rotary = self._rotary_table(position_ids)
+        query_rotary = self._rotary_table(position_ids + 1) if target_positions else rotary
         hidden = self.embed_tokens(tokens)
         mask = None if visible is None else dense_mask(visible, hidden.dtype)
         causal = mask is None and tokens.shape[1] > 1  # several tokens need no mask only where the cache was empty
         for position, name in self.schedule:
-            context = AttentionContext(rotary, rotary, causal, mask=mask, kv_cache=cache.block(position))
+            context = AttentionContext(query_rotary, rotary, causal, mask=mask, kv_cache=cache.block(position))
             hidden = self.layers[name](hidden, context)
         return self._head_input(hidden)
 

@@ -108,7 +108,16 @@ def two_forms(masked_form: torch.Tensor, text: torch.Tensor, block_size: int) ->
 def _blocked(length: int, block_size: int) -> torch.Tensor:
     """Return the attention mask, bool [2S, 2S], True where blocked; both axes are the masked form, then the text."""
     block = torch.arange(length) // block_size
-    query, key = block[:, None], block[None, :]
-    masked_form = torch.cat((query == key, key < query), dim=1)  # [S, 2S], attended
-    text = torch.cat((torch.zeros(length, length, dtype=torch.bool), key <= query), dim=1)  # [S, 2S], attended
-    return ~torch.cat((masked_form, text))
+    return ~attended(torch.cat((1 + block, torch.zeros_like(block))), torch.cat((block, block)))
+
+
+def attended(copy: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
+    """Return the attention mask, bool [..., L, L], True where attended, of texts with masked forms of their blocks.
+
+    `copy` [..., L] is 0 in the text and the number of a masked form elsewhere, -1 at padding; `block` [..., L] is the
+    index of the block. A position of the text attends to the text up to the end of its block, one of a masked form to
+    that form and to the text before its block. A block may have any number of masked forms.
+    """
+    query_copy, key_copy = copy[..., :, None], copy[..., None, :]
+    text_before = block[..., None, :] < block[..., :, None] + (query_copy == 0).long()
+    return torch.where(key_copy == 0, text_before & (query_copy >= 0), query_copy == key_copy)

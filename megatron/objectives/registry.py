@@ -97,13 +97,13 @@ OBJECTIVES: dict[str, Entry] = {
         "autoregressive",
         _autoregressive,
         (*NOISE, *ORDERS),
-        Capabilities("causal", "causal", "causal", infilling=NO_GAPS, in_megatron_deepspeed=True),
+        Capabilities("causal", ("causal",), "causal", infilling=NO_GAPS, in_megatron_deepspeed=True),
     ),
     "mdm": Entry(
         "masked diffusion",
         _masked_diffusion,
         (*MASKS, "ar_ratio", "low_noise_samples", "low_noise_ratio"),
-        Capabilities("masked", "masked", "masked", infilling="masked", needs_mask=True, in_megatron_deepspeed=True),
+        Capabilities("masked", ("masked",), "masked", infilling="masked", needs_mask=True, in_megatron_deepspeed=True),
     ),
     "dual": Entry(
         "autoregressive and masked diffusion, jointly",
@@ -111,11 +111,12 @@ OBJECTIVES: dict[str, Entry] = {
         (*MASKS, "causal_ratio"),
         Capabilities(
             "causal",
-            "causal",
+            ("causal", "masked"),
             "causal",
             infilling=Refused("predicts the token of the next position, which filling gaps does not support"),
             export_limits="This is its autoregressive side; its masked-diffusion side predicts the next token at each "
             "position, and no stock class does that.",
+            masked_offset=1,
             needs_mask=True,
             mixes_kinds=True,
         ),
@@ -126,12 +127,13 @@ OBJECTIVES: dict[str, Entry] = {
         NOISE,
         Capabilities(
             NO_TARGET_POSITIONS,
-            NO_TARGET_POSITIONS,
+            ("causal", "permuted"),
             Refused(
                 "predicts in random orders and needs target positions as an input, which no stock class of "
                 "transformers accepts"
             ),
             infilling=NO_GAPS,
+            target_positions=True,
         ),
         no_document_rules=PERMUTED,
     ),
@@ -141,7 +143,7 @@ OBJECTIVES: dict[str, Entry] = {
         ("mask_eps", *TIMES, "diffusion_block_size"),
         Capabilities(
             NO_BLOCK_MASK,
-            NO_BLOCK_MASK,
+            ("blocks",),
             Refused(
                 "attends to each text and its masked copy under an attention mask of its own, which no stock class of "
                 "transformers has"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron.batch import Batch
-from megatron.config.flags import typed
+from megatron.config.flags import require, typed
 from megatron.config.resolve import no_op_flags
 from megatron.config.sections import SECTIONS, Config
 from megatron.config.vocabulary import Vocabulary
@@ -101,6 +101,8 @@ def settings(run: str, flags: list[str]) -> Config:
     Raises: ConfigurationError where there is no run, or a flag is neither of data nor of validation.
     """
     config = trained_config(run, flags)
+    likelihood = config.validation.likelihood
+    require(likelihood is None, "likelihood", likelihood, "acts in --skip-train of pretrain_*.py only; leave it out")
     recorded_config = trained_config(run, ())
     for section_name in [name for name in SECTIONS if name not in ("data", "validation")]:
         section, recorded = getattr(config, section_name), getattr(recorded_config, section_name)

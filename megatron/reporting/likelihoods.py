@@ -5,11 +5,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from megatron.config.flags import require
 from megatron.data.blend import ValidationBlend
 from megatron.errors import ConfigurationError
 from megatron.generation.sampling import Sampling
-from megatron.likelihoods.chains import Chains, chains_of, with_steps
+from megatron.likelihoods.chains import Chains, chains_of, check_policy, with_steps
 from megatron.likelihoods.mixture import MixtureEngine
 from megatron.likelihoods.windows import PolicyEngine, WholeWindows
 from megatron.model.transformer import Transformer
@@ -151,13 +150,8 @@ def _policy_rows(
 ) -> Iterator[_Row]:
     tokens = whole.scored_tokens(trained.config.data.seq_length, trained.config.validation.eval_alignment)
     num_masked = tokens.stop - tokens.start
-    size = chains.num_ordered(num_masked)
-    ordered = f"{size} scored tokens of a window" if size == num_masked else f"{size} tokens of a block"
-    message = f"is more than the {ordered}; give less"
-    require(policies.tokens_per_step <= size, "tokens_per_step", policies.tokens_per_step, message)
-    block = policies.block_length
-    message = f"does not divide the {ordered}; give a divisor, or leave it out"
-    require(block is None or size % block == 0, "block_length", block, message)
+    block, size = policies.block_length, chains.num_ordered(num_masked)
+    check_policy(chains, num_masked, policies.tokens_per_step, block)
     for order in DEFAULT_ORDERS if policies.orders is None else policies.orders:
         sampling = with_steps(Sampling(order=order, block_length=block), policies.tokens_per_step, size)
         policy = PolicyEngine(chains, ranks, sampling)

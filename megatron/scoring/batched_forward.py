@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron.batch import Batch
+from megatron.generation.diffusion import certainty
 from megatron.model.transformer import Transformer
 
 MAX_LOGITS = 2**26  # elements of the logits of one call of the head: 256 MiB in fp32
@@ -34,11 +35,12 @@ class MaskedSequence:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Predictions at A positions: the NLL of the target, the most probable token and its log-probability."""
+    """Predictions at A positions: the NLL of the target, the most probable token and how certain it is."""
 
     nll: np.ndarray  # [A] float64, nats
     best: np.ndarray  # [A] ids
-    confidence: np.ndarray  # [A] log-probability of `best`
+    confidence: np.ndarray  # [A] log-probability of `best`, or the certainty of an unmasking order
+    forward_tokens: float = 0.0  # of the forward passes that gave them
 
 
 def batches(lengths: Sequence[int], limits: Limits) -> Iterator[list[int]]:
@@ -53,11 +55,17 @@ def batches(lengths: Sequence[int], limits: Limits) -> Iterator[list[int]]:
 
 @torch.no_grad()
 def predict_sequences(
-    model: Transformer, sequences: Sequence[MaskedSequence], limits: Limits, guidance: float = 0.0
+    model: Transformer,
+    sequences: Sequence[MaskedSequence],
+    limits: Limits,
+    *,
+    guidance: float = 0.0,
+    order: str | None = None,
 ) -> list[Prediction]:
     """Return the predictions of a bidirectional model for each sequence.
 
-    With `guidance` w the logits are (1 + w) * conditional - w * unconditional (2410.18514).
+    With `guidance` w the logits are (1 + w) * conditional - w * unconditional (2410.18514). `confidence` is the
+    certainty of the unmasking `order`, where that depends on predictions.
     """
     predictions: dict[int, Prediction] = {}
     for indices in batches([len(sequence.tokens) for sequence in sequences], limits):
@@ -69,9 +77,10 @@ def predict_sequences(
             tokens = cast("list[np.ndarray]", [sequence.unconditional for sequence in batch])
             unconditional = select(_hidden_states(model, tokens), positions)
         targets = np.concatenate([sequence.targets for sequence in batch])
-        prediction = predict(model, hidden, targets, unconditional=unconditional, guidance=guidance)
+        prediction = predict(model, hidden, targets, unconditional=unconditional, guidance=guidance, order=order)
         chunks = split(prediction, [len(sequence.positions) for sequence in batch])
-        predictions.update(zip(indices, chunks, strict=True))
+        for index, sequence, chunk in zip(indices, batch, chunks, strict=True):
+            predictions[index] = replace(chunk, forward_tokens=len(sequence.tokens) * (2 if guidance else 1))
     return [predictions[index] for index in range(len(sequences))]
 
 
@@ -109,10 +118,12 @@ def predict(
     *,
     unconditional: Tensor | None = None,
     guidance: float = 0.0,
+    order: str | None = None,
 ) -> Prediction:
     """Return the predictions of `targets` [A] from hidden states [A, H], with guidance by `unconditional` [A, H].
 
-    The head runs in chunks, so that at most MAX_LOGITS logits exist at one time.
+    `confidence` is that of an unmasking `order`, by default the log-probability of the best token. The head runs in
+    chunks, so that at most MAX_LOGITS logits exist at one time.
     """
     target_ids = torch.from_numpy(np.ascontiguousarray(targets, np.int64)).to(hidden.device)
     size = max(1, MAX_LOGITS // model.vocabulary.size)
@@ -125,9 +136,8 @@ def predict(
         normaliser = logits.logsumexp(-1)
         target_logits = logits.gather(-1, target_ids[chunk, None])[:, 0]
         highest, best = logits.max(-1)
-        chunks.append(
-            torch.stack([(normaliser - target_logits).double(), (highest - normaliser).double(), best.double()])
-        )
+        confidence = certainty(logits, order) if order else highest - normaliser
+        chunks.append(torch.stack([(normaliser - target_logits).double(), confidence.double(), best.double()]))
     nll, confidence, best = torch.cat(chunks, dim=1).cpu().numpy() if chunks else np.zeros((3, 0))
     return Prediction(nll, best.astype(np.int64), confidence)
 

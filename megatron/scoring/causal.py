@@ -1,7 +1,7 @@
 """Log-likelihoods by next-token prediction, with a KV cache for contexts that several requests share."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -21,20 +21,29 @@ class Pair:
     context: tuple[int, ...]
     continuation: tuple[int, ...]
 
+    def in_blocks(self, block_size: int) -> list["Pair"]:
+        """Return the pairs of each block of the continuation, on a grid that begins with the context."""
+        text, start = (*self.context, *self.continuation), len(self.context)
+        ends = [*range((start // block_size + 1) * block_size, len(text), block_size), len(text)]
+        return [Pair(text[:before], text[before:end]) for before, end in zip([start, *ends], ends)]
+
 
 Finished = Callable[[int, Score], None]
 
 
 @torch.no_grad()
-def score_causal(model: Transformer, pairs: Sequence[Pair], limits: Limits, finished: Finished) -> None:
+def score_causal(
+    model: Transformer, pairs: Sequence[Pair], limits: Limits, finished: Finished, *, target_positions: bool = False
+) -> None:
     """Call `finished(index, score)` with the exact score of every pair.
 
-    Pairs with the same context are scored from one forward pass over the context.
+    Pairs with the same context are scored from one forward pass over the context. With `target_positions` the model is
+    given the position of each target.
     """
     groups: dict[tuple, list[int]] = {}
     for index, pair in enumerate(pairs):
         groups.setdefault(pair.context, []).append(index)
-    scorer = _CausalScorer(model, pairs, limits, finished)
+    scorer = _CausalScorer(model, pairs, limits, finished, target_positions=target_positions)
     scorer.score_single([indices[0] for indices in groups.values() if len(indices) == 1])
     scorer.score_shared([indices for indices in groups.values() if len(indices) > 1])
 
@@ -42,11 +51,14 @@ def score_causal(model: Transformer, pairs: Sequence[Pair], limits: Limits, fini
 class _CausalScorer:
     """Scores some of `pairs` at a time, given by index."""
 
-    def __init__(self, model: Transformer, pairs: Sequence[Pair], limits: Limits, finished: Finished):
+    def __init__(
+        self, model: Transformer, pairs: Sequence[Pair], limits: Limits, finished: Finished, *, target_positions: bool
+    ):
         self.model = model
         self.pairs = pairs
         self.limits = limits
         self.finished = finished
+        self.target_positions = target_positions
 
     def score_single(self, indices: list[int]) -> None:
         """Score pairs whose contexts differ: one forward pass over context and continuation each."""
@@ -54,7 +66,11 @@ class _CausalScorer:
         for rows in batches([len(sequence) for sequence in sequences], self.limits):
             tokens = self._tensor(pad([sequences[row] for row in rows]))
             # padding comes after all tokens of a row, which do not attend to it
-            hidden = self.model.hidden_states(Batch.unscored(tokens, causal=True))
+            batch = Batch.unscored(tokens, causal=True)
+            if self.target_positions:
+                positions = torch.arange(1, tokens.shape[1] + 1, device=tokens.device)
+                batch = replace(batch, target_positions=positions.expand_as(tokens))
+            hidden = self.model.hidden_states(batch)
             pairs = [self.pairs[indices[row]] for row in rows]
             positions = [len(pair.context) - 1 + np.arange(len(pair.continuation)) for pair in pairs]
             predictions = self._predictions(hidden, positions, pairs, slice(None))
@@ -73,7 +89,7 @@ class _CausalScorer:
             tokens = pad([contexts[group] for group in batch_groups])  # [B, T]
             lengths = np.array([len(contexts[group]) for group in batch_groups])
             cache = KVCache()
-            hidden = self.model.read(self._tensor(tokens), cache)
+            hidden = self._read(tokens, cache)
             # the padding is in the cache: mask it for all later tokens
             cache.present = self._tensor(np.arange(tokens.shape[1]) < lengths[:, None])
             owners = [(row, index) for row, group in enumerate(batch_groups) for index in groups[group]]
@@ -99,7 +115,7 @@ class _CausalScorer:
             tokens = pad([inputs[row] for row in rows])
             present = np.arange(tokens.shape[1]) < np.array([[len(inputs[row])] for row in rows])
             row_cache = cache.select(self._tensor(np.array([owners[longer[row]][0] for row in rows])))
-            hidden = self.model.read(self._tensor(tokens), row_cache, self._tensor(present))
+            hidden = self._read(tokens, row_cache, self._tensor(present))
             pairs = [self.pairs[owners[longer[row]][1]] for row in rows]
             positions = [np.arange(len(inputs[row])) for row in rows]
             later = self._predictions(hidden, positions, pairs, slice(1, None))
@@ -116,6 +132,9 @@ class _CausalScorer:
         targets = np.array([token for pair in pairs for token in pair.continuation[tokens]], np.int64)
         prediction = predict(self.model, select(hidden, positions), targets)
         return split(prediction, [len(row_positions) for row_positions in positions])
+
+    def _read(self, tokens: np.ndarray, cache: KVCache, present: Tensor | None = None) -> Tensor:
+        return self.model.read(self._tensor(tokens), cache, present, self.target_positions)
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self.model.embed_tokens.weight.device)

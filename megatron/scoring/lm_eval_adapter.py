@@ -16,7 +16,6 @@ from lm_eval.api.model import TemplateLM
 from megatron.errors import ConfigurationError
 from megatron.generation.generate import check_empty_prompt, generate
 from megatron.generation.sampling import Sampling
-from megatron.objectives.registry import capabilities
 from megatron.parallel.launch import device, world_size
 from megatron.parallel.mesh import initialize_parallel
 from megatron.scoring.answer_cache import AnswerCache
@@ -48,7 +47,8 @@ class MegatronLM(TemplateLM):
         self.scoring = scoring
         self.trained = self.source.open()
         self.objective = self.trained.recorded["objective_name"]
-        scoring.check(self.objective)
+        self.seq_length = self.trained.config.data.seq_length
+        scoring.check(self.trained.config.objective, self.seq_length)
         self._ranks = initialize_parallel() if world_size() > 1 else None
         if self._ranks:
             self._rank, self._world_size = self._ranks.rank, self._ranks.size
@@ -56,7 +56,6 @@ class MegatronLM(TemplateLM):
         self._tokenizer = self.trained.tokenizer()
         self.dtype = self.source.dtype or {"bf16": "bfloat16"}.get(self.trained.recorded["precision"], "float32")
         self.model = self.trained.model(self.source.average, getattr(torch, self.dtype), str(self._device))
-        self.seq_length = self.trained.config.data.seq_length
         self._sums = [0.0] * 5  # requests, samples, forward tokens, bounds, their squared errors
         self._global_sums = list(self._sums)
         self._encodings = EncodingCounts()  # of this rank, since the last report
@@ -263,18 +262,9 @@ class MegatronLM(TemplateLM):
             "max_truncated_tokens": self._reported_encodings.max_truncated_tokens,
             "answers_encoded_alone": self._reported_encodings.encoded_alone,
         }
-        if capabilities(self.objective).scoring == "masked":
-            settings = (
-                "method",
-                "num_mc",
-                "eval_seed",
-                "decide_at",
-                "chain_order",
-                "cfg",
-                "only_mc_nll",
-                "only_generate",
-            )
-            info |= {name: getattr(self.scoring, name) for name in settings}
+        if self.scoring.form(self.objective) != "causal":
+            info |= {name: value for name, value in asdict(self.scoring).items() if not name.startswith("batch_")}
+            info["likelihood"] = self.scoring.likelihood or "bound"
             info["samples_per_request"] = samples / requests if requests else None
             # root mean square over the requests whose score is a bound
             info["standard_error_per_request"] = (squares / bounds) ** 0.5 if bounds else None
@@ -349,7 +339,7 @@ class MegatronLM(TemplateLM):
             "data": self.trained.config.data,
             "finished": finished,
         }
-        return score(self.model, self.objective, requests, scoring, **settings)
+        return score(self.model, self.trained.config.objective, requests, scoring, **settings)
 
     def _add_score(self, kind: str, instance: Instance, score: Score) -> None:
         """Add a score to the statistics and the records."""

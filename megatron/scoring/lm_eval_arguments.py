@@ -7,7 +7,6 @@ from typing import Any
 
 from megatron.config.flags import flag, require
 from megatron.errors import ConfigurationError
-from megatron.generation.generate import check_objective
 from megatron.generation.sampling import MASKED, Sampling
 from megatron.objectives.registry import capabilities
 from megatron.scoring.requests import Scoring
@@ -45,20 +44,19 @@ class Source:
     def open(self) -> Trained:
         """Return the run.
 
-        Raises: ConfigurationError where there is no run, its checkpoint is damaged, or its objective cannot be scored.
+        Raises: ConfigurationError where there is no run, or its checkpoint is damaged.
         """
         if not self.pretrained:
             raise ConfigurationError("--pretrained: required and not given; name a folder that --save wrote")
-        trained = open_trained(self.pretrained, self.checkpoint)
-        check_objective(trained.recorded["objective_name"], trained.config.objective)
-        return trained
+        return open_trained(self.pretrained, self.checkpoint)
 
 
 def read_arguments(arguments: dict) -> tuple[Source, Scoring]:
-    """Return the sections of lm-eval's --model_args.
+    """Return the sections of lm-eval's --model_args; `method` is the earlier name of `likelihood`.
 
     Raises: ConfigurationError for unknown names and values of another type.
     """
+    arguments = {"likelihood" if name == "method" else name: value for name, value in arguments.items()}
     sections = []
     known = {}
     for section in (Source, Scoring):

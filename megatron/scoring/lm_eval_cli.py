@@ -1,6 +1,7 @@
 """Downstream tasks: lm-eval's command line, with training runs as its model `megatron`.
 
     python -m megatron.scoring.lm_eval_cli --pretrained runs/mdm --checkpoint best --tasks arc_easy,piqa --num-mc 32
+    python -m megatron.scoring.lm_eval_cli --pretrained runs/any_order --tasks piqa --likelihood iwae --num-orders 16
     python -m megatron.scoring.lm_eval_cli --model megatron --model_args pretrained=runs/ar --tasks lambada_standard
     torchrun --standalone --nproc-per-node 8 -m megatron.scoring.lm_eval_cli --pretrained runs/mdm --tasks piqa
 
@@ -121,8 +122,8 @@ def prepare(options: argparse.Namespace) -> Config:
     """
     source, scoring = read_arguments(options.model_args)
     trained = source.open()
-    objective = trained.recorded["objective_name"]
-    scoring.check(objective)
+    objective, seq_length = trained.config.objective, trained.config.data.seq_length
+    scoring.check(objective, seq_length)
     trained.tokenizer()
     if not options.tasks and not options.config:
         raise ConfigurationError(NO_TASKS)
@@ -132,7 +133,7 @@ def prepare(options: argparse.Namespace) -> Config:
         options.model_args["records"] = str(folder / f"scores_{time.strftime('%Y-%m-%dT%H-%M-%S')}.jsonl")
     check_include_path(options.include_path)
     # a max_gen_toks of the tasks themselves is checked when they are loaded
-    read_generation({"max_gen_toks": 1} | (options.gen_kwargs or {}), objective, trained.config.data.seq_length)
+    read_generation({"max_gen_toks": 1} | (options.gen_kwargs or {}), objective.objective, seq_length)
     if options.use_cache:  # our cache, not lm-eval's
         options.model_args["use_cache"] = options.use_cache
         options.use_cache = None

@@ -1,4 +1,4 @@
-"""Log-likelihoods of continuations under masked diffusion: the bound over all orders, the chain rule in one, greedy.
+"""Log-likelihoods of continuations under masked diffusion: the bound over all orders, policies, and greedy decoding.
 
 Only tokens of the continuation are masked. The sequence ends with the continuation; nothing is appended.
 """
@@ -8,18 +8,17 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from megatron.model.transformer import Transformer
 from megatron.randomness import stream
-from megatron.scoring.batched_forward import Limits, MaskedSequence, Prediction, predict_sequences
+from megatron.scoring.batched_forward import Prediction
+from megatron.scoring.chains import ChainScorer, count, has_all_orders
+from megatron.scoring.inputs import Inputs
 from megatron.scoring.mask_designs import Design, balanced_design, exhaustive_design, full_mask
 from megatron.scoring.pending import Choices, PendingRequest, combine_rounds, undecided
 from megatron.scoring.requests import REPLICATES, Score, Scoring
 
-CHAIN_SEQUENCES = 4096  # sequences of the chain rule that exist at one time
-
 
 class MaskedScorer:
-    """Scores continuations with a masked-diffusion model.
+    """Scores continuations with a model of masked diffusion, or within blocks with one of block diffusion.
 
     The bound of a document's choices:
 
@@ -30,39 +29,40 @@ class MaskedScorer:
     3. After each round, choices that are clearly worse stop sampling (successive elimination), see `undecided`.
     """
 
-    def __init__(self, model: Transformer, scoring: Scoring, limits: Limits):
-        self.model = model
+    def __init__(self, inputs: Inputs, scoring: Scoring):
+        self.inputs = inputs
         self.scoring = scoring
-        self.limits = limits
+        self.chains = ChainScorer(inputs, scoring)
 
     def score(self, documents: Sequence[Choices]) -> None:
         """Evaluate what the settings ask for, for all choices of all documents; `result` returns it."""
         requests = [request for choices in documents for request in choices]
         scoring = self.scoring
         if not scoring.only_generate:
-            if scoring.method == "chain":
-                for request in requests:
-                    self._chain(request)
+            if scoring.likelihood == "chain":
+                self.chains.score_chains(requests)
+            elif scoring.likelihood == "iwae":
+                self.chains.score_mixtures(requests)
             else:
                 self._bounds(documents)
-        if not scoring.only_mc_nll and (scoring.only_generate or scoring.method == "bound"):
+        if not scoring.only_mc_nll and (scoring.only_generate or scoring.likelihood != "chain"):
             self._greedy(requests)
 
     def result(self, request: PendingRequest) -> Score:
         """Return the score of a request after `score`."""
         if self.scoring.only_generate:
-            return Score(float("nan"), request.greedy, forward_tokens=request.forward_tokens)
-        nats = request.exact
-        error = 0.0
+            return Score(float("nan"), request.greedy, forward_tokens=round(request.forward_tokens))
+        nats, error = request.exact, request.error
         if nats is None:
             nats, error = combine_rounds(np.array(request.rounds), request.round_sizes)
-        bound = self.scoring.method == "bound" and request.size > 1
+        exact = {"chain": True, "iwae": has_all_orders(request.size, self.scoring.num_orders)}
+        bound = not exact.get(self.scoring.likelihood or "bound", request.size == 1)
         return Score(
             -nats,
             request.greedy,
             standard_error=error,
             samples=request.samples,
-            forward_tokens=request.forward_tokens,
+            forward_tokens=round(request.forward_tokens),
             upper_bound=bound,
         )
 
@@ -149,31 +149,7 @@ class MaskedScorer:
             results.append(np.array(means))
         return results
 
-    # ------------------------------------------------------------------------------------ one order, and greedy
-
-    def _chain(self, request: PendingRequest) -> None:
-        """Score a request exactly in one order: a sequence per token, with the context and earlier tokens visible."""
-        size = request.size
-        order = self._chain_order(request)
-        turns = np.argsort(order)  # [n], when each token is predicted
-        nats = 0.0
-        greedy = True
-        for start in range(0, size, CHAIN_SEQUENCES):
-            tokens = order[start : start + CHAIN_SEQUENCES]
-            masks = turns >= np.arange(start, start + len(tokens))[:, None]  # [R, n]
-            targets = tokens[:, None]
-            sequences = [self._sequence(request, *pair) for pair in zip(masks, targets, strict=True)]
-            for token, prediction in zip(tokens, self._predict(sequences), strict=True):
-                nats += float(prediction.nll[0])
-                greedy &= bool(prediction.best[0] == request.sequence[request.start + token])
-            self._count(request, len(sequences), samples=True)
-        request.exact = nats
-        request.greedy = None if self.scoring.only_mc_nll else greedy
-
-    def _chain_order(self, request: PendingRequest) -> np.ndarray:
-        if self.scoring.chain_order == "random":
-            return np.argsort(stream(self.scoring.eval_seed, f"order {request.key}").random(request.size))
-        return np.arange(request.size)[:: 1 if self.scoring.chain_order == "left-to-right" else -1]
+    # ------------------------------------------------------------------------------------ greedy
 
     def _greedy(self, requests: list[PendingRequest]) -> None:
         """Determine which continuations are greedy: the model unmasks its most confident token, one at a time.
@@ -204,57 +180,26 @@ class MaskedScorer:
         self, requests: list[PendingRequest], masks: list[np.ndarray], indices: list[int]
     ) -> list[Prediction]:
         """Return the predictions at all masked tokens of the requests at `indices`."""
-        sequences = [self._sequence(requests[index], masks[index]) for index in indices]
-        for index in indices:
-            self._count(requests[index], 1, samples=False)
-        return self._predict(sequences)
-
-    # ------------------------------------------------------------------------------------ sequences of the model
+        sequences = [self.inputs.sequence(requests[index], masks[index]) for index in indices]
+        predictions = self.inputs.predict(sequences)
+        for index, prediction in zip(indices, predictions, strict=True):
+            count(requests[index], prediction, samples=0)
+        return predictions
 
     def _evaluate(self, requests: list[PendingRequest], designs: list[Design]) -> list[list[Prediction]]:
         """Return the predictions at every mask of the design of each request; all requests share batches."""
         sequences = [
-            self._sequence(request, mask)
+            self.inputs.sequence(request, mask)
             for request, design in zip(requests, designs, strict=True)
             for mask in design.masked
         ]
-        predictions = iter(self._predict(sequences))
+        predictions = iter(self.inputs.predict(sequences))
         results = []
         for request, design in zip(requests, designs, strict=True):
             results.append([next(predictions) for _ in design.masked])
-            self._count(request, len(design.masked), samples=True)
+            for prediction in results[-1]:
+                count(request, prediction)
         return results
-
-    def _sequence(self, request: PendingRequest, mask: np.ndarray, targets: np.ndarray | None = None) -> MaskedSequence:
-        """Return the model's input for one `mask` [n] of a continuation of n tokens.
-
-        `targets` are indices in [0, n), by default all masked tokens. A context of three tokens and a continuation of
-        four, two of them masked:
-
-            index in the sequence    0    1    2  |  3     4     5     6
-            sequence                c0   c1   c2  |  x0    x1    x2    x3
-            mask                                  |  0     1     0     1
-            tokens                  c0   c1   c2  |  x0  [MASK]  x2  [MASK]
-            positions, targets                    |      4: x1       6: x3
-            unconditional (--cfg)    M    M    M  |  x0  [MASK]  x2  [MASK]     M = [MASK]
-        """
-        masked_positions = request.start + mask.nonzero()[0]
-        positions = masked_positions if targets is None else request.start + targets
-        mask_id = self.model.vocabulary.mask_id
-        tokens = request.sequence.copy()
-        tokens[masked_positions] = mask_id
-        unconditional = None
-        if self.scoring.cfg:
-            unconditional = tokens.copy()
-            unconditional[: request.start] = mask_id
-        return MaskedSequence(tokens, positions, request.sequence[positions], unconditional)
-
-    def _predict(self, sequences: list[MaskedSequence]) -> list[Prediction]:
-        return predict_sequences(self.model, sequences, self.limits, self.scoring.cfg)
-
-    def _count(self, request: PendingRequest, sequences: int, samples: bool) -> None:
-        request.samples += sequences if samples else 0
-        request.forward_tokens += sequences * len(request.sequence) * (2 if self.scoring.cfg else 1)
 
 
 def content_key(tokens: Sequence[int]) -> str:

@@ -23,13 +23,14 @@ class PendingRequest:
     key: str  # key of its Monte-Carlo noise, the same for all choices of a document
     length: float  # divisor of the length-normalised score
     full_mask: Prediction | None = None  # predictions where the whole continuation is masked
-    exact: float | None = None  # nats, where no sampling is needed
+    exact: float | None = None  # nats, where there are no sampling rounds
+    error: float = 0.0  # standard error of `exact`
     rounds: list[np.ndarray] = field(default_factory=list)  # [REPLICATES] nats each
     round_sizes: list[int] = field(default_factory=list)  # samples of each round
     mean_nll: dict[bytes, float] = field(default_factory=dict)  # by mask, where the continuation is short
     greedy: bool | None = None
     samples: int = 0
-    forward_tokens: int = 0
+    forward_tokens: float = 0.0
 
     @property
     def size(self) -> int:

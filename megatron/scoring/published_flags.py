@@ -25,6 +25,7 @@ PUBLISHED = one_table(
         "--task_list": Same("--tasks"),
         "--results_path": Same("--output_path"),
         "--eval_fp32": Same("--dtype float32"),
+        "--method": Same("--likelihood"),  # its earlier name here
     },
     refused("--dry-run", "not supported, only training has a dry run; leave it out"),
     no_op("--adaptive_seq_len", "a sequence ends with its answer"),
@@ -60,8 +61,8 @@ def translate_published(arguments: list[str]) -> list[str]:
             if method not in EVAL_METHODS:
                 problem = "is not followed by a value" if method is None else "is not one of ar, mc"
                 flag = word if method is None else f"{word} {method}"
-                raise ConfigurationError(f"{flag}: {problem}; give one, or --method chain or bound")
-            words += ["--method", EVAL_METHODS[method]]
+                raise ConfigurationError(f"{flag}: {problem}; give one, or --likelihood chain or bound")
+            words += ["--likelihood", EVAL_METHODS[method]]
         else:
             words.append(word)
     return translate(words, 1, PUBLISHED)

@@ -3,14 +3,16 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megatron.config.capabilities import ScoringForm
 from megatron.config.flags import flag, require
+from megatron.config.policies import CERTAINTIES, LikelihoodFlags
+from megatron.config.sections import ObjectiveConfig
 from megatron.errors import ConfigurationError
 from megatron.objectives.registry import capabilities
 
-ORDERS = ("left-to-right", "right-to-left", "random")
-METHODS = ("bound", "chain")
 REPLICATES = 4  # independent replicates of each sampling round; their spread is the Monte-Carlo error
 MIN_SAMPLES = 1 + REPLICATES  # the full mask and one per replicate
+ESTIMATORS = ("num_mc", "eval_seed", "decide_at")  # fields that act on the bound, and partly on other likelihoods
 
 
 @dataclass(frozen=True)
@@ -42,36 +44,29 @@ class Score:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scoring:
-    """How requests are scored. All but the last four act in masked diffusion only."""
+class Scoring(LikelihoodFlags):
+    """How requests are scored. All but the last four act only in models that predict masked tokens or in any order."""
 
-    method: str = flag(
-        "bound",
-        "masked diffusion: bound, the mean over all orders of the tokens, or chain, the exact chain rule in one order",
-        choices=METHODS,
-    )
-    num_mc: int = flag(32, "masked diffusion: maximum Monte-Carlo samples (sequences) of a request's bound")
-    eval_seed: int = flag(0, "masked diffusion: seed of the Monte-Carlo samples")
+    num_mc: int = flag(32, "maximum Monte-Carlo samples (sequences) of a request's bound")
+    eval_seed: int = flag(0, "seed of the Monte-Carlo samples and of random orders")
     decide_at: float = flag(
         3.0,
-        "masked diffusion: stop sampling the choices of a document once the best one leads every other by this many "
-        "standard errors; 0: all choices get --num-mc samples",
+        "bound: stop sampling the choices of a document once the best one leads every other by this many standard "
+        "errors; 0: all choices get --num-mc samples",
         metavar="Z",
     )
-    chain_order: str = flag("left-to-right", "masked diffusion: the order of --method chain", choices=ORDERS)
     cfg: float = flag(
         0.0, "masked diffusion: guidance w, logits (1 + w) * conditional - w * unconditional (2410.18514)", metavar="W"
     )
-    only_mc_nll: bool = flag(False, "do not evaluate whether a continuation is greedy; it counts as not greedy")
     only_generate: bool = flag(
         False, "masked diffusion: evaluate only whether a continuation is greedy; likelihoods are nan"
     )
+    only_mc_nll: bool = flag(False, "do not evaluate whether a continuation is greedy; it counts as not greedy")
     batch_tokens: int = flag(16384, "tokens of one batch")
     batch_rows: int | None = flag(None, "maximum sequences of one batch; default: as many as --batch-tokens holds")
 
     def __post_init__(self):
-        require(self.method in METHODS, "method", self.method, f"is not one of {', '.join(METHODS)}")
-        require(self.chain_order in ORDERS, "chain_order", self.chain_order, f"is not one of {', '.join(ORDERS)}")
+        super().__post_init__()
         minimum = (
             f"must be at least {MIN_SAMPLES}: the fully masked sequence, and {REPLICATES} replicates for the error"
         )
@@ -85,22 +80,56 @@ class Scoring:
         if self.only_mc_nll and self.only_generate:
             raise ConfigurationError("--only_mc_nll and --only_generate: together leave nothing to evaluate; drop one")
 
-    def check(self, objective_name: str) -> None:
+    def form(self, objective_name: str) -> ScoringForm:
+        """Return how a model of an objective is scored: its default, or the form that has `likelihood`."""
+        forms = capabilities(objective_name).scoring
+        return forms[0] if self.likelihood is None else forms[-1]
+
+    def check(self, objective: ObjectiveConfig, seq_length: int) -> None:
         """Check that every setting acts for a model of this objective and together with the others.
 
-        Raises: ConfigurationError for a setting without effect.
+        Raises: ConfigurationError for a setting without effect, and for steps of more tokens than there are.
         """
-        defaults = Scoring()
-        masked_only = ("method", "num_mc", "eval_seed", "decide_at", "chain_order", "cfg", "only_generate")
-        for name in () if capabilities(objective_name).scoring == "masked" else masked_only:
-            value = getattr(self, name)
+        form = self.form(objective.objective)
+        if form == "causal":
             reason = (
-                f"acts in masked diffusion, and this run was trained with --objective {objective_name}; leave it out"
+                f"acts in masked diffusion, and this run was trained with --objective {objective.objective}; leave it "
+                "out"
             )
-            require(value == getattr(defaults, name), name, value, reason)
-        no_ops = {"chain": ("num_mc", "eval_seed", "decide_at"), "bound": ("chain_order",)}[self.method]
-        for name in no_ops:
-            acts = name == "eval_seed" and self.chain_order == "random"
-            value = getattr(self, name)
-            reason = f"has no effect with --method {self.method}; leave it out"
-            require(acts or value == getattr(defaults, name), name, value, reason)
+            if capabilities(objective.objective).scoring[-1] != "causal":
+                reason = "has no effect on the likelihood from left to right; leave it out, or give --likelihood"
+            for name in ("likelihood", *ESTIMATORS, "cfg", "only_generate"):
+                self._refuse(name, reason)
+            return
+        likelihood = self.likelihood or "bound"
+        draws = likelihood == "iwae" or self.chain_order == "random"
+        acting = {"bound": ESTIMATORS, "chain": (), "iwae": ()}[likelihood] + (("eval_seed",) if draws else ())
+        for name in ESTIMATORS:
+            if name not in acting:
+                self._refuse(name, f"has no effect with --likelihood {likelihood}; leave it out")
+        size, unit = seq_length - 1, "of the longest continuation"
+        if form == "blocks":
+            size, unit = objective.diffusion_block_size, "of a block (--diffusion-block-size)"
+            self._refuse("cfg", "masks the context, which block diffusion reads unmasked; leave it out")
+            self._refuse("block_length", "has no effect on a model that has blocks of its own; leave it out")
+        elif form == "permuted":
+            self._check_permuted()
+        message = f"is more than the {size} tokens {unit}; give fewer"
+        require(self.tokens_per_step <= size, "tokens_per_step", self.tokens_per_step, message)
+
+    def _check_permuted(self) -> None:
+        """Check that settings act for a model that reads tokens in a given order."""
+        for name in ("cfg", "only_generate", "decide_at"):
+            self._refuse(
+                name, "acts in masked diffusion, and this model predicts tokens in a given order; leave it out"
+            )
+        self._refuse("tokens_per_step", "is not supported, this model predicts one token after another; leave it out")
+        message = (
+            "needs a prediction for every remaining token at each step, and this model predicts one at a time; give "
+            "left-to-right, right-to-left or random"
+        )
+        require(self.chain_order not in CERTAINTIES, "chain_order", self.chain_order, message)
+
+    def _refuse(self, name: str, reason: str) -> None:
+        value = getattr(self, name)
+        require(value == getattr(type(self), name), name, value, reason)

@@ -1,9 +1,9 @@
 """Log-likelihoods of continuations given contexts, by trained models: what every downstream task is made of.
 
 Next-token prediction gives exact values. Masked diffusion gives an upper bound of the negative log-likelihood (the mean
-over all orders of the tokens) with its Monte-Carlo error, or the exact chain rule in one order. Sequences longer than
-the model was trained on are split as in lm-eval: contexts are truncated on the left, and long continuations are scored
-in rolling windows.
+over all orders of the tokens) with its Monte-Carlo error, the exact likelihood of an unmasking policy, or the bound of
+several random orders. Sequences longer than the model was trained on are split as in lm-eval: contexts are truncated on
+the left, and long continuations are scored in rolling windows. Block diffusion is scored block by block.
 """
 
 import logging
@@ -13,14 +13,16 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from megatron.config.sections import DataConfig
-from megatron.generation.generate import check_empty_prompt, check_objective
+from megatron.config.sections import DataConfig, ObjectiveConfig
+from megatron.generation.generate import check_empty_prompt
 from megatron.model.transformer import Transformer
 from megatron.objectives.registry import capabilities
 from megatron.scoring.batched_forward import Limits
 from megatron.scoring.causal import Finished, Pair, score_causal
+from megatron.scoring.inputs import BlockInputs, MaskedInputs
 from megatron.scoring.masked import MaskedScorer, content_key
 from megatron.scoring.pending import PendingRequest
+from megatron.scoring.permuted import score_permuted
 from megatron.scoring.requests import Request, Score, Scoring
 
 logger = logging.getLogger(__name__)
@@ -39,9 +41,12 @@ class Job:
     scores: list[Score] = field(default_factory=list)
 
 
+AddWindow = Callable[[Job, Score], None]
+
+
 def score(
     model: Transformer,
-    objective_name: str,
+    objective: ObjectiveConfig | str,
     requests: Sequence[Request],
     scoring: Scoring,
     *,
@@ -53,18 +58,18 @@ def score(
     """Return the score of every request; `finished(index, score)` is called as soon as each is known.
 
     Equal requests are scored once. The likelihood of a whole text is that of a continuation of the empty context. A
-    model that was trained both causally and bidirectionally (dual) is scored causally.
+    model that was trained both causally and bidirectionally (dual) is scored causally unless `scoring` names a
+    likelihood. `objective` is that of a run, or the name of one that has its default configuration.
 
-    Raises: ConfigurationError for objectives that cannot be scored, settings without effect and, where `data` is the
-    configuration of a run that masked attention across documents or the first token after an end of document, for an
-    empty context.
+    Raises: ConfigurationError for settings without effect and, where `data` is the configuration of a run that masked
+    attention across documents or the first token after an end of document, for an empty context.
     """
-    check_objective(objective_name)
-    scoring.check(objective_name)
+    objective = ObjectiveConfig(objective=objective) if isinstance(objective, str) else objective
+    scoring.check(objective, seq_length)
     if data is not None and any(not request.context for request in requests):
         check_empty_prompt(data)
-    causal = capabilities(objective_name).scoring == "causal"
-    longest = seq_length if causal else seq_length - 1  # the last token is no input of a causal model
+    reads_last = scoring.form(objective.objective) in ("masked", "blocks")  # causal models have it as a target only
+    longest = seq_length - reads_last
     jobs = _jobs(requests, eod, longest)
     split_jobs = sum(len(job.windows) > 1 for job in jobs)
     if split_jobs:
@@ -79,16 +84,13 @@ def score(
                 scores[index] = total
                 finished(index, total)
 
-    limits = Limits(scoring.batch_tokens, scoring.batch_rows)
     for job in jobs:
         if not job.windows:
             add_window(job, Score(0.0, True))  # an empty continuation has log-likelihood 0
-    if causal:
-        owners = [(job, pair) for job in jobs for pair in job.windows]
-        pairs = [pair for _, pair in owners]
-        score_causal(model, pairs, limits, lambda index, window_score: add_window(owners[index][0], window_score))
+    if reads_last:
+        _score_masked(model, objective, jobs, scoring, seq_length=seq_length, add_window=add_window)
     else:
-        _score_masked(MaskedScorer(model, scoring, limits), jobs, add_window)
+        _score_causal(model, objective, jobs, scoring, add_window=add_window)
     return [scores[index] for index in range(len(requests))]
 
 
@@ -146,8 +148,42 @@ def sum_windows(scores: list[Score]) -> Score:
     )
 
 
-def _score_masked(scorer: MaskedScorer, jobs: list[Job], add_window: Callable[[Job, Score], None]) -> None:
+def _score_causal(
+    model: Transformer, objective: ObjectiveConfig, jobs: list[Job], scoring: Scoring, *, add_window: AddWindow
+) -> None:
+    """Score jobs by causal passes, from left to right or in the orders that `scoring` names."""
+    limits = Limits(scoring.batch_tokens, scoring.batch_rows)
+    owners = [(job, number, pair) for job in jobs for number, pair in enumerate(job.windows)]
+    pairs = [pair for *_, pair in owners]
+
+    def finished(index: int, window_score: Score) -> None:
+        add_window(owners[index][0], window_score)
+
+    if scoring.form(objective.objective) == "permuted":
+        keys = [_key(job, number) for job, number, _ in owners]
+        score_permuted(model, pairs, keys, limits, scoring=scoring, finished=finished)
+    else:
+        target_positions = capabilities(objective.objective).target_positions or objective.target_positions
+        score_causal(model, pairs, limits, finished, target_positions=target_positions)
+
+
+def _score_masked(
+    model: Transformer,
+    objective: ObjectiveConfig,
+    jobs: list[Job],
+    scoring: Scoring,
+    *,
+    seq_length: int,
+    add_window: AddWindow,
+) -> None:
     """Score PENDING_DOCUMENTS documents at a time, those of similar length together."""
+    limits = Limits(scoring.batch_tokens, scoring.batch_rows)
+    inputs = MaskedInputs(model, limits, capabilities(objective.objective).masked_offset, scoring.cfg)
+    if scoring.form(objective.objective) == "blocks":
+        inputs = BlockInputs(model, limits, objective.diffusion_block_size, seq_length)
+        for job in jobs:
+            job.windows = [block for pair in job.windows for block in pair.in_blocks(inputs.block_size)]
+    scorer = MaskedScorer(inputs, scoring)
     documents: list[list[tuple[Job, PendingRequest]]] = []
     for choices in _choices(jobs):
         pending = [(job, request) for job in choices for request in _pending_requests(job)]
@@ -180,14 +216,19 @@ def _choices(jobs: list[Job]) -> list[list[Job]]:
 
 def _pending_requests(job: Job) -> list[PendingRequest]:
     request = job.request
-    key = request.doc_key or content_key([*request.context, -1, *request.continuation])
     length = len(request.continuation) if request.length is None else request.length
     return [
         PendingRequest(
             np.array([*pair.context, *pair.continuation], np.int64),
             len(pair.context),
-            f"{key}/{number}" if number else key,
+            _key(job, number),
             max(length, 1e-9),
         )
         for number, pair in enumerate(job.windows)
     ]
+
+
+def _key(job: Job, number: int) -> str:
+    """Return the key of the Monte-Carlo noise of the window `number` of a job."""
+    key = job.request.doc_key or content_key([*job.request.context, -1, *job.request.continuation])
+    return f"{key}/{number}" if number else key

@@ -33,8 +33,13 @@ logger = logging.getLogger(__name__)
 SILENCE = 5.0  # seconds that other local ranks wait before they repeat the error of local rank 0
 
 
-def main(objective: str, arguments: list[str] | None = None) -> None:
+Evaluate = Callable[[Trainer], list[dict]]
+
+
+def main(objective: str, arguments: list[str] | None = None, evaluate: Evaluate = Trainer.evaluate) -> None:
     """Start a training run from the command line; `objective` is the default of --objective.
+
+    `evaluate` does the work of --skip-train and returns its records.
 
     Exit codes: 0 finished, --exit-code-when-stopped stopped on request, 2 user error, 75 another process writes the
     run, 1 anything else.
@@ -42,7 +47,9 @@ def main(objective: str, arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     command = shlex.join([sys.argv[0], *arguments])
     try:
-        launch(lambda: parse_run(objective, arguments), lambda config, detector: run(config, command, detector))
+        launch(
+            lambda: parse_run(objective, arguments), lambda config, detector: run(config, command, detector, evaluate)
+        )
     finally:
         stop_signals.ignore()
 
@@ -112,7 +119,7 @@ def report_error(
     return code
 
 
-def run(config: Config, command: str, detector: FailureDetector | None) -> int:
+def run(config: Config, command: str, detector: FailureDetector | None, evaluate: Evaluate = Trainer.evaluate) -> int:
     """Build a run and train or evaluate it; return the exit code."""
     try:
         resolved = resolve_run(config)
@@ -128,14 +135,14 @@ def run(config: Config, command: str, detector: FailureDetector | None) -> int:
     if parts.ranks.rank == 0:
         announce(parts)
     if config.validation.skip_train:
-        _evaluate(trainer)
+        _evaluate(trainer, evaluate)
         return 0
     return 0 if _train(trainer, detector) else config.training.exit_code_when_stopped
 
 
-def _evaluate(trainer: Trainer) -> None:
+def _evaluate(trainer: Trainer, evaluate: Evaluate) -> None:
     """Evaluate a run and print its records on rank 0, one line each."""
-    results = trainer.evaluate()
+    results = evaluate(trainer)
     stop_signals.defer()  # nothing is left to stop
     for record in results if trainer.ranks.rank == 0 else ():
         print(json.dumps(record))

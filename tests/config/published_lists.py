@@ -228,5 +228,6 @@ ABSENT = {
     **{"num_layers_per_virtual_pipeline_stage": None, "num_distributed_optimizer_instances": 1, "eval_seed": 1},
     **{"exit_on_missing_checkpoint": False, "wait_for_lock": 0.0, "keep_every_epochs": None, "keep_iterations": ()},
     **{"trackio_project": None, "mlflow_experiment": None, "mlflow_tracking_uri": None},
+    **{"likelihood": None, "chain_order": "left-to-right", "tokens_per_step": 1, "block_length": None, "num_orders": 8},
     **{"exact_branch": False, "teacher": (), "distill_weight": 0.5, "distill_temperature": 1.0},
 }

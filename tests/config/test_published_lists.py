@@ -84,12 +84,12 @@ def test_a_list_becomes_a_plan_with_its_deepspeed_file(name, tmp_path):
 SOURCE = {"checkpoint": "latest", "average": False, "dtype": "float32", "records": None}
 SCORING = {
     "downstream/downstream_arm": {},
-    "downstream/downstream_mdm": {"method": "chain"},
-    "downstream/downstream_mdm_mc": {"method": "bound", "num_mc": 32, "only_mc_nll": True},
+    "downstream/downstream_mdm": {"likelihood": "chain"},
+    "downstream/downstream_mdm_mc": {"likelihood": "bound", "num_mc": 32, "only_mc_nll": True},
     "downstream/downstream_mdm_onlygen": {"only_generate": True},
 }
-DEFAULTS = {"method": "bound", "chain_order": "left-to-right", "num_mc": 32, "eval_seed": 0, "cfg": 0.0}
-DEFAULTS |= {"only_mc_nll": False, "only_generate": False}
+DEFAULTS = {"likelihood": None, "chain_order": "left-to-right", "num_mc": 32, "eval_seed": 0, "cfg": 0.0}
+DEFAULTS |= {"tokens_per_step": 1, "block_length": None, "num_orders": 8, "only_mc_nll": False, "only_generate": False}
 # the published scorers take all samples of every choice, in batches of 32 sequences
 OWN = {"decide_at", "batch_tokens", "batch_rows"}
 

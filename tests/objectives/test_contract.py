@@ -162,4 +162,17 @@ def test_a_refused_use_has_a_reason_and_another_objective(name):
         if isinstance(value, Refused):
             assert value.reason and not value.reason.endswith(".")
         else:
-            assert value in ("causal", "masked") and (value == "causal" or capabilities(name).needs_mask)
+            forms = value if use == "scoring" else (value,)
+            assert forms and not set(forms) - {"causal", "masked", "blocks", "permuted"}
+            assert capabilities(name).needs_mask or not set(forms) & {"masked", "blocks"}
+
+
+@every_objective
+def test_inputs_of_scoring_are_declared_as_they_are_evaluated(name):
+    declared, noise = capabilities(name), EvaluationNoise(1, "v", 0)
+    exact = [likelihood.exact for likelihood in objective(name).likelihoods]
+    assert ("causal" in declared.scoring) == any(exact)
+    for likelihood, batch in evaluation_batches(name, ids(), noise, "common"):
+        assert (batch.target_positions is not None) == declared.target_positions
+        if "masked" in declared.scoring and not likelihood.exact:
+            assert likelihood.target_offset == declared.masked_offset

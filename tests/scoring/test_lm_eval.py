@@ -639,7 +639,7 @@ def test_what_is_wrong_is_said_before_any_work(runs, command, tmp_path):
             ["--model_args", f"pretrained={mdm},num_mc=many", "--tasks", "x"],
             "--model_args num_mc=many: is not of type int",
         ),
-        (["--pretrained", mdm, "--method", "x", "--tasks", "x"], "--method x: is not one of bound, chain"),
+        (["--pretrained", mdm, "--method", "x", "--tasks", "x"], "--likelihood x: is not one of bound, chain"),
         (
             ["--pretrained", mdm, "--tasks", "x", "--include_path", tmp_path / "x"],
             f"--include_path {tmp_path}/x: is",
@@ -666,10 +666,10 @@ def test_spellings_of_the_published_scorers(runs, monkeypatch):
         and options.limit == 3
         and options.batch_size == "auto"
     )
-    assert options.model_args == {"pretrained": f"{runs}/mdm", "method": "chain", "dtype": "float32"}
+    assert options.model_args == {"pretrained": f"{runs}/mdm", "likelihood": "chain", "dtype": "float32"}
     options = read(f"--run {runs}/mdm --tasks a --eval_method mc --only_mc_nll --num_mc 64 --batch_size 8".split())
     assert (
-        options.model_args == {"pretrained": f"{runs}/mdm", "only_mc_nll": True, "num_mc": 64}
+        options.model_args == {"pretrained": f"{runs}/mdm", "likelihood": "bound", "only_mc_nll": True, "num_mc": 64}
         and options.batch_size == "8"
     )
     options = read(["--model_args", f"run={runs}/mdm,checkpoint=best", "--tasks", "a"])

@@ -23,8 +23,9 @@ PUBLISHED = f"""
 """  # fmt: skip
 LISTS = {
     "": ("ar", {}),
-    "--eval_method ar": ("mdm", {"method": "chain"}),
-    "--eval_method mc --only_mc_nll --num-mc 64": ("mdm", {"only_mc_nll": True, "num_mc": 64}),
+    "--eval_method ar": ("mdm", {"likelihood": "chain"}),
+    "--eval_method mc --only_mc_nll --num-mc 64": ("mdm", {"likelihood": "bound", "only_mc_nll": True, "num_mc": 64}),
+    "--method chain --chain-order=random": ("mdm", {"likelihood": "chain", "chain_order": "random"}),
     "--only_generate": ("mdm", {"only_generate": True}),
 }
 

@@ -12,7 +12,7 @@ from megatron.config.vocabulary import Vocabulary
 from megatron.errors import ConfigurationError
 from megatron.model.initialise import initialise
 from megatron.model.transformer import Transformer
-from megatron.scoring import masked
+from megatron.scoring import inputs
 from megatron.scoring.batched_forward import Limits, batches
 from megatron.scoring.mask_designs import balanced_design, exhaustive_design
 from megatron.scoring.requests import Request, Scoring
@@ -46,13 +46,13 @@ def scored(model, requests, objective="mdm", seq_length=SEQ_LENGTH, finished=lam
 @pytest.fixture
 def sequences(monkeypatch):
     """All sequences that are evaluated by a masked-diffusion model."""
-    collected, plain = [], masked.predict_sequences
+    collected, plain = [], inputs.predict_sequences
 
-    def collect(model, batch, *arguments):
+    def collect(model, batch, *arguments, **settings):
         collected.extend(batch)
-        return plain(model, batch, *arguments)
+        return plain(model, batch, *arguments, **settings)
 
-    monkeypatch.setattr(masked, "predict_sequences", collect)
+    monkeypatch.setattr(inputs, "predict_sequences", collect)
     return collected
 
 
@@ -329,7 +329,7 @@ def test_greedy_is_what_the_model_says_itself(model, settings):
 @pytest.mark.parametrize("order", ["left-to-right", "right-to-left", "random"])
 def test_the_chain_rule_of_one_order(model, order):
     context, continuation = text(81, 4), text(82, 4)
-    (score,) = scored(model, [Request(context, continuation)], method="chain", chain_order=order)
+    (score,) = scored(model, [Request(context, continuation)], likelihood="chain", chain_order=order)
     nats = order_nlls(model, context, continuation)
     expected = {"left-to-right": nats[:1], "right-to-left": nats[-1:], "random": nats}[order]
     assert np.abs(-score.log_likelihood - expected).min() < 1e-5
@@ -340,7 +340,7 @@ def test_the_chain_rule_of_one_order(model, order):
 def test_the_chain_rule_never_sees_a_later_token(sequences, size):
     model = build(4, num_layers=1, hidden_size=4, num_attention_heads=1)
     context, continuation = text(83, 3), text(84, size)
-    (score,) = scored(model, [Request(context, continuation)], seq_length=512, method="chain")
+    (score,) = scored(model, [Request(context, continuation)], seq_length=512, likelihood="chain")
     assert len(sequences) == score.samples == size
     for index, sequence in enumerate(sequences):
         assert sequence.positions.tolist() == [3 + index] and len(sequence.tokens) == 3 + size
@@ -357,7 +357,7 @@ def test_a_chain_is_greedy_where_every_token_is_the_first_choice(model):
         tokens[position] = int(log_softmax(model, tokens, causal=False)[position].argmax())
     greedy = tokens[4:]
     requests = [Request(context, greedy), Request(context, [*greedy[:-1], (greedy[-1] + 1) % EOD])]
-    assert [score.is_greedy for score in scored(model, requests, method="chain")] == [True, False]
+    assert [score.is_greedy for score in scored(model, requests, likelihood="chain")] == [True, False]
 
 
 def test_guidance_moves_away_from_what_is_said_without_a_context(model):
@@ -432,19 +432,56 @@ def test_batches_hold_what_they_may():
 @pytest.mark.parametrize(
     "objective, settings, message",
     [
-        ("any-order", {}, "--objective any-order: such a model is given the position of each target"),
-        ("block-diffusion", {}, "--objective block-diffusion: such a model processes a text twice"),
         ("ar", {"cfg": 0.5}, "--cfg 0.5: acts in masked diffusion, and this run was trained with --objective ar"),
         (
             "dual",
             {"num_mc": 64},
-            "--num-mc 64: acts in masked diffusion, and this run was trained with --objective dual",
+            "--num-mc 64: has no effect on the likelihood from left to right; leave it out, or give --likelihood",
         ),
-        ("mdm", {"method": "chain", "num_mc": 64}, "--num-mc 64: has no effect with --method chain"),
-        ("mdm", {"chain_order": "random"}, "--chain-order random: has no effect with --method bound"),
+        ("mdm", {"likelihood": "chain", "num_mc": 64}, "--num-mc 64: has no effect with --likelihood chain"),
+        ("mdm", {"likelihood": "iwae", "decide_at": 0.0}, "--decide-at 0.0: has no effect with --likelihood iwae"),
+        ("mdm", {"chain_order": "random"}, "--chain-order random: does nothing without --likelihood chain; give both"),
+        ("mdm", {"num_orders": 4}, "--num-orders 4: does nothing without --likelihood iwae; give both or neither"),
+        ("mdm", {"likelihood": "iwae", "num_orders": 1}, "--num-orders 1: must be at least 2"),
+        ("mdm", {"likelihood": "chain", "tokens_per_step": 0}, "--tokens-per-step 0: must be at least 1"),
+        ("mdm", {"likelihood": "chain", "block_length": 0}, "--block-length 0: must be at least 1"),
+        (
+            "mdm",
+            {"likelihood": "chain", "tokens_per_step": 24},
+            "--tokens-per-step 24: is more than the 23 tokens of the longest continuation; give fewer",
+        ),
+        ("ar", {"likelihood": "chain"}, "--likelihood chain: acts in masked diffusion, and this run was trained with"),
+        (
+            "block-diffusion",
+            {"likelihood": "chain", "tokens_per_step": 17},
+            "--tokens-per-step 17: is more than the 16 tokens of a block (--diffusion-block-size); give fewer",
+        ),
+        (
+            "block-diffusion",
+            {"likelihood": "chain", "block_length": 4},
+            "--block-length 4: has no effect on a model that has blocks of its own; leave it out",
+        ),
+        ("block-diffusion", {"cfg": 1.0}, "--cfg 1.0: masks the context, which block diffusion reads unmasked"),
+        ("any-order", {"eval_seed": 3}, "--eval-seed 3: has no effect on the likelihood from left to right; leave it"),
+        (
+            "any-order",
+            {"likelihood": "bound", "cfg": 1.0},
+            "--cfg 1.0: acts in masked diffusion, and this model predic",
+        ),
+        (
+            "any-order",
+            {"likelihood": "chain", "tokens_per_step": 2},
+            "--tokens-per-step 2: is not supported, this model predicts one token after another; leave it out",
+        ),
+        (
+            "any-order",
+            {"likelihood": "chain", "chain_order": "margin"},
+            "--chain-order margin: needs a prediction for every remaining token at each step, and this model predicts",
+        ),
         ("mdm", {"num_mc": 4}, "--num-mc 4: must be at least 5: the fully masked sequence, and 4 replicates"),
         ("mdm", {"only_mc_nll": True, "only_generate": True}, "--only_mc_nll and --only_generate: together leave"),
-        ("mdm", {"method": "order"}, "--method order: is not one of bound, chain"),
+        ("mdm", {"likelihood": "order"}, "--likelihood order: is not one of bound, chain, iwae"),
+        ("mdm", {"likelihood": "chain", "chain_order": "up"}, "--chain-order up: is not one of confidence, margin"),
     ],
 )
 def test_what_has_no_meaning_is_refused(model, objective, settings, message):

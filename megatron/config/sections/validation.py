@@ -2,12 +2,13 @@
 
 from dataclasses import dataclass
 
-from megatron.config.flags import Section, flag
+from megatron.config.flags import flag, require
+from megatron.config.policies import LikelihoodFlags
 
 
 @dataclass(frozen=True, kw_only=True)
-class ValidationConfig(Section):
-    """Validation: the same windows with the same noise at every evaluation."""
+class ValidationConfig(LikelihoodFlags):
+    """Validation: the same windows with the same noise at every evaluation. --likelihood needs --skip-train."""
 
     eval_interval: int | None = flag(None, "steps between evaluations; default 1/20 of the run", within="(0, inf)")
     eval_samples: int | None = flag(
@@ -27,3 +28,10 @@ class ValidationConfig(Section):
         4, "Monte-Carlo samples: independent noise replicates of a masked-diffusion evaluation", within="[1, inf)"
     )
     skip_train: bool = flag(False, "evaluate the newest checkpoint of --load or --save, then exit")
+
+    def __post_init__(self):
+        super().__post_init__()
+        message = "is evaluated without training, since it may cost a forward pass for each token; give --skip-train"
+        require(self.likelihood is None or self.skip_train, "likelihood", self.likelihood, message)
+        message = "is an odd number, and validation compares two halves of the orders; give an even one"
+        require(self.num_orders % 2 == 0, "num_orders", self.num_orders, message)
