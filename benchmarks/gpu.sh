@@ -18,6 +18,7 @@ dry_run=${DRY_RUN:-0} rehearsal=${REHEARSAL:-0}
 stages=(checks speed large settings layouts published tests)
 failed=()
 export TQDM_DISABLE=1 PYTHONUNBUFFERED=1
+[[ "$rehearsal" == 1 ]] && export OMP_NUM_THREADS=1
 
 for stage in "$@"; do
     if [[ " ${stages[*]} " != *" $stage "* ]]; then
@@ -68,7 +69,7 @@ step() {
 settings() {
     local shape=(--model-size 140M)
     if [[ "$rehearsal" == 1 ]]; then
-        shape=(--device cpu --model-size 7M --large-model-size 7M --memory-sizes 7M --seq-length 32
+        shape=(--device cpu --model-size 7M --large-model-size 7M --memory-sizes 7M --vocab-size 500 --seq-length 32
             --micro-batch-size 1 --samples 32 --steps 1)
     fi
     measure "$1" "$2" env TORCHINDUCTOR_CACHE_DIR="$scratch/inductor-$1" "$python" benchmarks/settings/run.py \

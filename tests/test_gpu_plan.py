@@ -107,7 +107,9 @@ def test_every_check_passes_on_the_cpu():
 # ------------------------------------------------------------------ settings
 
 
-TOY_SETTINGS = "--device cpu --model-size 7M --seq-length 16 --micro-batch-size 1 --samples 1 --steps 1".split()
+TOY_SETTINGS = (
+    "--device cpu --model-size 7M --vocab-size 500 --seq-length 16 --micro-batch-size 1 --samples 1 --steps 1".split()
+)
 
 
 def test_settings_continue_where_an_earlier_call_ended(tmp_path, monkeypatch, capsys):
