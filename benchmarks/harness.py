@@ -7,13 +7,15 @@ compares them with `ratios`, and hands a report of plain values and its Markdown
 import json
 import os
 import platform
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date
 from functools import partial
-from importlib import metadata
+from importlib import import_module, metadata
 from pathlib import Path
 from statistics import median
 
@@ -22,6 +24,7 @@ from tqdm import tqdm
 
 from megatron.config.flags import DescribedFormatter, Parser, add_section, build, flag, require
 from megatron.errors import ConfigurationError
+from megatron.parallel import launch
 from megatron.training.environment import device_name
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,9 +51,29 @@ def refuse(error: ConfigurationError) -> None:
     sys.exit(2)
 
 
-def output_flag() -> str | None:
+def output_flag(help: str = "also write the JSON to a file, and the tables next to it as .md") -> str | None:
     """Return the field of --output."""
-    return flag(None, "also write the JSON to a file, and the tables next to it as .md", metavar="FILE")
+    return flag(None, help, metavar="FILE")
+
+
+def device_flag() -> str | None:
+    """Return the field of --device."""
+    return flag(None, "where to run; default a GPU if there is one", choices=("cuda", "cpu"))
+
+
+def chosen_device(options) -> torch.device:
+    """Return the device of --device, by default a GPU if there is one; an absent GPU is an error with exit code 2.
+
+    CUDA must not be initialised yet: --device cpu hides it from the process.
+    """
+    if options.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    try:
+        no_gpu = "there is no GPU that PyTorch can use; leave the flag out to run on the CPU"
+        require(options.device != "cuda" or torch.cuda.is_available(), "device", options.device, no_gpu)
+    except ConfigurationError as error:
+        refuse(error)
+    return launch.device()
 
 
 def require_positive(options, names: Iterable[str]) -> None:
@@ -98,14 +121,16 @@ def interleave(
     *,
     warm_up: int = 0,
     after_round: Callable[[Timings], object] = lambda timings: None,
+    is_over: Callable[[], bool] = lambda: False,
     wall_clock: bool = False,
 ) -> Timings:
     """Return the times of all contestants; every round calls each of them once, in a rotating order.
 
     A contestant is called with the number of its round, which starts at 0 in the `warm_up` rounds that come before the
     `rounds` timed ones. Load that changes during the run thereby affects all contestants alike. "peak" memory includes
-    what all of them keep allocated between their turns, "step" excludes it. `after_round` gets the times so far. Times
-    are those of `clock`, or of the wall clock, for contestants that are processes.
+    what all of them keep allocated between their turns, "step" excludes it. `after_round` gets the times so far;
+    after it, `is_over` may end the rounds early. Times are those of `clock`, or of the wall clock, for contestants that
+    are processes.
     """
     names = list(contestants)
     seconds: dict[str, list[float]] = {name: [] for name in names}
@@ -128,6 +153,8 @@ def interleave(
                 bar.update()
             if turn >= warm_up:
                 after_round(Timings(seconds, memory))
+                if is_over():
+                    break
     return Timings(seconds, memory)
 
 
@@ -135,6 +162,21 @@ def rotated(names: list[str], turn: int) -> list[str]:
     """Return the order of a round, which starts one name later in each."""
     shift = turn % len(names)
     return names[shift:] + names[:shift]
+
+
+@contextmanager
+def kernel_choices_restored() -> Iterator[None]:
+    """Restore what `prepare_device` changes in this process: attention kernels and deterministic algorithms."""
+    inductor = import_module("torch._inductor.config")
+    cudnn, deterministic = torch.backends.cuda.cudnn_sdp_enabled(), torch.are_deterministic_algorithms_enabled()
+    inductor_deterministic = getattr(inductor, "deterministic", None)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(cudnn)
+        torch.use_deterministic_algorithms(deterministic)
+        if inductor_deterministic is not None:
+            inductor.deterministic = inductor_deterministic
 
 
 # ------------------------------------------------------------------ figures
@@ -182,8 +224,20 @@ def environment(device: torch.device, *packages: str) -> dict:
         "machine": device_name(device),
         "threads": torch.get_num_threads(),
         "world_size": int(os.environ.get("WORLD_SIZE", 1)),
+        "gpu": gpu_state() if device.type == "cuda" else None,
         "versions": {"python": platform.python_version()} | {name: version(name) for name in ("torch", *packages)},
     }
+
+
+def gpu_state() -> dict[str, str] | None:
+    """Return driver, clocks, power and temperature of the first GPU as nvidia-smi prints them; None without one."""
+    fields = ("driver_version", "clocks.sm", "clocks.mem", "power.draw", "power.limit", "temperature.gpu")
+    command = ["nvidia-smi", "--id=0", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return dict(zip(fields, done.stdout.strip().split(", ")))
 
 
 def environment_line(environment: dict) -> str:
@@ -204,16 +258,30 @@ def publish(report: dict, tables: str, output: str | None) -> None:
         save(report, tables, output)
 
 
-def save(report: dict, tables: str, output: str) -> None:
-    """Write a report as JSON, and its tables as .md next to it; a file is complete or that of an earlier call."""
-    contents = {
-        Path(output): json.dumps(report, indent=1),
-        Path(output).with_suffix(".md"): _with_environment(report, tables),
-    }
+def save(report: dict, tables: str | None, output: str) -> None:
+    """Write a report as JSON, and any tables as .md next to it; a file is complete or that of an earlier call."""
+    contents = {Path(output): json.dumps(report, indent=1)}
+    if tables is not None:
+        contents[Path(output).with_suffix(".md")] = _with_environment(report, tables)
     for path, text in contents.items():
         temporary = path.with_name(path.name + ".partial")
         temporary.write_text(text + "\n")
         temporary.replace(path)
+
+
+def append_line(record: dict, output: str | None) -> None:
+    """Append a record as a line of JSON to a file, if one is given; it is on disk when this returns."""
+    if output:
+        with open(output, "a") as file:
+            file.write(json.dumps(record) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def read_lines(path: Path) -> list[dict]:
+    """Return the records of `append_line`, [] if there is no file; an incomplete last line is left out."""
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
 def _with_environment(report: dict, tables: str) -> str:

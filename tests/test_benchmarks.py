@@ -5,7 +5,6 @@ No time is asserted. A benchmark sets environment variables at import, so each t
 
 import json
 import os
-import shutil
 import subprocess
 from importlib.util import find_spec
 
@@ -15,7 +14,7 @@ import torch
 from benchmarks import harness
 from megatron.data.sources.standard_library import standard_library
 from megatron.data.tokenizer import train_tokenizer
-from tests.conftest import ROOT, run_python
+from tests.conftest import run_python
 
 TOY = "--num-layers 2 --hidden-size 64 --num-attention-heads 2 --vocab-size 500 --seq-length 32 --rounds 2".split()
 TOY += "--steps 1 --micro-batches 2 --no-compile --device cpu".split()
@@ -248,16 +247,6 @@ def test_a_run_that_is_ended_leaves_the_rounds_before(tmp_path):
     assert len(json.loads((tmp_path / "step.json").read_text())["seconds_per_step"]["ours AR eager"]) == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step.json", "step.md"]
     assert "ceilings: matmul " in done.stdout
-
-
-def test_the_script_for_gpus_takes_an_interpreter_and_a_limit(tmp_path):
-    shutil.copytree(ROOT / "benchmarks", tmp_path / "benchmarks", ignore=shutil.ignore_patterns("*.py"))
-    environments = {"python3 ": {}, "timeout --kill-after=5 60 p ": {"LIMIT": "60", "PYTHON": "p"}}
-    for start, variables in environments.items():
-        command = ["bash", tmp_path / "benchmarks" / "gpu.sh", "tests"]
-        env = {"PATH": os.environ["PATH"], "DRY_RUN": "1", **variables}
-        done = subprocess.run(command, env=env, capture_output=True, text=True)
-        assert done.returncode == 0 and done.stdout.startswith(f"{start}-m pytest "), done.stdout
 
 
 @pytest.mark.slow

@@ -46,13 +46,15 @@ class Bounds(NamedTuple):
     peer: float | None = None  # lower bound of the speedup of AR over the fastest compiled peer
     published: float | None = None  # lower bound of the speedup of MDM over published at equal dropout
     floor: float | None = None  # upper bound of step / component floor
+    memory: float | None = None  # upper bound of the peak in bytes, micro-batches of 16 samples, no recomputation
+    target: float | None = None  # of util_ceiling, above its bound
 
 
 GPU = {
-    "140M": Bounds(utilisation=0.52, scored=1.07, peer=1.08, published=2.5, floor=1.12),
-    "425M": Bounds(utilisation=0.60, scored=1.04, peer=1.06, published=1.8, floor=1.10),
-    "1018M": Bounds(utilisation=0.64, scored=1.025, peer=1.04, published=1.6, floor=1.08),
-    "2283M": Bounds(utilisation=0.66, scored=1.01, peer=1.03, published=1.4, floor=1.08),
+    "140M": Bounds(utilisation=0.52, scored=1.07, peer=1.08, published=2.5, floor=1.12, memory=20e9, target=0.57),
+    "425M": Bounds(utilisation=0.60, scored=1.04, peer=1.06, published=1.8, floor=1.10, memory=40e9, target=0.65),
+    "1018M": Bounds(utilisation=0.64, scored=1.025, peer=1.04, published=1.6, floor=1.08, memory=70e9, target=0.69),
+    "2283M": Bounds(utilisation=0.66, scored=1.01, peer=1.03, published=1.4, floor=1.08, memory=125e9, target=0.72),
 }
 MDM_TO_AR = 0.93  # at every size
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from math import sqrt
 
-from benchmarks.harness import output_flag, require_positive
+from benchmarks.harness import device_flag, output_flag, require_positive
 from benchmarks.training_step import published
 from benchmarks.training_step.implementations import Shape
 from megatron.config.flags import flag, require, typed
@@ -37,7 +37,7 @@ class Options:
     micro_batches: int = flag(1, "micro-batches per step")
     rounds: int = flag(9, "rounds; a round times every implementation once")
     steps: int = flag(2, "steps of an implementation per round")
-    device: str | None = flag(None, "where to run; default a GPU if there is one", choices=("cuda", "cpu"))
+    device: str | None = device_flag()
     only: tuple[str, ...] = flag(
         (), 'implementations to run, names with wildcards, as in --only "ours *" "* AR compiled"', metavar="PATTERN"
     )
@@ -46,7 +46,13 @@ class Options:
     published: str | None = flag(
         None, f"folder of a clone of {published.REPOSITORY}; also time its model", metavar="DIR"
     )
+    time_limit: float | None = flag(
+        None,
+        "seconds; after 60% of them no other implementation is warmed up, after 90% no other round begins",
+        metavar="SECONDS",
+    )
     output: str | None = output_flag()
+    tables: bool = flag(True, "with --output, write the tables next to it as .md")
 
     def __post_init__(self):
         require_positive(self, ("vocab_size", "seq_length", "micro_batch_size", "micro_batches", "rounds", "steps"))

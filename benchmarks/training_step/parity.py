@@ -2,7 +2,7 @@
 
 import gc
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import sqrt
 
@@ -98,17 +98,26 @@ def _dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
     return sum(torch.dot(x.flatten(), y.flatten()).item() for x, y in zip(left, right, strict=True))
 
 
-def check(implementations: list[Implementation], batches: dict[str, list[list[Batch]]]) -> dict[str, dict[str, float]]:
+def check(
+    implementations: list[Implementation],
+    batches: dict[str, list[list[Batch]]],
+    is_late: Callable[[], bool] = lambda: False,
+) -> dict[str, dict[str, float] | None]:
     """Return the largest relative differences of loss and gradient norm, by name of the implementation.
 
     Each is compared with the first implementation of the same objective. Exits with an error if one exceeds
-    `TOLERANCE`. Implementations with dropout are only warmed up.
+    `TOLERANCE`. Implementations with dropout are only warmed up: None. Those that are left when it `is_late` are
+    skipped, with a message, and are not in the result.
     """
     references = {}  # objective -> name of the first implementation, its (loss, gradient norm) by step
     parity = {}
     for implementation in tqdm(implementations, "check and warm up", leave=False):
+        if parity and is_late():
+            print(f"{implementation.name}: skipped, time limit", flush=True)
+            continue
         results = [tuple(map(float, implementation.step(step, 0.0))) for step in batches[implementation.batches]]
         if implementation.dropout:
+            parity[implementation.name] = None
             continue
         reference, expected = references.setdefault(implementation.objective, (implementation.name, results))
         parity[implementation.name] = differences = dict.fromkeys(TOLERANCE, 0.0)

@@ -26,7 +26,7 @@ class Measurements:
 
     ceilings: Ceilings
     exactness: dict[str, float]  # scored positions only against all, fp32: relative loss difference, gradient cosine
-    parity: dict[str, dict[str, float]]  # largest relative differences of loss and gradient norm
+    parity: dict[str, dict[str, float] | None]  # largest relative differences of loss and gradient norm
     num_scored: dict[str, float]  # mean scored positions of a micro-batch, by `Implementation.batches`
     times: dict[str, list[float]]  # seconds per step, by round
     memory: dict[str, dict[str, int]]  # bytes; empty on a CPU

@@ -22,8 +22,10 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
 
 import sys
+import time
 from collections.abc import Callable
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -31,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 import torch
 
-from benchmarks.harness import Timings, interleave, publish, read_options, refuse, save
+from benchmarks.harness import Timings, chosen_device, interleave, publish, read_options, refuse, save
 from benchmarks.training_step import ceilings, parity, published, report
 from benchmarks.training_step.implementations import Implementation, Shape
 from benchmarks.training_step.options import Options, shape_of
@@ -42,17 +44,15 @@ from megatron.errors import ConfigurationError
 from megatron.parallel.mesh import ParallelContext, destroy_parallel, initialize_parallel
 
 LEARNING_RATE = 1e-4
+START = time.monotonic()
 
 
 def main() -> None:
     """Run the benchmark from the command line."""
     options = read_options(Options, __doc__)
-    if options.device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # takes effect because CUDA is not initialised yet
+    chosen_device(options)
     torch.set_num_threads(1)
     try:
-        no_gpu = "there is no GPU that PyTorch can use; leave the flag out to run on the CPU"
-        require(options.device != "cuda" or torch.cuda.is_available(), "device", options.device, no_gpu)
         shape = shape_of(options)
         ranks = initialize_parallel()
         result = measure(options, shape, select(options, shape, ranks), ranks.device)
@@ -63,7 +63,8 @@ def main() -> None:
         sys.exit(f"error: {str(error).splitlines()[0].rstrip('.')}; {remedy}")
     finally:
         destroy_parallel()
-    publish(result, report.tables(result), options.output)
+    publish(result, report.tables(result), None)
+    write(result, options)
 
 
 def select(options: Options, shape: Shape, ranks: ParallelContext) -> list[Implementation]:
@@ -97,7 +98,8 @@ def measure(options: Options, shape: Shape, implementations: list[Implementation
     exactness = parity.check_exactness(options, shape, device)
     measured_ceilings = ceilings.measure(shape, options.micro_batch_size, device)
     print(report.ceilings_line(measured_ceilings), flush=True)
-    differences = parity.check(implementations, parity.check_batches(options, shape))
+    differences = parity.check(implementations, parity.check_batches(options, shape), partial(is_late, options, 0.6))
+    implementations = [choice for choice in implementations if choice.name in differences]
     batches = parity.batches(options, shape, options.rounds * options.steps)
     num_scored = {
         kind: float(np.mean([len(batch.scored_positions) for step in steps for batch in step]))
@@ -119,12 +121,25 @@ def measure(options: Options, shape: Shape, implementations: list[Implementation
         )
         return report.describe(options, shape, device, implementations=implementations, measurements=measurements)
 
-    def save_so_far(timings: Timings) -> None:
-        if options.output:
-            figures = described(timings)
-            save(figures, report.tables(figures), options.output)
+    rounds = interleave(
+        contestants,
+        options.rounds,
+        device,
+        after_round=lambda timings: write(described(timings), options),
+        is_over=partial(is_late, options, 0.9),
+    )
+    return described(rounds)
 
-    return described(interleave(contestants, options.rounds, device, after_round=save_so_far))
+
+def write(result: dict, options: Options) -> None:
+    """Write a report to --output, if it is given."""
+    if options.output:
+        save(result, report.tables(result) if options.tables else None, options.output)
+
+
+def is_late(options: Options, share: float) -> bool:
+    """Return whether this share of --time-limit is over."""
+    return options.time_limit is not None and time.monotonic() - START > share * options.time_limit
 
 
 def turns(implementation: Implementation, batches: list[list[Batch]], steps: int) -> Callable[[int], None]:

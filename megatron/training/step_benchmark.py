@@ -2,13 +2,14 @@
 
 import gc
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
 
 import numpy as np
 import torch
 
+from megatron.batch import Batch
 from megatron.config.layout_checks import check_batch, check_layout
 from megatron.config.sections import Config
 from megatron.config.vocabulary import Vocabulary
@@ -51,6 +52,32 @@ class RandomText:
 
     def __getitem__(self, sample_index: int) -> np.ndarray:
         return np.random.default_rng(sample_index).integers(0, self.vocabulary_size, self.seq_length + 1)
+
+
+def random_batches(
+    config: Config, vocabulary: Vocabulary, ranks: ParallelContext, *, documents: DocumentRules | None, steps: int
+) -> MicroBatches:
+    """Return this rank's micro-batches of `steps` steps on random text, as training prepares them."""
+    training = config.training
+    return MicroBatches(
+        RandomText(vocabulary.size, config.data.seq_length),
+        build_objective(config.objective, vocabulary, training.global_batch_size, documents),
+        build_input_noise(config.objective, vocabulary, config.model.depth),
+        seed=training.seed,
+        first_sample=0,
+        train_samples=steps * training.global_batch_size,
+        micro_batch_size=training.micro_batch_size,
+        global_batch_size=training.global_batch_size,
+        rank=ranks.data_rank,
+        size=ranks.data_size,
+    )
+
+
+def batches_by_step(data: MicroBatches, device: torch.device) -> Iterator[list[Batch]]:
+    """Yield the micro-batches of each step, on CUDA in pinned memory, as the training loader does."""
+    for step in range(data.steps):
+        batches = [batch for index in range(data.per_step) for batch in data[step * data.per_step + index]]
+        yield [batch.pin_memory() for batch in batches] if device.type == "cuda" else batches
 
 
 def attempt(config: Config, vocabulary: Vocabulary, steps: int) -> Trial | str:
@@ -104,28 +131,13 @@ def _measure(
     steps: int,
 ) -> Trial:
     """Return the measurements of `steps` steps after `WARM_UP` untimed ones."""
-    training, seq_length = config.training, config.data.seq_length
-    bf16, compile = choose_precision(config, ranks.device) == "bf16", bool(training.compile)
+    bf16, compile = choose_precision(config, ranks.device) == "bf16", bool(config.training.compile)
     engine, optimizer = start_engine(config, vocabulary, ranks, bf16=bf16, compile=compile, steps=0)
     attach_teachers(engine, teachers, config, bf16=bf16)
-    data = MicroBatches(
-        RandomText(vocabulary.size, seq_length),
-        build_objective(config.objective, vocabulary, training.global_batch_size, documents),
-        build_input_noise(config.objective, vocabulary, config.model.depth),
-        seed=training.seed,
-        first_sample=0,
-        train_samples=(WARM_UP + steps) * training.global_batch_size,
-        micro_batch_size=training.micro_batch_size,
-        global_batch_size=training.global_batch_size,
-        rank=ranks.data_rank,
-        size=ranks.data_size,
-    )
+    data = random_batches(config, vocabulary, ranks, documents=documents, steps=WARM_UP + steps)
     meta_gradient = MetaGradient.at(config.optimizer, config.optimizer.lr)
     seconds = []
-    for step in range(data.steps):
-        batches = [batch for index in range(data.per_step) for batch in data[step * data.per_step + index]]
-        if ranks.device.type == "cuda":
-            batches = [batch.pin_memory() for batch in batches]  # as the training loader does
+    for batches in batches_by_step(data, ranks.device):
         start = time.perf_counter()
         rates = {"learning_rate": 1e-4, "weight_decay": 0.1, "meta_gradient": meta_gradient}
         result = train_step(engine, optimizer, batches, **rates, clip_grad=1.0)
@@ -134,7 +146,7 @@ def _measure(
     seconds_per_step = ranks.from_rank_0(lambda: median(seconds[WARM_UP:]))  # so that all ranks decide alike
     return Trial(
         seconds_per_step=seconds_per_step,
-        tokens_per_second=training.global_batch_size * seq_length / seconds_per_step,
+        tokens_per_second=config.training.global_batch_size * config.data.seq_length / seconds_per_step,
         first_step_seconds=seconds[0],
         memory_bytes=peak_memory(ranks.device),
         loss=loss,
