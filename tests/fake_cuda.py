@@ -135,7 +135,7 @@ def main() -> None:
     with device_present():
         ranks = build_parallel_context(0, 1, DEVICE)
     for flags in sys.argv[1:]:
-        child = os.fork()  # a process each, since a step leaves threads and state of autograd behind
+        child = os.fork()  # a process each, since a step leaves threads and state of autograd
         if not child:
             print(json.dumps({"flags": flags} | outcome(flags, mode, ranks)), flush=True)
             os._exit(0)

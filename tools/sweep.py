@@ -83,6 +83,17 @@ def _options() -> argparse.Namespace:
     ):
         sub = add(name, command, help)
         sub.add_argument("file", type=Path, metavar="FILE", help="JSON lines, a run each")
+    _add_compare(commands)
+    task = add("run-task", run_task, "train the point of a SLURM array task; called by the scripts of `submit`")
+    task.add_argument("--tasks", type=Path, required=True, metavar="FILE", help="points of the tasks, an id a line")
+    task.add_argument("--retries", type=int, default=2, metavar="N", help="after passing failures (default: 2)")
+    task.add_argument("--retry-failed", action="store_true", help="start diverged and too large runs again, too")
+    task.add_argument("--hang-minutes", type=float, default=30.0, metavar="M", help="end a run without output")
+    task.add_argument("--wait-for-lock", type=float, default=10.0, metavar="M", help="minutes (default: 10)")
+    return parser.parse_args()
+
+
+def _add_compare(commands) -> None:
     difference = commands.add_parser(
         "compare",
         help="list the best losses of all points and their differences to a baseline, paired by seed",
@@ -115,13 +126,6 @@ def _options() -> argparse.Namespace:
         "--validation", default="validation", metavar="SET", help="is reported (default: validation)"
     )
     difference.set_defaults(command=compare)
-    task = add("run-task", run_task, "train the point of a SLURM array task; called by the scripts of `submit`")
-    task.add_argument("--tasks", type=Path, required=True, metavar="FILE", help="points of the tasks, an id a line")
-    task.add_argument("--retries", type=int, default=2, metavar="N", help="after passing failures (default: 2)")
-    task.add_argument("--retry-failed", action="store_true", help="start diverged and too large runs again, too")
-    task.add_argument("--hang-minutes", type=float, default=30.0, metavar="M", help="end a run without output")
-    task.add_argument("--wait-for-lock", type=float, default=10.0, metavar="M", help="minutes (default: 10)")
-    return parser.parse_args()
 
 
 if __name__ == "__main__":

@@ -128,11 +128,11 @@ def compare(rows: Sequence[dict[str, str]], baseline: dict[str, str], selection:
         if name not in columns:
             raise ConfigurationError(f"--best-over {name}: names no column; give one of {', '.join(columns)}")
     for name, value in selection.where.items():
-        _check_value(rows, columns, "--where", name, value)
+        _check_value(rows, columns, f"--where {name}={value}")
         rows = [row for row in rows if _text(row[name]) == value]
     columns = [name for name in columns if name not in selection.best_over]
     for name, value in baseline.items():
-        _check_value(rows, columns, "--baseline", name, value)
+        _check_value(rows, columns, f"--baseline {name}={value}")
     for set_name in (tuning, validation):
         chosen = [row for row in rows if row["set"] == set_name]
         if not chosen:
@@ -148,15 +148,16 @@ def compare(rows: Sequence[dict[str, str]], baseline: dict[str, str], selection:
     return comparisons
 
 
-def _check_value(rows: Sequence[dict[str, str]], columns: Sequence[str], flag: str, name: str, value: str) -> None:
-    """Check that some row has a value of a column.
+def _check_value(rows: Sequence[dict[str, str]], columns: Sequence[str], setting: str) -> None:
+    """Check that some row has the value of a column that a setting names, such as "--where stage=final".
 
     Raises: ConfigurationError otherwise.
     """
+    name, _, value = setting.partition(" ")[2].partition("=")
     if name not in columns:
-        raise ConfigurationError(f"{flag} {name}={value}: names no column; give one of {', '.join(columns)}")
+        raise ConfigurationError(f"{setting}: names no column; give one of {', '.join(columns)}")
     if value not in {_text(row[name]) for row in rows}:
-        raise ConfigurationError(f"{flag} {name}={value}: no run has that value of {name}; see the table")
+        raise ConfigurationError(f"{setting}: no run has that value of {name}; see the table")
 
 
 def markdown(comparisons: Sequence[Comparison]) -> str:
