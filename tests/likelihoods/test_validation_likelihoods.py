@@ -26,7 +26,10 @@ def runs(tiny, tmp_path_factory):
         ("blocks", ["--objective", "block-diffusion", "--diffusion-block-size", "8"]),
         ("rules", ["--objective", "mdm", "--reset-attention-mask"]),
     ):
-        train("mdm" if name == "mdm" else "ar", [*tiny, "--train-samples", "24", *flags, "--save", str(root / name)])
+        train(
+            "mdm" if name == "mdm" else "ar",
+            [*tiny, "--train-samples", "16", "--eval-samples", "4", *flags, "--save", str(root / name)],
+        )
     return root
 
 
@@ -62,7 +65,7 @@ def test_a_chain_is_that_of_the_tool(runs, capsys, name, inner):
     assert averages <= results.keys()
 
 
-@pytest.mark.parametrize("name", ["mdm", "blocks"])
+@pytest.mark.parametrize("name", [pytest.param("mdm", marks=pytest.mark.slow), "blocks"])
 def test_iwae_is_that_of_the_tool(runs, capsys, name):
     record = evaluated(capsys, runs / name, "--likelihood", "iwae", "--num-orders", "8")["validation.iwae"]
     expected = likelihoods(runs / name, num_orders=8)
@@ -73,7 +76,7 @@ def test_iwae_is_that_of_the_tool(runs, capsys, name):
 
 
 def test_the_bound_is_that_of_validation(runs, capsys):
-    record = evaluated(capsys, runs / "mdm", "--eval-samples", "12", "--likelihood", "bound")["validation"]
+    record = evaluated(capsys, runs / "mdm", "--likelihood", "bound")["validation"]
     recorded = [line for line in records(runs / "mdm", "valid") if line["set"] == "validation"][-1]
     assert record["loss"] == pytest.approx(recorded["loss"], rel=1e-6) and record["likelihood"] == "mdm"
 

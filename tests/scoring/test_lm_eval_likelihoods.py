@@ -11,6 +11,7 @@ from megatron.scoring.requests import Request, Scoring
 from megatron.scoring.score import score
 from megatron.training.launcher import main as train
 
+pytestmark = pytest.mark.slow
 PAIRS = [("def f(", "x):"), ("def f(", "y, z):"), ("import ", "os")]
 CHAIN = {"likelihood": "chain", "chain_order": "margin", "tokens_per_step": 2}
 
