@@ -15,12 +15,14 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 TOOL_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 _signal_name: str | None = None  # of the first signal
 _is_deferred = False
+_handlers_before: dict[int, Any] = {}  # of the stop signals of a tool
 _end_all_ranks: Callable[[str, int], None] | None = None
 
 
@@ -44,14 +46,14 @@ def install() -> None:
 
 def install_in_tool() -> None:
     """Make the stop signals of a tool end it at once, with one line; for entry points only, before slow imports."""
-    for number in TOOL_SIGNALS:
-        signal.signal(number, _end_imports)
+    _handlers_before.update((number, signal.signal(number, _end_imports)) for number in TOOL_SIGNALS)
 
 
 def run_tool(main: Callable[[], None]) -> None:
     """Call the `main` of a tool, in which stop signals raise `Interrupted`; for entry points only, after the imports.
 
-    What `main` does not catch ends the process with one line.
+    What `main` does not catch ends the process with one line. In the end the handlers are those before
+    `install_in_tool`.
     """
     for number in TOOL_SIGNALS:
         signal.signal(number, _raise)
@@ -60,6 +62,9 @@ def run_tool(main: Callable[[], None]) -> None:
     except Interrupted as request:
         print("error: interrupted", file=sys.stderr)
         sys.exit(request.exit_code)
+    finally:
+        for number, handler in _handlers_before.items():
+            signal.signal(number, handler)
 
 
 def end_ranks_by(end_all_ranks: Callable[[str, int], None]) -> None:

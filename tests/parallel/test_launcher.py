@@ -161,7 +161,7 @@ import time
 from pathlib import Path
 entry_point = sys.argv.pop(1)
 folder, rank = Path(sys.argv[1]), int(sys.argv[2])
-sys.modules["megatron.training.launcher"] = types.SimpleNamespace(main=main)
+sys.modules["megatron.likelihoods.pretrain"] = types.SimpleNamespace(main=main)
 runpy.run_path(entry_point, run_name="__main__")
 """
 
