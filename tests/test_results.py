@@ -53,3 +53,18 @@ def test_the_table_of_ensembles_follows_from_its_records(members):
 def test_every_record_has_a_table(page):
     files = {str(path.relative_to(ROOT)) for path in page.with_suffix("").glob("*.csv")}
     assert files <= {arguments.split()[0] for arguments, _ in TABLES}
+
+
+LIKELIHOODS = ROOT / "results" / "likelihoods"
+
+
+@pytest.mark.parametrize("path", sorted(LIKELIHOODS.glob("*.json")), ids=lambda path: path.stem)
+def test_likelihoods_are_those_of_the_records(path):
+    (data,) = json.loads(path.read_text())["sets"].values()
+    assert data["windows"] == 32
+    rows = [line.strip("| ").split(" | ") for line in LIKELIHOODS.with_suffix(".md").read_text().splitlines()]
+    rows = [row for row in rows if row[0] == path.stem.replace("_", " ")]
+    assert [row[1] for row in rows] == [result["name"] for result in data["likelihoods"]]
+    for (_, _, loss, _, passes, _), result in zip(rows, data["likelihoods"], strict=True):
+        sign = {"exact": "", "upper": "<= ", "lower": ">= "}[result["kind"]]
+        assert loss == f"{sign}{result['loss']:.4g} ± {result['data_se']:.2g}" and int(passes) == result["passes"]
