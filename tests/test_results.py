@@ -12,7 +12,7 @@ import pytest
 from megatron.sweeps.commands import compare
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "results" / "techniques.md", ROOT / "results" / "study.md"]
+PAGES = [ROOT / "results" / "techniques.md"]
 BLOCK = r"^```bash\npython tools/sweep\.py compare ((?:\\\n|.)*?)\n```\n\n(.*?)(?=^[^|]|\Z)"
 TABLES = [table for page in PAGES for table in re.findall(BLOCK, page.read_text(), re.M | re.S)]
 

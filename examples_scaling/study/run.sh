@@ -1,18 +1,17 @@
 #!/usr/bin/env bash
-# The study of results/study: AR, regularised AR and masked diffusion on the same unique tokens, equally tuned, as far as study.yaml
-# says. Runs recorded in results/study/records.jsonl are restored, so only the rest of the grid is trained: some hours in all on two
-# CPU cores. Ctrl-C saves and stops; the same command resumes.
+# AR, regularised AR and masked diffusion on the same unique tokens, equally tuned: study.yaml says what, some hours in all on two CPU
+# cores. Runs that RECORDS has (tools/sweep.py archive) are not trained again. Ctrl-C saves and stops; the same command resumes.
 #
 #     bash examples_scaling/study/run.sh
 #     DATA=data/mine SWEEP=mine.yaml SITE=site.yaml bash examples_scaling/study/run.sh    # on a cluster, as SLURM job arrays
 #
 # SWEEP is the sweep file (default study.yaml, for another scale a changed copy); DATA the folder of train, tuning and validation
-# (default data/quickstart, made from the Python standard library); OUT the folder of the sweep (default runs/study); SITE the file of the
-# cluster for tools/sweep.py submit; DRY_RUN=1 only prints.
+# (default data/quickstart, made from the Python standard library); OUT the folder of the sweep (default runs/study); RECORDS an archive
+# (default results/study.jsonl, where it exists); SITE the file of the cluster for tools/sweep.py submit; DRY_RUN=1 only prints.
 source "$(dirname "$0")/../lib/run.sh"
 sweep=${SWEEP:-examples_scaling/study/study.yaml}
 out=${OUT:-runs/study}
-records=results/study/records.jsonl
+records=${RECORDS:-results/study.jsonl}
 require_files "name a sweep file, such as examples_scaling/study/study.yaml" "$sweep"
 [[ "${DRY_RUN:-0}" == 1 ]] || bash install.sh
 if [[ -z "${DATA:-}" ]]; then
@@ -22,7 +21,7 @@ elif [[ "${DRY_RUN:-0}" != 1 ]]; then
     sed "s#data/quickstart#$DATA#g" "$sweep" > "$out.yaml"
     sweep=$out.yaml
 fi
-execute "$python" tools/sweep.py restore "$sweep" "$records" --output "$out"
+[[ ! -e "$records" ]] || execute "$python" tools/sweep.py restore "$sweep" "$records" --output "$out"
 if [[ -n "${SITE:-}" ]]; then
     execute "$python" tools/sweep.py submit "$sweep" --output "$out" --site "$SITE" "$@"
 else
