@@ -34,7 +34,7 @@ class Interrupted(KeyboardInterrupt):
     """A stop signal that a tool received."""
 
     def __init__(self, number: int):
-        super().__init__(signal.Signals(number).name)
+        super().__init__("interrupted")
         self.exit_code = 128 + number  # as shells report it
 
 
@@ -60,7 +60,7 @@ def run_tool(main: Callable[[], None]) -> None:
     try:
         main()
     except Interrupted as request:
-        print("error: interrupted", file=sys.stderr)
+        print(f"error: {request}", file=sys.stderr)
         sys.exit(request.exit_code)
     finally:
         for number, handler in _handlers_before.items():

@@ -21,7 +21,7 @@ from megatron.log import configure_logging
 from megatron.parallel.failure_detector import PATIENCE, FailureDetector, RankError
 from megatron.parallel.launch import adopt_launcher, join, local_rank, rank
 from megatron.parallel.mesh import destroy_parallel
-from megatron.stop_signals import StopRequested
+from megatron.stop_signals import Interrupted, StopRequested
 from megatron.training.announce import announce
 from megatron.training.build import build_run, dry_run, resolve_run
 from megatron.training.command_line import parse_run
@@ -77,6 +77,8 @@ def launch(read: Callable[[], Config], work: Callable[[Config, FailureDetector |
         code = report_error(error, os.EX_TEMPFAIL, detector)
     except OSError as error:
         code = report_error(error, 1, detector, PATIENCE)
+    except Interrupted as request:  # of a tool; a training run stops between two steps
+        code = report_error(request, request.exit_code, detector)
     except BaseException as error:
         if detector is None:
             raise
