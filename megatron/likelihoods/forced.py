@@ -67,10 +67,10 @@ class ForcedBlocks(ForcedFilling):
         self, model: Transformer, texts: Tensor, masked: Tensor, *, keys: Keys, sampling: Sampling, block_size: int
     ):
         self.block_size = block_size
-        rows, masked_rows = self._blocks(texts), self._blocks(masked)  # [R, block]
-        num_blocks = len(rows) // len(texts)
+        blocks = self._blocks(texts)  # [R, block]
+        num_blocks = len(blocks) // len(texts)
         block_keys = [(key, index * num_blocks + block) for key, index in keys for block in range(num_blocks)]
-        super().__init__(model, rows, masked_rows, keys=block_keys, sampling=sampling)
+        super().__init__(model, blocks, self._blocks(masked), keys=block_keys, sampling=sampling)
         self.text = texts.to(self.device)
 
     def _blocks(self, texts: Tensor) -> Tensor:

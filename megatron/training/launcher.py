@@ -32,7 +32,6 @@ logger = logging.getLogger(__name__)
 
 SILENCE = 5.0  # seconds that other local ranks wait before they repeat the error of local rank 0
 
-
 Evaluate = Callable[[Trainer], list[dict]]
 
 
