@@ -58,6 +58,7 @@ def _options() -> argparse.Namespace:
 
     add("plan", plan, "check every run of a sweep and list what it costs; nothing is started")
     local = add("run", run, "train all runs on this machine; the same command resumes")
+    _add_stages(local)
     local.add_argument("--slots", type=int, metavar="N", help="ranks at a time (default: one per GPU, else per core)")
     local.add_argument("--retries", type=int, default=2, metavar="N", help="after passing failures (default: 2)")
     local.add_argument("--retry-failed", action="store_true", help="start diverged and too large runs again, too")
@@ -73,6 +74,8 @@ def _options() -> argparse.Namespace:
         ),
     ):
         sub = add(name, command, help)
+        if name == "submit":
+            _add_stages(sub)
         sub.add_argument("--site", type=Path, metavar="FILE", help="YAML file of the cluster: partition, account, ...")
         sub.add_argument("--dry-run", action="store_true", help="write and print the scripts; submit nothing")
     add("status", status, "list the state of every run and write status.html")
@@ -91,6 +94,15 @@ def _options() -> argparse.Namespace:
     task.add_argument("--hang-minutes", type=float, default=30.0, metavar="M", help="end a run without output")
     task.add_argument("--wait-for-lock", type=float, default=10.0, metavar="M", help="minutes (default: 10)")
     return parser.parse_args()
+
+
+def _add_stages(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--stages",
+        nargs="+",
+        metavar="STAGE",
+        help="only these stages, and what their runs continue from (default: all)",
+    )
 
 
 def _add_compare(commands) -> None:

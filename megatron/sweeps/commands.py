@@ -54,19 +54,19 @@ def run(options: Namespace) -> int:
     waiting: dict[str, str] | None = None
     while True:
         folder, planned = _planned(options)
-        outcome = LocalQueue(folder, planned.points, settings).run()
-        stuck = not planned.waiting or planned.waiting == waiting
-        if outcome.stopped_by or stuck:
+        points, now_waiting = _of_stages(planned, options.stages)
+        outcome = LocalQueue(folder, points, settings).run()
+        if outcome.stopped_by or not now_waiting or now_waiting == waiting:
             break
-        waiting = planned.waiting  # the runs of earlier stages have ended: their best trials are known now
+        waiting = now_waiting  # the runs of earlier stages have ended: their best trials are known now
     final = sweep_status(folder, planned.points)
     write_page(final)
     print(table(final) if len(final.runs) <= 40 else final.line())
-    for stage, reason in planned.waiting.items():
+    for stage, reason in now_waiting.items():
         print(f"stage {stage}: {reason}")
     if outcome.stopped_by:
         return 128 + outcome.stopped_by
-    return 1 if outcome.failures or outcome.stopped or planned.waiting else 0
+    return 1 if outcome.failures or outcome.stopped or now_waiting else 0
 
 
 def status(options: Namespace) -> int:
@@ -141,7 +141,10 @@ def _settings(flag: str, words: Sequence[str]) -> dict[str, str]:
 def submit(options: Namespace) -> int:
     """Submit every run that is not finished, running, in the queue, or failed for a reason of its own."""
     folder, planned = _planned(options)
-    return _submit(options, folder, planned.points, retry_failed=False)
+    points, waiting = _of_stages(planned, options.stages)
+    for stage, reason in waiting.items():
+        print(f"stage {stage}: {reason}; submit again then")
+    return _submit(options, folder, points, retry_failed=False)
 
 
 def resubmit(options: Namespace) -> int:
@@ -178,7 +181,7 @@ def _submit(options: Namespace, folder: Path, points: Sequence[Point], *, retry_
     if queued:
         print(f"{len(queued)} runs are in the queue already")
     if not chosen:
-        print("nothing to submit: " + sweep_status(folder, points).line())
+        print("nothing to submit" + (f": {sweep_status(folder, points).line()}" if points else ""))
         return 0
     groups: dict[bool, list[Point]] = {False: [], True: []}  # by whether they wait for a trunk
     for point in chosen:
@@ -209,6 +212,25 @@ def _folder(options: Namespace) -> Path:
             )
         return options.sweep
     return options.output or Path("runs") / read_sweep(options.sweep).name
+
+
+def _of_stages(planned: Planned, names: Sequence[str] | None) -> tuple[list[Point], dict[str, str]]:
+    """Return the points of some stages with the trunks that they continue from, and which of them wait (None: of all).
+
+    Raises: ConfigurationError for a stage that the sweep does not have.
+    """
+    if names is None:
+        return planned.points, planned.waiting
+    known = dict.fromkeys([*(point.stage for point in planned.points), *planned.waiting])
+    for name in names:
+        if name not in known:
+            raise ConfigurationError(f"--stages {name}: is no stage of the sweep; it has {', '.join(known)}")
+    chosen = [point for point in planned.points if point.stage in names]
+    needed = {point.id for point in chosen}
+    while trunks := {point.trunk for point in planned.points if point.id in needed and point.trunk} - needed:
+        needed |= trunks
+    points = [point for point in planned.points if point.id in needed]
+    return points, {stage: reason for stage, reason in planned.waiting.items() if stage in names}
 
 
 def _planned(options: Namespace) -> tuple[Path, Planned]:

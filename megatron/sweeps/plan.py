@@ -64,8 +64,8 @@ def plan_sweep(sweep: Sweep, folder: Path, progress: bool = False) -> Planned:
     resolved: list[Resolved] = []
     all_drafts: list[_Draft] = []
     for stage in sweep.stages:
-        if errors and stage.teachers_of is not None:
-            continue  # the points of its teachers may be among those
+        if errors and (stage.best_of is not None or stage.teachers_of is not None):
+            continue  # the points that it takes from may be among those
         earlier = {
             other.name: (other, [item.point for item in resolved if item.point.stage == other.name])
             for other in sweep.stages

@@ -17,7 +17,7 @@ TUNING = {"trials": 2, "parameters": {"lr": {"distribution": "log_uniform_values
 
 
 def options(sweep, folder, file=None) -> Namespace:
-    settings = {"slots": 1, "retries": 0, "retry_failed": False, "hang_minutes": 30.0}
+    settings = {"stages": None, "slots": 1, "retries": 0, "retry_failed": False, "hang_minutes": 30.0}
     return Namespace(sweep=sweep, output=folder, file=file, **settings)
 
 

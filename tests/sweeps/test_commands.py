@@ -16,7 +16,7 @@ def options(sweep, folder=None, **more) -> Namespace:
     return Namespace(sweep=sweep, output=folder, **more)
 
 
-QUEUE = {"slots": 1, "retries": 2, "retry_failed": False, "hang_minutes": 30.0}
+QUEUE = {"stages": None, "slots": 1, "retries": 2, "retry_failed": False, "hang_minutes": 30.0}
 
 
 def refused(command, *arguments, **more) -> str:
@@ -75,18 +75,43 @@ def test_branches_wait_only_for_checkpoints_that_are_not_there(corpus, tmp_path,
     path = write(tmp_path, toy(corpus), flags=flags, parameters=parameters, variants=None)
     folder = tmp_path / "wsd"
 
-    def arrays(command) -> list[list[str]]:
-        """Return the runs of each array in the order of submission."""
-        capsys.readouterr()
-        assert command(options(path, folder, site=None, dry_run=True)) == 0
-        scripts = [line.partition(": ")[0] for line in capsys.readouterr().out.splitlines() if line.endswith(" tasks")]
-        return [Path(script).with_suffix(".tasks").read_text().split() for script in scripts]
+    def arrays(command, **more) -> list[list[str]]:
+        return submitted(command, options(path, folder, **more), capsys)
 
-    first = arrays(commands.submit)
+    first = arrays(commands.submit, stages=None)
     short, middle, trunk = read_plan(folder)
     assert first == [[trunk.id], [middle.id, short.id]]
     short.trunk_checkpoint(folder).mkdir(parents=True)
     assert arrays(commands.resubmit) == [[trunk.id], [short.id], [middle.id]]
+
+
+def submitted(command, options: Namespace, capsys) -> list[list[str]]:
+    """Return the runs of each array in the order of submission."""
+    capsys.readouterr()
+    assert command(Namespace(**vars(options), site=None, dry_run=True)) == 0
+    scripts = [line.partition(": ")[0] for line in capsys.readouterr().out.splitlines() if line.endswith(" tasks")]
+    return [Path(script).with_suffix(".tasks").read_text().split() for script in scripts]
+
+
+def test_some_stages_are_submitted_with_the_trunks_of_others(corpus, tmp_path, capsys):
+    flags = toy(corpus)["flags"] | {"lr-decay-style": "WSD", "lr-warmup-samples": 16, "train-epochs": 8}
+    stages = {
+        "tune": {"tuning": {"trials": 2, "parameters": {"lr": {"min": 1e-3, "max": 1e-2}}}},
+        "final": {"best_of": "tune"},
+        "short": {"flags": {"train-epochs": 4}},
+        "long": {"flags": {"train-epochs": 16}},
+    }
+    path = write(tmp_path, toy(corpus), flags=flags, parameters=None, variants=None, stages=stages)
+    folder = tmp_path / "stages"
+    assert refused(commands.submit, path, folder, stages=["shrot"], site=None) == (
+        "--stages shrot: is no stage of the sweep; it has tune, short, long, final"
+    )
+    runs = {point.stage: point for point in read_plan(folder)}
+    assert runs["short"].trunk == runs["long"].id
+    of_stages = submitted(commands.submit, options(path, folder, stages=["short", "final"]), capsys)
+    assert of_stages == [[runs["long"].id], [runs["short"].id]]
+    commands.submit(options(path, folder, stages=["final"], site=None, dry_run=True))
+    assert capsys.readouterr().out.startswith("stage final: waits for 2 of 2 points of stage tune; submit again then")
 
 
 @pytest.mark.parametrize(

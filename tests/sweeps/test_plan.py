@@ -156,6 +156,8 @@ def test_a_stage_waits_for_the_trials_that_it_chooses_from(planned):
     result = planned(stages=stages)
     assert {point.stage for point in result.points} == {"tune", "last"}
     assert result.waiting == {"final": "waits for 8 of 8 points of stage tune"}
+    with pytest.raises(ConfigurationError, match="8 of 12 points cannot run"):  # and not: no trial to choose from
+        planned(stages=stages | {"tune": {"tuning": tuning, "flags": {"micro-batch-size": 3}}})
 
 
 def test_students_wait_for_their_teachers_and_take_those_of_their_variant_and_axes(planned, monkeypatch):
