@@ -1,32 +1,34 @@
 """The tables of results that are computed from committed records: the documented command prints them."""
 
-import argparse
 import json
 import re
+import runpy
 import shlex
+import sys
 from pathlib import Path
 from statistics import fmean, stdev
 
 import pytest
 
-from megatron.sweeps.commands import compare
-
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "results" / "techniques.md"]
-BLOCK = r"^```bash\npython tools/sweep\.py compare ((?:\\\n|.)*?)\n```\n\n(.*?)(?=^[^|]|\Z)"
-TABLES = [table for page in PAGES for table in re.findall(BLOCK, page.read_text(), re.M | re.S)]
+# a command, then what it prints: a table, or a block of text
+BLOCK = r"^```bash\npython (tools/(?:\\\n|.)*?)\n```\n\n(?:```\n(.*?)```|(.*?)(?=^[^|]|\Z))"
+TABLES = [
+    (command.replace("\\\n", " "), text or table)
+    for page in PAGES
+    for command, text, table in re.findall(BLOCK, page.read_text(), re.M | re.S)
+]
 
 
-@pytest.mark.parametrize("arguments, printed", TABLES, ids=[arguments.split()[0] for arguments, _ in TABLES])
-def test_a_table_follows_from_its_records(arguments, printed, capsys, monkeypatch):
+@pytest.mark.parametrize("command, printed", TABLES, ids=[" ".join(command.split()[:3]) for command, _ in TABLES])
+def test_a_table_follows_from_its_records(command, printed, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
-    options = argparse.ArgumentParser()
-    options.add_argument("table", type=Path)
-    options.add_argument("--variants", default="*")
-    for flag in ("--baseline", "--where", "--best-over"):
-        options.add_argument(flag, nargs="+", default=())
-    options = options.parse_args(shlex.split(arguments), argparse.Namespace(tuning="tuning", validation="validation"))
-    assert compare(options) == 0
+    monkeypatch.setattr(sys, "argv", shlex.split(command))
+    try:
+        runpy.run_path(sys.argv[0])["main"]()
+    except SystemExit as end:
+        assert not end.code
     assert capsys.readouterr().out == printed.rstrip() + "\n"
 
 
@@ -52,7 +54,7 @@ def test_the_table_of_ensembles_follows_from_its_records(members):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_every_record_has_a_table(page):
     files = {str(path.relative_to(ROOT)) for path in page.with_suffix("").glob("*.csv")}
-    assert files <= {arguments.split()[0] for arguments, _ in TABLES}
+    assert files <= {word for command, _ in TABLES for word in command.split()}
 
 
 LIKELIHOODS = ROOT / "results" / "likelihoods"
