@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date
 from functools import partial
-from importlib import import_module, metadata
+from importlib import metadata
 from pathlib import Path
 from statistics import median
 
@@ -25,6 +25,7 @@ from tqdm import tqdm
 from megatron.config.flags import DescribedFormatter, Parser, add_section, build, flag, require
 from megatron.errors import ConfigurationError
 from megatron.parallel import launch
+from megatron.torch_private import inductor_config
 from megatron.training.environment import device_name
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -167,7 +168,7 @@ def rotated(names: list[str], turn: int) -> list[str]:
 @contextmanager
 def kernel_choices_restored() -> Iterator[None]:
     """Restore what `prepare_device` changes in this process: attention kernels and deterministic algorithms."""
-    inductor = import_module("torch._inductor.config")
+    inductor = inductor_config()
     cudnn, deterministic = torch.backends.cuda.cudnn_sdp_enabled(), torch.are_deterministic_algorithms_enabled()
     inductor_deterministic = getattr(inductor, "deterministic", None)
     try:

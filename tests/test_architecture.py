@@ -16,7 +16,7 @@ from tests.conftest import ROOT
 
 LAYERS = {
     "megatron": 0, "parent_process": 0, "stop_signals": 0, "errors": 0, "randomness": 0, "log": 0, "batch": 0,
-    "statistics": 0,
+    "statistics": 0, "torch_private": 0,
     "config": 1,
     "data": 2, "model": 2, "objectives": 2, "laws": 2,
     "parallel": 3,
@@ -105,6 +105,23 @@ def test_the_layers_are_those_of_the_tree():
     }
     assert top_level | folders == set(LAYERS)
     assert all((ROOT / "megatron" / folder / "__init__.py").is_file() for folder in folders)
+
+
+PRIVATE_OF_TORCH = re.compile(r"\btorch(\.\w+)*\._(?!_)\w|\bfrom torch[\w.]* import (.*[ ,(])?_\w|_fsdp_(state|param)")
+PRIVATE_ALLOWED = {"megatron/torch_private.py"}
+
+
+def test_private_api_of_torch_is_in_one_module():
+    assert PRIVATE_OF_TORCH.search("torch._foreach_mul(a)") and PRIVATE_OF_TORCH.search("from torch.x import _y")
+    assert PRIVATE_OF_TORCH.search("from torch import a, _b") and not PRIVATE_OF_TORCH.search("torch.foreach(a)._b")
+    used = {str(path.relative_to(ROOT)) for path in SOURCES if _uses_private(path.read_text())}
+    assert used == PRIVATE_ALLOWED
+
+
+def _uses_private(source: str) -> bool:
+    """Return whether code, without names of loggers in quotes and comments, has private names of torch."""
+    code = re.sub(r'"[^"\n]*"|#.*', "", source)
+    return bool(PRIVATE_OF_TORCH.search(code))
 
 
 def test_the_documented_layers_are_those_of_the_code():

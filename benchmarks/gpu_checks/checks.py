@@ -32,6 +32,7 @@ from megatron.parallel.engine import Engine
 from megatron.parallel.launch import join
 from megatron.parallel.mesh import build_parallel_context, destroy_parallel
 from megatron.parallel.meta_gradient import MetaGradient
+from megatron.torch_private import forget_compiled_code
 from megatron.training import launcher, optimizer
 from megatron.training.averaging import Average
 from megatron.training.build_engine import start_engine
@@ -194,7 +195,7 @@ def deterministic_resume(objective: str, flags: str, device: torch.device) -> di
 
 def start(flags: str, device: torch.device) -> tuple[Config, Engine, torch.optim.Optimizer, Iterator]:
     """Return configuration, engine, optimizer and micro-batches by step of a small model on random text."""
-    torch._dynamo.reset()
+    forget_compiled_code()
     config = parse("ar", [*MODEL.split(), *flags.split()])
     join(detect_failures=False)
     ranks = build_parallel_context(0, 1, device)

@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron.torch_private import COLLECTIVES
+
 
 def gather_sequence(shard: Tensor, group: dist.ProcessGroup) -> Tensor:
     """All-gather along the sequence, [B, S/tp, H] -> [B, S, H]; the backward pass is a reduce-scatter."""
@@ -40,11 +42,6 @@ class _ScatterSequence(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         return _all_gather(grad, ctx.group), None
-
-
-# The functional operators return new tensors: collectives that write into an output tensor silently lose its gradient
-# in code compiled by torch 2.11. The Python functions for these operators have other names in 2.13.
-COLLECTIVES = torch.ops._c10d_functional
 
 
 def _all_gather(shard: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from megatron.batch import Batch
 from megatron.model.transformer import Transformer
 from megatron.parallel.mesh import ParallelContext
+from megatron.torch_private import foreach_mul_
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state of a parameter
 
@@ -92,7 +93,7 @@ class Engine:
         norm = squares.sqrt()
         if limit:
             scale = (limit / (norm + 1e-6)).clamp(max=1.0)
-            torch._foreach_mul_(shards, scale)  # pyright: ignore[reportPrivateImportUsage]
+            foreach_mul_(shards, scale)
         return norm
 
     def _enters_norm(self, parameter: DTensor) -> bool:

@@ -9,8 +9,9 @@ too, has such a name, ALLGATHER_COALESCED; an all-gather into a preallocated ten
 import functools
 
 import torch
-import torch.distributed._functional_collectives  # declares the operators
 from torch import Tensor
+
+from megatron.torch_private import COLLECTIVES
 
 
 @functools.cache
@@ -24,4 +25,4 @@ def gather_under_a_short_name() -> torch.library.Library:
 def _all_gather(shard: Tensor, size: int, group: str) -> Tensor:
     shard = shard.reshape(1) if shard.ndim == 0 else shard
     shards = shard.new_empty(size * shard.shape[0], *shard.shape[1:])
-    return torch.ops._c10d_functional.all_gather_into_tensor_out(shard, size, group, out=shards)
+    return COLLECTIVES.all_gather_into_tensor_out(shard, size, group, out=shards)

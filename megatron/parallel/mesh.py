@@ -8,10 +8,10 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from megatron.parallel.gloo_workaround import gather_under_a_short_name
 from megatron.parallel.launch import device, join, rank, world_size
+from megatron.torch_private import set_group_timeout
 
 PATIENCE = timedelta(days=1)  # timeout while ranks wait for a disk; the failure detector notices a rank that dies
 AXES = ("pp", "replicate", "shard", "tp")  # outermost first: neighbouring ranks share a tensor-parallel group
@@ -120,7 +120,7 @@ def build_parallel_context(
     timeout = timedelta(minutes=minutes)
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=AXES)
     for axis in AXES:
-        _set_pg_timeout(timeout, mesh.get_group(axis))
+        set_group_timeout(timeout, mesh.get_group(axis))
     patient = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=PATIENCE)) if size > 1 else None
     return ParallelContext(rank=rank, size=size, device=device, mesh=mesh, timeout=timeout, patient=patient)
 

@@ -29,6 +29,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from megatron.batch import Batch
 from megatron.config.sections import OptimizerConfig
 from megatron.parallel.engine import Engine
+from megatron.torch_private import foreach_copy_, foreach_mul, foreach_sub, fsdp_parameters
 
 SMALLEST_NORM = 1e-30  # of a gradient: without one, nothing moves
 
@@ -69,17 +70,16 @@ class MetaGradient:
         factor = self.norm / squares.sqrt().clamp(min=SMALLEST_NORM)
         for block in blocks:  # bounds the memory of the moves
             gradients = [matrix.gradient for matrix in block]
-            moves = torch._foreach_mul(gradients, factor)  # pyright: ignore[reportPrivateImportUsage]
+            moves = foreach_mul(gradients, factor)
             weights = [matrix.fp32_weight for matrix in block]
-            moved = torch._foreach_sub(weights, moves)  # pyright: ignore[reportPrivateImportUsage]
+            moved = foreach_sub(weights, moves)
             weights = [matrix.weight for matrix in block]
-            torch._foreach_copy_(weights, moved)  # pyright: ignore[reportPrivateImportUsage]
+            foreach_copy_(weights, moved)
 
     def _matrices(self, engine: Engine) -> Iterator[list["_Matrix"]]:
         """Yield the matrices that move, block by block."""
         modules = [module for root in engine.roots for module in root.modules() if isinstance(module, FSDPModule)]
-        groups = [cast(Any, module)._get_fsdp_state()._fsdp_param_group for module in modules]
-        by_weight = {id(parameter.unsharded_param): parameter for group in groups for parameter in group.fsdp_params}
+        by_weight = {id(parameter.unsharded_param): parameter for parameter in fsdp_parameters(modules)}
         for model in engine.models:
             for block in model.layers.values():
                 moving = cast(nn.Module, block.mlp) if self.parameters == "mlp" else block

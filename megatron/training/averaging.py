@@ -9,12 +9,12 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import cast
 
-import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from megatron.config.sections import OptimizerConfig
 from megatron.parallel.engine import Engine
+from megatron.torch_private import foreach_lerp_
 from megatron.training.checkpoint_store import load_checkpoint
 from megatron.training.resume import Origin
 
@@ -41,7 +41,7 @@ class Average:
             self.steps += 1
             weight = 1 / self.steps if self.config.ema_decay is None else 1 - self.config.ema_decay
             weights = [weight * (1 - self._engine.diverged)] * len(self._average_shards)
-            torch._foreach_lerp_(self._average_shards, self._weight_shards, weights)  # pyright: ignore[reportPrivateImportUsage]
+            foreach_lerp_(self._average_shards, self._weight_shards, weights)
 
     @contextmanager
     def swapped(self) -> Iterator[None]:

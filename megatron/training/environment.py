@@ -6,9 +6,8 @@ import platform
 import shutil
 import subprocess
 from dataclasses import asdict
-from importlib import import_module, metadata
+from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -22,6 +21,7 @@ from megatron.model.attention import disable_cudnn_attention
 from megatron.objectives.registry import capabilities
 from megatron.parallel.float8 import check_float8
 from megatron.parallel.mesh import ParallelContext
+from megatron.torch_private import cpu_has_bf16, inductor_config
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ def native_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         with torch.cuda.device(device):
             return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return cpu_has_bf16()
 
 
 def cpp_compiler() -> str | None:
@@ -81,7 +81,7 @@ def _use_deterministic_kernels(device: torch.device) -> None:
         torch.use_deterministic_algorithms(True)
         # no kernel here reads uninitialised memory
         torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
-        inductor: Any = import_module("torch._inductor.config")
+        inductor = inductor_config()
         if hasattr(inductor, "deterministic"):
             inductor.deterministic = True  # disables autotuning by timing
 

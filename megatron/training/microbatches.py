@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torch.utils.data._utils import signal_handling
 
 from megatron import stop_signals
 from megatron.batch import Batch, without_padding
@@ -24,6 +23,7 @@ from megatron.errors import ConfigurationError
 from megatron.objectives.base import Objective
 from megatron.objectives.input_noise import InputNoise
 from megatron.parallel.failure_detector import when_orphaned
+from megatron.torch_private import leave_child_signals_alone
 
 ALIGNMENT = 64  # bytes, of tensors in a block of shared memory
 MESSAGE_BYTES = 1 << 20  # of micro-batches that a worker sends together, unless a single one is larger
@@ -108,8 +108,7 @@ class Loader:
             pin_memory=device.type == "cuda",
             prefetch_factor=4 if num_workers else None,
         )
-        # torch would set a handler that raises anywhere in the main thread when a worker dies; __next__ checks them
-        signal_handling._SIGCHLD_handler_set = True
+        leave_child_signals_alone()  # __next__ checks the workers
         try:
             # stop signals reach the whole job: the training process saves and exits, and needs its workers
             with stop_signals.blocked():

@@ -22,7 +22,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint import state_dict_saver
-from torch.distributed.checkpoint._hf_utils import CUSTOM_METADATA_KEY, SAVED_OFFSETS_KEY
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import Metadata
@@ -30,6 +29,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWr
 from torch.distributed.tensor import DTensor
 
 from megatron.parallel.mesh import PATIENCE, ParallelContext
+from megatron.torch_private import sharded_file_keys
 from megatron.training.run_folder import LockError, write_json
 
 logger = logging.getLogger(__name__)
@@ -242,8 +242,9 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor], offsets: dict[str,
 
     Raises: OSError if writing fails.
     """
-    layout = json.dumps({name: {SAVED_OFFSETS_KEY: offset} for name, offset in offsets.items()})
-    header: dict[str, dict] = {"__metadata__": {"format": "pt", CUSTOM_METADATA_KEY: layout}}
+    layout_key, offsets_key = sharded_file_keys()
+    layout = json.dumps({name: {offsets_key: offset} for name, offset in offsets.items()})
+    header: dict[str, dict] = {"__metadata__": {"format": "pt", layout_key: layout}}
     end = 0
     for name, tensor in tensors.items():
         begin, end = end, end + tensor.nbytes

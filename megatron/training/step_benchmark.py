@@ -20,6 +20,7 @@ from megatron.objectives.registry import build_objective, capabilities, document
 from megatron.parallel.launch import world_size
 from megatron.parallel.mesh import ParallelContext, initialize_parallel
 from megatron.parallel.meta_gradient import MetaGradient
+from megatron.torch_private import forget_compiled_code
 from megatron.training.build_engine import start_engine
 from megatron.training.device_info import peak_memory
 from megatron.training.environment import choose_precision, prepare_device
@@ -94,7 +95,7 @@ def attempt(config: Config, vocabulary: Vocabulary, steps: int) -> Trial | str:
         teachers = ranks.from_rank_0(lambda: open_teachers(config, vocabulary, ranks.size))
     except ConfigurationError as error:
         return f"refused: {error}"
-    torch._dynamo.reset()  # code compiled for other configurations counts towards the recompilation limit
+    forget_compiled_code()
     gc.collect()  # sharded modules contain reference cycles
     if ranks.device.type == "cuda":
         torch.cuda.empty_cache()

@@ -1,0 +1,65 @@
+"""The private API of torch that this project uses, and nothing else may. Tried with torch 2.11.0 and 2.13.0 on a CPU.
+
+A new release of torch is checked here first: each name says what it is for, and what public API lacks.
+"""
+
+from collections.abc import Iterable
+from importlib import import_module
+from typing import Any, cast
+
+import torch
+import torch.distributed._functional_collectives  # declares the operators
+from torch import nn
+from torch.distributed.distributed_c10d import _set_pg_timeout
+from torch.utils.data._utils import signal_handling
+
+# Elementwise operations on lists of tensors in a few kernels; what torch's own fused optimizers and clipping use.
+foreach_copy_ = torch._foreach_copy_  # pyright: ignore[reportPrivateImportUsage]
+foreach_lerp_ = torch._foreach_lerp_  # pyright: ignore[reportPrivateImportUsage]
+foreach_mul = torch._foreach_mul  # pyright: ignore[reportPrivateImportUsage]
+foreach_mul_ = torch._foreach_mul_  # pyright: ignore[reportPrivateImportUsage]
+foreach_sub = torch._foreach_sub  # pyright: ignore[reportPrivateImportUsage]
+
+# The functional operators return new tensors: collectives that write into an output tensor silently lose its gradient
+# in code compiled by torch 2.11. The Python functions for these operators have other names in 2.13.
+COLLECTIVES = torch.ops._c10d_functional
+
+set_group_timeout = _set_pg_timeout  # of a process group that exists: those of a mesh cannot be given one
+
+
+def fsdp_parameters(modules: Iterable[nn.Module]) -> list[Any]:
+    """Return FSDP2's records (FSDPParam) of the parameters of modules that `fully_shard` was applied to.
+
+    They have the gathered weights and unreduced gradients, which the public API does not show.
+    """
+    groups = (cast(Any, module)._get_fsdp_state()._fsdp_param_group for module in modules)
+    return [parameter for group in groups for parameter in group.fsdp_params]
+
+
+def sharded_file_keys() -> tuple[str, str]:
+    """Return the keys of a safetensors header that a distributed checkpoint needs: of the layout, and of offsets in it.
+
+    The writer of torch.distributed.checkpoint sets them; ours writes the same files with checksums.
+    """
+    keys = import_module("torch.distributed.checkpoint._hf_utils")
+    return keys.CUSTOM_METADATA_KEY, keys.SAVED_OFFSETS_KEY
+
+
+def cpu_has_bf16() -> bool:
+    """Return whether the CPU has bf16 arithmetic of its own: AVX-512 or AMX."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def inductor_config() -> Any:
+    """Return the settings of the compiler's code generator."""
+    return import_module("torch._inductor.config")
+
+
+def forget_compiled_code() -> None:
+    """Drop what torch.compile has compiled in this process, which counts towards its limit of recompilations."""
+    torch._dynamo.reset()
+
+
+def leave_child_signals_alone() -> None:
+    """Keep data loaders from setting a handler that raises anywhere in the main thread when a worker dies."""
+    signal_handling._SIGCHLD_handler_set = True
