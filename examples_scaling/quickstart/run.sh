@@ -14,13 +14,13 @@ data=${DATA:-data/quickstart}
 execute "$python" tools/preprocess_data.py --output-dir "$data" --train-tokenizer 512
 shared=(--num-layers 2 --hidden-size 128 --num-attention-heads 4 --init-method-std 0.06 --seq-length 128
     --train-data-path "$data/train" --train-unique-tokens 50_000
-    --micro-batch-size 16 --global-batch-size 16 --lr 2e-3 --log-interval 100
+    --micro-batch-size 16 --global-batch-size 16 --log-interval 100
     --valid-data-path "tuning=$data/tuning" "validation=$data/validation" --eval-samples 192 --eval-batch-size 32)
 long=("${shared[@]}" --train-epochs 160)
-in_background ar pretrain ar "${long[@]}" --eval-interval 98 --save "$out/ar" "$@"
-in_background mdm pretrain mdm "${long[@]}" --save "$out/mdm" "$@"
+in_background ar pretrain ar "${long[@]}" --lr 2e-3 --eval-interval 98 --save "$out/ar" "$@"
+in_background mdm pretrain mdm "${long[@]}" --lr 2e-3 --save "$out/mdm" "$@"
 in_background ar_regularised pretrain ar "${long[@]}" --eval-interval 98 --save "$out/ar_regularised" \
-    --token-dropout-max 0.3 --mlp-dropout 0.2 --weight-decay 1.0 "$@"
-in_background ar_short pretrain ar "${shared[@]}" --train-epochs 12 --save "$out/ar_short" "$@"
+    --recipe data-constrained "$@"
+in_background ar_short pretrain ar "${shared[@]}" --lr 2e-3 --train-epochs 12 --save "$out/ar_short" "$@"
 wait_all
 execute "$python" tools/report.py "$out"/{ar,mdm,ar_regularised,ar_short} --output "$out/report"

@@ -5,7 +5,7 @@ from fractions import Fraction
 
 from megatron.config.capabilities import Capabilities
 from megatron.config.flags import require, spelling, typed
-from megatron.config.recipes import RECIPES
+from megatron.config.recipes import RECIPES, recipe_settings
 from megatron.config.sections import SECTIONS, Config
 from megatron.config.sections.parallel import WITHOUT_DEEPSPEED
 from megatron.config.sizes import parameter_count
@@ -147,7 +147,7 @@ def no_op_flags(config: Config, exact: bool) -> list[str]:
 
     `exact`: whether the objective's likelihood is exact.
     """
-    reasons, recipe = [], RECIPES[config.training.recipe]
+    reasons, recipe = [], recipe_settings(config.training.recipe, config.objective.objective)
     if exact:
         reasons.append(("validation", ("num_mc", "eval_seed"), "an exact likelihood has no evaluation noise"))
     if not config.checkpoint.save:

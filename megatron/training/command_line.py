@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron.config.compatibility import is_foreign, translate
 from megatron.config.flags import DescribedFormatter, HelpFormatter, Parser, add_section, build, spelling, typed_flags
-from megatron.config.recipes import RECIPES
+from megatron.config.recipes import recipe_settings
 from megatron.config.resolve import BUDGETS, unpublished_defaults
 from megatron.config.sections import SECTIONS, Config
 from megatron.config.sizes import ladder_settings
@@ -114,8 +114,8 @@ def implied(objective: str, arguments: list[str], recorded: dict | None = None) 
     """
     early = _early_flags(arguments)
     # unknown recipes and objectives are rejected later, by the full parser
-    recipe = RECIPES.get(early.get("recipe") or "", {})
     chosen_objective = early.get("objective") or objective
+    recipe = recipe_settings(early.get("recipe") or "", chosen_objective)
     unused = foreign(chosen_objective) if chosen_objective in OBJECTIVES else ()
     settings = {name: value for name, value in recipe.items() if name not in unused}
     if recorded is None and early.get("skip_train"):

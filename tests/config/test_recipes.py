@@ -1,10 +1,11 @@
 """The recipes: field by field against the published system, and flags win over them."""
 
+import csv
 import dataclasses
 
 import pytest
 
-from megatron.config.recipes import RECIPES
+from megatron.config.recipes import BY_OBJECTIVE, RECIPES
 from megatron.config.resolve import resolve
 from megatron.config.sections import SECTIONS
 from megatron.config.subsets import UNIQUE_TOKENS
@@ -12,6 +13,7 @@ from megatron.config.vocabulary import Vocabulary
 from megatron.errors import ConfigurationError
 from megatron.objectives.registry import capabilities
 from megatron.training.command_line import parse
+from tests.conftest import ROOT
 
 FILES = "--vocab-file v.json --merge-file m.txt --train-data-path-file t.txt --valid-data-path-file v.txt".split()
 # Values that the published scripts pass (quickstart/train_ar.sh), then defaults of their parser, under our names.
@@ -121,7 +123,23 @@ def test_help_shows_the_defaults_of_the_recipe(objective, capsys):
 
 
 def test_every_name_of_a_recipe_is_a_field():
-    for settings in RECIPES.values():
+    of_objectives = [settings for recipe in BY_OBJECTIVE.values() for settings in recipe.values()]
+    for settings in [*RECIPES.values(), *of_objectives]:
         assert set(settings) <= set(values(parse("ar", ["--model-size", "7M"])))
-    with pytest.raises(ConfigurationError, match="--recipe mine: is not one of default, published"):
+    with pytest.raises(ConfigurationError, match="--recipe mine: is not one of default, published, data-constrained"):
         parse("ar", ["--model-size", "7M", "--recipe", "mine"])
+
+
+def test_the_data_constrained_recipe_is_that_of_the_study():
+    """Its settings are those of the trials that the study chose, to two digits; others get what both share."""
+    with (ROOT / "results" / "study" / "study.csv").open() as file:
+        chosen = {row["variant"]: row for row in csv.DictReader(file) if row["stage"] == "headline"}
+    flags = ["--model-size", "7M", "--recipe", "data-constrained"]
+    for objective, variant in (("ar", "ar_dropout"), ("mdm", "mdm")):
+        settings = values(parse(objective, flags))
+        assert (settings["optimizer"], settings["lr_decay_style"]) == ("muon", "WSD")
+        for flag in ("lr", "weight-decay", "token-dropout-max", "mlp-dropout"):
+            expected = float(chosen[variant][flag] or 0)
+            assert settings[flag.replace("-", "_")] == pytest.approx(expected, rel=0.02)
+    own = values(parse("ar", [*flags, "--objective", "any-order"]))
+    assert own["lr"] == values(parse("ar", ["--model-size", "7M"]))["lr"] and own["optimizer"] == "muon"

@@ -12,8 +12,8 @@ class TrainingConfig(Section):
 
     recipe: str = flag(
         "default",
-        "defaults of all flags: this project's, or those of the published system (2507.15857); with --help it shows "
-        "them",
+        "defaults of all flags: this project's, those of the published system (2507.15857), or what was best on "
+        "repeated data in the study; with --help it shows them",
         choices=tuple(RECIPES),
     )
     train_epochs: float | None = flag(
