@@ -34,15 +34,15 @@ class Document:
     """A held-out text, as models that read `seq_length` tokens see it.
 
     `lines` are without their ends; `starts` and `token_starts`, [lines + 1], are the characters and the tokens before
-    each line, where lines are encoded alone.
+    each line, where lines are encoded alone, after a newline.
     """
 
     def __init__(self, number: int, text: str, tokenizer: Tokenizer, seq_length: int):
         self.number, self.text, self.tokenizer, self.seq_length = number, text, tokenizer, seq_length
         self.lines = text.split("\n")
-        whole_lines = [f"{line}\n" for line in self.lines]
-        self.starts = [0, *itertools.accumulate(map(len, whole_lines))]
-        self.token_starts = np.cumsum([0, *map(len, tokenizer.encode_batch(whole_lines))])
+        self.starts = line_starts(text)
+        tokens = tokenizer.encode_batch([f"\n{line}" for line in self.lines])
+        self.token_starts = np.cumsum([0, *map(len, tokens)])
         self.max_context = int(seq_length * CONTEXT_SHARE)  # tokens
 
     def context_start(self, offset: int) -> int | None:
@@ -53,6 +53,11 @@ class Document:
         line = bisect.bisect_right(self.starts, offset) - 1
         first = int(np.searchsorted(self.token_starts, self.token_starts[line + 1] - self.max_context))
         return self.starts[first] if first <= line else None
+
+
+def line_starts(text: str) -> list[int]:
+    """Return the first character of each line, and of the line that would follow."""
+    return [0, *itertools.accumulate(len(line) + 1 for line in text.split("\n"))]
 
 
 @dataclass(frozen=True)
@@ -108,15 +113,9 @@ def matching_brackets(text: str) -> list[tuple[int, int]]:
         paragraphs = [part.span() for part in PARAGRAPH.finditer(text)]
         brackets = [[match.start() for match in BRACKETS.finditer(text, *span)] for span in paragraphs]
         return [pair for offsets in brackets for pair in _match(text, offsets)]
-    starts = [0, *itertools.accumulate(len(line) + 1 for line in text.split("\n"))]
-    return _match(
-        text,
-        [
-            starts[token.start[0] - 1] + token.start[1]
-            for token in tokens
-            if token.type == tokenize.OP and BRACKETS.fullmatch(token.string)
-        ],
-    )
+    starts = line_starts(text)
+    positions = [token.start for token in tokens if token.type == tokenize.OP and BRACKETS.fullmatch(token.string)]
+    return _match(text, [starts[row - 1] + column for row, column in positions])
 
 
 def _match(text: str, offsets: Iterable[int]) -> list[tuple[int, int]]:
@@ -142,10 +141,10 @@ def python_tokens(text: str) -> list[tokenize.TokenInfo] | None:
     except (SyntaxError, ValueError, RecursionError, MemoryError, tokenize.TokenError):
         return None
     depth, outside = 0, []
-    for token in tokens:  # since Python 3.12 f-strings are several tokens
+    for token in tokens:  # since Python 3.12 an f-string is several tokens, of which the first stands for it
+        outside += [token] if not depth else []
         name = tokenize.tok_name[token.type]
         depth += name.endswith("STRING_START") - name.endswith("STRING_END")
-        outside += [token] if not depth else []
     return outside
 
 
@@ -236,13 +235,14 @@ def _shape(line: str) -> tuple[str, int]:
 
 
 def _can_be_choice(document: Document, index: int) -> bool:
-    """Return whether a line has some words, room for its tokens, and half a context or more before it."""
+    """Return whether a line has some words, room for its tokens, a line before it, and half a context or more."""
     tokens = document.token_starts[index + 1] - document.token_starts[index]
     return (
         len(re.findall(r"\w+", document.lines[index])) >= MIN_WORDS
         and tokens <= document.seq_length - document.max_context
         and document.token_starts[index] >= document.max_context // 2
         and bool(document.lines[index - 1].strip())
+        and document.context_start(document.starts[index] - 1) is not None
     )
 
 
