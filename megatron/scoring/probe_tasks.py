@@ -5,6 +5,7 @@ random. So a model that looks at the choices alone, whatever it knows of them, h
 """
 
 from collections import defaultdict, deque
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -133,7 +134,7 @@ def balanced_items(task: str, documents: list[Document], options: ProbeOptions) 
     return items
 
 
-def _accuracy(scores: list[list[float]], items: list[Item]) -> float:
+def _accuracy(scores: Sequence[Sequence[float]], items: list[Item]) -> float:
     """Return how often the right choice has the highest score; where k choices tie for it, as 1 / k."""
     return sum(
         (row[item.label] == max(row)) / row.count(max(row)) for row, item in zip(scores, items, strict=True)
