@@ -99,7 +99,7 @@ def bracket_candidates(documents: Iterable[Document], generator: np.random.Gener
         for opening, closing in matching_brackets(document.text):
             right = document.text[closing]
             wrong = generator.choice([bracket for bracket in CLOSING.values() if bracket != right])
-            yield Candidate(document, opening, closing, (right, str(wrong)), right)
+            yield Candidate(document, opening, closing, (right, str(wrong)), right=right)
 
 
 def matching_brackets(text: str) -> list[tuple[int, int]]:
@@ -184,7 +184,7 @@ def indentation_candidates(documents: Iterable[Document], generator: np.random.G
                 choices = tuple(f"\n{indentation}{after.first.string}" for indentation in (depth, depth + unit))
                 needed = document.starts[line.first.start[0] - 1]
                 offset = document.starts[line.last_row] - 1
-                yield Candidate(document, needed, offset, choices, choices[line.opens_block])
+                yield Candidate(document, needed, offset, choices, right=choices[line.opens_block])
 
 
 def logical_lines(text: str) -> list[LogicalLine]:
@@ -225,7 +225,7 @@ def cloze_candidates(documents: Sequence[Document], generator: np.random.Generat
         document, index = group[generator.integers(NUM_LINES)]
         choices = tuple("\n" + other.lines[line] for other, line in group)
         offset = document.starts[index] - 1
-        yield Candidate(document, offset, offset, choices, "\n" + document.lines[index])
+        yield Candidate(document, offset, offset, choices, right="\n" + document.lines[index])
 
 
 def _shape(line: str) -> tuple[str, int]:
@@ -281,4 +281,4 @@ def build_item(candidate: Candidate, generator: np.random.Generator) -> Item | N
     if encode_pair(tokenizer, text[start:end], following).encoded_alone:
         return None
     choices = [candidate.choices[index] for index in generator.permutation(len(pairs))]
-    return Item(document.number, offset, text[start:offset], choices, choices.index(right))
+    return Item(document.number, offset, text[start:offset], choices, label=choices.index(right))

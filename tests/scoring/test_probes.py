@@ -292,7 +292,7 @@ OBJECTIVES = {"ar": (), "mdm": (), "dual": (), "any-order": (), "block-diffusion
 def test_lm_eval_scores_the_probes(objective, probes, tmp_path):
     folder, _, written = probes
     flags = "--num-layers 2 --hidden-size 32 --num-attention-heads 2 --fp32 --no-compile --lr 1e-2 --eval-samples 4 "
-    flags += f"--seq-length {SEQ_LENGTH} --micro-batch-size 4 --global-batch-size 4 --train-iters 12"
+    flags += f"--seq-length {SEQ_LENGTH} --micro-batch-size 2 --global-batch-size 4 --train-iters 12"
     data = ["--train-data-path", f"{folder}/held_out", "--valid-data-path", f"{folder}/held_out"]
     words = ["--objective", objective, *OBJECTIVES[objective], *flags.split(), *data, "--save", str(tmp_path / "run")]
     train("ar", words)
