@@ -37,10 +37,10 @@ from megatron.config.flags import DescribedFormatter, Parser, add_section, build
 from megatron.errors import ConfigurationError
 from megatron.generation.requests import Request, check, max_generated_tokens, read_request
 from megatron.generation.sampling import Sampling
-from megatron.generation.texts import write_records, write_texts
+from megatron.generation.texts import write_texts
 from megatron.parallel.launch import check_alone
 from megatron.training.load_run import open_trained
-from megatron.training.run_folder import writing
+from megatron.training.run_folder import write_records, writing
 
 logger = logging.getLogger(__name__)
 

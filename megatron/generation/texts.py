@@ -1,9 +1,7 @@
 """Texts of a training run with their prompts and settings, one record per text."""
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 
 import torch
 
@@ -13,7 +11,6 @@ from megatron.generation.requests import Prompt, Request
 from megatron.generation.sampling import MASKED, Sampling
 from megatron.objectives.registry import capabilities
 from megatron.training.load_run import Trained
-from megatron.training.run_folder import writing
 
 MASK_SYMBOL = "░"  # shows a masked position
 
@@ -102,11 +99,3 @@ def visible(ids: list[int], tokenizer: Tokenizer, mask_id: int) -> str:
         runs[-1].append(token)
     texts = [MASK_SYMBOL if run == [mask_id] else tokenizer.decode(run) for run in runs]
     return "".join(texts).replace("\n", "\\n")
-
-
-def write_records(path: Path, records: list[dict]) -> None:
-    """Write one line per record; the file is written whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    with writing(path):
-        partial.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-        partial.replace(path)

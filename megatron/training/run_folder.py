@@ -59,6 +59,14 @@ def write_json(path: Path, value: dict) -> None:
     temporary.replace(path)
 
 
+def write_records(path: Path, records: list[dict]) -> None:
+    """Write one line per record; the file is written whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    with writing(path):
+        partial.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+        partial.replace(path)
+
+
 def read_json(path: Path) -> dict:
     """Return the content of a JSON file.
 
