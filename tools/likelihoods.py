@@ -120,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
         "--against",
         type=Path,
         metavar="RECORD",
-        help="also print differences to the first likelihood of this record, of another run on the same windows, paired "
+        help="also print differences to the first likelihood in the record of another run on the same windows, paired "
         "by document",
     )
     return parser
