@@ -8,7 +8,10 @@ import sys
 from pathlib import Path
 from statistics import fmean, stdev
 
+import numpy as np
 import pytest
+
+from megatron.statistics import paired_difference
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "results" / "techniques.md"]
@@ -65,8 +68,25 @@ def test_likelihoods_are_those_of_the_records(path):
     (data,) = json.loads(path.read_text())["sets"].values()
     assert data["windows"] == 32
     rows = [line.strip("| ").split(" | ") for line in LIKELIHOODS.with_suffix(".md").read_text().splitlines()]
-    rows = [row for row in rows if row[0] == path.stem.replace("_", " ")]
+    rows = [row for row in rows if row[0] == path.stem.replace("_", " ") and len(row) == 6]
     assert [row[1] for row in rows] == [result["name"] for result in data["likelihoods"]]
     for (_, _, loss, _, passes, _), result in zip(rows, data["likelihoods"], strict=True):
         sign = {"exact": "", "upper": "<= ", "lower": ">= "}[result["kind"]]
         assert loss == f"{sign}{result['loss']:.4g} ± {result['data_se']:.2g}" and int(passes) == result["passes"]
+
+
+@pytest.mark.parametrize("path", sorted((LIKELIHOODS / "paired").glob("*.json")), ids=lambda path: path.stem)
+def test_paired_differences_are_those_of_the_records(path):
+    """The losses are also those of the first table."""
+    record, first = (json.loads((path.parent / name).read_text()) for name in (path.name, "ar.json"))
+    (data,), (baseline,) = record["sets"].values(), first["sets"].values()
+    (earlier,) = json.loads((LIKELIHOODS / path.name).read_text())["sets"].values()
+    losses = {result["name"]: result["loss"] for result in earlier["likelihoods"]}
+    assert data["documents"] == baseline["documents"]
+    tokens, (exact,) = np.array(data["documents"]["tokens"]), baseline["likelihoods"]
+    rows = [line.strip("| ").split(" | ") for line in LIKELIHOODS.with_suffix(".md").read_text().splitlines()]
+    rows = [row for row in rows if row[0] == path.stem.replace("_", " ") and len(row) == 3]
+    for row, result in zip(rows, data["likelihoods"] if path.stem != "ar" else [], strict=True):
+        assert result["loss"] == pytest.approx(losses[result["name"]], rel=1e-6)
+        difference = paired_difference(np.array([result["nats"]]), np.array([exact["nats"]]), tokens)
+        assert row[1:] == [result["name"], f"{difference.value:+.3g} ± {difference.standard_error:.2g}"]

@@ -3,6 +3,7 @@
 
     python tools/likelihoods.py runs/mdm --eval-windows 32
     python tools/likelihoods.py runs/mdm --orders confidence left-to-right --tokens-per-step 4 --num-orders 0
+    python tools/likelihoods.py runs/mdm --against runs/ar/likelihoods/293.json
     torchrun --standalone --nproc-per-node 8 tools/likelihoods.py runs/mdm --json runs/mdm_likelihoods.json
 
 chain: the exact likelihood of an unmasking order, one token after another; for masked diffusion that of
@@ -35,7 +36,7 @@ from megatron.config.flags import require
 from megatron.generation.sampling import ORDERS
 from megatron.parallel.mesh import initialize_parallel
 from megatron.reporting.ensemble import settings
-from megatron.reporting.likelihood_records import record_path, table
+from megatron.reporting.likelihood_records import comparison, read_likelihoods, record_path, table
 from megatron.reporting.likelihoods import Policies, evaluate_likelihoods
 from megatron.scoring.answer_cache import cache_files
 from megatron.training.load_run import open_trained
@@ -52,6 +53,8 @@ def main() -> None:
             require(value is None or value >= 1, name, value, "must be at least 1")
         count = options.num_orders
         require(count is None or (count >= 0 and count % 2 == 0), "num_orders", count, "is an even number, or 0")
+        if options.against:
+            read_likelihoods(options.against, "--against")
         return settings(options.run, flags)
 
     def work(config, detector) -> None:
@@ -72,6 +75,8 @@ def main() -> None:
             for file in cache_files(progress):
                 file.unlink()
             print(f"{table(record)}\n\nrecord: {path}")
+            if options.against:
+                print(f"\n{comparison(record, read_likelihoods(options.against, '--against'))}")
 
     launch(read, work)
 
@@ -110,6 +115,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="write the record there (default: RUN/likelihoods/ITERATION.json)"
+    )
+    parser.add_argument(
+        "--against",
+        type=Path,
+        metavar="RECORD",
+        help="also print differences to the first likelihood in the record of another run on the same windows, paired "
+        "by document",
     )
     return parser
 

@@ -7,12 +7,14 @@ samples from the any-order model exactly; several positions per step are sampled
 
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from megatron.batch import Batch
+from megatron.generation.certainty import certainty
 from megatron.generation.policies import candidates, select_highest
 from megatron.generation.sampling import Sampling, choose
 from megatron.model.transformer import Transformer
@@ -20,7 +22,6 @@ from megatron.randomness import stream
 
 DIRECTIONS = {"left-to-right": -1, "right-to-left": 1}  # priority of the next position, by order
 LOGIT_POSITIONS = {"cpu": 256, "cuda": 1024}  # positions whose logits exist at one time, by device type
-CACHED_LOGITS = 2**19  # elements that a CPU's cache holds: 2 MiB in fp32
 
 # called after so many positions are decided
 Advance = Callable[[int], object]
@@ -88,7 +89,6 @@ class Filling:
         offset: int = 0,
     ):
         self.model = model
-        self.sampling = sampling
         self.keys = keys
         self.eod = eod
         self.open_end = open_end
@@ -102,6 +102,8 @@ class Filling:
         # [B, L], masked positions from left to right, then others where a text has fewer than L
         self.positions = masked.int().argsort(dim=1, descending=True, stable=True)[:, : self.length]
         self.steps = sampling.steps or self.length
+        # one step fills all positions, in any order
+        self.sampling = replace(sampling, order="left-to-right") if self.steps == 1 else sampling
         size = sampling.block_length or self.length
         self.blocks = torch.arange(self.length, device=self.device) // size  # [L]
         self.active = torch.arange(len(texts), device=self.device)  # [R], texts that are not decided yet
@@ -177,10 +179,13 @@ class Filling:
             turns = torch.arange(self.length, device=self.device, dtype=scores.dtype).expand_as(scores)
             scores[reached] = DIRECTIONS[self.sampling.order] * turns[reached]
         else:
-            chunks = states[reached].split(self.logit_positions)
-            certainties = [certainty(self.logits(chunk), self.sampling.order) for chunk in chunks]
-            scores[reached] = torch.cat(certainties).double()
+            scores[reached] = self.certainties(states[reached], reached).double()
         return scores.masked_fill(finished, float("inf"))  # earlier blocks have priority
+
+    def certainties(self, states: Tensor, reached: Tensor) -> Tensor:
+        """Return the certainties [N] of predictions from hidden states [N, H]; `reached` [R, L] is True at them."""
+        chunks = states.split(self.logit_positions)
+        return torch.cat([certainty(self.logits(chunk), self.sampling.order) for chunk in chunks])
 
     def choose(self, states: Tensor, draws: Tensor, selected: Tensor) -> Tensor:
         """Return tokens [N] sampled from hidden states [N, H] with uniform `draws` [N].
@@ -205,26 +210,3 @@ class Filling:
         undecided = ((answers == self.mask_id) & ((answers == self.eod).cumsum(1) == 0)).any(1)
         advance(int((~undecided).sum()) * (self.length - after))
         self.active = self.active[undecided]
-
-
-def certainty(logits: Tensor, order: str) -> Tensor:
-    """Return the certainty of the model at each row of `logits` [N, V], [N]; higher is more certain.
-
-    confidence: the highest probability (LLaDA, 2502.09992); margin: the difference of the highest two (2502.06768);
-    entropy: the negative entropy. All are of the model's own distribution, at temperature 1.
-    """
-    rows = max(1, CACHED_LOGITS // logits.shape[1]) if logits.device.type == "cpu" else max(1, len(logits))
-    return torch.cat([_certainty(part, order) for part in logits.split(rows)])
-
-
-def _certainty(logits: Tensor, order: str) -> Tensor:
-    if order == "entropy":
-        shifted = (logits - logits.amax(-1, keepdim=True)).clamp(min=-100)  # -inf, which has probability 0, too
-        weights = shifted.exp()
-        total = weights.sum(-1)
-        return (weights * shifted).sum(-1) / total - total.log()
-    normaliser = logits.logsumexp(-1)
-    if order == "confidence":
-        return (logits.amax(-1) - normaliser).exp()  # in less time than the highest two
-    first, second = (logits.topk(2).values - normaliser[:, None]).exp().unbind(1)
-    return first - second

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from megatron.batch import Batch
+from megatron.config.policies import CERTAINTIES
+from megatron.generation.certainty import predictions
 from megatron.generation.diffusion import Filling
 from megatron.generation.sampling import Sampling
 from megatron.model.transformer import Transformer
@@ -37,19 +39,26 @@ class ForcedFilling(Filling):
         self.truth = texts.to(self.device).gather(1, self.positions)  # [B, L]
         self.nll = torch.zeros(self.truth.shape, device=self.device)  # [B, L]
 
+    def certainties(self, states: Tensor, reached: Tensor) -> Tensor:
+        """Return the certainties of the `reached` positions, and keep the NLL of their tokens."""
+        self.nll[reached], certainties = self._predictions(states, self.truth[reached])
+        return certainties
+
     def choose(self, states: Tensor, draws: Tensor, selected: Tensor) -> Tensor:
         """Return the tokens of the texts at the `selected` positions, and keep their NLL."""
         targets = self.truth[selected]  # [N]
-        chunks = zip(states.split(self.logit_positions), targets.split(self.logit_positions), strict=True)
-        nll = [
-            torch.nn.functional.cross_entropy(self.logits(chunk), target, reduction="none") for chunk, target in chunks
-        ]
-        self.nll[selected] = torch.cat(nll)
+        if self.sampling.order not in CERTAINTIES:  # otherwise `certainties` has kept it in this step
+            self.nll[selected], _ = self._predictions(states, targets)
         return targets
 
-    def logits(self, states: Tensor) -> Tensor:
-        """Return fp32 logits [N, V] of hidden states [N, H]; a text may contain the end of a document anywhere."""
-        return self.model.head(states)
+    def _predictions(self, states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the NLL of targets [N], and the certainties [N], from hidden states [N, H].
+
+        A text may contain the end of a document anywhere, so every id of the tokenizer is predicted.
+        """
+        chunks = zip(states.split(self.logit_positions), targets.split(self.logit_positions), strict=True)
+        nll, certainties = zip(*(predictions(self.model, *chunk, self.sampling.order) for chunk in chunks), strict=True)
+        return torch.cat(nll), torch.cat(certainties)
 
     def token_nll(self) -> Tensor:
         """Return the NLL of each token after `run`, fp32 [B, T], 0 at those that were not masked."""

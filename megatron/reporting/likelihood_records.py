@@ -3,12 +3,16 @@
 RUN/likelihoods/<iteration>.json, or <iteration>.average.json of the averaged weights
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
+
+from megatron.config.flags import require
 from megatron.errors import ConfigurationError
 from megatron.reporting.attachments import Table, read_record
 from megatron.reporting.runs import Run
+from megatron.statistics import Ratio, paired_difference
 
 FOLDER = "likelihoods"
 SIGNS = {"exact": "", "upper": "<= ", "lower": ">= "}
@@ -35,22 +39,33 @@ def record_path(checkpoint: Path, iteration: int, average: bool) -> Path:
 def likelihood_tables(runs: Sequence[Run]) -> list[Table]:
     """Return a table for each validation set of each record in the folders of runs, checkpoints in their order.
 
+    Then, for each set, one of the differences between the records of the same windows.
+
     Raises: ConfigurationError for a file that is no record.
     """
-    tables = []
+    tables, records = [], []
     for run in runs:
         paths = [path for path in (run.folder / FOLDER).glob("*.json") if path.name.partition(".")[0].isdecimal()]
         for path in sorted(paths, key=lambda path: (int(path.name.partition(".")[0]), path.name)):
-            tables += read_record(path, "", "tools/likelihoods.py", lambda record, name=run.name: _tables(record, name))
-    return tables
+            record = read_likelihoods(path) | {"run": run.name}
+            tables += _tables(record)
+            records.append(record)
+    return tables + (comparisons(records[0], records[1:]) if records else [])
 
 
-def _tables(record: dict, run: str) -> list[Table]:
+def read_likelihoods(path: Path, flag: str = "") -> dict:
+    """Return the record in a file; `flag` names it in errors, if not empty.
+
+    Raises: ConfigurationError for a file that is no record.
+    """
+    return read_record(path, flag, "tools/likelihoods.py", lambda record: _tables(record) and record)
+
+
+def _tables(record: dict) -> list[Table]:
     """Return a table for each set of a record."""
-    weights = " (averaged weights)" if record["average"] else ""
     return [
         Table(
-            title=f"Likelihoods of {run} at step {record['iteration']}{weights}: {name}, {results['windows']} windows",
+            title=f"Likelihoods of {_title(record)}: {name}, {results['windows']} windows",
             headings=("likelihood", *HEADINGS),
             lines=[_cells(result) for result in results["likelihoods"]],
             note=" ".join(LEGEND),
@@ -59,22 +74,82 @@ def _tables(record: dict, run: str) -> list[Table]:
     ]
 
 
+def comparisons(first: dict, records: Sequence[dict]) -> list[Table]:
+    """Return a table for each set of which `records` have the documents and tokens of the `first` record.
+
+    Every likelihood is compared with the first one of the first record. Records without sums by document are left out.
+    """
+    tables = []
+    for name, results in first["sets"].items():
+        baseline = results["likelihoods"][0]
+        lines = [
+            [_title(record), *_cells(result)[:2], _difference(difference(result, baseline, results["documents"]))]
+            for record in (first, *records)
+            if has_documents(record, name, results)
+            for result in record["sets"][name]["likelihoods"]
+        ]
+        if len(lines) > len(results["likelihoods"]):
+            title = f"Likelihoods on the same windows: {name}, {results['windows']} windows"
+            headings = ("run", "likelihood", "nats per token", f"difference to {baseline['name']}")
+            note = f"±: standard error over documents. Differences are to {_title(first)}, paired by document."
+            tables.append(Table(title, headings, lines, note))
+    return tables
+
+
+def has_documents(record: dict, name: str, results: dict) -> bool:
+    """Return whether a record has a set of this name, on the documents and tokens of the `results` of another one."""
+    documents = results.get("documents")
+    return documents is not None and record["sets"].get(name, {}).get("documents") == documents
+
+
+def difference(result: dict, baseline: dict, documents: dict) -> Ratio:
+    """Return the loss of a result minus that of a baseline, with its standard error over the same `documents`."""
+    nats, other = (np.array(likelihood["nats"])[None] for likelihood in (result, baseline))
+    return paired_difference(nats, other, np.array(documents["tokens"]))
+
+
 def table(record: dict) -> str:
     """Return the record as text: one table per set, and a legend of the columns."""
-    lines = [f"{record['run']} step {record['iteration']}, {record['objective_name']}"]
+    lines = [f"{_title(record)}, {record['objective_name']}"]
     for name, results in record["sets"].items():
-        rows = [[f"{name} ({results['windows']} windows)", *HEADINGS], *map(_cells, results["likelihoods"])]
-        widths = [max(map(len, column)) for column in zip(*rows)]
-        lines += ["", *("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)]
+        lines += _text((f"{name} ({results['windows']} windows)", *HEADINGS), map(_cells, results["likelihoods"]))
     return "\n".join([*lines, "", *LEGEND])
+
+
+def comparison(record: dict, against: dict) -> str:
+    """Return the `comparisons` of a record with the first likelihood of the record `against` as text.
+
+    Raises: ConfigurationError where they have no set with the same documents and tokens.
+    """
+    tables = comparisons(against, [record])
+    message = "has no set of the same windows with sums by document; evaluate that run again on these windows"
+    require(bool(tables), "against", _title(against), message)
+    lines = [[entry.title, *_text(entry.headings, entry.lines), "", entry.note] for entry in tables]
+    return "\n\n".join("\n".join(text) for text in lines)
+
+
+def _text(headings: Sequence[str], lines: Iterable[Sequence[str]]) -> list[str]:
+    """Return an empty line, and the lines of a table with columns of equal width."""
+    rows = [headings, *lines]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["", *("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)]
+
+
+def _title(record: dict) -> str:
+    weights = " (averaged weights)" if record["average"] else ""
+    return f"{record['run']} at step {record['iteration']}{weights}"
 
 
 def _cells(result: dict) -> list[str]:
     """Return the name of a likelihood and its cells under HEADINGS."""
     loss = f"{SIGNS[result['kind']]}{result['loss']:.4f}" + _error(result["data_se"])
     loss += f" (mc {result['mc_se']:.4f})" if result["mc_se"] else ""
-    difference = f"{result['difference']:+.4f}" + _error(result["difference_se"])
-    return [result["name"], loss, difference, str(result["passes"]), f"{result['seconds']:.1f}"]
+    to_first = _difference(Ratio(result["difference"], result["difference_se"]))
+    return [result["name"], loss, to_first, str(result["passes"]), f"{result['seconds']:.1f}"]
+
+
+def _difference(ratio: Ratio) -> str:
+    return f"{ratio.value:+.4f}" + _error(ratio.standard_error)
 
 
 def _error(value: float | None) -> str:

@@ -191,7 +191,10 @@ def _limited(data: ValidationSet, windows: int) -> ValidationSet:
 
 
 def _evaluate_set(trained: Trained, data: ValidationSet, rows: Sequence[_Row], cache: AnswerCache) -> dict:
-    """Return the summaries of all evaluations of a set; differences are to the first, paired by document."""
+    """Return the summaries of all evaluations of a set; differences are to the first, paired by document.
+
+    `nats` are the sums of a likelihood by document, of those `documents` that have scored tokens.
+    """
     validation = trained.config.validation
     results: list[dict] = []
     first: Evaluation | None = None
@@ -217,8 +220,13 @@ def _evaluate_set(trained: Trained, data: ValidationSet, rows: Sequence[_Row], c
                 "difference_se": difference.standard_error,
             }
             summary["mc_se"] = summary["mc_se"] if error is None else error
-            results.append({"name": name, "kind": kind, "passes": row.passes, "seconds": engine.seconds, **summary})
-    return {"windows": len(data.windows), "likelihoods": results}
+            costs = {"passes": row.passes, "seconds": engine.seconds}
+            nats = evaluation.nats.mean(axis=0)[evaluation.tokens > 0].tolist()
+            results.append({"name": name, "kind": kind, **costs, **summary, "nats": nats})
+    assert first is not None
+    scored = first.tokens.nonzero()[0]
+    documents = {"indices": scored.tolist(), "tokens": first.tokens[scored].tolist()}
+    return {"windows": len(data.windows), "documents": documents, "likelihoods": results}
 
 
 def _standard_error(variance: Evaluation) -> float | None:

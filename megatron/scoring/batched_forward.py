@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron.batch import Batch
-from megatron.generation.diffusion import certainty
+from megatron.generation.certainty import certainty
 from megatron.model.transformer import Transformer
 
 MAX_LOGITS = 2**26  # elements of the logits of one call of the head: 256 MiB in fp32

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from megatron.errors import ConfigurationError
-from megatron.generation.diffusion import Filling, certainty, fill
+from megatron.generation.certainty import certainty
+from megatron.generation.diffusion import Filling, fill
 from megatron.generation.generate import generate, infill
 from megatron.generation.sampling import ORDERS, Sampling, draw_keys
 from tests.frequencies import chi_square

@@ -15,7 +15,7 @@ from megatron.generation.sampling import Sampling
 from megatron.likelihoods.chains import MaskedChains
 from megatron.likelihoods.windows import PolicyEngine, WholeWindows
 from megatron.objectives.masked_diffusion import MaskedDiffusion
-from megatron.reporting.likelihood_records import likelihood_tables
+from megatron.reporting.likelihood_records import comparison, likelihood_tables
 from megatron.reporting.resumable import ResumableEngine
 from megatron.reporting.runs import load_runs
 from megatron.scoring.answer_cache import AnswerCache
@@ -181,6 +181,31 @@ def test_a_record_is_in_the_run_folder_and_in_its_report(runs):
         likelihood_tables(load_runs([runs / "blocks"]))
 
 
+def test_differences_to_another_run_are_paired_by_document(runs):
+    settings = ("--eval-windows", "12", "--num-orders", "0", "--orders")
+    baseline, other = (runs / name / "likelihoods" / "12.json" for name in ("ar", "mdm"))
+    assert command(runs / "ar", *settings[:2]).returncode == 0
+    done = command(runs / "mdm", *settings, "--against", baseline)
+    assert done.returncode == 0, done.stderr
+    first, second = (json.loads(path.read_text()) for path in (baseline, other))
+    exact, bound = (record["sets"]["validation"] for record in (first, second))
+    tokens, documents = np.array(exact["documents"]["tokens"]), len(exact["documents"]["indices"])
+    nats = np.array(bound["likelihoods"][0]["nats"]) - np.array(exact["likelihoods"][0]["nats"])
+    difference = bound["likelihoods"][0]["loss"] - exact["likelihoods"][0]["loss"]
+    assert nats.sum() / tokens.sum() == pytest.approx(difference) and documents > 1
+    error = np.sqrt(documents / (documents - 1) * ((nats - difference * tokens) ** 2).sum()) / tokens.sum()
+    *_, table = likelihood_tables(load_runs([runs / "ar", runs / "mdm"]))
+    assert table.title == "Likelihoods on the same windows: validation, 12 windows"
+    (run, name, _, zero), (other_run, other_name, loss, cell) = table.lines
+    assert (run, name, zero) == ("ar at step 12", "ar, exact", "+0.0000 ± 0.0000")
+    assert (other_run, other_name, cell) == ("mdm at step 12", "mdm, bound", f"{difference:+.4f} ± {error:.4f}")
+    assert loss in done.stdout and f"{cell}\n" in done.stdout and "difference to ar, exact" in done.stdout
+    for results in first["sets"].values():
+        results["documents"]["tokens"][0] += 1
+    with pytest.raises(ConfigurationError, match="ar at step 12: has no set of the same windows"):
+        comparison(second, first)
+
+
 @pytest.mark.parametrize(
     "words, message",
     [
@@ -195,6 +220,7 @@ def test_a_record_is_in_the_run_folder_and_in_its_report(runs):
         (["blocks", "--block-length", "3"], "--block-length 3: does not divide the 4 tokens of a block"),
         (["loose"], "loose: is in no run folder, which would hold the record; give --json FILE"),
         (["mdm", "--num-orders", "3"], "--num-orders 3: is an even number, or 0"),
+        (["mdm", "--against", "setup.py"], "setup.py: "),
         (["mdm", "--lr", "1"], "--lr 1.0: is neither a flag of data nor of validation"),
     ],
 )
