@@ -1,5 +1,6 @@
 """The tables of results that are computed from committed records: the documented command prints them."""
 
+import csv
 import json
 import re
 import runpy
@@ -14,7 +15,8 @@ import pytest
 from megatron.statistics import paired_difference
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "results" / "techniques.md"]
+STUDY = ROOT / "results" / "study"
+PAGES = [ROOT / "results" / "techniques.md", STUDY.with_suffix(".md")]
 # a command, then what it prints: a table, or a block of text
 BLOCK = r"^```bash\npython (tools/(?:\\\n|.)*?)\n```\n\n(?:```\n(.*?)```|(.*?)(?=^[^|]|\Z))"
 TABLES = [
@@ -90,3 +92,63 @@ def test_paired_differences_are_those_of_the_records(path):
         assert result["loss"] == pytest.approx(losses[result["name"]], rel=1e-6)
         difference = paired_difference(np.array([result["nats"]]), np.array([exact["nats"]]), tokens)
         assert row[1:] == [result["name"], f"{difference.value:+.3g} ± {difference.standard_error:.2g}"]
+
+
+VARIANTS = ("ar_published", "ar", "ar_dropout", "mdm")
+
+
+def of_study(name: str) -> dict[str, list[dict]]:
+    """Return the records of the study's best runs in a folder by variant, in the order of their seeds."""
+    return {
+        variant: [json.loads((STUDY / name / f"{variant}_{seed}.json").read_text()) for seed in (1, 2, 3)]
+        for variant in VARIANTS
+    }
+
+
+def over_seeds(values: list[float], form: str) -> str:
+    """Return the mean of values, one for each seed, and its standard error, as a page has them."""
+    assert len(values) == 3
+    return f"{fmean(values):{form}} ± {stdev(values) / 3**0.5:.3f}"
+
+
+def test_the_likelihoods_of_the_study_are_those_of_its_records():
+    """Differences to AR with dropout are paired by seed, on the same windows."""
+    records = {
+        variant: [record["sets"]["validation"] for record in runs] for variant, runs in of_study("likelihoods").items()
+    }
+    assert {data["windows"] for runs in records.values() for data in runs} == {64}
+    baseline = [data["likelihoods"][0]["loss"] for data in records["ar_dropout"]]
+    lines = []
+    for variant, runs in records.items():
+        for results in zip(*(data["likelihoods"] for data in runs), strict=True):
+            if results[0]["kind"] == "lower":  # no statement at these lengths
+                continue
+            sign = {"exact": "", "upper": "<= "}[results[0]["kind"]]
+            losses = [result["loss"] for result in results]
+            difference = over_seeds([loss - exact for loss, exact in zip(losses, baseline, strict=True)], "+.3f")
+            difference = "-" if variant == "ar_dropout" else difference
+            lines.append(f"| {variant} | {results[0]['name']} | {sign}{over_seeds(losses, '.3f')} | {difference} |")
+    assert "\n".join(lines) in PAGES[1].read_text()
+
+
+def test_the_losses_on_other_text_and_the_probes_are_those_of_the_records():
+    page = PAGES[1].read_text()
+    for variant, runs in of_study("other_text").items():
+        sign = "<= " if variant == "mdm" else ""
+        assert f"| {variant} | {sign}{over_seeds([run['loss'] for run in runs], '.3f')} |\n" in page
+    for variant, runs in of_study("probes").items():
+        cells = [over_seeds([run[task] for run in runs], ".3f") for task in ("cloze", "brackets", "indentation")]
+        assert f"| {variant} | {' | '.join(cells)} |\n" in page
+
+
+def test_the_table_of_the_study_is_that_of_its_archive():
+    """The archive, which runs are restored from, and the table, which the page is made from, have the same losses."""
+    archived = {
+        (run["id"], record["set"], record["iteration"], record["loss"])
+        for run in map(json.loads, STUDY.with_suffix(".jsonl").read_text().splitlines())
+        for record in run["records"]
+        if record["kind"] == "valid"
+    }
+    with (STUDY / "study.csv").open() as file:
+        rows = {(row["id"], row["set"], int(row["iteration"]), float(row["loss"])) for row in csv.DictReader(file)}
+    assert rows == archived

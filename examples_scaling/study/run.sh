@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
-# AR, regularised AR and masked diffusion on the same unique tokens, equally tuned: study.yaml says what, some hours in all on two CPU
-# cores. Runs that RECORDS has (tools/sweep.py archive) are not trained again. Ctrl-C saves and stops; the same command resumes.
+# AR, regularised AR and masked diffusion on the same unique tokens, equally tuned: study.yaml says what, results/study.md what came
+# out. Some six hours in all on two CPU cores, 80 minutes the headline (--stages tune headline). Runs that RECORDS has (tools/sweep.py
+# archive) are not trained again. Ctrl-C saves and stops; the same command resumes. Further flags go to tools/sweep.py run or submit.
 #
 #     bash examples_scaling/study/run.sh
+#     bash examples_scaling/study/run.sh --stages tune headline
 #     DATA=data/mine SWEEP=mine.yaml SITE=site.yaml bash examples_scaling/study/run.sh    # on a cluster, as SLURM job arrays
 #
 # SWEEP is the sweep file (default study.yaml, for another scale a changed copy); DATA the folder of train, tuning and validation
