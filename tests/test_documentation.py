@@ -20,6 +20,8 @@ MODEL = "--num-layers 2 --hidden-size 32 --num-attention-heads 2".split()
 FOREIGN = {
     "apptainer",
     "docker",
+    "apt-get",
+    "dpkg",
     "trackio",
     "uvx",
     "python3",
@@ -209,7 +211,8 @@ def test_every_example_prints_commands_that_parse(script, world_size):
         check(words)
     programs = {*OBJECTIVES, "megatron.scoring.lm_eval_cli"}
     runs = [words for words in example_commands if programs.intersection(words)]
-    assert runs or any("tools/sweep.py" in words for words in example_commands)
+    prepares_data = "tools/preprocess_data.py" in example_commands[-1]
+    assert runs or prepares_data or any("tools/sweep.py" in words for words in example_commands)
     several = [world_size == "2" or "--nnodes" in words for words in runs]
     assert ["torch.distributed.run" in words for words in runs] == several
 

@@ -23,6 +23,7 @@ TABLES = [
     (command.replace("\\\n", " "), text or table)
     for page in PAGES
     for command, text, table in re.findall(BLOCK, page.read_text(), re.M | re.S)
+    if " results/" in command  # others read runs
 ]
 
 

@@ -140,6 +140,6 @@ def test_the_data_constrained_recipe_is_that_of_the_study():
         assert (settings["optimizer"], settings["lr_decay_style"]) == ("muon", "WSD")
         for flag in ("lr", "weight-decay", "token-dropout-max", "mlp-dropout"):
             expected = float(chosen[variant][flag] or 0)
-            assert settings[flag.replace("-", "_")] == pytest.approx(expected, rel=0.02)
+            assert settings[flag.replace("-", "_")] == pytest.approx(expected, rel=0.03)
     own = values(parse("ar", [*flags, "--objective", "any-order"]))
     assert own["lr"] == values(parse("ar", ["--model-size", "7M"]))["lr"] and own["optimizer"] == "muon"
