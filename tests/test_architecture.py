@@ -107,23 +107,6 @@ def test_the_layers_are_those_of_the_tree():
     assert all((ROOT / "megatron" / folder / "__init__.py").is_file() for folder in folders)
 
 
-PRIVATE_OF_TORCH = re.compile(r"\btorch(\.\w+)*\._(?!_)\w|\bfrom torch[\w.]* import (.*[ ,(])?_\w|_fsdp_(state|param)")
-PRIVATE_ALLOWED = {"megatron/torch_private.py"}
-
-
-def test_private_api_of_torch_is_in_one_module():
-    assert PRIVATE_OF_TORCH.search("torch._foreach_mul(a)") and PRIVATE_OF_TORCH.search("from torch.x import _y")
-    assert PRIVATE_OF_TORCH.search("from torch import a, _b") and not PRIVATE_OF_TORCH.search("torch.foreach(a)._b")
-    used = {str(path.relative_to(ROOT)) for path in SOURCES if _uses_private(path.read_text())}
-    assert used == PRIVATE_ALLOWED
-
-
-def _uses_private(source: str) -> bool:
-    """Return whether code, without names of loggers in quotes and comments, has private names of torch."""
-    code = re.sub(r'"[^"\n]*"|#.*', "", source)
-    return bool(PRIVATE_OF_TORCH.search(code))
-
-
 def test_the_documented_layers_are_those_of_the_code():
     rows = re.findall(r"^\| (\d) \| (.*?) \|", (ROOT / "docs" / "architecture.md").read_text(), re.M)
     documented = {name: int(layer) for layer, names in rows for name in re.findall(r"`(\w+)`", names)}
