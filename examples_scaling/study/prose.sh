@@ -3,7 +3,8 @@
 # and data/prose in seconds; needs apt-get and dpkg. DRY_RUN=1 only prints.
 #
 #     bash examples_scaling/study/prose.sh
-#     DATA=data/prose OUT=runs/study_prose RECORDS=results/study_prose.jsonl bash examples_scaling/study/run.sh
+#     DATA=data/prose OUT=runs/study_prose RECORDS=results/study_prose.jsonl bash examples_scaling/study/run.sh \
+#         --stages tune headline    # it has 1.1M tokens, too few for the stage `fresh`
 source "$(dirname "$0")/../lib/run.sh"
 folder=$(mktemp -d)
 trap 'rm -r "$folder"' EXIT

@@ -20,6 +20,7 @@ if [[ -z "${DATA:-}" ]]; then
     execute "$python" tools/preprocess_data.py --output-dir data/quickstart --train-tokenizer 512
 elif [[ "${DRY_RUN:-0}" != 1 ]]; then
     require_files "tools/preprocess_data.py writes it" "$DATA"/{train,tuning,validation}.idx
+    mkdir -p "$(dirname "$out")"
     sed "s#data/quickstart#$DATA#g" "$sweep" > "$out.yaml"
     sweep=$out.yaml
 fi

@@ -33,13 +33,13 @@ class SoftmaxSums(NamedTuple):
 
 
 def certainty(logits: Tensor, order: str) -> Tensor:
-    """Return the certainty of the model at each row of `logits` [N, V], [N]; higher is more certain.
+    """Return the certainty of the model at each of N positions, [N], from `logits` [N, V]; higher is more certain.
 
     confidence: the highest probability (LLaDA, 2502.09992); margin: the difference of the highest two (2502.06768);
     entropy: the negative entropy. All are of the model's own distribution, at temperature 1.
     """
-    rows = _cached(logits.shape[1], logits.device) or max(1, len(logits))
-    return torch.cat([_sums_(part.clone(), order).certainty() for part in logits.split(rows)])
+    positions = _cached(logits.shape[1], logits.device) or max(1, len(logits))
+    return torch.cat([_sums_(chunk.clone(), order).certainty() for chunk in logits.split(positions)])
 
 
 @torch.no_grad()
@@ -56,8 +56,8 @@ def predictions(model: Transformer, states: Tensor, targets: Tensor, order: str)
     target_logits = scratch.new_zeros(len(states), 1)
     blocks = []
     for start in range(0, size, width):
-        rows = head[start : start + width]
-        logits = torch.mm(states, rows.T, out=buffer[:, : len(rows)])[:, : size - start].float()
+        weight = head[start : start + width]
+        logits = torch.mm(states, weight.T, out=buffer[:, : len(weight)])[:, : size - start].float()
         ids = targets[:, None] - start
         inside = (ids >= 0) & (ids < logits.shape[1])
         target_logits = logits.gather(1, ids.where(inside, 0)).where(inside, target_logits)
@@ -67,7 +67,7 @@ def predictions(model: Transformer, states: Tensor, targets: Tensor, order: str)
 
 
 def _cached(length: int, device: torch.device) -> int | None:
-    """Return how many rows of `length` logits a CPU's cache holds, at least 1; None on other devices."""
+    """Return how many times `length` logits a CPU's cache holds, at least 1; None on other devices."""
     return max(1, CACHED_LOGITS // max(1, length)) if device.type == "cpu" else None
 
 

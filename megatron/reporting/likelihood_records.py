@@ -130,9 +130,9 @@ def comparison(record: dict, against: dict) -> str:
 
 def _text(headings: Sequence[str], lines: Iterable[Sequence[str]]) -> list[str]:
     """Return an empty line, and the lines of a table with columns of equal width."""
-    rows = [headings, *lines]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["", *("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)]
+    lines = [headings, *lines]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return ["", *("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)]
 
 
 def _title(record: dict) -> str:

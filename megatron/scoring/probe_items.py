@@ -1,7 +1,7 @@
 """Items of local probes: contexts from held-out documents, and choices of what comes next, one of them right.
 
 An item is a doc of lm-eval. Its label follows from the text alone: the next line, the closing bracket that matches, or
-the indentation that Python's grammar requires. docs/scoring.md says which places of a document give items.
+the indentation that Python's grammar requires. docs/scoring.md says which positions of a document give items.
 """
 
 import ast
@@ -62,7 +62,7 @@ def line_starts(text: str) -> list[int]:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A place that may give an item: `choices` at character `offset` of a document, of which the text has `right`.
+    """A position that may give an item: `choices` at character `offset` of a document, of which the text has `right`.
 
     The label follows from the text between the characters `needed` and `offset`.
     """
@@ -76,7 +76,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Item:
-    """An item in lm-eval's form; `document` and `offset`, in characters, are the place in the data set."""
+    """An item in lm-eval's form; `document` and `offset`, in characters, are the position in the data set."""
 
     document: int
     offset: int
@@ -208,20 +208,20 @@ def cloze_candidates(documents: Sequence[Document], generator: np.random.Generat
     Every line is in one item at most. What is required of the right line is required of all four.
     """
     counts = Counter(line.strip() for document in documents for line in document.lines)
-    places = [
+    lines = [
         (document, index)
         for document in documents
         for index, line in enumerate(document.lines)
         if counts[line.strip()] == 1 and _can_be_choice(document, index)
     ]
-    places = [places[index] for index in generator.permutation(len(places))]
-    places.sort(key=lambda place: _shape(place[0].lines[place[1]]))
-    while len(places) >= NUM_LINES:
-        group = places[-NUM_LINES:]
+    lines = [lines[index] for index in generator.permutation(len(lines))]
+    lines.sort(key=lambda line: _shape(line[0].lines[line[1]]))
+    while len(lines) >= NUM_LINES:
+        group = lines[-NUM_LINES:]
         if not _are_similar(group):
-            places.pop()
+            lines.pop()
             continue
-        del places[-NUM_LINES:]
+        del lines[-NUM_LINES:]
         document, index = group[generator.integers(NUM_LINES)]
         choices = tuple("\n" + other.lines[line] for other, line in group)
         offset = document.starts[index] - 1

@@ -1,4 +1,4 @@
-"""Certainties and NLL from sums over blocks of the vocabulary, against the softmax of whole rows."""
+"""Certainties and NLL from sums over blocks of the vocabulary, against the softmax over all of it."""
 
 import pytest
 import torch

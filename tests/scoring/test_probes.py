@@ -223,12 +223,12 @@ def test_where_the_indentation_is_determined(tmp_path):
     def candidates(text: str) -> list:
         return list(indentation_candidates([Document(0, text, tokenizer, SEQ_LENGTH)], stream(0, "test")))
 
-    places = candidates(CODE)
-    assert [(place.right, set(place.choices) - {place.right}) for place in places] == [
+    items = candidates(CODE)
+    assert [(item.right, set(item.choices) - {item.right}) for item in items] == [
         (f"\n{right}", {f"\n{wrong}"}) for right, wrong in INDENTATIONS
     ]
-    assert all(CODE.startswith(place.right, place.offset) for place in places)
-    assert [CODE[place.needed :].split()[0] for place in places] == ["def", "first", "third", '"a', "fifth", "for"]
+    assert all(CODE.startswith(item.right, item.offset) for item in items)
+    assert [CODE[item.needed :].split()[0] for item in items] == ["def", "first", "third", '"a', "fifth", "for"]
     for other in (CODE.replace("    for x in b: pass\n", "    for x in b:\n      pass\n"), f"{CODE} )", PROSE):
         assert candidates(other) == []  # two units, no Python
 
