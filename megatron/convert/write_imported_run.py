@@ -39,6 +39,7 @@ class UnknownData:
     """The entries of config.json about the data of a run, as in `Sources`, where only the `corpus_source` is known."""
 
     corpus_source: str
+    tokenizer_hash: None = None
     corpus_hash: None = None
     corpus_python_version: None = None
     fingerprints: dict[str, str] = field(default_factory=dict)

@@ -28,7 +28,7 @@ from megatron.parallel.mesh import ParallelContext
 from megatron.reporting.member_selection import Selection, select_greedily
 from megatron.statistics import clustered_ratio
 from megatron.training.checkpoint_store import CheckpointStore, load_checkpoint
-from megatron.training.datasets import Sources, open_sources
+from megatron.training.datasets import Sources, check_tokenizer, open_sources
 from megatron.training.load_run import Trained, open_trained, shared_settings, trained_config
 from megatron.validation.evaluate import Evaluation, ValidationSet, evaluate
 
@@ -170,15 +170,10 @@ def check_data(members: list[Trained], sources: Sources) -> None:
 
     Raises: ConfigurationError otherwise, and where there is no validation set.
     """
-    size = sources.tokenizer.vocabulary_size
     if not sources.validation:
         raise ConfigurationError(f"{members[0].name}: has no validation set; give --valid-data-path")
     for member in members:
-        recorded_size = member.recorded["vocabulary_size"]
-        if recorded_size != size:
-            raise ConfigurationError(
-                f"{member.name}: has {recorded_size} token ids, and this data has {size}; give data of its tokenizer"
-            )
+        check_tokenizer(member.recorded, sources.tokenizer, member.name)
         for data in sources.validation:
             expected = sources.fingerprints[data.name]
             if member.recorded["fingerprints"].get(data.name, expected) != expected:

@@ -19,7 +19,7 @@ from megatron.parallel.mesh import ParallelContext
 from megatron.reporting.resumable import ResumableEngine
 from megatron.scoring.answer_cache import AnswerCache
 from megatron.statistics import paired_difference
-from megatron.training.datasets import open_sources
+from megatron.training.datasets import check_tokenizer, open_sources
 from megatron.training.load_run import Trained
 from megatron.validation.evaluate import Evaluation, EvaluationEngine, ValidationSet, evaluate
 
@@ -91,6 +91,7 @@ def evaluate_likelihoods(
     Raises: ConfigurationError for policies that the run does not have or that do not fit its windows.
     """
     sources = open_sources(trained.config)
+    check_tokenizer(trained.recorded, sources.tokenizer, trained.name)
     if not sources.validation:
         raise ConfigurationError(f"{trained.name}: has no validation set; give --valid-data-path")
     rules = document_rules(trained.config.data, trained.config.objective, sources.tokenizer.eod)

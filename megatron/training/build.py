@@ -170,7 +170,8 @@ def dry_run(run: ResolvedRun) -> None:
     precision = stated_precision(config)
     check_engine(config, _known_world_size(config), None if precision is None else precision == "bf16")
     origin = check_run(config, run.plan, run.sources, precision)
-    opened = open_teachers(config, run.vocabulary, _known_world_size(config) or config.parallel.fewest_ranks)
+    world_size = _known_world_size(config) or config.parallel.fewest_ranks
+    opened = open_teachers(config, run.vocabulary, world_size, tokenizer=run.sources.tokenizer)
     teachers = describe_teachers(opened, config, run.plan)
     check_same_teachers(origin, teachers, config)
     if rank() == 0:
@@ -208,7 +209,10 @@ def build_run(run: ResolvedRun, command: str) -> RunParts:
         stop_signals.defer()  # from here on all ranks stop together: rank 0 is about to lock the run folder
         device.ranks.sum(0)  # a barrier: no rank exits alone after it
     folder, origin = open_run(config, run.plan, run.sources, precision=device.precision, ranks=device.ranks)
-    opened = device.ranks.from_rank_0(lambda: open_teachers(config, run.vocabulary, device.ranks.size))
+    tokenizer = run.sources.tokenizer
+    opened = device.ranks.from_rank_0(
+        lambda: open_teachers(config, run.vocabulary, device.ranks.size, tokenizer=tokenizer)
+    )
     teachers = describe_teachers(opened, config, run.plan)
     check_same_teachers(origin, teachers, config)
     state = _restore(run, device, origin)

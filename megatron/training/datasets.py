@@ -31,10 +31,33 @@ class Sources:
     fingerprints: dict[str, str]  # of the training tokens ("--train-data-path") and of validation sets by name
     shared_13grams: dict[str, dict]  # contamination by validation set: 13-grams that the training split contains too
 
+    @property
+    def tokenizer_hash(self) -> str | None:
+        """Return the SHA-256 of the tokenizer's file; None for byte tokens and plain ids."""
+        return self.tokenizer.hash
+
     def unique_tokens(self) -> dict[str, int]:
         """Return the tokens of each member of the training set before repetition, by data prefix."""
         members = self.train.members if isinstance(self.train, TrainBlend) else [self.train]
         return {prefix: member.unique_tokens for prefix, member in zip(self.train_prefixes, members, strict=True)}
+
+
+def check_tokenizer(recorded: dict, tokenizer: Tokenizer, run: str) -> None:
+    """Check that a run, whose config.json is `recorded`, was trained with this tokenizer; earlier versions kept no hash.
+
+    Raises: ConfigurationError otherwise.
+    """
+    size, trained_hash = recorded["vocabulary_size"], recorded.get("tokenizer_hash")
+    if size != tokenizer.vocabulary_size:
+        raise ConfigurationError(
+            f"{run}: holds a run over {size} token ids, and this data has {tokenizer.vocabulary_size}; give data of the "
+            "same tokenizer, or start another run"
+        )
+    if tokenizer.hash and trained_hash and tokenizer.hash != trained_hash:
+        raise ConfigurationError(
+            f"{run}: was trained with another tokenizer of {size} ids than that of this data; tokenise the text with the "
+            "tokenizer of the run: tools/preprocess_data.py --tokenizer-model FILE"
+        )
 
 
 def open_sources(config: Config) -> Sources:

@@ -163,6 +163,7 @@ def describe(config, plan, sources, *, vocabulary, ranks, precision, compiled, c
         "unique_tokens_by_data_set": sources.unique_tokens(),
         "train_samples": plan.train_samples,
         "vocabulary_size": vocabulary.size,
+        "tokenizer_hash": sources.tokenizer_hash,
         "corpus_hash": sources.corpus_hash,
         "corpus_source": sources.corpus_source,
         "corpus_python_version": sources.corpus_python_version,

@@ -79,7 +79,7 @@ class Trained:
                     "training data; restore their folder, or give --tokenizer-model if the command has it"
                 )
         tokenizer = tokenizer_of_data(data, prefix, metadata)
-        expected = metadata.get("tokenizer_hash", tokenizer.hash)
+        expected = self.recorded.get("tokenizer_hash") or metadata.get("tokenizer_hash", tokenizer.hash)
         if (tokenizer.vocabulary_size, tokenizer.hash) != (self.vocabulary.size, expected):
             raise ConfigurationError(
                 f"{tokenizer.flag}: is not the tokenizer of {self.name}, which has {self.vocabulary.size} ids; give "

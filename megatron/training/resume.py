@@ -11,7 +11,7 @@ from megatron.errors import ConfigurationError
 from megatron.objectives.registry import capabilities
 from megatron.parallel.mesh import ParallelContext
 from megatron.training.checkpoint_store import CheckpointStore, damage, is_checkpoint, read_meta
-from megatron.training.datasets import Sources
+from megatron.training.datasets import Sources, check_tokenizer
 from megatron.training.exit_conditions import on_any_rank, signal_reason
 from megatron.training.resume_checks import check_resume
 from megatron.training.run_folder import RunFolder, check_writable, read_records, recorded_config
@@ -91,6 +91,8 @@ def find_origin(
         )
     # an evaluation may use other settings than the training run
     check_resume(recorded, config, plan, objective=objective, branch=branched or only_evaluate)
+    flag = "load" if config.checkpoint.load else "save"
+    check_tokenizer(recorded, sources.tokenizer, typed(flag, source))
     if only_evaluate:
         split = recorded["data"].get("split")
         message = f"the run in {source} was started with {typed('split', split)}; leave the flag out"

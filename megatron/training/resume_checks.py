@@ -38,11 +38,6 @@ def check_resume(recorded: dict, config: Config, plan: Plan, *, objective: str, 
             f"{typed(folder_flag, folder)}: holds a run of objective {recorded['objective_name']}, not {objective}; "
             f"give --objective {recorded['objective_name']} or another folder"
         )
-    if recorded["vocabulary_size"] != plan.vocabulary_size:
-        raise ConfigurationError(
-            f"{typed(folder_flag, folder)}: holds a run over {recorded['vocabulary_size']} token ids, and this data "
-            f"has {plan.vocabulary_size}; give data of the same tokenizer, or start another run"
-        )
     names = ("training", "model", "data", "objective", "distillation", "optimizer", "validation")
     sections = ("model",) if branch else names
     for section in sections:

@@ -16,19 +16,23 @@ from megatron.config.layout_checks import check_layout
 from megatron.config.resolve import Plan
 from megatron.config.sections import Config
 from megatron.config.vocabulary import Vocabulary
+from megatron.data.tokenizer import Tokenizer
 from megatron.errors import ConfigurationError
 from megatron.model.distillation import Distillation
 from megatron.parallel.engine import Engine
 from megatron.parallel.teachers import build_teacher
 from megatron.training.checkpoint_store import load_checkpoint
+from megatron.training.datasets import check_tokenizer
 from megatron.training.load_run import Trained, open_trained, shared_settings
 from megatron.training.resume import Origin
 
 
-def open_teachers(config: Config, vocabulary: Vocabulary, world_size: int) -> list[Trained]:
+def open_teachers(
+    config: Config, vocabulary: Vocabulary, world_size: int, *, tokenizer: Tokenizer | None = None
+) -> list[Trained]:
     """Return the teachers of a run, each at its newest checkpoint or at the one that --teacher names.
 
-    An evaluation has none.
+    An evaluation has none. Without a `tokenizer` the data are random ids.
 
     Raises: ConfigurationError for a teacher that is missing or damaged, is this run itself or given twice, or does not
     fit the student or its layout.
@@ -41,6 +45,8 @@ def open_teachers(config: Config, vocabulary: Vocabulary, world_size: int) -> li
         is_new = teacher.checkpoint.resolve() not in [other.checkpoint.resolve() for other in teachers]
         require(is_new, "teacher", name, "is the same checkpoint as another teacher; name each teacher once")
         _check_student(teacher, config, vocabulary)
+        if tokenizer is not None:
+            check_tokenizer(teacher.recorded, tokenizer, typed("teacher", name))
         try:
             check_layout(replace(config, model=teacher.config.model), world_size)
         except ConfigurationError as error:

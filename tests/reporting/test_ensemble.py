@@ -226,7 +226,7 @@ def test_other_data_than_a_member_knows_is_refused(runs, tmp_path):
     sized = [changed(runs / name, tmp_path / name, vocabulary_size=300) for name in ("first", "second")]
     for names, message in (
         ([first, other], f"{other}: was validated on other tokens named validation; leave"),
-        (sized, f"{sized[0]}: has 300 token ids, and this data has 257; give data of its tokenizer"),
+        (sized, f"{sized[0]}: holds a run over 300 token ids, and this data has 257"),
     ):
         with pytest.raises(ConfigurationError) as caught:
             check_data(open_members(names, "latest", []), open_sources(settings(first, [])))

@@ -105,7 +105,7 @@ def test_other_data_is_named_by_the_flag_that_chose_it():
 
 
 @pytest.mark.parametrize("objective", ["ar", "mdm"])
-def test_another_objective_or_vocabulary_is_never_continued(objective):
+def test_another_objective_is_never_continued(objective):
     other = {"ar": "mdm", "mdm": "ar"}[objective]
     for branch, line in ((False, BEGUN), (True, f"{BEGUN} --load other")):
         folder = "--load other" if branch else "--save run"
@@ -114,9 +114,6 @@ def test_another_objective_or_vocabulary_is_never_continued(objective):
         assert message.startswith(
             f"{folder}: holds a run of objective {objective}, not {other}; give --objective {objective} "
         )
-        before |= {"vocabulary_size": 300}
-        message = refusal(partial(resume, line, branch=branch, objective=objective, before=before))
-        assert message.startswith(f"{folder}: holds a run over 300 token ids, and this data has 257")
 
 
 def test_a_branch_may_change_all_but_the_network():
