@@ -1,8 +1,8 @@
 """Compares the points of a collected sweep with a baseline, seed by seed.
 
 1. The best step of a run is that of its lowest loss on the tuning set; its loss there on the validation set is
-   reported. Budgets, tuned flags or other columns may be chosen by that loss, too (`best_over`), and so is the
-   likelihood where a run has several.
+   reported. Budgets, tuned flags or other columns may be chosen by that loss, too (`best_over`). A second likelihood
+   is a set of its own, such as validation.mdm of a dual run.
 2. A point is compared with the baseline point that has the same values of all other columns: same seed, same samples.
 3. The difference is the mean over the shared seeds, with the standard error of that mean over seeds; without a shared
    seed it is the difference of the means, with the root of the sum of their squared errors. Neither contains the
@@ -124,12 +124,13 @@ def compare(rows: Sequence[dict[str, str]], baseline: dict[str, str], selection:
             f"--variants {selection.variants}: matches no variant of the table; see its column variant"
         )
     columns = _columns(rows)
+    baseline = {name: _text(value) for name, value in baseline.items()}
     for name in selection.best_over:
         if name not in columns:
             raise ConfigurationError(f"--best-over {name}: names no column; give one of {', '.join(columns)}")
     for name, value in selection.where.items():
         _check_value(rows, columns, f"--where {name}={value}")
-        rows = [row for row in rows if _text(row[name]) == value]
+        rows = [row for row in rows if _text(row[name]) == _text(value)]
     columns = [name for name in columns if name not in selection.best_over]
     for name, value in baseline.items():
         _check_value(rows, columns, f"--baseline {name}={value}")
@@ -140,6 +141,8 @@ def compare(rows: Sequence[dict[str, str]], baseline: dict[str, str], selection:
             raise ConfigurationError(f"{set_name}: is no set of the table; give --tuning and --validation of {sets}")
         _check_comparable(chosen, set_name)
     best = _best(rows, columns, tuning, validation)
+    if not best:
+        raise ConfigurationError(f"{tuning}, {validation}: no run has losses of both sets at one step; give other sets")
     comparisons = []
     for key, runs in best.items():
         names = dict(zip(columns, key, strict=True))
@@ -156,7 +159,7 @@ def _check_value(rows: Sequence[dict[str, str]], columns: Sequence[str], setting
     name, _, value = setting.partition(" ")[2].partition("=")
     if name not in columns:
         raise ConfigurationError(f"{setting}: names no column; give one of {', '.join(columns)}")
-    if value not in {_text(row[name]) for row in rows}:
+    if _text(value) not in {_text(row[name]) for row in rows}:
         raise ConfigurationError(f"{setting}: no run has that value of {name}; see the table")
 
 
@@ -179,9 +182,9 @@ def _columns(rows: Sequence[dict[str, str]]) -> list[str]:
 
 
 def _text(value: Any) -> str:
-    """Return a cell as text: numbers in their shortest form, as a flag has them."""
+    """Return a cell or a value of a flag as text: equal numbers as the same text, 25_000 and 2.5e4 as 25000."""
     try:
-        return f"{float(value):g}"
+        return f"{float(value):.15g}"
     except (TypeError, ValueError):
         return value or ""
 
@@ -193,7 +196,7 @@ def _best(
     losses: dict[tuple, dict[str, dict[tuple, dict[str, Best]]]] = defaultdict(lambda: defaultdict(dict))
     for row in rows:
         key = tuple(_text(row[name]) for name in columns)
-        step = losses[key][row["seed"]].setdefault((row["id"], row["likelihood"], row["iteration"]), {})
+        step = losses[key][row["seed"]].setdefault((row["id"], row["iteration"]), {})
         step[row["set"]] = Best(float(row["loss"]), float(row["epoch"]), row["bound"].lower() == "true")
     best: dict[tuple[str, ...], dict[str, Best]] = {}
     for key, seeds in losses.items():

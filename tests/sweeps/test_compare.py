@@ -97,15 +97,32 @@ def test_only_selected_rows_are_compared(table):
     assert [entry.cells() for entry in entries] == [entry.cells() for entry in whole if entry.names["num-loops"] == "2"]
 
 
-def test_of_several_likelihoods_the_best_on_the_tuning_set_is_taken(table):
-    rows = read_table(table)
-    for row in [row for row in rows if row["variant"] == "mdm"]:
-        lower = float(row["loss"]) - (1 if row["set"] == "tuning" else -1)
-        rows.append(row | {"likelihood": "other", "loss": repr(lower)})
-    before, after = (compare(content, {"num-loops": "1"}, SETS) for content in (read_table(table), rows))
-    for old, new in zip(before, after, strict=True):
-        shift = 1 if old.names["variant"] == "mdm" else 0
-        assert [run.loss + shift for run in old.runs.values()] == [run.loss for run in new.runs.values()]
+@pytest.mark.parametrize("written", ["1000000", "1e6", "1_000_000", "1e+06"])
+def test_values_may_be_written_as_any_of_the_tools_writes_them(tmp_path, losses, monkeypatch, written):
+    monkeypatch.setattr(sys.modules[__name__], "LOOPS", ("1000000", "1000001"))
+    table = write(tmp_path / "results.csv", losses)
+    rows = compare(read_table(table), {"num-loops": written}, SETS)
+    assert [row.names["num-loops"] for row in rows] == ["1000000", "1000001"] * 2
+    assert [bool(row.baseline) for row in rows] == [False, True] * 2
+    selected = compare(read_table(table), {"variant": "ar"}, Selection(where={"num-loops": written}))
+    assert {row.names["num-loops"] for row in selected} == {"1000000"}
+
+
+def test_a_set_that_no_run_has_next_to_the_other_is_refused(tmp_path, losses):
+    table = write(tmp_path / "results.csv", losses[:1, :1, :1, :1])
+    lines = table.read_text().replace("validation", "other").splitlines()
+    table.write_text("\n".join([*lines, lines[-1].replace("other", "validation").replace(",10,", ",20,")]) + "\n")
+    with pytest.raises(ConfigurationError, match="^tuning, validation: no run has losses of both sets at one step"):
+        compare(read_table(table), {"variant": "ar"}, SETS)
+
+
+def test_a_second_likelihood_is_a_set_of_its_own(table):
+    rows = list(csv.DictReader(table.open()))
+    lower = [row | {"set": f"{row['set']}.mdm", "loss": repr(float(row["loss"]) - 1)} for row in rows]
+    (first, *_) = compare([*rows, *lower], {"variant": "ar"}, SETS)
+    (second, *_) = compare([*rows, *lower], {"variant": "ar"}, Selection(tuning="tuning.mdm", validation="validation.mdm"))
+    for seed, best in first.runs.items():
+        assert second.runs[seed].loss == pytest.approx(best.loss - 1)
 
 
 def test_only_shared_seeds_are_paired(tmp_path, losses):
