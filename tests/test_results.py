@@ -68,31 +68,21 @@ LIKELIHOODS = ROOT / "results" / "likelihoods"
 
 @pytest.mark.parametrize("path", sorted(LIKELIHOODS.glob("*.json")), ids=lambda path: path.stem)
 def test_likelihoods_are_those_of_the_records(path):
+    """Differences are paired by document, to the AR run that was trained like it."""
+    name = path.stem.replace("_", " ")
+    baseline_path = path.with_stem("quickstart_ar" if name.startswith("quickstart") else "ar")
     (data,) = json.loads(path.read_text())["sets"].values()
-    assert data["windows"] == 32
-    rows = [line.strip("| ").split(" | ") for line in LIKELIHOODS.with_suffix(".md").read_text().splitlines()]
-    rows = [row for row in rows if row[0] == path.stem.replace("_", " ") and len(row) == 6]
-    assert [row[1] for row in rows] == [result["name"] for result in data["likelihoods"]]
-    for (_, _, loss, _, passes, _), result in zip(rows, data["likelihoods"], strict=True):
-        sign = {"exact": "", "upper": "<= ", "lower": ">= "}[result["kind"]]
-        assert loss == f"{sign}{result['loss']:.4g} ± {result['data_se']:.2g}" and int(passes) == result["passes"]
-
-
-@pytest.mark.parametrize("path", sorted((LIKELIHOODS / "paired").glob("*.json")), ids=lambda path: path.stem)
-def test_paired_differences_are_those_of_the_records(path):
-    """The losses are also those of the first table."""
-    record, first = (json.loads((path.parent / name).read_text()) for name in (path.name, "ar.json"))
-    (data,), (baseline,) = record["sets"].values(), first["sets"].values()
-    (earlier,) = json.loads((LIKELIHOODS / path.name).read_text())["sets"].values()
-    losses = {result["name"]: result["loss"] for result in earlier["likelihoods"]}
-    assert data["documents"] == baseline["documents"]
+    (baseline,) = json.loads(baseline_path.read_text())["sets"].values()
+    assert data["windows"] == 32 and data["documents"] == baseline["documents"]
     tokens, (exact,) = np.array(data["documents"]["tokens"]), baseline["likelihoods"]
     rows = [line.strip("| ").split(" | ") for line in LIKELIHOODS.with_suffix(".md").read_text().splitlines()]
-    rows = [row for row in rows if row[0] == path.stem.replace("_", " ") and len(row) == 3]
-    for row, result in zip(rows, data["likelihoods"] if path.stem != "ar" else [], strict=True):
-        assert result["loss"] == pytest.approx(losses[result["name"]], rel=1e-6)
+    rows = [row[1:] for row in rows if row[0] == name and len(row) == 6]
+    for row, result in zip(rows, data["likelihoods"], strict=True):
+        sign = {"exact": "", "upper": "<= ", "lower": ">= "}[result["kind"]]
+        loss = f"{sign}{result['loss']:.4g} ± {result['data_se']:.2g}"
         difference = paired_difference(np.array([result["nats"]]), np.array([exact["nats"]]), tokens)
-        assert row[1:] == [result["name"], f"{difference.value:+.3g} ± {difference.standard_error:.2g}"]
+        paired = "-" if path == baseline_path else f"{difference.value:+.3g} ± {difference.standard_error:.2g}"
+        assert row == [result["name"], loss, paired, str(result["passes"]), f"{result['seconds']:.0f}"]
 
 
 VARIANTS = ("ar_published", "ar", "ar_dropout", "mdm")
