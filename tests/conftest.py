@@ -1,5 +1,6 @@
 """Shared by all tests: a small corpus of real text and a way to run the entry points."""
 
+import gc
 import json
 import os
 import shutil
@@ -34,6 +35,23 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(3600))
+
+
+def pytest_collection_finish():
+    """Leave out modules and collected tests of garbage collections, which take half a second with them."""
+    gc.freeze()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_configure(config):
+    """Take the database of pytest-rerunfailures in the main process away from workers of pytest-xdist.
+
+    Every test waits 40 ms for it. It serves to repeat tests of a worker that crashed, which `loadfile` does not do.
+    """
+    if hasattr(config, "workerinput") and hasattr(config, "failures_db"):
+        from pytest_rerunfailures import StatusDB
+
+        config.failures_db = StatusDB()
 
 
 @pytest.fixture(scope="session")
