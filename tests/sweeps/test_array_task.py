@@ -30,10 +30,11 @@ time.sleep(1)
 
 @pytest.fixture
 def slurm(tmp_path, monkeypatch):
-    """The environment of a task, whose scontrol records its arguments; the folder of the commands."""
+    """The environment of a task, whose scontrol records its arguments and sinfo none; the folder of the commands."""
     folder = tmp_path / "bin"
     folder.mkdir()
     command(folder, "scontrol", f'echo "$@" >> {tmp_path}/scontrol.txt')
+    command(folder, "sinfo", ":")
     monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
     for name, value in {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "1"}.items():
         monkeypatch.setenv(name, value)
