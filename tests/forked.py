@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing import forkserver, get_context
 from pathlib import Path
+from typing import IO
 from unittest import mock
 
 _context = get_context("forkserver")
@@ -45,13 +46,9 @@ def run_script(
     The command is what follows `python`: a script, `-m` and a module, or `-c` and code; then its arguments. Several
     ranks get the variables of torchrun. The exit code is the first one that is not 0.
     """
-    rank_variables = [{}]
-    if size > 1:
-        master = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-        rank_variables = [master | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size)]
     with tempfile.TemporaryDirectory() as folder:
         outputs = [Path(folder) / name for name in ("stdout", "stderr")]
-        processes = start_script(command, env, outputs, rank_variables, cwd)
+        processes = start_script(command, env, outputs, rank_variables(size), cwd)
         deadline = time.monotonic() + timeout
         for process in processes:
             process.join(max(0, deadline - time.monotonic()))
@@ -65,21 +62,44 @@ def run_script(
     return subprocess.CompletedProcess(command, next(filter(None, codes), 0), *text)
 
 
+def rank_variables(size: int) -> list[dict[str, str]]:
+    """Return the variables that torchrun sets for each of `size` ranks; none for a single rank."""
+    if size == 1:
+        return [{}]
+    master = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return [master | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size)]
+
+
 def start_script(
-    command: list[str], env: dict[str, str], outputs: list[Path], rank_variables: list[dict], cwd: Path | None = None
+    command: list[str], env: dict[str, str], outputs: list[Path], variables: list[dict], cwd: Path | None = None
 ) -> list:
-    """Start `command` in one process per item of `rank_variables`, which is added to `env`; return the processes.
+    """Start `command` in one process per item of `variables`, which is added to `env`; return the processes.
 
     `outputs` are the files of standard output and standard error.
     """
     with forkserver_environment(env):
         processes = [
-            _context.Process(target=_run, args=(command, env | variables, outputs, cwd or Path.cwd()))
-            for variables in rank_variables
+            _context.Process(target=_run, args=(command, env | own, outputs, cwd or Path.cwd())) for own in variables
         ]
         for process in processes:
             process.start()
     return processes
+
+
+class ForkedPopen:
+    """The interface of subprocess.Popen for a Python program that `start_script` starts; stderr goes to `stdout`."""
+
+    def __init__(self, command: list[str], *, env: dict[str, str], stdout: IO, **_):
+        (process,) = start_script(command[1:], env, [Path(stdout.name)] * 2, [{}])
+        self._process, self.pid = process, process.pid
+        self.terminate, self.kill, self.wait = process.terminate, process.kill, process.join
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self.returncode
 
 
 def _run(command: list[str], env: dict[str, str], outputs: list[Path], cwd: Path) -> None:

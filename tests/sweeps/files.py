@@ -6,8 +6,13 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import yaml
+
+from megatron.sweeps import local_queue
+from tests.forked import ForkedPopen
 
 HOLD = """
 import fcntl, sys
@@ -54,6 +59,14 @@ def write(folder: Path, content: dict, **changes) -> Path:
         yaml.safe_dump({key: value for key, value in content.items() if value is not None}, sort_keys=False)
     )
     return path
+
+
+@contextmanager
+def forked_runs() -> Iterator[None]:
+    """Have local queues of this process fork their runs from a process that has loaded torch."""
+    names = {"Popen": ForkedPopen, "DEVNULL": subprocess.DEVNULL, "STDOUT": subprocess.STDOUT}
+    with mock.patch.object(local_queue, "subprocess", SimpleNamespace(**names)):
+        yield
 
 
 @contextmanager

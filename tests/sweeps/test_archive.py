@@ -11,7 +11,7 @@ from megatron.sweeps.archive import restore
 from megatron.sweeps.points import read_plan
 from megatron.sweeps.results import collect
 from megatron.sweeps.states import run_state
-from tests.sweeps.files import toy, write
+from tests.sweeps.files import forked_runs, toy, write
 
 TUNING = {"trials": 2, "parameters": {"lr": {"distribution": "log_uniform_values", "min": 1e-3, "max": 1e-2}}}
 
@@ -30,7 +30,8 @@ def tuned(corpus, tmp_path_factory):
     stages = {"tune": {"seeds": [1], "tuning": TUNING}, "final": {"best_of": "tune", "seeds": [1]}}
     changes = {"parameters": {"train-epochs": [4]}, "variants": {"ar": {"flags": {"objective": "ar"}}}}
     path = write(folder, content, stages=stages, **changes)
-    assert commands.run(options(path, folder / "sweep")) == 0
+    with forked_runs():
+        assert commands.run(options(path, folder / "sweep")) == 0
     return path, folder / "sweep"
 
 

@@ -1,14 +1,17 @@
 """The local queue: real runs, interrupted, killed, failing, hanging, and two queues on one sweep."""
 
 import json
+import logging
 import os
 import random
+import runpy
 import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -23,8 +26,7 @@ from megatron.sweeps.states import run_state
 from megatron.sweeps.sweep_file import read_sweep
 from megatron.training.run_folder import read_json
 from tests.conftest import ROOT, environment
-from tests.forked import start_script
-from tests.sweeps.files import toy, write
+from tests.sweeps.files import forked_runs, toy, write
 
 VOLATILE = ("seconds",)
 
@@ -37,13 +39,34 @@ def start(command, sweep, folder, *options) -> subprocess.Popen:
 
 
 def finish(command, sweep, folder, *options) -> str:
-    """Run tools/sweep.py to its end; return its output."""
+    """Run tools/sweep.py to its end, in this process and with forked runs; return its output since the first call."""
     output = folder.parent / f"{folder.name}.{command}.txt"
-    words = [str(ROOT / "tools" / "sweep.py"), command, str(sweep), "--output", str(folder), *map(str, options)]
-    (process,) = start_script(words, environment(), [output, output], [{}])
-    process.join(400)
-    assert process.exitcode in (0, 1, 2)
+    words = ["sweep.py", command, str(sweep), "--output", str(folder), *map(str, options)]
+    main = runpy.run_path(str(ROOT / "tools" / "sweep.py"))["main"]
+    with (
+        open(output, "a") as file,
+        redirect_stdout(file),
+        redirect_stderr(file),
+        logged_to(file),
+        forked_runs(),
+        mock.patch.object(sys, "argv", words),
+        mock.patch.dict(os.environ, environment(), clear=True),
+        pytest.raises(SystemExit) as end,
+    ):
+        main()
+    assert end.value.code in (0, 1, 2)
     return output.read_text()
+
+
+@contextmanager
+def logged_to(file):
+    """Log to `file`, too."""
+    handler = logging.StreamHandler(file)
+    logging.getLogger().addHandler(handler)
+    try:
+        yield
+    finally:
+        logging.getLogger().removeHandler(handler)
 
 
 def results(folder) -> list[dict]:

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from tests.conftest import environment
-from tests.forked import free_port
+from tests.forked import ForkedPopen, free_port
 
 LAYOUTS = {
     "dp4": [],
@@ -22,8 +22,8 @@ LAYOUTS = {
 class Job:
     """One start of a training run on several ranks; their output and the launcher's goes to `log`.
 
-    With `by_hand` there is no launcher; with `slurm` the ranks get the variables of srun. `prefix` precedes the
-    launcher's command.
+    With `by_hand` there is no launcher, and the ranks are forked from a process that has loaded torch; with `slurm`
+    they get the variables of srun. `prefix` precedes the launcher's command.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Job:
                     variables = master | dict(zip(names, (str(rank), str(size))))
                     variables |= {"SLURM_LOCALID": str(rank)} if slurm else {}
                     command_line, env = [sys.executable, *command], environment() | variables
-                    self.started.append(subprocess.Popen(command_line, env=env, stdout=out, stderr=out))
+                    self.started.append(ForkedPopen(command_line, env=env, stdout=out))
             else:
                 run = ["-m", "torch.distributed.run", f"--nproc-per-node={size}", *launcher]
                 command = [*prefix, sys.executable, *run, *command]

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from tests.conftest import entry, environment
-from tests.forked import free_port, start_script
+from tests.forked import rank_variables, start_script
 
 
 class Run:
@@ -16,12 +16,8 @@ class Run:
     def __init__(self, objective: str, flags: list, folder: Path, size: int = 1, **variables):
         folder.mkdir(parents=True, exist_ok=True)
         self.outputs = [folder / name for name in ("stdout", "stderr")]
-        launcher = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(size)}
-        variables_by_rank = (
-            [launcher | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size)] if size > 1 else [{}]
-        )
         command = [entry(objective), *map(str, flags)]
-        self.ranks = start_script(command, environment() | variables, self.outputs, variables_by_rank)
+        self.ranks = start_script(command, environment() | variables, self.outputs, rank_variables(size))
 
     def __enter__(self) -> "Run":
         return self

@@ -27,16 +27,18 @@ def long(flags):
     return [*flags, "--train-samples", "100000", "--eval-interval", "100000", "--save-interval", "4"]
 
 
-def test_a_killed_rank_ends_the_job_with_its_name_and_nothing_saved_is_lost(flags, tmp_path):
+@pytest.mark.parametrize("by_hand", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["by hand", "torchrun"])
+def test_a_killed_rank_ends_the_job_with_its_name_and_nothing_saved_is_lost(by_hand, flags, tmp_path):
     folder = tmp_path / "run"
-    job = Job([*flags, "--pipeline-model-parallel-size", "2", "--save", folder], tmp_path / "log", size=2)
+    arguments = [*flags, "--pipeline-model-parallel-size", "2", "--save", folder]
+    job = Job(arguments, tmp_path / "log", size=2, by_hand=by_hand)
     assert job.wait_until(lambda: newest(folder) >= 4)
     assert job.kill(1)
     job.wait(30)
     saved = newest(folder)
     (line,) = job.errors()
     assert line.startswith("error: rank 1 ") and "is gone" in line and "the same command" in line
-    assert re.search(r"Root Cause[^=]*rank +: 1 ", job.text()), job.text()[-3000:]
+    assert by_hand or re.search(r"Root Cause[^=]*rank +: 1 ", job.text()), job.text()[-3000:]
     status = json.loads((folder / "status.json").read_text())
     assert status["state"] == "failed" and line == f"error: {status['reason']}"
     done = run("mdm", *flags[1:], "--save", folder)
@@ -53,6 +55,16 @@ def test_a_number_of_processes_that_does_not_fit_is_said_once(flags, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_flag_that_does_not_exist_is_said_by_the_first_rank(flags, tmp_path):
+    """The other one waits for its launcher, which ends it."""
+    with Run("mdm", [*flags[1:], "--num-layer", "3"], tmp_path, size=2) as job:
+        first, second = job.ranks
+        first.join(60)
+        assert first.exitcode == 2 and second.is_alive()
+        assert job.stderr == "error: unknown flag --num-layer; did you mean --num-layers?\n"
+
+
+@pytest.mark.slow
 def test_a_flag_that_does_not_exist_is_said_once(flags, tmp_path):
     job = Job([*flags, "--num-layer", "3"], tmp_path / "log", size=2)
     job.wait(60)
@@ -118,7 +130,8 @@ def test_a_loss_that_is_not_a_number_is_said_once(flags, tmp_path):
     assert records(folder)
 
 
-@pytest.mark.parametrize("size", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1, 2])
 def test_ranks_end_with_a_killed_torchrun(size, long, tmp_path):
     folder = tmp_path / "run"
     job = Job([*long, "--num-workers", "1", "--save", folder], tmp_path / "log", size=size)

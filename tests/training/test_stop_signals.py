@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, entry, environment, records, run
-from tests.forked import free_port
+from tests.conftest import entry, environment, records, run
+from tests.forked import free_port, rank_variables, start_script
 from tests.training.jobs import catches, lines, newest
 from tests.training.runs import Run, contents, status
 
@@ -40,9 +40,9 @@ def whole(tiny, tmp_path_factory):
 @pytest.mark.parametrize(
     "names",
     [
-        ("SIGTERM", "SIGTERM", "SIGTERM"),
+        pytest.param(("SIGTERM", "SIGTERM", "SIGTERM"), marks=pytest.mark.slow),
         ("SIGUSR1", "SIGTERM", "SIGTERM"),
-        ("SIGUSR2", "SIGUSR2", "SIGUSR1"),
+        pytest.param(("SIGUSR2", "SIGUSR2", "SIGUSR1"), marks=pytest.mark.slow),
         ("SIGTERM", "SIGINT", "SIGUSR2"),
     ],
     ids="-".join,
@@ -222,13 +222,13 @@ def test_a_training_run_within_another_program_leaves_its_signals_alone(tiny):
 # ------------------------------------------------------------------------ tools with ranks
 
 RANK = """
-import sys, time
+import os, sys, time
 from pathlib import Path
 from megatron import stop_signals
 from megatron.training.command_line import parse_run
 from megatron.training.launcher import launch
 def work(config, detector):
-    Path(sys.argv[1]).touch()
+    Path(sys.argv[1], f"ready {os.environ.get('RANK', 0)}").touch()
     time.sleep(60)
 flags = "--num-layers 1 --hidden-size 8 --num-attention-heads 1 --train-data-path none --train-iters 1".split()
 stop_signals.install_in_tool()
@@ -238,18 +238,14 @@ stop_signals.run_tool(lambda: launch(lambda: parse_run("ar", flags), work))
 
 @pytest.mark.parametrize(("name", "size"), [("SIGINT", 1), ("SIGTERM", 2)])
 def test_a_signal_to_one_rank_of_a_tool_ends_all_with_one_line(name, size, tmp_path):
-    job = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())} if size > 1 else {}
-    ranks = []
-    with open(tmp_path / "errors", "w") as errors:
-        for rank in range(size):
-            own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if size > 1 else {}
-            words = [sys.executable, "-c", RANK, str(tmp_path / f"ready {rank}")]
-            ranks.append(subprocess.Popen(words, stderr=errors, env=environment() | job | own, cwd=ROOT))
+    outputs = [tmp_path / "output", tmp_path / "errors"]
+    ranks = start_script(["-c", RANK, str(tmp_path)], environment(), outputs, rank_variables(size))
     deadline = time.monotonic() + 60
     while not all((tmp_path / f"ready {rank}").exists() for rank in range(size)):
-        assert time.monotonic() < deadline and not any(rank.poll() for rank in ranks)
+        assert time.monotonic() < deadline and all(rank.is_alive() for rank in ranks)
         time.sleep(0.05)
-    ranks[-1].send_signal(signal.Signals[name])
-    codes = [rank.wait(60) for rank in ranks]
+    os.kill(ranks[-1].pid, signal.Signals[name])
+    for rank in ranks:
+        rank.join(60)
     assert (tmp_path / "errors").read_text() == "error: interrupted\n"
-    assert codes == [128 + signal.Signals[name]] * size
+    assert [rank.exitcode for rank in ranks] == [128 + signal.Signals[name]] * size
