@@ -24,7 +24,9 @@ from tests.conftest import ROOT
 # argv: rank, world size, minutes, port of the hub, token, Python code to run when all ranks have connected
 RANK = """
 import sys, time
+from megatron.parallel import failure_detector
 from megatron.parallel.failure_detector import FailureDetector, Hub
+failure_detector.PAUSE = 0.5  # less than in a training run
 rank, size, minutes, port, token, code = sys.argv[1:]
 rank, size, minutes, hub = int(rank), int(size), float(minutes), None
 if rank == 0:

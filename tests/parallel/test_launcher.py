@@ -124,12 +124,14 @@ ranks = [subprocess.Popen([*sys.argv[3:], str(rank)]) for rank in range(int(sys.
 print(*[rank.pid for rank in ranks], flush=True)
 time.sleep(60)
 """
-# argv: a folder, the rank. Two ranks share a failure detector, as in a training run.
+# argv: a folder, the rank. Two ranks share a failure detector, as in a training run; it waits for less time.
 RANK = """
 import sys, time
 from pathlib import Path
 folder, rank = Path(sys.argv[1]), int(sys.argv[2])
+from megatron.parallel import failure_detector
 from megatron.parallel.failure_detector import FailureDetector, Hub, launcher
+failure_detector.PAUSE = failure_detector.POLL = 0.3
 sys.stderr = open(folder / f"errors {rank}", "w", buffering=1)
 detector = FailureDetector(rank, 0)
 detector.on_failure = (folder / f"on_failure {rank}").write_text
@@ -233,7 +235,7 @@ def test_a_rank_that_a_launcher_left_to_init_before_its_first_line_ends():
 
 
 def test_ranks_outlive_a_shell(tmp_path):
-    assert len(kill_a_launcher(tmp_path, 2, {}, "bash", seconds=4)) == 2
+    assert len(kill_a_launcher(tmp_path, 2, {}, "bash", seconds=1.5)) == 2
     assert not (tmp_path / "on_failure 0").exists()
 
 
