@@ -19,12 +19,12 @@ MODULES = "abc ast bisect calendar cmd code codecs copy csv dis enum fnmatch glo
 
 # the longest files of the fast tier, which run first; all others take seconds
 LONGEST = """
-parallel/test_layouts sweeps/test_local_queue parallel/test_deepspeed test_quickstart sweeps/test_branches
-scoring/test_lm_eval parallel/test_compiled test_static parallel/test_non_finite test_benchmarks training/test_jobs
-training/test_resume test_documentation objectives/test_training test_check examples/test_published_quickstart
-reporting/test_report objectives/test_page training/test_trackers sweeps/test_full_disk reporting/test_sweep_report
-training/test_tracker_restarts test_errors test_download training/test_stop_signals parallel/test_launcher
-parallel/test_failure_detector convert/test_export
+parallel/test_layouts sweeps/test_local_queue test_static parallel/test_compiled training/test_resume test_errors
+test_documentation parallel/test_deepspeed test_download data/test_resume_preprocess test_quickstart
+scoring/test_lm_eval training/test_stop_signals objectives/test_training training/test_trackers sweeps/test_branches
+training/test_jobs parallel/test_non_finite reporting/test_report test_check sweeps/test_full_disk test_benchmarks
+training/test_run_lock parallel/test_failure_detector likelihoods/test_likelihoods_tool reporting/test_sweep_report
+objectives/test_page laws/test_fit_tool parallel/test_launcher convert/test_export
 """.split()
 
 

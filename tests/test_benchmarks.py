@@ -222,6 +222,7 @@ def test_out_of_memory_is_one_line():
     assert done.stderr.splitlines()[-1].startswith("error: CUDA out of memory. Tried to allocate 2.00 GiB; give fewer")
 
 
+@pytest.mark.slow
 def test_only_the_selected_implementations_run(tmp_path):
     done = run(*TOY, "--only", "nanogpt*", "ours MDM *eager", "--output", tmp_path / "step.json")
     assert done.returncode == 0, done.stderr
@@ -258,6 +259,7 @@ def test_compiled_implementations_compute_the_same():
     assert "\n| ours AR compiled : nanogpt AR compiled |" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_peer_that_computes_something_else_is_refused():
     done = run(*TOY, script=FAULT.format(subject="training_step"))
     assert done.returncode == 1
@@ -319,6 +321,7 @@ def test_a_user_error_exits_with_code_2():
     assert run("--rounds", "none").returncode == 2
 
 
+@pytest.mark.slow
 def test_the_stall_of_a_small_model_is_measured(tmp_path):
     report = report_of("checkpoints --model-size 7M --rounds 2", tmp_path)
     assert report["bytes"] == 12 * report["parameters"]
@@ -344,6 +347,7 @@ objectives.main()
 """
 
 
+@pytest.mark.slow
 def test_regularisers_are_timed_and_compared_with_their_flops(tmp_path):
     flags = f"--model-size 7M --seq-length 32 --micro-batch-size 1 --rounds 1 --output {tmp_path}/objectives.json"
     done = run_python("-c", FEW_CASES, *flags.split())

@@ -107,7 +107,11 @@ def test_a_missing_rank_is_named_after_the_limit_and_no_process_is_left(tmp_path
             "broadcast on cpu gave 6",
             marks=pytest.mark.slow,
         ),
-        ("import torch.distributed as d; d.all_reduce = lambda *a, **k: None; main()", "all-reduce on cpu gave"),
+        pytest.param(
+            "import torch.distributed as d; d.all_reduce = lambda *a, **k: None; main()",
+            "all-reduce on cpu gave",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_wrong_result_and_an_early_end_are_reported(code, message, tmp_path, monkeypatch):

@@ -148,13 +148,23 @@ def test_nothing_is_fetched_twice(clone, server):
     assert result.stdout.splitlines() == [f"data/{name}: complete" for name in NAMES]
 
 
+@pytest.mark.slow
 def test_another_folder(clone, published):
     assert download(clone, "--dir", str(clone / "else where")).returncode == 0
     assert not (clone / "data").exists() and (clone / "else where" / VOCAB).read_bytes() == published[VOCAB]
     assert (clone / "else where" / "val_c4.txt").read_text() == f'"1.0 {clone}/else where/{VALID}"\n'
 
 
-@pytest.mark.parametrize("ranges", [True, False], ids=["resumed", "from the start where the server ignores ranges"])
+RANGES = pytest.mark.parametrize(
+    "ranges",
+    [
+        pytest.param(True, id="resumed"),
+        pytest.param(False, id="from the start where the server ignores ranges", marks=pytest.mark.slow),
+    ],
+)
+
+
+@RANGES
 def test_a_partial_file_is_resumed(clone, server, published, ranges):
     server.ranges = ranges
     (clone / "data").mkdir()
@@ -168,7 +178,7 @@ def test_a_partial_file_is_resumed(clone, server, published, ranges):
 
 
 @pytest.mark.parametrize("partial", [b"x" * 100, b"x" * 1_000_000], ids=["foreign", "longer than the file"])
-@pytest.mark.parametrize("ranges", [True, False], ids=["ranges", "no ranges"])
+@RANGES
 def test_a_partial_file_of_something_else_is_fetched_again(clone, server, published, partial, ranges):
     server.ranges = ranges
     (clone / "data").mkdir()
@@ -178,6 +188,7 @@ def test_a_partial_file_of_something_else_is_fetched_again(clone, server, publis
     assert [start for name, start in server.requests if name == VOCAB] == [len(partial), None]
 
 
+@pytest.mark.slow
 def test_a_complete_partial_file_is_renamed(clone, server, published):
     (clone / "data").mkdir()
     (clone / "data" / f"{VOCAB}.partial").write_bytes(published[VOCAB])
@@ -185,7 +196,7 @@ def test_a_complete_partial_file_is_renamed(clone, server, published):
     assert_complete(clone, published)
 
 
-@pytest.mark.parametrize("ranges", [True, False])
+@RANGES
 def test_a_response_that_breaks_off_is_resumed(clone, server, published, ranges):
     server.ranges, server.cuts = ranges, {f"{TRAIN}.bin": 30_000}
     assert download(clone).returncode == 0
@@ -204,10 +215,14 @@ def test_a_busy_server_is_retried(clone, server, published):
     "name, change, message",
     [
         (VOCAB, lambda body: body.replace(b"t", b"x", 1), r"has sha256 [0-9a-f]{64}, expected [0-9a-f]{64}"),
-        (MERGES, lambda body: body[:-5], r"has \d+ bytes, expected \d+"),
+        pytest.param(MERGES, lambda body: body[:-5], r"has \d+ bytes, expected \d+", marks=pytest.mark.slow),
         (f"{VALID}.bin", lambda body: body[:-10], "has 20000 bytes, and its .idx gives 20010"),
-        (f"{VALID}.bin", lambda body: body + b"x", "has 20011 bytes, and its .idx gives 20010"),
-        (f"{VALID}.idx", lambda body: b"<html>".ljust(len(body)), "is not a valid Megatron index"),
+        pytest.param(
+            f"{VALID}.bin", lambda body: body + b"x", "has 20011 bytes, and its .idx gives", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            f"{VALID}.idx", lambda body: b"<html>".ljust(len(body)), "is not a valid M", marks=pytest.mark.slow
+        ),
         # sizes and offsets of the documents contradict each other
         (f"{VALID}.idx", lambda body: body[:34] + b"\7" + body[35:], "is not a valid Megatron index"),
     ],
@@ -304,6 +319,7 @@ def test_an_interrupted_run_leaves_a_partial_file_that_resumes(clone, server, pu
     assert_complete(clone, published)
 
 
+@pytest.mark.slow
 def test_a_terminal_sees_a_progress_bar(clone):
     master, slave = pty.openpty()
     result = subprocess.run(

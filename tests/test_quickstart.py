@@ -68,7 +68,8 @@ echo the report would follow"""
     assert result.returncode == 3 and "report" not in result.stdout
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_makes_all_runs_save_and_exit(number, data, tmp_path):
     """Ctrl-C goes to the process group, the SIGTERM of a cancelled job to the script only."""
     log = open(tmp_path / "log", "w")  # noqa: SIM115 (open while the script runs)

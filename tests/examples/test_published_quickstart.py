@@ -14,7 +14,8 @@ TOY += " --global-batch-size 16 --eval-interval 4 --eval-samples 8 --save-interv
 SCRIPTS = ("train_ar.sh", "eval_ar.sh", "train_mdm.sh", "eval_mdm.sh")
 
 
-@pytest.mark.parametrize("objective", ["ar", pytest.param("mdm", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["ar", "mdm"])
 def test_training_is_stopped_resumed_and_evaluated(objective, with_data):
     toy, folder = TOY.split(), with_data / "runs" / f"{objective}_best_on_100m"
     run(with_data, f"quickstart/train_{objective}.sh", *toy, "--exit-interval", "5")

@@ -24,13 +24,7 @@ CASES = {
     "--objective dual --micro-batch-size 4": {"validation": 2.6, "validation.mdm": 2.85},
     "--objective any-order --global-batch-size 16": {"validation": 2.95, "validation.ar": 2.95},
     "--objective block-diffusion --diffusion-block-size 4": {"validation": 2.97},
-    "--num-order-list 4 --target-positions": {"validation": 3.0},
-    "--right-to-left-ratio 0.5": {"validation": 2.75},
     "--token-dropout-max 0.4": {"validation": 2.7},
-    "--masked-input-weight 0.4": {"validation": 2.5},
-    "--attention-dropout 0.1 --hidden-dropout 0.1 --mlp-dropout 0.1 --embedding-dropout 0.1": {"validation": 2.55},
-    "--optimizer muon --weight-decay-parameters hidden": {"validation": 2.45},
-    "--ema-decay 0.95": {"validation": 2.5, "validation.average": 2.5},
 }
 SLOW = {
     "--objective mdm --ar-ratio 0.2 --global-batch-size 16": {"validation": 3.0},
@@ -47,6 +41,12 @@ SLOW = {
     "--reset-attention-mask --reset-position-ids --eod-mask-loss": {"validation": 2.5},
     "--label-smoothing 0.1 --z-loss 1e-3": {"validation": 2.6},
     "--weight-decay-incr-style linear --start-weight-decay 0 --end-weight-decay 1": {"validation": 2.5},
+    "--num-order-list 4 --target-positions": {"validation": 3.0},
+    "--right-to-left-ratio 0.5": {"validation": 2.75},
+    "--masked-input-weight 0.4": {"validation": 2.5},
+    "--attention-dropout 0.1 --hidden-dropout 0.1 --mlp-dropout 0.1 --embedding-dropout 0.1": {"validation": 2.55},
+    "--optimizer muon --weight-decay-parameters hidden": {"validation": 2.45},
+    "--ema-decay 0.95": {"validation": 2.5, "validation.average": 2.5},
     "--average-from-samples 800": {"validation": 2.5, "validation.average": 2.5},
 }
 

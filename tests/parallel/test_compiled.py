@@ -44,12 +44,14 @@ def loss_and_norm(
     return ranks.sum(float(loss))[0], float(engine.clip(0.0))
 
 
-def tensor_parallel(ranks: ParallelContext) -> list[tuple[float, float]]:
+def tensor_parallel(ranks: ParallelContext, granularity: str | None) -> list[tuple[float, float]]:
     ranks = build_parallel_context(ranks.rank, ranks.size, ranks.device, tensor=2)
-    return [loss_and_norm(ranks, ParallelConfig(tensor_model_parallel_size=2), compile) for compile in (False, True)]
+    parallel = ParallelConfig(tensor_model_parallel_size=2, recompute_granularity=granularity)
+    return [loss_and_norm(ranks, parallel, compile) for compile in (False, True)]
 
 
-@pytest.mark.parametrize("granularity", [pytest.param("full", marks=pytest.mark.slow), "selective"])
+@pytest.mark.slow
+@pytest.mark.parametrize("granularity", ["full", "selective"])
 def test_recomputed_blocks(granularity):
     parallel = ParallelConfig(recompute_granularity=granularity)
     with joined() as ranks:
@@ -57,8 +59,9 @@ def test_recomputed_blocks(granularity):
     assert compiled == pytest.approx(uncompiled, rel=1e-5)
 
 
-def test_tensor_parallel_blocks():
-    uncompiled, compiled = spawn(tensor_parallel, 2)[0]
+@pytest.mark.parametrize("granularity", [pytest.param(None, marks=pytest.mark.slow), "selective"])
+def test_tensor_parallel_blocks(granularity):
+    uncompiled, compiled = spawn(tensor_parallel, 2, granularity)[0]
     assert compiled == pytest.approx(uncompiled, rel=1e-5)
 
 

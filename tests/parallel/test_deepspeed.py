@@ -86,11 +86,12 @@ VARIANTS = {
 }
 # the cases of each stage that are fast tests; the others are slow ones
 FAST = {
-    0: ("ar", "mdm-untied"),
-    1: tuple(CASES),
-    2: ("ar", "mdm-untied", "mdm-loops"),
+    0: ("ar",),
+    1: ("ar", "mdm-untied", "ar-untied-unclipped", "ar-full-recompute", "bf16-curve"),
+    2: ("ar", "mdm-untied"),
     3: ("ar", "mdm-untied", "mdm-loops", "bf16", "curve"),
 }
+FAST_VARIANTS = ("offload-2-bf16", "offload-3", "small-pieces-3")
 MOVED = Case("mdm", BIASES, steps=4)  # half of it in one engine, half in the other
 
 
@@ -210,12 +211,18 @@ def save(engine, folder: Path, case: Case) -> None:
 
 
 def slow_cases(ranks: ParallelContext) -> dict:
-    """Return the traces with two ranks that are not in FAST."""
+    """Return the traces with two ranks that are neither in FAST nor in FAST_VARIANTS."""
     cases = [(name, stage) for stage in STAGES for name in CASES if name not in FAST[stage]]
-    return {
+    traces = {
         (name, stage): train(Zero(ranks, CASES[name], None, stage), CASES[name], range(CASES[name].steps))
         for name, stage in cases
     }
+    return traces | {name: variant(ranks, name) for name in VARIANTS if name not in FAST_VARIANTS}
+
+
+def variant(ranks: ParallelContext, name: str) -> Trace:
+    case, stage, section = VARIANTS[name]
+    return train(Zero(ranks, CASES[case], None, stage, section), CASES[case], range(CASES[case].steps))
 
 
 def two_ranks(ranks: ParallelContext, folder: Path) -> dict:
@@ -235,8 +242,7 @@ def two_ranks(ranks: ParallelContext, folder: Path) -> dict:
         with torch.no_grad():
             broken.engine._write("norm.weight", torch.full((16,), float("nan")))
         runs["broken", stage] = train(broken, CASES["ar"], range(1))
-    for name, (case, stage, section) in VARIANTS.items():
-        runs[name] = train(Zero(ranks, CASES[case], None, stage, section), CASES[case], range(CASES[case].steps))
+    runs |= {name: variant(ranks, name) for name in FAST_VARIANTS}
     runs["planted"] = train(Unscaled(ranks, CASES["ar"], None, 1), CASES["ar"], range(3))
     return runs
 
@@ -283,9 +289,12 @@ def equal_traces(first: dict, second: dict) -> dict:
 def checks(*names: str) -> list:
     """Return (fixture, case, ZeRO stage) of tests of some cases."""
     pairs = [(name, stage) for name in names for stage in STAGES]
-    fast = [pytest.param("two", name, stage) for name, stage in pairs if name in FAST[stage]]
-    slow = [(name, stage) for name, stage in pairs if name not in FAST[stage]]
-    return fast + [pytest.param("two_slow", name, stage, marks=pytest.mark.slow) for name, stage in slow]
+    return [parameter_set(name in FAST[stage], name, stage) for name, stage in pairs]
+
+
+def parameter_set(is_fast: bool, *values):
+    """Return the name of the fixture with the traces of a fast or a slow test, and its other parameters."""
+    return pytest.param("two" if is_fast else "two_slow", *values, marks=[pytest.mark.slow] * (not is_fast))
 
 
 def check_equal(trace: Trace, expected: Trace, rel: float) -> None:
@@ -306,9 +315,9 @@ def test_three_steps_are_those_of_fsdp2(request, single, traces, name, stage):
 
 
 @installed
-@pytest.mark.parametrize("name", VARIANTS)
-def test_settings_of_a_file_change_no_result(single, two, name):
-    check_equal(two[name], single[VARIANTS[name][0]], 1e-5)
+@pytest.mark.parametrize("traces, name", [parameter_set(name in FAST_VARIANTS, name) for name in VARIANTS])
+def test_settings_of_a_file_change_no_result(request, single, traces, name):
+    check_equal(request.getfixturevalue(traces)[name], single[VARIANTS[name][0]], 1e-5)
 
 
 @installed
@@ -355,6 +364,7 @@ def test_a_norm_that_is_not_finite_is_reported(two, stage):
     assert not np.isfinite(two["broken", stage].norms[0])
 
 
+@pytest.mark.slow
 @installed
 def test_a_single_process_without_launcher_or_compiler(single, tmp_path):
     """No RANK, no LOCAL_RANK, no C++ compiler: with offload nothing is compiled, even at first use."""

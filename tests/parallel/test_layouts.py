@@ -172,9 +172,26 @@ CURVES += [(Layout(2, 2, 1), "mdm-muon"), (Layout(1, 2, 2), "mdm-mup-muon")]
 HALVED = [Layout(2, 1, 1), Layout(2, 1, 1, {"zero_stage": 3}), Layout(1, 2, 1), Layout(1, 1, 2)]
 
 
+# on 4 ranks that are not 2 stages of 2 tensor-parallel ranks, the fast checks are of these cases
+FOUR_RANKS = ("mdm", "mdm-deep", "mdm-mup-muon", "mdm-distilled")
+# a fast check of these cases has both tensor and pipeline parallelism, another one data parallelism
+BOTH = (*VARIATIONS, "mdm-loops")
+# their random draws are of the kinds that other options have
+SIMPLE = ("any-order", "ar-backwards", "ar-masked-input", "mdm-bell")
+
+
 def is_slow(layout: Layout, name: str) -> bool:
-    """Whether a check is a slow test: more than 4 ranks, or a variation on 4 ranks in one more layout."""
-    return layout.size > 4 or (layout.size == 4 and name in VARIATIONS and layout != Layout(1, 2, 2))
+    """Whether a check is a slow test: more than 4 ranks, or a variant of fast checks."""
+    if layout.options.get("zero_stage") in (0, 2) and (layout.size > 2 or name not in ("mdm-untied", "mdm-muon")):
+        return True
+    if layout.size == 4:
+        return name in SIMPLE if layout == Layout(1, 2, 2) else name not in FOUR_RANKS
+    return layout.size > 4 or (name in BOTH and layout in (Layout(1, 2, 1), Layout(1, 1, 2)))
+
+
+def is_slow_curve(layout: Layout, name: str) -> bool:
+    """Whether a curve is a slow test: more than 2 ranks, or a variant of fast curves."""
+    return layout.size > 2 or layout.options == {"zero_stage": 0} or (name != "mdm" and layout.tensor == 1)
 
 
 def tied_gradient_not_reduced():
@@ -232,7 +249,7 @@ def dropped(ranks: ParallelContext) -> np.ndarray:
 def all_layouts(ranks: ParallelContext, size: int, slow: bool) -> tuple[dict, dict]:
     """Return the steps of all slow or fast checks, and the curves, at one world size, by index or name."""
     results, curves = {}, {}
-    if size == 2:
+    if size == 2 and not slow:
         for layout in HALVED:
             curves["bf16", described((layout, "mdm"))] = curve(
                 context(ranks, layout), CASES["mdm"], layout.parallel, bf16=True
@@ -248,15 +265,15 @@ def all_layouts(ranks: ParallelContext, size: int, slow: bool) -> tuple[dict, di
     for index, (layout, name) in enumerate(CHECKS):
         if layout.size == size and is_slow(layout, name) == slow:
             results[index] = take(context(ranks, layout), CASES[name], layout.parallel)
-    return results, curves | (all_curves(ranks, size) if size == 2 else {})
+    return results, curves | (all_curves(ranks, size, slow=False) if size == 2 and not slow else {})
 
 
-def all_curves(ranks: ParallelContext, size: int) -> dict[int, np.ndarray]:
-    """Return the curves at one world size, by index."""
+def all_curves(ranks: ParallelContext, size: int, slow: bool) -> dict[int, np.ndarray]:
+    """Return the slow or fast curves at one world size, by index."""
     return {
         index: curve(context(ranks, layout), CASES[name], layout.parallel)
         for index, (layout, name) in enumerate(CURVES)
-        if layout.size == size
+        if layout.size == size and is_slow_curve(layout, name) == slow
     }
 
 
@@ -273,14 +290,14 @@ def _cached_context(rank: int, size: int, tensor: int, pipeline: int, replicas: 
 
 @pytest.fixture(scope="module")
 def parallel():
-    """The steps of the fast checks, and the curves with 2 ranks, by index; lists over ranks."""
+    """The steps of the fast checks, and the fast curves, by index; lists over ranks."""
     return at_world_sizes(2, 4, slow=False)
 
 
 @pytest.fixture(scope="module")
 def large():
     """The steps of the slow checks, which takes minutes on two cores."""
-    return at_world_sizes(4, 6, 8, slow=True)
+    return at_world_sizes(2, 4, 6, 8, slow=True)
 
 
 def at_world_sizes(*sizes: int, slow: bool) -> tuple[dict, dict]:
@@ -294,8 +311,8 @@ def at_world_sizes(*sizes: int, slow: bool) -> tuple[dict, dict]:
 
 @pytest.fixture(scope="module")
 def long_curves():
-    """The losses of the curves with 4 and 8 ranks, which take minutes on two cores."""
-    by_size = [spawn(all_curves, size, size) for size in (4, 8)]
+    """The losses of the slow curves, which take minutes on two cores."""
+    by_size = [spawn(all_curves, size, size, True) for size in (2, 4, 8)]
     return {index: [losses[index] for losses in by_rank] for by_rank in by_size for index in by_rank[0]}
 
 
@@ -361,11 +378,10 @@ def test_tensor_parallel_ranks_have_different_dropout_masks(parallel):
     assert np.array_equal(*parallel[0]["dropped", "shared"])
 
 
-@pytest.mark.parametrize("index", indices(CURVES, lambda layout, _: layout.size > 2))
+@pytest.mark.parametrize("index", indices(CURVES, is_slow_curve))
 def test_ten_steps_follow_those_of_one_rank(request, single, index):
-    curves = (
-        request.getfixturevalue("long_curves") if CURVES[index][0].size > 2 else request.getfixturevalue("parallel")[1]
-    )
+    is_slow = is_slow_curve(*CURVES[index])
+    curves = request.getfixturevalue("long_curves") if is_slow else request.getfixturevalue("parallel")[1]
     expected = single[CURVES[index][1]][1]
     np.testing.assert_allclose(sum(curves[index]), expected, rtol=1e-4)
     assert np.ptp(expected) > 0.1  # the loss changes

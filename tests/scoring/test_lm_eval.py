@@ -598,6 +598,7 @@ def test_unknown_tasks_and_missing_data_are_said_in_one_line(runs, tasks, tmp_pa
         )
 
 
+@pytest.mark.slow  # lm-eval reads the files of all its tasks
 def test_the_nine_published_tasks_are_known_without_a_network():
     manager = TaskManager(include_defaults=True)
     assert set(manager.match_tasks(NINE)) == set(NINE)
