@@ -44,6 +44,7 @@ def test_a_sound_machine_passes():
     assert re.search(r"^gloo +2 ranks, all-reduce and broadcast ok in [\d.]+ s$", result.stdout, re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_an_unusable_interface_is_named_with_the_remedy(monkeypatch):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "none0")
     finding = check.collective("gloo", 1, 60, {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"})

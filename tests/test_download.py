@@ -177,7 +177,9 @@ def test_a_partial_file_is_resumed(clone, server, published, ranges):
     assert starts == ([1000] if ranges else [1000, None])
 
 
-@pytest.mark.parametrize("partial", [b"x" * 100, b"x" * 1_000_000], ids=["foreign", "longer than the file"])
+@pytest.mark.parametrize(
+    "partial", [b"x" * 100, pytest.param(b"x" * 1_000_000, marks=pytest.mark.slow)], ids=["foreign", "longer"]
+)
 @RANGES
 def test_a_partial_file_of_something_else_is_fetched_again(clone, server, published, partial, ranges):
     server.ranges = ranges

@@ -71,7 +71,7 @@ class Ranks:
         return [(process.returncode, *output) for process, output in zip(self.processes, outputs, strict=True)]
 
 
-@pytest.mark.parametrize("victim", [0, 1, 2, 3])
+@pytest.mark.parametrize("victim", [0, *(pytest.param(rank, marks=pytest.mark.slow) for rank in (1, 2)), 3])
 def test_a_killed_rank_ends_the_others_with_one_line_per_node(victim):
     ranks = Ranks(STAY, STAY, STAY, STAY).connected()
     start = time.monotonic()

@@ -199,7 +199,7 @@ LAUNCHERS = pytest.mark.parametrize(
     "variables, name, message",
     [
         ({"TORCHELASTIC_RUN_ID": "none"}, "python", "torchrun (process "),
-        ({"CROSS_RANK": "0"}, "python", "deepspeed (process "),
+        pytest.param({"CROSS_RANK": "0"}, "python", "deepspeed (process ", marks=pytest.mark.slow),
         ({}, "slurmstepd", "srun (process "),
     ],
 )

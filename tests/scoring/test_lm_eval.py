@@ -442,7 +442,7 @@ def test_the_command_writes_what_lm_eval_writes_and_goes_on_from_its_cache(runs,
     )
 
 
-@pytest.mark.parametrize("objective", ["ar", "mdm"])
+@pytest.mark.parametrize("objective", [pytest.param("ar", marks=pytest.mark.slow), "mdm"])
 def test_what_a_kill_left_in_a_cache_is_gone_on_from(runs, tasks, tmp_path, monkeypatch, objective):
     names, cache, scores = ["choices", "rolling", "writing"], tmp_path / "cached" / "cache", []
     settings = {"pretrained": str(runs / objective), "use_cache": str(cache)}

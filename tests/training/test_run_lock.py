@@ -131,7 +131,11 @@ def complete(files: dict[str, bytes]) -> dict[str, bytes]:
     return {name: data for name, data in files.items() if ".partial" not in name}
 
 
-@pytest.mark.parametrize("takeover", [rewrite, replace, remove], ids=lambda takeover: takeover.__name__)
+@pytest.mark.parametrize(
+    "takeover",
+    [pytest.param(rewrite, marks=pytest.mark.slow), replace, pytest.param(remove, marks=pytest.mark.slow)],
+    ids=lambda takeover: takeover.__name__,
+)
 def test_a_run_that_lost_its_lock_writes_nothing_more(takeover, long, tmp_path):
     folder = tmp_path / "run"
     with Run("ar", [*long, "--save-interval", "100000", "--save", folder], tmp_path) as training:

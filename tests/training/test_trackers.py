@@ -176,6 +176,7 @@ def test_after_a_kill_the_board_equals_that_of_an_uninterrupted_run(whole, tiny,
     assert history(resumed)[0]["iteration"] == 5  # earlier records are in the first log
 
 
+@pytest.mark.slow
 def test_a_kill_loses_no_record_that_is_older_than_a_second(tmp_path):
     """Both the run and the wandb process that writes the file are killed."""
     code = f"""
@@ -211,6 +212,7 @@ def test_a_branch_begins_with_the_records_of_its_origin(whole, tiny, tmp_path):
     assert [row["iteration"] for row in history(*offline_runs(tmp_path))] == [row["iteration"] for row in metrics]
 
 
+@pytest.mark.slow
 def test_a_run_older_than_its_trackers_is_resumed_and_evaluated(whole, tiny, tmp_path):
     shutil.copytree(whole, tmp_path / "old", ignore=shutil.ignore_patterns("board", "wandb*"))
     for path in (tmp_path / "old").rglob("*.json"):
