@@ -137,10 +137,12 @@ def _contamination(run: Run) -> list[str]:
     """Return a line for each set of a run whose overlap with the training split was measured."""
     lines = []
     for name, shared in (run.config["shared_13grams"] or {}).items():
-        sample_note = "" if shared["sampled"] == 1 else f" (measured on {shared['sampled']:.1%} of its documents)"
+        documents = "" if shared["documents"] is None else f", in {shared['documents']:.0%} of its documents,"
+        product = f"share of its documents times share of the training split's 13-grams {shared['sampled']:.1%}"
+        sample_note = "" if shared["sampled"] == 1 else f" (estimated from samples: {product})"
         lines.append(
-            f"Contamination: {shared['ngrams']:.1%} of the word 13-grams of the {name} set, in "
-            f"{shared['documents']:.0%} of its documents, also occur in the training split{sample_note}."
+            f"Contamination: {shared['ngrams']:.1%} of the word 13-grams of the {name} set{documents} also occur in "
+            f"the training split{sample_note}."
         )
     return lines
 

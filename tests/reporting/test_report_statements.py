@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron.data.contamination import HeldOut, TrainNgrams, ngram_hashes
 from megatron.errors import ConfigurationError
 from megatron.reporting.attachments import read_attachments
 from megatron.reporting.conclusions import Comparison, caveats, compare, conclusions
@@ -218,6 +219,21 @@ def test_provenance_and_contamination_are_those_of_all_runs(tmp_path):
     values = dict(provenance([row.group.runs[0] for row in rows]))
     assert (values["device"], values["torch"], values["commit"]) == ("cpu, H100", "2.9, 2.10", "abc")
     assert sum(line.startswith("Contamination") for line in caveats(rows)) == 2
+
+
+def test_contamination_of_samples_has_no_share_of_documents(tmp_path):
+    """Preprocessing records none once the 13-grams of the training split are a sample."""
+    held_out, train = HeldOut(), TrainNgrams(limit=5)
+    hashes = ngram_hashes(b"%d " * 30 % tuple(range(30)))  # 18 of them
+    train.add(hashes)
+    held_out.add(0, hashes)
+    shared = held_out.shared(train)
+    assert shared["documents"] is None
+    caveat = caveats([row(tmp_path / "run", shared_13grams={"validation": shared})])[0]
+    assert caveat == (
+        "Contamination: 100.0% of the word 13-grams of the validation set also occur in the training split (estimated "
+        f"from samples: share of its documents times share of the training split's 13-grams {shared['sampled']:.1%})."
+    )
 
 
 @pytest.mark.parametrize(
