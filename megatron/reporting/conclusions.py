@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from itertools import combinations
 
 from megatron.reporting.groups import Group, Summary
-from megatron.reporting.runs import Difference, Run, mean_difference
+from megatron.reporting.runs import Difference, Run, distinct_runs, mean_difference
 
 LISTED = 8  # runs that a caveat names; the others are counted
 # (is the first loss an upper bound, is the second) -> sign of their difference, the difference in words
@@ -149,7 +149,7 @@ def _contamination(run: Run) -> list[str]:
 
 def _unfinished(groups: Sequence[Group]) -> list[str]:
     """Return a line for each run that is not finished; if they are many, the number of the others."""
-    unfinished = [run for group in groups for run in group.runs if not run.finished]
+    unfinished = distinct_runs(run for group in groups for run in group.runs if not run.finished)
     lines = []
     for run in unfinished[:LISTED]:
         epochs = run.consumed_samples * run.config["data"]["seq_length"] / run.config["unique_tokens"]

@@ -8,7 +8,7 @@ so the standard error over documents includes it.
 import math
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -123,6 +123,14 @@ def refuse_duplicates(folders: Sequence[str | Path]) -> list[Path]:
         if count > 1:
             raise ConfigurationError(f"{path}: is given twice; name it once, a run cannot be compared with itself")
     return paths
+
+
+def distinct_runs(runs: Iterable[Run]) -> list[Run]:
+    """Return the runs, of those with one folder the first: points of a sweep may share a run."""
+    first: dict[Path, Run] = {}
+    for run in runs:
+        first.setdefault(run.folder, run)
+    return list(first.values())
 
 
 def load_run(folder: str | Path) -> Run:

@@ -129,6 +129,24 @@ def test_sweeps_of_one_name_stay_apart_and_a_run_is_given_once(tmp_path, plan_li
             load(arguments)
 
 
+def test_a_run_of_several_points_is_in_the_group_of_each_and_counted_once(tmp_path, plan_line):
+    """Seed 1 of the best settings is the trial that chose them."""
+    for name, seed in (("shared", 1), ("other", 2)):
+        training = CONFIG["training"] | {"seed": seed}
+        write_run(tmp_path / "sweep" / "runs" / name, (2.0 + seed,), training=training, stop=0.5)
+    points = [{"id": "shared", "seed": 1, "stage": "tune", "trial": 0}]
+    points += [{"id": name, "seed": seed, "stage": "final"} for seed, name in enumerate(("shared", "other", "x"), 1)]
+    (tmp_path / "sweep" / "plan.jsonl").write_text("".join(plan_line(**point) for point in points))
+    source = load([tmp_path / "sweep"])
+    rows = [summarise(group, "tuning", "validation") for group in group_runs(source.runs)]
+    assert [(row.name, len(row.group.runs)) for row in rows] == [("tune, ar, trial 0", 1), ("final, ar", 2)]
+    assert [row.best.loss for row in rows] == pytest.approx([3.0, 3.5])
+    assert source.notes == ["sweep: 1 of 3 runs have no validation yet."]
+    assert sum("is not finished" in line for line in caveats(rows)) == 2
+    write_report(source.runs, tmp_path / "page")
+    assert "2 runs on 1,000 unique tokens" in (tmp_path / "page" / "report.html").read_text()
+
+
 def test_points_of_one_label_with_other_settings_are_no_seeds(tmp_path, plan_line):
     """The second run was planned as another seed, and trained in fp8; its trunk is of its seed, which is no setting."""
     changes = [{}, {"branched_from": "b"}, {"fp8_recipe": "rowwise"}]
