@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron.reporting.runs import Difference, Evaluation, Run, best_records, curve, mean_difference, mean_nats
-from megatron.statistics import clustered_ratio
+from megatron.statistics import clustered_ratio, noise_error
 
 # fields of the section `data` that do not change a result
 PATHS = ("num_workers", "train_data_path", "train_data_path_file", "valid_data_path", "valid_data_path_file")
@@ -55,7 +55,7 @@ class SeedMean:
     low: float  # the lowest loss of a seed
     high: float
     data_se: float | None  # over documents, of the mean over these seeds
-    mc_se: float | None
+    mc_se: float | None  # over noise, of the same mean; an upper bound where its samples are not recorded
     bits_per_byte: float | None
 
     @property
@@ -141,18 +141,22 @@ def _settings(run: Run) -> str:
 
 
 def seed_mean(evaluations: list[Evaluation]) -> SeedMean:
-    """Return the mean of one validation record of each seed."""
+    """Return the mean of one validation record of each seed.
+
+    The mean of the seeds' errors is an upper bound of the error of their mean, whatever noise they share.
+    """
     records = [record for _, record in evaluations]
 
     def mean(name: str) -> float | None:
         values = [record[name] for record in records]
         return None if None in values else float(np.mean(values))
 
-    data_se = records[0]["data_se"]
+    data_se, mc_se = mean("data_se"), mean("mc_se")
     if len(records) > 1:
-        (nats, tokens) = mean_nats(evaluations)[0]
-        data_se = clustered_ratio(nats[None], tokens).standard_error
-    noise = [record["mc_se"] for record in records]
+        (nats,), tokens = mean_nats(evaluations)
+        data_se = clustered_ratio(nats, tokens).standard_error
+        noise = noise_error(nats, tokens)  # all seeds are evaluated with the same noise
+        mc_se = mc_se if noise is None else noise
     losses = [record["loss"] for record in records]
     return SeedMean(
         evaluations=evaluations,
@@ -163,7 +167,7 @@ def seed_mean(evaluations: list[Evaluation]) -> SeedMean:
         low=min(losses),
         high=max(losses),
         data_se=data_se,
-        mc_se=None if None in noise else float(np.sqrt(np.sum(np.square(noise))) / len(noise)),
+        mc_se=mc_se,
         bits_per_byte=mean("bits_per_byte"),
     )
 

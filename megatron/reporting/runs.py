@@ -250,31 +250,34 @@ def mean_difference(first: Sequence[Evaluation], second: Sequence[Evaluation]) -
 
     Raises: ConfigurationError if they scored different tokens.
     """
-    (nats, tokens), (others, _) = mean_nats([*first, *second], len(first))
-    difference = statistics.paired_difference(nats[None], others[None], tokens)
+    (nats, others), tokens = mean_nats(first, second)
+    difference = statistics.paired_difference(nats, others, tokens)
     return Difference(difference.value, difference.standard_error)
 
 
-def mean_nats(evaluations: Sequence[Evaluation], *splits: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Return the nats [D] by document, averaged over noise and evaluations, and the tokens [D], of each part.
+def mean_nats(*groups: Sequence[Evaluation]) -> tuple[list[np.ndarray], np.ndarray]:
+    """Return the nats [R, D] of each group, averaged over its evaluations, and the tokens [D] of the D documents.
 
-    The parts are those between `splits`, as of numpy.split.
+    A group has R Monte-Carlo samples, the same in all its evaluations.
 
     Raises: ConfigurationError if the evaluations scored different tokens.
     """
     tokens: np.ndarray | None = None
-    nats = []
-    for run, record in evaluations:
-        sums = _documents(run, record)
-        scored = sums["tokens"]  # [D]
-        if tokens is not None and not np.array_equal(tokens, scored):
-            raise ConfigurationError(
-                f"{evaluations[0][0].folder} and {run.folder}: scored different tokens and cannot be paired"
-            )
-        tokens = scored
-        nats.append(np.atleast_2d(sums["nats"]).mean(axis=0))  # of R Monte-Carlo samples [R, D]
+    means = []
+    for evaluations in groups:
+        nats = []
+        for run, record in evaluations:
+            sums = _documents(run, record)
+            scored = sums["tokens"]  # [D]
+            if tokens is not None and not np.array_equal(tokens, scored):
+                raise ConfigurationError(
+                    f"{groups[0][0][0].folder} and {run.folder}: scored different tokens and cannot be paired"
+                )
+            tokens = scored
+            nats.append(np.atleast_2d(sums["nats"]))
+        means.append(sum(nats[1:], nats[0]) / len(nats))
     assert tokens is not None
-    return [(np.mean(part, axis=0), tokens) for part in np.split(np.array(nats), splits)]
+    return means, tokens
 
 
 def _documents(run: Run, record: dict):

@@ -14,7 +14,7 @@ from megatron.reporting.attachments import read_attachments
 from megatron.reporting.conclusions import Comparison, caveats, compare, conclusions
 from megatron.reporting.contours import contour_figures
 from megatron.reporting.figures import budget_figure, frontier_figure
-from megatron.reporting.groups import Summary, best_by_budget, group_runs, headline, summarise
+from megatron.reporting.groups import Summary, best_by_budget, group_runs, headline, seed_mean, summarise
 from megatron.reporting.report import provenance, write_report
 from megatron.reporting.runs import Difference, SweepPoint, check_evaluations, load_run, mean_difference
 from megatron.reporting.sources import load
@@ -155,6 +155,26 @@ def test_points_of_one_label_with_other_settings_are_no_seeds(tmp_path, plan_lin
         write_run(tmp_path / "runs" / str(seed), training=training, branched_from=change.get("branched_from"))
     (tmp_path / "plan.jsonl").write_text("".join(plan_line(id=str(seed), seed=seed) for seed in (1, 2, 3)))
     assert [len(group.runs) for group in group_runs(load([tmp_path]).runs)] == [2, 1]
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_noise_of_a_mean_over_seeds_is_that_of_its_samples(tmp_path, sign):
+    """Seeds are evaluated with the same noise: their errors may add up or cancel."""
+    noise = np.random.default_rng(0).normal(size=(4, 3))  # nats per token, of four samples by document
+    evaluations = []
+    for seed, factor in enumerate((1, sign)):
+        run = load_run(write_run(tmp_path / str(seed), bound=True, num_mc=4))
+        path = run.folder / "validation" / "validation" / "1.npz"
+        np.savez(path, nats=np.load(path)["nats"] + factor * noise * TOKENS, tokens=TOKENS)
+        evaluations.append((run, run.valid["validation"][0] | {"mc_se": 0.1}))
+    error = (noise @ TOKENS / 100).std(ddof=1) / 2
+    assert seed_mean(evaluations).mc_se == pytest.approx(error * (1 + sign) / 2, abs=1e-12)
+
+
+def test_the_noise_of_a_mean_without_samples_is_at_most_the_mean_of_the_recorded_errors(tmp_path):
+    runs = [load_run(write_run(tmp_path / str(seed), bound=True)) for seed in (1, 2)]
+    evaluations = [(run, run.valid["validation"][0] | {"mc_se": error}) for run, error in zip(runs, (0.1, 0.3))]
+    assert seed_mean(evaluations).mc_se == pytest.approx(0.2)
 
 
 def test_nothing_is_significant_without_a_standard_error(tmp_path):
