@@ -10,7 +10,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron.reporting.runs import Difference, Evaluation, Run, best_records, curve, mean_difference, mean_nats
+from megatron.reporting.runs import (
+    Difference,
+    Evaluation,
+    Run,
+    best_records,
+    curve,
+    has_documents,
+    mean_difference,
+    mean_nats,
+)
 from megatron.statistics import clustered_ratio, noise_error
 
 # fields of the section `data` that do not change a result
@@ -54,8 +63,9 @@ class SeedMean:
     loss: float
     low: float  # the lowest loss of a seed
     high: float
-    data_se: float | None  # over documents, of the mean over these seeds
-    mc_se: float | None  # over noise, of the same mean; an upper bound where its samples are not recorded
+    # of the mean over these seeds; upper bounds, the means of the seeds' errors, where sums by document are missing
+    data_se: float | None  # over documents
+    mc_se: float | None  # over noise
     bits_per_byte: float | None
 
     @property
@@ -76,7 +86,7 @@ class Summary:
     tuning_loss: float  # at the best point, by which groups are compared
     best: SeedMean
     last: SeedMean
-    gap: Difference  # last - best
+    gap: Difference  # last - best; without a standard error where sums by document are missing
 
     @property
     def name(self) -> str:
@@ -152,7 +162,7 @@ def seed_mean(evaluations: list[Evaluation]) -> SeedMean:
         return None if None in values else float(np.mean(values))
 
     data_se, mc_se = mean("data_se"), mean("mc_se")
-    if len(records) > 1:
+    if len(records) > 1 and has_documents(evaluations):
         (nats,), tokens = mean_nats(evaluations)
         data_se = clustered_ratio(nats, tokens).standard_error
         noise = noise_error(nats, tokens)  # all seeds are evaluated with the same noise
@@ -175,12 +185,17 @@ def seed_mean(evaluations: list[Evaluation]) -> SeedMean:
 def summarise(group: Group, tuning: str, validation: str) -> Summary:
     """Return the best and the last losses of a group on `validation`, and their difference paired by document.
 
-    Raises: ConfigurationError if a run has no such set, no step on both sets, or lacks the sums by document.
+    Raises: ConfigurationError if a run has no such set or no step on both sets.
     """
     pairs = [best_records(run, tuning, validation) for run in group.runs]
     best = seed_mean([(run, record) for run, (_, record) in zip(group.runs, pairs)])
     last = seed_mean([(run, curve(run, validation)[-1]) for run in group.runs])
-    gap = Difference(0.0, 0.0) if best.is_last else mean_difference(last.evaluations, best.evaluations)
+    if best.is_last:
+        gap = Difference(0.0, 0.0)
+    elif has_documents([*last.evaluations, *best.evaluations]):
+        gap = mean_difference(last.evaluations, best.evaluations)
+    else:
+        gap = Difference(last.loss - best.loss, None)
     return Summary(
         group=group,
         objective=objective_label(group.runs[0]),

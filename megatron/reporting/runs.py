@@ -280,6 +280,11 @@ def mean_nats(*groups: Sequence[Evaluation]) -> tuple[list[np.ndarray], np.ndarr
     return means, tokens
 
 
+def has_documents(evaluations: Iterable[Evaluation]) -> bool:
+    """Return whether the sums by document of all evaluations exist; archives of sweeps have none."""
+    return all(_documents_path(run, record).exists() for run, record in evaluations)
+
+
 def _documents(run: Run, record: dict):
     """Return the nats and token counts by document of a validation record."""
     path = _documents_path(run, record)
