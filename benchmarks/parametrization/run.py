@@ -91,7 +91,7 @@ def main() -> None:
     """Read one sweep."""
     options = read_options(Options, __doc__ or "")
     try:
-        runs, missing = load_sweep(Path(options.sweep))
+        runs, missing = load_sweep(Path(options.sweep), [options.validation])
         if missing or not runs:
             raise ConfigurationError(
                 f"--sweep {options.sweep}: {missing} runs have no validation yet; finish the sweep"

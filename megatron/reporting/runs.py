@@ -147,15 +147,16 @@ def load_run(folder: str | Path) -> Run:
     return run
 
 
-def validated_run(folder: Path) -> Run | None:
-    """Return the run of a folder; None where there is none, or none that was validated yet.
+def validated_run(folder: Path, sets: Sequence[str] = ()) -> Run | None:
+    """Return the run of a folder; None where there is none, or none with a step that was evaluated on all `sets`.
 
     Raises: ConfigurationError if config.json cannot be read.
     """
     records = read_records(folder)
     train = [(record["epoch"], record["loss"]) for record in records if record["kind"] == "train"]
     valid = _validations(records, np.array([loss for _, loss in train], dtype=np.float64))
-    if not valid:
+    steps = [{record["iteration"] for record in valid.get(name, ())} for name in sets]
+    if not valid or (steps and not set.intersection(*steps)):
         return None
     return Run(
         name=folder.name,

@@ -28,8 +28,10 @@ class Source:
     notes: list[str]  # how many runs are missing
 
 
-def load(folders: Sequence[str | Path], progress: bool = False) -> Source:
-    """Return the runs of run folders and sweep folders.
+def load(
+    folders: Sequence[str | Path], sets: Sequence[str] = ("tuning", "validation"), progress: bool = False
+) -> Source:
+    """Return the runs of run folders and sweep folders; of sweeps those with a step that was evaluated on all `sets`.
 
     Raises: ConfigurationError for a folder that is neither, a run given twice, and where no run has a validation.
     """
@@ -37,13 +39,18 @@ def load(folders: Sequence[str | Path], progress: bool = False) -> Source:
     runs: list[Run] = []
     notes: list[str] = []
     names = distinguishing_names(sweeps)
+    validated_on = " and ".join(dict.fromkeys(sets))
     for sweep, name in zip(sweeps, names, strict=True):
-        points, waiting = load_sweep(sweep, progress)
+        points, waiting = load_sweep(sweep, sets, progress)
         if not points:
-            raise ConfigurationError(f"{sweep}: no run was validated yet; see tools/sweep.py status {sweep}")
+            others = ", ".join(dict.fromkeys(name for run in load_sweep(sweep)[0] for name in run.valid))
+            raise ConfigurationError(
+                f"{sweep}: no run was validated on {validated_on} yet (sets so far: {others or 'none'}); "
+                f"see tools/sweep.py status {sweep}"
+            )
         if waiting:
             total = waiting + len(distinct_runs(points))
-            notes.append(f"{name}: {waiting} of {total} runs have no validation yet.")
+            notes.append(f"{name}: {waiting} of {total} runs were not validated on {validated_on} yet.")
         if len(sweeps) > 1:
             points = [_prefixed(run, name) for run in points]
         runs += points
@@ -53,12 +60,15 @@ def load(folders: Sequence[str | Path], progress: bool = False) -> Source:
     return Source(runs=runs, title=", ".join(names), notes=notes)
 
 
-def load_sweep(folder: Path, progress: bool = False) -> tuple[list[Run], int]:
-    """Return the validated runs of a sweep, one for each point and named by it, and the number of the other runs."""
+def load_sweep(folder: Path, sets: Sequence[str] = (), progress: bool = False) -> tuple[list[Run], int]:
+    """Return the validated runs of a sweep, one for each point and named by it, and the number of the other runs.
+
+    Runs are validated once a step was evaluated on all `sets`.
+    """
     points = read_plan(folder)
     has_stages = len({point.stage for point in points}) > 1
     unique = tqdm(unique_runs(points), desc=folder.name, disable=not progress, leave=False)
-    by_id = {point.id: validated_run(point.folder(folder)) for point in unique}
+    by_id = {point.id: validated_run(point.folder(folder), sets) for point in unique}
     runs = []
     for point in points:
         run = by_id[point.id]

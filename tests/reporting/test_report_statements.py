@@ -141,10 +141,28 @@ def test_a_run_of_several_points_is_in_the_group_of_each_and_counted_once(tmp_pa
     rows = [summarise(group, "tuning", "validation") for group in group_runs(source.runs)]
     assert [(row.name, len(row.group.runs)) for row in rows] == [("tune, ar, trial 0", 1), ("final, ar", 2)]
     assert [row.best.loss for row in rows] == pytest.approx([3.0, 3.5])
-    assert source.notes == ["sweep: 1 of 3 runs have no validation yet."]
+    assert source.notes == ["sweep: 1 of 3 runs were not validated on tuning and validation yet."]
     assert sum("is not finished" in line for line in caveats(rows)) == 2
     write_report(source.runs, tmp_path / "page")
     assert "2 runs on 1,000 unique tokens" in (tmp_path / "page" / "report.html").read_text()
+
+
+def test_a_run_in_its_first_validation_is_waiting(tmp_path, plan_line):
+    """The tuning set of its only step was evaluated, and the validation set was not yet."""
+    first, second = (
+        write_run(tmp_path / "runs" / name, training=CONFIG["training"] | {"seed": seed})
+        for seed, name in enumerate("ab", 1)
+    )
+    records = (first / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (first / "metrics.jsonl").write_text(records[0])
+    (tmp_path / "plan.jsonl").write_text(plan_line(id="a", seed=1) + plan_line(id="b", seed=2))
+    source = load([tmp_path])
+    assert [run.folder for run in source.runs] == [second]
+    assert source.notes[0].endswith(": 1 of 2 runs were not validated on tuning and validation yet.")
+    assert len(load([tmp_path], ["tuning", "tuning"]).runs) == 2
+    (second / "metrics.jsonl").unlink()
+    with pytest.raises(ConfigurationError, match=r"on tuning and validation yet \(sets so far: tuning\); see"):
+        load([tmp_path])
 
 
 def test_points_of_one_label_with_other_settings_are_no_seeds(tmp_path, plan_line):

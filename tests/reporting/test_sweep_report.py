@@ -89,8 +89,8 @@ def test_a_group_has_the_mean_and_range_of_its_seeds_as_the_collected_table_has_
 
 def test_runs_that_were_not_validated_are_counted(sweep):
     source = load([sweep])
-    assert source.title == "toy" and source.notes == ["toy: 1 of 16 runs have no validation yet."]
-    assert len(source.runs) == 15
+    assert source.notes == ["toy: 1 of 16 runs were not validated on tuning and validation yet."]
+    assert source.title == "toy" and len(source.runs) == 15
 
 
 def test_the_best_per_method_and_budget_is_chosen_on_the_tuning_set(rows):
@@ -225,6 +225,6 @@ def test_the_page_of_a_sweep_has_all_parts(sweep, tmp_path):
     assert done.returncode == 0, done.stderr
     page = (tmp_path / "page" / "report.html").read_text()
     assert page.count("data-root-id") == len(list((tmp_path / "page").glob("*.svg"))) == 12
-    for text in ("<h1>toy</h1>", "1 of 16 runs have no validation yet", "Fitted law: repetition", "Data multiplier",
+    for text in ("<h1>toy</h1>", "1 of 16 runs were not validated on", "Fitted law: repetition", "Data multiplier",
                  "Iso-loss contours", "Downstream: arc acc", "mean over seeds", "upper bounds"):  # fmt: skip
         assert text in page, text
