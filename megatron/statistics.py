@@ -33,6 +33,15 @@ def clustered_ratio(sums: np.ndarray, sizes: np.ndarray) -> Ratio:
     return Ratio(value, float(error))
 
 
+def noise_error(sums: np.ndarray, sizes: np.ndarray) -> float | None:
+    """Return the standard error over noise of sum(sums) / sum(sizes); None where there is one replicate.
+
+    `sums` [R, D] are independent replicates of the sums over D clusters of `sizes` [D].
+    """
+    ratios = sums.sum(axis=1) / sizes.sum()  # [R]
+    return float(ratios.std(ddof=1) / np.sqrt(len(ratios))) if len(ratios) > 1 else None
+
+
 def paired_difference(first: np.ndarray, second: np.ndarray, sizes: np.ndarray) -> Ratio:
     """Return the ratio of `first` minus that of `second`, paired by cluster, and its standard error.
 

@@ -85,8 +85,9 @@ def report(options: PreprocessOptions, summary: dict | None, seconds: float) -> 
             print(f"{example['document']}, character {example['character']:,}: {example['text']!r}", end=" ")
             print(f"becomes {example['decoded']!r}")
     for name, shared in summary["shared_13grams"].items():
-        share = f" (measured on a sample, {shared['sampled']:.1%} of them)" if shared["sampled"] < 1 else ""
-        print(f"{shared['ngrams']:.2%} of the 13-grams of {name} are also in train{share}")
+        product = f" (samples: share of its documents times share of train's 13-grams {shared['sampled']:.1%})"
+        sample_note = product if shared["sampled"] < 1 else ""
+        print(f"{shared['ngrams']:.2%} of the 13-grams of {name} are also in train{sample_note}")
     megabytes = sum(size["bytes"] for size in summary["splits"].values()) / 1e6
     print(f"{seconds:.1f} s, {megabytes / max(1e-3, seconds):.1f} MB of text per second")
 

@@ -28,7 +28,7 @@ def main() -> None:
     """Write the report and print its table."""
     options = _options()
     try:
-        source = load(options.runs, progress=True)
+        source = load(options.runs, (options.tuning, options.validation), progress=True)
         report = Report(
             title=source.title,
             tuning=options.tuning,

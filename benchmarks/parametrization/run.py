@@ -23,7 +23,7 @@ from megatron.config.flags import flag
 from megatron.errors import ConfigurationError
 from megatron.reporting.figures import LOSS, SEED_BAND, Figure, seed_curve
 from megatron.reporting.plots import draw
-from megatron.reporting.runs import Run, curve
+from megatron.reporting.runs import Run, curve, distinct_runs
 from megatron.reporting.sources import load_sweep
 
 
@@ -91,12 +91,12 @@ def main() -> None:
     """Read one sweep."""
     options = read_options(Options, __doc__ or "")
     try:
-        runs, missing = load_sweep(Path(options.sweep))
+        runs, missing = load_sweep(Path(options.sweep), [options.validation])
         if missing or not runs:
             raise ConfigurationError(
                 f"--sweep {options.sweep}: {missing} runs have no validation yet; finish the sweep"
             )
-        losses = final_losses(runs, options.validation)
+        losses = final_losses(distinct_runs(runs), options.validation)
     except ConfigurationError as error:
         refuse(error)
     seeds = {run.config["training"]["seed"] for run in runs}

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from itertools import combinations
 
 from megatron.reporting.groups import Group, Summary
-from megatron.reporting.runs import Difference, Run, mean_difference
+from megatron.reporting.runs import Difference, Run, distinct_runs, has_documents, mean_difference
 
 LISTED = 8  # runs that a caveat names; the others are counted
 # (is the first loss an upper bound, is the second) -> sign of their difference, the difference in words
@@ -59,11 +59,13 @@ def absolute(difference: Difference) -> str:
 def compare(rows: Sequence[Summary], all_pairs: bool) -> list[Comparison]:
     """Return the paired differences of rows at their best points, of all pairs or those with equal unique tokens.
 
+    Rows without sums by document are in none.
+
     Raises: ConfigurationError if they scored different tokens.
     """
     return [
         Comparison(first, second, mean_difference(first.best.evaluations, second.best.evaluations))
-        for first, second in combinations(rows, 2)
+        for first, second in combinations([row for row in rows if has_documents(row.best.evaluations)], 2)
         if all_pairs or first.unique_tokens == second.unique_tokens
     ]
 
@@ -102,7 +104,7 @@ def _overfitting(row: Summary) -> str:
 
 
 def caveats(rows: Sequence[Summary]) -> list[str]:
-    """Return the caveats: bounds, undecayed learning rates, unfinished runs, unequal compute, contamination, scope."""
+    """Return the caveats: bounds, undecayed learning rates, unfinished runs, missing records, compute, text, scope."""
     lines = []
     if any(row.bound for row in rows):
         objectives = " and ".join(dict.fromkeys(row.objective for row in rows if row.bound))
@@ -122,6 +124,7 @@ def caveats(rows: Sequence[Summary]) -> list[str]:
         )
     groups = [row.group for row in rows]
     lines += _unfinished(groups)
+    lines += _without_documents(rows)
     flops = [row.last.flops for row in rows]
     if max(flops) > 1.01 * min(flops):
         flops_by_run = ", ".join(f"{row.name} {row.last.flops:.1e}" for row in rows)
@@ -137,17 +140,19 @@ def _contamination(run: Run) -> list[str]:
     """Return a line for each set of a run whose overlap with the training split was measured."""
     lines = []
     for name, shared in (run.config["shared_13grams"] or {}).items():
-        sample_note = "" if shared["sampled"] == 1 else f" (measured on {shared['sampled']:.1%} of its documents)"
+        documents = "" if shared["documents"] is None else f", in {shared['documents']:.0%} of its documents,"
+        product = f"share of its documents times share of the training split's 13-grams {shared['sampled']:.1%}"
+        sample_note = "" if shared["sampled"] == 1 else f" (estimated from samples: {product})"
         lines.append(
-            f"Contamination: {shared['ngrams']:.1%} of the word 13-grams of the {name} set, in "
-            f"{shared['documents']:.0%} of its documents, also occur in the training split{sample_note}."
+            f"Contamination: {shared['ngrams']:.1%} of the word 13-grams of the {name} set{documents} also occur in "
+            f"the training split{sample_note}."
         )
     return lines
 
 
 def _unfinished(groups: Sequence[Group]) -> list[str]:
     """Return a line for each run that is not finished; if they are many, the number of the others."""
-    unfinished = [run for group in groups for run in group.runs if not run.finished]
+    unfinished = distinct_runs(run for group in groups for run in group.runs if not run.finished)
     lines = []
     for run in unfinished[:LISTED]:
         epochs = run.consumed_samples * run.config["data"]["seq_length"] / run.config["unique_tokens"]
@@ -156,6 +161,19 @@ def _unfinished(groups: Sequence[Group]) -> list[str]:
     if len(unfinished) > LISTED:
         lines.append(f"{len(unfinished) - LISTED} more runs are not finished.")
     return lines
+
+
+def _without_documents(rows: Sequence[Summary]) -> list[str]:
+    """Return a line on the runs whose sums by document are missing, if there are any."""
+    evaluations = [pair for row in rows for pair in (*row.best.evaluations, *row.last.evaluations)]
+    missing = distinct_runs(run for run, record in evaluations if not has_documents([(run, record)]))
+    if not missing:
+        return []
+    return [
+        f"{len(missing)} of {len(distinct_runs(run for run, _ in evaluations))} runs have no sums by document "
+        "(validation/*/*.npz), which archives leave out: they are in no paired difference, equal tokens are not "
+        "verified, and the errors of means over their seeds are upper bounds, the means of the seeds' errors."
+    ]
 
 
 def _scope(groups: Sequence[Group]) -> str:

@@ -10,8 +10,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron.reporting.runs import Difference, Evaluation, Run, best_records, curve, mean_difference, mean_nats
-from megatron.statistics import clustered_ratio
+from megatron.reporting.runs import (
+    Difference,
+    Evaluation,
+    Run,
+    best_records,
+    curve,
+    has_documents,
+    mean_difference,
+    mean_nats,
+)
+from megatron.statistics import clustered_ratio, noise_error
 
 # fields of the section `data` that do not change a result
 PATHS = ("num_workers", "train_data_path", "train_data_path_file", "valid_data_path", "valid_data_path_file")
@@ -54,8 +63,9 @@ class SeedMean:
     loss: float
     low: float  # the lowest loss of a seed
     high: float
-    data_se: float | None  # over documents, of the mean over these seeds
-    mc_se: float | None
+    # of the mean over these seeds; upper bounds, the means of the seeds' errors, where sums by document are missing
+    data_se: float | None  # over documents
+    mc_se: float | None  # over noise
     bits_per_byte: float | None
 
     @property
@@ -76,7 +86,7 @@ class Summary:
     tuning_loss: float  # at the best point, by which groups are compared
     best: SeedMean
     last: SeedMean
-    gap: Difference  # last - best
+    gap: Difference  # last - best; without a standard error where sums by document are missing
 
     @property
     def name(self) -> str:
@@ -141,18 +151,22 @@ def _settings(run: Run) -> str:
 
 
 def seed_mean(evaluations: list[Evaluation]) -> SeedMean:
-    """Return the mean of one validation record of each seed."""
+    """Return the mean of one validation record of each seed.
+
+    The mean of the seeds' errors is an upper bound of the error of their mean, whatever noise they share.
+    """
     records = [record for _, record in evaluations]
 
     def mean(name: str) -> float | None:
         values = [record[name] for record in records]
         return None if None in values else float(np.mean(values))
 
-    data_se = records[0]["data_se"]
-    if len(records) > 1:
-        (nats, tokens) = mean_nats(evaluations)[0]
-        data_se = clustered_ratio(nats[None], tokens).standard_error
-    noise = [record["mc_se"] for record in records]
+    data_se, mc_se = mean("data_se"), mean("mc_se")
+    if len(records) > 1 and has_documents(evaluations):
+        (nats,), tokens = mean_nats(evaluations)
+        data_se = clustered_ratio(nats, tokens).standard_error
+        noise = noise_error(nats, tokens)  # all seeds are evaluated with the same noise
+        mc_se = mc_se if noise is None else noise
     losses = [record["loss"] for record in records]
     return SeedMean(
         evaluations=evaluations,
@@ -163,7 +177,7 @@ def seed_mean(evaluations: list[Evaluation]) -> SeedMean:
         low=min(losses),
         high=max(losses),
         data_se=data_se,
-        mc_se=None if None in noise else float(np.sqrt(np.sum(np.square(noise))) / len(noise)),
+        mc_se=mc_se,
         bits_per_byte=mean("bits_per_byte"),
     )
 
@@ -171,12 +185,17 @@ def seed_mean(evaluations: list[Evaluation]) -> SeedMean:
 def summarise(group: Group, tuning: str, validation: str) -> Summary:
     """Return the best and the last losses of a group on `validation`, and their difference paired by document.
 
-    Raises: ConfigurationError if a run has no such set, no step on both sets, or lacks the sums by document.
+    Raises: ConfigurationError if a run has no such set or no step on both sets.
     """
     pairs = [best_records(run, tuning, validation) for run in group.runs]
     best = seed_mean([(run, record) for run, (_, record) in zip(group.runs, pairs)])
     last = seed_mean([(run, curve(run, validation)[-1]) for run in group.runs])
-    gap = Difference(0.0, 0.0) if best.is_last else mean_difference(last.evaluations, best.evaluations)
+    if best.is_last:
+        gap = Difference(0.0, 0.0)
+    elif has_documents([*last.evaluations, *best.evaluations]):
+        gap = mean_difference(last.evaluations, best.evaluations)
+    else:
+        gap = Difference(last.loss - best.loss, None)
     return Summary(
         group=group,
         objective=objective_label(group.runs[0]),

@@ -25,7 +25,7 @@ from megatron.reporting.groups import (
 from megatron.reporting.interactive import embed
 from megatron.reporting.likelihood_records import likelihood_tables
 from megatron.reporting.plots import draw, draw_contours
-from megatron.reporting.runs import Run, check_comparable, check_evaluations
+from megatron.reporting.runs import Run, check_comparable, check_evaluations, distinct_runs
 
 HEADINGS = (
     "run",
@@ -59,11 +59,15 @@ class Report:
 def write_report(runs: list[Run], output: Path, report: Report | None = None, progress: bool = False) -> str:
     """Write report.html and its plots into `output`; return the table as plain text.
 
+    Runs of one folder are those of points of a sweep that share it: groups have all of them, counts and lists only the
+    first.
+
     Raises: ConfigurationError where the runs cannot be compared.
     """
     report = report or Report()
-    check_comparable(runs)
-    check_evaluations(runs, report.tuning, report.validation)
+    distinct = distinct_runs(runs)
+    check_comparable(distinct)
+    check_evaluations(distinct, report.tuning, report.validation)
     groups = tqdm(group_runs(runs), desc="best points", disable=not progress, leave=False)
     rows = [summarise(group, report.tuning, report.validation) for group in groups]
     described = headline(rows)
@@ -81,10 +85,10 @@ def write_report(runs: list[Run], output: Path, report: Report | None = None, pr
     warnings = [*caveats(rows), *report.notes]
     page = PAGE.render(
         title=report.title or ", ".join(row.name for row in described),
-        runs=runs,
+        runs=distinct,
         rows=rows,
         described=described,
-        corpus=_corpus(runs),
+        corpus=_corpus(distinct),
         conclusions=lines,
         caveats=warnings,
         best_points=(HEADINGS, [cells(row) for row in rows]),
@@ -93,8 +97,8 @@ def write_report(runs: list[Run], output: Path, report: Report | None = None, pr
         tuning=report.tuning,
         reported=report.validation,
         omitted=omitted_note(rows),
-        provenance=provenance(runs),
-        tables=[*report.attachments.tables, *likelihood_tables(runs)],
+        provenance=provenance(distinct),
+        tables=[*report.attachments.tables, *likelihood_tables(distinct)],
         figures=figures,
         embedded=embed(figures),
     )

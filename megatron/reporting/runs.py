@@ -8,7 +8,7 @@ so the standard error over documents includes it.
 import math
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -125,6 +125,14 @@ def refuse_duplicates(folders: Sequence[str | Path]) -> list[Path]:
     return paths
 
 
+def distinct_runs(runs: Iterable[Run]) -> list[Run]:
+    """Return the runs, of those with one folder the first: points of a sweep may share a run."""
+    first: dict[Path, Run] = {}
+    for run in runs:
+        first.setdefault(run.folder, run)
+    return list(first.values())
+
+
 def load_run(folder: str | Path) -> Run:
     """Load a run folder.
 
@@ -139,15 +147,16 @@ def load_run(folder: str | Path) -> Run:
     return run
 
 
-def validated_run(folder: Path) -> Run | None:
-    """Return the run of a folder; None where there is none, or none that was validated yet.
+def validated_run(folder: Path, sets: Sequence[str] = ()) -> Run | None:
+    """Return the run of a folder; None where there is none, or none with a step that was evaluated on all `sets`.
 
     Raises: ConfigurationError if config.json cannot be read.
     """
     records = read_records(folder)
     train = [(record["epoch"], record["loss"]) for record in records if record["kind"] == "train"]
     valid = _validations(records, np.array([loss for _, loss in train], dtype=np.float64))
-    if not valid:
+    steps = [{record["iteration"] for record in valid.get(name, ())} for name in sets]
+    if not valid or (steps and not set.intersection(*steps)):
         return None
     return Run(
         name=folder.name,
@@ -242,31 +251,39 @@ def mean_difference(first: Sequence[Evaluation], second: Sequence[Evaluation]) -
 
     Raises: ConfigurationError if they scored different tokens.
     """
-    (nats, tokens), (others, _) = mean_nats([*first, *second], len(first))
-    difference = statistics.paired_difference(nats[None], others[None], tokens)
+    (nats, others), tokens = mean_nats(first, second)
+    difference = statistics.paired_difference(nats, others, tokens)
     return Difference(difference.value, difference.standard_error)
 
 
-def mean_nats(evaluations: Sequence[Evaluation], *splits: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Return the nats [D] by document, averaged over noise and evaluations, and the tokens [D], of each part.
+def mean_nats(*groups: Sequence[Evaluation]) -> tuple[list[np.ndarray], np.ndarray]:
+    """Return the nats [R, D] of each group, averaged over its evaluations, and the tokens [D] of the D documents.
 
-    The parts are those between `splits`, as of numpy.split.
+    A group has R Monte-Carlo samples, the same in all its evaluations.
 
     Raises: ConfigurationError if the evaluations scored different tokens.
     """
     tokens: np.ndarray | None = None
-    nats = []
-    for run, record in evaluations:
-        sums = _documents(run, record)
-        scored = sums["tokens"]  # [D]
-        if tokens is not None and not np.array_equal(tokens, scored):
-            raise ConfigurationError(
-                f"{evaluations[0][0].folder} and {run.folder}: scored different tokens and cannot be paired"
-            )
-        tokens = scored
-        nats.append(np.atleast_2d(sums["nats"]).mean(axis=0))  # of R Monte-Carlo samples [R, D]
+    means = []
+    for evaluations in groups:
+        nats = []
+        for run, record in evaluations:
+            sums = _documents(run, record)
+            scored = sums["tokens"]  # [D]
+            if tokens is not None and not np.array_equal(tokens, scored):
+                raise ConfigurationError(
+                    f"{groups[0][0][0].folder} and {run.folder}: scored different tokens and cannot be paired"
+                )
+            tokens = scored
+            nats.append(np.atleast_2d(sums["nats"]))
+        means.append(sum(nats[1:], nats[0]) / len(nats))
     assert tokens is not None
-    return [(np.mean(part, axis=0), tokens) for part in np.split(np.array(nats), splits)]
+    return means, tokens
+
+
+def has_documents(evaluations: Iterable[Evaluation]) -> bool:
+    """Return whether the sums by document of all evaluations exist; archives of sweeps have none."""
+    return all(_documents_path(run, record).exists() for run, record in evaluations)
 
 
 def _documents(run: Run, record: dict):

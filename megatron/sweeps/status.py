@@ -97,9 +97,10 @@ def run_progress(point: Point, folder: Path) -> RunStatus:
     record = last_record(point.folder(folder)) if state.name != "waiting" else {}
     # a branch's records begin with its trunk's
     trunk_samples = point.trunk_samples if point.trunk and _is_branch(point.folder(folder)) else 0
-    samples = max(record.get("consumed_samples", state.consumed_samples) - trunk_samples, 0)
-    share = 1.0 if state.name == "finished" else samples / (point.train_samples - trunk_samples)
-    seconds = record.get("seconds", 0.0) * (1 - trunk_samples / point.train_samples)
+    consumed_samples = record.get("consumed_samples", state.consumed_samples)
+    own_samples = max(consumed_samples - trunk_samples, 0)
+    share = 1.0 if state.name == "finished" else own_samples / (point.train_samples - trunk_samples)
+    seconds = record.get("seconds", 0.0) * own_samples / max(consumed_samples, 1)
     return RunStatus(point=point, state=state, share=share, seconds=seconds, loss=record.get("loss"))
 
 

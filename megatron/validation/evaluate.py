@@ -14,7 +14,7 @@ from megatron.data.blend import ValidationBlend
 from megatron.data.samples import ValidationWindows
 from megatron.objectives.base import EvaluationNoise, Likelihood
 from megatron.parallel.mesh import ParallelContext
-from megatron.statistics import clustered_ratio
+from megatron.statistics import clustered_ratio, noise_error
 
 
 class EvaluationEngine(Protocol):
@@ -66,12 +66,10 @@ class Evaluation:
         noise twice.
         """
         loss = clustered_ratio(self.nats, self.tokens)
-        means = self.nats.sum(axis=1) / self.tokens.sum()  # [R]
-        replicates = len(means)
         text = 0 if self.bytes is None else self.bytes.sum()
         return {
             "loss": loss.value,
-            "mc_se": float(means.std(ddof=1) / np.sqrt(replicates)) if replicates > 1 else None,
+            "mc_se": noise_error(self.nats, self.tokens),
             "data_se": loss.standard_error,
             "bits_per_byte": float(self.nats.mean(axis=0).sum() / np.log(2) / text) if text > 0 else None,
         }

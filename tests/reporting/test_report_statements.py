@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron.data.contamination import HeldOut, TrainNgrams, ngram_hashes
 from megatron.errors import ConfigurationError
 from megatron.reporting.attachments import read_attachments
 from megatron.reporting.conclusions import Comparison, caveats, compare, conclusions
 from megatron.reporting.contours import contour_figures
 from megatron.reporting.figures import budget_figure, frontier_figure
-from megatron.reporting.groups import Summary, best_by_budget, group_runs, headline, summarise
+from megatron.reporting.groups import Summary, best_by_budget, group_runs, headline, seed_mean, summarise
 from megatron.reporting.report import provenance, write_report
 from megatron.reporting.runs import Difference, SweepPoint, check_evaluations, load_run, mean_difference
 from megatron.reporting.sources import load
@@ -128,6 +129,42 @@ def test_sweeps_of_one_name_stay_apart_and_a_run_is_given_once(tmp_path, plan_li
             load(arguments)
 
 
+def test_a_run_of_several_points_is_in_the_group_of_each_and_counted_once(tmp_path, plan_line):
+    """Seed 1 of the best settings is the trial that chose them."""
+    for name, seed in (("shared", 1), ("other", 2)):
+        training = CONFIG["training"] | {"seed": seed}
+        write_run(tmp_path / "sweep" / "runs" / name, (2.0 + seed,), training=training, stop=0.5)
+    points = [{"id": "shared", "seed": 1, "stage": "tune", "trial": 0}]
+    points += [{"id": name, "seed": seed, "stage": "final"} for seed, name in enumerate(("shared", "other", "x"), 1)]
+    (tmp_path / "sweep" / "plan.jsonl").write_text("".join(plan_line(**point) for point in points))
+    source = load([tmp_path / "sweep"])
+    rows = [summarise(group, "tuning", "validation") for group in group_runs(source.runs)]
+    assert [(row.name, len(row.group.runs)) for row in rows] == [("tune, ar, trial 0", 1), ("final, ar", 2)]
+    assert [row.best.loss for row in rows] == pytest.approx([3.0, 3.5])
+    assert source.notes == ["sweep: 1 of 3 runs were not validated on tuning and validation yet."]
+    assert sum("is not finished" in line for line in caveats(rows)) == 2
+    write_report(source.runs, tmp_path / "page")
+    assert "2 runs on 1,000 unique tokens" in (tmp_path / "page" / "report.html").read_text()
+
+
+def test_a_run_in_its_first_validation_is_waiting(tmp_path, plan_line):
+    """The tuning set of its only step was evaluated, and the validation set was not yet."""
+    first, second = (
+        write_run(tmp_path / "runs" / name, training=CONFIG["training"] | {"seed": seed})
+        for seed, name in enumerate("ab", 1)
+    )
+    records = (first / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (first / "metrics.jsonl").write_text(records[0])
+    (tmp_path / "plan.jsonl").write_text(plan_line(id="a", seed=1) + plan_line(id="b", seed=2))
+    source = load([tmp_path])
+    assert [run.folder for run in source.runs] == [second]
+    assert source.notes[0].endswith(": 1 of 2 runs were not validated on tuning and validation yet.")
+    assert len(load([tmp_path], ["tuning", "tuning"]).runs) == 2
+    (second / "metrics.jsonl").unlink()
+    with pytest.raises(ConfigurationError, match=r"on tuning and validation yet \(sets so far: tuning\); see"):
+        load([tmp_path])
+
+
 def test_points_of_one_label_with_other_settings_are_no_seeds(tmp_path, plan_line):
     """The second run was planned as another seed, and trained in fp8; its trunk is of its seed, which is no setting."""
     changes = [{}, {"branched_from": "b"}, {"fp8_recipe": "rowwise"}]
@@ -136,6 +173,26 @@ def test_points_of_one_label_with_other_settings_are_no_seeds(tmp_path, plan_lin
         write_run(tmp_path / "runs" / str(seed), training=training, branched_from=change.get("branched_from"))
     (tmp_path / "plan.jsonl").write_text("".join(plan_line(id=str(seed), seed=seed) for seed in (1, 2, 3)))
     assert [len(group.runs) for group in group_runs(load([tmp_path]).runs)] == [2, 1]
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_noise_of_a_mean_over_seeds_is_that_of_its_samples(tmp_path, sign):
+    """Seeds are evaluated with the same noise: their errors may add up or cancel."""
+    noise = np.random.default_rng(0).normal(size=(4, 3))  # nats per token, of four samples by document
+    evaluations = []
+    for seed, factor in enumerate((1, sign)):
+        run = load_run(write_run(tmp_path / str(seed), bound=True, num_mc=4))
+        path = run.folder / "validation" / "validation" / "1.npz"
+        np.savez(path, nats=np.load(path)["nats"] + factor * noise * TOKENS, tokens=TOKENS)
+        evaluations.append((run, run.valid["validation"][0] | {"mc_se": 0.1}))
+    error = (noise @ TOKENS / 100).std(ddof=1) / 2
+    assert seed_mean(evaluations).mc_se == pytest.approx(error * (1 + sign) / 2, abs=1e-12)
+
+
+def test_the_noise_of_a_mean_without_samples_is_at_most_the_mean_of_the_recorded_errors(tmp_path):
+    runs = [load_run(write_run(tmp_path / str(seed), bound=True)) for seed in (1, 2)]
+    evaluations = [(run, run.valid["validation"][0] | {"mc_se": error}) for run, error in zip(runs, (0.1, 0.3))]
+    assert seed_mean(evaluations).mc_se == pytest.approx(0.2)
 
 
 def test_nothing_is_significant_without_a_standard_error(tmp_path):
@@ -218,6 +275,21 @@ def test_provenance_and_contamination_are_those_of_all_runs(tmp_path):
     values = dict(provenance([row.group.runs[0] for row in rows]))
     assert (values["device"], values["torch"], values["commit"]) == ("cpu, H100", "2.9, 2.10", "abc")
     assert sum(line.startswith("Contamination") for line in caveats(rows)) == 2
+
+
+def test_contamination_of_samples_has_no_share_of_documents(tmp_path):
+    """Preprocessing records none once the 13-grams of the training split are a sample."""
+    held_out, train = HeldOut(), TrainNgrams(limit=5)
+    hashes = ngram_hashes(b"%d " * 30 % tuple(range(30)))  # 18 of them
+    train.add(hashes)
+    held_out.add(0, hashes)
+    shared = held_out.shared(train)
+    assert shared["documents"] is None
+    caveat = caveats([row(tmp_path / "run", shared_13grams={"validation": shared})])[0]
+    assert caveat == (
+        "Contamination: 100.0% of the word 13-grams of the validation set also occur in the training split (estimated "
+        f"from samples: share of its documents times share of the training split's 13-grams {shared['sampled']:.1%})."
+    )
 
 
 @pytest.mark.parametrize(

@@ -9,13 +9,16 @@ import pytest
 
 from megatron.errors import ConfigurationError
 from megatron.reporting.attachments import read_attachments
+from megatron.reporting.conclusions import caveats
 from megatron.reporting.contours import contour_figures, contour_lines
 from megatron.reporting.figures import report_figures
 from megatron.reporting.groups import best_by_budget, group_runs, headline, summarise
+from megatron.reporting.report import Report, write_report
 from megatron.reporting.runs import paired_difference
 from megatron.reporting.sources import load
+from megatron.sweeps.archive import restore, write_archive
 from megatron.sweeps.plan import plan_sweep
-from megatron.sweeps.points import read_plan, write_plan
+from megatron.sweeps.points import SWEEP_COPY, read_plan, write_plan
 from megatron.sweeps.results import collect
 from megatron.sweeps.sweep_file import read_sweep
 from tests.conftest import run, run_python
@@ -86,8 +89,8 @@ def test_a_group_has_the_mean_and_range_of_its_seeds_as_the_collected_table_has_
 
 def test_runs_that_were_not_validated_are_counted(sweep):
     source = load([sweep])
-    assert source.title == "toy" and source.notes == ["toy: 1 of 16 runs have no validation yet."]
-    assert len(source.runs) == 15
+    assert source.notes == ["toy: 1 of 16 runs were not validated on tuning and validation yet."]
+    assert source.title == "toy" and len(source.runs) == 15
 
 
 def test_the_best_per_method_and_budget_is_chosen_on_the_tuning_set(rows):
@@ -116,6 +119,24 @@ def test_bands_are_those_of_the_seeds_and_the_gap_is_to_the_mean_training_loss(r
     means = [np.mean([train[step] for step in steps]) for steps in (range(1, 5), range(5, 9), range(9, 13))]
     assert gap.low == pytest.approx([r["loss"] - m for r, m in zip(run.valid["validation"], means)])
     assert len(contour_figures(rows)) == 2
+
+
+def test_runs_of_an_archive_are_reported_without_paired_differences(sweep, rows, tmp_path):
+    """Archives hold the records, and no sums by document."""
+    points, archive, copy = read_plan(sweep), tmp_path / "records.jsonl", tmp_path / "toy"
+    assert write_archive(archive, sweep, points) == 15
+    write_plan(copy, (sweep / SWEEP_COPY).read_text(), points)
+    restore(archive, copy, points)
+    source = load([copy])
+    text = write_report(source.runs, tmp_path / "page", Report(notes=source.notes))
+    assert "15 of 15 runs have no sums by document" in text and " nats per token above " not in text
+    assert "Paired differences" not in (tmp_path / "page" / "report.html").read_text()
+    for row, before in zip([summarise(group, "tuning", "validation") for group in group_runs(source.runs)], rows):
+        assert row.best.loss == before.best.loss and row.gap.nats == pytest.approx(before.gap.nats)
+        errors = (before.best.data_se, before.best.mc_se)  # those of each seed: seeds differ by a constant
+        assert (row.best.data_se, row.best.mc_se) == pytest.approx(errors)
+        assert (row.gap.se is None) != row.best.is_last and (row.best.mc_se is None) != row.bound
+    assert not any("no sums by document" in line for line in caveats(rows))
 
 
 def test_contours_of_a_plane_are_straight_lines():
@@ -204,6 +225,6 @@ def test_the_page_of_a_sweep_has_all_parts(sweep, tmp_path):
     assert done.returncode == 0, done.stderr
     page = (tmp_path / "page" / "report.html").read_text()
     assert page.count("data-root-id") == len(list((tmp_path / "page").glob("*.svg"))) == 12
-    for text in ("<h1>toy</h1>", "1 of 16 runs have no validation yet", "Fitted law: repetition", "Data multiplier",
+    for text in ("<h1>toy</h1>", "1 of 16 runs were not validated on", "Fitted law: repetition", "Data multiplier",
                  "Iso-loss contours", "Downstream: arc acc", "mean over seeds", "upper bounds"):  # fmt: skip
         assert text in page, text

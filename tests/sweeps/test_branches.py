@@ -12,6 +12,7 @@ from megatron.sweeps.branches import needs_trunk
 from megatron.sweeps.launch import training_command
 from megatron.sweeps.plan import plan_sweep
 from megatron.sweeps.points import read_plan
+from megatron.sweeps.status import run_progress
 from megatron.sweeps.sweep_file import read_sweep
 from tests.conftest import ROOT, environment, records
 from tests.forked import run_script
@@ -81,6 +82,22 @@ def test_a_branch_never_starts_after_the_end_of_its_own_budget(corpus, tmp_path)
     short, trunk = planned(sweep(corpus, tmp_path, (4, 32), flags, variants=None), tmp_path).points
     assert short.trunk == trunk.id and short.trunk_samples == 56 < short.train_samples == 64
     assert 0 < short.own_share < 1
+
+
+def test_a_branch_spends_only_the_time_of_its_own_samples(corpus, tmp_path):
+    """Its records begin with those of its trunk."""
+    branch, _ = planned(sweep(corpus, tmp_path, (16, 64), variants=None), tmp_path).points
+    folder = branch.folder(tmp_path)
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text('{"branched_from": "trunk"}')
+    for own_samples in (0, 8):
+        consumed = branch.trunk_samples + own_samples
+        record = {"kind": "train", "consumed_samples": consumed, "seconds": 2.0 * consumed, "loss": 1.0}
+        (folder / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+        (folder / "status.json").write_text('{"state": "stopped"}')
+        progress = run_progress(branch, tmp_path)
+        assert progress.seconds == pytest.approx(2.0 * own_samples)
+        assert progress.share == own_samples / (branch.train_samples - branch.trunk_samples)
 
 
 @pytest.mark.parametrize(
