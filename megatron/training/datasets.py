@@ -43,20 +43,20 @@ class Sources:
 
 
 def check_tokenizer(recorded: dict, tokenizer: Tokenizer, run: str) -> None:
-    """Check that a run, whose config.json is `recorded`, was trained with this tokenizer; earlier versions kept no hash.
+    """Check that a run with config.json `recorded` was trained with this tokenizer; earlier versions kept no hash.
 
     Raises: ConfigurationError otherwise.
     """
     size, trained_hash = recorded["vocabulary_size"], recorded.get("tokenizer_hash")
     if size != tokenizer.vocabulary_size:
         raise ConfigurationError(
-            f"{run}: holds a run over {size} token ids, and this data has {tokenizer.vocabulary_size}; give data of the "
-            "same tokenizer, or start another run"
+            f"{run}: holds a run over {size} token ids, and this data has {tokenizer.vocabulary_size}; give data of "
+            "the same tokenizer, or start another run"
         )
     if tokenizer.hash and trained_hash and tokenizer.hash != trained_hash:
         raise ConfigurationError(
-            f"{run}: was trained with another tokenizer of {size} ids than that of this data; tokenise the text with the "
-            "tokenizer of the run: tools/preprocess_data.py --tokenizer-model FILE"
+            f"{run}: was trained with another tokenizer of {size} ids than that of this data; tokenise the text with "
+            "the tokenizer of the run: tools/preprocess_data.py --tokenizer-model FILE"
         )
 
 

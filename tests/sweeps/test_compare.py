@@ -120,7 +120,8 @@ def test_a_second_likelihood_is_a_set_of_its_own(table):
     rows = list(csv.DictReader(table.open()))
     lower = [row | {"set": f"{row['set']}.mdm", "loss": repr(float(row["loss"]) - 1)} for row in rows]
     (first, *_) = compare([*rows, *lower], {"variant": "ar"}, SETS)
-    (second, *_) = compare([*rows, *lower], {"variant": "ar"}, Selection(tuning="tuning.mdm", validation="validation.mdm"))
+    selection = Selection(tuning="tuning.mdm", validation="validation.mdm")
+    (second, *_) = compare([*rows, *lower], {"variant": "ar"}, selection)
     for seed, best in first.runs.items():
         assert second.runs[seed].loss == pytest.approx(best.loss - 1)
 

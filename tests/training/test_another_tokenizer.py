@@ -1,4 +1,4 @@
-"""A run is continued, evaluated and distilled with the tokenizer that it was trained with, not with one of equal size."""
+"""A run is continued, evaluated and distilled with the tokenizer of its training, not with another of equal size."""
 
 import json
 import sysconfig
