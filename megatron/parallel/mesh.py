@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cached_property
 from typing import Any, TypeVar, cast
 
 import torch
@@ -37,20 +38,20 @@ class ParallelContext:
 
     def along(self, axis: str) -> tuple[int, int]:
         """Return this rank's index on an axis, and the size of the axis."""
-        return self.mesh.get_local_rank(axis), self.mesh[axis].size()
+        return self.mesh.get_local_rank(axis), self.mesh.size(AXES.index(axis))
 
-    @property
+    @cached_property
     def data_rank(self) -> int:
         """The data-parallel rank, in [0, data_size): which samples this rank reads."""
-        replica, shard = self.mesh.get_local_rank("replicate"), self.mesh.get_local_rank("shard")
-        return replica * self.mesh["shard"].size() + shard
+        replica, (shard, num_shards) = self.along("replicate")[0], self.along("shard")
+        return replica * num_shards + shard
 
-    @property
+    @cached_property
     def data_size(self) -> int:
         """The data-parallel size."""
-        return self.mesh["replicate"].size() * self.mesh["shard"].size()
+        return self.along("replicate")[1] * self.along("shard")[1]
 
-    @property
+    @cached_property
     def is_loss_rank(self) -> bool:
         """Whether this rank reports the loss of its data-parallel replica (last pipeline stage, TP rank 0).
 
