@@ -1,6 +1,7 @@
 """The engine: the interface between training and a parallel model, the same for every layout."""
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -63,13 +64,13 @@ class Engine:
         Then the gradients remain this rank's own and the weights gathered, except for what ZeRO 2 and 3 always shard.
         """
         (root,) = self.roots
-        sharding = cast(FSDPModule, root)
         loss = torch.zeros((), device=self.ranks.device)
         for index, batch in enumerate(batches):
             is_last = reduces and index == len(batches) - 1
             # between micro-batches ZeRO 2 keeps sharded gradients only, and ZeRO 3 sharded parameters only
-            sharding.set_requires_gradient_sync(is_last or self.zero_stage >= 2)
-            sharding.set_reshard_after_backward(is_last or self.zero_stage >= 3)
+            for module in self.sharded_modules:
+                module.set_requires_gradient_sync(is_last or self.zero_stage >= 2, recurse=False)
+                module.set_reshard_after_backward(is_last or self.zero_stage >= 3, recurse=False)
             share = root(batch.to(self.ranks.device)).sum() / count
             # the reduction averages over the data-parallel ranks, and the count is already global
             (share * loss_scale(share, self.ranks.data_size)).backward()
@@ -84,9 +85,8 @@ class Engine:
     @torch.no_grad()
     def clip(self, limit: float) -> Tensor:
         """Scale all gradients down to the global norm `limit`, 0 for no limit; return the norm before, []."""
-        parameters = cast(list[DTensor], list(self.parameters()))
-        shards = [cast(DTensor, parameter.grad).to_local() for parameter in parameters]
-        counted = [shard for shard, parameter in zip(shards, parameters, strict=True) if self._enters_norm(parameter)]
+        shards = [cast(DTensor, parameter.grad).to_local() for parameter, _ in self._sharded_parameters]
+        counted = [shard for shard, (_, counts) in zip(shards, self._sharded_parameters, strict=True) if counts]
         squares = nn.utils.get_total_norm(counted).square() if counted else torch.zeros((), device=shards[0].device)
         if self.ranks.size > 1:
             dist.all_reduce(squares)
@@ -95,6 +95,16 @@ class Engine:
             scale = (limit / (norm + 1e-6)).clamp(max=1.0)
             foreach_mul_(shards, scale)
         return norm
+
+    @cached_property
+    def sharded_modules(self) -> list[FSDPModule]:
+        """The modules that FSDP2 wraps; walking all modules at every micro-batch would take the host longer."""
+        return [module for root in self.roots for module in root.modules() if isinstance(module, FSDPModule)]
+
+    @cached_property
+    def _sharded_parameters(self) -> list[tuple[DTensor, bool]]:
+        """This rank's parameters, each with whether it enters the norm; they must be sharded at the first use."""
+        return [(parameter, self._enters_norm(parameter)) for parameter in cast(Iterator[DTensor], self.parameters())]
 
     def _enters_norm(self, parameter: DTensor) -> bool:
         """Return whether this rank's shard of a parameter is counted in the norm: one of several equal copies is."""
@@ -160,7 +170,5 @@ class Engine:
 
     def reshard(self) -> None:
         """Free parameters that a forward pass gathered; checkpoints and the optimizer see shards again."""
-        for root in self.roots:
-            for module in root.modules():
-                if isinstance(module, FSDPModule):
-                    module.reshard()
+        for module in self.sharded_modules:
+            module.reshard()

@@ -23,7 +23,6 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate
 
 from megatron.batch import Batch
@@ -78,8 +77,8 @@ class MetaGradient:
 
     def _matrices(self, engine: Engine) -> Iterator[list["_Matrix"]]:
         """Yield the matrices that move, block by block."""
-        modules = [module for root in engine.roots for module in root.modules() if isinstance(module, FSDPModule)]
-        by_weight = {id(parameter.unsharded_param): parameter for parameter in fsdp_parameters(modules)}
+        sharded = fsdp_parameters(engine.sharded_modules)
+        by_weight = {id(parameter.unsharded_param): parameter for parameter in sharded}
         for model in engine.models:
             for block in model.layers.values():
                 moving = cast(nn.Module, block.mlp) if self.parameters == "mlp" else block
