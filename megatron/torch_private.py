@@ -11,6 +11,7 @@ import torch
 import torch.distributed._functional_collectives  # declares the operators
 from torch import nn
 from torch.distributed.distributed_c10d import _set_pg_timeout
+from torch.distributed.tensor import DTensor
 from torch.utils.data._utils import signal_handling
 
 # Elementwise operations on lists of tensors in a few kernels; what torch's own fused optimizers and clipping use.
@@ -25,6 +26,20 @@ foreach_sub = torch._foreach_sub  # pyright: ignore[reportPrivateImportUsage]
 COLLECTIVES = torch.ops._c10d_functional
 
 set_group_timeout = _set_pg_timeout  # of a process group that exists: those of a mesh cannot be given one
+
+
+class LocalAdamW(torch.optim.AdamW):
+    """AdamW whose kernels get the local shards of DTensors: for lists of DTensors the host takes longer to dispatch.
+
+    Parameters, gradients and moments are DTensors everywhere else. Tried with torch 2.13.0 only.
+    """
+
+    def _init_group(self, group: dict, *lists: list) -> bool:
+        """Fill the lists with the tensors of a parameter group: weights, gradients, moments and step counts."""
+        has_complex = super()._init_group(group, *lists)
+        for tensors in lists:
+            tensors[:] = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+        return has_complex
 
 
 def fsdp_parameters(modules: Iterable[nn.Module]) -> list[Any]:

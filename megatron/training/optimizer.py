@@ -16,6 +16,7 @@ from megatron.config.sections import Config, OptimizerConfig
 from megatron.config.vocabulary import Vocabulary
 from megatron.model.transformer import Transformer
 from megatron.parallel.engine import MOMENTS, Engine
+from megatron.torch_private import LocalAdamW
 from megatron.training.muon import Muon
 
 MATRICES, TABLES, VECTORS = KINDS = ("matrices of the blocks", "embedding and head", "vectors")
@@ -90,9 +91,11 @@ def build_optimizer(
     matrices = groups.pop(0) if config.optimizer == "muon" else None
     first = groups[0]["params"][0]
     options = {"lr": config.lr, "betas": (config.adam_beta1, config.adam_beta2), "eps": config.adam_eps}
-    sharded = first.device.type == "cuda" and isinstance(first, DTensor)
-    apex = apex_adam() if sharded else None
-    adamw = ShardedApexAdam(apex, groups, **options) if apex else AdamW(groups, **options, fused=True)
+    sharded = isinstance(first, DTensor)
+    if sharded and first.device.type == "cuda" and (apex := apex_adam()):
+        adamw = ShardedApexAdam(apex, groups, **options)
+    else:
+        adamw = (LocalAdamW if sharded else AdamW)(groups, **options, fused=True)
     return Muon(matrices, adamw, config.muon_momentum) if matrices else adamw
 
 
