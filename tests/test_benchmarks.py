@@ -434,3 +434,11 @@ def test_growth_is_measured_and_compared_with_flops(tmp_path):
         ("7M", 64, 1),
     ]
     assert rows[1]["flops_per_token"] > 2 * rows[0]["flops_per_token"] and rows[1]["tokens_per_second"] > 0
+
+
+def test_host_time_is_measured_next_to_its_peers(tmp_path):
+    report = report_of("host_time --num-layers 1 --micro-batches 1 --rounds 2 --no-compile", tmp_path)
+    systems = {"ours", "nanogpt"} | ({"transformers"} if find_spec("transformers") else set())
+    assert report["seconds"].keys() == report["calls"].keys() == systems
+    assert all(len(seconds) == 2 and min(seconds) > 0 for seconds in report["seconds"].values())
+    assert report["calls"]["ours"]["FSDP2"] > 0 == report["calls"]["nanogpt"]["FSDP2"]
