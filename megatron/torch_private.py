@@ -9,8 +9,8 @@ from typing import Any, cast
 
 import torch
 import torch.distributed._functional_collectives  # declares the operators
-from torch import nn
 from torch.distributed.distributed_c10d import _set_pg_timeout
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils.data._utils import signal_handling
 
@@ -42,7 +42,7 @@ class LocalAdamW(torch.optim.AdamW):
         return has_complex
 
 
-def fsdp_parameters(modules: Iterable[nn.Module]) -> list[Any]:
+def fsdp_parameters(modules: Iterable[FSDPModule]) -> list[Any]:
     """Return FSDP2's records (FSDPParam) of the parameters of modules that `fully_shard` was applied to.
 
     They have the gathered weights and unreduced gradients, which the public API does not show.
