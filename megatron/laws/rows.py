@@ -21,6 +21,7 @@ RECOGNISED = {
     "unique_tokens": ("unique_tokens", "U"),
     "tokens": ("consumed_tokens", "tokens", "total_tokens", "D"),
     "epochs": ("epoch", "epochs"),
+    "samples": ("consumed_samples",),
     "loss": ("loss", "val_loss"),
     "flops": ("flops",),  # of a sweep: elsewhere the convention is not known
     "run": ("id", "run"),
@@ -84,11 +85,13 @@ class Rows:
         for name in required:
             if name not in self.columns and not (name == "tokens" and "epochs" in self.columns):
                 self._refuse_missing(name)
-        self.all = {name: self._numbers(name) for name in (*QUANTITIES, "flops")}
+        self.all = {name: self._numbers(name) for name in (*QUANTITIES, "samples", "flops")}
         if "tokens" not in self.columns and "epochs" in self.columns:
             self.all["tokens"] = self._numbers("epochs") * self.all["unique_tokens"]
         with np.errstate(divide="ignore", invalid="ignore"):  # zeros are refused where the quantity is required
             self.all["epochs"] = self.all["tokens"] / self.all["unique_tokens"]
+            lengths = self.all["tokens"] / self.all["samples"]
+        self.sample_tokens = float(lengths[np.isfinite(lengths)].max(initial=0.0))  # of the longest; 0 if not known
 
     @property
     def quantities(self) -> dict[str, np.ndarray]:

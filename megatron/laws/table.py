@@ -32,6 +32,7 @@ class Runs:
     loss: np.ndarray  # [R] nats per token
     selection_loss: np.ndarray  # [R] on the set that chooses the best validation and the best run
     chosen_on: str | None  # that set; None in a table without sets
+    sample_tokens: float  # of the longest sample; 0 if not known
     group: np.ndarray  # [R] int; runs that differ in their seed only share a group
     settings: list[dict[str, Any]]  # of each run: variant, axes and tuned flags
     shared: dict[str, Any]  # columns of CORPUS, EVALUATION and RECIPE with the value that all runs share
@@ -53,7 +54,7 @@ def read_table(path: str | Path, **selection: Any) -> LawTable:
     runs = read_runs(path, chosen)
     is_counted = "flops" not in chosen.mixed
     compute = compute_of(runs.parameters, runs.tokens, runs.flops, runs.source) if is_counted else PLAIN
-    columns = {name: getattr(runs, name) for name in (*QUANTITIES, "group", "source", "filters")}
+    columns = {name: getattr(runs, name) for name in (*QUANTITIES, "group", "source", "filters", "sample_tokens")}
     return LawTable(**columns, notes=(*runs.notes, *compute.note()), compute=compute)
 
 
@@ -75,6 +76,7 @@ def read_runs(path: str | Path, selection: Selection, required: Sequence[str] = 
         source=source,
         **rows.quantities,
         flops=rows.flops,
+        sample_tokens=rows.sample_tokens,
         selection_loss=selection_loss,
         chosen_on=rows.chosen_on,
         group=rows.groups(settings, budgets),
@@ -112,7 +114,8 @@ def add_table_arguments(parser: ArgumentParser) -> None:
         "--columns",
         metavar="NAME=COLUMN,...",
         help="columns of a table that is not a sweep's: parameters=params,tokens=total_tokens,loss=val_loss; also "
-        "unique_tokens, epochs (in place of tokens), flops, run (rows of one run are its validations), seed",
+        "unique_tokens, epochs (in place of tokens), samples (training samples), flops, run (rows of one run are its "
+        "validations), seed",
     )
     group.add_argument(
         "--where",

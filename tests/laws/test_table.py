@@ -99,6 +99,19 @@ def test_columns_are_named_and_epochs_give_the_tokens(tmp_path):
     assert table.extra_epochs.tolist() == [3.0, 0.0]
 
 
+@pytest.mark.parametrize(
+    "text, budgets",
+    [
+        ("N U D loss consumed_samples\n1 1000 960 4 15\n1 1000 1984 3 31", [1000]),  # samples of 64 tokens
+        ("N U D loss consumed_samples\n1 1000 896 4 14\n1 1000 1984 3 31", [896, 1000]),
+        ("N U D loss\n1 1000 991 4\n1 1000 4000 3", [1000]),
+        ("N U D loss\n1 1000 990 4\n1 1000 4000 3", [990, 1000]),
+    ],
+)
+def test_a_run_that_lacks_less_than_a_sample_has_read_its_data(text, budgets, tmp_path):
+    assert read_table(write_csv(tmp_path / "t.csv", text)).budgets.tolist() == budgets
+
+
 def test_runs_that_differ_in_their_seed_only_share_a_group(tmp_path):
     text = "N U D loss seed wd\n1 2 4 3.0 1 .1\n1 2 4 3.1 2 .1\n1 2 4 3.2 1 .4\n1 2 8 3.3 2 .1\n1 2 4 3.4 3 .1"
     assert read_table(write_csv(tmp_path / "t.csv", text)).group.tolist() == [0, 0, 1, 2, 0]
