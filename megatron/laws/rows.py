@@ -14,6 +14,7 @@ import pyarrow.csv
 import pyarrow.parquet
 
 from megatron.errors import ConfigurationError
+from megatron.laws.base import counted_epochs
 
 # names that a column may have without --columns; the first that the file has is taken. Those of a sweep come first
 RECOGNISED = {
@@ -89,9 +90,9 @@ class Rows:
         if "tokens" not in self.columns and "epochs" in self.columns:
             self.all["tokens"] = self._numbers("epochs") * self.all["unique_tokens"]
         with np.errstate(divide="ignore", invalid="ignore"):  # zeros are refused where the quantity is required
-            self.all["epochs"] = self.all["tokens"] / self.all["unique_tokens"]
             lengths = self.all["tokens"] / self.all["samples"]
-        self.sample_tokens = float(lengths[np.isfinite(lengths)].max(initial=0.0))  # of the longest; 0 if not known
+            self.sample_tokens = float(lengths[np.isfinite(lengths)].max(initial=0.0))  # of the longest; 0 if not known
+            self.all["epochs"] = counted_epochs(self.all["tokens"], self.all["unique_tokens"], self.sample_tokens)
 
     @property
     def quantities(self) -> dict[str, np.ndarray]:
@@ -171,6 +172,8 @@ class Rows:
     def filter(self, condition: str) -> None:
         """Keep the rows that satisfy a condition. Empty cells satisfy none but `COLUMN=`.
 
+        Epochs are those of `counted_epochs`.
+
         Raises: ConfigurationError for a condition that is none, an unknown column and no row left.
         """
         name, symbol, value = _split(condition)
@@ -180,7 +183,8 @@ class Rows:
                 f"--where {condition}: {self.source} has no column {name}"
                 + (close(name, known) or f"; it has {', '.join(self.names)}")
             )
-        cells = self._cells(name) if name in self.names else self.all[name][self.index].tolist()
+        quantity = "epochs" if self.is_sweep and name == "epoch" else name  # a sweep's column is D / U
+        cells = self._cells(name) if quantity in self.names else self.all[quantity][self.index].tolist()
         satisfied = _satisfied(cells, symbol, value, condition)
         if not satisfied.any():
             listed = _listed(cells)
