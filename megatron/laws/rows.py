@@ -225,13 +225,14 @@ class Rows:
                     f"--best-on {chooser}: run {run} of {self.source} has no loss on this set at {progress:.4g} tokens;"
                     " give a set of the same validations"
                 )
-            chosen.append((rows[progress], choosing[run, progress], last))
+            chosen.append((rows[progress], choosing[run, progress], rows[last]))
+        last_tokens = self.all["tokens"][self.index[[last for _, _, last in chosen]]]
         self.index = self.index[[row for row, _, _ in chosen]]
         self.filters += [f"set={name}"] if name else []
         self.filters += (
             [f"best validation of each run on {chooser or 'its set'}"] if self.selection.at == "best" else []
         )
-        return np.array([value for _, value, _ in chosen]), np.array([last for _, _, last in chosen])
+        return np.array([value for _, value, _ in chosen]), last_tokens
 
     def _set_name(self, sets: list) -> str | None:
         names = sorted({str(name) for name in sets})

@@ -27,7 +27,8 @@ class Runs:
     source: str
     parameters: np.ndarray  # [R]
     unique_tokens: np.ndarray  # [R] of the training set, whether or not the run has read them all
-    tokens: np.ndarray  # [R] training tokens
+    tokens: np.ndarray  # [R] training tokens at the validation that stands for the run
+    last_tokens: np.ndarray  # [R] at its last one
     flops: np.ndarray  # [R] training FLOPs as recorded
     loss: np.ndarray  # [R] nats per token
     selection_loss: np.ndarray  # [R] on the set that chooses the best validation and the best run
@@ -69,21 +70,22 @@ def read_runs(path: str | Path, selection: Selection, required: Sequence[str] = 
     rows.drop_unfinished()
     for condition in selection.where:
         rows.filter(condition)
-    selection_loss, budgets = rows.keep_one_per_run()
+    selection_loss, last_tokens = rows.keep_one_per_run()
     rows.check_single_values()
     settings = rows.settings()
     return Runs(
         source=source,
         **rows.quantities,
+        last_tokens=last_tokens,
         flops=rows.flops,
         sample_tokens=rows.sample_tokens,
         selection_loss=selection_loss,
         chosen_on=rows.chosen_on,
-        group=rows.groups(settings, budgets),
+        group=rows.groups(settings, last_tokens),
         settings=settings,
         shared=rows.shared(),
         filters=tuple(rows.filters),
-        notes=rows.notes(settings, budgets),
+        notes=rows.notes(settings, last_tokens),
     )
 
 
