@@ -3,6 +3,7 @@
 import difflib
 import operator
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -197,16 +198,18 @@ class Rows:
     def keep_one_per_run(self) -> tuple[np.ndarray, np.ndarray]:
         """Keep one validation of each run; return its loss on the set that chooses, and the run's last D. [R], [R]
 
-        Raises: ConfigurationError for numbers that are not positive and finite, and sets that the table lacks.
+        Raises: ConfigurationError for numbers that are not positive and finite, sets that the table lacks, and several
+        validations of a run without tokens.
         """
         self._check_numbers()
         runs = self._cells(self.columns["run"]) if "run" in self.columns else self.index.tolist()
         sets = self._cells("set") if "set" in self.names else [None] * len(self.index)
+        self._check_order(runs, sets)
         name = self._set_name(sets)
         self.chosen_on = chooser = self.selection.best_on or name
         if chooser not in sets:
             self._refuse_set("--best-on", chooser, sets)
-        tokens = np.nan_to_num(self.all["tokens"][self.index]).tolist()  # a file without them has a row per run
+        tokens = np.nan_to_num(self.all["tokens"][self.index]).tolist()
         loss = self.all["loss"][self.index].tolist()
         validations: dict[Any, dict[float, int]] = {}  # run -> training tokens -> row
         choosing: dict[tuple, float] = {}  # (run, training tokens) -> loss on the set that chooses
@@ -266,6 +269,16 @@ class Rows:
                 raise ConfigurationError(
                     f"{self.source}: row {row + 1}: {column} is {'empty or NaN' if cell is None else cell}{more}; "
                     f"{name} must be positive and finite: correct it, or leave the row out with --where"
+                )
+
+    def _check_order(self, runs: list, sets: list) -> None:
+        """Check that runs with several rows of a set have tokens, which order them."""
+        counts = Counter(zip(runs, sets))
+        for row in np.flatnonzero(np.isnan(self.all["tokens"][self.index])):
+            if (count := counts[runs[row], sets[row]]) > 1:
+                raise ConfigurationError(
+                    f"{self.source}: run {runs[row]} has {count} rows and no tokens (or epochs), which order its "
+                    "validations; name their column: --columns tokens=COLUMN, or give a row per run"
                 )
 
     def check_single_values(self) -> None:

@@ -282,6 +282,16 @@ def test_the_budget_of_a_run_does_not_depend_on_its_best_validation(at, tmp_path
     assert [len(recipe.losses) for recipes in budgets.recipes for recipe in recipes] == [2, 1]
 
 
+@pytest.mark.parametrize("text", ["run,U,loss\na,1000,4\na,1000,3", "run,U,D,loss\na,1000,500,4\na,1000,,3"])
+def test_validations_of_a_run_without_tokens_are_refused(text, tmp_path):
+    (tmp_path / "t.csv").write_text(text)
+    with pytest.raises(ConfigurationError, match=r"t.csv: run a has 2 rows and no tokens \(or epochs\), which order"):
+        read_runs(tmp_path / "t.csv", Selection(), required=("unique_tokens", "loss"))
+    (tmp_path / "t.csv").write_text("run,U,set,loss\na,1000,x,4\na,1000,y,3\nb,1000,y,2\n")
+    runs = read_runs(tmp_path / "t.csv", Selection(set="y"), required=("unique_tokens", "loss"))
+    assert runs.loss.tolist() == [3, 2]
+
+
 @pytest.mark.parametrize(
     "words, message",
     [
