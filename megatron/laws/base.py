@@ -94,10 +94,14 @@ class LawTable(Points):
         assert len(lengths) == 1, lengths
 
     @property
+    def counted_epochs(self) -> np.ndarray:
+        """Epochs of the runs, as `counted_epochs` has them. [R]"""
+        return counted_epochs(self.tokens, self.unique_tokens, self.sample_tokens)
+
+    @property
     def unique_read(self) -> np.ndarray:
         """Unique tokens that each run has read: D of a run shorter than an epoch, else U. [R]"""
-        is_partial = counted_epochs(self.tokens, self.unique_tokens, self.sample_tokens) < 1
-        return np.where(is_partial, self.tokens, self.unique_tokens)
+        return np.where(self.counted_epochs < 1, self.tokens, self.unique_tokens)
 
     @property
     def budgets(self) -> np.ndarray:

@@ -168,6 +168,13 @@ def test_answers_outside_the_range_of_the_runs_say_so(fitted):
     assert "outside the range of the runs: " in lines[0] and word in lines[0] and word in records[0]["outside"]
 
 
+def test_an_epoch_is_within_the_range_of_runs_of_an_epoch_of_whole_samples():
+    table = synthetic("chinchilla")
+    table = replace(table, tokens=table.unique_tokens // 2048 * 2048)
+    law = study(FORMS["chinchilla"], table, {"alpha": 0.35, "beta": 0.37}, resamples=0).law
+    assert law.notes["range"]["epochs"] == [1.0, 1.0]
+
+
 def test_critical_compute_outside_the_range_of_either_laws_runs_says_so():
     """Ranges that end just below the model size of one frontier at the crossing, and the epochs of the other."""
     form, wide = FORMS["repetition"], {"parameters": [1e5, 1e13], "unique_tokens": [1e8, 1e8], "epochs": [1e-3, 1e5]}
