@@ -17,6 +17,18 @@ from megatron.errors import ConfigurationError
 from megatron.laws.compute import PLAIN, Compute
 
 LOWEST_LOG_LOSS = -700.0  # of a law whose terms all vanish; exp() of it is still positive
+LONGEST_SAMPLE = 0.01  # of the unique tokens: a sample of unknown length
+
+
+def counted_epochs(tokens: np.ndarray, unique_tokens: np.ndarray, sample_tokens: float) -> np.ndarray:
+    """Return epochs D / U, whole for a run that ends less than a sample before the end of an epoch. [R]
+
+    Runs read whole samples: --train-epochs e makes D the largest multiple of a sample that is at most e U.
+    `sample_tokens` are the tokens of a sample; 0 if they are not known, and LONGEST_SAMPLE of U counts as one.
+    """
+    epochs = tokens / unique_tokens
+    missing = np.ceil(epochs) * unique_tokens - tokens
+    return np.where(missing < (sample_tokens or LONGEST_SAMPLE * unique_tokens), np.ceil(epochs), epochs)
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,6 +86,7 @@ class LawTable(Points):
     source: str = ""  # the file, as it is printed with a fit
     filters: tuple[str, ...] = ()  # conditions that chose the rows, as typed
     notes: tuple[str, ...] = ()  # on groups and compute, printed with a fit
+    sample_tokens: float = 0.0  # of the longest sample; 0 if not known
     compute: Compute = PLAIN
 
     def __post_init__(self):
@@ -81,13 +94,18 @@ class LawTable(Points):
         assert len(lengths) == 1, lengths
 
     @property
+    def counted_epochs(self) -> np.ndarray:
+        """Epochs of the runs, as `counted_epochs` has them. [R]"""
+        return counted_epochs(self.tokens, self.unique_tokens, self.sample_tokens)
+
+    @property
     def unique_read(self) -> np.ndarray:
-        """Unique tokens min(U, D) that each run has read. [R]"""
-        return np.minimum(self.unique_tokens, self.tokens)
+        """Unique tokens that each run has read: D of a run shorter than an epoch, else U. [R]"""
+        return np.where(self.counted_epochs < 1, self.tokens, self.unique_tokens)
 
     @property
     def budgets(self) -> np.ndarray:
-        """The distinct numbers of unique tokens min(U, D), ascending."""
+        """The distinct numbers of unique tokens that runs have read, ascending."""
         return np.unique(self.unique_read)
 
     @property

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron.errors import ConfigurationError
-from megatron.laws.answers import Optimum, best_run, critical_compute, enough, to_json
+from megatron.laws.answers import Crossing, Optimum, best_run, critical_compute, enough, to_json
 from megatron.laws.base import Form, Law, LawTable
 from megatron.laws.record import plain
 from megatron.laws.registry import FORMS, form_named, load_law
@@ -129,13 +129,14 @@ def answers(
     lines: list[str] = []
     records: list[dict[str, Any]] = []
 
-    def add(label: str, budget: float, answer: Any) -> None:
-        outside = _outside(law, answer) if isinstance(answer, Optimum) else []
+    def add(label: str, budget: float, answer: Any, outside: Sequence[str] = ()) -> None:
+        if isinstance(answer, Optimum):
+            outside = _outside(law, answer)
         text = str(answer) if answer is not None else _no_floor(law)
         text += f"; outside the range of the runs: {', '.join(outside)}" if outside else ""
         lines.append(f"  {label}: {text}")
         record = {"question": label, "form": law.form.name, "unique_tokens": budget, "answer": to_json(answer)}
-        records.append({**record, "outside": outside})
+        records.append({**record, "outside": list(outside)})
 
     if other is not None:
         file = other.notes.get("file", other.form.name)
@@ -149,7 +150,8 @@ def answers(
         if other is not None:
             names = (_name(law), _name(other))
             crossing = critical_compute(law, other, budget, level=level, names=names, progress=progress)
-            add(f"{names[0]} overtakes {names[1]}", budget, crossing)
+            outside = _outside_at_crossing(crossing, (law, other))
+            add(f"{names[0]} overtakes {names[1]}", budget, crossing, outside)
     return lines, [plain(record) for record in records]
 
 
@@ -172,6 +174,15 @@ def _outside(law: Law, answer: Optimum) -> list[str]:
         if not low * (1 - 1e-6) <= getattr(answer, name) <= high * (1 + 1e-6):
             words.append(f"{symbol} ({' to '.join(dict.fromkeys((short(low), short(high))))})")
     return words
+
+
+def _outside_at_crossing(crossing: Crossing, laws: Sequence[Law]) -> list[str]:
+    """Return the quantities of the best run of each law at critical compute outside its own runs, as text."""
+    if crossing.flops is None:
+        return []
+    best = [best_run(law, crossing.unique_tokens, crossing.flops) for law in laws]
+    sides = zip(laws, best, crossing.names, strict=True)
+    return [f"{word} for {name}" for law, run, name in sides for word in _outside(law, run)]
 
 
 def origin(notes: Mapping[str, Any]) -> str:

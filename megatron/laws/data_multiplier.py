@@ -20,6 +20,7 @@ import numpy as np
 from scipy.stats import norm, t
 
 from megatron.errors import ConfigurationError
+from megatron.laws.base import counted_epochs
 from megatron.laws.record import plain
 from megatron.laws.rows import CORPUS
 from megatron.laws.table import Runs, short
@@ -196,11 +197,12 @@ def curve(name: str, runs: Runs) -> Curve:
     """Return the curve of runs over data budgets.
 
     A run's budget is its training set. On a set that no run has read to its end, such as the corpus of runs on fresh
-    tokens, it is the tokens that the run has read.
+    tokens, it is the tokens that the run has read by its last validation.
     """
-    partial = runs.tokens < runs.unique_tokens  # [R], false where tokens are NaN
+    # [R], false where tokens are NaN
+    partial = counted_epochs(runs.last_tokens, runs.unique_tokens, runs.sample_tokens) < 1
     whole_sets = runs.unique_tokens[~partial]
-    budget_of_run = np.where(partial & ~np.isin(runs.unique_tokens, whole_sets), runs.tokens, runs.unique_tokens)
+    budget_of_run = np.where(partial & ~np.isin(runs.unique_tokens, whole_sets), runs.last_tokens, runs.unique_tokens)
     budgets = np.unique(budget_of_run)
     recipes = []
     for budget in budgets:

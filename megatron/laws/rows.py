@@ -3,6 +3,7 @@
 import difflib
 import operator
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ import pyarrow.csv
 import pyarrow.parquet
 
 from megatron.errors import ConfigurationError
+from megatron.laws.base import counted_epochs
 
 # names that a column may have without --columns; the first that the file has is taken. Those of a sweep come first
 RECOGNISED = {
@@ -21,6 +23,7 @@ RECOGNISED = {
     "unique_tokens": ("unique_tokens", "U"),
     "tokens": ("consumed_tokens", "tokens", "total_tokens", "D"),
     "epochs": ("epoch", "epochs"),
+    "samples": ("consumed_samples",),
     "loss": ("loss", "val_loss"),
     "flops": ("flops",),  # of a sweep: elsewhere the convention is not known
     "run": ("id", "run"),
@@ -84,11 +87,13 @@ class Rows:
         for name in required:
             if name not in self.columns and not (name == "tokens" and "epochs" in self.columns):
                 self._refuse_missing(name)
-        self.all = {name: self._numbers(name) for name in (*QUANTITIES, "flops")}
+        self.all = {name: self._numbers(name) for name in (*QUANTITIES, "samples", "flops")}
         if "tokens" not in self.columns and "epochs" in self.columns:
             self.all["tokens"] = self._numbers("epochs") * self.all["unique_tokens"]
         with np.errstate(divide="ignore", invalid="ignore"):  # zeros are refused where the quantity is required
-            self.all["epochs"] = self.all["tokens"] / self.all["unique_tokens"]
+            lengths = self.all["tokens"] / self.all["samples"]
+            self.sample_tokens = float(lengths[np.isfinite(lengths)].max(initial=0.0))  # of the longest; 0 if not known
+            self.all["epochs"] = counted_epochs(self.all["tokens"], self.all["unique_tokens"], self.sample_tokens)
 
     @property
     def quantities(self) -> dict[str, np.ndarray]:
@@ -168,6 +173,8 @@ class Rows:
     def filter(self, condition: str) -> None:
         """Keep the rows that satisfy a condition. Empty cells satisfy none but `COLUMN=`.
 
+        Epochs are those of `counted_epochs`.
+
         Raises: ConfigurationError for a condition that is none, an unknown column and no row left.
         """
         name, symbol, value = _split(condition)
@@ -177,7 +184,8 @@ class Rows:
                 f"--where {condition}: {self.source} has no column {name}"
                 + (close(name, known) or f"; it has {', '.join(self.names)}")
             )
-        cells = self._cells(name) if name in self.names else self.all[name][self.index].tolist()
+        quantity = "epochs" if self.is_sweep and name == "epoch" else name  # a sweep's column is D / U
+        cells = self._cells(name) if quantity in self.names else self.all[quantity][self.index].tolist()
         satisfied = _satisfied(cells, symbol, value, condition)
         if not satisfied.any():
             listed = _listed(cells)
@@ -190,16 +198,18 @@ class Rows:
     def keep_one_per_run(self) -> tuple[np.ndarray, np.ndarray]:
         """Keep one validation of each run; return its loss on the set that chooses, and the run's last D. [R], [R]
 
-        Raises: ConfigurationError for numbers that are not positive and finite, and sets that the table lacks.
+        Raises: ConfigurationError for numbers that are not positive and finite, sets that the table lacks, and several
+        validations of a run without tokens.
         """
         self._check_numbers()
         runs = self._cells(self.columns["run"]) if "run" in self.columns else self.index.tolist()
         sets = self._cells("set") if "set" in self.names else [None] * len(self.index)
+        self._check_order(runs, sets)
         name = self._set_name(sets)
         self.chosen_on = chooser = self.selection.best_on or name
         if chooser not in sets:
             self._refuse_set("--best-on", chooser, sets)
-        tokens = np.nan_to_num(self.all["tokens"][self.index]).tolist()  # a file without them has a row per run
+        tokens = np.nan_to_num(self.all["tokens"][self.index]).tolist()
         loss = self.all["loss"][self.index].tolist()
         validations: dict[Any, dict[float, int]] = {}  # run -> training tokens -> row
         choosing: dict[tuple, float] = {}  # (run, training tokens) -> loss on the set that chooses
@@ -218,13 +228,14 @@ class Rows:
                     f"--best-on {chooser}: run {run} of {self.source} has no loss on this set at {progress:.4g} tokens;"
                     " give a set of the same validations"
                 )
-            chosen.append((rows[progress], choosing[run, progress], last))
+            chosen.append((rows[progress], choosing[run, progress], rows[last]))
+        last_tokens = self.all["tokens"][self.index[[last for _, _, last in chosen]]]
         self.index = self.index[[row for row, _, _ in chosen]]
         self.filters += [f"set={name}"] if name else []
         self.filters += (
             [f"best validation of each run on {chooser or 'its set'}"] if self.selection.at == "best" else []
         )
-        return np.array([value for _, value, _ in chosen]), np.array([last for _, _, last in chosen])
+        return np.array([value for _, value, _ in chosen]), last_tokens
 
     def _set_name(self, sets: list) -> str | None:
         names = sorted({str(name) for name in sets})
@@ -258,6 +269,16 @@ class Rows:
                 raise ConfigurationError(
                     f"{self.source}: row {row + 1}: {column} is {'empty or NaN' if cell is None else cell}{more}; "
                     f"{name} must be positive and finite: correct it, or leave the row out with --where"
+                )
+
+    def _check_order(self, runs: list, sets: list) -> None:
+        """Check that runs with several rows of a set have tokens, which order them."""
+        counts = Counter(zip(runs, sets))
+        for row in np.flatnonzero(np.isnan(self.all["tokens"][self.index])):
+            if (count := counts[runs[row], sets[row]]) > 1:
+                raise ConfigurationError(
+                    f"{self.source}: run {runs[row]} has {count} rows and no tokens (or epochs), which order its "
+                    "validations; name their column: --columns tokens=COLUMN, or give a row per run"
                 )
 
     def check_single_values(self) -> None:

@@ -264,8 +264,12 @@ def _share(r2: float | None) -> str:
 
 def _ranges(table: LawTable) -> dict[str, list[float]]:
     """Return the least and the most of N, U and epochs of the runs."""
-    names = ("parameters", "unique_tokens", "epochs")
-    return {name: [float(getattr(table, name).min()), float(getattr(table, name).max())] for name in names}
+    quantities = {
+        "parameters": table.parameters,
+        "unique_tokens": table.unique_tokens,
+        "epochs": table.counted_epochs,
+    }
+    return {name: [float(values.min()), float(values.max())] for name, values in quantities.items()}
 
 
 def _ends(ends: tuple[float | None, float | None] | None) -> str:

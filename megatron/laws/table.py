@@ -27,11 +27,13 @@ class Runs:
     source: str
     parameters: np.ndarray  # [R]
     unique_tokens: np.ndarray  # [R] of the training set, whether or not the run has read them all
-    tokens: np.ndarray  # [R] training tokens
+    tokens: np.ndarray  # [R] training tokens at the validation that stands for the run
+    last_tokens: np.ndarray  # [R] at its last one
     flops: np.ndarray  # [R] training FLOPs as recorded
     loss: np.ndarray  # [R] nats per token
     selection_loss: np.ndarray  # [R] on the set that chooses the best validation and the best run
     chosen_on: str | None  # that set; None in a table without sets
+    sample_tokens: float  # of the longest sample; 0 if not known
     group: np.ndarray  # [R] int; runs that differ in their seed only share a group
     settings: list[dict[str, Any]]  # of each run: variant, axes and tuned flags
     shared: dict[str, Any]  # columns of CORPUS, EVALUATION and RECIPE with the value that all runs share
@@ -53,7 +55,7 @@ def read_table(path: str | Path, **selection: Any) -> LawTable:
     runs = read_runs(path, chosen)
     is_counted = "flops" not in chosen.mixed
     compute = compute_of(runs.parameters, runs.tokens, runs.flops, runs.source) if is_counted else PLAIN
-    columns = {name: getattr(runs, name) for name in (*QUANTITIES, "group", "source", "filters")}
+    columns = {name: getattr(runs, name) for name in (*QUANTITIES, "group", "source", "filters", "sample_tokens")}
     return LawTable(**columns, notes=(*runs.notes, *compute.note()), compute=compute)
 
 
@@ -68,20 +70,22 @@ def read_runs(path: str | Path, selection: Selection, required: Sequence[str] = 
     rows.drop_unfinished()
     for condition in selection.where:
         rows.filter(condition)
-    selection_loss, budgets = rows.keep_one_per_run()
+    selection_loss, last_tokens = rows.keep_one_per_run()
     rows.check_single_values()
     settings = rows.settings()
     return Runs(
         source=source,
         **rows.quantities,
+        last_tokens=last_tokens,
         flops=rows.flops,
+        sample_tokens=rows.sample_tokens,
         selection_loss=selection_loss,
         chosen_on=rows.chosen_on,
-        group=rows.groups(settings, budgets),
+        group=rows.groups(settings, last_tokens),
         settings=settings,
         shared=rows.shared(),
         filters=tuple(rows.filters),
-        notes=rows.notes(settings, budgets),
+        notes=rows.notes(settings, last_tokens),
     )
 
 
@@ -112,7 +116,8 @@ def add_table_arguments(parser: ArgumentParser) -> None:
         "--columns",
         metavar="NAME=COLUMN,...",
         help="columns of a table that is not a sweep's: parameters=params,tokens=total_tokens,loss=val_loss; also "
-        "unique_tokens, epochs (in place of tokens), flops, run (rows of one run are its validations), seed",
+        "unique_tokens, epochs (in place of tokens), samples (training samples), flops, run (rows of one run are its "
+        "validations), seed",
     )
     group.add_argument(
         "--where",

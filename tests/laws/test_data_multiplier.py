@@ -262,6 +262,36 @@ def test_runs_of_less_than_an_epoch_count_with_what_they_read_of_a_set_that_none
     assert budgets.losses.tolist() == [3.0, 2.5, 2.3] and len(budgets.recipes[0]) == 2
 
 
+BEST_BEFORE_THE_END = """run,seed,unique_tokens,consumed_samples,tokens,loss
+a,1,1000,8,512,3.0
+a,1,1000,15,960,4.0
+b,2,1000,8,512,3.5
+b,2,1000,15,960,3.2
+fresh,1,9000,8,512,2.0
+fresh,1,9000,16,1024,2.5
+"""
+
+
+@pytest.mark.parametrize("at", ["last", "best"])
+def test_the_budget_of_a_run_does_not_depend_on_its_best_validation(at, tmp_path):
+    """Two seeds of an epoch of 1000 tokens in samples of 64, and a run on fresh tokens."""
+    path = tmp_path / "t.csv"
+    path.write_text(BEST_BEFORE_THE_END)
+    budgets = curve("all", read_runs(path, Selection(at=at), required=("unique_tokens", "loss")))
+    assert budgets.budgets.tolist() == [1000, 1024]
+    assert [len(recipe.losses) for recipes in budgets.recipes for recipe in recipes] == [2, 1]
+
+
+@pytest.mark.parametrize("text", ["run,U,loss\na,1000,4\na,1000,3", "run,U,D,loss\na,1000,500,4\na,1000,,3"])
+def test_validations_of_a_run_without_tokens_are_refused(text, tmp_path):
+    (tmp_path / "t.csv").write_text(text)
+    with pytest.raises(ConfigurationError, match=r"t.csv: run a has 2 rows and no tokens \(or epochs\), which order"):
+        read_runs(tmp_path / "t.csv", Selection(), required=("unique_tokens", "loss"))
+    (tmp_path / "t.csv").write_text("run,U,set,loss\na,1000,x,4\na,1000,y,3\nb,1000,y,2\n")
+    runs = read_runs(tmp_path / "t.csv", Selection(set="y"), required=("unique_tokens", "loss"))
+    assert runs.loss.tolist() == [3, 2]
+
+
 @pytest.mark.parametrize(
     "words, message",
     [

@@ -126,6 +126,17 @@ def one_budget() -> LawTable:
     return table.select(table.unique_tokens == table.budgets[0])
 
 
+def whole_samples(table: LawTable) -> LawTable:
+    """The same runs without the tokens after the last whole sample of 2048 tokens."""
+    return replace(table, tokens=table.tokens // 2048 * 2048)
+
+
+def one_budget_of_whole_samples() -> LawTable:
+    table = whole_samples(one_budget())
+    assert len(np.unique(np.minimum(table.unique_tokens, table.tokens))) == 2
+    return table
+
+
 @pytest.mark.parametrize(
     "name, table, frozen, message",
     [
@@ -137,6 +148,7 @@ def one_budget() -> LawTable:
         ),
         ("quokka", one_budget, {}, "all runs have 2.5e+07 unique tokens, and beta, m of quokka describe several"),
         ("bounded", one_budget, {}, "and delta of bounded describe several budgets; add runs"),
+        ("bounded", one_budget_of_whole_samples, {}, "all runs have 2.5e+07 unique tokens, and delta of"),
         ("chinchilla", two_points, {}, "2 distinct runs (10 rows; seeds count once) cannot determine the 5"),
         ("chinchilla", few_rows, {"R_D*": 3.0}, "--freeze R_D*: no parameter of the form chinchilla; it has E, A, B"),
         ("chinchilla", few_rows, {"A": -1.0}, "--freeze A=-1: must be positive; correct"),
@@ -165,3 +177,12 @@ def test_runs_on_fresh_tokens_of_one_corpus_are_fitted():
     assert FORMS["chinchilla"].public(result.theta)["beta"] == pytest.approx(PLANTED["chinchilla"]["beta"], rel=0.08)
     held_out = leave_one_budget_out(result)
     assert len(held_out) == 10 and held_out[0].highest < held_out[-1].lowest
+
+
+@pytest.mark.parametrize("sample_tokens", [0.0, 2048.0])
+def test_a_budget_is_held_out_with_its_runs_of_one_epoch(sample_tokens):
+    table = synthetic("chinchilla")
+    runs = replace(whole_samples(table), sample_tokens=sample_tokens)
+    assert (runs.tokens < runs.unique_tokens).any() and runs.budgets.tolist() == table.budgets.tolist()
+    folds = [leave_one_budget_out(fit(FORMS["chinchilla"], rows)) for rows in (table, runs)]
+    assert [len(fold.errors) for fold in folds[1]] == [len(fold.errors) for fold in folds[0]]

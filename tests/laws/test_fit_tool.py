@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from megatron.errors import ConfigurationError
-from megatron.laws.answers import best_run, to_json
+from megatron.laws.answers import best_run, frontier, to_json
 from megatron.laws.base import Law, LawTable
 from megatron.laws.command import answers, requests
 from megatron.laws.record import plain
@@ -166,6 +166,35 @@ def test_answers_outside_the_range_of_the_runs_say_so(fitted):
     lines, records = answers(replace(law, draws=None), [1e10], [])
     word = f"U ({short(low)} to {short(high)})"
     assert "outside the range of the runs: " in lines[0] and word in lines[0] and word in records[0]["outside"]
+
+
+def test_an_epoch_is_within_the_range_of_runs_of_an_epoch_of_whole_samples():
+    table = synthetic("chinchilla")
+    table = replace(table, tokens=table.unique_tokens // 2048 * 2048)
+    law = study(FORMS["chinchilla"], table, {"alpha": 0.35, "beta": 0.37}, resamples=0).law
+    assert law.notes["range"]["epochs"] == [1.0, 1.0]
+
+
+def test_critical_compute_outside_the_range_of_either_laws_runs_says_so():
+    """Ranges that end just below the model size of one frontier at the crossing, and the epochs of the other."""
+    form, wide = FORMS["repetition"], {"parameters": [1e5, 1e13], "unique_tokens": [1e8, 1e8], "epochs": [1e-3, 1e5]}
+    constants = ({"A": 700.0, "B": 2100.0, "R_D*": 493.89, "R_N*": 1265.65}, {"R_D*": 31.19, "R_N*": 55.16})
+    laws = [Law(form, form.internal({**form.published, **values}), notes={"range": wide}) for values in constants]
+    lines, records = answers(laws[0], [1e8], [], laws[1])
+    assert records[-1]["outside"] == [] and "outside" not in lines[-1]
+    flops = records[-1]["answer"]["flops"]
+    sizes = [frontier(law, 1e8, np.array([flops]))[1][0] for law in laws]
+    ends = {"parameters": [1e5, 0.99 * sizes[0]]}, {"epochs": [1e-3, 0.99 * flops / 6 / sizes[1] / 1e8]}
+    narrow = [
+        replace(law, notes={"range": wide | end, "table": table}) for law, end, table in zip(laws, ends, ("mdm", "ar"))
+    ]
+    lines, records = answers(narrow[0], [1e8], [], narrow[1])
+    words = [
+        f"N (100K to {short(0.99 * sizes[0])}) for repetition of mdm",
+        f"epochs (0.001 to {short(ends[1]['epochs'][1])}) for repetition of ar",
+    ]
+    assert records[-1]["outside"] == words
+    assert lines[-1].endswith(f"; outside the range of the runs: {', '.join(words)}")
 
 
 def test_equal_losses_have_no_r2(tmp_path):

@@ -99,6 +99,36 @@ def test_columns_are_named_and_epochs_give_the_tokens(tmp_path):
     assert table.extra_epochs.tolist() == [3.0, 0.0]
 
 
+@pytest.mark.parametrize(
+    "text, budgets",
+    [
+        ("N U D loss consumed_samples\n1 1000 960 4 15\n1 1000 1984 3 31", [1000]),  # samples of 64 tokens
+        ("N U D loss consumed_samples\n1 1000 896 4 14\n1 1000 1984 3 31", [896, 1000]),
+        ("N U D loss\n1 1000 991 4\n1 1000 4000 3", [1000]),
+        ("N U D loss\n1 1000 990 4\n1 1000 4000 3", [990, 1000]),
+    ],
+)
+def test_a_run_that_lacks_less_than_a_sample_has_read_its_data(text, budgets, tmp_path):
+    assert read_table(write_csv(tmp_path / "t.csv", text)).budgets.tolist() == budgets
+
+
+@pytest.mark.parametrize(
+    "condition, losses", [("epochs=4", [3.0]), ("epochs<4", [4.0]), ("epochs>=4", [3.0, 2.5]), ("epochs=4.032", [2.5])]
+)
+def test_a_run_of_whole_samples_satisfies_the_epochs_that_it_was_given(condition, losses, tmp_path):
+    """Samples of 64 tokens: four epochs of 1000 tokens are 62 samples, 3968 tokens."""
+    text = "N U D loss consumed_samples\n1 1000 3904 4 61\n1 1000 3968 3 62\n1 1000 4032 2.5 63"
+    assert read_table(write_csv(tmp_path / "t.csv", text), where=[condition]).loss.tolist() == losses
+
+
+@pytest.mark.parametrize("column", ["epoch", "epochs"])
+def test_validations_of_a_sweep_are_chosen_by_their_epochs(column, tmp_path):
+    records = validations({"validation": [4.0, 3.0]})
+    records[1] |= {"consumed_samples": 31, "consumed_tokens": 1984, "epoch": 1.984}
+    folder = collected_sweep(tmp_path / "sweep", [(point("run1"), records)])
+    assert read_table(folder, where=[f"{column}=2"]).loss.tolist() == [3.0]
+
+
 def test_runs_that_differ_in_their_seed_only_share_a_group(tmp_path):
     text = "N U D loss seed wd\n1 2 4 3.0 1 .1\n1 2 4 3.1 2 .1\n1 2 4 3.2 1 .4\n1 2 8 3.3 2 .1\n1 2 4 3.4 3 .1"
     assert read_table(write_csv(tmp_path / "t.csv", text)).group.tolist() == [0, 0, 1, 2, 0]
