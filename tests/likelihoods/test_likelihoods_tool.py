@@ -15,7 +15,7 @@ from megatron.generation.sampling import Sampling
 from megatron.likelihoods.chains import MaskedChains
 from megatron.likelihoods.windows import PolicyEngine, WholeWindows
 from megatron.objectives.masked_diffusion import MaskedDiffusion
-from megatron.reporting.likelihood_records import comparison, likelihood_tables
+from megatron.reporting.likelihood_records import comparison, comparisons, likelihood_tables
 from megatron.reporting.resumable import ResumableEngine
 from megatron.reporting.runs import load_runs
 from megatron.scoring.answer_cache import AnswerCache
@@ -202,8 +202,25 @@ def test_differences_to_another_run_are_paired_by_document(runs):
     assert loss in done.stdout and f"{cell}\n" in done.stdout and "difference to ar, exact" in done.stdout
     for results in first["sets"].values():
         results["documents"]["tokens"][0] += 1
-    with pytest.raises(ConfigurationError, match="ar at step 12: has no set of the same windows"):
+    with pytest.raises(ConfigurationError, match="ar at step 12: has no set of the same scored tokens"):
         comparison(second, first)
+
+
+def test_likelihoods_of_other_tokens_have_no_difference(runs, tmp_path):
+    """The published alignment scores tokens 1..S of AR, 0..S-1 of masked diffusion, and 1..S-1 of dual's."""
+    settings = "--eval-windows 4 --orders left-to-right --num-orders 0 --eval-alignment published".split()
+    path, against = tmp_path / "dual.json", tmp_path / "mdm.json"
+    assert command(runs / "mdm", *settings, "--json", against).returncode == 0
+    done = command(runs / "dual", *settings, "--json", path, "--against", against)
+    assert done.returncode == 2 and "mdm at step 12: has no set of the same scored tokens" in done.stderr
+    dual = json.loads(path.read_text())
+    exact, bound, chain = dual["sets"]["validation"]["likelihoods"]
+    assert exact["difference"] == 0 and len(exact["nats"]) == len(dual["sets"]["validation"]["documents"]["tokens"])
+    for result in (bound, chain):
+        assert result["loss"] > 0 and result["difference"] is result["difference_se"] is result["nats"] is None
+    assert {line[1] for table in comparisons(dual, [dual]) for line in table.lines} == {"ar, exact"}
+    common = record(tmp_path, runs / "dual", *settings[:-2])["validation"]
+    assert all(result["difference"] is not None for result in common)
 
 
 @pytest.mark.parametrize(
