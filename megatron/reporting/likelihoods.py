@@ -152,9 +152,11 @@ def _policy_rows(
     tokens = whole.scored_tokens(trained.config.data.seq_length, trained.config.validation.eval_alignment)
     num_masked = tokens.stop - tokens.start
     block, size = policies.block_length, chains.num_ordered(num_masked)
+    seed = trained.config.validation.eval_seed
     check_policy(chains, num_masked, policies.tokens_per_step, block)
     for order in DEFAULT_ORDERS if policies.orders is None else policies.orders:
-        sampling = with_steps(Sampling(order=order, block_length=block), policies.tokens_per_step, size)
+        sampling = Sampling(order=order, block_length=block, seed=seed)
+        sampling = with_steps(sampling, policies.tokens_per_step, size)
         policy = PolicyEngine(chains, ranks, sampling)
         passes = chains.passes(sampling, num_masked)
         yield _Row(
@@ -167,7 +169,7 @@ def _policy_rows(
         )
     count = DEFAULT_NUM_ORDERS if policies.num_orders is None else policies.num_orders
     if count:
-        sampling = Sampling(order="random", seed=trained.config.validation.eval_seed)
+        sampling = Sampling(order="random", seed=seed)
         mixture = MixtureEngine(chains, ranks, sampling, orders=count)
         names = (f"mean over {count} orders", f"iwae, {count // 2} orders", f"iwae, {count} orders", "tangent bound")
         yield _Row(
