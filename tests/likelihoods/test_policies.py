@@ -21,6 +21,7 @@ NOISE = EvaluationNoise(1, "validation", 0)
 POLICIES = [Sampling(order=order) for order in ORDERS]
 POLICIES += [Sampling(order="confidence", steps=2), Sampling(order="margin", block_length=2)]
 POLICIES += [Sampling(order="entropy", steps=3, block_length=2), Sampling(order="random", steps=1)]
+POLICIES += [Sampling(order="right-to-left", steps=2, block_length=2)]  # the last of three tokens is a block
 KINDS = ("masked", "shifted", "any-order", "blocks")
 
 

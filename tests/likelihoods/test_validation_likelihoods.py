@@ -119,9 +119,9 @@ def test_ranks_share_the_windows(runs, capsys):
             "--tokens-per-step 9: is more than the 8 tokens of a block; give less",
         ),
         (
-            "mdm",
-            "--likelihood chain --block-length 4",
-            "--block-length 4: does not divide the 31 scored tokens of a window; give a divisor, or leave it out",
+            "blocks",
+            "--likelihood chain --block-length 3",
+            "--block-length 3: does not divide the 8 tokens of a block; give a divisor, or leave it out",
         ),
         ("mdm", "--chain-order margin", "--chain-order margin: does nothing without --likelihood chain; give both"),
     ],
