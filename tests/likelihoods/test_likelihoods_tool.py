@@ -239,6 +239,7 @@ def test_likelihoods_of_other_tokens_have_no_difference(runs, tmp_path):
         (["loose"], "loose: is in no run folder, which would hold the record; give --json FILE"),
         (["mdm", "--num-orders", "3"], "--num-orders 3: is an even number, or 0"),
         (["mdm", "--against", "setup.py"], "setup.py: "),
+        (["mdm", "--eval-samples", "5"], "--eval-samples: --eval-windows is the number of windows here; give that"),
         (["mdm", "--lr", "1"], "--lr 1.0: is neither a flag of data nor of validation"),
     ],
 )
