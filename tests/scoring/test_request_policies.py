@@ -9,6 +9,8 @@ import torch
 from megatron.batch import Batch
 from megatron.config.sections import ModelConfig, ObjectiveConfig
 from megatron.config.vocabulary import Vocabulary
+from megatron.errors import ConfigurationError
+from megatron.generation.generate import check_objective
 from megatron.generation.sampling import Sampling
 from megatron.likelihoods.chains import BlockChains, MaskedChains, with_steps
 from megatron.model.initialise import initialise
@@ -337,3 +339,13 @@ def test_a_whole_window_is_scored_as_in_validation(model, policy):
         expected = chains.nll(tokens, masked, keys=[(0, 0)], sampling=sampling).double().sum()
         (result,) = chain(model, objective, [request], chain_order=order, tokens_per_step=tokens_per_step)
         assert -result.log_likelihood == pytest.approx(float(expected), abs=1e-4)
+
+
+def test_a_model_that_reads_from_right_to_left_only_is_refused(model):
+    objective = ObjectiveConfig(objective="ar", right_to_left_ratio=1.0)
+    message = "--right-to-left-ratio 1.0: trained the model from right to left only, and texts are read from left to"
+    with pytest.raises(ConfigurationError, match=message):
+        scores(model, objective, [Request([1], [2])])
+    with pytest.raises(ConfigurationError, match=message):
+        check_objective("ar", objective)
+    check_objective("ar", ObjectiveConfig(objective="ar", right_to_left_ratio=0.5))
