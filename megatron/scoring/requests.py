@@ -112,7 +112,7 @@ class Scoring(LikelihoodFlags):
                 self._refuse(name, f"has no effect with --likelihood {likelihood}; leave it out")
         size, unit = seq_length - 1, "of the longest continuation"
         if form == "blocks":
-            size, unit = objective.diffusion_block_size, "of a block (--diffusion-block-size)"
+            size, unit = min(objective.diffusion_block_size, size), "of a block (--diffusion-block-size)"
             self._refuse("cfg", "masks the context, which block diffusion reads unmasked; leave it out")
             self._refuse("block_length", "has no effect on a model that has blocks of its own; leave it out")
         elif form == "permuted":

@@ -148,6 +148,20 @@ def test_block_diffusion_is_scored_block_by_block(model, order):
         assert -result.log_likelihood == pytest.approx(expected, abs=1e-4)
 
 
+@pytest.mark.parametrize("block", [3, 8, 12, 17, 18, 40])
+@pytest.mark.parametrize("order", ["left-to-right", "confidence"])
+def test_steps_of_blocks_of_any_length_are_those_of_validation(model, block, order):
+    """Blocks that fit into a window once or not at all, of which the first is partly unmasked, have the same steps."""
+    tokens, chains = torch.tensor([text(5, SEQ_LENGTH)]), BlockChains(model, block)
+    masked = torch.arange(SEQ_LENGTH)[None] > 0
+    sampling = with_steps(Sampling(order=order), 2, chains.num_ordered(SEQ_LENGTH - 1))
+    expected = float(chains.nll(tokens, masked, keys=[(0, 0)], sampling=sampling).sum())
+    objective = ObjectiveConfig(objective="block-diffusion", diffusion_block_size=block)
+    requests = [Request(tokens[0, :1].tolist(), tokens[0, 1:].tolist())]
+    (result,) = chain(model, objective, requests, chain_order=order, tokens_per_step=2)
+    assert -result.log_likelihood == pytest.approx(expected, abs=1e-4)
+
+
 def test_a_whole_text_has_the_nll_of_validation_in_every_state(model):
     """The first state of each block, all masked, is that of a validation window with all tokens masked."""
     tokens = text(5, 18)
