@@ -684,6 +684,8 @@ def test_spellings_of_the_published_scorers(runs, monkeypatch):
         options.model_args == {"pretrained": f"{runs}/mdm", "likelihood": "bound", "only_mc_nll": True, "num_mc": 64}
         and options.batch_size == "8"
     )
+    options = read(["--model_args", f"pretrained={runs}/mdm,num_mc=16", "--num-mc", "32", "--tasks", "a"])
+    assert options.model_args["num_mc"] == 32  # a flag wins, also with its default
     options = read(["--model_args", f"run={runs}/mdm,checkpoint=best", "--tasks", "a"])
     assert options.model_args == {"pretrained": f"{runs}/mdm", "checkpoint": "best"} and options.model == "megatron"
 
