@@ -81,6 +81,12 @@ def test_more_of_a_layout_needs_no_more_memory(output_of):
     assert total("--tensor-model-parallel-size 2") > total("--tensor-model-parallel-size 4")
 
 
+def test_a_search_in_which_no_layout_would_start_gives_the_cause(output_of, capsys):
+    with pytest.raises(SystemExit):
+        output_of("--model-size 106M --processes 3 --search 2")
+    assert capsys.readouterr().err.startswith("error: --global-batch-size 256: is not a multiple of")
+
+
 def test_nothing_fits(output_of):
     assert output_of("--model-size 16183M --device-memory 4 --search 3").startswith("nothing fits; give more GPUs")
 

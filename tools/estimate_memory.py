@@ -159,7 +159,10 @@ def print_estimate(options: Options, config: Config) -> None:
 
 
 def print_search(options: Options, config: Config) -> None:
-    """Print the first layouts that fit, one per line."""
+    """Print the first layouts that fit, one per line.
+
+    Raises: ConfigurationError, if none would start.
+    """
     fitting = list(islice(layouts(options, config), options.search))
     if options.json:
         report = [{"flags": flags(layout), "total": memory.total, **asdict(memory)} for layout, memory in fitting]
@@ -168,6 +171,7 @@ def print_search(options: Options, config: Config) -> None:
     for layout, memory in fitting:
         print(f"{(memory.total + OVERHEAD) / GIB:7.1f} GiB  {flags(layout)}")
     if not fitting:
+        estimate(options, replace(config, training=replace(config.training, micro_batch_size=1)))  # may be invalid
         print("nothing fits; give more GPUs (--processes) or a smaller --seq-length")
 
 

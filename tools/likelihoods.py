@@ -32,7 +32,8 @@ from megatron.training.launcher import launch
 
 # isort: split
 # OMP_WAIT_POLICY is set by the import above and must precede torch
-from megatron.config.flags import require
+from megatron.config.flags import require, typed_flags
+from megatron.errors import ConfigurationError
 from megatron.generation.sampling import ORDERS
 from megatron.parallel.mesh import initialize_parallel
 from megatron.reporting.ensemble import settings
@@ -53,6 +54,8 @@ def main() -> None:
             require(value is None or value >= 1, name, value, "must be at least 1")
         count = options.num_orders
         require(count is None or (count >= 0 and count % 2 == 0), "num_orders", count, "is an even number, or 0")
+        if "--eval-samples" in typed_flags(flags):
+            raise ConfigurationError("--eval-samples: --eval-windows is the number of windows here; give that")
         if options.against:
             read_likelihoods(options.against, "--against")
         return settings(options.run, flags)

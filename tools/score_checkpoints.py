@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Score every checkpoint of a run on downstream tasks, and plot the scores against epochs.
+"""Score every checkpoint of a run on downstream tasks, and plot the scores against epochs, or steps of imported runs.
 
     python tools/score_checkpoints.py runs/mdm --tasks hellaswag,piqa --limit 200 --output runs/mdm_scores
     python tools/score_checkpoints.py runs/block --tasks piqa --likelihood chain --output runs/block_scores
@@ -75,7 +75,8 @@ def main() -> None:
         for point in record["points"]:
             first = {task: results[name] for task, results in point["results"].items() for name in metrics(results)[:1]}
             scores = [f"{task} {value:.4f}" for task, value in first.items()]
-            print(f"epoch {point['epoch']:.2f}  step {point['iteration']}  {'  '.join(scores)}")
+            epoch = [] if point["epoch"] is None else [f"epoch {point['epoch']:.2f}"]
+            print("  ".join([*epoch, f"step {point['iteration']}", *scores]))
 
     launch(read, work)
 

@@ -55,6 +55,12 @@ def resolve(config: Config, vocabulary: Vocabulary, unique_tokens: int, capabili
         "splits the student, and its last stage would run every --teacher as a whole; give 1, or leave out --teacher"
     )
     require(stages == 1 or not config.distillation.teacher, "pipeline_model_parallel_size", stages, message)
+    offset = config.objective.target_offset_max
+    message = f"leaves samples of --seq-length {seq_length} without a target; give at most {seq_length}"
+    require(offset <= seq_length, "target_offset_max", offset, message)
+    message = "does not seed NumPy's RandomState, from which --epoch-order megatron draws; give 0 to 4294967295"
+    is_seed = config.data.epoch_order != "megatron" or 0 <= training.seed < 2**32
+    require(is_seed, "seed", training.seed, message)
     computed_parameters = parameter_count(config.model.unrolled, vocabulary)
     passes = config.objective.passes(capabilities.positions_per_token)
     samples = _train_samples(training, seq_length, unique_tokens, computed_parameters * passes)

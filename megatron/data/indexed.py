@@ -103,6 +103,11 @@ class IndexedDataset:
         subset._tokens = self._tokens[start : start + subset.total_tokens]
         return subset
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether these are all documents of the files, and no `document_range` of them."""
+        return len(self) == len(self._index.sizes)
+
     def tokens_between(self, first: int, last: int) -> int:
         """Return the number of tokens of documents first .. last-1, in constant time.
 

@@ -198,7 +198,10 @@ def _check_cut(dataset: IndexedDataset, tokens: int, cut_by: str) -> None:
 
 def _check_length(dataset: IndexedDataset, tokens: int, seq_length: int, cut_by: str) -> None:
     if tokens < seq_length + 1:
-        source = f"{dataset.prefix}.bin holds" if tokens == dataset.total_tokens else f"{cut_by} leaves"
+        source = (
+            f"{dataset.prefix}.bin holds" if dataset.is_whole else f"the share of {dataset.prefix} by --split holds"
+        )
+        source = source if tokens == dataset.total_tokens else f"{cut_by} leaves"
         raise ConfigurationError(
             f"--seq-length {seq_length}: one sample needs {seq_length + 1} tokens and {source} {tokens}; "
             "shorten it or add text"

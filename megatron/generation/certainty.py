@@ -23,9 +23,12 @@ class SoftmaxSums(NamedTuple):
         """Return the `certainty` of the order that has these sums, [N]; of confidence, where no other has them."""
         if self.product is not None:
             return self.product / self.total - self.total.log()
-        normaliser = self.total.log() + self.highest[:, 0]
-        first, *second = (self.highest - normaliser[:, None]).exp().unbind(1)
+        first, *second = (self.highest - self.normaliser()[:, None]).exp().unbind(1)
         return first - second[0] if second else first
+
+    def normaliser(self) -> Tensor:
+        """Return the log of the sum of exp(logit), [N]."""
+        return self.total.log() + self.highest[:, 0]
 
     def nll(self, target_logits: Tensor) -> Tensor:
         """Return the NLL of targets, [N], given their logits [N]."""
@@ -46,7 +49,9 @@ def certainty(logits: Tensor, order: str) -> Tensor:
 def predictions(model: Transformer, states: Tensor, targets: Tensor, order: str) -> tuple[Tensor, Tensor]:
     """Return the NLL of `targets` [N] and the certainties, both fp32 [N], from the head's input `states` [N, H].
 
-    On a CPU the head runs on blocks of the vocabulary whose logits stay in its cache, and adds up their sums.
+    The NLL is of the model's softmax, as in validation: with --softmax-over-padding it includes the padding rows.
+    Certainties are over the tokenizer's ids, as in generation. On a CPU the head runs on blocks of the vocabulary whose
+    logits stay in its cache, and adds up their sums.
     """
     head, size = model.lm_weight(), model.vocabulary.size
     width = min(len(head), _cached(len(states), states.device) or len(head))
@@ -63,7 +68,11 @@ def predictions(model: Transformer, states: Tensor, targets: Tensor, order: str)
         target_logits = logits.gather(1, ids.where(inside, 0)).where(inside, target_logits)
         blocks.append(_sums_(logits, order, scratch[:, : logits.shape[1]]))
     sums = _merged(blocks)
-    return sums.nll(target_logits[:, 0]), sums.certainty()
+    nll = sums.nll(target_logits[:, 0])
+    if model.softmax_size > size:
+        padding = torch.mm(states, head[size : model.softmax_size].T).float().logsumexp(-1)
+        nll += torch.nn.functional.softplus(padding - sums.normaliser())
+    return nll, sums.certainty()
 
 
 def _cached(length: int, device: torch.device) -> int | None:

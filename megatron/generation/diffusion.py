@@ -101,6 +101,7 @@ class Filling:
         self.length = int(masked.sum(1).max())
         # [B, L], masked positions from left to right, then others where a text has fewer than L
         self.positions = masked.int().argsort(dim=1, descending=True, stable=True)[:, : self.length]
+        self.schedule_length = self.length  # tokens over which the steps are spread
         self.steps = sampling.steps or self.length
         # one step fills all positions, in any order
         self.sampling = replace(sampling, order="left-to-right") if self.steps == 1 else sampling
@@ -111,7 +112,7 @@ class Filling:
     def run(self, advance: Advance = lambda tokens: None, on_step: OnStep | None = None) -> list[list[int]]:
         """Return the filled texts."""
         for step in range(self.steps):
-            before, after = (self.length * count // self.steps for count in (step, step + 1))
+            before, after = (self.schedule_length * count // self.steps for count in (step, step + 1))
             self._step(step, before, after)
             active = self.active.tolist()
             advance(len(active) * (after - before))

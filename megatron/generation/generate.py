@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 
 from megatron.config.capabilities import Refused
-from megatron.config.flags import spelling
+from megatron.config.flags import require, spelling
 from megatron.config.sections import DataConfig, ObjectiveConfig
 from megatron.errors import ConfigurationError
 from megatron.generation.causal import CausalGenerator
@@ -32,6 +32,15 @@ def check_objective(objective_name: str, config: ObjectiveConfig | None = None) 
         raise ConfigurationError(
             f"--target-positions: such a model {NO_TARGET_POSITIONS.reason}; take a run without it"
         )
+    if config is not None:
+        check_direction(config)
+
+
+def check_direction(config: ObjectiveConfig) -> None:
+    """Raise ConfigurationError where a model reads from right to left only."""
+    ratio = config.right_to_left_ratio
+    message = "trained the model from right to left only, and texts are read from left to right; take another run"
+    require(ratio < 1, "right_to_left_ratio", ratio, message)
 
 
 def check_gaps(objective_name: str) -> None:

@@ -159,11 +159,14 @@ def with_steps(sampling: Sampling, tokens_per_step: int, num_ordered: int) -> Sa
 def check_policy(chains: Chains, num_masked: int, tokens_per_step: int, block_length: int | None) -> None:
     """Check that steps and blocks fit the tokens that a policy orders, of windows with so many masked tokens.
 
+    Blocks within those of block diffusion are all of one length; otherwise the last one may be shorter.
+
     Raises: ConfigurationError where they do not.
     """
     size = chains.num_ordered(num_masked)
     ordered = f"{size} scored tokens of a window" if size == num_masked else f"{size} tokens of a block"
     message = f"is more than the {ordered}; give less"
     require(tokens_per_step <= size, "tokens_per_step", tokens_per_step, message)
-    message = f"does not divide the {ordered}; give a divisor, or leave it out"
-    require(block_length is None or size % block_length == 0, "block_length", block_length, message)
+    if isinstance(chains, BlockChains):
+        message = f"does not divide the {ordered}; give a divisor, or leave it out"
+        require(block_length is None or size % block_length == 0, "block_length", block_length, message)

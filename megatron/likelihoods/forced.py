@@ -81,6 +81,7 @@ class ForcedBlocks(ForcedFilling):
         block_keys = [(key, index * num_blocks + block) for key, index in keys for block in range(num_blocks)]
         super().__init__(model, blocks, self._blocks(masked), keys=block_keys, sampling=sampling)
         self.text = texts.to(self.device)
+        self.schedule_length = min(block_size, int(masked.sum(1).max()))  # also where each block is partly unmasked
 
     def _blocks(self, texts: Tensor) -> Tensor:
         """Return texts [B, T, ...] as blocks [R, block, ...], the last block of a text padded with 0."""

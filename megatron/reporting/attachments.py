@@ -16,7 +16,7 @@ import numpy as np
 
 from megatron.errors import ConfigurationError
 from megatron.reporting.figures import EPOCHS, LOSS, Curve, Figure
-from megatron.reporting.plots import metrics
+from megatron.reporting.plots import metrics, progress_axis
 from megatron.training.run_folder import read_json
 
 NO_STATEMENT = "no statement"
@@ -203,18 +203,18 @@ def _times(answer: dict, baseline_is_bound: bool, method_is_bound: bool) -> str:
 
 
 def _scored(record: dict) -> dict[str, dict[str, list]]:
-    """Return epochs, scores and standard errors of a run by task and metric."""
+    """Return checkpoints, scores and standard errors of a run by task and metric."""
     scores = {}
     for task, first_results in record["points"][0]["results"].items():
         if not metrics(first_results):  # a group of tasks
             continue
         metric = metrics(first_results)[0]
         name, _, kind = metric.partition(",")
-        columns: dict[str, Any] = {"run": str(record["run"]), "epochs": [], "values": [], "errors": []}
+        columns: dict[str, Any] = {"run": str(record["run"]), "points": [], "values": [], "errors": []}
         for point in record["points"]:
             results = point["results"][task]
             error = results.get(f"{name}_stderr,{kind}")
-            columns["epochs"].append(point["epoch"])
+            columns["points"].append({key: point[key] for key in ("epoch", "iteration")})
             columns["values"].append(results[metric])
             columns["errors"].append(error if isinstance(error, float) else 0.0)
         scores[f"{task} {name}"] = columns
@@ -225,16 +225,19 @@ def _scores(records: list[dict[str, dict[str, list]]]) -> list[Figure]:
     """Return a figure for every task and metric, a curve for every run."""
     figures = []
     for number, task in enumerate(dict.fromkeys(task for record in records for task in record), 1):
+        runs = [record[task] for record in records if task in record]
+        key, label = progress_axis([point for columns in runs for point in columns["points"]])
         curves = []
-        for columns in (record[task] for record in records if task in record):
+        for columns in runs:
             run = str(columns["run"])
-            x, y, errors = (np.array(columns[key], dtype=float) for key in ("epochs", "values", "errors"))
+            x = np.array([point[key] for point in columns["points"]], dtype=float)
+            y, errors = (np.array(columns[name], dtype=float) for name in ("values", "errors"))
             curves.append(Curve(label=run, series=run, x=x, y=y, low=y - errors, high=y + errors, markers=True))
         figures.append(
             Figure(
                 name=f"scores_{number}",
-                title=f"Downstream: {task} against epochs",
-                x_label=EPOCHS,
+                title=f"Downstream: {task} against {label}",
+                x_label=label,
                 y_label=task,
                 curves=curves,
                 note="Bars: ± one standard error over the documents of the task.",

@@ -18,8 +18,8 @@ FOLDER = "likelihoods"
 SIGNS = {"exact": "", "upper": "<= ", "lower": ">= "}
 HEADINGS = ("nats per token", "difference", "passes", "seconds")
 LEGEND = (
-    "±: standard error over documents, of the difference to the first line paired by document; mc: over random orders "
-    "or masks.",
+    "±: standard error over documents, of the difference to the first line paired by document, which is left out for "
+    "other scored tokens; mc: over random orders or masks.",
     "chain is exact for the policy; mean, iwae and tangent bound are of the mixture over all orders. passes: forward "
     "passes of a window.",
 )
@@ -77,18 +77,20 @@ def _tables(record: dict) -> list[Table]:
 def comparisons(first: dict, records: Sequence[dict]) -> list[Table]:
     """Return a table for each set of which `records` have the documents and tokens of the `first` record.
 
-    Every likelihood is compared with the first one of the first record. Records without sums by document are left out.
+    Every likelihood is compared with the first one of the first record. Records without sums by document are left out,
+    and likelihoods of other tokens.
     """
     tables = []
     for name, results in first["sets"].items():
         baseline = results["likelihoods"][0]
+        same_windows = [record for record in (first, *records) if has_documents(record, name, results)]
         lines = [
             [_title(record), *_cells(result)[:2], _difference(difference(result, baseline, results["documents"]))]
-            for record in (first, *records)
-            if has_documents(record, name, results)
+            for record in same_windows
             for result in record["sets"][name]["likelihoods"]
+            if result["nats"] is not None
         ]
-        if len(lines) > len(results["likelihoods"]):
+        if len(same_windows) > 1:
             title = f"Likelihoods on the same windows: {name}, {results['windows']} windows"
             headings = ("run", "likelihood", "nats per token", f"difference to {baseline['name']}")
             note = f"±: standard error over documents. Differences are to {_title(first)}, paired by document."
@@ -98,8 +100,9 @@ def comparisons(first: dict, records: Sequence[dict]) -> list[Table]:
 
 def has_documents(record: dict, name: str, results: dict) -> bool:
     """Return whether a record has a set of this name, on the documents and tokens of the `results` of another one."""
-    documents = results.get("documents")
-    return documents is not None and record["sets"].get(name, {}).get("documents") == documents
+    other = record["sets"].get(name, {})
+    same = all(other.get(key) == results.get(key) for key in ("documents", "scored_tokens"))
+    return same and results.get("documents") is not None
 
 
 def difference(result: dict, baseline: dict, documents: dict) -> Ratio:
@@ -122,7 +125,10 @@ def comparison(record: dict, against: dict) -> str:
     Raises: ConfigurationError where they have no set with the same documents and tokens.
     """
     tables = comparisons(against, [record])
-    message = "has no set of the same windows with sums by document; evaluate that run again on these windows"
+    message = (
+        "has no set of the same scored tokens with sums by document; evaluate both runs on the same windows, with "
+        "--eval-alignment common"
+    )
     require(bool(tables), "against", _title(against), message)
     lines = [[entry.title, *_text(entry.headings, entry.lines), "", entry.note] for entry in tables]
     return "\n\n".join("\n".join(text) for text in lines)
@@ -144,7 +150,8 @@ def _cells(result: dict) -> list[str]:
     """Return the name of a likelihood and its cells under HEADINGS."""
     loss = f"{SIGNS[result['kind']]}{result['loss']:.4f}" + _error(result["data_se"])
     loss += f" (mc {result['mc_se']:.4f})" if result["mc_se"] else ""
-    to_first = _difference(Ratio(result["difference"], result["difference_se"]))
+    has_difference = result["difference"] is not None
+    to_first = _difference(Ratio(result["difference"], result["difference_se"])) if has_difference else ""
     return [result["name"], loss, to_first, str(result["passes"]), f"{result['seconds']:.1f}"]
 
 

@@ -152,9 +152,11 @@ def _policy_rows(
     tokens = whole.scored_tokens(trained.config.data.seq_length, trained.config.validation.eval_alignment)
     num_masked = tokens.stop - tokens.start
     block, size = policies.block_length, chains.num_ordered(num_masked)
+    seed = trained.config.validation.eval_seed
     check_policy(chains, num_masked, policies.tokens_per_step, block)
     for order in DEFAULT_ORDERS if policies.orders is None else policies.orders:
-        sampling = with_steps(Sampling(order=order, block_length=block), policies.tokens_per_step, size)
+        sampling = Sampling(order=order, block_length=block, seed=seed)
+        sampling = with_steps(sampling, policies.tokens_per_step, size)
         policy = PolicyEngine(chains, ranks, sampling)
         passes = chains.passes(sampling, num_masked)
         yield _Row(
@@ -167,7 +169,7 @@ def _policy_rows(
         )
     count = DEFAULT_NUM_ORDERS if policies.num_orders is None else policies.num_orders
     if count:
-        sampling = Sampling(order="random", seed=trained.config.validation.eval_seed)
+        sampling = Sampling(order="random", seed=seed)
         mixture = MixtureEngine(chains, ranks, sampling, orders=count)
         names = (f"mean over {count} orders", f"iwae, {count // 2} orders", f"iwae, {count} orders", "tangent bound")
         yield _Row(
@@ -194,7 +196,8 @@ def _limited(data: ValidationSet, windows: int) -> ValidationSet:
 def _evaluate_set(trained: Trained, data: ValidationSet, rows: Sequence[_Row], cache: AnswerCache) -> dict:
     """Return the summaries of all evaluations of a set; differences are to the first, paired by document.
 
-    `nats` are the sums of a likelihood by document, of those `documents` that have scored tokens.
+    `nats` are the sums of a likelihood by document, of those `documents` that have scored tokens, a slice of each
+    window. They and the difference are None where a likelihood scores other tokens than the first.
     """
     validation = trained.config.validation
     results: list[dict] = []
@@ -215,19 +218,29 @@ def _evaluate_set(trained: Trained, data: ValidationSet, rows: Sequence[_Row], c
         variances = evaluations[len(row.names) :]
         errors = [*map(_standard_error, variances), *[None] * (len(row.names) - len(variances))]
         for name, kind, evaluation, error in zip(row.names, row.kinds, evaluations, errors):
-            difference = paired_difference(evaluation.nats, first.nats, evaluation.tokens)
-            summary = evaluation.summary() | {
-                "difference": difference.value,
-                "difference_se": difference.standard_error,
-            }
+            summary = evaluation.summary()
             summary["mc_se"] = summary["mc_se"] if error is None else error
             costs = {"passes": row.passes, "seconds": engine.seconds}
-            nats = evaluation.nats.mean(axis=0)[evaluation.tokens > 0].tolist()
-            results.append({"name": name, "kind": kind, **costs, **summary, "nats": nats})
+            results.append({"name": name, "kind": kind, **costs, **summary, **_comparison(evaluation, first)})
     assert first is not None
     scored = first.tokens.nonzero()[0]
     documents = {"indices": scored.tolist(), "tokens": first.tokens[scored].tolist()}
-    return {"windows": len(data.windows), "documents": documents, "likelihoods": results}
+    tokens = rows[0].likelihood.scored_tokens(trained.config.data.seq_length, validation.eval_alignment)
+    return {
+        "windows": len(data.windows),
+        "scored_tokens": [tokens.start, tokens.stop],
+        "documents": documents,
+        "likelihoods": results,
+    }
+
+
+def _comparison(evaluation: Evaluation, first: Evaluation) -> dict:
+    """Return the difference to the first evaluation, its standard error, and the sums by document."""
+    if not np.array_equal(evaluation.tokens, first.tokens):
+        return dict.fromkeys(("difference", "difference_se", "nats"))
+    difference = paired_difference(evaluation.nats, first.nats, first.tokens)
+    nats = evaluation.nats.mean(axis=0)[first.tokens > 0].tolist()
+    return {"difference": difference.value, "difference_se": difference.standard_error, "nats": nats}
 
 
 def _standard_error(variance: Evaluation) -> float | None:

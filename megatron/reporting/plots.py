@@ -170,12 +170,13 @@ def plot_ensembles(record: dict, path: Path) -> None:
 
 
 def plot_task_scores(record: dict, path: Path) -> None:
-    """Write a PNG file with the first metric of each task against epochs; error bars are over documents.
+    """Write a PNG file with the first metric of each task against progress; error bars are over documents.
 
-    `record` holds lm-eval's results for the checkpoints of a run: {"run", "points": [{"epoch", "results"}]}.
+    `record` holds lm-eval's results for the checkpoints of a run: {"run", "points": [{"epoch", ..., "results"}]}.
     """
     figure, axes = pyplot().subplots(figsize=(6, 4.2))
-    epochs = [point["epoch"] for point in record["points"]]
+    key, label = progress_axis(record["points"])
+    progress = [point[key] for point in record["points"]]
     legend = []
     for task, results in record["points"][0]["results"].items():
         if not metrics(results):  # a group of tasks
@@ -185,13 +186,18 @@ def plot_task_scores(record: dict, path: Path) -> None:
         name, _, kind = metric.partition(",")
         errors = [point["results"][task].get(f"{name}_stderr,{kind}") for point in record["points"]]
         errors = [error if isinstance(error, float) else 0.0 for error in errors]
-        legend.append((axes.errorbar(epochs, values, yerr=errors, fmt="o-", capsize=3), f"{task} {name}"))
-    axes.set(xlabel="epochs", ylabel="score (± over documents)")
+        legend.append((axes.errorbar(progress, values, yerr=errors, fmt="o-", capsize=3), f"{task} {name}"))
+    axes.set(xlabel=label, ylabel="score (± over documents)")
     literal(axes.set_title(record["run"]))
     axes.grid(alpha=0.3)
     if legend:
         add_legend(axes, legend)
     save_png(figure, path)
+
+
+def progress_axis(points: Sequence[dict]) -> tuple[str, str]:
+    """Return the key and the label of the progress of scored checkpoints: steps where a run's data are unknown."""
+    return ("iteration", "steps") if any(point["epoch"] is None for point in points) else ("epoch", "epochs")
 
 
 def metrics(results: dict) -> list[str]:

@@ -34,7 +34,8 @@ def score_checkpoints(
 ) -> dict:
     """Return lm-eval's results for every checkpoint of a run: {"run", "points": [{"epoch", ..., "results"}]}.
 
-    Answers are cached under `cache`. All ranks share the requests; only rank 0 returns points.
+    The epoch of an imported run, whose data are unknown, is None. Answers are cached under `cache`. All ranks share the
+    requests; only rank 0 returns points.
 
     Raises: ConfigurationError for unknown tasks, and tasks whose data cannot be loaded.
     """
@@ -55,14 +56,14 @@ def score_checkpoints(
             evaluation = simple_evaluate(model=model, tasks=list(tasks), task_manager=manager, **settings)
         if evaluation is None:  # not rank 0
             continue
-        recorded = model.trained.recorded
+        unique_tokens = model.trained.recorded["unique_tokens"]
         meta = read_meta(folder)
         tokens = meta["consumed_samples"] * model.seq_length
         points.append(
             {
                 "iteration": meta["iteration"],
                 "consumed_samples": meta["consumed_samples"],
-                "epoch": tokens / recorded["unique_tokens"],
+                "epoch": tokens / unique_tokens if unique_tokens else None,
                 "model": model.get_model_info(),
                 "results": evaluation["results"],  # pyright: ignore[reportTypedDictNotRequiredAccess]
             }

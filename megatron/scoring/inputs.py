@@ -133,8 +133,8 @@ class BlockInputs:
         return BlockSequence(request.sequence[:first], block, positions, request.sequence[first + positions])
 
     def schedule_length(self, request: PendingRequest) -> int:
-        """Return the number of tokens of a block."""
-        return self.block_size
+        """Return the number of tokens of a block, or of a window after its first token where these are fewer."""
+        return min(self.block_size, self.seq_length - 1)
 
     @torch.no_grad()
     def predict(self, sequences: Sequence[BlockSequence], order: str | None = None) -> list[Prediction]:

@@ -23,7 +23,7 @@ from megatron.training.launcher import launch, report_error
 
 # isort: split
 # OMP_WAIT_POLICY is set by the import above and must precede torch
-from megatron.config.flags import DescribedFormatter, Parser, add_section, spelling
+from megatron.config.flags import DescribedFormatter, Parser, add_section, spelling, typed_flags
 from megatron.config.sections import Config
 from megatron.errors import ConfigurationError
 from megatron.log import configure_logging
@@ -80,12 +80,9 @@ def read(arguments: list[str]) -> argparse.Namespace:
     arguments = translate(arguments)
     scoring_parser, lm_eval_cli = parser(), HarnessCLI()
     ours, remaining = scoring_parser.parse_some(arguments)
-    typed = {
-        field.name: getattr(ours, field.name)
-        for section in SECTIONS
-        for field in fields(section)
-        if getattr(ours, field.name) != field.default
-    }
+    typed_names = typed_flags(arguments)
+    names = [field.name for section in SECTIONS for field in fields(section)]
+    typed = {name: getattr(ours, name) for name in names if spelling(name) in typed_names}
     has_command = remaining[:1] in (["run"], ["ls"], ["validate"])
     command, *words = remaining if has_command else ["run", *remaining]
     training_words = []

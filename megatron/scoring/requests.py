@@ -8,6 +8,7 @@ from megatron.config.flags import flag, require
 from megatron.config.policies import CERTAINTIES, LikelihoodFlags
 from megatron.config.sections import ObjectiveConfig
 from megatron.errors import ConfigurationError
+from megatron.generation.generate import check_direction
 from megatron.objectives.registry import capabilities
 
 REPLICATES = 4  # independent replicates of each sampling round; their spread is the Monte-Carlo error
@@ -88,8 +89,10 @@ class Scoring(LikelihoodFlags):
     def check(self, objective: ObjectiveConfig, seq_length: int) -> None:
         """Check that every setting acts for a model of this objective and together with the others.
 
-        Raises: ConfigurationError for a setting without effect, and for steps of more tokens than there are.
+        Raises: ConfigurationError for a setting without effect, for steps of more tokens than there are, and for a
+        model that reads from right to left only.
         """
+        check_direction(objective)
         form = self.form(objective.objective)
         if form == "causal":
             reason = (
@@ -109,7 +112,7 @@ class Scoring(LikelihoodFlags):
                 self._refuse(name, f"has no effect with --likelihood {likelihood}; leave it out")
         size, unit = seq_length - 1, "of the longest continuation"
         if form == "blocks":
-            size, unit = objective.diffusion_block_size, "of a block (--diffusion-block-size)"
+            size, unit = min(objective.diffusion_block_size, size), "of a block (--diffusion-block-size)"
             self._refuse("cfg", "masks the context, which block diffusion reads unmasked; leave it out")
             self._refuse("block_length", "has no effect on a model that has blocks of its own; leave it out")
         elif form == "permuted":

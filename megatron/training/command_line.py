@@ -24,6 +24,8 @@ ENTRY_POINTS = {"ar": "pretrain_gpt.py", "mdm": "pretrain_mdm.py"}
 REGISTERED = {"objective": {name: entry.title for name, entry in OBJECTIVES.items()}}
 # mutually exclusive flags: a typed one replaces the one that a recipe or a recorded run sets
 EXCLUSIVE_FLAGS = (BUDGETS, ("bf16", "fp32"))
+EXCLUSIVE_FLAGS += (("token_dropout", "token_dropout_max", "masked_input_weight"),)
+EXCLUSIVE_FLAGS += (("weight_decay", "start_weight_decay", "end_weight_decay"),)
 EXCLUSIVE_FLAGS += (("train_data_path", "train_data_path_file"), ("valid_data_path", "valid_data_path_file"))
 
 

@@ -97,6 +97,17 @@ def test_the_default_recipe_is_what_the_sections_say():
     assert (settings["epoch_order"], settings["mask_times"]) == ("documents", "stratified")
 
 
+def test_a_flag_replaces_those_of_a_recipe_that_exclude_it():
+    recipe = "--recipe data-constrained --model-size 140M --tokenizer-type ByteTokenizer"
+    for flag in ("token_dropout", "masked_input_weight"):
+        objective = parse("ar", [*recipe.split(), f"--{flag.replace('_', '-')}", "0.1"]).objective
+        assert getattr(objective, flag) == 0.1 and objective.token_dropout_max == 0
+    assert parse("ar", recipe.split()).objective.token_dropout_max == 0.39
+    schedule = "--weight-decay-incr-style linear --start-weight-decay 1 --end-weight-decay 2"
+    optimizer = parse("ar", [*recipe.split(), *schedule.split()]).optimizer
+    assert (optimizer.start_weight_decay, optimizer.end_weight_decay) == (1, 2)
+
+
 def test_every_flag_wins_over_a_recipe():
     flags = ["--recipe", "published", "--model-size", "140M", "--tokenizer-type", "ByteTokenizer"]
     config = parse("ar", [*flags, "--hidden-dropout", "0", "--no-softmax-over-padding", "--fp32", "--num-mc", "3"])

@@ -126,6 +126,14 @@ def test_cycles_end_at_the_steps_nearest_to_equal_parts():
             "--lr-warmup-samples 40: is not shorter than the first cycle, which ends at 40 samples; shorten it",
         ),
         (
+            "--train-samples 9 --target-offset-max 101 --target-positions",
+            "--target-offset-max 101: leaves samples of --seq-length 100 without a target; give at most 100",
+        ),
+        (
+            "--train-samples 9 --epoch-order megatron --seed -1",
+            "--seed -1: does not seed NumPy's RandomState, from which --epoch-order megatron draws; give 0 to",
+        ),
+        (
             "--train-samples 100 --lr-decay-style WSD --lr-warmup-samples 50 --lr-wsd-decay-samples 60",
             "--lr-wsd-decay-samples 60: and a warm-up of 50 samples are longer than the whole schedule of 100",
         ),

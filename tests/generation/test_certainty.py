@@ -30,15 +30,19 @@ def test_certainty_of_any_size_with_ties_and_excluded_ids(size, order):
 
 @pytest.mark.parametrize("order", [*CERTAINTIES, "random"])
 @pytest.mark.parametrize("width", [1000, 333, 37])
-def test_predictions_are_those_of_the_whole_vocabulary(monkeypatch, order, width):
+@pytest.mark.parametrize("padded", [False, True])
+def test_predictions_are_those_of_the_whole_vocabulary(monkeypatch, order, width, padded):
+    """The NLL is of the model's softmax, and certainties are over the ids that generation chooses from."""
     monkeypatch.setattr(module, "CACHED_LOGITS", 50 * width)
-    transformer, generator = model(1000, init_method_std=0.3), torch.Generator().manual_seed(1)
+    transformer = model(1000, init_method_std=0.3, softmax_over_padding=padded)
+    generator = torch.Generator().manual_seed(1)
     states = torch.randn(50, transformer.config.hidden_size, generator=generator)
     targets = torch.randint(0, 1000, (50,), generator=generator)
     nll, certainties = predictions(transformer, states, targets, order)
     with torch.no_grad():
         logits = transformer.head(states)
-    expected = torch.nn.functional.cross_entropy(logits.double(), targets, reduction="none")
+        softmax_logits = (states @ transformer.lm_weight().T)[:, : 1024 if padded else 1000]
+    expected = torch.nn.functional.cross_entropy(softmax_logits.double(), targets, reduction="none")
     assert torch.allclose(nll.double(), expected, rtol=1e-5, atol=1e-5)
     if order in CERTAINTIES:
         assert torch.allclose(certainties.double(), reference(logits, order), rtol=1e-5, atol=1e-5)

@@ -15,7 +15,7 @@ from megatron.generation.sampling import Sampling
 from megatron.likelihoods.chains import MaskedChains
 from megatron.likelihoods.windows import PolicyEngine, WholeWindows
 from megatron.objectives.masked_diffusion import MaskedDiffusion
-from megatron.reporting.likelihood_records import comparison, likelihood_tables
+from megatron.reporting.likelihood_records import comparison, comparisons, likelihood_tables
 from megatron.reporting.resumable import ResumableEngine
 from megatron.reporting.runs import load_runs
 from megatron.scoring.answer_cache import AnswerCache
@@ -88,10 +88,12 @@ def test_several_tokens_a_step_and_blocks(runs, tmp_path):
     _, single = record(tmp_path, *words)["validation"]
     _, several = record(tmp_path, *words, "--tokens-per-step", "31")["validation"]
     _, blocks = record(tmp_path, *words, "--block-length", "1")["validation"]
+    _, short_last = record(tmp_path, *words, "--block-length", "30")["validation"]  # a block of 30, and one of 1
     _, forward = record(
         tmp_path, runs / "mdm", "--eval-windows", "2", "--orders", "left-to-right", "--num-orders", "0"
     )["validation"]
     assert (single["passes"], several["passes"]) == (31, 1) and single["loss"] != several["loss"]
+    assert short_last["passes"] == 31 and short_last["loss"] not in (single["loss"], several["loss"], blocks["loss"])
     assert blocks["loss"] == pytest.approx(forward["loss"], rel=1e-6)  # blocks of one token leave no choice
 
 
@@ -202,8 +204,25 @@ def test_differences_to_another_run_are_paired_by_document(runs):
     assert loss in done.stdout and f"{cell}\n" in done.stdout and "difference to ar, exact" in done.stdout
     for results in first["sets"].values():
         results["documents"]["tokens"][0] += 1
-    with pytest.raises(ConfigurationError, match="ar at step 12: has no set of the same windows"):
+    with pytest.raises(ConfigurationError, match="ar at step 12: has no set of the same scored tokens"):
         comparison(second, first)
+
+
+def test_likelihoods_of_other_tokens_have_no_difference(runs, tmp_path):
+    """The published alignment scores tokens 1..S of AR, 0..S-1 of masked diffusion, and 1..S-1 of dual's."""
+    settings = "--eval-windows 4 --orders left-to-right --num-orders 0 --eval-alignment published".split()
+    path, against = tmp_path / "dual.json", tmp_path / "mdm.json"
+    assert command(runs / "mdm", *settings, "--json", against).returncode == 0
+    done = command(runs / "dual", *settings, "--json", path, "--against", against)
+    assert done.returncode == 2 and "mdm at step 12: has no set of the same scored tokens" in done.stderr
+    dual = json.loads(path.read_text())
+    exact, bound, chain = dual["sets"]["validation"]["likelihoods"]
+    assert exact["difference"] == 0 and len(exact["nats"]) == len(dual["sets"]["validation"]["documents"]["tokens"])
+    for result in (bound, chain):
+        assert result["loss"] > 0 and result["difference"] is result["difference_se"] is result["nats"] is None
+    assert {line[1] for table in comparisons(dual, [dual]) for line in table.lines} == {"ar, exact"}
+    common = record(tmp_path, runs / "dual", *settings[:-2])["validation"]
+    assert all(result["difference"] is not None for result in common)
 
 
 @pytest.mark.parametrize(
@@ -215,12 +234,12 @@ def test_differences_to_another_run_are_paired_by_document(runs):
         ),
         (["rules"], "rules: was trained with document rules, which unmasking one token after another does not have"),
         (["mdm", "--tokens-per-step", "32"], "--tokens-per-step 32: is more than the 31 scored tokens of a window"),
-        (["mdm", "--block-length", "4"], "--block-length 4: does not divide the 31 scored tokens of a window"),
         (["blocks", "--tokens-per-step", "5"], "--tokens-per-step 5: is more than the 4 tokens of a block; give less"),
         (["blocks", "--block-length", "3"], "--block-length 3: does not divide the 4 tokens of a block"),
         (["loose"], "loose: is in no run folder, which would hold the record; give --json FILE"),
         (["mdm", "--num-orders", "3"], "--num-orders 3: is an even number, or 0"),
         (["mdm", "--against", "setup.py"], "setup.py: "),
+        (["mdm", "--eval-samples", "5"], "--eval-samples: --eval-windows is the number of windows here; give that"),
         (["mdm", "--lr", "1"], "--lr 1.0: is neither a flag of data nor of validation"),
     ],
 )

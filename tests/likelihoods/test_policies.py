@@ -21,6 +21,7 @@ NOISE = EvaluationNoise(1, "validation", 0)
 POLICIES = [Sampling(order=order) for order in ORDERS]
 POLICIES += [Sampling(order="confidence", steps=2), Sampling(order="margin", block_length=2)]
 POLICIES += [Sampling(order="entropy", steps=3, block_length=2), Sampling(order="random", steps=1)]
+POLICIES += [Sampling(order="right-to-left", steps=2, block_length=2)]  # the last of three tokens is a block
 KINDS = ("masked", "shifted", "any-order", "blocks")
 
 
@@ -103,10 +104,12 @@ def test_windows_are_scored_at_the_tokens_that_an_objective_scores(tiny, kind, a
             assert row.numpy() == pytest.approx(order_nll(chains, window, forward), rel=1e-4)
 
 
+@pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("order", ["left-to-right", "right-to-left"])
-def test_one_pass_in_an_order_is_one_step_after_another(tiny, order):
+def test_one_pass_in_an_order_is_one_step_after_another(order, padded):
     texts, masked = TEXTS[30:40], torch.tensor([[False, True, False, True]]).expand(10, -1)
-    chains, settings = AnyOrderChains(tiny), {"keys": [(0, 0)] * 10, "sampling": Sampling(order=order)}
+    transformer = model(SIZE, init_method_std=0.6, softmax_over_padding=padded)
+    chains, settings = AnyOrderChains(transformer), {"keys": [(0, 0)] * 10, "sampling": Sampling(order=order)}
     filling = chains.filling(texts, masked, **settings)
     with torch.no_grad():
         filling.run()

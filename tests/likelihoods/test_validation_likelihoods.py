@@ -41,9 +41,9 @@ def evaluated(capsys, run, *flags) -> dict[str, dict]:
     return {record["set"]: record for record in lines}
 
 
-def likelihoods(run, **policies) -> dict[str, dict]:
+def likelihoods(run, *flags, **policies) -> dict[str, dict]:
     """Return the same likelihoods on the set "validation" from tools/likelihoods.py, by name."""
-    trained = open_trained(str(run), "latest")
+    trained = open_trained(str(run), "latest", flags)
     ranks = initialize_parallel()
     policies = {"orders": (), "tokens_per_step": 1, "block_length": None, "num_orders": 0} | policies
     record = evaluate_likelihoods(trained, Policies(**policies), ranks, windows=4)
@@ -63,6 +63,16 @@ def test_a_chain_is_that_of_the_tool(runs, capsys, name, inner):
     assert record["likelihood"].endswith(" chain") and not record["bound"]
     assert record["chain_order"] == "confidence" and record["tokens_per_step"] == 3 and record["num_mc"] == 1
     assert averages <= results.keys()
+
+
+def test_a_random_order_has_the_seed_of_the_evaluation(runs, capsys):
+    flags = ("--likelihood", "chain", "--chain-order", "random", "--tokens-per-step", "4", "--eval-seed")
+    losses = []
+    for seed in ("1", "7"):
+        losses.append(evaluated(capsys, runs / "blocks", *flags, seed)["validation.chain"]["loss"])
+        expected = likelihoods(runs / "blocks", "--eval-seed", seed, orders=("random",), tokens_per_step=4)
+        assert losses[-1] == pytest.approx(expected["chain, random"]["loss"], rel=1e-6)
+    assert losses[0] != losses[1]
 
 
 @pytest.mark.parametrize("name", [pytest.param("mdm", marks=pytest.mark.slow), "blocks"])
@@ -109,9 +119,9 @@ def test_ranks_share_the_windows(runs, capsys):
             "--tokens-per-step 9: is more than the 8 tokens of a block; give less",
         ),
         (
-            "mdm",
-            "--likelihood chain --block-length 4",
-            "--block-length 4: does not divide the 31 scored tokens of a window; give a divisor, or leave it out",
+            "blocks",
+            "--likelihood chain --block-length 3",
+            "--block-length 3: does not divide the 8 tokens of a block; give a divisor, or leave it out",
         ),
         ("mdm", "--chain-order margin", "--chain-order margin: does nothing without --likelihood chain; give both"),
     ],

@@ -15,6 +15,7 @@ from megatron.reporting.conclusions import Comparison, caveats, compare, conclus
 from megatron.reporting.contours import contour_figures
 from megatron.reporting.figures import budget_figure, frontier_figure
 from megatron.reporting.groups import Summary, best_by_budget, group_runs, headline, seed_mean, summarise
+from megatron.reporting.plots import plot_task_scores
 from megatron.reporting.report import provenance, write_report
 from megatron.reporting.runs import Difference, SweepPoint, check_evaluations, load_run, mean_difference
 from megatron.reporting.sources import load
@@ -314,9 +315,17 @@ def test_a_multiplier_has_the_sign_that_its_bounds_allow(tmp_path, bounds, times
 
 
 def test_tasks_without_a_metric_are_left_out_of_downstream_scores(tmp_path):
-    points = [{"epoch": 1.0, "results": {"group": {"alias": "group"}, "x": {"acc,none,2": 0.5}}}]
+    points = [{"epoch": 1.0, "iteration": 1, "results": {"group": {"alias": "group"}, "x": {"acc,none,2": 0.5}}}]
     (path,) = write_json(tmp_path, scores=SCORES | {"points": points})
     assert [figure.title for figure in read_attachments([], [], [path]).figures] == ["Downstream: x acc against epochs"]
+
+
+def test_scores_of_a_run_with_unknown_data_are_drawn_against_steps(tmp_path):
+    points = [{"epoch": None, "iteration": step, "results": {"x": {"acc,none": 0.5}}} for step in (0, 7)]
+    plot_task_scores(SCORES | {"points": points}, tmp_path / "scores.png")
+    known, unknown = write_json(tmp_path, known=SCORES, unknown=SCORES | {"points": points})
+    (figure,) = [figure for figure in read_attachments([], [], [unknown, known]).figures if figure.y_label == "x acc"]
+    assert figure.x_label == "steps" and figure.curves[0].x.tolist() == [0, 7]
 
 
 def test_figures_of_close_budgets_have_different_files(tmp_path):

@@ -544,6 +544,17 @@ def test_checkpoints_are_scored_along_a_run(runs, tasks, tmp_path):
         score_checkpoints(str(runs / "ar"), ["choices"], Scoring(), include_path=str(missing), limit=None)
 
 
+def test_an_imported_run_has_no_epochs(runs, tasks, tmp_path):
+    """Its configuration has no unique tokens, since its data are unknown."""
+    shutil.copytree(runs / "ar", tmp_path / "run")
+    for path in (tmp_path / "run" / "checkpoints").glob("*/meta.json"):
+        meta = json.loads(path.read_text())
+        meta["config"]["unique_tokens"] = 0
+        path.write_text(json.dumps(meta))
+    record = score_checkpoints(str(tmp_path / "run"), ["choices"], Scoring(), include_path=str(tasks), limit=3)
+    assert [(point["iteration"], point["epoch"]) for point in record["points"]] == [(5, None), (6, None)]
+
+
 def test_a_damaged_checkpoint_is_named_and_the_others_are_scored(runs, tasks, tmp_path, caplog):
     shutil.copytree(runs / "ar", tmp_path / "run")
     folder = tmp_path / "run" / "checkpoints" / "iter_0000005"
@@ -673,6 +684,8 @@ def test_spellings_of_the_published_scorers(runs, monkeypatch):
         options.model_args == {"pretrained": f"{runs}/mdm", "likelihood": "bound", "only_mc_nll": True, "num_mc": 64}
         and options.batch_size == "8"
     )
+    options = read(["--model_args", f"pretrained={runs}/mdm,num_mc=16", "--num-mc", "32", "--tasks", "a"])
+    assert options.model_args["num_mc"] == 32  # a flag wins, also with its default
     options = read(["--model_args", f"run={runs}/mdm,checkpoint=best", "--tasks", "a"])
     assert options.model_args == {"pretrained": f"{runs}/mdm", "checkpoint": "best"} and options.model == "megatron"
 

@@ -9,6 +9,8 @@ import torch
 from megatron.batch import Batch
 from megatron.config.sections import ModelConfig, ObjectiveConfig
 from megatron.config.vocabulary import Vocabulary
+from megatron.errors import ConfigurationError
+from megatron.generation.generate import check_objective
 from megatron.generation.sampling import Sampling
 from megatron.likelihoods.chains import BlockChains, MaskedChains, with_steps
 from megatron.model.initialise import initialise
@@ -144,6 +146,20 @@ def test_block_diffusion_is_scored_block_by_block(model, order):
     for request, result in zip(requests, results, strict=True):
         expected = block_nats(model, request.context, request.continuation, order)
         assert -result.log_likelihood == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("block", [3, 8, 12, 17, 18, 40])
+@pytest.mark.parametrize("order", ["left-to-right", "confidence"])
+def test_steps_of_blocks_of_any_length_are_those_of_validation(model, block, order):
+    """Blocks that fit into a window once or not at all, of which the first is partly unmasked, have the same steps."""
+    tokens, chains = torch.tensor([text(5, SEQ_LENGTH)]), BlockChains(model, block)
+    masked = torch.arange(SEQ_LENGTH)[None] > 0
+    sampling = with_steps(Sampling(order=order), 2, chains.num_ordered(SEQ_LENGTH - 1))
+    expected = float(chains.nll(tokens, masked, keys=[(0, 0)], sampling=sampling).sum())
+    objective = ObjectiveConfig(objective="block-diffusion", diffusion_block_size=block)
+    requests = [Request(tokens[0, :1].tolist(), tokens[0, 1:].tolist())]
+    (result,) = chain(model, objective, requests, chain_order=order, tokens_per_step=2)
+    assert -result.log_likelihood == pytest.approx(expected, abs=1e-4)
 
 
 def test_a_whole_text_has_the_nll_of_validation_in_every_state(model):
@@ -337,3 +353,13 @@ def test_a_whole_window_is_scored_as_in_validation(model, policy):
         expected = chains.nll(tokens, masked, keys=[(0, 0)], sampling=sampling).double().sum()
         (result,) = chain(model, objective, [request], chain_order=order, tokens_per_step=tokens_per_step)
         assert -result.log_likelihood == pytest.approx(float(expected), abs=1e-4)
+
+
+def test_a_model_that_reads_from_right_to_left_only_is_refused(model):
+    objective = ObjectiveConfig(objective="ar", right_to_left_ratio=1.0)
+    message = "--right-to-left-ratio 1.0: trained the model from right to left only, and texts are read from left to"
+    with pytest.raises(ConfigurationError, match=message):
+        scores(model, objective, [Request([1], [2])])
+    with pytest.raises(ConfigurationError, match=message):
+        check_objective("ar", objective)
+    check_objective("ar", ObjectiveConfig(objective="ar", right_to_left_ratio=0.5))

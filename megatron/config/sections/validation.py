@@ -21,7 +21,7 @@ class ValidationConfig(LikelihoodFlags):
     eval_alignment: str = flag(
         "common",
         "which tokens are scored; common: tokens 1..S-1 of each window given token 0, the same for every objective; "
-        "published: AR scores tokens 1..S, masked diffusion 0..S-1",
+        "published: AR scores tokens 1..S, masked diffusion 0..S-1, in a dual run 1..S-1",
         choices=("common", "published"),
     )
     num_mc: int = flag(
