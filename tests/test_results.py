@@ -132,14 +132,35 @@ def test_the_losses_on_other_text_and_the_probes_are_those_of_the_records():
         assert f"| {variant} | {' | '.join(cells)} |\n" in page
 
 
-def test_the_table_of_the_study_is_that_of_its_archive():
+def test_the_laws_of_the_study_are_those_of_its_records():
+    page = PAGES[1].read_text().splitlines()
+    for path in sorted((STUDY / "laws").glob("*.json")):
+        record = json.loads(path.read_text())
+        for fit in record["fits"] if path.stem != "mdm_dropout" else []:
+            free = {name: entry for name, entry in fit["parameters"].items() if not entry["frozen"]}
+            bounds = {
+                name: ["unbounded" if bound is None else f"{bound:.3g}" for bound in entry["bootstrap"]]
+                for name, entry in free.items()
+            }
+            cells = [f"{name} {free[name]['value']:.3g} [{low}, {high}]" for name, (low, high) in bounds.items()]
+            quality = f"{fit['r2']:.3f} | {fit['held_out']['errors']['rms']:.2f}"
+            assert f"| {path.stem} | {fit['form']} | {quality} | {', '.join(cells)} |" in page
+        for answer in record["answers"] if path.stem == "mdm" else []:
+            if "overtakes" in answer["question"]:
+                compute, (low, high) = answer["answer"]["flops"], answer["answer"]["interval"]
+                bound = "beyond the runs" if high is None else f"{high:.2g}"
+                assert f"| {answer['unique_tokens']:,.0f} | {compute:.2g} | [{low:.2g}, {bound}] |" in page
+
+
+@pytest.mark.parametrize("name, table", [("study", "study"), ("study_prose", "prose")])
+def test_the_table_of_the_study_is_that_of_its_archive(name, table):
     """The archive, which runs are restored from, and the table, which the page is made from, have the same losses."""
     archived = {
         (run["id"], record["set"], record["iteration"], record["loss"])
-        for run in map(json.loads, STUDY.with_suffix(".jsonl").read_text().splitlines())
+        for run in map(json.loads, STUDY.with_name(f"{name}.jsonl").read_text().splitlines())
         for record in run["records"]
         if record["kind"] == "valid"
     }
-    with (STUDY / "study.csv").open() as file:
+    with (STUDY / f"{table}.csv").open() as file:
         rows = {(row["id"], row["set"], int(row["iteration"]), float(row["loss"])) for row in csv.DictReader(file)}
     assert rows == archived
