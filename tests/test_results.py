@@ -122,6 +122,24 @@ def test_the_likelihoods_of_the_study_are_those_of_its_records():
     assert "\n".join(lines) in PAGES[1].read_text()
 
 
+def test_the_likelihoods_of_width_256_are_those_of_their_records():
+    """Differences to AR with dropout are paired by document."""
+    records = {path.stem: json.loads(path.read_text()) for path in (STUDY / "likelihoods_width_256").glob("*.json")}
+    sets = {name: record["sets"]["validation"] for name, record in records.items()}
+    baseline, page = sets["ar_dropout"], PAGES[1].read_text().splitlines()
+    tokens, (exact,) = np.array(baseline["documents"]["tokens"]), baseline["likelihoods"]
+    assert set(sets) == set(VARIANTS)
+    for name, data in sets.items():
+        assert data["windows"] == 64 and data["documents"] == baseline["documents"]
+        for result in data["likelihoods"]:
+            if result["kind"] == "lower":  # the tangent bound, which says nothing
+                continue
+            paired = paired_difference(np.array([result["nats"]]), np.array([exact["nats"]]), tokens)
+            difference = "-" if name == "ar_dropout" else f"{paired.value:+.3f} ± {paired.standard_error:.3f}"
+            loss = f"{'<= ' * (result['kind'] == 'upper')}{result['loss']:.3f} ± {result['data_se']:.3f}"
+            assert f"| {name}, width 256 | {result['name']} | {loss} | {difference} |" in page
+
+
 def test_the_losses_on_other_text_and_the_probes_are_those_of_the_records():
     page = PAGES[1].read_text()
     for variant, runs in of_study("other_text").items():
