@@ -35,9 +35,9 @@ def publish(options: PreprocessOptions, tokenizer: Tokenizer, written: Written) 
 
 
 def check_targets(options: PreprocessOptions, sources: list[Source]) -> None:
-    """Check that no source, and no folder, has the name of a file that is written.
+    """Check that no source, and no folder, has the name of a file that is written, and the origin of other splits.
 
-    Raises: ConfigurationError if one has.
+    Raises: ConfigurationError if one has, or whether `_move` removes a split cannot be read from its metadata.
     """
     targets = {os.path.realpath(options.folder / name): name for name in (*_outputs(options), options.tokenizer_file)}
     stage = os.path.realpath(options.stage)
@@ -49,6 +49,9 @@ def check_targets(options: PreprocessOptions, sources: list[Source]) -> None:
             )
     for real in filter(os.path.isdir, targets):
         raise ConfigurationError(f"{options.target}: {real} is a folder; name another, or remove it")
+    for name in SPLITS if options.has_splits else ():
+        if name not in options.outputs:
+            read_metadata(options.folder / name)
 
 
 def _outputs(options: PreprocessOptions) -> list[str]:
