@@ -206,6 +206,8 @@ WRONG = {
     "data --sample -1": ("--sample -1", "start at 0"),
     "data --sample 0": ("--seq-length 2048", "one sample needs 2049 tokens"),
     "data --sample 0 --epoch-order megatron": ("--epoch-order megatron", "give --train-samples too"),
+    "data --seq-length 4": ("--seq-length 4", "does nothing without --sample"),
+    "data --split 1,1": ("--split 1,1", "does nothing without --sample"),
     "data --sample 0 --seq-length 4 --split 0,1": ("--split 0,1", "three proportions"),
     "data --near-duplicates 0": ("--near-duplicates 0", "in (0, 1]"),
     "data --near-duplicates 1.1": ("--near-duplicates 1.1", "in (0, 1]"),

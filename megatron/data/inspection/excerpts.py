@@ -44,18 +44,25 @@ class SampleFlags(Section):
     """Training samples, as a run with these flags reads them."""
 
     sample: tuple[int, ...] = flag((), "show the training samples of these indices", metavar="I")
-    seq_length: int = flag(DataConfig.seq_length, "--seq-length of the run", within="[2, inf)")
-    seed: int = flag(TrainingConfig.seed, "--seed of the run")
+    seq_length: int = flag(DataConfig.seq_length, "--seq-length of the run", within="[2, inf)", needs="sample")
+    seed: int = flag(TrainingConfig.seed, "--seed of the run", needs="sample")
     epoch_order: str = flag(
-        DataConfig.epoch_order, "--epoch-order of the run", choices=("documents", "windows", "megatron")
+        DataConfig.epoch_order,
+        "--epoch-order of the run",
+        choices=("documents", "windows", "megatron"),
+        needs="sample",
     )
     train_unique_tokens: TokenCount | None = flag(  # noqa: RUF009
-        None, "--train-unique-tokens of the run", metavar="N", within="(0, inf)"
+        None, "--train-unique-tokens of the run", metavar="N", within="(0, inf)", needs="sample"
     )
     train_samples: int | None = flag(
-        None, "number of samples of the run, on which the order megatron depends", metavar="N", within="(0, inf)"
+        None,
+        "number of samples of the run, on which the order megatron depends",
+        metavar="N",
+        within="(0, inf)",
+        needs="sample",
     )
-    split: str | None = flag(None, "--split of the run", metavar="TRAIN,VALID,TEST")
+    split: str | None = flag(None, "--split of the run", metavar="TRAIN,VALID,TEST", needs="sample")
 
     def __post_init__(self):
         super().__post_init__()
