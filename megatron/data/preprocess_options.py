@@ -83,11 +83,13 @@ class PreprocessOptions(Section):
         None,
         "line that ends a document in a plain text file, '' for an empty line; default one document a file",
         metavar="LINE",
+        needs="input",
     )
     splits: tuple[float, ...] = flag(
         (80, 10, 10),
         "proportions of the train, tuning and validation splits; a split of share 0 is not written",
         metavar="SHARE",
+        needs="output_dir",
     )
     tokenizer_type: str = flag(
         "HFTokenizer", f"type of tokenizer: {', '.join(TOKENIZERS)}", choices=TOKENIZERS, metavar="NAME"

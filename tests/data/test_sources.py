@@ -234,6 +234,11 @@ def test_a_table_without_the_column_is_refused(tmp_path, table, refused, name, k
         ({"output_dir": None, "output_prefix": "x", "json_keys": ("a/b",)}, ["--json-keys a/b", "no slash"]),
         ({"root": Path("x")}, ["--root x", "does nothing without --output-prefix"]),
         ({"workers": 0}, ["--workers 0", "at least 1"]),
+        (
+            {"output_dir": None, "output_prefix": "x", "splits": (90, 5, 5)},
+            ["--splits 90 5 5", "does nothing without --output-dir"],
+        ),
+        ({"hf_dataset": "SAVED", "txt_separator": "x"}, ["--txt-separator x", "does nothing without --input"]),
     ],
 )
 def test_flags_that_contradict_are_refused(tmp_path, monkeypatch, table, refused, flags, parts):
@@ -244,6 +249,15 @@ def test_flags_that_contradict_are_refused(tmp_path, monkeypatch, table, refused
     flags = {name: str(saved) if value == "SAVED" else value for name, value in flags.items()}
     with refused(*parts):
         preprocess(options(**{"folder": tmp_path / "out"} | flags))
+
+
+def test_a_separator_without_plain_text_is_refused(tmp_path, refused):
+    for name in ("a.jsonl", "a.txt"):
+        (tmp_path / name).write_text(LINES)
+    for path in (str(tmp_path / "a.jsonl"), "-"):
+        with refused("--txt-separator ---", "no file of --input is plain text", "leave it out"):
+            list_sources([path], separator="---")
+    assert len(list_sources([str(tmp_path)], separator="---")) == 2
 
 
 def test_a_pipe_and_a_changing_or_vanishing_file(tmp_path, monkeypatch, refused):
