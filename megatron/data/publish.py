@@ -140,7 +140,7 @@ def _move(options: PreprocessOptions, names: list[str]) -> None:
     for name in names:
         dataset = name.partition(".")[0] if options.has_splits else name
         foreign = dataset in SPLITS and dataset not in outputs
-        if foreign and read_metadata(folder / dataset).get("source") != options.source:
+        if foreign and _located(read_metadata(folder / dataset).get("source")) != _located(options.source):
             continue
         if name != options.tokenizer_file or not options.has_splits:  # it may be that of another split
             (folder / name).unlink(missing_ok=True)
@@ -148,3 +148,8 @@ def _move(options: PreprocessOptions, names: list[str]) -> None:
     for name in sorted(written, key=lambda name: (name == options.record, name.endswith(".idx"), name)):
         os.replace(stage / name, folder / name)
     clear(stage)
+
+
+def _located(source: list[str] | str | None) -> list[str] | str | None:
+    """Return the origin of a text, with the absolute paths of files, which have several spellings."""
+    return [os.path.abspath(path) for path in source] if isinstance(source, list) else source

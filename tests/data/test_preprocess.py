@@ -180,6 +180,14 @@ def test_no_split_is_left_of_the_same_text_cut_otherwise(text, tmp_path):
     assert set(contents(tmp_path / "data")) == {"train.bin", "train.idx", "train.json", "corpus.json"}
 
 
+@pytest.mark.parametrize("spelling", ["./text.jsonl", "data/../text.jsonl", "ABSOLUTE"])
+def test_the_same_text_by_another_path_leaves_no_split_either(spelling, text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    preprocess(options("text.jsonl", tmp_path / "data"))
+    preprocess(options(text if spelling == "ABSOLUTE" else spelling, tmp_path / "data", splits=(100, 0, 0)))
+    assert set(contents(tmp_path / "data")) == {"train.bin", "train.idx", "train.json", "corpus.json"}
+
+
 def test_a_split_whose_origin_is_unreadable_is_refused_before_anything_changes(text, tmp_path, refused):
     preprocess(options(text, tmp_path / "data"))
     (tmp_path / "data" / "tuning.json").write_text("{")
