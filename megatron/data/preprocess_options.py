@@ -134,6 +134,9 @@ class PreprocessOptions(Section):
         is_name = prefix is None or os.path.basename(prefix) not in ("", ".", "..")
         require(is_name, "output_prefix", prefix, "ends with no name for the files; append one")
         require("/" not in keys, "json_keys", keys, "a key is part of a file name and has no slash; rename it")
+        separator = self.txt_separator or ""
+        message = "has a line break, and ends a document as a whole line; give '' for an empty line"
+        require(not {*separator} & {*"\r\n"}, "txt_separator", separator, message)
         shares, kind = self.shares, self.tokenizer_type
         model, train = self.tokenizer_model, self.train_tokenizer
         valid = len(self.splits) == 3 and all(isfinite(share) and share >= 0 for share in self.splits)

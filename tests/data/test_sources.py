@@ -242,6 +242,7 @@ def test_a_table_without_the_column_is_refused(tmp_path, table, refused, name, k
             {"output_dir": None, "output_prefix": "x", "splits": (90, 5, 5)},
             ["--splits 90 5 5", "does nothing without --output-dir"],
         ),
+        ({"input": ("a.txt",), "txt_separator": "\n\n"}, ["--txt-separator \\n", "line break", "'' for an empty line"]),
         ({"hf_dataset": "SAVED", "txt_separator": "x"}, ["--txt-separator x", "does nothing without --input"]),
     ],
 )
