@@ -206,6 +206,8 @@ WRONG = {
     "data --sample -1": ("--sample -1", "start at 0"),
     "data --sample 0": ("--seq-length 2048", "one sample needs 2049 tokens"),
     "data --sample 0 --epoch-order megatron": ("--epoch-order megatron", "give --train-samples too"),
+    "data --sample 1 7 --train-samples 7": ("--sample 1 7", "--train-samples 7 are the samples 0 to 6"),
+    "data --sample 0 --epoch-order megatron --train-samples 7 --seed -1": ("--seed -1", "give 0 to 4294967295"),
     "data --seq-length 4": ("--seq-length 4", "does nothing without --sample"),
     "data --split 1,1": ("--split 1,1", "does nothing without --sample"),
     "data --sample 0 --seq-length 4 --split 0,1": ("--split 0,1", "three proportions"),

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron.config.flags import Section, flag, require
+from megatron.config.resolve import check_order_seed
 from megatron.config.sections import DataConfig, TrainingConfig
 from megatron.config.subsets import TokenCount
 from megatron.config.tokenizer_flags import SENTENCE_PIECE, TOKENIZERS, check_tokenizer
@@ -70,6 +71,10 @@ class SampleFlags(Section):
         require(not needed, "epoch_order", self.epoch_order, "depends on the budget; give --train-samples too")
         negative = [index for index in self.sample if index < 0]
         require(not negative, "sample", self.sample, "sample indices start at 0; give none below")
+        budget = self.train_samples
+        message = f"--train-samples {budget} are the samples 0 to {(budget or 0) - 1}; give some of them"
+        require(budget is None or all(index < budget for index in self.sample), "sample", self.sample, message)
+        check_order_seed(self.epoch_order, self.seed)
 
 
 def open_tokenizer(source: Source, flags: TokenizerFlags) -> Tokenizer | None:
