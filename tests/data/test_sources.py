@@ -319,7 +319,7 @@ class FailingDisk(io.BytesIO):
         return super().read1(min(size, 3000 - self.tell()))
 
 
-def test_an_error_of_the_disk_does_not_move_the_edges_of_chunks(tmp_path, monkeypatch, refused):
+def test_an_error_of_the_disk_does_not_move_the_edges_of_chunks(tmp_path, monkeypatch):
     """A run that resumes counts chunks: after a shorter one, the text up to the end of the whole one would be lost."""
     monkeypatch.setattr(base, "CHUNK_BYTES", 2000)
     path = tmp_path / "a.jsonl"
