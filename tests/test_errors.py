@@ -161,6 +161,8 @@ def test_a_corpus_smaller_than_a_sample(refused, tiny, corpus):
     refused("ar", [*tiny, "--seq-length", 1_000_000], "--seq-length 1000000", "shorten it or add text")
     split = [*tiny[: tiny.index("--valid-data-path")], "--split", "50,50", "--seq-length", 1_000_000]
     refused("ar", split, "--seq-length 1000000", "the share of", "by --split holds", "shorten it or add text")
+    cut = [*split[:-2], "--train-unique-tokens", 10**9]
+    refused("ar", cut, "--train-unique-tokens 1000000000: the share of", "by --split holds", "lower it or add text")
     unique = [*tiny, "--train-unique-tokens", 20]
     refused("ar", unique, "--seq-length 32", "20", "shorten it or add text")
     refused("ar", [*tiny, "--train-unique-tokens", 10**9], "--train-unique-tokens 1000000000", "lower it or add text")

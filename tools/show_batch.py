@@ -4,8 +4,8 @@
     python tools/show_batch.py --objective mdm
     python tools/show_batch.py --token-dropout 0.3 --text "To be, or not to be"
 
-Flags are those of pretrain_gpt.py. Each character is a token, | ends a document and _ is [MASK]. --sample selects the
-sample index, which keys the noise.
+Flags are those of pretrain_gpt.py, with a global batch of 4 samples by default. Each character is a token, | ends a
+document and _ is [MASK]. --sample selects the sample index, which keys the noise.
 """
 
 import argparse
@@ -23,16 +23,18 @@ import numpy as np
 import torch
 
 from megatron.batch import Batch
+from megatron.config.flags import spelling, typed_flags
+from megatron.config.resolve import BUDGETS, resolve
 from megatron.config.vocabulary import Vocabulary
 from megatron.errors import ConfigurationError
 from megatron.objectives.input_noise import build_input_noise
-from megatron.objectives.registry import build_objective, document_rules
+from megatron.objectives.registry import build_objective, capabilities, document_rules
 from megatron.training.command_line import parse
 
 END_OF_DOCUMENT = "|"
 VOCABULARY = Vocabulary(128)
-TIME_BLOCK = 4
-MODEL_FLAGS = "--num-layers 4 --hidden-size 8 --num-attention-heads 1 --train-data-path none --train-iters 1 --fp32"
+RUN_FLAGS = "--num-layers 4 --hidden-size 8 --num-attention-heads 1 --train-data-path none --global-batch-size 4 --fp32"
+BUDGET = "--train-samples 1_000_000"  # if the flags give none
 
 
 def main() -> None:
@@ -59,9 +61,11 @@ def batches(text: str, sample_index: int, flags: list[str]) -> list[Batch]:
         raise ConfigurationError(f"--text {text!r}: is not three or more ASCII characters; give some")
     if sample_index < 0:
         raise ConfigurationError(f"--sample {sample_index}: must not be negative")
-    config = parse("ar", [*MODEL_FLAGS.split(), "--seq-length", str(len(text) - 1), *flags])
+    budget = [] if typed_flags(flags) & set(map(spelling, BUDGETS)) else BUDGET.split()
+    config = parse("ar", [*RUN_FLAGS.split(), *budget, "--seq-length", str(len(text) - 1), *flags])
+    resolve(config, VOCABULARY, len(text), capabilities(config.objective.objective))
     rules = document_rules(config.data, config.objective, ord(END_OF_DOCUMENT))
-    objective = build_objective(config.objective, VOCABULARY, TIME_BLOCK, rules)
+    objective = build_objective(config.objective, VOCABULARY, config.training.global_batch_size, rules)
     noise = build_input_noise(config.objective, VOCABULARY, config.model.depth)
     seed = config.training.seed
     ids = np.array([list(text.encode())], np.int64)  # [1, S+1]

@@ -9,6 +9,7 @@ published subsets are also values of --train-unique-tokens of a training run.
 """
 
 import sys
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -18,7 +19,7 @@ from megatron import stop_signals
 if __name__ == "__main__":
     stop_signals.install_in_tool()  # before the imports, which take seconds
 
-from megatron.config.flags import DescribedFormatter, Parser
+from megatron.config.flags import DescribedFormatter, Parser, parse_number, require
 from megatron.config.sizes import (
     BEST_ON_100M,
     COMPUTE_OPTIMAL,
@@ -44,7 +45,7 @@ from megatron.errors import ConfigurationError
 def main() -> None:
     """Print the ladder and the budgets."""
     parser = Parser(description=__doc__, formatter_class=DescribedFormatter, allow_abbrev=False)
-    parser.add_argument("--train-flops", type=float, metavar="C", help="training compute, 6ND")
+    parser.add_argument("--train-flops", type=partial(parse_number, float), metavar="C", help="training compute, 6ND")
     parser.add_argument(
         "--unique-tokens",
         type=TokenCount,
@@ -54,8 +55,9 @@ def main() -> None:
     )
     try:
         options = parser.parse_known(sys.argv[1:])
-        if options.unique_tokens < 1:
-            raise ConfigurationError(f"--unique-tokens {options.unique_tokens}: must be positive; change it")
+        for name in ("train_flops", "unique_tokens"):
+            value = getattr(options, name)
+            require(value is None or value > 0, name, value, "must be positive; change it")
         print_ladder(options.train_flops, options.unique_tokens)
     except ConfigurationError as error:
         sys.exit(print(f"error: {error}", file=sys.stderr) or 2)

@@ -58,9 +58,7 @@ def resolve(config: Config, vocabulary: Vocabulary, unique_tokens: int, capabili
     offset = config.objective.target_offset_max
     message = f"leaves samples of --seq-length {seq_length} without a target; give at most {seq_length}"
     require(offset <= seq_length, "target_offset_max", offset, message)
-    message = "does not seed NumPy's RandomState, from which --epoch-order megatron draws; give 0 to 4294967295"
-    is_seed = config.data.epoch_order != "megatron" or 0 <= training.seed < 2**32
-    require(is_seed, "seed", training.seed, message)
+    check_order_seed(config.data.epoch_order, training.seed)
     computed_parameters = parameter_count(config.model.unrolled, vocabulary)
     passes = config.objective.passes(capabilities.positions_per_token)
     samples = _train_samples(training, seq_length, unique_tokens, computed_parameters * passes)
@@ -99,6 +97,15 @@ def resolve(config: Config, vocabulary: Vocabulary, unique_tokens: int, capabili
         eval_interval=eval_interval,
         save_interval=config.checkpoint.save_interval or eval_interval,
     )
+
+
+def check_order_seed(epoch_order: str, seed: int) -> None:
+    """Check that --epoch-order can be drawn from --seed.
+
+    Raises: ConfigurationError if it cannot.
+    """
+    message = "does not seed NumPy's RandomState, from which --epoch-order megatron draws; give 0 to 4294967295"
+    require(epoch_order != "megatron" or 0 <= seed < 2**32, "seed", seed, message)
 
 
 def _check_deepspeed(config: Config) -> None:

@@ -22,8 +22,9 @@ ASCII_WORDS = "|".join(
     [r" [A-Za-z]+|[A-Za-z]+|'(?:[sdmt]|ll|ve|re)| [0-9]+|[0-9]+", r" [^\sA-Za-z0-9]+|[^\sA-Za-z0-9]+|\s+(?!\S)|\s+"]
 )
 find_ascii_words = re.compile(ASCII_WORDS, re.ASCII).findall
-# for text whose white space is ASCII: what is not ASCII is matched with all characters up to white space
-find_words = re.compile(rf" ?\S*[^\x00-\x7f]\S*|{ASCII_WORDS}", re.ASCII).findall
+# for text whose white space is ASCII: what is not ASCII is matched with all characters up to white space; tried only
+# after white space, as trying it at each word of a long line without any would take quadratic time
+find_words = re.compile(rf" ?(?<!\S)\S*[^\x00-\x7f]\S*|{ASCII_WORDS}", re.ASCII).findall
 has_other_space = re.compile(r"[^\S\x00-\x7f]").search
 CACHED_WORDS, CACHED_LENGTH = 1 << 20, 40  # words in memory, and characters of the longest
 

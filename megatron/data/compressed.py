@@ -60,11 +60,9 @@ def open_decompressed(path: Path, named: str) -> Iterator[Readable]:
     except (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError) as error:
         raise damaged(named, str(error)) from None
     except OSError as error:
-        if error.strerror is None:  # of the bz2 library, for invalid data
+        if is_damage(error):
             raise damaged(named, str(error)) from None
-        raise ConfigurationError(
-            f"{named}: cannot be read ({error.strerror}); check the path, its permissions and the disk"
-        ) from None
+        raise unreadable(named, error) from None
 
 
 def _buffered(raw: io.RawIOBase) -> io.BufferedReader:
@@ -82,9 +80,20 @@ def disk_position(file: Readable) -> int:
         return 0
 
 
+def is_damage(error: Exception) -> bool:
+    """Return whether an error while reading is due to the content of the file, so that it recurs at the same place."""
+    return getattr(error, "strerror", None) is None  # an OSError of the bz2 library has none
+
+
 def damaged(named: str, fault: str) -> DamagedFile:
     """Return the error of a damaged file."""
     return DamagedFile(f"{named}: is damaged or truncated ({fault}); download or compress it again")
+
+
+def unreadable(named: str, error: Exception) -> ConfigurationError:
+    """Return the error of a file that the system does not let us read."""
+    reason = getattr(error, "strerror", None)
+    return ConfigurationError(f"{named}: cannot be read ({reason}); check the path, its permissions and the disk")
 
 
 @contextmanager

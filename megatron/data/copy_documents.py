@@ -37,12 +37,14 @@ class Source:
 
     @classmethod
     def open(cls, prefix: str) -> "Source":
-        """Return the data set of a prefix.
+        """Return the data set of a prefix, every entry of its index checked, since it is copied or counted as a whole.
 
         Raises: ConfigurationError if it is missing, damaged or empty.
         """
-        dataset = IndexedDataset(prefix)
-        boundaries = Index.open(data_files(prefix)[0]).boundaries
+        dataset, index = IndexedDataset(prefix), Index.open(data_files(prefix)[0])
+        dataset.check_documents(len(dataset))
+        index.check_boundaries(whole=True)
+        boundaries = index.boundaries
         if not len(boundaries) or boundaries[-1] != len(dataset):  # some writers store only the first
             boundaries = np.arange(len(dataset) + 1)
         return cls(dataset, boundaries, read_metadata(prefix))

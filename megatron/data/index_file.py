@@ -126,17 +126,17 @@ class Index:
             f"that overflowed 32 bits?), {rebuild_command(self.path)}"
         )
 
-    def check_boundaries(self) -> None:
+    def check_boundaries(self, *, whole: bool = False) -> None:
         """Check that the document boundaries ascend from 0 to the number of entries N; they may end before N.
 
-        Of more than WHOLE boundaries only blocks are checked, as in `check`.
+        Of more than WHOLE boundaries only blocks are checked, as in `check`, unless `whole`.
 
         Raises: ConfigurationError if they do not.
         """
         # some writers store only the first boundary, so the last need not be N
         boundaries, limit = self.boundaries, len(self.sizes)
         before = 0
-        for first, last in _blocks(len(boundaries)):
+        for first, last in _blocks(len(boundaries), whole):
             block = boundaries[first:last]
             if (block[1:] < block[:-1]).any() or not before <= block[0] <= block[-1] <= limit or boundaries[0]:
                 raise ConfigurationError(
@@ -169,9 +169,9 @@ def without_readahead(mapped: mmap.mmap) -> Iterator[None]:
         mapped.madvise(mmap.MADV_NORMAL)
 
 
-def _blocks(count: int) -> Iterator[tuple[int, int]]:
+def _blocks(count: int, whole: bool = False) -> Iterator[tuple[int, int]]:
     """Yield the ranges of `count` entries to check: all of them, or blocks from the first to the last of many."""
-    if count <= WHOLE:
+    if whole or count <= WHOLE:
         for first in range(0, count, CHUNK):
             yield first, min(first + CHUNK, count)
         return

@@ -10,6 +10,7 @@ import json
 import mmap
 import os
 from array import array
+from bisect import bisect_left
 from copy import copy
 from pathlib import Path
 
@@ -71,7 +72,7 @@ class IndexedDataset:
         Raises: ConfigurationError if their entries of the index contradict one another.
         """
         end = self._first_byte + tokens * self.dtype.itemsize
-        documents = int(np.searchsorted(self._offsets, end))  # in constant time: the offsets ascend
+        documents = bisect_left(self._offsets, end)  # the offsets ascend; np.searchsorted copies unaligned ones
         if self.check_documents(documents):
             last = int(self._offsets[documents - 1])
             if not last < end <= last + int(self.sizes[documents - 1]) * self.dtype.itemsize:

@@ -83,11 +83,13 @@ class PreprocessOptions(Section):
         None,
         "line that ends a document in a plain text file, '' for an empty line; default one document a file",
         metavar="LINE",
+        needs="input",
     )
     splits: tuple[float, ...] = flag(
         (80, 10, 10),
         "proportions of the train, tuning and validation splits; a split of share 0 is not written",
         metavar="SHARE",
+        needs="output_dir",
     )
     tokenizer_type: str = flag(
         "HFTokenizer", f"type of tokenizer: {', '.join(TOKENIZERS)}", choices=TOKENIZERS, metavar="NAME"
@@ -132,6 +134,9 @@ class PreprocessOptions(Section):
         is_name = prefix is None or os.path.basename(prefix) not in ("", ".", "..")
         require(is_name, "output_prefix", prefix, "ends with no name for the files; append one")
         require("/" not in keys, "json_keys", keys, "a key is part of a file name and has no slash; rename it")
+        separator = self.txt_separator or ""
+        message = "has a line break, and ends a document as a whole line; give '' for an empty line"
+        require(not {*separator} & {*"\r\n"}, "txt_separator", separator, message)
         shares, kind = self.shares, self.tokenizer_type
         model, train = self.tokenizer_model, self.train_tokenizer
         valid = len(self.splits) == 3 and all(isfinite(share) and share >= 0 for share in self.splits)

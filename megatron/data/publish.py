@@ -35,9 +35,9 @@ def publish(options: PreprocessOptions, tokenizer: Tokenizer, written: Written) 
 
 
 def check_targets(options: PreprocessOptions, sources: list[Source]) -> None:
-    """Check that no source, and no folder, has the name of a file that is written.
+    """Check that no source, and no folder, has the name of a file that is written, and the origin of other splits.
 
-    Raises: ConfigurationError if one has.
+    Raises: ConfigurationError if one has, or whether `_move` removes a split cannot be read from its metadata.
     """
     targets = {os.path.realpath(options.folder / name): name for name in (*_outputs(options), options.tokenizer_file)}
     stage = os.path.realpath(options.stage)
@@ -49,6 +49,9 @@ def check_targets(options: PreprocessOptions, sources: list[Source]) -> None:
             )
     for real in filter(os.path.isdir, targets):
         raise ConfigurationError(f"{options.target}: {real} is a folder; name another, or remove it")
+    for name in SPLITS if options.has_splits else ():
+        if name not in options.outputs:
+            read_metadata(options.folder / name)
 
 
 def _outputs(options: PreprocessOptions) -> list[str]:
@@ -137,7 +140,7 @@ def _move(options: PreprocessOptions, names: list[str]) -> None:
     for name in names:
         dataset = name.partition(".")[0] if options.has_splits else name
         foreign = dataset in SPLITS and dataset not in outputs
-        if foreign and read_metadata(folder / dataset).get("source") != options.source:
+        if foreign and _located(read_metadata(folder / dataset).get("source")) != _located(options.source):
             continue
         if name != options.tokenizer_file or not options.has_splits:  # it may be that of another split
             (folder / name).unlink(missing_ok=True)
@@ -145,3 +148,8 @@ def _move(options: PreprocessOptions, names: list[str]) -> None:
     for name in sorted(written, key=lambda name: (name == options.record, name.endswith(".idx"), name)):
         os.replace(stage / name, folder / name)
     clear(stage)
+
+
+def _located(source: list[str] | str | None) -> list[str] | str | None:
+    """Return the origin of a text, with the absolute paths of files, which have several spellings."""
+    return [os.path.abspath(path) for path in source] if isinstance(source, list) else source

@@ -36,7 +36,7 @@ def rebuild_index(prefix: str) -> Rebuilt | None:
     """
     path, data = data_files(prefix)
     index, backup = Index.open(path), path.with_name(path.name + ".bak")
-    index.check_boundaries()
+    index.check_boundaries(whole=True)
     sizes, end_id = _fitting_sizes(index, data)
     if sizes is None:
         return None

@@ -181,7 +181,7 @@ def _check_cut(dataset: IndexedDataset, tokens: int, cut_by: str) -> None:
     named = f"{cut_by} {subset or tokens}"
     if tokens > dataset.total_tokens:
         raise ConfigurationError(
-            f"{named}: {dataset.prefix}.bin holds {dataset.total_tokens}"
+            f"{named}: {_holds(dataset)} {dataset.total_tokens}"
             + (f" tokens, and the published subset {int(tokens)}" if subset else "")
             + "; lower it or add text"
         )
@@ -198,14 +198,16 @@ def _check_cut(dataset: IndexedDataset, tokens: int, cut_by: str) -> None:
 
 def _check_length(dataset: IndexedDataset, tokens: int, seq_length: int, cut_by: str) -> None:
     if tokens < seq_length + 1:
-        source = (
-            f"{dataset.prefix}.bin holds" if dataset.is_whole else f"the share of {dataset.prefix} by --split holds"
-        )
-        source = source if tokens == dataset.total_tokens else f"{cut_by} leaves"
+        source = _holds(dataset) if tokens == dataset.total_tokens else f"{cut_by} leaves"
         raise ConfigurationError(
             f"--seq-length {seq_length}: one sample needs {seq_length + 1} tokens and {source} {tokens}; "
             "shorten it or add text"
         )
+
+
+def _holds(dataset: IndexedDataset) -> str:
+    """Return what holds the tokens of a data set, for messages."""
+    return f"{dataset.prefix}.bin holds" if dataset.is_whole else f"the share of {dataset.prefix} by --split holds"
 
 
 def _shuffled(index: int, count: int, seed: int, epoch: int) -> int:

@@ -133,6 +133,7 @@ class StagedOutputs:
     def _open(self, name: str, length: int):
         file = self._files.enter_context((self._stage / name).open("ab"))
         file.truncate(length)
+        file.seek(length)  # `tell` would return the old end until something is written
         return file
 
 

@@ -310,7 +310,8 @@ def tokenizer_path(name: str | Path) -> Path:
     path = Path(name)
     if path.is_dir():
         path = path / "tokenizer.json"
-    if path.exists() or path.suffix or str(name).count("/") > 1:
+    # names on the hub have dots too: Qwen/Qwen2.5-0.5B
+    if path.exists() or path.suffix in (".json", ".model") or str(name).count("/") > 1:
         return path
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError

@@ -232,7 +232,7 @@ def measured_loss(loss: float, unique_tokens: float) -> Curve:
 
 
 def _recipe(runs: Runs, rows: np.ndarray) -> Recipe:
-    epochs = float(np.mean(runs.tokens[rows] / runs.unique_tokens[rows]))
+    epochs = float(np.mean(counted_epochs(runs.tokens[rows], runs.unique_tokens[rows], runs.sample_tokens)))
     parameters = float(runs.parameters[rows[0]])
     return Recipe(
         settings=runs.settings[rows[0]],

@@ -21,7 +21,7 @@ from megatron.config.vocabulary import Vocabulary
 from megatron.errors import ConfigurationError
 from megatron.objectives.registry import capabilities
 from megatron.training.command_line import parse
-from tests.conftest import run
+from tests.conftest import ROOT, run
 
 GPT2 = Vocabulary(50257)
 # name: hidden size of the MLP; parameters by the published scripts, all and non-embedding ones, in millions
@@ -163,6 +163,19 @@ def test_five_steps_of_one_layer(width, tiny, tmp_path):
     small[small.index("--train-samples") + 1] = "40"
     run("mdm", *small, "--model-size", size, "--num-layers", 1, "--save", tmp_path)
     assert json.loads((tmp_path / "status.json").read_text())["iteration"] == 5
+
+
+@pytest.mark.parametrize("words", ["--train-flops nan", "--train-flops -5", "--train-flops 0", "--unique-tokens 0"])
+def test_the_tool_refuses_what_is_no_amount(words, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    from sizes import main
+
+    monkeypatch.setattr("sys.argv", ["sizes.py", *words.split()])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    output, error = capsys.readouterr()
+    assert ended.value.code == 2 and not output
+    assert error.startswith(f"error: {words.split()[0]}") and error.count("\n") == 1
 
 
 def test_every_use_of_a_block_is_counted():

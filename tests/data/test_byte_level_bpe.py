@@ -4,12 +4,13 @@ import itertools
 import json
 import random
 import sys
+import time
 
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from megatron.data.byte_level_bpe import byte_characters, fast_core
+from megatron.data.byte_level_bpe import byte_characters, fast_core, find_words
 from megatron.data.sources.standard_library import standard_library
 from megatron.data.tokenizer import END, GPT2BPETokenizer, HFTokenizer, train_tokenizer
 
@@ -50,6 +51,14 @@ def test_runs_of_white_space_in_every_combination(path):
     """Up to five characters of white space between two words, at the start and at the end."""
     runs = ["".join(run) for size in range(6) for run in itertools.product(" \n\t", repeat=size)]
     assert equal(HFTokenizer(path)._library, [*(f"a{run}b c{run}" for run in runs), *(f"{run}'s" for run in runs)])
+
+
+def test_a_long_line_without_white_space_takes_linear_time():
+    """Such as an image in base64, in a document with other characters than ASCII; quadratic, it takes 8 s."""
+    start = time.process_time()
+    words = find_words("é " + "ab12/+" * 15_000)
+    assert time.process_time() - start < 2
+    assert words[:4] == ["é", " ab", "12", "/+"] and len(words) == 1 + 3 * 15_000
 
 
 def equal(library: Tokenizer, texts: list[str]) -> bool:

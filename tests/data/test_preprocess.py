@@ -180,6 +180,23 @@ def test_no_split_is_left_of_the_same_text_cut_otherwise(text, tmp_path):
     assert set(contents(tmp_path / "data")) == {"train.bin", "train.idx", "train.json", "corpus.json"}
 
 
+@pytest.mark.parametrize("spelling", ["./text.jsonl", "data/../text.jsonl", "ABSOLUTE"])
+def test_the_same_text_by_another_path_leaves_no_split_either(spelling, text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    preprocess(options("text.jsonl", tmp_path / "data"))
+    preprocess(options(text if spelling == "ABSOLUTE" else spelling, tmp_path / "data", splits=(100, 0, 0)))
+    assert set(contents(tmp_path / "data")) == {"train.bin", "train.idx", "train.json", "corpus.json"}
+
+
+def test_a_split_whose_origin_is_unreadable_is_refused_before_anything_changes(text, tmp_path, refused):
+    preprocess(options(text, tmp_path / "data"))
+    (tmp_path / "data" / "tuning.json").write_text("{")
+    before = contents(tmp_path / "data")
+    with refused("tuning.json: is not JSON"):
+        preprocess(options(text, tmp_path / "data", splits=(100, 0, 0)))
+    assert contents(tmp_path / "data") == before
+
+
 def test_small_batches_and_samples_give_the_same_files(text, tmp_path, monkeypatch):
     requested = {"tokenizer_type": "HFTokenizer", "train_tokenizer": 280}
     preprocess(options(text, tmp_path / "one", **requested))

@@ -20,8 +20,8 @@ from megatron.data.indexed import IndexedDataset, read_metadata
 from megatron.data.preprocess import is_resumable, preprocess, resume_note
 from megatron.data.preprocess_options import PreprocessOptions
 from megatron.data.sources import base
-from megatron.data.staging import only_writer
-from megatron.data.tokenise import ChunkTokeniser
+from megatron.data.staging import StagedOutputs, only_writer
+from megatron.data.tokenise import ChunkTokeniser, Documents
 from megatron.data.tokenizer import HFTokenizer, train_tokenizer
 from megatron.errors import ConfigurationError
 from tests.conftest import ROOT, environment
@@ -145,6 +145,17 @@ def test_an_interrupted_run_resumes_without_tokenising_again(text, tokenizer, tm
     preprocess(options(text, tmp_path / "data", **flags))
     assert contents(tmp_path / "data") == contents(tmp_path / "whole")
     assert len(computed) == len(set(computed)) + 1  # the chunk of the interruption alone was computed again
+
+
+def test_a_record_of_progress_fits_files_that_were_cut_and_did_not_grow(tmp_path):
+    """Else the next interruption loses everything: a record of more than the files hold is not used."""
+    names, dtype = {"train": "train", "tuning": "tuning"}, np.dtype(np.uint16)
+    for lengths in ({}, {"train": (1, 3), "tuning": (1, 3)}, {"train": (1, 3), "tuning": (0, 0)}):
+        with StagedOutputs(tmp_path, names, dtype, lengths) as outputs:
+            assert outputs.to_disk() == {path.name: path.stat().st_size for path in tmp_path.iterdir()}
+            for name in names if not lengths else ():
+                for _ in range(2):
+                    outputs.add(name, Documents(np.arange(3, dtype=dtype), np.array([3], np.int32), b"", 3, {}))
 
 
 @pytest.mark.parametrize("change", ["text", "splits", "key", "errors", "progress", "shorter", "missing"])

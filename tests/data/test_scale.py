@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from megatron.data import index_file
+from megatron.data.copy_documents import Source
 from megatron.data.index_file import HEADER, MAGIC
 from megatron.data.indexed import IndexedDataset, IndexedDatasetWriter
 from megatron.data.samples import TrainSamples, ValidationWindows
@@ -175,6 +176,30 @@ def test_a_cut_or_a_single_document_sees_the_damage_that_it_meets(entry, tmp_pat
     for first, last in ((entry, len(SIZES)), (0, entry), (entry - 1, entry)):
         with pytest.raises(ConfigurationError, match=f"puts document {entry} at byte"):
             dataset.document_range(first, last)
+
+
+@pytest.mark.parametrize("kind, amount", [("size", 1), ("offset", 2), ("boundary", -3)])
+def test_a_tool_that_reads_all_documents_checks_all_entries(kind, amount, tmp_path, sampled):
+    """Else a merge would write an index of the damaged sizes, which nothing contradicts."""
+    prefix = write(tmp_path)
+    Source.open(prefix)
+    for entry in range(1, len(SIZES)):
+        damage(prefix, kind, entry, amount)
+        with pytest.raises(ConfigurationError, match=r"data\.(idx|bin)"):
+            Source.open(prefix)
+        damage(prefix, kind, entry, -amount)
+
+
+def test_the_documents_of_a_cut_are_located_without_a_copy_of_the_index(tmp_path):
+    with IndexedDatasetWriter(tmp_path / "data", 9) as writer:
+        for _ in range(20_000):
+            writer.add_document([1, 2])
+    dataset = IndexedDataset(str(tmp_path / "data"))
+    tracemalloc.start()
+    assert [dataset.documents_with(tokens) for tokens in (1, 2, 3, 39_999, 40_000)] == [1, 1, 2, 20_000, 20_000]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 20_000
 
 
 def test_blocks_that_are_out_of_order_are_refused(tmp_path, sampled, refused):

@@ -1,7 +1,9 @@
 """All kinds of sources: the same text from each gives the same token files; what is broken is named or counted."""
 
 import bz2
+import errno
 import gzip
+import io
 import json
 import lzma
 import os
@@ -9,6 +11,7 @@ import pickle
 import subprocess
 import sys
 import threading
+from contextlib import nullcontext
 from pathlib import Path
 
 import datasets
@@ -23,6 +26,7 @@ from megatron.data.preprocess_options import PreprocessOptions
 from megatron.data.sources import base
 from megatron.data.sources.base import BadRecord
 from megatron.data.sources.registry import list_sources
+from megatron.data.sources.tables import HuggingFaceDataset
 from megatron.errors import ConfigurationError
 from tests.conftest import ROOT, environment
 from tests.data.sources import read_records
@@ -234,6 +238,12 @@ def test_a_table_without_the_column_is_refused(tmp_path, table, refused, name, k
         ({"output_dir": None, "output_prefix": "x", "json_keys": ("a/b",)}, ["--json-keys a/b", "no slash"]),
         ({"root": Path("x")}, ["--root x", "does nothing without --output-prefix"]),
         ({"workers": 0}, ["--workers 0", "at least 1"]),
+        (
+            {"output_dir": None, "output_prefix": "x", "splits": (90, 5, 5)},
+            ["--splits 90 5 5", "does nothing without --output-dir"],
+        ),
+        ({"input": ("a.txt",), "txt_separator": "\n\n"}, ["--txt-separator \\n", "line break", "'' for an empty line"]),
+        ({"hf_dataset": "SAVED", "txt_separator": "x"}, ["--txt-separator x", "does nothing without --input"]),
     ],
 )
 def test_flags_that_contradict_are_refused(tmp_path, monkeypatch, table, refused, flags, parts):
@@ -244,6 +254,15 @@ def test_flags_that_contradict_are_refused(tmp_path, monkeypatch, table, refused
     flags = {name: str(saved) if value == "SAVED" else value for name, value in flags.items()}
     with refused(*parts):
         preprocess(options(**{"folder": tmp_path / "out"} | flags))
+
+
+def test_a_separator_without_plain_text_is_refused(tmp_path, refused):
+    for name in ("a.jsonl", "a.txt"):
+        (tmp_path / name).write_text(LINES)
+    for path in (str(tmp_path / "a.jsonl"), "-"):
+        with refused("--txt-separator ---", "no file of --input is plain text", "leave it out"):
+            list_sources([path], separator="---")
+    assert len(list_sources([str(tmp_path)], separator="---")) == 2
 
 
 def test_a_pipe_and_a_changing_or_vanishing_file(tmp_path, monkeypatch, refused):
@@ -280,12 +299,57 @@ def test_all_whole_lines_before_the_damage_of_a_file_are_read(tmp_path):
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(LINES.encode())[:-200])
     records = [*read_records([tmp_path / "a.jsonl.gz"])]
     assert len(records) > 2900 and records[-1].reason == "damaged file"
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(LINES.replace("\n", "\n\n").encode())[:-200])
+    records = [*read_records([tmp_path / "a.txt.gz"], separator="")]
+    assert len(records) > 2900 and records[-1].reason == "damaged file"
     with pytest.raises(ConfigurationError, match=r"holds no text \(skipped: 1 not JSON\); give files"):
         (tmp_path / "b.jsonl").write_text("{")
         preprocess(options(tmp_path / "out", input=(str(tmp_path / "b.jsonl"),), on_error="skip"))
     trained = {"tokenizer_type": "HFTokenizer", "train_tokenizer": 300, "on_error": "skip"}
     with pytest.raises(ConfigurationError, match=r"holds no text \(skipped: 1 not JSON\); give files"):
         preprocess(options(tmp_path / "out", input=(str(tmp_path / "b.jsonl"),), **trained))
+
+
+class FailingDisk(io.BytesIO):
+    """A file that cannot be read beyond its first 3,000 bytes."""
+
+    def read1(self, size: int = -1) -> bytes:
+        if self.tell() >= 3000:
+            raise OSError(errno.EIO, "Input/output error")
+        return super().read1(min(size, 3000 - self.tell()))
+
+
+def test_an_error_of_the_disk_does_not_move_the_edges_of_chunks(tmp_path, monkeypatch):
+    """A run that resumes counts chunks: after a shorter one, the text up to the end of the whole one would be lost."""
+    monkeypatch.setattr(base, "CHUNK_BYTES", 2000)
+    path = tmp_path / "a.jsonl"
+    path.write_text(LINES)
+    (source,) = list_sources([str(path)])
+    expected = [chunk.data for chunk in source.chunks(("text",))]
+    monkeypatch.setattr(source, "_open", lambda: nullcontext(FailingDisk(LINES.encode())))
+    chunks = []
+    with pytest.raises(OSError, match="Input/output error"):
+        chunks.extend(chunk.data for chunk in source.chunks(("text",)))
+    assert chunks == expected[:1]
+
+
+def test_a_table_that_cannot_be_read_is_not_damaged(tmp_path, table, monkeypatch, refused):
+    parquet.write_table(table, tmp_path / "a.parquet")
+
+    def fail(*_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(parquet, "ParquetFile", fail)
+    with refused(f"--input {tmp_path / 'a.parquet'}: cannot be read (Permission denied)", "permissions"):
+        [*read_records([tmp_path / "a.parquet"])]
+
+
+def test_a_row_of_a_data_set_that_is_too_long_is_named(tmp_path, table, monkeypatch):
+    datasets.Dataset(table.slice(0, 3)).save_to_disk(tmp_path / "saved")
+    monkeypatch.setattr(base, "LONGEST_DOCUMENT", 1)
+    source = HuggingFaceDataset(str(tmp_path / "saved"), "train", None)
+    records = [record for chunk in source.chunks(("text",)) for record in chunk.records(("text",))]
+    assert str(records[0]).startswith(f"--hf-dataset {tmp_path / 'saved'}: row 1: is one document of more than 1 bytes")
 
 
 def test_chunks_of_a_table_are_small_whatever_its_rows(tmp_path, monkeypatch):

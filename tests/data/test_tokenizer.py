@@ -14,6 +14,7 @@ from megatron.data.tokenizer import (
     HFTokenizer,
     NullTokenizer,
     build_tokenizer,
+    tokenizer_path,
     train_tokenizer,
 )
 from megatron.errors import ConfigurationError
@@ -224,6 +225,15 @@ def test_an_empty_vocabulary_is_refused(tmp_path, refused):
 def test_a_missing_tokenizer_is_refused(refused, missing):
     with refused(f"--tokenizer-model {missing}", "no such file", "give the tokenizer.json"):
         HFTokenizer(missing)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "someone/name", "someone/name-2.5", "someone/name-0.5B.v1"])
+def test_a_name_with_a_dot_is_looked_up_on_the_hub(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *words: " ".join(words))
+    assert str(tokenizer_path(name)) == f"{name} tokenizer.json"
+    for path in ("tokenizer.json", "data/tokenizer.model", "data/some/tokenizer"):
+        assert str(tokenizer_path(path)) == path
 
 
 def test_null_tokenizer_has_one_more_id_and_takes_numbers_only(refused):

@@ -279,7 +279,9 @@ def test_the_budget_of_a_run_does_not_depend_on_its_best_validation(at, tmp_path
     path.write_text(BEST_BEFORE_THE_END)
     budgets = curve("all", read_runs(path, Selection(at=at), required=("unique_tokens", "loss")))
     assert budgets.budgets.tolist() == [1000, 1024]
-    assert [len(recipe.losses) for recipes in budgets.recipes for recipe in recipes] == [2, 1]
+    recipes = [recipe for recipes in budgets.recipes for recipe in recipes]
+    assert [len(recipe.losses) for recipe in recipes] == [2, 1]
+    assert recipes[0].epochs == (1 if at == "last" else (0.512 + 1) / 2)  # 960 tokens are all whole samples
 
 
 @pytest.mark.parametrize("text", ["run,U,loss\na,1000,4\na,1000,3", "run,U,D,loss\na,1000,500,4\na,1000,,3"])

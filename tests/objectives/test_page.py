@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from megatron.errors import ConfigurationError
 from tests.conftest import ROOT, environment, records, run_python
 
 PAGE = (ROOT / "docs" / "objectives.md").read_text()
@@ -29,6 +30,20 @@ def test_the_pictures_are_what_the_code_draws():
         sample_index = int(words.pop(words.index("--sample") + 1)) if "--sample" in words else 0
         words = [word for word in words if word != "--sample"]
         assert output == "\n\n".join(map(picture, batches("yes.|now ", sample_index, words))) + "\n", flags
+
+
+def test_flags_act_and_are_refused_as_in_training():
+    sys.path.insert(0, str(ROOT / "tools"))
+    from show_batch import batches
+
+    with pytest.raises(ConfigurationError, match="--target-offset-max 9: leaves samples of --seq-length 8"):
+        batches("yes.|now ", 0, ["--target-offset-max", "9", "--target-positions"])
+    for budget in (["--train-epochs", "2"], ["--train-iters", "9"], ["--lr-warmup-samples", "100"]):
+        assert len(batches("yes.|now ", 0, budget)) == 1
+    alone, together = (
+        batches("yes.|now ", 1, f"--objective mdm --global-batch-size {size}".split()) for size in (1, 4)
+    )
+    assert alone[0].weights.max() != together[0].weights.max()  # samples of a step share the shift of their times
 
 
 def test_the_command_draws_the_same_and_refuses_in_one_line():

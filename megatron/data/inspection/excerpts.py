@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron.config.flags import Section, flag, require
+from megatron.config.resolve import check_order_seed
 from megatron.config.sections import DataConfig, TrainingConfig
 from megatron.config.subsets import TokenCount
 from megatron.config.tokenizer_flags import SENTENCE_PIECE, TOKENIZERS, check_tokenizer
@@ -44,18 +45,25 @@ class SampleFlags(Section):
     """Training samples, as a run with these flags reads them."""
 
     sample: tuple[int, ...] = flag((), "show the training samples of these indices", metavar="I")
-    seq_length: int = flag(DataConfig.seq_length, "--seq-length of the run", within="[2, inf)")
-    seed: int = flag(TrainingConfig.seed, "--seed of the run")
+    seq_length: int = flag(DataConfig.seq_length, "--seq-length of the run", within="[2, inf)", needs="sample")
+    seed: int = flag(TrainingConfig.seed, "--seed of the run", needs="sample")
     epoch_order: str = flag(
-        DataConfig.epoch_order, "--epoch-order of the run", choices=("documents", "windows", "megatron")
+        DataConfig.epoch_order,
+        "--epoch-order of the run",
+        choices=("documents", "windows", "megatron"),
+        needs="sample",
     )
     train_unique_tokens: TokenCount | None = flag(  # noqa: RUF009
-        None, "--train-unique-tokens of the run", metavar="N", within="(0, inf)"
+        None, "--train-unique-tokens of the run", metavar="N", within="(0, inf)", needs="sample"
     )
     train_samples: int | None = flag(
-        None, "number of samples of the run, on which the order megatron depends", metavar="N", within="(0, inf)"
+        None,
+        "number of samples of the run, on which the order megatron depends",
+        metavar="N",
+        within="(0, inf)",
+        needs="sample",
     )
-    split: str | None = flag(None, "--split of the run", metavar="TRAIN,VALID,TEST")
+    split: str | None = flag(None, "--split of the run", metavar="TRAIN,VALID,TEST", needs="sample")
 
     def __post_init__(self):
         super().__post_init__()
@@ -63,6 +71,10 @@ class SampleFlags(Section):
         require(not needed, "epoch_order", self.epoch_order, "depends on the budget; give --train-samples too")
         negative = [index for index in self.sample if index < 0]
         require(not negative, "sample", self.sample, "sample indices start at 0; give none below")
+        budget = self.train_samples
+        message = f"--train-samples {budget} are the samples 0 to {(budget or 0) - 1}; give some of them"
+        require(budget is None or all(index < budget for index in self.sample), "sample", self.sample, message)
+        check_order_seed(self.epoch_order, self.seed)
 
 
 def open_tokenizer(source: Source, flags: TokenizerFlags) -> Tokenizer | None:

@@ -119,6 +119,6 @@ def read_records(sources: Sequence[Source], keys: tuple[str, ...]) -> Iterator[R
         yield from (record for record in chunk.records(keys) if isinstance(record, Record))
 
 
-def too_long(where: str, remedy: str) -> BadRecord:
-    """Return the error of a document that is longer than memory may have room for."""
-    return BadRecord(f"--input {where}: is one document of more than {LONGEST_DOCUMENT} bytes; {remedy}", "too long")
+def too_long(named: str, remedy: str) -> BadRecord:
+    """Return the error of a document that is longer than memory may have room for; it starts with `named`."""
+    return BadRecord(f"{named}: is one document of more than {LONGEST_DOCUMENT} bytes; {remedy}", "too long")

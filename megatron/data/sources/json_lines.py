@@ -11,7 +11,7 @@ from pathlib import Path
 
 import orjson
 
-from megatron.data.compressed import Readable, disk_position
+from megatron.data.compressed import Readable, disk_position, is_damage
 from megatron.data.sources import base
 from megatron.data.sources.base import BadRecord, Record
 from megatron.data.text_files import open_text
@@ -33,7 +33,7 @@ class Lines:
         data = self.data.removeprefix(codecs.BOM_UTF8) if self.first == 1 else self.data
         for number, line in enumerate(data.split(b"\n"), self.first):
             if len(line) > base.LONGEST_DOCUMENT:
-                yield base.too_long(f"{self.path}: line {number}", "fix or remove it")
+                yield base.too_long(f"--input {self.path}: line {number}", "fix or remove it")
             elif line and not line.isspace():
                 try:
                     yield Record(f"{self.path}:{number}", _texts(line, keys, f"--input {self.path}: line {number}"))
@@ -59,7 +59,7 @@ class JsonLines:
                     yield Lines(self._path, first, data, size)
                     first += data.count(b"\n") + 1
                 elif len(rest) > base.LONGEST_DOCUMENT:
-                    where = f"{self._path}: line {first}"
+                    where = f"--input {self._path}: line {first}"
                     yield base.Given((base.too_long(where, "fix or remove it"),), size)
                     rest, first = _after_line(file), first + 1
             if rest:
@@ -72,15 +72,19 @@ class JsonLines:
 
 
 def _blocks(file: Readable) -> Iterator[bytes]:
-    """Yield what is in a file, some CHUNK_BYTES at a time; of a damaged file also what comes before the damage."""
+    """Yield what is in a file, some CHUNK_BYTES at a time; of a damaged file also what comes before the damage.
+
+    An error of the disk ends no block: the same file has the same blocks, which a run that resumes counts.
+    """
     while True:
         parts, size = [], 0
         try:
             while size < base.CHUNK_BYTES and (part := file.read1(base.CHUNK_BYTES - size)):
                 parts.append(part)
                 size += len(part)
-        except Exception:
-            yield b"".join(parts)
+        except Exception as error:
+            if is_damage(error):
+                yield b"".join(parts)
             raise
         if not parts:
             return

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron.data.compressed import Readable, disk_position
+from megatron.data.compressed import Readable, disk_position, is_damage
 from megatron.data.sources import base
 from megatron.data.sources.base import BadRecord, Record
 from megatron.data.text_files import open_text
@@ -25,7 +25,7 @@ class Texts:
         """Yield the documents, decoded; `keys` has one entry."""
         for name, data in self.documents:
             if len(data) > base.LONGEST_DOCUMENT:
-                yield base.too_long(name, TOO_LONG)
+                yield base.too_long(f"--input {name}", TOO_LONG)
                 continue
             try:
                 yield Record(name, (data.decode(),))
@@ -52,13 +52,18 @@ class PlainText:
             if file.peek(3)[:3] == codecs.BOM_UTF8:
                 file.read(3)
             position, size, documents = 0, 0, []
-            for name, data in self._whole(file) if self._separator is None else self._separated(file):
-                documents.append((name, data))
-                size += len(data)
-                if size >= base.CHUNK_BYTES:
-                    taken, position = disk_position(file) - position, disk_position(file)
-                    yield Texts(tuple(documents), taken)
-                    size, documents = 0, []
+            try:
+                for name, data in self._whole(file) if self._separator is None else self._separated(file):
+                    documents.append((name, data))
+                    size += len(data)
+                    if size >= base.CHUNK_BYTES:
+                        taken, position = disk_position(file) - position, disk_position(file)
+                        yield Texts(tuple(documents), taken)
+                        size, documents = 0, []
+            except Exception as error:
+                if is_damage(error):  # what comes before it is read; see `json_lines._blocks`
+                    yield Texts(tuple(documents), disk_position(file) - position)
+                raise
             yield Texts(tuple(documents), disk_position(file) - position)
 
     def _whole(self, file: Readable) -> Iterator[tuple[str, bytes]]:

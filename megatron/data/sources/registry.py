@@ -5,6 +5,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron.config.flags import require
 from megatron.data.compressed import SUFFIXES
 from megatron.data.sources.base import Source
 from megatron.data.sources.json_lines import STANDARD_INPUT, JsonLines
@@ -24,7 +25,8 @@ def list_sources(inputs: Sequence[str], *, txt: bool = False, separator: str | N
 
     With `txt` every file is plain text, whatever its suffix, except tables.
 
-    Raises: ConfigurationError for what names no file, twice the same file, or a file of an unknown kind.
+    Raises: ConfigurationError for what names no file, twice the same file, or a file of an unknown kind, and for a
+    `separator` without plain text.
     """
     sources: list[Source] = []
     seen = set()
@@ -32,13 +34,16 @@ def list_sources(inputs: Sequence[str], *, txt: bool = False, separator: str | N
         if word == STANDARD_INPUT:
             if len(inputs) > 1:
                 raise ConfigurationError("--input -: is standard input, and other inputs are given too; leave one out")
-            return [JsonLines(STANDARD_INPUT, None, None)]
+            sources.append(JsonLines(STANDARD_INPUT, None, None))
+            continue
         # a file of two names is read once
         files = {os.path.realpath(path): path for path in reversed(_files(word, txt))}
         for real in sorted(files.keys() & seen):
             raise ConfigurationError(f"--input {word}: names {files[real]} a second time; leave one out")
         seen |= files.keys()
         sources += [_source(path, txt, separator) for path in reversed(files.values())]
+    has_text = any(isinstance(source, PlainText) for source in sources)
+    require(separator is None or has_text, "txt_separator", separator, "no file of --input is plain text; leave it out")
     return sources
 
 

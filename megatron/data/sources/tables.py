@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow
 from pyarrow import ipc, parquet
 
-from megatron.data.compressed import damaged, unchanged
+from megatron.data.compressed import damaged, is_damage, unchanged, unreadable
 from megatron.data.sources import base
 from megatron.data.sources.base import BadRecord, Record
 from megatron.errors import ConfigurationError
@@ -35,7 +35,7 @@ class Rows:
         for number, texts in enumerate(zip(*columns), self.first):
             where = f"{self.named}: row {number}"
             if any(isinstance(text, str) and _is_too_long(text) for text in texts):
-                yield base.too_long(where.removeprefix("--input "), "remove it")
+                yield base.too_long(where, "remove it")
             elif all(isinstance(text, str) for text in texts):
                 yield Record(where.removeprefix("--input ").replace(": row ", ":"), texts)
             else:
@@ -219,10 +219,10 @@ def _reading(path: str, named: str) -> Iterator[None]:
             yield
     except ConfigurationError:
         raise
-    except FileNotFoundError as error:
-        raise ConfigurationError(f"{named}: cannot be read ({error.strerror}); check the path") from None
     except (pyarrow.ArrowException, OSError) as error:
-        raise damaged(named, str(error).splitlines()[0]) from None
+        if is_damage(error):
+            raise damaged(named, str(error).splitlines()[0]) from None
+        raise unreadable(named, error) from None
 
 
 def _library(named: str) -> ModuleType:
