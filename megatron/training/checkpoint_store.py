@@ -134,12 +134,18 @@ class CheckpointStore:
         self.prune(keep={pointers["latest"], pointers["best"]})
 
     def prune(self, keep: set[int | None]) -> None:
-        """Remove every complete checkpoint except the newest two, the iterations in `keep` and permanent ones."""
+        """Remove every complete checkpoint except the newest two, the iterations in `keep` and permanent ones.
+
+        What cannot be removed now, such as files that another process reads over NFS, is left to the next call.
+        """
         for folder in self.complete()[:-2]:
             if _iteration(folder) not in keep and not _permanent(folder):
                 folder.rename(folder.with_suffix(".removed"))  # atomic, so that a kill leaves no partial checkpoint
         for folder in self.root.glob("iter_*.removed"):
-            shutil.rmtree(folder)
+            try:
+                shutil.rmtree(folder)
+            except OSError as error:
+                logger.warning("%s: could not be removed (%s); the next checkpoint tries again", folder, error.strerror)
 
 
 def _iteration(folder: Path) -> int:

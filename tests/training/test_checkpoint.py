@@ -181,3 +181,21 @@ def test_pruning_removes_the_oldest_by_number(tmp_path):
     write_checkpoints(tmp_path, EIGHT_DIGITS)
     CheckpointStore(tmp_path).prune(keep={9_999_995})
     assert {int(path.name[5:]) for path in tmp_path.iterdir()} == {9_999_995, 10_000_005, 123_456_789}
+
+
+def test_a_checkpoint_that_cannot_be_removed_is_left_to_the_next_time(tmp_path, monkeypatch, caplog):
+    """NFS keeps a folder whose files another process reads."""
+    write_checkpoints(tmp_path, EIGHT_DIGITS)
+    oldest, rmtree = folder_name(EIGHT_DIGITS[0]), shutil.rmtree
+
+    def busy(path):
+        if path.stem == oldest:
+            raise OSError(39, "Directory not empty")
+        rmtree(path)
+
+    monkeypatch.setattr(shutil, "rmtree", busy)
+    CheckpointStore(tmp_path).prune(keep=set())
+    assert f"{oldest}.removed: could not be removed (Directory not empty)" in caplog.text
+    monkeypatch.undo()
+    CheckpointStore(tmp_path).prune(keep=set())
+    assert {path.name for path in tmp_path.iterdir()} == {folder_name(step) for step in EIGHT_DIGITS[-2:]}
