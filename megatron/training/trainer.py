@@ -188,6 +188,8 @@ class Trainer:
         """
         if self.config.checkpoint.save is None:
             return
+        if self.parts.folder:
+            self.parts.folder.sync_records()
         progress = self.progress
         meta = asdict(progress) | {
             "averaged_steps": self.average.steps if self.average else 0,
