@@ -1,7 +1,7 @@
 """Records of finished runs in one file, without their checkpoints: to commit them, or to go on elsewhere.
 
-A line is a run, {"id": ..., "config": ..., "records": [...]}: its config.json without the folder of the sweep, and the
-lines of its metrics.jsonl. A run folder made from it counts as finished, so the sweep does not train it again.
+A line is a run, {"id": ..., "config": ..., "records": [...]}: its config.json, with paths relative to the sweep folder,
+and the lines of its metrics.jsonl. A run folder made from it counts as finished, so the sweep does not train it again.
 """
 
 import json
@@ -10,6 +10,7 @@ import shlex
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -35,6 +36,7 @@ def write_archive(path: Path, folder: Path, points: Sequence[Point]) -> int:
         config = recorded_config(run)
         if config is None or run_state(run).name != "finished":
             continue
+        config = _relative(config, folder)
         config["checkpoint"]["save"] = None
         config["command"] = f"{point.script} {shlex.join(point.arguments)}"
         line = {"id": point.id, "config": config, "records": read_records(run)}
@@ -45,6 +47,17 @@ def write_archive(path: Path, folder: Path, points: Sequence[Point]) -> int:
         path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, "".join(lines))
     return len(lines)
+
+
+def _relative(value: Any, folder: Path) -> Any:
+    """Return a value of config.json whose paths in `folder`, of trunks and teachers, are relative to it."""
+    if isinstance(value, dict):
+        return {name: _relative(item, folder) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_relative(item, folder) for item in value]
+    if isinstance(value, str):
+        return value.removeprefix(f"{folder.resolve()}/").removeprefix(f"{folder}/")
+    return value
 
 
 def restore(path: Path, folder: Path, points: Sequence[Point]) -> tuple[int, int]:

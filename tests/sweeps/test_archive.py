@@ -2,12 +2,13 @@
 
 import json
 from argparse import Namespace
+from pathlib import Path
 
 import pytest
 
 from megatron.errors import ConfigurationError
 from megatron.sweeps import commands
-from megatron.sweeps.archive import restore
+from megatron.sweeps.archive import restore, write_archive
 from megatron.sweeps.points import read_plan
 from megatron.sweeps.results import collect
 from megatron.sweeps.states import run_state
@@ -53,6 +54,33 @@ def test_restored_runs_are_finished_and_collected_as_before(tuned, tmp_path):
     again = tmp_path / "again.jsonl"
     commands.archive(options(path, copy, again))
     assert again.read_bytes() == archive.read_bytes()
+
+
+def test_an_archive_names_trunks_and_teachers_without_the_folder_of_the_sweep(corpus, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = Path("sweep")
+    commands.plan(options(write(tmp_path, toy(corpus), variants=None, parameters={"train-epochs": [4]}), folder))
+    (point,) = read_plan(folder)
+    trunk, teacher = "runs/a/checkpoints/iter_0000012", "runs/b/checkpoints/iter_0000024"
+    config = {
+        "checkpoint": {"save": str(point.folder(folder)), "load": f"{folder}/{trunk}"},
+        "branched_from": f"{folder}/{trunk}",
+        "distillation": {"teacher": [f"{folder}/runs/b"]},
+        "teachers": [{"checkpoint": str((folder / teacher).resolve()), "iteration": 24}],
+    }
+    point.folder(folder).mkdir(parents=True)
+    for name, value in {"config": config, "status": {"state": "finished"}}.items():
+        (point.folder(folder) / f"{name}.json").write_text(json.dumps(value))
+    archive = tmp_path / "records.jsonl"
+    write_archive(archive, folder, [point])
+    line = json.loads(archive.read_text())
+    assert line["config"].pop("command").startswith(point.script)
+    assert line["config"] == {
+        "checkpoint": {"save": None, "load": trunk},
+        "branched_from": trunk,
+        "distillation": {"teacher": ["runs/b"]},
+        "teachers": [{"checkpoint": teacher, "iteration": 24}],
+    }
 
 
 def test_runs_that_exist_and_those_of_other_sweeps_are_left_alone(tuned, tmp_path):
