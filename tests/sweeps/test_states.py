@@ -17,7 +17,12 @@ def test_a_missing_or_damaged_status_is_no_error(content, tmp_path):
 
 @pytest.mark.parametrize(
     "reason, own",
-    [("step 4: loss or gradient norm is not finite", True), ("CUDA out of memory", True), ("disk", False)],
+    [
+        ("step 4: loss or gradient norm is not finite", True),
+        ("rank 1 failed with OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB", True),
+        ("data loader worker (process 7) was killed by SIGKILL: the machine may have run out of memory", False),
+        ("disk", False),
+    ],
 )
 def test_a_run_that_would_fail_again_is_told_from_one_that_may_not(reason, own, tmp_path):
     status = {"state": "failed", "reason": reason, "iteration": 3, "consumed_samples": 24}
