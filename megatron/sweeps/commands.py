@@ -5,6 +5,7 @@ import logging
 import os
 from argparse import Namespace
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -59,6 +60,7 @@ def run(options: Namespace) -> int:
         if outcome.stopped_by or not now_waiting or now_waiting == waiting:
             break
         waiting = now_waiting  # the runs of earlier stages have ended: their best trials are known now
+        settings = replace(settings, retry_failed=False)  # they have been started again
     final = sweep_status(folder, planned.points)
     write_page(final)
     print(table(final) if len(final.runs) <= 40 else final.line())

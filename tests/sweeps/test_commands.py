@@ -8,6 +8,7 @@ import pytest
 from benchmarks.sweeps.run import Options, measure
 from megatron.errors import ConfigurationError
 from megatron.sweeps import commands
+from megatron.sweeps.local_queue import Outcome
 from megatron.sweeps.points import read_plan
 from tests.sweeps.files import held, toy, write
 
@@ -126,6 +127,23 @@ def test_impossible_settings_of_a_queue_are_refused_before_anything_is_written(f
     path = write(tmp_path, toy(corpus))
     assert message in refused(commands.run, path, tmp_path / "queue", **(QUEUE | flag))
     assert not (tmp_path / "queue").exists()
+
+
+def test_failed_runs_are_started_again_once_and_not_for_every_stage(corpus, tmp_path, monkeypatch):
+    settings = []
+
+    class Queue:
+        def __init__(self, folder, points, options):
+            settings.append(options)
+
+        def run(self):
+            return Outcome({}, {})
+
+    monkeypatch.setattr(commands, "LocalQueue", Queue)
+    stages = {"tune": {"tuning": {"trials": 2, "parameters": {"lr": {"min": 1e-3, "max": 1e-2}}}}}
+    path = write(tmp_path, toy(corpus), stages=stages | {"final": {"best_of": "tune"}}, variants=None)
+    assert commands.run(options(path, tmp_path / "queue", **(QUEUE | {"retry_failed": True}))) == 1
+    assert [queue.retry_failed for queue in settings] == [True, False]
 
 
 @pytest.mark.slow
