@@ -4,13 +4,37 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 python=.venv/bin/python # the environment of install.sh, whichever other one is active
 
+# seconds that torchrun gives its ranks to save after a signal, from torch 2.13 on; 30 before
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-120}
+
+# Commands are jobs, since bash handles no signal while a command runs in the foreground. Ctrl-C reaches them directly;
+# what a scheduler sends to the script is forwarded as SIGTERM. They save and exit, and then the script exits.
+jobs=()
+trap 'kill -TERM "${jobs[@]}" 2>/dev/null || exit 143' TERM USR1 USR2
+trap '((${#jobs[@]})) || exit 130' INT
+
 # Print a command, and run it unless DRY_RUN=1. With command_prefix="exec" the command replaces the script, and so gets
 # the signals of a launcher.
 execute() {
     local line
     printf -v line '%q ' "$@"
     echo "$line"
-    [[ "${DRY_RUN:-0}" == 1 ]] || ${command_prefix:-} "$@"
+    if [[ "${DRY_RUN:-0}" == 1 ]]; then return; fi
+    [[ "${command_prefix:-}" != exec ]] || exec "$@"
+    "$@" &
+    jobs+=($!)
+    wait_all
+}
+
+# Wait for all jobs; fails if one failed, or after a signal.
+wait_all() {
+    local job code=0
+    for job in "${jobs[@]}"; do
+        wait "$job" || code=$?
+        while kill -0 "$job" 2>/dev/null; do wait "$job" || code=$?; done # a signal interrupted the wait
+    done
+    jobs=()
+    return "$code"
 }
 
 # published COMMAND...: facts of the published experiments, by examples_scaling/lib/published.py.
@@ -105,25 +129,12 @@ score() {
     execute "${launch[@]}" -m megatron.scoring.lm_eval_cli --pretrained "$@"
 }
 
-# in_background NAME COMMAND...: run in the background with [NAME] before each line of its log.
-# wait_all: wait for all background jobs; fails if one failed.
-# Ctrl-C reaches the jobs directly; SIGTERM is forwarded, so they save and exit.
-background_jobs=()
-trap 'kill -TERM "${background_jobs[@]}" 2>/dev/null || true' TERM
+# in_background NAME COMMAND...: run a job, until `wait_all`, with [NAME] before each line of its log.
 in_background() {
     if [[ "${DRY_RUN:-0}" == 1 ]]; then
         "${@:2}"
         return
     fi
     command_prefix="exec" "${@:2}" 2> >(sed -u "s/^/[$1] /" >&2) &
-    background_jobs+=($!)
-}
-wait_all() {
-    local job code=0
-    for job in "${background_jobs[@]}"; do
-        wait "$job" || code=$?
-        while kill -0 "$job" 2>/dev/null; do wait "$job" || code=$?; done # a signal interrupted the wait
-    done
-    background_jobs=()
-    return "$code"
+    jobs+=($!)
 }
