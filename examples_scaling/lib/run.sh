@@ -61,10 +61,15 @@ require_files() {
     done
 }
 
-# Print the default world size: the largest power of two (batch sizes are) up to the number of CUDA devices, at least 1.
+# Print the default world size: the largest power of two (batch sizes are) up to the number of CUDA devices that are
+# visible, at least 1.
 default_world_size() {
-    local devices size=1
-    devices=$(nvidia-smi -L 2>/dev/null | grep -c ^GPU || true)
+    local devices visible size=1
+    devices=$(nvidia-smi -L 2>/dev/null | grep -c ^GPU || true) # of the machine
+    if [[ -v CUDA_VISIBLE_DEVICES ]]; then
+        IFS=, read -ra visible <<<"$CUDA_VISIBLE_DEVICES"
+        ((${#visible[@]} >= devices)) || devices=${#visible[@]}
+    fi
     while ((2 * size <= devices)); do ((size *= 2)); done
     echo "$size"
 }
