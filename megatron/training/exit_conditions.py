@@ -11,9 +11,9 @@ from megatron.parallel.mesh import ParallelContext
 class ExitConditions:
     """Checks once per step whether to exit early; all ranks get the same answer."""
 
-    def __init__(self, config: TrainingConfig):
-        self.config = config
-        self.start_time = time.monotonic()
+    def __init__(self, config: TrainingConfig, started: float):
+        """Check the conditions of `config`; its time limit counts from `started`, in seconds of `time.monotonic`."""
+        self.config, self.started = config, started
 
     def reason(self, iteration: int, ranks: ParallelContext) -> str | None:
         """Return why to exit after this step, or None. A collective call."""
@@ -21,7 +21,7 @@ class ExitConditions:
 
     def _local_reason(self, iteration: int) -> str | None:
         config = self.config
-        minutes = (time.monotonic() - self.start_time) / 60
+        minutes = (time.monotonic() - self.started) / 60
         if reason := signal_reason():
             return reason
         if config.exit_duration_in_mins is not None and minutes > config.exit_duration_in_mins:

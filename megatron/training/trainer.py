@@ -47,9 +47,12 @@ class Trainer:
         self.rate = self.decay = 0.0  # learning rate and weight decay of the last step
         self.validated = parts.validated  # selects the best checkpoint
 
-    def train(self) -> str:
-        """Train until the budget is used up or an exit condition holds; return "finished" or the reason."""
-        exit_conditions, reason = ExitConditions(self.config.training), ""
+    def train(self, started: float) -> str:
+        """Train until the budget is used up or an exit condition holds; return "finished" or the reason.
+
+        The time limit counts from `started`, in seconds of `time.monotonic`.
+        """
+        exit_conditions, reason = ExitConditions(self.config.training, started), ""
         progress, data = self.progress, self.parts.data
         self.recorder.status("running", "")
         if self.saved_at and self.parts.folder:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.conftest import run
+from tests.conftest import run, run_python
 
 
 @pytest.mark.parametrize(
@@ -23,6 +23,24 @@ def test_reasons_to_leave(flags, reason, step, tiny, tmp_path):
     assert status["state"] == "stopped" and status["reason"].startswith(reason) and status["iteration"] == step
     latest = json.loads((tmp_path / "run" / "checkpoints" / "latest.json").read_text())
     assert latest["iteration"] == step
+
+
+def test_the_time_limit_counts_from_the_start_of_the_command(tiny, tmp_path):
+    """Not from the first step: checking and loading a checkpoint, or a wait for the lock, may take most of it."""
+    planted = """
+import sys, time
+from megatron.training import launcher, resume
+
+def slow(*arguments, **options):
+    time.sleep(3)
+    return find(*arguments, **options)
+
+find, resume.find_origin = resume.find_origin, slow
+launcher.main("ar", sys.argv[1:])
+"""
+    flags = [*tiny, "--exit-duration-in-mins", "0.05", "--save", tmp_path / "run"]
+    assert run_python("-c", planted, *flags).returncode == 0
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["iteration"] == 1
 
 
 def test_two_processes_leave_together_when_one_is_asked(tiny, tmp_path):
