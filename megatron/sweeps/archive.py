@@ -18,7 +18,7 @@ from megatron.config.sections import Config, DataConfig
 from megatron.errors import ConfigurationError
 from megatron.sweeps.points import Point, replace_file, unique_runs
 from megatron.sweeps.run_costs import exist
-from megatron.sweeps.states import run_state
+from megatron.sweeps.states import lock_holder, run_state
 from megatron.training.datasets import open_sources
 from megatron.training.run_folder import read_records, recorded_config, writing
 
@@ -61,17 +61,18 @@ def _relative(value: Any, folder: Path) -> Any:
 
 
 def restore(path: Path, folder: Path, points: Sequence[Point]) -> tuple[int, int]:
-    """Make a run folder of each archived run of `points` that has none.
+    """Make a run folder of each archived run of `points` that has none; a run that starts now has locked its folder.
 
     Returns the number of runs made, and that of runs left out, whose corpus differs from the one on this machine.
 
     Raises: ConfigurationError where the file is missing or damaged; nothing is made then.
     """
-    wanted = {point.id: point for point in points if not (point.folder(folder) / "config.json").exists()}
+    runs = {point.id: point.folder(folder) for point in points}
+    wanted = {id: run for id, run in runs.items() if not (run / "config.json").exists() and not lock_holder(run)}
     lines = [line for line in _read(path) if line["id"] in wanted]
     same = _of_this_corpus(lines)
     for line in same:
-        _make_run(wanted[line["id"]].folder(folder), line)
+        _make_run(wanted[line["id"]], line)
     return len(same), len(lines) - len(same)
 
 

@@ -12,7 +12,7 @@ from megatron.sweeps.archive import restore, write_archive
 from megatron.sweeps.points import read_plan
 from megatron.sweeps.results import collect
 from megatron.sweeps.states import run_state
-from tests.sweeps.files import forked_runs, toy, write
+from tests.sweeps.files import forked_runs, held, toy, write
 
 TUNING = {"trials": 2, "parameters": {"lr": {"distribution": "log_uniform_values", "min": 1e-3, "max": 1e-2}}}
 
@@ -93,6 +93,19 @@ def test_runs_that_exist_and_those_of_other_sweeps_are_left_alone(tuned, tmp_pat
     assert [(point.folder(folder) / "config.json").read_bytes() for point in points] == before
     assert restore(archive, tmp_path / "new", points[:1]) == (1, 0)
     assert [run.name for run in (tmp_path / "new" / "runs").iterdir()] == [points[0].id]
+
+
+def test_the_folder_of_a_run_that_starts_is_left_alone(corpus, tmp_path):
+    """It holds the lock, and has no config.json yet."""
+    folder = tmp_path / "sweep"
+    commands.plan(options(write(tmp_path, toy(corpus)), folder))
+    point = read_plan(folder)[0]
+    archive = tmp_path / "records.jsonl"
+    archive.write_text(json.dumps({"id": point.id, "config": CONFIG, "records": [RECORD]}) + "\n")
+    point.folder(folder).mkdir(parents=True)
+    with held(point.folder(folder) / "lock"):
+        assert restore(archive, folder, [point]) == (0, 0)
+    assert (point.folder(folder) / "lock").exists()
 
 
 def test_runs_of_another_corpus_are_left_out(tuned, tmp_path, capsys):
