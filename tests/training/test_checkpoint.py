@@ -127,6 +127,17 @@ def test_an_older_checkpoint_is_branched_from_and_evaluated_by_its_folder(tiny, 
     ]
 
 
+def test_a_branch_resumes_when_the_checkpoint_that_it_started_from_was_pruned(tiny, kept_run, tmp_path):
+    origin = tmp_path / "origin"
+    shutil.copytree(kept_run, origin)
+    shape = "--lr-decay-style WSD --lr-wsd-decay-samples 16 --min-lr 0".split()
+    folder, flags = origin / "checkpoints" / "iter_0000008", [*tiny, *EPOCHS, *shape, "--save", tmp_path / "branch"]
+    run("ar", *flags, "--load", folder, "--exit-interval", "10")
+    shutil.rmtree(folder)
+    assert "iter_0000010 at step 10" in run("ar", *flags, "--load", folder).stderr
+    assert records(tmp_path / "branch", "train")[-1]["iteration"] == 12
+
+
 @pytest.mark.parametrize(
     "changed, message",
     [(["--train-samples", "40"], "has trained on 93 samples, and the branch has a total budget of 40"),
