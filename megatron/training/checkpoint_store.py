@@ -116,7 +116,8 @@ class CheckpointStore:
     def update_pointers(self, losses: dict[int, float], validation_set: str | None) -> None:
         """Point latest.json at the newest checkpoint and best.json at the best one left; prune other checkpoints.
 
-        `losses` on `validation_set` by iteration select the best one.
+        `losses` on `validation_set` by iteration select the best one. Without any, as after a resume with other sets,
+        the best one stays.
 
         Raises: LockError if another process writes this run.
         """
@@ -131,7 +132,8 @@ class CheckpointStore:
                 pointer |= {"consumed_samples": meta["consumed_samples"], "loss": losses.get(iteration)}
                 pointer |= {"set": validation_set if iteration in losses else None}
                 write_json(self.root / f"{name}.json", pointer)
-        self.prune(keep={pointers["latest"], pointers["best"]})
+        best = self.best()
+        self.prune(keep={pointers["latest"], best and _iteration(best)})
 
     def prune(self, keep: set[int | None]) -> None:
         """Remove every complete checkpoint except the newest two, the iterations in `keep` and permanent ones.

@@ -175,7 +175,8 @@ def write_checkpoints(root, steps):
     for step in random.Random(0).sample(steps, len(steps)):
         folder = root / folder_name(step)
         folder.mkdir()
-        (folder / "meta.json").write_text(json.dumps({"iteration": step, "files": {}, "permanent": False}))
+        meta = {"iteration": step, "consumed_samples": 8 * step, "files": {}, "permanent": False}
+        (folder / "meta.json").write_text(json.dumps(meta))
 
 
 @pytest.mark.parametrize("count", range(2, len(EIGHT_DIGITS) + 1))
@@ -192,6 +193,17 @@ def test_pruning_removes_the_oldest_by_number(tmp_path):
     write_checkpoints(tmp_path, EIGHT_DIGITS)
     CheckpointStore(tmp_path).prune(keep={9_999_995})
     assert {int(path.name[5:]) for path in tmp_path.iterdir()} == {9_999_995, 10_000_005, 123_456_789}
+
+
+def test_the_best_checkpoint_stays_until_another_set_has_a_loss(tmp_path):
+    """A run may resume with other validation sets, or with none."""
+    write_checkpoints(tmp_path, range(1, 6))
+    store = CheckpointStore(tmp_path)
+    store.update_pointers({1: 2.0, 4: 3.0}, "tuning")
+    for losses, validation_set, best in (({}, None, 1), ({}, "validation", 1), ({5: 4.0}, "validation", 5)):
+        store.update_pointers(losses, validation_set)
+        assert store.best() == tmp_path / folder_name(best) and store.best().exists()
+    assert store.complete() == [tmp_path / folder_name(step) for step in (4, 5)]
 
 
 def test_a_checkpoint_that_cannot_be_removed_is_left_to_the_next_time(tmp_path, monkeypatch, caplog):
