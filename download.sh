@@ -130,7 +130,7 @@ while read -r name address bytes sha256 list; do
     fi
     mkdir -p "$directory"
     obtain "$file" "$address" "$bytes" "$sha256" || { failures+=("$file: $why"); continue; }
-    [[ -z "$list" ]] || echo "\"1.0 ${file%.bin}\"" >"$directory/$list"
+    [[ -z "$list" ]] || echo "1.0 ${file%.bin}" >"$directory/$list" # the quoted form allows no spaces in it
 done <<<"$rows"
 ((${#failures[@]})) || exit 0
 printf 'error: %s\n' "${failures[@]}" >&2

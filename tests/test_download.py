@@ -20,6 +20,7 @@ import pytest
 
 from megatron.config.subsets import UNIQUE_TOKENS
 from megatron.data.indexed import IndexedDataset, IndexedDatasetWriter
+from megatron.data.paths import read_path_file
 from megatron.data.tokenizer import END, GPT2BPETokenizer, train_tokenizer
 from tests.conftest import ROOT
 
@@ -136,8 +137,8 @@ def test_downloaded_files_are_readable_data_and_tokenizer(clone, published):
     train, valid = (IndexedDataset(clone / "data" / name, 270) for name in (TRAIN, VALID))
     assert [list(train[index]) for index in range(len(train))] == [list(document) for document in DOCUMENTS]
     assert valid.total_tokens == 10_005
-    assert (clone / "data" / "train_c4_100m.txt").read_text() == f'"1.0 data/{TRAIN}"\n'
-    assert (clone / "data" / "val_c4.txt").read_text() == f'"1.0 data/{VALID}"\n'
+    assert (clone / "data" / "train_c4_100m.txt").read_text() == f"1.0 data/{TRAIN}\n"
+    assert (clone / "data" / "val_c4.txt").read_text() == f"1.0 data/{VALID}\n"
 
 
 def test_nothing_is_fetched_twice(clone, server):
@@ -152,7 +153,8 @@ def test_nothing_is_fetched_twice(clone, server):
 def test_another_folder(clone, published):
     assert download(clone, "--dir", str(clone / "else where")).returncode == 0
     assert not (clone / "data").exists() and (clone / "else where" / VOCAB).read_bytes() == published[VOCAB]
-    assert (clone / "else where" / "val_c4.txt").read_text() == f'"1.0 {clone}/else where/{VALID}"\n'
+    words = read_path_file(clone / "else where" / "val_c4.txt", "--valid-data-path-file")
+    assert words == ["1.0", f"{clone}/else where/{VALID}"]
 
 
 RANGES = pytest.mark.parametrize(

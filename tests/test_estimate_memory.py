@@ -41,6 +41,11 @@ def test_json_is_in_bytes_and_says_whether_it_fits(output_of):
     assert not small["fits"] and small["total"] == report["total"]
 
 
+def test_no_bf16_is_fp32(output_of):
+    bf16, fp32, no_bf16 = (output_of(f"--model-size 140M {flag}") for flag in ("--bf16", "--fp32", "--no-bf16"))
+    assert no_bf16 == fp32 != bf16
+
+
 def test_a_layout_that_does_not_fit_says_so(output_of):
     assert "GiB: does not fit 80 GB, which are 74.51 GiB" in output_of("--model-size 16183M")
     assert "of the host" in output_of("--model-size 16183M --cpu-offload")

@@ -68,6 +68,17 @@ echo the report would follow"""
     assert result.returncode == 3 and "report" not in result.stdout
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_command_gets_the_signal_of_its_script_and_the_script_ends_after_it(number):
+    script = f"""source {ROOT}/examples_scaling/lib/run.sh
+execute bash -c 'trap "sleep 0.3; echo saved; exit 0" TERM; echo started; for _ in {{1..99}}; do sleep 0.05; done'
+echo the next command would follow"""
+    with subprocess.Popen(["bash", "-c", script], stdout=subprocess.PIPE, text=True) as process:
+        assert [process.stdout.readline().split()[0], process.stdout.readline()] == ["bash", "started\n"]
+        process.send_signal(number)
+        assert process.stdout.read() == "saved\n" and process.wait() > 128
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_makes_all_runs_save_and_exit(number, data, tmp_path):

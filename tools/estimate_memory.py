@@ -38,6 +38,7 @@ from megatron.errors import ConfigurationError
 from megatron.objectives.registry import capabilities
 from megatron.parallel.memory_estimate import Memory, peak_memory
 from megatron.training.command_line import parse_with
+from megatron.training.environment import stated_precision
 from megatron.training.load_run import teacher_models
 
 GIB = 2**30
@@ -81,7 +82,7 @@ def estimate(options: Options, config: Config) -> Memory:
     check_layout(config, options.processes)
     declared = capabilities(config.objective.objective)
     check_batch(config, options.processes, declared)
-    precision = "fp32" if config.training.fp32 else "bf16"
+    precision = stated_precision(config) or "bf16"
     vocabulary = Vocabulary(options.vocabulary_size)
     settings = {"world_size": options.processes, "precision": precision, "teachers": teacher_models(config)}
     return peak_memory(config, vocabulary, declared, **settings)

@@ -4,13 +4,37 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 python=.venv/bin/python # the environment of install.sh, whichever other one is active
 
+# seconds that torchrun gives its ranks to save after a signal, from torch 2.13 on; 30 before
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-120}
+
+# Commands are jobs, since bash handles no signal while a command runs in the foreground. Ctrl-C reaches them directly;
+# what a scheduler sends to the script is forwarded as SIGTERM. They save and exit, and then the script exits.
+jobs=()
+trap 'kill -TERM "${jobs[@]}" 2>/dev/null || exit 143' TERM USR1 USR2
+trap '((${#jobs[@]})) || exit 130' INT
+
 # Print a command, and run it unless DRY_RUN=1. With command_prefix="exec" the command replaces the script, and so gets
 # the signals of a launcher.
 execute() {
     local line
     printf -v line '%q ' "$@"
     echo "$line"
-    [[ "${DRY_RUN:-0}" == 1 ]] || ${command_prefix:-} "$@"
+    if [[ "${DRY_RUN:-0}" == 1 ]]; then return; fi
+    [[ "${command_prefix:-}" != exec ]] || exec "$@"
+    "$@" &
+    jobs+=($!)
+    wait_all
+}
+
+# Wait for all jobs; fails if one failed, or after a signal.
+wait_all() {
+    local job code=0
+    for job in "${jobs[@]}"; do
+        wait "$job" || code=$?
+        while kill -0 "$job" 2>/dev/null; do wait "$job" || code=$?; done # a signal interrupted the wait
+    done
+    jobs=()
+    return "$code"
 }
 
 # published COMMAND...: facts of the published experiments, by examples_scaling/lib/published.py.
@@ -37,10 +61,15 @@ require_files() {
     done
 }
 
-# Print the default world size: the largest power of two (batch sizes are) up to the number of CUDA devices, at least 1.
+# Print the default world size: the largest power of two (batch sizes are) up to the number of CUDA devices that are
+# visible, at least 1.
 default_world_size() {
-    local devices size=1
-    devices=$(nvidia-smi -L 2>/dev/null | grep -c ^GPU || true)
+    local devices visible size=1
+    devices=$(nvidia-smi -L 2>/dev/null | grep -c ^GPU || true) # of the machine
+    if [[ -v CUDA_VISIBLE_DEVICES ]]; then
+        IFS=, read -ra visible <<<"$CUDA_VISIBLE_DEVICES"
+        ((${#visible[@]} >= devices)) || devices=${#visible[@]}
+    fi
     while ((2 * size <= devices)); do ((size *= 2)); done
     echo "$size"
 }
@@ -105,25 +134,12 @@ score() {
     execute "${launch[@]}" -m megatron.scoring.lm_eval_cli --pretrained "$@"
 }
 
-# in_background NAME COMMAND...: run in the background with [NAME] before each line of its log.
-# wait_all: wait for all background jobs; fails if one failed.
-# Ctrl-C reaches the jobs directly; SIGTERM is forwarded, so they save and exit.
-background_jobs=()
-trap 'kill -TERM "${background_jobs[@]}" 2>/dev/null || true' TERM
+# in_background NAME COMMAND...: run a job, until `wait_all`, with [NAME] before each line of its log.
 in_background() {
     if [[ "${DRY_RUN:-0}" == 1 ]]; then
         "${@:2}"
         return
     fi
     command_prefix="exec" "${@:2}" 2> >(sed -u "s/^/[$1] /" >&2) &
-    background_jobs+=($!)
-}
-wait_all() {
-    local job code=0
-    for job in "${background_jobs[@]}"; do
-        wait "$job" || code=$?
-        while kill -0 "$job" 2>/dev/null; do wait "$job" || code=$?; done # a signal interrupted the wait
-    done
-    background_jobs=()
-    return "$code"
+    jobs+=($!)
 }

@@ -1,7 +1,7 @@
 """Records of finished runs in one file, without their checkpoints: to commit them, or to go on elsewhere.
 
-A line is a run, {"id": ..., "config": ..., "records": [...]}: its config.json without the folder of the sweep, and the
-lines of its metrics.jsonl. A run folder made from it counts as finished, so the sweep does not train it again.
+A line is a run, {"id": ..., "config": ..., "records": [...]}: its config.json, with paths relative to the sweep folder,
+and the lines of its metrics.jsonl. A run folder made from it counts as finished, so the sweep does not train it again.
 """
 
 import json
@@ -10,6 +10,7 @@ import shlex
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -17,7 +18,7 @@ from megatron.config.sections import Config, DataConfig
 from megatron.errors import ConfigurationError
 from megatron.sweeps.points import Point, replace_file, unique_runs
 from megatron.sweeps.run_costs import exist
-from megatron.sweeps.states import run_state
+from megatron.sweeps.states import lock_holder, run_state
 from megatron.training.datasets import open_sources
 from megatron.training.run_folder import read_records, recorded_config, writing
 
@@ -35,6 +36,7 @@ def write_archive(path: Path, folder: Path, points: Sequence[Point]) -> int:
         config = recorded_config(run)
         if config is None or run_state(run).name != "finished":
             continue
+        config = _relative(config, folder)
         config["checkpoint"]["save"] = None
         config["command"] = f"{point.script} {shlex.join(point.arguments)}"
         line = {"id": point.id, "config": config, "records": read_records(run)}
@@ -47,18 +49,30 @@ def write_archive(path: Path, folder: Path, points: Sequence[Point]) -> int:
     return len(lines)
 
 
+def _relative(value: Any, folder: Path) -> Any:
+    """Return a value of config.json whose paths in `folder`, of trunks and teachers, are relative to it."""
+    if isinstance(value, dict):
+        return {name: _relative(item, folder) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_relative(item, folder) for item in value]
+    if isinstance(value, str):
+        return value.removeprefix(f"{folder.resolve()}/").removeprefix(f"{folder}/")
+    return value
+
+
 def restore(path: Path, folder: Path, points: Sequence[Point]) -> tuple[int, int]:
-    """Make a run folder of each archived run of `points` that has none.
+    """Make a run folder of each archived run of `points` that has none; a run that starts now has locked its folder.
 
     Returns the number of runs made, and that of runs left out, whose corpus differs from the one on this machine.
 
     Raises: ConfigurationError where the file is missing or damaged; nothing is made then.
     """
-    wanted = {point.id: point for point in points if not (point.folder(folder) / "config.json").exists()}
+    runs = {point.id: point.folder(folder) for point in points}
+    wanted = {id: run for id, run in runs.items() if not (run / "config.json").exists() and not lock_holder(run)}
     lines = [line for line in _read(path) if line["id"] in wanted]
     same = _of_this_corpus(lines)
     for line in same:
-        _make_run(wanted[line["id"]].folder(folder), line)
+        _make_run(wanted[line["id"]], line)
     return len(same), len(lines) - len(same)
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from megatron import parent_process
 from megatron.errors import ConfigurationError
 from megatron.parallel.failure_detector import listen
+from megatron.sweeps.branches import needs_trunk
 from megatron.sweeps.launch import LOCKED, training_command
 from megatron.sweeps.points import Point
 from megatron.sweeps.slurm import queued_runs
@@ -133,8 +134,7 @@ def run_task(folder: Path, points: Sequence[Point], point_id: str, options: Task
         return 1
     task = ArrayTask()
     log = TaskLog(folder, point.id, task=task.name, restarts=task.restarts)
-    checkpoint = point.trunk_checkpoint(folder)
-    if checkpoint is not None and not checkpoint.is_dir() and _may_be_queued(point.trunk, folder):
+    if needs_trunk(point, folder) and _may_be_queued(point.trunk, folder):
         logger.info("%s: its trunk %s has no checkpoint yet; requeued until then", point.label, point.trunk)
         return task.requeue(LOCKED)
     starts = log.start()

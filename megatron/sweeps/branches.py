@@ -48,7 +48,7 @@ class Resolved:
 class History:
     """Where a run started, and the steps at which it has checkpoints that stay, or can still save some."""
 
-    has_started: bool = False  # it has checkpoints, or is running
+    has_started: bool = False  # it has checkpoints, is running, or has finished (without any: restored records)
     trunk: str | None = None
     trunk_iteration: int = 0  # of the checkpoint of `trunk` that it started from
     permanent: frozenset[int] = frozenset()  # checkpoints on disk, and those that a running process will save
@@ -113,7 +113,8 @@ class _Family:
             requested[longest.point.id].add(_last_constant_step(longest))
         changes = {}
         for item in self.members:
-            history, steps = self.histories[item.point.id], sorted(requested[item.point.id])
+            history = self.histories[item.point.id]
+            steps = sorted(requested[item.point.id].union(item.config.checkpoint.keep_iterations))
             changes[item.point.id] = {
                 "trunk": history.trunk,
                 "trunk_iteration": history.trunk_iteration,
@@ -158,7 +159,7 @@ def _history(run: Path) -> History:
     """Return the history of a run folder."""
     state = run_state(run)
     checkpoints = CheckpointStore.of_run(run).complete()
-    if state.name != "running" and not checkpoints:
+    if state.name not in ("running", "finished") and not checkpoints:
         return History()
     recorded: dict = {}
     with suppress(ConfigurationError):  # a run that starts at this moment has none yet

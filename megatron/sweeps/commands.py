@@ -14,7 +14,7 @@ from megatron.sweeps import archive as archives
 from megatron.sweeps import array_task, results, slurm
 from megatron.sweeps import compare as differences
 from megatron.sweeps.branches import needs_trunk
-from megatron.sweeps.local_queue import LocalQueue, QueueOptions
+from megatron.sweeps.local_queue import LocalQueue, Outcome, QueueOptions
 from megatron.sweeps.plan import Planned, plan_sweep
 from megatron.sweeps.points import CHOICES, PLAN, SWEEP_COPY, Point, read_plan, replace_file, unique_runs, write_plan
 from megatron.sweeps.states import run_state
@@ -52,10 +52,11 @@ def run(options: Namespace) -> int:
         hang_minutes=options.hang_minutes,
     )
     waiting: dict[str, str] | None = None
+    outcome = Outcome({}, {})
     while True:
         folder, planned = _planned(options)
         points, now_waiting = _of_stages(planned, options.stages)
-        outcome = LocalQueue(folder, points, settings).run()
+        outcome = LocalQueue(folder, points, settings, outcome).run()
         if outcome.stopped_by or not now_waiting or now_waiting == waiting:
             break
         waiting = now_waiting  # the runs of earlier stages have ended: their best trials are known now

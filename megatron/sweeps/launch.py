@@ -47,7 +47,9 @@ def local_command(point: Point, sweep: Path) -> list[str]:
 
 def local_environment(devices: Sequence[str], slots: int) -> dict[str, str]:
     """Return the environment of a run on these CUDA devices, none for the CPU, where `slots` runs share the cores."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    # without an empty entry, which is the working directory
+    paths = filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // slots)))
     environment.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SAVE_SECONDS))
     environment["CUDA_VISIBLE_DEVICES"] = ",".join(devices)

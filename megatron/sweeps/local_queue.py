@@ -80,8 +80,8 @@ class Outcome:
 class LocalQueue:
     """The queue of one sweep folder."""
 
-    def __init__(self, folder: Path, points: Sequence[Point], options: QueueOptions):
-        """Check the points; nothing is started yet.
+    def __init__(self, folder: Path, points: Sequence[Point], options: QueueOptions, before: Outcome = Outcome({}, {})):
+        """Check the points; nothing is started yet. Runs that failed or were stopped `before` are not started again.
 
         Raises: ConfigurationError if a run needs more than this machine has.
         """
@@ -103,10 +103,10 @@ class LocalQueue:
                     f"{len(options.devices)}; lower `world_size` under `resources`, or submit the sweep"
                 )
         self.total_flops = sum(point.own_flops for point in runs)
-        self.waiting = [_Job(point) for point in sorted(runs, key=lambda point: -point.own_flops / point.world_size)]
+        self.failures, self.stopped = dict(before.failures), dict(before.stopped)
+        rest = [point for point in runs if point.id not in self.failures | self.stopped]
+        self.waiting = [_Job(point) for point in sorted(rest, key=lambda point: -point.own_flops / point.world_size)]
         self.running: list[_Job] = []
-        self.failures: dict[str, str] = {}
-        self.stopped: dict[str, str] = {}
         self.finished: set[str] = set()
         self.free = list(range(options.slots))
         self.signal = 0
@@ -219,7 +219,8 @@ class LocalQueue:
     def _is_hanging(self, job: _Job) -> bool:
         state = run_state(job.point.folder(self.folder))
         log = self.folder / "logs" / f"{job.point.id}.log"
-        silent = time.time() - max(job.started, log.stat().st_mtime)
+        last_output = log.stat().st_mtime if log.exists() else 0.0  # a person may remove logs
+        silent = time.time() - max(job.started, last_output)
         return min(silent, state.silent_seconds if state.holder else silent) > 60 * self.options.hang_minutes
 
     def _ended(self, job: _Job, code: int) -> None:
@@ -250,7 +251,8 @@ class LocalQueue:
 
     def _reason(self, job: _Job, state: State, code: int) -> str:
         """Return why a run failed: the last error in its log of this start, else its status, else the exit code."""
-        with open(self.folder / "logs" / f"{job.point.id}.log", "rb") as log:
+        lines: list[str] = []
+        with suppress(OSError), open(self.folder / "logs" / f"{job.point.id}.log", "rb") as log:
             log.seek(job.log_offset)
             lines = log.read().decode(errors="replace").splitlines()
         errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]

@@ -50,7 +50,7 @@ class Point:
     trunk: str | None = None  # id of the run whose checkpoint this one continues from
     trunk_iteration: int = 0
     trunk_samples: int = 0  # consumed there
-    keep_iterations: list[int] = field(default_factory=list)  # checkpoints that other runs continue from
+    keep_iterations: list[int] = field(default_factory=list)  # of its flags, and those that others branch from
     teachers: list[str] = field(default_factory=list)  # ids of runs of an earlier stage
 
     @property

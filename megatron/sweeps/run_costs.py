@@ -12,6 +12,7 @@ from megatron.objectives.registry import capabilities
 from megatron.parallel.memory_estimate import peak_memory
 from megatron.sweeps.sweep_file import Sweep
 from megatron.training.datasets import open_sources
+from megatron.training.environment import stated_precision
 from megatron.training.load_run import teacher_models
 
 STATE_BYTES = 12  # a parameter in a checkpoint: its fp32 weight and two moments
@@ -65,7 +66,7 @@ class RunCosts:
         teachers = teacher_models(config)
         key = (*settings, config.objective.objective, vocabulary, world_size, teachers)
         if key not in self._peaks:
-            precision = "fp32" if config.training.fp32 else "bf16"
+            precision = stated_precision(config) or "bf16"
             declared = capabilities(config.objective.objective)
             options = {"world_size": world_size, "precision": precision, "teachers": teachers}
             peak = peak_memory(config, vocabulary, declared, **options)

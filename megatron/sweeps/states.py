@@ -13,8 +13,9 @@ from megatron.training.run_folder import parse_record, read_json
 
 LAST_BYTES = 1 << 14
 LAYOUT = "hhqqi4x"  # struct flock on 64-bit Linux: type, whence, start, length, process id
-# ends of a run that another start of the same command would only repeat
-OWN_FAULTS = ("is not finite", "out of memory")
+# ends of a run that another start of the same command would only repeat; a killed data loader worker is none: "the
+# machine may have run out of memory", which other jobs use too
+OWN_FAULTS = ("is not finite", "CUDA out of memory")
 
 
 @dataclass(frozen=True)

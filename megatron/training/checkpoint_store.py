@@ -116,7 +116,8 @@ class CheckpointStore:
     def update_pointers(self, losses: dict[int, float], validation_set: str | None) -> None:
         """Point latest.json at the newest checkpoint and best.json at the best one left; prune other checkpoints.
 
-        `losses` on `validation_set` by iteration select the best one.
+        `losses` on `validation_set` by iteration select the best one. Without any, as after a resume with other sets,
+        the best one stays.
 
         Raises: LockError if another process writes this run.
         """
@@ -131,15 +132,22 @@ class CheckpointStore:
                 pointer |= {"consumed_samples": meta["consumed_samples"], "loss": losses.get(iteration)}
                 pointer |= {"set": validation_set if iteration in losses else None}
                 write_json(self.root / f"{name}.json", pointer)
-        self.prune(keep={pointers["latest"], pointers["best"]})
+        best = self.best()
+        self.prune(keep={pointers["latest"], best and _iteration(best)})
 
     def prune(self, keep: set[int | None]) -> None:
-        """Remove every complete checkpoint except the newest two, the iterations in `keep` and permanent ones."""
+        """Remove every complete checkpoint except the newest two, the iterations in `keep` and permanent ones.
+
+        What cannot be removed now, such as files that another process reads over NFS, is left to the next call.
+        """
         for folder in self.complete()[:-2]:
             if _iteration(folder) not in keep and not _permanent(folder):
                 folder.rename(folder.with_suffix(".removed"))  # atomic, so that a kill leaves no partial checkpoint
         for folder in self.root.glob("iter_*.removed"):
-            shutil.rmtree(folder)
+            try:
+                shutil.rmtree(folder)
+            except OSError as error:
+                logger.warning("%s: could not be removed (%s); the next checkpoint tries again", folder, error.strerror)
 
 
 def _iteration(folder: Path) -> int:

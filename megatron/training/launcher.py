@@ -43,12 +43,15 @@ def main(objective: str, arguments: list[str] | None = None, evaluate: Evaluate 
     Exit codes: 0 finished, --exit-code-when-stopped stopped on request, 2 user error, 75 another process writes the
     run, 1 anything else.
     """
+    started = time.monotonic()
     arguments = sys.argv[1:] if arguments is None else arguments
     command = shlex.join([sys.argv[0], *arguments])
+
+    def work(config: Config, detector: FailureDetector | None) -> int:
+        return run(config, command, detector, evaluate, started=started)
+
     try:
-        launch(
-            lambda: parse_run(objective, arguments), lambda config, detector: run(config, command, detector, evaluate)
-        )
+        launch(lambda: parse_run(objective, arguments), work)
     finally:
         stop_signals.ignore()
 
@@ -120,8 +123,8 @@ def report_error(
     return code
 
 
-def run(config: Config, command: str, detector: FailureDetector | None, evaluate: Evaluate = Trainer.evaluate) -> int:
-    """Build a run and train or evaluate it; return the exit code."""
+def run(config: Config, command: str, detector: FailureDetector | None, evaluate: Evaluate, *, started: float) -> int:
+    """Build a run and train or evaluate it; return the exit code. Its time limit counts from `started`."""
     try:
         resolved = resolve_run(config)
         if config.training.dry_run:
@@ -138,7 +141,7 @@ def run(config: Config, command: str, detector: FailureDetector | None, evaluate
     if config.validation.skip_train:
         _evaluate(trainer, evaluate)
         return 0
-    return 0 if _train(trainer, detector) else config.training.exit_code_when_stopped
+    return 0 if _train(trainer, detector, started) else config.training.exit_code_when_stopped
 
 
 def _evaluate(trainer: Trainer, evaluate: Evaluate) -> None:
@@ -149,14 +152,14 @@ def _evaluate(trainer: Trainer, evaluate: Evaluate) -> None:
         print(json.dumps(record))
 
 
-def _train(trainer: Trainer, detector: FailureDetector | None) -> bool:
+def _train(trainer: Trainer, detector: FailureDetector | None, started: float) -> bool:
     """Train a run and return whether it finished; if it fails, status.json says so, and how."""
     parts, recorder = trainer.parts, trainer.recorder
     if detector and parts.folder:
         detector.on_failure = recorder.failed
     with parts.trackers:
         try:
-            reason = trainer.train()
+            reason = trainer.train(started)
         except BaseException as error:
             if detector is None:
                 recorder.failed(str(error) or type(error).__name__)

@@ -12,7 +12,6 @@ from tqdm import tqdm
 from megatron.objectives.base import Likelihood
 from megatron.training.build import RunParts
 from megatron.training.device_info import peak_flops, peak_memory
-from megatron.training.run_folder import LockError
 from megatron.training.step import StepResult
 from megatron.validation.evaluate import Evaluation
 
@@ -93,7 +92,7 @@ class Recorder:
 
     def failed(self, reason: str) -> None:
         """Write status.json of a run that ends with an error."""
-        with suppress(LockError):  # status.json belongs to another process now
+        with suppress(OSError):  # a full disk; or another process writes the run now. The error itself is reported
             self.status("failed", reason)
 
     def progress_bar(self, steps: int) -> tqdm:

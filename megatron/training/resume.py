@@ -129,12 +129,12 @@ def _source(config: Config) -> tuple[Path | None, bool]:
         return None, False
     source, save = Path(start), Path(settings.save or "")
     branched = bool(settings.load) and not (settings.save and source.resolve() == save.resolve())
+    if branched and settings.save and CheckpointStore.of_run(save).has_any():
+        return save, False  # the branch already has checkpoints: resume it, even if its origin was pruned
     if branched and recorded_config(source) is None:
         raise ConfigurationError(
             f"--load {source}: holds no run (no config.json) and is no checkpoint; give a folder that --save wrote"
         )
-    if branched and settings.save and CheckpointStore.of_run(save).has_any():
-        return save, False  # the branch already has checkpoints: resume it
     required = branched or only_evaluate or settings.exit_on_missing_checkpoint
     if required and not (is_checkpoint(source) or CheckpointStore.of_run(source).has_any()):
         remedy = "" if branched or only_evaluate else ", or leave out --exit-on-missing-checkpoint"

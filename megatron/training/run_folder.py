@@ -12,10 +12,10 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, BinaryIO, TextIO
 
 import numpy as np
 import orjson
@@ -49,22 +49,28 @@ def writing(path: Path):
         ) from error
 
 
-def write_json(path: Path, value: dict) -> None:
-    """Write JSON atomically: a reader sees the old file or the new one."""
+@contextmanager
+def _replacing(path: Path) -> Iterator[BinaryIO]:
+    """Yield a file that replaces `path` at the end, once it is on the disk: readers see the old file or the new one."""
     temporary = path.with_name(path.name + ".partial")
-    with writing(path), open(temporary, "w") as file:
-        json.dump(value, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    with writing(path):
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+
+
+def write_json(path: Path, value: dict) -> None:
+    """Write JSON atomically."""
+    with _replacing(path) as file:
+        file.write(json.dumps(value, indent=1).encode())
 
 
 def write_records(path: Path, records: list[dict]) -> None:
-    """Write one line per record; the file is written whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    with writing(path):
-        partial.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-        partial.replace(path)
+    """Write one line per record atomically."""
+    with _replacing(path) as file:
+        file.writelines(json.dumps(record).encode() + b"\n" for record in records)
 
 
 def read_json(path: Path) -> dict:
@@ -183,10 +189,7 @@ class RunFolder:
         if source.resolve() != self.path.resolve():
             self._inherit_evaluations(records, source)
         write_json(self.path / "config.json", config)
-        temporary = self.path / "metrics.jsonl.partial"
-        with writing(self.path / "metrics.jsonl"):
-            temporary.write_text("".join(json.dumps(record) + "\n" for record in records))
-            temporary.replace(self.path / "metrics.jsonl")
+        write_records(self.path / "metrics.jsonl", records)
         self._records = open(self.path / "metrics.jsonl", "a")  # noqa: SIM115  open until the run ends
 
     def _inherit_evaluations(self, records: list[dict], source: Path) -> None:
@@ -198,12 +201,18 @@ class RunFolder:
                     shutil.copyfile(source / file, self.path / file)
 
     def record(self, record: dict) -> None:
-        """Append a record to metrics.jsonl and flush it, without fsync."""
+        """Append a record to metrics.jsonl and flush it; `sync_records` makes it outlast the node."""
         self.check_lock()
         assert self._records is not None
         with writing(self.path / "metrics.jsonl"):
             self._records.write(json.dumps(record) + "\n")
             self._records.flush()
+
+    def sync_records(self) -> None:
+        """Write all records to the disk: a checkpoint that outlasts its node must not lack the records before it."""
+        assert self._records is not None
+        with writing(self.path / "metrics.jsonl"):
+            os.fsync(self._records.fileno())
 
     def save_evaluation(self, set_name: str, iteration: int, evaluation: "Evaluation") -> None:
         """Save the per-document sums, for paired comparisons."""
@@ -211,13 +220,10 @@ class RunFolder:
         folder = self.path / "validation" / set_name
         count = len(evaluation.tokens)
         text = np.zeros(count) if evaluation.bytes is None else evaluation.bytes
-        temporary = folder / f"{iteration}.partial.npz"
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            np.savez_compressed(
-                temporary, id=np.arange(count), nats=evaluation.nats, tokens=evaluation.tokens, bytes=text
-            )
-            temporary.replace(folder / f"{iteration}.npz")
+        with _replacing(folder / f"{iteration}.npz") as file:
+            np.savez_compressed(file, id=np.arange(count), nats=evaluation.nats, tokens=evaluation.tokens, bytes=text)
 
     def status(self, state: str, reason: str, iteration: int, consumed_samples: int) -> None:
         """Write status.json: `state` is running, finished, stopped or failed, and `reason` says why."""

@@ -207,8 +207,9 @@ class _Writer(HuggingFaceStorageWriter):
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         self.check_lock()
-        # left by an earlier start; no rank writes before it has a plan
-        shutil.rmtree(self.temporary, ignore_errors=True)
+        # of starts that were killed, at this step or another; no rank writes before it has a plan
+        for partial_folder in self.temporary.parent.glob("iter_*.partial"):
+            shutil.rmtree(partial_folder, ignore_errors=True)
         self.temporary.mkdir(parents=True)
         return super().prepare_global_plan(plans)
 

@@ -47,9 +47,12 @@ class Trainer:
         self.rate = self.decay = 0.0  # learning rate and weight decay of the last step
         self.validated = parts.validated  # selects the best checkpoint
 
-    def train(self) -> str:
-        """Train until the budget is used up or an exit condition holds; return "finished" or the reason."""
-        exit_conditions, reason = ExitConditions(self.config.training), ""
+    def train(self, started: float) -> str:
+        """Train until the budget is used up or an exit condition holds; return "finished" or the reason.
+
+        The time limit counts from `started`, in seconds of `time.monotonic`.
+        """
+        exit_conditions, reason = ExitConditions(self.config.training, started), ""
         progress, data = self.progress, self.parts.data
         self.recorder.status("running", "")
         if self.saved_at and self.parts.folder:
@@ -188,6 +191,8 @@ class Trainer:
         """
         if self.config.checkpoint.save is None:
             return
+        if self.parts.folder:
+            self.parts.folder.sync_records()
         progress = self.progress
         meta = asdict(progress) | {
             "averaged_steps": self.average.steps if self.average else 0,

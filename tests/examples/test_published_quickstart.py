@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import subprocess
 
 import pytest
 
@@ -47,17 +48,25 @@ def test_an_evaluation_without_its_run_names_what_trains_it(with_data):
     assert result.stderr == message
 
 
-@pytest.mark.parametrize("devices, world_size", [(0, 1), (1, 1), (2, 2), (3, 2), (5, 4), (8, 8)])
-def test_the_world_size_is_the_largest_power_of_two_of_the_devices(devices, world_size, clone, tmp_path):
+@pytest.mark.parametrize(
+    "devices, visible, world_size",
+    [
+        *[(0, None, 1), (1, None, 1), (2, None, 2), (3, None, 2), (5, None, 4), (8, None, 8)],
+        *[(8, "0,3,5", 2), (8, "GPU-8932f937", 1), (8, "", 1), (2, "0,1,2,3", 2)],
+    ],
+)
+def test_the_world_size_is_the_largest_power_of_two_of_the_devices(devices, visible, world_size, clone, tmp_path):
     (tmp_path / "bin").mkdir()
     listing = tmp_path / "bin" / "nvidia-smi"
     listing.write_text("#!/bin/sh\n" + "".join(f"echo 'GPU {number}: a device'\n" for number in range(devices)))
     listing.chmod(0o755)
-    path = f"{tmp_path}/bin{os.pathsep}{os.environ['PATH']}"
-    text = run(clone, "quickstart/train_ar.sh", DRY_RUN="1", PATH=path).stdout
-    line, cost = text.splitlines()
+    variables = {"PATH": f"{tmp_path}/bin{os.pathsep}{os.environ['PATH']}", "DRY_RUN": "1"}
+    variables |= {"CUDA_VISIBLE_DEVICES": visible} if visible is not None else {}
+    command = ["bash", "examples_scaling/quickstart/train_ar.sh"]
+    done = subprocess.run(command, cwd=clone, env=variables, capture_output=True, text=True, check=True)
+    line, cost = done.stdout.splitlines()
     assert cost.startswith("# N 144.8M")
-    assert (f"--nproc_per_node={world_size} " in line) == (world_size > 1) and "nproc_per_node=1 " not in line
+    assert (f"--nproc_per_node={world_size} " if world_size > 1 else ".venv/bin/python pretrain_gpt.py ") in line
 
 
 def test_every_script_is_short_and_cites_the_paper():

@@ -2,16 +2,17 @@
 
 import json
 from argparse import Namespace
+from pathlib import Path
 
 import pytest
 
 from megatron.errors import ConfigurationError
 from megatron.sweeps import commands
-from megatron.sweeps.archive import restore
+from megatron.sweeps.archive import restore, write_archive
 from megatron.sweeps.points import read_plan
 from megatron.sweeps.results import collect
 from megatron.sweeps.states import run_state
-from tests.sweeps.files import forked_runs, toy, write
+from tests.sweeps.files import forked_runs, held, toy, write
 
 TUNING = {"trials": 2, "parameters": {"lr": {"distribution": "log_uniform_values", "min": 1e-3, "max": 1e-2}}}
 
@@ -55,6 +56,33 @@ def test_restored_runs_are_finished_and_collected_as_before(tuned, tmp_path):
     assert again.read_bytes() == archive.read_bytes()
 
 
+def test_an_archive_names_trunks_and_teachers_without_the_folder_of_the_sweep(corpus, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = Path("sweep")
+    commands.plan(options(write(tmp_path, toy(corpus), variants=None, parameters={"train-epochs": [4]}), folder))
+    (point,) = read_plan(folder)
+    trunk, teacher = "runs/a/checkpoints/iter_0000012", "runs/b/checkpoints/iter_0000024"
+    config = {
+        "checkpoint": {"save": str(point.folder(folder)), "load": f"{folder}/{trunk}"},
+        "branched_from": f"{folder}/{trunk}",
+        "distillation": {"teacher": [f"{folder}/runs/b"]},
+        "teachers": [{"checkpoint": str((folder / teacher).resolve()), "iteration": 24}],
+    }
+    point.folder(folder).mkdir(parents=True)
+    for name, value in {"config": config, "status": {"state": "finished"}}.items():
+        (point.folder(folder) / f"{name}.json").write_text(json.dumps(value))
+    archive = tmp_path / "records.jsonl"
+    write_archive(archive, folder, [point])
+    line = json.loads(archive.read_text())
+    assert line["config"].pop("command").startswith(point.script)
+    assert line["config"] == {
+        "checkpoint": {"save": None, "load": trunk},
+        "branched_from": trunk,
+        "distillation": {"teacher": ["runs/b"]},
+        "teachers": [{"checkpoint": teacher, "iteration": 24}],
+    }
+
+
 def test_runs_that_exist_and_those_of_other_sweeps_are_left_alone(tuned, tmp_path):
     path, folder = tuned
     archive = tmp_path / "records.jsonl"
@@ -65,6 +93,19 @@ def test_runs_that_exist_and_those_of_other_sweeps_are_left_alone(tuned, tmp_pat
     assert [(point.folder(folder) / "config.json").read_bytes() for point in points] == before
     assert restore(archive, tmp_path / "new", points[:1]) == (1, 0)
     assert [run.name for run in (tmp_path / "new" / "runs").iterdir()] == [points[0].id]
+
+
+def test_the_folder_of_a_run_that_starts_is_left_alone(corpus, tmp_path):
+    """It holds the lock, and has no config.json yet."""
+    folder = tmp_path / "sweep"
+    commands.plan(options(write(tmp_path, toy(corpus)), folder))
+    point = read_plan(folder)[0]
+    archive = tmp_path / "records.jsonl"
+    archive.write_text(json.dumps({"id": point.id, "config": CONFIG, "records": [RECORD]}) + "\n")
+    point.folder(folder).mkdir(parents=True)
+    with held(point.folder(folder) / "lock"):
+        assert restore(archive, folder, [point]) == (0, 0)
+    assert (point.folder(folder) / "lock").exists()
 
 
 def test_runs_of_another_corpus_are_left_out(tuned, tmp_path, capsys):

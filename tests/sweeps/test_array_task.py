@@ -42,17 +42,35 @@ def slurm(tmp_path, monkeypatch):
     return folder
 
 
-def test_a_branch_is_requeued_when_the_controller_does_not_answer(slurm, corpus, tmp_path):
+@pytest.fixture
+def branch(corpus, tmp_path):
+    """The points of a sweep in tmp_path/out, and a branch among them, whose trunk is task 0 of job 7."""
     flags = toy(corpus)["flags"] | {"lr-decay-style": "WSD", "lr-warmup-samples": 16}
     points = plan_sweep(read_sweep(write(tmp_path, toy(corpus), flags=flags)), tmp_path / "out").points
     branch = next(point for point in points if point.trunk)
-    command(slurm, "squeue", "echo 'Unable to contact slurm controller' >&2; exit 1")
     jobs = tmp_path / "out" / "slurm"
     jobs.mkdir(parents=True)
     (jobs / "1x1-0.job").write_text("7\n")
     (jobs / "1x1-0.tasks").write_text(f"{branch.trunk}\n")
-    assert run_task(tmp_path / "out", points, branch.id, TaskOptions()) == LOCKED
+    return points, branch
+
+
+def test_a_branch_is_requeued_when_the_controller_does_not_answer(slurm, branch, tmp_path):
+    points, point = branch
+    command(slurm, "squeue", "echo 'Unable to contact slurm controller' >&2; exit 1")
+    assert run_task(tmp_path / "out", points, point.id, TaskOptions()) == LOCKED
     assert "requeue 7_1" in (tmp_path / "scontrol.txt").read_text().splitlines()
+
+
+def test_a_run_with_checkpoints_of_its_own_does_not_wait_for_a_trunk(slurm, branch, tmp_path):
+    points, point = branch
+    command(slurm, "squeue", "echo 0")
+    command(slurm, "srun", f"touch {tmp_path}/started")
+    (tmp_path / "out" / "logs").mkdir()
+    own = point.checkpoint(tmp_path / "out", 2)
+    own.mkdir(parents=True)
+    run_task(tmp_path / "out", points, point.id, TaskOptions())
+    assert (tmp_path / "started").exists()
 
 
 def test_a_run_that_uploads_after_its_end_is_not_ended(tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ from megatron.sweeps.plan import plan_sweep
 from megatron.sweeps.points import read_plan
 from megatron.sweeps.status import run_progress
 from megatron.sweeps.sweep_file import read_sweep
+from megatron.training.command_line import parse
 from tests.conftest import ROOT, environment, records
 from tests.forked import run_script
 from tests.sweeps.files import held, toy, write
@@ -223,6 +224,27 @@ def test_no_run_branches_from_a_damaged_checkpoint(fault, corpus, tmp_path, capl
         reason = "does not match its checksum" if fault == "a flipped bit" else "has 999 bytes of 1000"
         assert f"{file.parent} is damaged (model.safetensors {reason}); no run branches from it" in caplog.text
     assert plan.points[0].trunk is None
+    assert plan.notes == ["1 WSD points are trained in full: no checkpoint is left on their constant part"]
+
+
+def test_a_trunk_keeps_the_checkpoints_of_its_own_flags_too(corpus, tmp_path):
+    flags = {"keep-iterations": [5, 9]}
+    short, trunk = planned(sweep(corpus, tmp_path, epochs=(4, 12), flags=flags, variants=None), tmp_path).points
+    script, *words = training_command(trunk, tmp_path)[1:]
+    assert script.endswith("pretrain_gpt.py")
+    assert parse("ar", words).checkpoint.keep_iterations == (5, 7, 9, 21)  # 7: where the other decays; 21: for longer
+    assert short.trunk == trunk.id and short.trunk_iteration == 7
+
+
+def test_a_restored_run_without_checkpoints_is_no_trunk(corpus, tmp_path):
+    folder = tmp_path / "restored"
+    path = sweep(corpus, tmp_path, epochs=(4, 12), variants=None)
+    _, trunk = planned(path, folder).points
+    trunk.folder(folder).mkdir(parents=True)
+    (trunk.folder(folder) / "status.json").write_text(json.dumps(FINISHED))
+    (trunk.folder(folder) / "config.json").write_text(json.dumps({"branched_from": None}))
+    plan = planned(path, folder)
+    assert [(point.trunk, point.own_share) for point in plan.points] == [(None, 1), (None, 1)]
     assert plan.notes == ["1 WSD points are trained in full: no checkpoint is left on their constant part"]
 
 

@@ -8,6 +8,7 @@ import pytest
 from benchmarks.sweeps.run import Options, measure
 from megatron.errors import ConfigurationError
 from megatron.sweeps import commands
+from megatron.sweeps.local_queue import LocalQueue, Outcome
 from megatron.sweeps.points import read_plan
 from tests.sweeps.files import held, toy, write
 
@@ -126,6 +127,23 @@ def test_impossible_settings_of_a_queue_are_refused_before_anything_is_written(f
     path = write(tmp_path, toy(corpus))
     assert message in refused(commands.run, path, tmp_path / "queue", **(QUEUE | flag))
     assert not (tmp_path / "queue").exists()
+
+
+def test_failed_and_stopped_runs_are_not_started_again_for_every_stage(corpus, tmp_path, monkeypatch):
+    started = []
+
+    class Queue(LocalQueue):
+        def run(self):
+            started.append([job.point.id for job in self.waiting])
+            failed, stopped, *_ = started[0]
+            return Outcome({failed: "step 3: loss is not finite"}, {stopped: "--kill-switch-file stop"})
+
+    monkeypatch.setattr(commands, "LocalQueue", Queue)
+    stages = {"tune": {"tuning": {"trials": 2, "parameters": {"lr": {"min": 1e-3, "max": 1e-2}}}}}
+    path = write(tmp_path, toy(corpus), stages=stages | {"final": {"best_of": "tune"}}, variants=None)
+    assert commands.run(options(path, tmp_path / "queue", **(QUEUE | {"retry_failed": True}))) == 1
+    first, second = started
+    assert len(first) == 4 and second == first[2:]
 
 
 @pytest.mark.slow

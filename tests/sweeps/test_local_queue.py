@@ -18,11 +18,11 @@ import pytest
 from megatron.config.resolve import Plan
 from megatron.config.sections import Config
 from megatron.errors import ConfigurationError
-from megatron.sweeps.local_queue import LocalQueue, QueueOptions
+from megatron.sweeps.local_queue import LocalQueue, QueueOptions, _Job
 from megatron.sweeps.plan import plan_sweep, run_id
 from megatron.sweeps.points import read_plan
 from megatron.sweeps.results import collect
-from megatron.sweeps.states import run_state
+from megatron.sweeps.states import State, run_state
 from megatron.sweeps.sweep_file import read_sweep
 from megatron.training.run_folder import read_json
 from tests.conftest import ROOT, environment
@@ -227,6 +227,13 @@ def test_a_run_needs_a_device_for_each_rank(corpus, tmp_path):
     with pytest.raises(ConfigurationError, match="needs 4 ranks on different devices, and this machine has 2"):
         LocalQueue(tmp_path / "out", points, QueueOptions(slots=8, devices=("0", "1")))
     assert len(LocalQueue(tmp_path / "out", points, QueueOptions(slots=4, devices=tuple("0123"))).waiting) == 4
+
+
+def test_a_queue_goes_on_without_the_logs_that_a_person_removed(corpus, tmp_path):
+    points = plan_sweep(read_sweep(write(tmp_path, toy(corpus))), tmp_path / "out").points
+    queue, job = LocalQueue(tmp_path / "out", points, QueueOptions(slots=1)), _Job(points[0], started=time.time())
+    assert not queue._is_hanging(job)
+    assert queue._reason(job, State("failed", "the disk is full"), 1) == "the disk is full"
 
 
 def test_a_run_that_the_kill_switch_stopped_is_left_stopped(corpus, tmp_path):

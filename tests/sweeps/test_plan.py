@@ -122,6 +122,13 @@ def test_resources_follow_their_rules_and_decide_hours(planned):
         planned(resources={"world_size": 3})
 
 
+def test_memory_is_that_of_the_precision(planned, corpus):
+    precisions = ({"fp32": True}, {"fp32": None, "bf16": False}, {"fp32": None, "bf16": True}, {"fp32": None})
+    sweeps = [planned(variants=None, flags=toy(corpus)["flags"] | flags) for flags in precisions]
+    fp32, no_bf16, bf16, default = (sweep.points[0].memory_bytes for sweep in sweeps)
+    assert fp32 == no_bf16 > bf16 == default
+
+
 def test_a_rule_of_resources_that_holds_for_no_point_is_refused(planned):
     rules = [{"where": {"variant": "ar", "train-epochs": 8}, "nodes": 1}, {"where": {"train-epochs": 9}, "nodes": 1}]
     with pytest.raises(ConfigurationError, match=r"resources.rules: no point has {train-epochs: 9}; correct the rule"):

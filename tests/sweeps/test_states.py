@@ -1,11 +1,13 @@
-"""States of runs from their folders."""
+"""States of runs from their folders, and their environment."""
 
 import json
 
 import pytest
 
+from megatron.sweeps.launch import local_environment
 from megatron.sweeps.points import same_value
 from megatron.sweeps.states import last_record, run_state
+from tests.conftest import ROOT
 
 
 @pytest.mark.parametrize("content", [None, "{}", "[]", "{", '{"state": "running"}'])
@@ -17,7 +19,12 @@ def test_a_missing_or_damaged_status_is_no_error(content, tmp_path):
 
 @pytest.mark.parametrize(
     "reason, own",
-    [("step 4: loss or gradient norm is not finite", True), ("CUDA out of memory", True), ("disk", False)],
+    [
+        ("step 4: loss or gradient norm is not finite", True),
+        ("rank 1 failed with OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB", True),
+        ("data loader worker (process 7) was killed by SIGKILL: the machine may have run out of memory", False),
+        ("disk", False),
+    ],
 )
 def test_a_run_that_would_fail_again_is_told_from_one_that_may_not(reason, own, tmp_path):
     status = {"state": "failed", "reason": reason, "iteration": 3, "consumed_samples": 24}
@@ -31,6 +38,14 @@ def test_the_last_complete_record_is_read_from_the_end_of_the_file(tmp_path):
     lines = [json.dumps({"iteration": number, "padding": "x" * 500}) for number in range(100)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"iteration": 100, "pad')
     assert last_record(tmp_path)["iteration"] == 99
+
+
+def test_runs_find_this_project_and_nothing_in_the_working_directory(monkeypatch):
+    for given, expected in ((None, [str(ROOT)]), ("", [str(ROOT)]), ("/a:/b", [str(ROOT), "/a", "/b"])):
+        monkeypatch.delenv("PYTHONPATH", raising=False)
+        if given is not None:
+            monkeypatch.setenv("PYTHONPATH", given)
+        assert local_environment([], 1)["PYTHONPATH"].split(":") == expected
 
 
 def test_equal_flag_values_are_equal_however_they_are_written():

@@ -127,6 +127,17 @@ def test_an_older_checkpoint_is_branched_from_and_evaluated_by_its_folder(tiny, 
     ]
 
 
+def test_a_branch_resumes_when_the_checkpoint_that_it_started_from_was_pruned(tiny, kept_run, tmp_path):
+    origin = tmp_path / "origin"
+    shutil.copytree(kept_run, origin)
+    shape = "--lr-decay-style WSD --lr-wsd-decay-samples 16 --min-lr 0".split()
+    folder, flags = origin / "checkpoints" / "iter_0000008", [*tiny, *EPOCHS, *shape, "--save", tmp_path / "branch"]
+    run("ar", *flags, "--load", folder, "--exit-interval", "10")
+    shutil.rmtree(folder)
+    assert "iter_0000010 at step 10" in run("ar", *flags, "--load", folder).stderr
+    assert records(tmp_path / "branch", "train")[-1]["iteration"] == 12
+
+
 @pytest.mark.parametrize(
     "changed, message",
     [(["--train-samples", "40"], "has trained on 93 samples, and the branch has a total budget of 40"),
@@ -164,7 +175,8 @@ def write_checkpoints(root, steps):
     for step in random.Random(0).sample(steps, len(steps)):
         folder = root / folder_name(step)
         folder.mkdir()
-        (folder / "meta.json").write_text(json.dumps({"iteration": step, "files": {}, "permanent": False}))
+        meta = {"iteration": step, "consumed_samples": 8 * step, "files": {}, "permanent": False}
+        (folder / "meta.json").write_text(json.dumps(meta))
 
 
 @pytest.mark.parametrize("count", range(2, len(EIGHT_DIGITS) + 1))
@@ -181,3 +193,32 @@ def test_pruning_removes_the_oldest_by_number(tmp_path):
     write_checkpoints(tmp_path, EIGHT_DIGITS)
     CheckpointStore(tmp_path).prune(keep={9_999_995})
     assert {int(path.name[5:]) for path in tmp_path.iterdir()} == {9_999_995, 10_000_005, 123_456_789}
+
+
+def test_the_best_checkpoint_stays_until_another_set_has_a_loss(tmp_path):
+    """A run may resume with other validation sets, or with none."""
+    write_checkpoints(tmp_path, range(1, 6))
+    store = CheckpointStore(tmp_path)
+    store.update_pointers({1: 2.0, 4: 3.0}, "tuning")
+    for losses, validation_set, best in (({}, None, 1), ({}, "validation", 1), ({5: 4.0}, "validation", 5)):
+        store.update_pointers(losses, validation_set)
+        assert store.best() == tmp_path / folder_name(best) and store.best().exists()
+    assert store.complete() == [tmp_path / folder_name(step) for step in (4, 5)]
+
+
+def test_a_checkpoint_that_cannot_be_removed_is_left_to_the_next_time(tmp_path, monkeypatch, caplog):
+    """NFS keeps a folder whose files another process reads."""
+    write_checkpoints(tmp_path, EIGHT_DIGITS)
+    oldest, rmtree = folder_name(EIGHT_DIGITS[0]), shutil.rmtree
+
+    def busy(path):
+        if path.stem == oldest:
+            raise OSError(39, "Directory not empty")
+        rmtree(path)
+
+    monkeypatch.setattr(shutil, "rmtree", busy)
+    CheckpointStore(tmp_path).prune(keep=set())
+    assert f"{oldest}.removed: could not be removed (Directory not empty)" in caplog.text
+    monkeypatch.undo()
+    CheckpointStore(tmp_path).prune(keep=set())
+    assert {path.name for path in tmp_path.iterdir()} == {folder_name(step) for step in EIGHT_DIGITS[-2:]}

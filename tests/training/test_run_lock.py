@@ -7,12 +7,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from megatron.errors import ConfigurationError
 from megatron.training.command_line import parse
 from megatron.training.launcher import main
+from megatron.training.progress import Progress
+from megatron.training.recorder import Recorder
 from megatron.training.run_folder import LockError, RunFolder
 from tests.training.jobs import lines, newest
 from tests.training.runs import Run, contents, status
@@ -178,6 +181,17 @@ def test_every_write_asks_for_the_lock(tmp_path):
         with pytest.raises(LockError, match="lost to node-2 process-18 job-41"):
             write()
     assert contents(tmp_path) == files
+
+
+def test_a_failure_is_not_replaced_by_that_of_its_record(tmp_path, monkeypatch):
+    """A full disk: status.json cannot be written either, and the first error is the one to report."""
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    folder = RunFolder(str(tmp_path))
+    monkeypatch.setattr(folder, "status", full)
+    Recorder(SimpleNamespace(folder=folder, config=None, progress=Progress())).failed("step 3: loss is not finite")
 
 
 # ------------------------------------------------------------------------------ the name in the lock

@@ -168,6 +168,15 @@ def test_memory_is_reused(tmp_path):
         assert reserved == {name: tensor.to_local().data_ptr() for name, tensor in saving._copies.items()}
 
 
+def test_what_killed_starts_left_at_other_steps_is_removed(tmp_path):
+    for name in ("iter_0000003.partial", "iter_0000007.partial", "iter_0000002"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "shard.safetensors").write_bytes(b"half")
+    with joined() as ranks, Saver(tmp_path, ranks) as saving:
+        saving.save(sharded(ranks, values(0)), meta(5), nothing)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["iter_0000002", "iter_0000005"]
+
+
 LIMITS = {"140M": 1.02, "425M": 1.02, "1018M": 1.02, "2283M": 1.02}  # model size: slabs as a multiple of the state
 
 

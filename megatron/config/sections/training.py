@@ -56,7 +56,10 @@ class TrainingConfig(Section):
     log_interval: int = flag(10, "steps between training records in metrics.jsonl", within="[1, inf)")
     exit_interval: int | None = flag(None, "save and exit after a step divisible by N", metavar="N", within="(0, inf)")
     exit_duration_in_mins: float | None = flag(
-        None, "save and exit after this many minutes", metavar="MINUTES", within="(0, inf)"
+        None,
+        "save and exit this many minutes after the start of the command",
+        metavar="MINUTES",
+        within="(0, inf)",
     )
     kill_switch_file: str | None = flag(None, "save and exit when this file appears", metavar="FILE")
     exit_code_when_stopped: int = flag(
