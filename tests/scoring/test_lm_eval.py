@@ -270,6 +270,16 @@ def test_what_an_older_tokenisation_left_in_a_cache_is_not_reused(runs, tmp_path
     assert again.loglikelihood(instances) == [answer]
 
 
+def test_a_command_that_resumes_replaces_its_records(runs, tmp_path):
+    records = tmp_path / "scores.jsonl"
+    settings = {"pretrained": str(runs / "ar"), "use_cache": str(tmp_path / "cache"), "records": str(records)}
+    lines = []
+    for _ in range(2):
+        MegatronLM(**settings).loglikelihood(choices_of("import", " os", " sys"))
+        lines.append(records.read_text().splitlines())
+    assert len(lines[0]) == 2 and lines[1] == lines[0]
+
+
 # ------------------------------------------------------------------------------------ contexts that do not fit
 
 
