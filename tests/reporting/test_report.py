@@ -206,3 +206,7 @@ def test_bad_input_gets_one_line(folders, tmp_path):
     ):
         result = run_python("tools/report.py", "--output", tmp_path, *arguments)
         assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr
+    (tmp_path / "file").touch()
+    result = run_python("tools/report.py", folders / "ar", "--output", tmp_path / "file")
+    assert result.returncode == 1 and re.search(rf"^error: .*{tmp_path / 'file'}", result.stderr, re.MULTILINE)
+    assert "Traceback" not in result.stderr
