@@ -184,8 +184,12 @@ REFUSED = (
     ),
     (["MDM", "--infill", "a"], "--infill: a text has no gap"),
     (
-        ["MDM", "--infill", "a{{40}}"],
-        "--infill: a text has 41 tokens, gaps included, and this model",
+        ["MDM", "--infill", "a{{32}}"],
+        "--infill: a text has 33 tokens, gaps included, and this model",
+    ),
+    (
+        ["MDM", "--infill", "a{{1}}{{99999999999999999999}}"],
+        "--infill: a text has 100000000000000000000 tokens in its gaps, and this model was trained on 32",
     ),
     (["MDM", *PROMPT, "--steps", "9"], "--steps 9: is more than --max-new-tokens 8"),
     (["MDM", "--prompt", "a"], "--max-new-tokens 128: leaves no room for a prompt in the 32 tokens of --seq-length"),
