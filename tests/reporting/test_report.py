@@ -216,6 +216,7 @@ def test_an_unfinished_run_with_a_record_cut_by_a_crash_is_reported_as_such(fold
     assert "ar is not finished: this is epoch " in text and "end of its budget" not in text
     page = (tmp_path / "report" / "report.html").read_text()
     assert "chosen on the validation set" in page and "chosen on the tuning set" not in page
+    assert "<p>1 run on " in page and "Commands of 1 run<" in page
 
 
 def test_bad_input_gets_one_line(folders, tmp_path):
