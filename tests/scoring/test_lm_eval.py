@@ -671,6 +671,7 @@ def test_what_is_wrong_is_said_before_any_work(runs, command, tmp_path):
             "max_gen_toks 600 of a task",
         ),
         (["--pretrained", ar, "--tasks", "x", "--gen_kwargs", "steps=2"], "--gen_kwargs steps=2: acts in masked"),
+        (["--pretrained", ar, "--tasks", "x", "--apply_chat_template"], "--apply_chat_template: a run has no chat"),
         (["--model", "hf", "--cfg", "1", "--tasks", "x"], "--cfg: acts on --model megatron, and --model hf was given"),
     ):
         with pytest.raises(ConfigurationError) as caught:
