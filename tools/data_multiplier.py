@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Print how many times more unique data a baseline needs to reach the loss of a method: the data multiplier.
 
-    python tools/data_multiplier.py runs/mine --set validation --baseline variant=ar --method variant=mdm
+    python tools/data_multiplier.py runs/mine_sweep --set validation --baseline variant=ar --method variant=mdm
     python tools/data_multiplier.py --loss 3.402 --unique-tokens 100M --baseline fresh.csv depth=26 \\
         --interpolation linear
 

@@ -42,7 +42,7 @@ from megatron.parallel.mesh import initialize_parallel
 from megatron.reporting.ensemble import evaluate_members, expand_snapshots, open_members, settings, table
 from megatron.reporting.member_selection import Selection
 from megatron.reporting.plots import plot_ensembles
-from megatron.training.run_folder import write_json, writing
+from megatron.training.run_folder import prepare_output, write_json, writing
 
 
 def main() -> None:
@@ -89,8 +89,7 @@ def main() -> None:
 
     def make_folders() -> None:
         for path in filter(None, (options.json, options.plot)):
-            with writing(path):  # fail before the evaluation, not after it
-                path.parent.mkdir(parents=True, exist_ok=True)
+            prepare_output(path)  # fails before the evaluation, not after it
 
     launch(first_settings, work)
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Fit scaling laws of repeated data to a table of runs: values with intervals, a comparison of forms, answers.
 
-    python tools/fit_scaling_laws.py runs/epochs/results.csv --where variant=ar --form repetition,overfitting \\
-        --output runs/epochs/laws --unique-tokens 100M
+    python tools/fit_scaling_laws.py runs/mine_sweep --set validation --where variant=ar \\
+        --form repetition,overfitting --output runs/laws --unique-tokens 100M
 
 TABLE is results.csv or results.parquet of a sweep, or any CSV or Parquet file with columns for parameters, unique
 tokens, training tokens or epochs, and loss. --help lists the forms; docs/scaling-laws.md explains them, and what the

@@ -40,7 +40,7 @@ from megatron.generation.sampling import Sampling
 from megatron.generation.texts import write_texts
 from megatron.parallel.launch import check_alone
 from megatron.training.load_run import open_trained
-from megatron.training.run_folder import write_records, writing
+from megatron.training.run_folder import prepare_output, write_records
 
 logger = logging.getLogger(__name__)
 
@@ -79,8 +79,7 @@ def work(arguments: list[str]) -> None:
     typed_flags = {word.split("=")[0] for word in arguments if word.startswith("--")}
     check(trained, request, prompts, sampling, typed_flags=typed_flags)
     if request.output:
-        with writing(Path(request.output)):  # fail before the generation, not after it
-            Path(request.output).parent.mkdir(parents=True, exist_ok=True)
+        prepare_output(Path(request.output))  # fails before the generation, not after it
     total = max_generated_tokens(prompts, request, sampling)
     # shown after 2 seconds and on a terminal only
     with tqdm(total=total, unit="token", delay=2, disable=True if request.show_steps else None) as bar:

@@ -41,7 +41,7 @@ from megatron.reporting.likelihood_records import comparison, read_likelihoods, 
 from megatron.reporting.likelihoods import Policies, evaluate_likelihoods
 from megatron.scoring.answer_cache import cache_files
 from megatron.training.load_run import open_trained
-from megatron.training.run_folder import write_json
+from megatron.training.run_folder import prepare_output, write_json
 
 
 def main() -> None:
@@ -64,6 +64,7 @@ def main() -> None:
         ranks = initialize_parallel(minutes=config.parallel.distributed_timeout_minutes)
         trained = ranks.from_rank_0(lambda: open_trained(options.run, options.checkpoint, flags))
         path = options.json or record_path(trained.checkpoint, trained.meta["iteration"], options.average)
+        ranks.from_rank_0(lambda: prepare_output(path))  # fails before the evaluation, not after it
         progress = str(path.with_name(path.name + ".progress"))
         policies = Policies(
             orders=None if options.orders is None else tuple(options.orders),

@@ -25,7 +25,7 @@ from megatron.reporting.sources import load
 
 
 def main() -> None:
-    """Write the report and print its table."""
+    """Write the report and print its table; exit with code 2 after a mistake, 1 where it cannot be written."""
     options = _options()
     try:
         source = load(options.runs, (options.tuning, options.validation), progress=True)
@@ -40,6 +40,8 @@ def main() -> None:
         print(f"\nreport: {options.output / 'report.html'}")
     except ConfigurationError as error:
         sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
+    except OSError as error:
+        sys.exit(print(f"error: {error}", file=sys.stderr) or 1)
 
 
 def _options() -> argparse.Namespace:

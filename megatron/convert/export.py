@@ -85,12 +85,15 @@ def export(
         max_positions=max_positions,
         bidirectional=masked,
         eos_token_id=tokenizer.eod,
-        pad_token_id=tokenizer.eod,  # padding is never attended to
         **({"mask_token_id": trained.vocabulary.mask_id} if masked else {}),
     )
     model = trained.model(average, DTYPES[dtype])
     with new_folder(output) as folder, _quiet():
-        hugging_face_model(model, config).save_pretrained(folder, max_shard_size=max_shard_size)
+        exported = hugging_face_model(model, config)
+        if exported.can_generate():
+            # not in config.json, since the embedding of its padding token gets no gradient
+            exported.generation_config.pad_token_id = tokenizer.eod
+        exported.save_pretrained(folder, max_shard_size=max_shard_size)
         set_fields(folder / "config.json", torch_dtype=dtype)  # the name of dtype before transformers 4.56
         save_file(extra_rows(model, num_rows), folder / EXTRA_ROWS)
         exported_tokenizer = write_tokenizer(folder, tokenizer, masked=masked, positions=max_positions)

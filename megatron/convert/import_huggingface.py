@@ -158,7 +158,8 @@ def _import_model(folder: Folder, output: Path, seq_length: int | None) -> list[
                 f"{folder.path}: its tokenizer has {size} ids and its embedding {num_rows} rows; give the tokenizer of "
                 "the model, or none"
             )
-        flags += ["--seq-length", str(seq_length or folder.config.max_position_embeddings)]
+        seq_length = folder.config.max_position_embeddings if seq_length is None else seq_length
+        flags += ["--seq-length", str(seq_length)]
         config = parse(objective, [*model_flags(folder.model).split(), *flags, "--train-samples", "1", "--fp32"])
         vocabulary = Vocabulary(size)
         row = {"seed": config.training.seed, "mask_row": folder.mask_row}

@@ -104,12 +104,11 @@ def read_checkpoint(path: Path, model: ModelConfig, vocabulary: Vocabulary, by_h
 
 def _folder(path: Path) -> Path:
     """Return the folder of the layer files: `path`, or the subfolder that its file `latest` names."""
-    if path.is_dir() and any(FILE.fullmatch(file.name) for file in path.iterdir()):
-        return path
     latest = path / "latest"
     name = latest.read_text(encoding="utf-8").strip() if latest.is_file() else ""
-    if name and Path(name).name == name and (path / name).is_dir():
-        return path / name
+    for folder in (path, path / name) if Path(name).name == name else (path,):
+        if folder.is_dir() and any(FILE.fullmatch(file.name) for file in folder.iterdir()):
+            return folder
     raise ConfigurationError(
         f"{path}: holds no layer_XX-model_YY-model_states.pt, and no file latest that names such a folder; give a "
         "global_stepN folder of Megatron-DeepSpeed's pipeline"

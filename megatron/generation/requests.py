@@ -164,6 +164,12 @@ def check(
         )
     if True in gaps:
         check_gaps(objective)
+    longest, seq_length = max(sum(prompt.gap_lengths) for prompt in prompts), trained.config.data.seq_length
+    if longest > seq_length:  # before so many [MASK] take memory
+        raise ConfigurationError(
+            f"--infill: a text has {longest} tokens in its gaps, and this model was trained on {seq_length} "
+            "(--seq-length); shorten it"
+        )
     if "" in {prompt.text for prompt in prompts}:
         check_empty_prompt(trained.config.data)
     masked_only = {spelling(name) for name in (*MASKED, "show_steps", "no_show_steps")}

@@ -148,15 +148,28 @@ def answers(
             label = f"best run on {short(budget)} unique tokens at {compute:.3g} FLOPs"
             add(label, budget, best_run(law, budget, compute))
         if other is not None:
-            names = (_name(law), _name(other))
+            names = _names(law, other)
             crossing = critical_compute(law, other, budget, level=level, names=names, progress=progress)
             outside = _outside_at_crossing(crossing, (law, other))
             add(f"{names[0]} overtakes {names[1]}", budget, crossing, outside)
     return lines, [plain(record) for record in records]
 
 
-def _name(law: Law) -> str:
-    return f"{law.form.name} of {law.notes.get('table', 'a table')}"
+def _names(law: Law, other: Law) -> tuple[str, str]:
+    """Return two laws as text: form and table; where these are equal, also the filters or the file of one alone."""
+    first, second = (f"{side.form.name} of {side.notes.get('table', 'a table')}" for side in (law, other))
+    if first != second:
+        return first, second
+    filters, others = (side.notes.get("filters", ()) for side in (law, other))
+    own = [condition for condition in filters if condition not in others]
+    others_own = [condition for condition in others if condition not in filters]
+    if not own and not others_own:
+        others_own = [other.notes.get("file", "the other fit")]
+
+    def name(words: Sequence[str]) -> str:
+        return f"{first} ({'; '.join(words)})" if words else first
+
+    return name(own), name(others_own)
 
 
 def _no_floor(law: Law) -> str:

@@ -7,6 +7,7 @@ multiplier JSON   tools/data_multiplier.py --json FILE
 scores.json       tools/score_checkpoints.py --output DIR
 """
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,6 @@ import numpy as np
 from megatron.errors import ConfigurationError
 from megatron.reporting.figures import EPOCHS, LOSS, Curve, Figure
 from megatron.reporting.plots import metrics, progress_axis
-from megatron.training.run_folder import read_json
 
 NO_STATEMENT = "no statement"
 
@@ -65,11 +65,14 @@ def read_record(path: Path, flag: str, tool: str, use: Callable[[dict], Any]) ->
 
     Raises: ConfigurationError for a file that cannot be read or is of another kind.
     """
-    record = read_json(path)
+    source = f"{flag} {path}".strip()
     try:
-        return use(record)
+        return use(json.loads(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise ConfigurationError(
+            f"{source}: cannot be read ({error.strerror}); give the JSON file that {tool} wrote"
+        ) from None
     except (KeyError, TypeError, ValueError, IndexError, AttributeError):
-        source = f"{flag} {path}".strip()
         raise ConfigurationError(f"{source}: is no record of {tool}; give the JSON file that it wrote") from None
 
 

@@ -79,12 +79,13 @@ def conclusions(rows: Sequence[Summary], comparisons: Sequence[Comparison]) -> l
         losses = ", ".join(f"{row.name} {row.sign}{row.last.loss:.2f}" for row in equal_compute)
         reported = equal_compute[0].reported
         lines.append(f"After the same compute ({max_flops:.1e} FLOPs) the losses on the {reported} set are: {losses}.")
-    lowest = min(rows, key=lambda row: row.best.loss)
-    bounds = ", upper bounds compared as they are" if any(row.bound for row in rows) else ""
-    lines.append(
-        f"At their best points, chosen on the {lowest.tuning} set, {lowest.name} has the lowest loss on the "
-        f"{lowest.reported} set{bounds}."
-    )
+    if len(rows) > 1:
+        lowest = min(rows, key=lambda row: row.best.loss)
+        bounds = ", upper bounds compared as they are" if any(row.bound for row in rows) else ""
+        lines.append(
+            f"At their best points, chosen on the {lowest.tuning} set, {lowest.name} has the lowest loss on the "
+            f"{lowest.reported} set{bounds}."
+        )
     return [*lines, *(comparison.sentence() for comparison in comparisons)]
 
 

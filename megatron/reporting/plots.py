@@ -15,6 +15,7 @@ from megatron.reporting.figures import Curve, Figure
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito's palette
 COLOURS += ("#332288", "#882255", "#999933", "#44AA99", "#661100", "#888888")  # mostly Paul Tol's muted scheme
 MAX_LEGEND = 12  # entries, each of another colour
+LEGEND_ROW = 0.2  # inches of an entry
 MAX_MARKED = 50  # curves whose points are marked
 
 
@@ -50,13 +51,15 @@ def literal(*texts) -> None:
         text.set_parse_math(False)
 
 
-def add_legend(axes, entries: list[tuple], place: str = "best") -> None:
-    """Add a legend of (artist, name) entries, with every name shown literally; `place` as matplotlib's loc."""
+def add_legend(picture, entries: list[tuple]) -> None:
+    """Add a legend of (artist, name) entries below the axes, which the picture grows by; names are shown literally."""
     artists, names = zip(*entries, strict=True)
+    picture.set_layout_engine("constrained")
+    picture.set_figheight(picture.get_figheight() + LEGEND_ROW * len(entries))
     # matplotlib hides labels that start with _, so the names are set afterwards
-    texts = axes.legend(artists, ["name"] * len(artists), frameon=False, loc=place).get_texts()
-    literal(*texts)
-    for text, name in zip(texts, names, strict=True):
+    legend = picture.legend(artists, ["name"] * len(artists), frameon=False, loc="outside lower left", fontsize="small")
+    literal(*legend.get_texts())
+    for text, name in zip(legend.get_texts(), names, strict=True):
         text.set_text(name)
 
 
@@ -76,8 +79,7 @@ def draw(figure: Figure, folder: Path) -> list[Path]:
         axes.set_xticks(figure.x_ticks, [f"{tick:g}" for tick in figure.x_ticks])
     if len(colours) <= MAX_LEGEND:
         handles = [axes.plot([], [], color=colour)[0] for colour in colours.values()]
-        # the best place among hundreds of curves takes seconds to find
-        add_legend(axes, list(zip(handles, colours)), "upper right" if len(figure.curves) > MAX_MARKED else "best")
+        add_legend(picture, list(zip(handles, colours)))
     return _save(picture, axes, figure, folder)
 
 
@@ -140,7 +142,7 @@ def _save(picture, axes, figure: Figure | ContourFigure, folder: Path) -> list[P
     axes.set(xlabel=figure.x_label, ylabel=figure.y_label)
     literal(axes.set_title(figure.title, wrap=True))
     axes.grid(alpha=0.3)
-    picture.set_layout_engine("tight")
+    picture.set_layout_engine("constrained")
     paths = [folder / f"{figure.name}.svg", folder / f"{figure.name}.png"]
     save_svg(picture, paths[0])
     picture.set_layout_engine("none")  # the same layout again
@@ -191,7 +193,7 @@ def plot_task_scores(record: dict, path: Path) -> None:
     literal(axes.set_title(record["run"]))
     axes.grid(alpha=0.3)
     if legend:
-        add_legend(axes, legend)
+        add_legend(figure, legend)
     save_png(figure, path)
 
 

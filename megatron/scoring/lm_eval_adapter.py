@@ -383,7 +383,7 @@ def _torch_device(name: str | None) -> torch.device:
 
 
 def _records_path(path: str | None, rank: int, size: int) -> Path | None:
-    """Return the path of this rank's records; its folder is created."""
+    """Return the path of this rank's records; its folder is created, and a file of an earlier command removed."""
     if path is None:
         return None
     file = Path(path)
@@ -391,4 +391,5 @@ def _records_path(path: str | None, rank: int, size: int) -> Path | None:
         file = file.with_name(f"{file.stem}_rank{rank}{file.suffix}")
     with writing(file):
         file.parent.mkdir(parents=True, exist_ok=True)
+        file.unlink(missing_ok=True)
     return file

@@ -31,8 +31,8 @@ class Source:
     )
     records: str | None = flag(
         None,
-        "write one line per request: its score, standard error and samples (default: scores_*.jsonl next to the "
-        "samples of --output_path)",
+        "write one line per request: its score, standard error and samples; replaces the file (default: "
+        "scores_*.jsonl next to the samples of --output_path)",
         metavar="FILE.jsonl",
     )
 

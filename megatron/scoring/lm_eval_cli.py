@@ -5,11 +5,11 @@
     python -m megatron.scoring.lm_eval_cli --model megatron --model_args pretrained=runs/ar --tasks lambada_standard
     torchrun --standalone --nproc-per-node 8 -m megatron.scoring.lm_eval_cli --pretrained runs/mdm --tasks piqa
 
-All options of `lm_eval run` work in addition to those below: --tasks, --limit, --num_fewshot, --log_samples,
---output_path, --use_cache, --include_path, --gen_kwargs, --batch_size (sequences; default auto: --batch-tokens).
-Flags of the published scorers are accepted: --eval_method ar|mc, --only_mc_nll, --only_generate, --load, --task_list,
---results_path, --eval_fp32; docs/scoring.md lists the differences in what they compute. Flags of the model and its
-training have no effect, since a run records them; a flag that contradicts the run is refused.
+All options of `lm_eval run` but chat templates work in addition to those below: --tasks, --limit, --num_fewshot,
+--log_samples, --output_path, --use_cache, --include_path, --gen_kwargs, --batch_size (sequences; default auto:
+--batch-tokens). Flags of the published scorers are accepted: --eval_method ar|mc, --only_mc_nll, --only_generate,
+--load, --task_list, --results_path, --eval_fp32; docs/scoring.md lists the differences in what they compute. Flags of
+the model and its training have no effect, since a run records them; a flag that contradicts the run is refused.
 """
 
 import argparse
@@ -124,6 +124,10 @@ def prepare(options: argparse.Namespace) -> Config:
     trained.tokenizer()
     if not options.tasks and not options.config:
         raise ConfigurationError(NO_TASKS)
+    if "apply_chat_template" in options:
+        raise ConfigurationError(
+            "--apply_chat_template: a run has no chat template, since it was pretrained on plain text; leave it out"
+        )
     if options.output_path and not source.records:
         folder = Path(options.output_path)
         folder = folder.parent if folder.suffix == ".json" else folder / sanitize_model_name(trained.name)

@@ -4,6 +4,7 @@ DIR/config.json, metrics.jsonl, status.json, validation/<set>/<iteration>.npz, c
 trackio.json, mlflow.json, tensorboard.json
 """
 
+import errno
 import fcntl
 import json
 import logging
@@ -47,6 +48,19 @@ def writing(path: Path):
         raise OSError(
             f"{path}: could not be written ({error.strerror}); free space and start the same command again"
         ) from error
+
+
+def prepare_output(path: Path) -> None:
+    """Create the folder of a file that a command writes at its end, and check that it can be written.
+
+    Raises: OSError if it cannot.
+    """
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if not os.access(path.parent, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
 
 @contextmanager

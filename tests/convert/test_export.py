@@ -56,8 +56,11 @@ def test_an_autoregressive_run_gives_its_loss_in_plain_transformers(runs, tmp_pa
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "ar")
     assert loss(model, runs / "ar") == pytest.approx(recorded_loss(runs / "ar", "tuning"), rel=1e-5)
     assert model.config.max_position_embeddings == 32 and model.config.vocab_size == 257
-    for config in (model.config, model.generation_config):
-        assert config.eos_token_id == config.pad_token_id == 256
+    generation = model.generation_config
+    assert model.config.eos_token_id == generation.eos_token_id == generation.pad_token_id == 256
+    model.model(torch.tensor([[256, 97]])).last_hidden_state[0, 0, 0].backward()  # without the head, which is tied
+    assert model.get_input_embeddings().weight.grad[256].any()  # it learns in fine-tuning
+    model.zero_grad()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "ar")
     text = "na\u00efve <|endoftext|> [MASK] \U0001f600\n"
     assert tokenizer(text)["input_ids"] == list(text.encode()) and tokenizer("")["input_ids"] == []
@@ -83,7 +86,7 @@ def test_a_masked_diffusion_run_is_a_masked_language_model_and_no_causal_one(run
     assert tokenizer.mask_token_id == model.config.mask_token_id == 257 and tokenizer.mask_token == "[MASK]"
     assert tokenizer("[MASK]")["input_ids"] == list(b"[MASK]")  # text becomes the mask token on request only
     assert tokenizer("a[MASK]", split_special_tokens=False)["input_ids"] == [97, 257]
-    assert tokenizer.pad_token_id == model.config.pad_token_id == model.config.eos_token_id == 256
+    assert tokenizer.pad_token_id == model.config.eos_token_id == 256 and model.config.pad_token_id is None
     assert not (tmp_path / "mdm" / "generation_config.json").exists()
     with pytest.raises(ValueError, match="Unrecognized configuration class .*EuroBertConfig.* AutoModelForCausalLM"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "mdm")

@@ -149,6 +149,12 @@ def foreign(path, kind="llama", **settings):
     return reference
 
 
+def test_a_sequence_length_of_0_is_not_the_default(tmp_path):
+    foreign(tmp_path / "hf", "llama")
+    with pytest.raises(ConfigurationError, match="--seq-length 0: must be at least 2"):
+        import_folder(tmp_path / "hf", tmp_path / "run", seq_length=0)
+
+
 FOREIGN = {
     "llama": dict(rope_parameters={"rope_type": "default", "rope_theta": 5e5}, rms_norm_eps=1e-6),
     "llama tied": dict(tie_word_embeddings=True, head_dim=10),

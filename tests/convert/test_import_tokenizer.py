@@ -162,7 +162,8 @@ def test_a_llama_3_goes_to_a_run_and_back_with_its_tokenizer(llama3, tmp_path):
     export(trained, tmp_path / "again")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "again")
-    for config in (model.config, model.generation_config, tokenizer):
+    assert model.config.eos_token_id == 281
+    for config in (model.generation_config, tokenizer):
         assert config.eos_token_id == config.pad_token_id == 281
     assert tokenizer.eos_token == "<|end_of_text|>" == theirs.eos_token
     assert "separated by `<|end_of_text|>`" in (tmp_path / "again" / "README.md").read_text()
@@ -185,7 +186,7 @@ def test_a_masked_model_keeps_its_end_and_gets_its_mask(tmp_path):
     export(open_trained(str(tmp_path / "run")), tmp_path / "again")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "again")
     config = AutoModelForMaskedLM.from_pretrained(tmp_path / "again").config
-    assert tokenizer.eos_token_id == config.eos_token_id == tokenizer.pad_token_id == config.pad_token_id == 281
+    assert tokenizer.eos_token_id == config.eos_token_id == tokenizer.pad_token_id == 281
     assert tokenizer.mask_token_id == config.mask_token_id == 283
 
 

@@ -186,6 +186,8 @@ def test_files_that_do_not_match_the_model_are_refused_in_one_line(tmp_path):
     edit_layer(copy("list"), 5, lambda tensors: tensors.update({"weight": [1.0]}))
     (copy("cut") / "layer_02-model_00-model_states.pt").write_bytes(b"PK\x03\x04cut")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "unpipelined" / "global_step7").mkdir(parents=True)
+    (tmp_path / "unpipelined" / "latest").write_text("global_step7")
     for name, flags, message in (
         ("rank", [], "has no layer_03-model_01-model_states.pt; give a complete checkpoint"),
         ("block", [], "holds 2 blocks, in layers 2, 4, and the model has 3"),
@@ -197,6 +199,7 @@ def test_files_that_do_not_match_the_model_are_refused_in_one_line(tmp_path):
         ("list", [], "layer_05-model_00-model_states.pt: does not hold the tensors of a layer"),
         ("cut", [], "layer_02-model_00-model_states.pt: cannot be read as tensors only"),
         ("empty", [], "holds no layer_XX-model_YY-model_states.pt"),
+        ("unpipelined", [], "unpipelined: holds no layer_XX-model_YY-model_states.pt, and no file latest that names"),
         ("complete", ["--num-layers", "4"], "holds 3 blocks, in layers 2, 3, 4, and the model has 4"),
         ("complete", ["--hidden-size", "64"], "has shape [384, 32], and the model needs [384, 64]"),
         ("complete", ["--no-swiglu"], "mlp.up_proj.weight has shape [96, 32], and the model needs [48, 32]"),

@@ -184,8 +184,12 @@ REFUSED = (
     ),
     (["MDM", "--infill", "a"], "--infill: a text has no gap"),
     (
-        ["MDM", "--infill", "a{{40}}"],
-        "--infill: a text has 41 tokens, gaps included, and this model",
+        ["MDM", "--infill", "a{{32}}"],
+        "--infill: a text has 33 tokens, gaps included, and this model",
+    ),
+    (
+        ["MDM", "--infill", "a{{1}}{{99999999999999999999}}"],
+        "--infill: a text has 100000000000000000000 tokens in its gaps, and this model was trained on 32",
     ),
     (["MDM", *PROMPT, "--steps", "9"], "--steps 9: is more than --max-new-tokens 8"),
     (["MDM", "--prompt", "a"], "--max-new-tokens 128: leaves no room for a prompt in the 32 tokens of --seq-length"),
@@ -274,9 +278,10 @@ def test_the_command_reports_a_refusal_and_exits_with_code_2(runs, written):
     assert code == 2 and message.startswith("error: --steps: acts in masked") and not printed
 
 
-def test_a_folder_that_cannot_be_written_to_is_told_before_the_work(runs, tmp_path, written):
+@pytest.mark.parametrize("output", ["file/texts.jsonl", "."])
+def test_a_file_that_cannot_be_written_is_reported_before_the_work(output, runs, tmp_path, written):
     (tmp_path / "file").write_text("")
-    flags = ["--prompt", "a", "--max-new-tokens", "8", "--output", tmp_path / "file" / "texts.jsonl"]
+    flags = ["--prompt", "a", "--max-new-tokens", "8", "--output", tmp_path / output]
     code, printed, message = written(runs / "ar", *flags)
     assert code == 1 and message.startswith("error: ") and "could not be written" in message and not printed
 

@@ -197,6 +197,26 @@ def test_critical_compute_outside_the_range_of_either_laws_runs_says_so():
     assert lines[-1].endswith(f"; outside the range of the runs: {', '.join(words)}")
 
 
+@pytest.mark.parametrize(
+    "filters, names",
+    [
+        ((["variant=mdm", "set=validation"], ["variant=ar", "set=validation"]), (" (variant=mdm)", " (variant=ar)")),
+        ((["variant=mdm"], []), (" (variant=mdm)", "")),
+        ((["variant=mdm"], ["variant=mdm"]), ("", " (other/fit.json:repetition)")),
+    ],
+)
+def test_laws_of_one_table_are_named_by_what_distinguishes_them(filters, names):
+    form = FORMS["repetition"]
+    shared = {"table": "results.csv", "file": "other/fit.json:repetition"}
+    notes = [{**shared, "filters": conditions} for conditions in filters]
+    laws = [
+        Law(form, form.internal({**form.published, "B": constant}), notes=note)
+        for constant, note in zip((2000.0, 2100.0), notes)
+    ]
+    question = answers(laws[0], [1e8], [], laws[1])[1][-1]["question"]
+    assert question == " overtakes ".join(f"repetition of results.csv{name}" for name in names)
+
+
 def test_equal_losses_have_no_r2(tmp_path):
     table = synthetic("chinchilla")
     equal = study(

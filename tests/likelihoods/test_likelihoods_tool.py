@@ -246,3 +246,8 @@ def test_likelihoods_of_other_tokens_have_no_difference(runs, tmp_path):
 def test_what_does_not_fit_is_refused(runs, words, message):
     done = command(runs / words[0], *words[1:])
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_record_that_cannot_be_written_is_reported_before_the_evaluation(runs, tmp_path):
+    done = command(runs / "mdm", "--json", tmp_path)
+    assert done.returncode == 1 and f"error: {tmp_path}: could not be written (Is a directory)" in done.stderr

@@ -138,8 +138,8 @@ def plot_texts(monkeypatch):
         savefig(figure, path, **options)
         texts = []
         for axes in figure.axes:
-            texts += axes.get_legend().get_texts() if axes.get_legend() else axes.get_xticklabels()
-            texts.append(axes.title)
+            names = [text for legend in figure.legends for text in legend.get_texts()]
+            texts += [*(names or axes.get_xticklabels()), axes.title]
         texts_by_file[path.name.removesuffix(".partial")] = texts
 
     monkeypatch.setattr(Figure, "savefig", save_and_record)
@@ -172,6 +172,26 @@ def test_tasks_and_runs_are_named_literally_in_the_plot_of_their_scores(tmp_path
     assert not any(text.get_parse_math() for text in texts)
 
 
+def test_a_legend_covers_no_curve(tmp_path, monkeypatch):
+    """Lines that fill the axes, so that a legend inside them would cover some; names as long as those of methods."""
+    overlaps = []
+
+    def compare_boxes(figure, path, **options):
+        figure.draw_without_rendering()
+        legends = [*figure.legends, *filter(None, [axes.get_legend() for axes in figure.axes])]
+        boxes = [(legend.get_window_extent(), axes.bbox) for legend in legends for axes in figure.axes]
+        overlaps.extend(legend.overlaps(axes) for legend, axes in boxes)
+        path.touch()
+
+    monkeypatch.setattr(Figure, "savefig", compare_boxes)
+    names = [f"AR, token dropout U(0, 0.39), weight decay {number}" for number in range(12)]
+    lines = [Curve(label=name, series=name, x=np.arange(1.0, 9), y=np.arange(8.0) * i) for i, name in enumerate(names)]
+    draw(figures.Figure(name="lines", title="t", x_label="x", y_label="y", curves=lines), tmp_path)
+    points = [{"epoch": epoch, "results": {name: {"acc,none": 0.5} for name in names}} for epoch in (1.0, 2.0)]
+    plot_task_scores({"run": "runs/mine", "points": points}, tmp_path / "scores.png")
+    assert overlaps == [False, False, False]
+
+
 def test_a_logarithmic_axis_has_the_ticks_of_its_figure(tmp_path):
     rates = (0.002, 0.004, 0.008, 0.016, 0.032)
     line = Curve(label="a", series="a", x=np.array(rates), y=np.arange(5.0))
@@ -196,6 +216,7 @@ def test_an_unfinished_run_with_a_record_cut_by_a_crash_is_reported_as_such(fold
     assert "ar is not finished: this is epoch " in text and "end of its budget" not in text
     page = (tmp_path / "report" / "report.html").read_text()
     assert "chosen on the validation set" in page and "chosen on the tuning set" not in page
+    assert "<p>1 run on " in page and "Commands of 1 run<" in page
 
 
 def test_bad_input_gets_one_line(folders, tmp_path):
@@ -206,3 +227,7 @@ def test_bad_input_gets_one_line(folders, tmp_path):
     ):
         result = run_python("tools/report.py", "--output", tmp_path, *arguments)
         assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr
+    (tmp_path / "file").touch()
+    result = run_python("tools/report.py", folders / "ar", "--output", tmp_path / "file")
+    assert result.returncode == 1 and re.search(rf"^error: .*{tmp_path / 'file'}", result.stderr, re.MULTILINE)
+    assert "Traceback" not in result.stderr

@@ -212,6 +212,7 @@ def test_nothing_is_significant_without_a_standard_error(tmp_path):
 def test_the_sets_that_choose_and_report_are_named(tmp_path):
     rows = [row(tmp_path / name, (loss, 4.0), sets=("validation",) * 2) for name, loss in (("a", 2.0), ("b", 3.0))]
     assert "At their best points, chosen on the validation set, a has" in "\n".join(conclusions(rows, []))
+    assert "lowest" not in "\n".join(conclusions(rows[:1], []))  # of one run there is nothing to compare
     assert "selected and reported on the same set (validation)" in "\n".join(caveats(rows))
     assert "on the validation set" in frontier_figure(rows, "validation").note
     runs = [row.group.runs[0] for row in rows]

@@ -216,6 +216,10 @@ def test_a_file_of_another_kind_is_refused_in_one_line(kind, tmp_path):
     files = {"fits": [], "multipliers": [], "scores": []} | {kind.rstrip("s") + "s": [path]}
     with pytest.raises(ConfigurationError, match=f"--{kind} {path}: is no record of tools/.*; give the JSON file"):
         read_attachments(**files)
+    path.unlink()
+    message = rf"--{kind} {path}: cannot be read \(No such file.*\); give the JSON file that tools/.* wrote"
+    with pytest.raises(ConfigurationError, match=message):
+        read_attachments(**files)
 
 
 def test_the_page_of_a_sweep_has_all_parts(sweep, tmp_path):

@@ -270,6 +270,16 @@ def test_what_an_older_tokenisation_left_in_a_cache_is_not_reused(runs, tmp_path
     assert again.loglikelihood(instances) == [answer]
 
 
+def test_a_command_that_resumes_replaces_its_records(runs, tmp_path):
+    records = tmp_path / "scores.jsonl"
+    settings = {"pretrained": str(runs / "ar"), "use_cache": str(tmp_path / "cache"), "records": str(records)}
+    lines = []
+    for _ in range(2):
+        MegatronLM(**settings).loglikelihood(choices_of("import", " os", " sys"))
+        lines.append(records.read_text().splitlines())
+    assert len(lines[0]) == 2 and lines[1] == lines[0]
+
+
 # ------------------------------------------------------------------------------------ contexts that do not fit
 
 
@@ -661,6 +671,7 @@ def test_what_is_wrong_is_said_before_any_work(runs, command, tmp_path):
             "max_gen_toks 600 of a task",
         ),
         (["--pretrained", ar, "--tasks", "x", "--gen_kwargs", "steps=2"], "--gen_kwargs steps=2: acts in masked"),
+        (["--pretrained", ar, "--tasks", "x", "--apply_chat_template"], "--apply_chat_template: a run has no chat"),
         (["--model", "hf", "--cfg", "1", "--tasks", "x"], "--cfg: acts on --model megatron, and --model hf was given"),
     ):
         with pytest.raises(ConfigurationError) as caught:
