@@ -109,13 +109,22 @@ class Transformer(nn.Module):
             states = hidden
         context = self._attention_context(batch, states.dtype)
         scales = batch.residual_scales
-        for position, name in self.schedule:
-            block = self.layers[name]
-            residual_scale = None if scales is None else scales[:, position, None, None]
-            is_last_use = position == self.config.depth - 1
-            selected = (selection if is_last_use else None,) if isinstance(block, LastBlock) else ()
-            states = block(states, context, residual_scale, *selected)
-        return self._head_input(states) if self.is_last_stage else states
+        if selection is None:
+            return self.run_blocks(states, context, scales, len(self.schedule))
+        states = self.run_blocks(states, context, scales, len(self.schedule) - 1)
+        position, last = self.schedule[-1]
+        return self._head_input(self.layers[last](states, context, _scale(scales, position), selection))
+
+    def run_blocks(self, states: Tensor, context: AttentionContext, scales: Tensor | None, num_uses: int) -> Tensor:
+        """Apply the first `num_uses` uses of blocks to `states` [B, T, H]; all of the last stage end with the norm.
+
+        `scales` [B, depth] are the residual scales of every use. All arguments are tensors, flags and a constant, so
+        that it compiles as one graph.
+        """
+        for position, name in self.schedule[:num_uses]:
+            states = self.layers[name](states, context, _scale(scales, position))
+        is_head_input = self.is_last_stage and num_uses == len(self.schedule)
+        return self._head_input(states) if is_head_input else states
 
     def _head_input(self, states: Tensor) -> Tensor:
         """Return the normalised states [..., H], with the multiplier of the logits."""
@@ -177,3 +186,8 @@ class Transformer(nn.Module):
         """Return the weight of the head, [padded vocabulary, H]: the embedding's where the two are tied."""
         untied = self.config.untie_embeddings_and_output_weights
         return self.lm_head.weight if untied else self.embed_tokens.weight
+
+
+def _scale(scales: Tensor | None, position: int) -> Tensor | None:
+    """Return the residual scales of a use of a block, [B, 1, 1], out of those of all uses, [B, depth]."""
+    return None if scales is None else scales[:, position, None, None]

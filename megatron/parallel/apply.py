@@ -37,7 +37,7 @@ def build_engine(
     3. Replace layers by tensor-parallel ones.
     4. Compute the matrix products of the blocks in float8.
     5. Apply activation checkpointing.
-    6. Compile the blocks.
+    6. Compile the blocks: as one graph where step 7 makes them one group.
     7. Shard with FSDP2 as the ZeRO stage says.
 
     Master weights are fp32, computation runs in bf16 or fp32, gradients are reduced in fp32. World size 1 takes the
@@ -46,6 +46,7 @@ def build_engine(
     with torch.device("meta"):
         model = Transformer(config, vocabulary)
     compute_dtype = torch.bfloat16 if bf16 else torch.float32
+    one_group = is_one_group(sum(parameter.numel() for parameter in model.parameters()), ranks.size, parallel)
     pp_rank, pp_size = ranks.along("pp")
     _, tp_size = ranks.along("tp")
     num_chunks = parallel.chunks(len(model.layers))
@@ -64,10 +65,10 @@ def build_engine(
         # checkpointing wraps a block as one function.
         chunk.selects_scored_positions = tp_size == 1 and parallel.recompute_granularity is None
         if compile:
-            compile_blocks(chunk, ranks.device, compute_dtype)
+            compile_blocks(chunk, ranks.device, compute_dtype, as_one_graph=one_group)
     stages = [Stage(chunk) for chunk in models] if pp_size > 1 else []
     for root, chunk in zip(stages or models, models, strict=True):
-        _shard(root, chunk.layers.values(), ranks, parallel, dtype=compute_dtype)
+        _shard(root, () if one_group else chunk.layers.values(), ranks, parallel, dtype=compute_dtype)
     if stages:
         return Pipeline(stages, models, ranks, zero_stage=parallel.fsdp_stage, dtype=compute_dtype)
     return Engine(models, models, ranks, zero_stage=parallel.fsdp_stage)
@@ -88,7 +89,7 @@ def is_one_group(parameters: int, world_size: int, parallel: ParallelConfig) -> 
 
 def _shard(
     root: nn.Module,
-    blocks: Iterable[nn.Module],
+    groups: Iterable[nn.Module],
     ranks: ParallelContext,
     parallel: ParallelConfig,
     *,
@@ -97,8 +98,8 @@ def _shard(
     """Shard parameters, gradients and optimizer state over the data-parallel ranks with FSDP2.
 
     ZeRO stage 0 has shards of size 1 and as many replicas as data-parallel ranks; stages 1 and 2 keep parameters
-    gathered from the forward pass to the end of the step; stage 3 frees them after each use. Every block is a group of
-    its own, except where `is_one_group`.
+    gathered from the forward pass to the end of the step; stage 3 frees them after each use. The parameters of each of
+    `groups`, and the others of `root`, are one group of FSDP2.
     """
     is_replicated = ranks.along("replicate")[1] > 1
     options = {
@@ -108,7 +109,6 @@ def _shard(
         "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False),
         "offload_policy": CPUOffloadPolicy() if parallel.cpu_offload else OffloadPolicy(),
     }
-    parameters = sum(parameter.numel() for parameter in root.parameters())
-    for block in () if is_one_group(parameters, ranks.size, parallel) else blocks:
-        fully_shard(block, **options)
+    for group in groups:
+        fully_shard(group, **options)
     fully_shard(root, **options)

@@ -1,4 +1,4 @@
-"""torch.compile for the blocks of a model, each as one graph of static shapes."""
+"""torch.compile for the blocks of a model, each or all as one graph of static shapes."""
 
 from typing import Any, cast
 
@@ -22,11 +22,15 @@ def takes_block_masks(head_size: int, dtype: torch.dtype, shared_memory: int) ->
     return 16 <= head_size <= (bf16 if dtype == torch.bfloat16 else fp32)
 
 
-def compile_blocks(model: Transformer, device: torch.device, dtype: torch.dtype) -> None:
-    """Compile every block in place; the last one as two functions, between which scored positions are selected.
+LONGEST_GRAPH = 32  # uses of blocks; the time to compile them as one graph grows with their number
 
-    Masks become FlexAttention BlockMasks where that works; fully masked tiles are skipped then. The model computes in
-    `dtype`.
+
+def compile_blocks(model: Transformer, device: torch.device, dtype: torch.dtype, *, as_one_graph: bool = False) -> None:
+    """Compile every block in place, or all `as_one_graph`, which no hook may interrupt.
+
+    One graph takes the host less time, and longer to compile. The last block is two functions, between which scored
+    positions are selected. Masks become FlexAttention BlockMasks where that works; fully masked tiles are skipped then.
+    The model computes in `dtype`.
     """
     config = model.config
     # FlexAttention has no dropout and, on a CPU, no backward pass
@@ -39,5 +43,8 @@ def compile_blocks(model: Transformer, device: torch.device, dtype: torch.dtype)
         last = cast(LastBlock, blocks.pop())
         last.attend = torch.compile(last.attend, **settings)
         last.finish = torch.compile(last.finish, **settings)
-    for block in blocks:
-        block.compile(**settings)
+    if as_one_graph and len(model.schedule) <= LONGEST_GRAPH:
+        model.run_blocks = torch.compile(model.run_blocks, **settings)
+    else:
+        for block in blocks:
+            block.compile(**settings)
