@@ -22,6 +22,7 @@ TOOL_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 _signal_name: str | None = None  # of the first signal
 _is_deferred = False
+_postponed: list[int] | None = None  # stop signals in a block of `blocked`; None outside
 _handlers_before: dict[int, Any] = {}  # of the stop signals of a tool
 _end_all_ranks: Callable[[str, int], None] | None = None
 
@@ -86,12 +87,20 @@ def requested() -> str | None:
 
 @contextmanager
 def blocked() -> Iterator[None]:
-    """Delay the stop signals of this thread to the end of the block; a process forked in it never receives them."""
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    """Delay the stop signals of this thread to the end of the block; a process forked in it never receives them.
+
+    Another thread, such as one of a library, may receive one all the same, and Python calls the handler in the main
+    thread; that of a tool is then called again at the end of the block.
+    """
+    global _postponed
+    mask, _postponed = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS), []
     try:
         yield
     finally:
+        postponed, _postponed = _postponed, None
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if postponed:
+            signal.raise_signal(postponed[0])
 
 
 def ignore() -> None:
@@ -118,6 +127,9 @@ def _end_imports(number: int, frame) -> None:
 
 
 def _raise(number: int, frame) -> None:
+    if _postponed is not None:
+        _postponed.append(number)
+        return
     signal.signal(number, signal.SIG_DFL if number == signal.SIGINT else signal.SIG_IGN)
     raise Interrupted(number)
 

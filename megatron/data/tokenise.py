@@ -14,7 +14,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from threading import Thread
 from time import sleep
@@ -216,12 +216,14 @@ def in_order(workers: int, make: Callable[[], ChunkTokeniser]) -> Iterator[MapIn
     try:
         yield lambda tasks: _ahead(pool, tasks, 2 * workers + 2)
     except BrokenProcessPool:
+        for worker in active_children():  # the pool sends SIGTERM, which they block, and waits for their end
+            worker.kill()
         raise ConfigurationError(
             f"--workers {workers}: a worker process was killed, perhaps for lack of memory; lower it, and run the same "
             "command again"
         ) from None
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        pool.shutdown(cancel_futures=True)  # a worker that starts reads files that the caller removes after this
 
 
 def _ahead(pool: ProcessPoolExecutor, tasks: Iterable[ChunkTask], most: int) -> Iterator[TokenisedChunk]:

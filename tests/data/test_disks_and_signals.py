@@ -154,6 +154,28 @@ def test_a_stop_signal_of_a_running_tool_is_one_line(name):
     assert (done.returncode, done.stderr) == (128 + signal.Signals[name], "error: interrupted\n")
 
 
+WHILE_BLOCKED = """
+import os, signal, sys, threading, time
+from megatron.stop_signals import blocked, run_tool
+def main():
+    threading.Thread(target=time.sleep, args=(1,), daemon=True).start()  # it receives the signal
+    with blocked():
+        os.kill(os.getpid(), signal.{name})
+        time.sleep(0.2)
+        print("end of the block")
+    print("after the block")
+run_tool(main)
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_stop_signal_waits_for_a_block_also_where_another_thread_receives_it(name):
+    words = [sys.executable, "-c", WHILE_BLOCKED.format(name=name)]
+    done = subprocess.run(words, capture_output=True, text=True, env=environment(), cwd=ROOT)
+    assert (done.returncode, done.stderr) == (128 + signal.Signals[name], "error: interrupted\n")
+    assert done.stdout == "end of the block\n"
+
+
 def test_imported_tools_install_no_handlers():
     """Worker processes import the tool that started them, and pytest has its own handler of Ctrl-C."""
     source = "import signal, runpy; runpy.run_path({!r}, run_name='tool'); print(signal.getsignal(signal.SIGTERM))"

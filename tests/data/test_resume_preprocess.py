@@ -241,8 +241,7 @@ def running(text, tmp_path):
         while not (tmp_path / "data" / ".partial" / "progress.json").exists():
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.02)
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        workers = [child for child in children if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
+        workers = _workers(process)
         assert len(workers) == 2
         yield process, workers
     finally:
@@ -284,6 +283,22 @@ def test_a_run_that_ends_early_says_how_to_go_on(running, tmp_path, signal_numbe
     assert is_resumable(tmp_path / "data" / ".partial") and not (tmp_path / "data" / "corpus.json").exists()
 
 
+def test_workers_that_start_while_a_run_is_interrupted_end_in_silence(text, tmp_path):
+    """They read the tokenizer that the run has trained, which it removes at its end."""
+    flags = ["--input", text, "--train-tokenizer", 300, "--workers", 2, "--output-dir", tmp_path / "data"]
+    command = program(20_000, *flags)
+    process = subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        while not _workers(process):
+            assert process.poll() is None
+            time.sleep(0.001)
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.communicate(timeout=60)[1] == "error: interrupted; nothing was changed\n"
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
 def test_a_second_writer_of_a_prefix_waits_and_another_prefix_does_not(text, tmp_path):
     def start(prefix):
         flags = ["--input", text, "--tokenizer-type", "ByteTokenizer", "--output-prefix", tmp_path / prefix]
@@ -297,6 +312,12 @@ def test_a_second_writer_of_a_prefix_waits_and_another_prefix_does_not(text, tmp
         assert same.poll() is None
     assert "text: " in same.communicate(timeout=60)[0]
     assert sorted(path.name for path in tmp_path.glob("*.bin")) == ["a_text_document.bin", "b_text_document.bin"]
+
+
+def _workers(process: subprocess.Popen) -> list[str]:
+    """Return the process ids of the workers of the tool."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return [child for child in children if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
 
 
 def _alive(pid: str) -> bool:
