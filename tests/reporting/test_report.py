@@ -173,7 +173,7 @@ def test_tasks_and_runs_are_named_literally_in_the_plot_of_their_scores(tmp_path
 
 
 def test_a_legend_covers_no_curve(tmp_path, monkeypatch):
-    """Lines that fill the axes, so that a legend inside them would cover some; names as long as those of methods."""
+    """Lines that span the axes, so that a legend inside them would cover some; names as long as those of methods."""
     overlaps = []
 
     def compare_boxes(figure, path, **options):
