@@ -108,6 +108,8 @@ def typed(name: str, value) -> str:
         return spelling(name) if value else spelling("no_" + name)
     if value in (None, (), []):
         return f"no {spelling(name)}"
+    if value == "":
+        return f"{spelling(name)} ''"
     return f"{spelling(name)} {' '.join(map(str, value)) if isinstance(value, (tuple, list)) else value}"
 
 

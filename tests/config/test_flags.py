@@ -114,6 +114,7 @@ def test_values_are_shown_as_they_are_typed():
     assert typed("fp32", True) == "--fp32" and typed("swiglu", False) == "--no-swiglu"
     assert typed("min_lr", None) == "no --min-lr" and typed("data_path", ()) == "no --data-path"
     assert typed("data_path", ("a", "b")) == "--data-path a b" == typed("data_path", ["a", "b"])
+    assert typed("txt_separator", "") == "--txt-separator ''"
     with pytest.raises(ConfigurationError, match="^--lr 0: must be positive$"):
         require(False, "lr", 0, "must be positive")
     require(True, "lr", 1, "must be positive")
