@@ -9,6 +9,7 @@ from megatron.model.transformer import Transformer
 
 # inductor options: on a CPU its own RNG draws dropout masks element by element, which costs more than compiling saves
 OPTIONS = {"cpu": {"fallback_random": True}}
+LONGEST_GRAPH = 32  # uses of blocks; the time to compile them as one graph grows with their number
 
 
 # Of FlexAttention in bf16 and fp32, by the KiB of shared memory of a multiprocessor; larger heads do not compile.
@@ -22,15 +23,12 @@ def takes_block_masks(head_size: int, dtype: torch.dtype, shared_memory: int) ->
     return 16 <= head_size <= (bf16 if dtype == torch.bfloat16 else fp32)
 
 
-LONGEST_GRAPH = 32  # uses of blocks; the time to compile them as one graph grows with their number
-
-
 def compile_blocks(model: Transformer, device: torch.device, dtype: torch.dtype, *, as_one_graph: bool = False) -> None:
-    """Compile every block in place, or all `as_one_graph`, which no hook may interrupt.
+    """Compile every block in place, or with `as_one_graph` all of them together, up to LONGEST_GRAPH uses.
 
-    One graph takes the host less time, and longer to compile. The last block is two functions, between which scored
-    positions are selected. Masks become FlexAttention BlockMasks where that works; fully masked tiles are skipped then.
-    The model computes in `dtype`.
+    One graph costs the host less time per step and more to compile; FSDP2's hooks on blocks rule it out. The last
+    block is two functions, between which scored positions are selected. Masks become FlexAttention BlockMasks where
+    that works; fully masked tiles are skipped then. The model computes in `dtype`.
     """
     config = model.config
     # FlexAttention has no dropout and, on a CPU, no backward pass

@@ -88,10 +88,11 @@ def test_what_objectives_change_in_bf16(case):
     assert rounded == pytest.approx(uncompiled, rel=0.02) and rounded != pytest.approx(uncompiled, rel=1e-5)
 
 
-@pytest.mark.parametrize("parts", ["groups", "graphs"])
-def test_blocks_of_larger_models_compile_one_by_one(parts, monkeypatch):
-    """Either for groups of FSDP2, whose hooks no graph contains, or since one graph of many blocks compiles slowly."""
-    limit = {"groups": (apply, "ONE_GROUP_PARAMETERS", 0), "graphs": (compiled, "LONGEST_GRAPH", 1)}[parts]
+@pytest.mark.parametrize(
+    "limit", [(apply, "ONE_GROUP_PARAMETERS", 0), (compiled, "LONGEST_GRAPH", 1)], ids=lambda limit: limit[1]
+)
+def test_blocks_of_larger_models_compile_one_by_one(limit, monkeypatch):
+    """Either since they have FSDP2's hooks, or since one graph of many blocks compiles slowly."""
     with joined() as ranks:
         together = loss_and_norm(ranks, ParallelConfig(), True, CAUSAL)
         assert counters["stats"]["unique_graphs"] == 1
