@@ -16,7 +16,7 @@ setup(
     packages=find_packages(include=["megatron", "megatron.*"]),
     package_data={"megatron.reporting": ["templates/*.html"]},
     install_requires=[
-        "torch>=2.11,<2.14",
+        "torch>=2.11,<2.16",
         "numpy",
         "safetensors",
         "tokenizers>=0.21.2",

@@ -6,9 +6,11 @@ A new release of torch is checked here first: each name says what it is for, and
 from collections.abc import Iterable
 from importlib import import_module
 from typing import Any, cast
+from weakref import WeakSet
 
 import torch
 import torch.distributed._functional_collectives  # declares the operators
+from torch import Tensor, nn
 from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -38,7 +40,7 @@ class LocalAdamW(torch.optim.AdamW):
         """Fill the lists with the tensors of a parameter group: weights, gradients, moments and step counts."""
         has_complex = super()._init_group(group, *lists)
         for tensors in lists:
-            tensors[:] = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+            tensors[:] = [tensor._local_tensor if isinstance(tensor, DTensor) else tensor for tensor in tensors]
         return has_complex
 
 
@@ -49,6 +51,19 @@ def fsdp_parameters(modules: Iterable[FSDPModule]) -> list[Any]:
     """
     groups = (cast(Any, module)._get_fsdp_state()._fsdp_param_group for module in modules)
     return [parameter for group in groups for parameter in group.fsdp_params]
+
+
+def sum_gradients_in_autograd(modules: Iterable[FSDPModule]) -> None:
+    """Have autograd add up the unreduced gradients of the modules' gathered weights in fp32, also of bf16 weights.
+
+    FSDP2 does it in Python, weight by weight, before torch 2.15. Weights that tensor parallelism shards keep that way:
+    theirs are DTensors. This gathers the weights, since the gathered ones first exist then.
+    """
+    for module in modules:
+        module.unshard()
+        for parameter in fsdp_parameters([module]):
+            if not isinstance(parameter.unsharded_param, DTensor):
+                parameter.unsharded_param.grad_dtype = torch.float32
 
 
 def sharded_file_keys() -> tuple[str, str]:
@@ -73,6 +88,38 @@ def inductor_config() -> Any:
 def forget_compiled_code() -> None:
     """Drop what torch.compile has compiled in this process, which counts towards its limit of recompilations."""
     torch._dynamo.reset()
+
+
+compiled_models: WeakSet[nn.Module] = WeakSet()
+hidden_gradients: list[tuple[nn.Parameter, Tensor]] = []
+
+
+def hide_gradients_from_compiler(model: nn.Module) -> None:
+    """Hide the gradients of a model while code is compiled: torch.compile refuses fp32 gradients of bf16 weights.
+
+    It meets them when a micro-batch after the first one of a step needs new code, for another shape or objective.
+    """
+    compiled_models.add(model)
+    handler = import_module("torch._dynamo.callback").callback_handler
+    if hide_gradients not in handler.start_callbacks:  # forget_compiled_code drops them
+        handler.register_start_callback(hide_gradients)
+        handler.register_end_callback(show_gradients)
+
+
+def hide_gradients(_: object) -> None:
+    """Take the gradients of all compiled models away until `show_gradients`."""
+    parameters = [parameter for model in compiled_models for parameter in model.parameters()]
+    for parameter in parameters:
+        if parameter.grad is not None:
+            hidden_gradients.append((parameter, parameter.grad))
+            parameter.grad = None
+
+
+def show_gradients(_: object) -> None:
+    """Give back what `hide_gradients` took."""
+    for parameter, gradient in hidden_gradients:
+        parameter.grad = gradient
+    hidden_gradients.clear()
 
 
 def leave_child_signals_alone() -> None:

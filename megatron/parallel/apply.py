@@ -46,7 +46,8 @@ def build_engine(
     with torch.device("meta"):
         model = Transformer(config, vocabulary)
     compute_dtype = torch.bfloat16 if bf16 else torch.float32
-    one_group = is_one_group(sum(parameter.numel() for parameter in model.parameters()), ranks.size, parallel)
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    one_group = is_one_group(num_parameters, ranks.size, parallel)
     pp_rank, pp_size = ranks.along("pp")
     _, tp_size = ranks.along("tp")
     num_chunks = parallel.chunks(len(model.layers))
@@ -71,10 +72,11 @@ def build_engine(
         _shard(root, () if one_group else chunk.layers.values(), ranks, parallel, dtype=compute_dtype)
     if stages:
         return Pipeline(stages, models, ranks, zero_stage=parallel.fsdp_stage, dtype=compute_dtype)
-    return Engine(models, models, ranks, zero_stage=parallel.fsdp_stage)
+    sums_in_autograd = num_parameters <= SMALL_MODEL and parallel.fsdp_stage < 2 and not parallel.cpu_offload
+    return Engine(models, models, ranks, zero_stage=parallel.fsdp_stage, sums_in_autograd=sums_in_autograd)
 
 
-ONE_GROUP_PARAMETERS = 250_000_000  # the largest such model, whose gradients are 1 GB in fp32
+SMALL_MODEL = 250_000_000  # parameters, whose gradients are 1 GB in fp32; the host may be slower than a device here
 
 
 def is_one_group(parameters: int, world_size: int, parallel: ParallelConfig) -> bool:
@@ -83,7 +85,7 @@ def is_one_group(parameters: int, world_size: int, parallel: ParallelConfig) -> 
     There is nothing to overlap on a single rank, and the hooks of the blocks take a third of the host's time, which
     models of this size can be bound by. The gradients of one group are reduced at once, in 4 bytes per parameter.
     """
-    is_small = parameters <= ONE_GROUP_PARAMETERS
+    is_small = parameters <= SMALL_MODEL
     return world_size == 1 and is_small and parallel.fsdp_stage < 3 and not parallel.cpu_offload
 
 

@@ -6,6 +6,7 @@ import torch
 
 from megatron.model.last_block import LastBlock
 from megatron.model.transformer import Transformer
+from megatron.torch_private import hide_gradients_from_compiler
 
 # inductor options: on a CPU its own RNG draws dropout masks element by element, which costs more than compiling saves
 OPTIONS = {"cpu": {"fallback_random": True}}
@@ -35,6 +36,7 @@ def compile_blocks(model: Transformer, device: torch.device, dtype: torch.dtype,
     if device.type == "cuda" and config.attention_dropout == 0:
         shared_memory = torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
         model.uses_block_mask = takes_block_masks(config.head_size, dtype, shared_memory)
+    hide_gradients_from_compiler(model)
     settings: dict[str, Any] = {"fullgraph": True, "dynamic": False, "options": OPTIONS.get(device.type)}
     blocks = list(model.layers.values())
     if model.is_last_stage and model.selects_scored_positions:

@@ -89,7 +89,7 @@ def test_what_objectives_change_in_bf16(case):
 
 
 @pytest.mark.parametrize(
-    "limit", [(apply, "ONE_GROUP_PARAMETERS", 0), (compiled, "LONGEST_GRAPH", 1)], ids=lambda limit: limit[1]
+    "limit", [(apply, "SMALL_MODEL", 0), (compiled, "LONGEST_GRAPH", 1)], ids=lambda limit: limit[1]
 )
 def test_blocks_of_larger_models_compile_one_by_one(limit, monkeypatch):
     """Either since they have FSDP2's hooks, or since one graph of many blocks compiles slowly."""
