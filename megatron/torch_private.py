@@ -53,19 +53,6 @@ def fsdp_parameters(modules: Iterable[FSDPModule]) -> list[Any]:
     return [parameter for group in groups for parameter in group.fsdp_params]
 
 
-def sum_gradients_in_autograd(modules: Iterable[FSDPModule]) -> None:
-    """Have autograd add up the unreduced gradients of the modules' gathered weights in fp32, also of bf16 weights.
-
-    FSDP2 does it in Python, weight by weight, before torch 2.15. Weights that tensor parallelism shards keep that way:
-    theirs are DTensors. This gathers the weights, since the gathered ones first exist then.
-    """
-    for module in modules:
-        module.unshard()
-        for parameter in fsdp_parameters([module]):
-            if not isinstance(parameter.unsharded_param, DTensor):
-                parameter.unsharded_param.grad_dtype = torch.float32
-
-
 def sharded_file_keys() -> tuple[str, str]:
     """Return the keys of a safetensors header that a distributed checkpoint needs: of the layout, and of offsets in it.
 
@@ -97,7 +84,8 @@ hidden_gradients: list[tuple[nn.Parameter, Tensor]] = []
 def hide_gradients_from_compiler(model: nn.Module) -> None:
     """Hide the gradients of a model while code is compiled: torch.compile refuses fp32 gradients of bf16 weights.
 
-    It meets them when a micro-batch after the first one of a step needs new code, for another shape or objective.
+    FSDP2 of torch 2.15 leaves such gradients on gathered weights between the micro-batches of a step, of which the
+    second may be the first of its shape or objective. Before 2.15 it keeps them elsewhere.
     """
     compiled_models.add(model)
     handler = import_module("torch._dynamo.callback").callback_handler

@@ -46,8 +46,7 @@ def build_engine(
     with torch.device("meta"):
         model = Transformer(config, vocabulary)
     compute_dtype = torch.bfloat16 if bf16 else torch.float32
-    num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    one_group = is_one_group(num_parameters, ranks.size, parallel)
+    one_group = is_one_group(sum(parameter.numel() for parameter in model.parameters()), ranks.size, parallel)
     pp_rank, pp_size = ranks.along("pp")
     _, tp_size = ranks.along("tp")
     num_chunks = parallel.chunks(len(model.layers))
@@ -72,11 +71,10 @@ def build_engine(
         _shard(root, () if one_group else chunk.layers.values(), ranks, parallel, dtype=compute_dtype)
     if stages:
         return Pipeline(stages, models, ranks, zero_stage=parallel.fsdp_stage, dtype=compute_dtype)
-    sums_in_autograd = num_parameters <= SMALL_MODEL and parallel.fsdp_stage < 2 and not parallel.cpu_offload
-    return Engine(models, models, ranks, zero_stage=parallel.fsdp_stage, sums_in_autograd=sums_in_autograd)
+    return Engine(models, models, ranks, zero_stage=parallel.fsdp_stage)
 
 
-SMALL_MODEL = 250_000_000  # parameters, whose gradients are 1 GB in fp32; the host may be slower than a device here
+ONE_GROUP_PARAMETERS = 250_000_000  # the largest such model, whose gradients are 1 GB in fp32
 
 
 def is_one_group(parameters: int, world_size: int, parallel: ParallelConfig) -> bool:
@@ -85,7 +83,7 @@ def is_one_group(parameters: int, world_size: int, parallel: ParallelConfig) -> 
     There is nothing to overlap on a single rank, and the hooks of the blocks take a third of the host's time, which
     models of this size can be bound by. The gradients of one group are reduced at once, in 4 bytes per parameter.
     """
-    is_small = parameters <= SMALL_MODEL
+    is_small = parameters <= ONE_GROUP_PARAMETERS
     return world_size == 1 and is_small and parallel.fsdp_stage < 3 and not parallel.cpu_offload
 
 

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from megatron.batch import Batch
 from megatron.model.transformer import Transformer
 from megatron.parallel.mesh import ParallelContext
-from megatron.torch_private import foreach_mul_, sum_gradients_in_autograd
+from megatron.torch_private import foreach_mul_
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state of a parameter
 
@@ -31,8 +31,7 @@ class Engine:
     """A model sharded by FSDP2 that this rank runs from the first layer to the last.
 
     `roots` are the modules that FSDP2 wraps: here the model itself. `Pipeline` runs pipeline stages of a model,
-    `DeepSpeedEngine` shards with DeepSpeed instead. With `sums_in_autograd` autograd adds up the fp32 gradients of
-    micro-batches, which takes the host less time, and a device more memory traffic, than FSDP2's own way.
+    `DeepSpeedEngine` shards with DeepSpeed instead.
 
     From the first step whose loss or gradients are not finite, no update is applied: weights and moments remain those
     of the step before it. `diverged`, fp32 [], is 1 from that step on, else 0; it is equal on all ranks and stays on
@@ -43,19 +42,12 @@ class Engine:
     diverged: Tensor
 
     def __init__(
-        self,
-        roots: Sequence[nn.Module],
-        models: list[Transformer],
-        ranks: ParallelContext,
-        *,
-        zero_stage: int,
-        sums_in_autograd: bool = False,
+        self, roots: Sequence[nn.Module], models: list[Transformer], ranks: ParallelContext, *, zero_stage: int
     ):
         self.roots = roots
         self.models = models
         self.ranks = ranks
         self.zero_stage = zero_stage
-        self._must_set_up_sums = sums_in_autograd
         self.diverged = torch.zeros((), device=next(self.parameters()).device)
 
     def backward(self, batches: list[Batch], count: float) -> Tensor:
@@ -72,9 +64,6 @@ class Engine:
         Then the gradients remain this rank's own and the weights gathered, except for what ZeRO 2 and 3 always shard.
         """
         (root,) = self.roots
-        if self._must_set_up_sums:
-            sum_gradients_in_autograd(self.sharded_modules)
-            self._must_set_up_sums = False
         loss = torch.zeros((), device=self.ranks.device)
         for index, batch in enumerate(batches):
             is_last = reduces and index == len(batches) - 1

@@ -36,7 +36,7 @@ def test_what_is_one_group(parameters, world_size, options, one_group):
 def test_groups_do_not_change_a_step(case):
     with joined() as ranks:
         together = take(ranks, case)
-        with patched(apply, "SMALL_MODEL", 0):
+        with patched(apply, "ONE_GROUP_PARAMETERS", 0):
             by_block = take(ranks, case)
     check_equal([by_block], [together])
     assert by_block.norm == together.norm and by_block.loss == together.loss

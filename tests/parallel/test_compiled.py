@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+from torch._dynamo.exc import Unsupported
 from torch._dynamo.utils import counters
 from torch.nn.attention.flex_attention import flex_attention
 
@@ -15,6 +17,7 @@ from megatron.objectives.documents import DocumentRules
 from megatron.parallel import apply, compiled
 from megatron.parallel.compiled import takes_block_masks
 from megatron.parallel.mesh import ParallelContext, build_parallel_context
+from megatron.torch_private import forget_compiled_code, hide_gradients_from_compiler
 from tests.distributed import joined, spawn
 from tests.steps import Case, batches_of_step, build, whole
 
@@ -89,7 +92,7 @@ def test_what_objectives_change_in_bf16(case):
 
 
 @pytest.mark.parametrize(
-    "limit", [(apply, "SMALL_MODEL", 0), (compiled, "LONGEST_GRAPH", 1)], ids=lambda limit: limit[1]
+    "limit", [(apply, "ONE_GROUP_PARAMETERS", 0), (compiled, "LONGEST_GRAPH", 1)], ids=lambda limit: limit[1]
 )
 def test_blocks_of_larger_models_compile_one_by_one(limit, monkeypatch):
     """Either since they have FSDP2's hooks, or since one graph of many blocks compiles slowly."""
@@ -100,6 +103,37 @@ def test_blocks_of_larger_models_compile_one_by_one(limit, monkeypatch):
         by_block = loss_and_norm(ranks, ParallelConfig(), True, CAUSAL)
         assert counters["stats"]["unique_graphs"] == 3  # a block, and the two functions of the last one
     assert by_block == pytest.approx(together, rel=1e-5)
+
+
+class Layer(nn.Module):
+    """A matrix product in bf16."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4, 4, dtype=torch.bfloat16))
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return inputs.bfloat16() @ self.weight
+
+
+@pytest.mark.parametrize("hides", [True, False])
+def test_gradients_of_another_dtype_do_not_keep_code_from_being_compiled(hides):
+    """FSDP2 of torch 2.15 leaves fp32 gradients on bf16 weights between micro-batches."""
+    forget_compiled_code()
+    layer = Layer()
+    layer.weight.grad_dtype = torch.float32
+    layer.compile(fullgraph=True, dynamic=False, backend="aot_eager")
+    if hides:
+        hide_gradients_from_compiler(layer)
+    layer(torch.ones(2, 4)).sum().backward()
+    try:
+        layer(torch.ones(3, 4)).sum().backward()
+    except Unsupported as error:
+        assert not hides and "dtype mismatch between tensor and its gradient" in str(error)
+    else:
+        assert hides and torch.equal(layer.weight.grad, torch.full((4, 4), 5.0))  # fp32
+    finally:
+        forget_compiled_code()
 
 
 MASKED = [KINDS[0], KINDS[3]]  # one mask per sequence, and one for all

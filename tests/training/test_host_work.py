@@ -15,7 +15,6 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron.parallel.mesh import ParallelContext
-from megatron.torch_private import fsdp_parameters
 from megatron.training.step import train_step
 from tests.distributed import joined, spawn
 from tests.steps import DATA_PARALLEL, Case, batches_of_step, build
@@ -29,8 +28,8 @@ HOOKS = ("_pre_forward", "_post_forward", "_pre_backward", "pre_backward", "post
 # of a step, by number of ranks: one rank has 4 micro-batches and one group of FSDP2, each of two ranks has 2 and one
 # group for each of the two blocks, and one for what is outside them
 MOST = {
-    1: {"operators": 2763, "calls of FSDP2's hooks": 20},
-    2: {"operators": 1532, "calls of FSDP2's hooks": 30},
+    1: {"operators": 2799, "calls of FSDP2's hooks": 20},
+    2: {"operators": 1550, "calls of FSDP2's hooks": 30},
 }
 NONE = ("operators on DTensors", "walks over modules", "slices of the mesh")
 
@@ -112,33 +111,6 @@ def test_a_rank_by_itself():
 def test_each_of_two_ranks():
     for counts in spawn(counts_of_step, 2):
         check(counts, 2)
-
-
-def gradients(ranks: ParallelContext, sums_in_autograd: bool) -> dict[str, torch.Tensor]:
-    """Return the reduced gradients of a step by name, their micro-batches added up by autograd or by FSDP2."""
-    engine, _, data = build(ranks, CASE, DATA_PARALLEL, 1, bf16=True)
-    assert engine._must_set_up_sums  # the model is small
-    engine._must_set_up_sums = sums_in_autograd
-    engine.backward(batches_of_step(data, 0), 1.0)
-    if sums_in_autograd:
-        records = fsdp_parameters(engine.sharded_modules)
-        assert {record._unsharded_param.grad_dtype for record in records} == {torch.float32}
-    return {name: parameter.grad.to_local() for name, parameter in engine.named_parameters()}
-
-
-def both_gradients(ranks: ParallelContext) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    return gradients(ranks, True), gradients(ranks, False)
-
-
-@pytest.mark.parametrize("num_ranks", [1, 2])
-def test_autograd_adds_gradients_up_as_fsdp2_does(num_ranks):
-    """The gradients of norms and of the tied table are not rounded to bf16 first."""
-    for by_autograd, by_fsdp2 in spawn(both_gradients, num_ranks):
-        assert by_autograd.keys() == by_fsdp2.keys()
-        for name, gradient in by_autograd.items():
-            is_rounded = "norm" in name or name == "embed_tokens.weight"
-            assert gradient.dtype == torch.float32
-            torch.testing.assert_close(gradient, by_fsdp2[name], rtol=0, atol=0.05 * is_rounded)
 
 
 @pytest.mark.parametrize("what", FAULTS)
