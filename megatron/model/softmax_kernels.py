@@ -5,7 +5,7 @@ the same computation in plain PyTorch.
 """
 
 # Triton comes with CUDA builds of torch only
-# pyright: reportMissingImports=false, reportIndexIssue=false
+# pyright: reportMissingImports=false, reportIndexIssue=false, reportArgumentType=false
 
 import torch
 import triton
