@@ -1,4 +1,4 @@
-"""The private API of torch that this project uses, and nothing else may. Tried with torch 2.11.0 and 2.13.0 on a CPU.
+"""The private API of torch that this project uses, and nothing else may. Tried with torch 2.11, 2.13 and 2.15 on a CPU.
 
 A new release of torch is checked here first: each name says what it is for, and what public API lacks.
 """
@@ -33,7 +33,7 @@ set_group_timeout = _set_pg_timeout  # of a process group that exists: those of 
 class LocalAdamW(torch.optim.AdamW):
     """AdamW whose kernels get the local shards of DTensors: for lists of DTensors the host takes longer to dispatch.
 
-    Parameters, gradients and moments are DTensors everywhere else. Tried with torch 2.13.0 only.
+    Parameters, gradients and moments are DTensors everywhere else.
     """
 
     def _init_group(self, group: dict, *lists: list) -> bool:

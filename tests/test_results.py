@@ -140,6 +140,19 @@ def test_the_likelihoods_of_width_256_are_those_of_their_records():
             assert f"| {name}, width 256 | {result['name']} | {loss} | {difference} |" in page
 
 
+@pytest.mark.parametrize("path", sorted((STUDY / "ensembles").glob("*.json")), ids=lambda path: path.stem)
+def test_the_ensembles_of_the_study_are_those_of_their_records(path):
+    data = json.loads(path.read_text())["sets"]["validation"]
+    assert len(data["members"]) == 4
+    sign = "<= " if data["upper_bound"] else ""
+    losses = [fmean(member["loss"] for member in data["members"])]
+    losses += [ensemble["loss"] for ensemble in data["ensembles"][1:]]
+    gain = "{gain:.3f} ± {gain_se:.3f}".format(**data["ensembles"][-1])
+    variant, _, epochs = path.stem.rpartition("_")
+    cells = [f"{variant}, {epochs} epochs", *(f"{sign}{loss:.3f}" for loss in losses), gain]
+    assert f"| {' | '.join(cells)} |" in PAGES[1].read_text().splitlines()
+
+
 def test_the_losses_on_other_text_and_the_probes_are_those_of_the_records():
     page = PAGES[1].read_text()
     for variant, runs in of_study("other_text").items():

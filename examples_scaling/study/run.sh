@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # AR, regularised AR and masked diffusion on the same unique tokens, equally tuned: study.yaml says what, results/study.md what came
-# out. Some six hours in all on two CPU cores, 80 minutes the headline (--stages tune headline). Runs that RECORDS has (tools/sweep.py
+# out. Some seven hours in all on two CPU cores, 80 minutes the headline (--stages tune headline). Runs that RECORDS has (tools/sweep.py
 # archive) are not trained again. Ctrl-C saves and stops; the same command resumes. Further flags go to tools/sweep.py run or submit.
 #
 #     bash examples_scaling/study/run.sh
