@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data._utils import signal_handling
 
 # Elementwise operations on lists of tensors in a few kernels; what torch's own fused optimizers and clipping use.
+foreach_add_ = torch._foreach_add_  # pyright: ignore[reportPrivateImportUsage]
 foreach_copy_ = torch._foreach_copy_  # pyright: ignore[reportPrivateImportUsage]
 foreach_lerp_ = torch._foreach_lerp_  # pyright: ignore[reportPrivateImportUsage]
 foreach_mul = torch._foreach_mul  # pyright: ignore[reportPrivateImportUsage]
@@ -51,6 +52,32 @@ def fsdp_parameters(modules: Iterable[FSDPModule]) -> list[Any]:
     """
     groups = (cast(Any, module)._get_fsdp_state()._fsdp_param_group for module in modules)
     return [parameter for group in groups for parameter in group.fsdp_params]
+
+
+def add_up_gradients(parameters: list[Any]) -> None:
+    """Do in a few kernels what FSDP2 does after a backward pass of a micro-batch whose gradients it does not reduce.
+
+    `parameters` are of `fsdp_parameters`. FSDP2 adds the gradients of a lower precision than fp32 to those of earlier
+    micro-batches one by one; autograd adds up the others.
+    """
+    rounded = [
+        parameter
+        for parameter in parameters
+        if (gradient := parameter._unsharded_param.grad) is not None and gradient.dtype != torch.float32
+    ]
+    if not rounded:
+        return
+    gradients = [parameter._unsharded_param.grad for parameter in rounded]
+    in_fp32 = [torch.empty_like(gradient, dtype=torch.float32) for gradient in gradients]
+    foreach_copy_(in_fp32, gradients)
+    sums = [parameter.unsharded_accumulated_grad for parameter in rounded]
+    for parameter, gradient in zip(rounded, in_fp32, strict=True):
+        parameter._unsharded_param.grad = None
+        if parameter.unsharded_accumulated_grad is None:
+            parameter.unsharded_accumulated_grad = gradient
+    added = [(total, gradient) for total, gradient in zip(sums, in_fp32, strict=True) if total is not None]
+    if added:
+        foreach_add_(*map(list, zip(*added, strict=True)))
 
 
 def sharded_file_keys() -> tuple[str, str]:

@@ -63,6 +63,7 @@ FULL, SELECTIVE = "--recompute-granularity full", "--recompute-granularity selec
 CPU_CASES = [
     Case(SMALL),
     Case(SMALL, 1, 2),
+    Case(SHORT, 1, 4),
     Case(f"{SMALL.replace('--bf16', '--fp32')}"),
     Case(f"{SMALL} {GELU}"),
     Case(SHORT, 1, 1, 20000, num_teachers=2),

@@ -134,7 +134,7 @@ def _chunks(targets: Tensor, positions: Tensor) -> Iterator[tuple[Tensor, Tensor
 
 
 def _pad(vector: Tensor, size: int) -> Tensor:
-    return F.pad(vector, (0, size - len(vector)))
+    return vector if len(vector) == size else F.pad(vector, (0, size - len(vector)))
 
 
 def _slices(matrix: Tensor, *tensors: Tensor, split: bool = True) -> Iterator[tuple[Tensor, ...]]:

@@ -52,6 +52,7 @@ class Transformer(nn.Module):
         self.selects_scored_positions = True  # the last block computes o_proj and the MLP at scored positions only
         self.uses_block_mask = False  # masked attention is FlexAttention, which must be compiled
         self.distillation: Distillation | None = None  # soft targets of the training loss
+        self._kept_table: tuple[int, torch.device, RotaryTable] | None = None  # of `_shared_table`
 
     def forward(self, batch: Batch, hidden: Tensor | None = None, per_position: bool = False) -> Tensor:
         """Return the sum of weight * nll over the scored positions, fp32 [1]; plus the loss terms in training mode.
@@ -137,17 +138,22 @@ class Transformer(nn.Module):
         Where the batch has target positions, queries are rotated to the position of their target and keys to their own
         position, so that attention depends on the distance between the target and the tokens in context.
         """
-        length = batch.tokens.shape[1]
+        length, device = batch.tokens.shape[1], batch.tokens.device
         position_ids = batch.position_ids
-        if position_ids is None:
-            position_ids = torch.arange(length, device=batch.tokens.device)[None]
-        key_rotary = self._rotary_table(position_ids)
+        key_rotary = self._shared_table(length, device) if position_ids is None else self._rotary_table(position_ids)
         query_rotary = key_rotary if batch.target_positions is None else self._rotary_table(batch.target_positions)
         visible = batch.visible()
         if visible is None:
             return AttentionContext(query_rotary, key_rotary, batch.causal)
         mask = block_mask(visible) if self.uses_block_mask else dense_mask(visible, dtype)
         return AttentionContext(query_rotary, key_rotary, causal=False, mask=mask)
+
+    def _shared_table(self, length: int, device: torch.device) -> RotaryTable:
+        """Return the table of positions 0 to `length` - 1; the last one is kept, as it takes the host ten operators."""
+        if self._kept_table is None or self._kept_table[:2] != (length, device):
+            table = self._rotary_table(torch.arange(length, device=device)[None])
+            self._kept_table = (length, device, table)
+        return self._kept_table[2]
 
     def _rotary_table(self, position_ids: Tensor) -> RotaryTable:
         return rotary_table(position_ids, self.config.head_size, self.config.rotary_base)

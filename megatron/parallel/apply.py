@@ -71,20 +71,25 @@ def build_engine(
         _shard(root, () if one_group else chunk.layers.values(), ranks, parallel, dtype=compute_dtype)
     if stages:
         return Pipeline(stages, models, ranks, zero_stage=parallel.fsdp_stage, dtype=compute_dtype)
-    return Engine(models, models, ranks, zero_stage=parallel.fsdp_stage)
+    return Engine(models, models, ranks, zero_stage=parallel.fsdp_stage, skips_hooks=one_group)
 
 
-ONE_GROUP_PARAMETERS = 250_000_000  # the largest such model, whose gradients are 1 GB in fp32
+# the largest models that are one group: a single rank has 1 GB of gradients in fp32, several reduce them at once
+ONE_GROUP_PARAMETERS = {"one rank": 250_000_000, "several ranks": 50_000_000}
 
 
 def is_one_group(parameters: int, world_size: int, parallel: ParallelConfig) -> bool:
-    """Return whether all parameters of a rank are one group of FSDP2: on a single rank, up to a size.
+    """Return whether all parameters are one group of FSDP2: of small models with data parallelism only.
 
-    There is nothing to overlap on a single rank, and the hooks of the blocks take a third of the host's time, which
-    models of this size can be bound by. The gradients of one group are reduced at once, in 4 bytes per parameter.
+    The hooks of the blocks take the host longer than the blocks of such models take a device, and one group lets the
+    blocks be one graph. Its gradients are reduced at once, in 4 bytes per parameter, and not while blocks are computed:
+    there is nothing to overlap on a single rank, and little on several. ZeRO 2 reduces them at every micro-batch.
     """
-    is_small = parameters <= ONE_GROUP_PARAMETERS
-    return world_size == 1 and is_small and parallel.fsdp_stage < 3 and not parallel.cpu_offload
+    is_single = world_size == 1
+    limit = ONE_GROUP_PARAMETERS["one rank" if is_single else "several ranks"]
+    is_split = parallel.tensor_model_parallel_size > 1 or parallel.pipeline_model_parallel_size > 1
+    highest_stage = 2 if is_single else 1
+    return parameters <= limit and not is_split and parallel.fsdp_stage <= highest_stage and not parallel.cpu_offload
 
 
 def _shard(

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from megatron.batch import Batch
 from megatron.model.transformer import Transformer
 from megatron.parallel.mesh import ParallelContext
-from megatron.torch_private import foreach_mul_
+from megatron.torch_private import add_up_gradients, foreach_mul_, fsdp_parameters
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state of a parameter
 
@@ -31,7 +31,8 @@ class Engine:
     """A model sharded by FSDP2 that this rank runs from the first layer to the last.
 
     `roots` are the modules that FSDP2 wraps: here the model itself. `Pipeline` runs pipeline stages of a model,
-    `DeepSpeedEngine` shards with DeepSpeed instead.
+    `DeepSpeedEngine` shards with DeepSpeed instead. With `skips_hooks` FSDP2's hooks run for the last micro-batch
+    of a step only, which takes the host less time; the root is the only module with hooks.
 
     From the first step whose loss or gradients are not finite, no update is applied: weights and moments remain those
     of the step before it. `diverged`, fp32 [], is 1 from that step on, else 0; it is equal on all ranks and stays on
@@ -42,12 +43,19 @@ class Engine:
     diverged: Tensor
 
     def __init__(
-        self, roots: Sequence[nn.Module], models: list[Transformer], ranks: ParallelContext, *, zero_stage: int
+        self,
+        roots: Sequence[nn.Module],
+        models: list[Transformer],
+        ranks: ParallelContext,
+        *,
+        zero_stage: int,
+        skips_hooks: bool = False,
     ):
         self.roots = roots
         self.models = models
         self.ranks = ranks
         self.zero_stage = zero_stage
+        self.skips_hooks = skips_hooks
         self.diverged = torch.zeros((), device=next(self.parameters()).device)
 
     def backward(self, batches: list[Batch], count: float) -> Tensor:
@@ -64,6 +72,8 @@ class Engine:
         Then the gradients remain this rank's own and the weights gathered, except for what ZeRO 2 and 3 always shard.
         """
         (root,) = self.roots
+        if self.skips_hooks:
+            root.unshard()
         loss = torch.zeros((), device=self.ranks.device)
         for index, batch in enumerate(batches):
             is_last = reduces and index == len(batches) - 1
@@ -71,9 +81,13 @@ class Engine:
             for module in self.sharded_modules:
                 module.set_requires_gradient_sync(is_last or self.zero_stage >= 2, recurse=False)
                 module.set_reshard_after_backward(is_last or self.zero_stage >= 3, recurse=False)
-            share = root(batch.to(self.ranks.device)).sum() / count
+            skips_hooks = self.skips_hooks and not is_last
+            run = root.forward if skips_hooks else root
+            share = run(batch.to(self.ranks.device)).sum() / count
             # the reduction averages over the data-parallel ranks, and the count is already global
-            (share * loss_scale(share, self.ranks.data_size)).backward()
+            share.backward(loss_scale(share, self.ranks.data_size))
+            if skips_hooks:
+                add_up_gradients(self._fsdp_parameters)
             loss += share.detach()
         return loss if self.ranks.is_loss_rank else torch.zeros_like(loss)
 
@@ -100,6 +114,10 @@ class Engine:
     def sharded_modules(self) -> list[FSDPModule]:
         """The modules that FSDP2 wraps; walking all modules at every micro-batch would take the host longer."""
         return [module for root in self.roots for module in root.modules() if isinstance(module, FSDPModule)]
+
+    @cached_property
+    def _fsdp_parameters(self) -> list[Any]:
+        return fsdp_parameters(self.sharded_modules)
 
     @cached_property
     def _sharded_parameters(self) -> list[tuple[DTensor, bool]]:

@@ -207,10 +207,13 @@ class _Moments:
             communication=FP32 * rank.root.gathered + rank.pipeline_buffers,
         )
         shards = rank.resident * rank.parameters.shard
-        if rank.one_group:  # the buffer that is reduced, the result, and results of earlier micro-batches
-            results = 2 if rank.reduces_every_micro_batch and rank.micro_batches > 1 else 1
-            copies = FP32 * rank.parameters.gathered
-            yield self._build("reduction", gradients=results * shards, communication=copies)
+        if rank.one_group:
+            parameters = rank.parameters.gathered
+            if has_fp32 and rank.micro_batches > 2 and rank.size != FP32:  # new ones, in fp32 as well, and the sums
+                gradients, weights = (rank.size + 2 * FP32) * parameters, rank.size * parameters
+                yield self._build("sum of gradients", gradients=gradients, compute_weights=weights, communication=0)
+            unreduced = (FP32 if has_fp32 else rank.size) * parameters
+            yield self._build("reduction", gradients=max(unreduced, shards), communication=FP32 * parameters)
         yield self._build("update", gradients=shards, communication=rank.pipeline_buffers)
 
     def _memory(self, moment: str, in_flight: int, accumulated: bool, num_done: int | None, **extra: int) -> Memory:

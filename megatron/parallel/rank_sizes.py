@@ -174,8 +174,8 @@ class RankSizes:
 
     @property
     def reduces_every_micro_batch(self) -> bool:
-        """Whether gradients are reduced after every micro-batch; a pipeline reduces once per step."""
-        return self.num_stages == 1 and self.parallel.fsdp_stage >= 2
+        """Whether gradients are reduced after every micro-batch; a pipeline and one group are reduced once per step."""
+        return self.num_stages == 1 and self.parallel.fsdp_stage >= 2 and not self.one_group
 
     def reduces(self, accumulated: bool) -> bool:
         """Return whether a backward pass reduces gradients block by block: the only one, the last one, or every one."""
