@@ -1,4 +1,4 @@
-"""SLURM job arrays: one array per resource class, one point per task. SLURM is the scheduler.
+"""SLURM job arrays: one or several per resource class, one point per task. SLURM is the scheduler.
 
 `submit` writes SWEEP/slurm/CLASS-N.{sh,tasks}; a task calls `tools/sweep.py run-task` (`array_task`).
 """
@@ -24,7 +24,7 @@ from megatron.sweeps.points import Point, replace_file, unique_runs
 from megatron.sweeps.yaml_file import YamlFile
 
 DEFAULT_MINUTES = 24 * 60.0
-MINIMA = {"ranks_per_node": 1, "cores_per_rank": 1, "throttle": 0, "signal_seconds": 1, "retries": 0}
+MINIMA = {"ranks_per_node": 1, "cores_per_rank": 1, "array_size": 1, "throttle": 0, "signal_seconds": 1, "retries": 0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +40,7 @@ class Site:
     sbatch: tuple[str, ...] = ()  # further options of sbatch, such as --constraint=h100
     setup: str = ""  # shell lines before a run: modules, container variables
     python: str = sys.executable  # on the compute nodes, from the clone
+    array_size: int = 1000  # tasks of an array, at most SLURM's MaxArraySize (default 1001)
     throttle: int = 0  # tasks of an array that run at a time; 0: no limit
     signal_seconds: int = 300  # before the time limit, to save
     wait_for_lock_minutes: float = 10.0  # for a predecessor on a node that was lost
@@ -146,6 +147,8 @@ def _new_file(slurm: Path, name: str) -> Path:
 def write_arrays(folder: Path, points: Sequence[Point], site: Site, *, retry_failed: bool = False) -> list[Array]:
     """Write a script and a frozen list of tasks for each resource class of the points, WSD branches last.
 
+    An array has at most the site's `array_size` of tasks.
+
     Raises: ConfigurationError if a point does not fit the site.
     """
     classes: dict[tuple, list[Point]] = defaultdict(list)
@@ -169,11 +172,13 @@ def write_arrays(folder: Path, points: Sequence[Point], site: Site, *, retry_fai
     for (are_branches, nodes, per_node, minutes), members in sorted(classes.items(), key=lambda item: item[0][0]):
         members = sorted(members, key=lambda point: -point.own_flops)
         name = f"{nodes}x{per_node}" + (f"-{minutes:g}min" if minutes else "") + ("-branches" if are_branches else "")
-        tasks = _new_file(slurm, name)
-        script = tasks.with_suffix(".sh")
-        replace_file(tasks, "".join(f"{point.id}\n" for point in members))
-        replace_file(script, _script(folder.resolve(), tasks.resolve(), members, site, retry_failed=retry_failed))
-        arrays.append(Array(script, tasks, members, are_branches))
+        for start in range(0, len(members), site.array_size):
+            chunk = members[start : start + site.array_size]
+            tasks = _new_file(slurm, name)
+            script = tasks.with_suffix(".sh")
+            replace_file(tasks, "".join(f"{point.id}\n" for point in chunk))
+            replace_file(script, _script(folder.resolve(), tasks.resolve(), chunk, site, retry_failed=retry_failed))
+            arrays.append(Array(script, tasks, chunk, are_branches))
     return arrays
 
 

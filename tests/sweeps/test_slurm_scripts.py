@@ -53,6 +53,16 @@ def test_every_resource_class_is_an_array_whose_script_is_valid_bash(planned, tm
     assert again.script != single.script and single.script.exists()  # a submitted script never changes
 
 
+def test_a_class_of_more_points_than_an_array_holds_is_several_arrays(planned, tmp_path):
+    (tmp_path / "site.yaml").write_text("array_size: 1")
+    arrays = write_arrays(tmp_path / "out", planned, read_site(tmp_path / "site.yaml"))
+    assert [point.id for array in arrays for point in array.points] == [
+        array.tasks.read_text().strip() for array in arrays
+    ]
+    assert len({array.script for array in arrays}) == len(planned)
+    assert all("#SBATCH --array 0-0" in array.script.read_text() for array in arrays)
+
+
 def test_the_site_comes_from_the_environment_too(monkeypatch, tmp_path):
     monkeypatch.setenv("SITE_PARTITION", "gpu")
     monkeypatch.setenv("SITE_GPUS", "false")
