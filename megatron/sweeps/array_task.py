@@ -91,6 +91,12 @@ class ArrayTask:
         runs = fields["JobState"] == "RUNNING" or fields["Reason"] == "TimeLimit"
         return runs and int(fields["Restarts"]) == self.restarts
 
+    @property
+    def excluded_nodes(self) -> list[str]:
+        """The nodes on which this task may not start: those of `--exclude`, and of its failures so far."""
+        nodes = self._fields().get("ExcNodeList", "(null)")
+        return [] if nodes == "(null)" else _output(f"scontrol show hostnames {nodes}").split()
+
     def _fields(self) -> dict[str, str]:
         """Return the fields of `scontrol show job` of this task, none if the controller does not answer."""
         words = _output(f"scontrol --oneliner show job {self.name}").split()
@@ -196,9 +202,10 @@ def _next(
     if code == 2 or state.has_own_fault:
         return code or 1
     failing = failing_nodes(_output(f"scontrol show hostnames {task.nodes}").split(), state, end)
-    failures, excluded = log.failure(nodes=task.nodes, failing=failing, code=code)
+    failures, failed_nodes = log.failure(nodes=task.nodes, failing=failing, code=code)
     if failures > options.retries:
         return code or 1
+    excluded = sorted({*failed_nodes, *task.excluded_nodes})  # SLURM replaces its list
     if len(excluded) > _nodes_of_partition() - point.nodes:
         excluded = []  # SLURM would never start it
     without = f" without {', '.join(excluded)}" if excluded else ""

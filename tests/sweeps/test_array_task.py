@@ -134,6 +134,30 @@ def test_starts_are_bounded_where_their_log_cannot_be_written(tmp_path):
         assert [task_log(tmp_path, restarts).start() for restarts in (5, 6, 7)] == [0, 1, 2]
 
 
+SCONTROL = """
+case "$*" in
+  *"show job"*) echo "JobState=RUNNING Reason=None Restarts=0 ExcNodeList=n[3-4]" ;;
+  "show hostnames n[3-4]") printf 'n3\\nn4\\n' ;;
+  "show hostnames "*) echo "$3" ;;
+  *) echo "$@" >> {log} ;;
+esac
+"""
+
+
+@pytest.mark.parametrize("nodes, excluded", [(9, ["n1,n3,n4"]), (3, [])])
+def test_a_failing_node_is_excluded_next_to_those_of_the_site(nodes, excluded, slurm, corpus, tmp_path, monkeypatch):
+    command(slurm, "scontrol", SCONTROL.format(log=tmp_path / "scontrol.txt"))
+    command(slurm, "srun", "exit 1")
+    command(slurm, "sinfo", f"echo {nodes}")
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "n1")
+    monkeypatch.setenv("SLURM_JOB_PARTITION", "main")
+    points = plan_sweep(read_sweep(write(tmp_path, toy(corpus))), tmp_path / "out").points
+    (tmp_path / "out" / "logs").mkdir(parents=True)
+    assert run_task(tmp_path / "out", points, points[0].id, TaskOptions()) == 1
+    lines = (tmp_path / "scontrol.txt").read_text().splitlines()
+    assert lines == ["requeue 7_1", *(f"update JobId=7_1 ExcNodeList={names}" for names in excluded)]
+
+
 def counted_starts(folder, points, restarts, monkeypatch) -> int:
     """Start a task whose run never begins so often; return the exit code of the last start."""
     for restart in restarts:
