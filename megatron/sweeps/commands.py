@@ -122,6 +122,8 @@ def compare(options: Namespace) -> int:
     )
     rows = differences.read_table(options.table)
     print(differences.markdown(differences.compare(rows, _settings("--baseline", options.baseline), selection)))
+    for line in differences.unfinished(rows, selection):
+        print(f"\n{line}")
     return 0
 
 

@@ -10,7 +10,7 @@
 """
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
@@ -118,19 +118,12 @@ def compare(rows: Sequence[dict[str, str]], baseline: dict[str, str], selection:
     cannot be compared.
     """
     tuning, validation = selection.tuning, selection.validation
-    rows = [row for row in rows if fnmatch(row["variant"], selection.variants)]
-    if not rows:
-        raise ConfigurationError(
-            f"--variants {selection.variants}: matches no variant of the table; see its column variant"
-        )
+    rows = _selected(rows, selection)
     columns = _columns(rows)
     baseline = {name: _text(value) for name, value in baseline.items()}
     for name in selection.best_over:
         if name not in columns:
             raise ConfigurationError(f"--best-over {name}: names no column; give one of {', '.join(columns)}")
-    for name, value in selection.where.items():
-        _check_value(rows, columns, f"--where {name}={value}")
-        rows = [row for row in rows if _text(row[name]) == _text(value)]
     columns = [name for name in columns if name not in selection.best_over]
     for name, value in baseline.items():
         _check_value(rows, columns, f"--baseline {name}={value}")
@@ -149,6 +142,36 @@ def compare(rows: Sequence[dict[str, str]], baseline: dict[str, str], selection:
         base = tuple((names | baseline).values())
         comparisons.append(Comparison(names, runs, {} if base == key else best.get(base, {})))
     return comparisons
+
+
+def unfinished(rows: Sequence[dict[str, str]], selection: Selection) -> list[str]:
+    """Return a line on the selected runs that have not finished; none if all have."""
+    states = {row["id"]: row["state"] for row in _selected(rows, selection)}
+    counts = Counter(state for state in states.values() if state != "finished")
+    if not counts:
+        return []
+    listed = ", ".join(f"{count} {state}" for state, count in counts.items())
+    return [
+        f"{counts.total()} of {len(states)} runs have not finished ({listed}): they are taken at the best of their "
+        "steps so far; --where state=finished leaves them out"
+    ]
+
+
+def _selected(rows: Sequence[dict[str, str]], selection: Selection) -> list[dict[str, str]]:
+    """Return the rows of the variants and values that a selection names.
+
+    Raises: ConfigurationError for a pattern without a variant, and a column or value that the table lacks.
+    """
+    selected = [row for row in rows if fnmatch(row["variant"], selection.variants)]
+    if not selected:
+        raise ConfigurationError(
+            f"--variants {selection.variants}: matches no variant of the table; see its column variant"
+        )
+    columns = [*_columns(selected), "state"]
+    for name, value in selection.where.items():
+        _check_value(selected, columns, f"--where {name}={value}")
+        selected = [row for row in selected if _text(row[name]) == _text(value)]
+    return selected
 
 
 def _check_value(rows: Sequence[dict[str, str]], columns: Sequence[str], setting: str) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from megatron.errors import ConfigurationError
-from megatron.sweeps.compare import Selection, compare, markdown, read_table
+from megatron.sweeps.compare import Selection, compare, markdown, read_table, unfinished
 from megatron.sweeps.results import COST_COLUMNS, POINT_COLUMNS, RECORD_COLUMNS, RUN_COLUMNS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,6 +43,7 @@ def write(path: Path, losses: np.ndarray, **changes: str) -> Path:
         }
         row |= {
             "corpus_hash": "c",
+            "state": "finished",
             "alignment": "common",
             "bound": str(variant == 1),
             "num_mc": "8" if variant else "1",
@@ -54,6 +55,18 @@ def write(path: Path, losses: np.ndarray, **changes: str) -> Path:
         writer.writeheader()
         writer.writerows(rows)
     return path
+
+
+def test_runs_that_have_not_finished_are_counted_and_can_be_left_out(table):
+    rows = read_table(table)
+    for row in rows:
+        row |= {"state": "running"} if row["id"] == "112" else {}
+    assert unfinished(rows, Selection(variants="ar")) == []
+    assert unfinished(rows, SETS)[0].startswith("1 of 12 runs have not finished (1 running): they are taken at the")
+    finished = Selection(where={"state": "finished"})
+    assert unfinished(rows, finished) == []
+    for selection, number in ((SETS, 3), (finished, 2)):
+        assert len(compare(rows, {"variant": "ar"}, selection)[-1].runs) == number
 
 
 def test_differences_are_paired_by_seed_at_the_best_step_on_the_tuning_set(table, losses):
