@@ -12,6 +12,7 @@ from megatron.training.checkpoint_store import damage
 logger = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parents[2]
+TORCHRUN = Path(__file__).resolve().with_name("torchrun.py")
 STOPPED = 85  # exit code of a run that was stopped on request
 LOCKED = os.EX_TEMPFAIL  # exit code of a run that another process writes
 # torchrun's defaults lack SIGUSR1 and SIGUSR2: it would die of them, and its ranks before they save
@@ -41,15 +42,14 @@ def local_command(point: Point, sweep: Path) -> list[str]:
     python, *words = training_command(point, sweep)
     if point.world_size == 1:
         return [python, *words, "--exit-code-when-stopped", str(STOPPED)]
-    torchrun = ["-m", "megatron.sweeps.torchrun", "--standalone", "--nproc-per-node", str(point.world_size)]
+    # by path: with -m the working directory comes first, which may be another clone
+    torchrun = [str(TORCHRUN), "--standalone", "--nproc-per-node", str(point.world_size)]
     return [python, *torchrun, "--signals-to-handle", FORWARDED, *words]
 
 
 def local_environment(devices: Sequence[str], slots: int) -> dict[str, str]:
     """Return the environment of a run on these CUDA devices, none for the CPU, where `slots` runs share the cores."""
-    # without an empty entry, which is the working directory
-    paths = filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    environment = dict(os.environ)
     environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // slots)))
     environment.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SAVE_SECONDS))
     environment["CUDA_VISIBLE_DEVICES"] = ",".join(devices)

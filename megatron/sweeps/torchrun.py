@@ -1,6 +1,6 @@
 """torchrun that exits with the code of the rank that failed first: torchrun itself turns every code into 1.
 
-    python -m megatron.sweeps.torchrun OPTIONS_OF_TORCHRUN SCRIPT ARGUMENTS
+    python megatron/sweeps/torchrun.py OPTIONS_OF_TORCHRUN SCRIPT ARGUMENTS
 
 A caller can then tell a mistake (2) and a locked run (75) from a failure that may pass.
 """

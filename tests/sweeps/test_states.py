@@ -4,10 +4,8 @@ import json
 
 import pytest
 
-from megatron.sweeps.launch import local_environment
 from megatron.sweeps.points import same_value
 from megatron.sweeps.states import last_record, run_state
-from tests.conftest import ROOT
 
 
 @pytest.mark.parametrize("content", [None, "{}", "[]", "{", '{"state": "running"}'])
@@ -38,14 +36,6 @@ def test_the_last_complete_record_is_read_from_the_end_of_the_file(tmp_path):
     lines = [json.dumps({"iteration": number, "padding": "x" * 500}) for number in range(100)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"iteration": 100, "pad')
     assert last_record(tmp_path)["iteration"] == 99
-
-
-def test_runs_find_this_project_and_nothing_in_the_working_directory(monkeypatch):
-    for given, expected in ((None, [str(ROOT)]), ("", [str(ROOT)]), ("/a:/b", [str(ROOT), "/a", "/b"])):
-        monkeypatch.delenv("PYTHONPATH", raising=False)
-        if given is not None:
-            monkeypatch.setenv("PYTHONPATH", given)
-        assert local_environment([], 1)["PYTHONPATH"].split(":") == expected
 
 
 def test_equal_flag_values_are_equal_however_they_are_written():

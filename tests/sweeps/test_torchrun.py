@@ -1,11 +1,14 @@
 """torchrun's exit code is that of the rank that failed first, so that a queue can tell what to do."""
 
 import signal
+import subprocess
 
 import pytest
 
-from megatron.sweeps.launch import FORWARDED
+from megatron.sweeps.launch import FORWARDED, local_command, local_environment
+from megatron.sweeps.plan import plan_sweep
 from megatron.sweeps.points import read_plan
+from megatron.sweeps.sweep_file import read_sweep
 from tests.conftest import ROOT, environment
 from tests.forked import run_script
 from tests.sweeps.files import toy, write
@@ -38,6 +41,20 @@ def test_the_code_of_the_rank_that_failed_first_is_returned(code, pid, expected,
     options = ["--standalone", "--nproc-per-node", "2", "--signals-to-handle", FORWARDED]
     command = [str(ROOT / "megatron" / "sweeps" / "torchrun.py"), *options, str(script)]
     assert run_script(command, environment(), 60).returncode == expected
+
+
+def test_another_clone_may_be_the_working_directory(corpus, tmp_path):
+    path = write(tmp_path, toy(corpus), resources={"world_size": 2})
+    point = plan_sweep(read_sweep(path), tmp_path / "out").points[0]
+    other = tmp_path / "megatron" / "sweeps" / "torchrun.py"
+    other.parent.mkdir(parents=True)
+    other.write_text("import sys; sys.exit(9)")
+    for folder in other.parents[:2]:
+        (folder / "__init__.py").touch()
+    (tmp_path / "rank.py").write_text("import sys; sys.exit(7)")
+    command = local_command(point, tmp_path / "out")
+    command = [*command[: command.index(str(ROOT / point.script))], "rank.py"]
+    assert subprocess.run(command, cwd=tmp_path, env=local_environment([], 2)).returncode == 7
 
 
 @pytest.mark.slow
