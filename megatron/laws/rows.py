@@ -198,6 +198,8 @@ class Rows:
     def keep_one_per_run(self) -> tuple[np.ndarray, np.ndarray]:
         """Keep one validation of each run; return its loss on the set that chooses, and the run's last D. [R], [R]
 
+        Of the points of a sweep that share a run, that counts whose settings most runs have, as seeds of one group.
+
         Raises: ConfigurationError for numbers that are not positive and finite, sets that the table lacks, and several
         validations of a run without tokens.
         """
@@ -211,11 +213,15 @@ class Rows:
             self._refuse_set("--best-on", chooser, sets)
         tokens = np.nan_to_num(self.all["tokens"][self.index]).tolist()
         loss = self.all["loss"][self.index].tolist()
+        settings = list(map(repr, self.settings()))
+        num_runs = Counter(setting for setting, _ in set(zip(settings, runs)))
         validations: dict[Any, dict[float, int]] = {}  # run -> training tokens -> row
         choosing: dict[tuple, float] = {}  # (run, training tokens) -> loss on the set that chooses
         for row, (run, set_of_row) in enumerate(zip(runs, sets)):
             if set_of_row == name:
-                validations.setdefault(run, {}).setdefault(tokens[row], row)
+                other = validations.setdefault(run, {}).setdefault(tokens[row], row)
+                if num_runs[settings[row]] > num_runs[settings[other]]:
+                    validations[run][tokens[row]] = row
             if set_of_row == chooser:
                 choosing.setdefault((run, tokens[row]), loss[row])
         chosen = []

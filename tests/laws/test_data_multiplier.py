@@ -244,6 +244,18 @@ def test_a_sweep_is_compared_by_its_tuned_baseline(sweep, run_tool):
     assert "variant=ar: best of 2 recipes at each budget; chosen on tuning; epochs 2;" in output
 
 
+def test_a_trial_that_is_the_first_seed_of_a_later_stage_is_one_of_its_seeds(tmp_path):
+    tuned = {"tuned": {"lr": 0.1}}
+    runs = [(point("1", stage="tune", trial=0, **tuned), validations({"validation": [4.0]}))]
+    for seed in (1, 2, 3):
+        final = point(str(seed), stage="final", seed=seed, axes={"train-epochs": 1}, **tuned)
+        runs.append((final, validations({"validation": [3.0 + seed]})))
+    table = collected_sweep(tmp_path, runs)
+    selection = Selection(mixed=("stage", "trial"))
+    (recipes,) = curve("all", read_runs(table, selection, required=("unique_tokens", "loss"))).recipes
+    assert [recipe.losses.tolist() for recipe in recipes] == [[4.0, 5.0, 6.0]]
+
+
 def test_a_baseline_chosen_by_its_reported_losses_is_marked(sweep, run_tool):
     output, record = run_tool(f"{sweep} --set validation --baseline variant=ar --method variant=mdm")
     assert [p["loss"] for p in record["baseline"]["points"]] == pytest.approx([4.05, 3.65, 3.25])
