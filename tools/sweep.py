@@ -74,8 +74,7 @@ def _options() -> argparse.Namespace:
         ),
     ):
         sub = add(name, command, help)
-        if name == "submit":
-            _add_stages(sub)
+        _add_stages(sub)
         sub.add_argument("--site", type=Path, metavar="FILE", help="YAML file of the cluster: partition, account, ...")
         sub.add_argument("--dry-run", action="store_true", help="write and print the scripts; submit nothing")
     add("status", status, "list the state of every run and write status.html")

@@ -143,17 +143,12 @@ def _settings(flag: str, words: Sequence[str]) -> dict[str, str]:
 
 def submit(options: Namespace) -> int:
     """Submit every run that is not finished, running, in the queue, or failed for a reason of its own."""
-    folder, planned = _planned(options)
-    points, waiting = _of_stages(planned, options.stages)
-    for stage, reason in waiting.items():
-        print(f"stage {stage}: {reason}; submit again then")
-    return _submit(options, folder, points, retry_failed=False)
+    return _submit(options, retry_failed=False)
 
 
 def resubmit(options: Namespace) -> int:
     """Submit again what is neither finished, running nor in the queue, whatever it failed of."""
-    folder = _folder(options)
-    return _submit(options, folder, read_plan(folder), retry_failed=True)
+    return _submit(options, retry_failed=True)
 
 
 def run_task(options: Namespace) -> int:
@@ -170,7 +165,11 @@ def run_task(options: Namespace) -> int:
     return array_task.run_task(options.sweep, points, ids[int(index)], array_task.TaskOptions(**settings))
 
 
-def _submit(options: Namespace, folder: Path, points: Sequence[Point], *, retry_failed: bool) -> int:
+def _submit(options: Namespace, *, retry_failed: bool) -> int:
+    folder, planned = _planned(options)  # the file may have changed, such as its minutes
+    points, waiting = _of_stages(planned, options.stages)
+    for stage, reason in waiting.items():
+        print(f"stage {stage}: {reason}; submit again then")
     site = slurm.read_site(options.site)
     queued = slurm.queued_runs(folder)
     states = {point.id: run_state(point.folder(folder)) for point in points if point.id not in queued}

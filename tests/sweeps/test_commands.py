@@ -1,5 +1,6 @@
 """The commands in one process: what they refuse, each with one line."""
 
+import json
 from argparse import Namespace
 from pathlib import Path
 
@@ -49,7 +50,8 @@ def test_a_run_that_is_running_may_not_leave_the_plan(corpus, tmp_path):
 def test_a_folder_without_a_plan_and_a_missing_file_are_named(corpus, tmp_path):
     path = write(tmp_path, toy(corpus))
     for command in (commands.status, commands.collect, commands.resubmit, commands.plan):
-        assert "holds no sweep (no plan.jsonl); name a folder" in refused(command, tmp_path, site=None, dry_run=True)
+        more = {"site": None, "dry_run": True, "stages": None}
+        assert "holds no sweep (no plan.jsonl); name a folder" in refused(command, tmp_path, **more)
     assert "holds no sweep" in refused(commands.status, path, tmp_path / "not planned")
     assert "nothing.yaml: cannot be read (No such file" in refused(commands.plan, tmp_path / "nothing.yaml")
     commands.plan(options(path, tmp_path / "planned"))
@@ -82,8 +84,19 @@ def test_branches_wait_only_for_checkpoints_that_are_not_there(corpus, tmp_path,
     first = arrays(commands.submit, stages=None)
     short, middle, trunk = read_plan(folder)
     assert first == [[trunk.id], [middle.id, short.id]]
-    short.trunk_checkpoint(folder).mkdir(parents=True)
-    assert arrays(commands.resubmit) == [[trunk.id], [short.id], [middle.id]]
+    checkpoint = short.trunk_checkpoint(folder)
+    checkpoint.mkdir(parents=True)
+    meta = {"iteration": short.trunk_iteration, "permanent": True, "files": {}}
+    (checkpoint / "meta.json").write_text(json.dumps(meta))
+    assert arrays(commands.resubmit, stages=None) == [[trunk.id], [short.id], [middle.id]]
+
+
+def test_a_changed_file_is_submitted_again_with_its_changes(corpus, tmp_path, capsys):
+    folder = tmp_path / "sweep"
+    assert commands.plan(options(write(tmp_path, toy(corpus), resources={"minutes": 60}), folder)) == 0
+    longer = options(write(tmp_path, toy(corpus), resources={"minutes": 240}), folder, stages=None)
+    submitted(commands.resubmit, longer, capsys)
+    assert {point.minutes for point in read_plan(folder)} == {240}
 
 
 def submitted(command, options: Namespace, capsys) -> list[list[str]]:
