@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron.sweeps.points import Point
-from megatron.training.checkpoint_store import damage
+from megatron.training.checkpoint_store import CheckpointStore, damage
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +28,8 @@ def training_command(point: Point, sweep: Path) -> list[str]:
     if point.keep_iterations:
         words += ["--keep-iterations", *map(str, point.keep_iterations)]
     checkpoint = point.trunk_checkpoint(sweep)
-    if checkpoint is not None and checkpoint.is_dir():  # else the trunk has none, and this run trains all of it
+    resumes = CheckpointStore.of_run(point.folder(sweep)).has_any()  # from its own, without reading its trunk again
+    if checkpoint is not None and checkpoint.is_dir() and not resumes:  # without it, this run trains all
         fault = damage(checkpoint)
         if fault is None:
             words += ["--load", str(checkpoint), "--exact-branch"]

@@ -195,6 +195,9 @@ def test_a_damaged_checkpoint_of_a_trunk_is_not_loaded(corpus, tmp_path, caplog)
     (checkpoint / "meta.json").write_text(json.dumps({"files": {"model.safetensors": [9, 9]}}))
     assert "--load" not in training_command(short, folder)
     assert "model.safetensors is missing); trains in full" in caplog.text
+    caplog.clear()
+    short.checkpoint(folder, 9).mkdir(parents=True)  # its own, from which it resumes
+    assert "--load" not in training_command(short, folder) and not caplog.text
 
 
 def save(point, folder, step: int, content: bytes) -> Path:
