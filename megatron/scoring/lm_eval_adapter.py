@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -383,13 +384,17 @@ def _torch_device(name: str | None) -> torch.device:
 
 
 def _records_path(path: str | None, rank: int, size: int) -> Path | None:
-    """Return the path of this rank's records; its folder is created, and a file of an earlier command removed."""
+    """Return the path of this rank's records; its folder is created, and the files of an earlier command removed."""
     if path is None:
         return None
-    file = Path(path)
-    if size > 1:
-        file = file.with_name(f"{file.stem}_rank{rank}{file.suffix}")
-    with writing(file):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.unlink(missing_ok=True)
-    return file
+    plain = Path(path)
+    ranks = [plain.with_name(f"{plain.stem}_rank{number}{plain.suffix}") for number in range(size)]
+    files = ranks if size > 1 else [plain]
+    with writing(plain):
+        plain.parent.mkdir(parents=True, exist_ok=True)
+        files[rank].unlink(missing_ok=True)
+        pattern = re.compile(f"{re.escape(plain.stem)}(_rank[0-9]+)?{re.escape(plain.suffix)}")
+        for file in plain.parent.iterdir() if rank == 0 else ():
+            if pattern.fullmatch(file.name) and file not in files:  # of a command on another number of ranks
+                file.unlink()
+    return files[rank]

@@ -24,7 +24,7 @@ from megatron.errors import ConfigurationError
 from megatron.reporting.plots import plot_task_scores
 from megatron.scoring.checkpoints import score_checkpoints
 from megatron.scoring.encoding import encode_pair
-from megatron.scoring.lm_eval_adapter import MegatronLM, cut, doc_key
+from megatron.scoring.lm_eval_adapter import MegatronLM, _records_path, cut, doc_key
 from megatron.scoring.lm_eval_arguments import read_generation
 from megatron.scoring.lm_eval_cli import main as harness
 from megatron.scoring.lm_eval_cli import prepare, read
@@ -268,6 +268,16 @@ def test_what_an_older_tokenisation_left_in_a_cache_is_not_reused(runs, tmp_path
     again = MegatronLM(**settings)
     again._compute = None  # the answer of the current tokenization is cached
     assert again.loglikelihood(instances) == [answer]
+
+
+def test_records_of_a_command_on_more_ranks_do_not_stay(tmp_path):
+    path = str(tmp_path / "scores.jsonl")
+    for size, left in ((4, "0123"), (2, "01"), (1, "")):
+        for rank in range(size):
+            _records_path(path, rank, size).write_text("a score\n")
+        (tmp_path / "scores_rank.jsonl").touch()  # of another name
+        names = [f"scores_rank{rank}.jsonl" for rank in left] or ["scores.jsonl"]
+        assert sorted(file.name for file in tmp_path.iterdir()) == sorted([*names, "scores_rank.jsonl"])
 
 
 def test_a_command_that_resumes_replaces_its_records(runs, tmp_path):
