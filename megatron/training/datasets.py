@@ -4,6 +4,7 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron.config.flags import spelling
 from megatron.config.sections import Config, DataConfig
 from megatron.data.blend import TrainBlend, ValidationBlend, combined_hash
 from megatron.data.indexed import IndexedDataset, data_files, read_metadata
@@ -12,9 +13,12 @@ from megatron.data.round_trip import describe_changes
 from megatron.data.samples import TrainSamples, ValidationWindows
 from megatron.data.tokenizer import Tokenizer, build_tokenizer
 from megatron.errors import ConfigurationError
+from megatron.objectives.registry import DOCUMENT_RULES
 from megatron.validation.evaluate import ValidationSet
 
 logger = logging.getLogger(__name__)
+
+SEARCHED_TOKENS = 1 << 20  # of a data set, for the end of a document
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +79,7 @@ def open_sources(config: Config) -> Sources:
     opened = {prefix: IndexedDataset(prefix, tokenizer.vocabulary_size) for prefix in metadata}
     held_out = [requested for requested in held_out if _suffices(requested, opened, data)]
     train_members = _members(train, opened, data)
+    _log_idle_rules(train_members, data, tokenizer.eod)
     members = {requested.name: _members(requested, opened, data) for requested in held_out}
     fingerprints = {"--train-data-path": _fingerprint(train, train_members)}
     fingerprints |= {requested.name: _fingerprint(requested, members[requested.name]) for requested in held_out}
@@ -175,6 +180,19 @@ def _log_changed_text(metadata: dict[str, dict], tokenizer: Tokenizer) -> None:
         if changes and changes["changed_documents"]:
             effect = "" if tokenizer.token_bytes() is None else "; bits per byte count the bytes that are left"
             logger.info("%s: %s%s", prefix, describe_changes(recorded["documents"], changes), effect)
+
+
+def _log_idle_rules(members: list[IndexedDataset], data: DataConfig, eod: int) -> None:
+    """Log the data sets in which document flags do nothing, since no `eod` separates their documents."""
+    flags = " and ".join(spelling(name) for name in DOCUMENT_RULES if getattr(data, name))
+    for member in members if flags else ():
+        tokens = member.stream(0, min(member.total_tokens, SEARCHED_TOKENS))
+        if not (tokens == eod).any():
+            logger.info(
+                "%s: has no end-of-document token (id %d) among its first %s tokens; without any, %s does nothing: "
+                "write it again with tools/preprocess_data.py --append-eod",
+                *(member.prefix, eod, f"{len(tokens):,}", flags),
+            )
 
 
 def tokenizer_of_data(data: DataConfig, prefix: str, recorded: dict) -> Tokenizer:

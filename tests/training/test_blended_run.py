@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from megatron.data.indexed import IndexedDataset
+from megatron.data.indexed import IndexedDataset, IndexedDatasetWriter
 from megatron.data.paths import split_edges
 from megatron.training.command_line import parse
 from megatron.training.datasets import open_sources
@@ -125,6 +125,24 @@ def test_a_held_out_set_may_be_named_train(tiny, corpus):
     sources = open_sources(parse("ar", [*map(str, replaced(tiny, "--train-data-path", f"{corpus}/train", *names))]))
     assert sources.train.unique_tokens == IndexedDataset(f"{corpus}/train").total_tokens
     assert len(set(sources.fingerprints.values())) == 3
+
+
+def test_document_flags_on_data_without_ends_of_documents_are_logged(tiny, corpus, tmp_path, caplog):
+    caplog.set_level("INFO")
+    text = IndexedDataset(f"{corpus}/train")
+    with IndexedDatasetWriter(tmp_path / "joined", 257) as writer:
+        writer.add_document([int(token) for document in (text[0], text[1]) for token in document[:-1]])
+    rules = ["--reset-position-ids", "--eod-mask-loss"]
+    for prefix, flags, lines in (
+        (f"{corpus}/train", rules, 0),
+        (tmp_path / "joined", rules, 1),
+        (tmp_path / "joined", [], 0),
+    ):
+        open_sources(parse("ar", [*map(str, replaced(tiny, "--train-data-path", prefix)), *flags]))
+        messages = [line for line in caplog.messages if "has no end-of-document token (id 256)" in line]
+        assert len(messages) == lines, caplog.messages
+        assert not lines or "--reset-position-ids and --eod-mask-loss does nothing" in messages[0]
+        caplog.clear()
 
 
 def test_a_dry_run_says_how_often_each_member_is_read(tiny, corpus, capsys):
