@@ -21,7 +21,9 @@ if [[ -z "${DATA:-}" ]]; then
 elif [[ "${DRY_RUN:-0}" != 1 ]]; then
     require_files "tools/preprocess_data.py writes it" "$DATA"/{train,tuning,validation}.idx
     mkdir -p "$(dirname "$out")"
-    sed "s#data/quickstart#$DATA#g" "$sweep" > "$out.yaml"
+    text=$(<"$sweep")
+    text=${text//data\/quickstart/"$DATA"} # in quotes & means itself, in newer bash too
+    echo "$text" > "$out.yaml"
     sweep=$out.yaml
 fi
 [[ ! -e "$records" ]] || execute "$python" tools/sweep.py restore "$sweep" "$records" --output "$out"

@@ -405,3 +405,25 @@ def test_without_an_installation_one_line_names_install(name, with_data):
     (with_data / ".venv").unlink()
     result = run(with_data, name, code=2)
     assert result.stderr == "error: .venv/bin/python: does not exist; bash install.sh creates it\n"
+
+
+STUDY = """
+flags: {num-layers: 1, hidden-size: 32, num-attention-heads: 2, seq-length: 32, train-epochs: 4,
+  tokenizer-type: ByteTokenizer, train-data-path: data/quickstart/train, valid-data-path: data/quickstart/validation}
+data: {unique_tokens: 1000, vocabulary_size: 257}
+"""
+
+
+def test_the_study_takes_data_of_any_name(clone):
+    (clone / "tools").symlink_to(ROOT / "tools")
+    (clone / "install.sh").write_text("")
+    (clone / "mine.yaml").write_text(STUDY)
+    (clone / "site.yaml").write_text("gpus: false")
+    data = clone / "data" / "a#b & \\c"
+    data.mkdir(parents=True)
+    for name in ("train", "tuning", "validation"):
+        (data / f"{name}.idx").touch()
+    files = {"DATA": f"data/{data.name}", "SWEEP": "mine.yaml", "SITE": "site.yaml"}
+    run(clone, "study/run.sh", "--dry-run", **files)
+    flags = yaml.safe_load((clone / "runs" / "study.yaml").read_text())["flags"]
+    assert flags["train-data-path"] == f"data/{data.name}/train"
