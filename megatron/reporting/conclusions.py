@@ -132,6 +132,11 @@ def caveats(rows: Sequence[Summary]) -> list[str]:
         if len(rows) > LISTED:
             flops_by_run = f"{min(flops):.1e} to {max(flops):.1e}"
         lines.append(f"The runs did not use the same compute (FLOPs: {flops_by_run}).")
+    if any(group.config.get("teachers") for group in groups):
+        lines.append(
+            "FLOPs of distilled runs are the student's: they contain neither the training of its teachers nor their "
+            "forward passes."
+        )
     contamination = (_contamination(run) for group in groups for run in group.runs)
     lines += dict.fromkeys(line for run_lines in contamination for line in run_lines)
     return [*lines, _scope(groups)]

@@ -262,6 +262,15 @@ def test_different_unique_tokens_are_neither_paired_nor_connected(tmp_path):
     assert len(lines) == 4 and all(np.ptp(line.y) < 0.1 for line in lines)
 
 
+def test_compute_of_teachers_is_said_to_be_missing(tmp_path):
+    teacher = {"weights": "a1", "flops": 1e9}
+    settings = {"distillation": {"distill_weight": 0.5, "distill_temperature": 1.0, "teacher": ["runs/seed_1"]}}
+    student = row(tmp_path / "student", teachers=[teacher], **settings)
+    plain = row(tmp_path / "plain")
+    lines = ["\n".join(caveats(rows)) for rows in ([plain], [plain, student])]
+    assert ["FLOPs of distilled runs are the student's" in text for text in lines] == [False, True]
+
+
 def test_of_equal_flops_only_the_lowest_loss_is_on_the_frontier(tmp_path):
     rows = [row(tmp_path / f"{loss}", (loss,), method="ar") for loss in (3.5, 3.0, 3.2)]
     (line,) = [curve for curve in frontier_figure(rows, "validation").curves if curve.line]
