@@ -46,7 +46,7 @@ class TaskOptions:
     retries: int = 2  # after passing failures
     wait_for_lock: float = 10.0  # minutes
     hang_minutes: float = 30.0  # without any output, after which a run is ended and retried
-    retry_failed: bool = False  # start a run again that failed for a reason of its own
+    retry_failed: bool = False  # start a run again that failed for a reason of its own before this job
 
 
 class ArrayTask:
@@ -135,10 +135,10 @@ def run_task(folder: Path, points: Sequence[Point], point_id: str, options: Task
     if state.name == "finished":
         logger.info("%s: is finished", point.label)
         return 0
-    if state.has_own_fault and (not options.retry_failed or "SLURM_RESTART_COUNT" in os.environ):
+    task = ArrayTask()
+    if state.has_own_fault and (not options.retry_failed or state.job == f"job-{task.name}"):
         logger.error("%s: has failed: %s; not started again", point.label, state.reason)
         return 1
-    task = ArrayTask()
     log = TaskLog(folder, point.id, task=task.name, restarts=task.restarts)
     if needs_trunk(point, folder) and _may_be_queued(point.trunk, folder):
         logger.info("%s: its trunk %s has no checkpoint yet; requeued until then", point.label, point.trunk)

@@ -30,6 +30,7 @@ class State:
     reason: str = ""
     iteration: int = 0
     consumed_samples: int = 0
+    job: str = ""  # that wrote the state, such as job-40_0
     holder: str = ""  # host, process and job of a running run
     silent_seconds: float = 0.0  # since the last record of a running run
 
@@ -46,7 +47,7 @@ class State:
 
 def run_state(folder: Path) -> State:
     """Return the state of a run folder."""
-    status = {"state": "waiting", "reason": "", "iteration": 0, "consumed_samples": 0}
+    status = {"state": "waiting", "reason": "", "iteration": 0, "consumed_samples": 0, "job": ""}
     with suppress(ConfigurationError, TypeError):  # missing or damaged
         status |= read_json(folder / "status.json")
     progress = {"iteration": status["iteration"], "consumed_samples": status["consumed_samples"]}
@@ -56,7 +57,7 @@ def run_state(folder: Path) -> State:
     if holder:
         return State("running", **progress, holder=holder, silent_seconds=time.time() - last_change(folder))
     name = "lost" if status["state"] == "running" else status["state"]
-    return State(name, status["reason"], **progress)
+    return State(name, status["reason"], **progress, job=status["job"])
 
 
 def lock_holder(folder: Path) -> str:

@@ -158,6 +158,21 @@ def test_a_failing_node_is_excluded_next_to_those_of_the_site(nodes, excluded, s
     assert lines == ["requeue 7_1", *(f"update JobId=7_1 ExcNodeList={names}" for names in excluded)]
 
 
+@pytest.mark.parametrize("failed_in, starts", [("job-6_1", 1), ("job-7_1", 0)])
+def test_a_run_that_failed_before_this_job_is_retried_after_a_requeue_too(
+    failed_in, starts, slurm, corpus, tmp_path, monkeypatch
+):
+    command(slurm, "srun", f"echo start >> {tmp_path}/starts.txt")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")  # preempted before its first start wrote a status
+    points = plan_sweep(read_sweep(write(tmp_path, toy(corpus))), tmp_path / "out").points
+    run = points[0].folder(tmp_path / "out")
+    run.mkdir(parents=True)
+    status = {"state": "failed", "reason": "CUDA out of memory", "iteration": 3, "consumed_samples": 24}
+    (run / "status.json").write_text(json.dumps(status | {"job": failed_in}))
+    run_task(tmp_path / "out", points, points[0].id, TaskOptions(retry_failed=True))
+    assert (tmp_path / "starts.txt").exists() == bool(starts)
+
+
 def counted_starts(folder, points, restarts, monkeypatch) -> int:
     """Start a task whose run never begins so often; return the exit code of the last start."""
     for restart in restarts:
