@@ -11,6 +11,7 @@ from megatron.config.tokenizer_flags import SENTENCE_PIECE, TOKENIZERS, check_to
 from megatron.data.corpus import SPLITS
 from megatron.data.sources.base import Source
 from megatron.data.sources.json_lines import STANDARD_INPUT
+from megatron.data.sources.plain_text import PlainText
 from megatron.data.sources.registry import list_sources
 from megatron.data.sources.standard_library import StandardLibrary
 from megatron.data.sources.tables import HuggingFaceDataset
@@ -258,13 +259,20 @@ class PreprocessOptions(Section):
     def sources(self) -> list[Source]:
         """Return the sources of the text, in order.
 
-        Raises: ConfigurationError for an input that does not exist or has an unknown format.
+        Raises: ConfigurationError for an input that does not exist or has an unknown format, and for --json-keys that
+        no input has.
         """
         if self.hf_dataset is not None:
             return [HuggingFaceDataset(self.hf_dataset, self.hf_split, self.hf_config)]
+        sources: list[Source] = [StandardLibrary()]
         if self.input:
-            return list_sources(self.input, txt=self.txt, separator=self.txt_separator)
-        return [StandardLibrary()]
+            sources = list_sources(self.input, txt=self.txt, separator=self.txt_separator)
+        has_fields = not all(isinstance(source, PlainText | StandardLibrary) for source in sources)
+        is_default = self.json_keys == PreprocessOptions.json_keys
+        message = "is a field of JSON lines or tables, and all text is plain; leave it out"
+        # with --output-prefix it is part of the names of the files
+        require(has_fields or is_default or not self.has_splits, "json_keys", " ".join(self.json_keys), message)
+        return sources
 
     def worker_processes(self, sources: list[Source]) -> int:
         """Return how many processes tokenise: fewer than --workers if there is little text."""

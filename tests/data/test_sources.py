@@ -265,6 +265,18 @@ def test_a_separator_without_plain_text_is_refused(tmp_path, refused):
     assert len(list_sources([str(tmp_path)], separator="---")) == 2
 
 
+def test_a_field_of_plain_text_is_refused(tmp_path, refused):
+    for name in ("a.jsonl", "a.txt"):
+        (tmp_path / name).write_text(LINES)
+    text, both = (str(tmp_path / "a.txt"),), (str(tmp_path),)
+    for flags in ({"input": text}, {}):
+        with refused("--json-keys body", "all text is plain", "leave it out"):
+            options(tmp_path / "out", json_keys=("body",), **flags).sources()
+    assert len(options(tmp_path / "out", json_keys=("body",), input=both).sources()) == 2
+    megatron = {"output_dir": None, "output_prefix": str(tmp_path / "x"), "json_keys": ("body",)}
+    assert len(options(None, input=text, **megatron).sources()) == 1
+
+
 def test_a_pipe_and_a_changing_or_vanishing_file(tmp_path, monkeypatch, refused):
     os.mkfifo(tmp_path / "pipe.jsonl")
     with refused("pipe.jsonl: no such file"):
