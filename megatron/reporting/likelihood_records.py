@@ -16,6 +16,7 @@ from megatron.statistics import Ratio, paired_difference
 
 FOLDER = "likelihoods"
 SIGNS = {"exact": "", "upper": "<= ", "lower": ">= "}
+SIDES = {"exact": 0, "upper": 1, "lower": -1}  # of a likelihood: above or below what it bounds
 HEADINGS = ("nats per token", "difference", "passes", "seconds")
 LEGEND = (
     "±: standard error over documents, of the difference to the first line paired by document, which is left out for "
@@ -85,7 +86,7 @@ def comparisons(first: dict, records: Sequence[dict]) -> list[Table]:
         baseline = results["likelihoods"][0]
         same_windows = [record for record in (first, *records) if has_documents(record, name, results)]
         lines = [
-            [_title(record), *_cells(result)[:2], _difference(difference(result, baseline, results["documents"]))]
+            [_title(record), *_cells(result)[:2], _limit(result, baseline, results["documents"])]
             for record in same_windows
             for result in record["sets"][name]["likelihoods"]
             if result["nats"] is not None
@@ -93,7 +94,10 @@ def comparisons(first: dict, records: Sequence[dict]) -> list[Table]:
         if len(same_windows) > 1:
             title = f"Likelihoods on the same windows: {name}, {results['windows']} windows"
             headings = ("run", "likelihood", "nats per token", f"difference to {baseline['name']}")
-            note = f"±: standard error over documents. Differences are to {_title(first)}, paired by document."
+            note = (
+                f"±: standard error over documents. Differences are to {_title(first)}, paired by document; <= and >=: "
+            )
+            note += "limits of the difference, where one side is a bound."
             tables.append(Table(title, headings, lines, note))
     return tables
 
@@ -103,6 +107,13 @@ def has_documents(record: dict, name: str, results: dict) -> bool:
     other = record["sets"].get(name, {})
     same = all(other.get(key) == results.get(key) for key in ("documents", "scored_tokens"))
     return same and results.get("documents") is not None
+
+
+def _limit(result: dict, baseline: dict, documents: dict) -> str:
+    """Return a difference as text, after the sign that bounds of its sides give it; none where both are of a kind."""
+    sides = SIDES[result["kind"]] - SIDES[baseline["kind"]]
+    sign = SIGNS["upper" if sides > 0 else "lower" if sides < 0 else "exact"]
+    return sign + _difference(difference(result, baseline, documents))
 
 
 def difference(result: dict, baseline: dict, documents: dict) -> Ratio:

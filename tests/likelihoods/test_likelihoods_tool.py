@@ -200,7 +200,9 @@ def test_differences_to_another_run_are_paired_by_document(runs):
     assert table.title == "Likelihoods on the same windows: validation, 12 windows"
     (run, name, _, zero), (other_run, other_name, loss, cell) = table.lines
     assert (run, name, zero) == ("ar at step 12", "ar, exact", "+0.0000 ± 0.0000")
-    assert (other_run, other_name, cell) == ("mdm at step 12", "mdm, bound", f"{difference:+.4f} ± {error:.4f}")
+    assert (other_run, other_name, cell) == ("mdm at step 12", "mdm, bound", f"<= {difference:+.4f} ± {error:.4f}")
+    (back,) = [table.lines[-1][-1] for table in comparisons(second, [first]) if "validation" in table.title]
+    assert back == f">= {-difference:+.4f} ± {error:.4f}"  # of the exact loss to the bound
     assert loss in done.stdout and f"{cell}\n" in done.stdout and "difference to ar, exact" in done.stdout
     for results in first["sets"].values():
         results["documents"]["tokens"][0] += 1
