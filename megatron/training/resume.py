@@ -117,7 +117,9 @@ def _source(config: Config) -> tuple[Path | None, bool]:
     """Return the folder to start from, and whether it is another run's (a branch).
 
     None without --load and --save. The same folder for both, or --save alone, may hold nothing yet, unless
-    --exit-on-missing-checkpoint is given.
+    --exit-on-missing-checkpoint is given. An evaluation reads --load if both are given.
+
+    Raises: ConfigurationError if --load holds nothing, or --save holds a run that did not start from it.
     """
     settings, only_evaluate = config.checkpoint, config.validation.skip_train
     start = settings.load or settings.save
@@ -129,7 +131,8 @@ def _source(config: Config) -> tuple[Path | None, bool]:
         return None, False
     source, save = Path(start), Path(settings.save or "")
     branched = bool(settings.load) and not (settings.save and source.resolve() == save.resolve())
-    if branched and settings.save and CheckpointStore.of_run(save).has_any():
+    if branched and settings.save and not only_evaluate and CheckpointStore.of_run(save).has_any():
+        _check_branched_from(source, save)
         return save, False  # the branch already has checkpoints: resume it, even if its origin was pruned
     if branched and recorded_config(source) is None:
         raise ConfigurationError(
@@ -141,6 +144,29 @@ def _source(config: Config) -> tuple[Path | None, bool]:
         flag = "--load" if settings.load else "--save"
         raise ConfigurationError(f"{flag} {source}: holds no checkpoint; train it first{remedy}")
     return source, branched
+
+
+def _check_branched_from(source: Path, save: Path) -> None:
+    """Refuse --load where --save holds a run that did not start from it, and would be resumed without it.
+
+    A run whose origin is no longer at its recorded path may have moved with it.
+    """
+    recorded = recorded_config(save)
+    if recorded is None:
+        return
+    origin = recorded.get("branched_from")
+    run = None if origin is None else _run_of(Path(origin))
+    if run is None or (run.exists() and source.exists() and run != _run_of(source)):
+        raise ConfigurationError(
+            f"--load {source}: the run in --save {save} has checkpoints and started from {origin or 'no other run'}; "
+            "leave --load out to resume it, or branch into another --save"
+        )
+
+
+def _run_of(folder: Path) -> Path:
+    """Return the run folder of a run or of one of its checkpoints, which may be pruned."""
+    folder = folder.resolve()
+    return folder.parents[1] if folder.parent.name == "checkpoints" else folder
 
 
 def _checkpoint(source: Path, rename_damaged: bool) -> tuple[Path, Path, dict] | None:

@@ -138,6 +138,30 @@ def test_a_branch_resumes_when_the_checkpoint_that_it_started_from_was_pruned(ti
     assert records(tmp_path / "branch", "train")[-1]["iteration"] == 12
 
 
+def test_a_run_that_started_from_nothing_or_another_run_is_not_resumed_under_load(tiny, kept_run, tmp_path):
+    """Otherwise an older checkpoint of the run itself, or another run, would be named and not read."""
+    folders = {name: tmp_path / name for name in ("own", "other", "branch")}
+    for name in ("own", "other"):
+        shutil.copytree(kept_run, folders[name])
+    flags = [*tiny, *EPOCHS, "--save", folders["own"]]
+    for load in (folders["own"] / "checkpoints" / "iter_0000008", folders["other"]):
+        refused = run("ar", *flags, "--load", load, check=False)
+        assert refused.returncode == 2 and f"--load {load}: the run in" in refused.stderr
+        assert "started from no other run" in refused.stderr
+    flags = [*tiny, *EPOCHS, "--train-samples", 109, "--save", folders["branch"]]
+    run("ar", *flags, "--load", folders["own"])
+    refused = run("ar", *flags, "--load", folders["other"], check=False)
+    assert refused.returncode == 2 and f"started from {folders['own']}/checkpoints/iter_" in refused.stderr
+    shutil.move(folders["own"], tmp_path / "moved")  # with its branch, whose record has the old path
+    assert "iter_0000014 at step 14" in run("ar", *flags, "--load", tmp_path / "moved").stderr
+
+
+def test_an_evaluation_reads_load_and_not_save(tiny, kept_run, tmp_path):
+    run("ar", *tiny, "--train-samples", 40, "--save", tmp_path)
+    done = run("ar", "--skip-train", "--load", kept_run, "--save", tmp_path)
+    assert json.loads(done.stdout.splitlines()[0])["iteration"] == 12
+
+
 @pytest.mark.parametrize(
     "changed, message",
     [(["--train-samples", "40"], "has trained on 93 samples, and the branch has a total budget of 40"),
