@@ -3,7 +3,9 @@
 import logging
 from dataclasses import asdict
 
+from megatron.config.flags import typed
 from megatron.config.resolve import no_op_flags
+from megatron.config.sections import ParallelConfig
 from megatron.training.build import RunParts
 from megatron.training.optimizer import parameter_table
 from megatron.training.resume import Origin
@@ -28,11 +30,27 @@ def announce(parts: RunParts) -> None:
 
 def _announce_origin(parts: RunParts, origin: Origin) -> None:
     logger.info("continuing from %s at step %d", origin.checkpoint, origin.meta["iteration"])
-    recorded, model = origin.meta["config"], parts.config.model
+    if parts.config.validation.skip_train:
+        return
+    recorded, config, ranks = origin.meta["config"], parts.config, parts.ranks
+    model, norm = config.model, config.optimizer.meta_gradient_norm
     dropout = (model.attention_dropout, model.hidden_dropout, model.mlp_dropout, model.embedding_dropout)
-    layout = (parts.ranks.size, asdict(parts.config.parallel))
-    if (recorded["processes"], recorded.get("parallel")) != layout and any(dropout):
-        logger.info("the parallel layout changed: dropout masks differ, and losses agree statistically")
+    before = (recorded["processes"], recorded.get("parallel"), recorded["training"]["micro_batch_size"])
+    now = (ranks.size, asdict(config.parallel), config.training.micro_batch_size)
+    if any(dropout) and (*before, recorded["compiled"]) != (*now, parts.device.compiled):
+        logger.info(
+            "the parallel layout, --micro-batch-size or compilation changed: dropout masks differ, and losses agree "
+            "statistically"
+        )
+    if norm is None:
+        return
+    data_size = ParallelConfig(**recorded["parallel"]).data_size(recorded["processes"])
+    if (data_size, before[-1]) != (ranks.data_size, now[-1]) and {data_size, ranks.data_size} != {1}:
+        logger.info(
+            "the data-parallel size or --micro-batch-size changed: the trial moves of %s follow the gradients of other "
+            "samples, and losses differ",
+            typed("meta_gradient_norm", norm),
+        )
 
 
 def _announce_size(parts: RunParts) -> None:

@@ -169,6 +169,19 @@ def test_a_checkpoint_of_two_processes_resumes_on_one(uninterrupted, tiny, tmp_p
         assert actual["loss"] == pytest.approx(expected["loss"], rel=1e-4)
 
 
+def test_a_resume_says_when_dropout_masks_or_trial_moves_change(tiny, tmp_path):
+    dropout = [*tiny, "--hidden-dropout", 0.1, "--save", tmp_path / "dropout"]
+    run("ar", *dropout, "--exit-interval", 4)
+    assert "dropout masks differ" not in run("ar", *dropout, "--exit-interval", 4).stderr
+    assert "dropout masks differ" in run("ar", *dropout, "--micro-batch-size", 2).stderr
+    assert "dropout masks differ" not in run("ar", "--skip-train", *dropout, "--micro-batch-size", 8).stderr
+    moves = [*tiny, "--meta-gradient-norm", 0.5, "--save", tmp_path / "moves"]
+    run("ar", *moves, "--exit-interval", 4)
+    assert "trial moves" not in run("ar", *moves, "--exit-interval", 4, "--micro-batch-size", 2).stderr
+    stderr = run("ar", *moves, "--micro-batch-size", 2, processes=2).stderr
+    assert "the trial moves of --meta-gradient-norm 0.5 follow the gradients of other samples" in stderr
+
+
 def test_a_run_killed_with_loader_workers_restarts_at_once(tiny, tmp_path):
     """Workers outlive a killed run by seconds; they must not hold its lock."""
     folder = tmp_path / "run"
