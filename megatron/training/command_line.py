@@ -141,9 +141,13 @@ def recorded_settings(source: str | None) -> dict:
 def evaluation_sections(recorded: dict) -> dict[str, dict]:
     """Return the sections of a run's config.json with which it is evaluated, on any device and in any layout.
 
-    The precision is that of the run, not the default of this device.
+    The precision is that of the run, not the default of this device. Teachers and trial moves, which do not fit every
+    layout, act in training only.
     """
-    sections = {name: recorded.get(name, {}) for name in SECTIONS if name not in ("parallel", "checkpoint", "tracking")}
+    unused = ("parallel", "checkpoint", "tracking", "distillation")
+    sections = {name: recorded.get(name, {}) for name in SECTIONS if name not in unused}
+    optimizer = sections["optimizer"].items()
+    sections["optimizer"] = {name: value for name, value in optimizer if not name.startswith("meta_gradient_")}
     precision = {"bf16": None, "fp32": None, recorded["precision"]: True}
     kernels = {"fp8_recipe": None, "flash_attention": None}  # this device may not support them
     sections["training"] = sections["training"] | precision | kernels

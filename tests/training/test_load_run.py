@@ -6,8 +6,12 @@ from dataclasses import asdict
 
 import pytest
 
+from megatron.config.layout_checks import check_layout
+from megatron.config.resolve import resolve
 from megatron.config.sections import Config
+from megatron.config.vocabulary import Vocabulary
 from megatron.errors import ConfigurationError
+from megatron.objectives.registry import capabilities
 from megatron.training.command_line import parse
 from megatron.training.load_run import trained_config
 
@@ -22,6 +26,7 @@ LINES = {
     "--seq-length 32 --train-data-path 0.3 a 0.7 b --valid-data-path x=a y=b --bf16 --objective dual "
     "--global-batch-size 16 --train-samples 64",
     "fp8": f"{MODEL} --fp8-recipe tensorwise --train-samples 64 --objective mdm --num-mc 7",
+    "training-only": f"{MODEL} --teacher other --distill-weight 0.3 --meta-gradient-norm 0.5 --train-samples 64",
     "deepspeed": f"{MODEL} --deepspeed --deepspeed-config d.json --objective block-diffusion --diffusion-block-size 8",
 }
 FLAGS = [
@@ -73,6 +78,14 @@ def test_an_evaluation_depends_on_neither_the_layout_nor_the_device_of_training(
     assert (config.training.bf16, config.training.fp32) == (True, None)
     assert (config.checkpoint.load, config.checkpoint.save) == (str(tmp_path), None)
     assert config.optimizer.ema_decay == 0.9 and config.validation.skip_train
+
+
+@pytest.mark.parametrize("flags", ["--pipeline-model-parallel-size 2", "--zero-stage 3"])
+def test_an_evaluation_fits_layouts_that_teachers_and_trial_moves_do_not(flags, tmp_path):
+    record(tmp_path, LINES["training-only"], precision="fp32")
+    config = trained_config(str(tmp_path), flags.split())
+    resolve(config, Vocabulary(257), 1000, capabilities("ar"))
+    check_layout(config, 2)
 
 
 def test_a_run_older_than_a_flag_has_its_default(tmp_path):
