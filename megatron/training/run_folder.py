@@ -207,9 +207,12 @@ class RunFolder:
         self._records = open(self.path / "metrics.jsonl", "a")  # noqa: SIM115  open until the run ends
 
     def _inherit_evaluations(self, records: list[dict], source: Path) -> None:
+        """Copy the sums by document of `records` from the run `source`; an archived run may lack them."""
         for record in records:
             if record["kind"] == "valid":
                 file = Path("validation") / record["set"] / f"{record['iteration']}.npz"
+                if not (source / file).exists():
+                    continue
                 with writing(self.path / file):
                     (self.path / file).parent.mkdir(parents=True, exist_ok=True)
                     shutil.copyfile(source / file, self.path / file)

@@ -138,6 +138,13 @@ def test_a_branch_resumes_when_the_checkpoint_that_it_started_from_was_pruned(ti
     assert records(tmp_path / "branch", "train")[-1]["iteration"] == 12
 
 
+def test_a_run_without_its_sums_by_document_is_branched_from(tiny, kept_run, tmp_path):
+    archived, branch = tmp_path / "archived", tmp_path / "branch"
+    shutil.copytree(kept_run, archived, ignore=shutil.ignore_patterns("*.npz"))
+    run("ar", *tiny, *EPOCHS, "--train-samples", 109, "--load", archived, "--save", branch)
+    assert [*branch.glob("validation/tuning/*.npz")] == [branch / "validation" / "tuning" / "14.npz"]
+
+
 def test_a_run_that_started_from_nothing_or_another_run_is_not_resumed_under_load(tiny, kept_run, tmp_path):
     """Otherwise an older checkpoint of the run itself, or another run, would be named and not read."""
     folders = {name: tmp_path / name for name in ("own", "other", "branch")}
