@@ -20,6 +20,10 @@ def announce(parts: RunParts) -> None:
         logger.info(line)
     if not config.checkpoint.save and not config.validation.skip_train:
         logger.info("nothing is saved: no --save names a run folder")
+    end = parts.progress.iteration + parts.data.steps
+    late = [step for step in config.checkpoint.keep_iterations if step > end]
+    if config.checkpoint.save and late:
+        logger.info("%s: has no effect, the run ends at step %d", typed("keep_iterations", late), end)
     if parts.origin:
         _announce_origin(parts, parts.origin)
     _announce_size(parts)

@@ -198,6 +198,12 @@ def test_flags_without_effect_are_logged(tiny):
     assert "--save-interval 2: has no effect, no --save" in stderr
 
 
+def test_steps_to_keep_after_the_end_are_logged(tiny, tmp_path):
+    flags = [*tiny, "--save", tmp_path, "--keep-iterations", 2, 12, 13, 500, "--exit-interval"]
+    for step in (1, 3):
+        assert "--keep-iterations 13 500: has no effect, the run ends at step 12" in run("ar", *flags, step).stderr
+
+
 EIGHT_DIGITS = [9, 9_999_990, 9_999_995, 10_000_000, 10_000_005, 123_456_789]
 
 
