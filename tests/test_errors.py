@@ -451,7 +451,8 @@ def test_a_loss_that_is_not_a_number_stops_and_overwrites_nothing(tiny, tmp_path
     flags = [*tiny, "--lr", "1e30", "--clip-grad", 0, "--save-interval", 1, "--eval-interval", 100]
     done = run("ar", *flags, "--save", tmp_path, check=False)
     assert done.returncode == 1
-    check_error(done.stderr, "step 2", "not finite", "from step 1", "lower --lr")
+    remedy = f"lower --lr or clip harder (--clip-grad) in a branch (--load {tmp_path} --save ANOTHER_DIR)"
+    check_error(done.stderr, "step 2", "not finite", "from step 1", remedy)
     status = json.loads((tmp_path / "status.json").read_text())
     assert status["state"] == "failed" and "step 2" in status["reason"]
     assert [p.name for p in (tmp_path / "checkpoints").glob("iter_*")] == ["iter_0000001"]

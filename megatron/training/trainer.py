@@ -126,12 +126,13 @@ class Trainer:
         (step,) = self.ranks.sum(int(self.diverged_at))
         if step:
             step = int(self.diverged_at) or "unknown"
-            newest = (
-                f"the newest checkpoint is from step {self.saved_at}" if self.saved_at else "no checkpoint was saved"
-            )
+            newest, save, remedy = "no checkpoint was saved", self.config.checkpoint.save, ""
+            if self.saved_at:
+                newest = f"the newest checkpoint is from step {self.saved_at}"
+                remedy = f" in a branch (--load {save} --save ANOTHER_DIR)" if save else ""
             raise DivergedError(
                 f"step {step}: loss or gradient norm is not finite; nothing was overwritten, {newest}; "
-                "lower --lr, clip harder (--clip-grad) or look at the data"
+                f"lower --lr or clip harder (--clip-grad){remedy}, or look at the data"
             )
 
     def evaluate(self) -> list[dict]:
