@@ -9,6 +9,7 @@ from megatron.config.sections import ParallelConfig
 from megatron.training.build import RunParts
 from megatron.training.optimizer import parameter_table
 from megatron.training.resume import Origin
+from megatron.training.resume_checks import changes
 
 logger = logging.getLogger(__name__)
 
@@ -37,11 +38,16 @@ def _announce_origin(parts: RunParts, origin: Origin) -> None:
     if parts.config.validation.skip_train:
         return
     recorded, config, ranks = origin.meta["config"], parts.config, parts.ranks
+    changed = [
+        f"{typed(name, value)} ({typed(name, before)} there)" for name, before, value in changes(recorded, config)
+    ]
+    if changed:  # a branch
+        logger.info("settings that are not those of %s: %s", origin.run, ", ".join(changed))
     model, norm = config.model, config.optimizer.meta_gradient_norm
     dropout = (model.attention_dropout, model.hidden_dropout, model.mlp_dropout, model.embedding_dropout)
     before = (recorded["processes"], recorded.get("parallel"), recorded["training"]["micro_batch_size"])
     now = (ranks.size, asdict(config.parallel), config.training.micro_batch_size)
-    if any(dropout) and (*before, recorded["compiled"]) != (*now, parts.device.compiled):
+    if any(dropout) and (*before, recorded.get("compiled", parts.device.compiled)) != (*now, parts.device.compiled):
         logger.info(
             "the parallel layout, --micro-batch-size or compilation changed: dropout masks differ, and losses agree "
             "statistically"

@@ -1,6 +1,8 @@
 """What a resume or a branch must keep of a run's recorded configuration."""
 
+from collections.abc import Iterator
 from dataclasses import asdict, fields
+from typing import Any
 
 from megatron.config.flags import require, typed
 from megatron.config.resolve import BUDGETS, Plan
@@ -17,6 +19,7 @@ FREE_ON_RESUME = {
     "train_data_path", "train_data_path_file", "valid_data_path", "valid_data_path_file", "tokenizer_model",
     "vocab_file", "merge_file", "bf16", "fp32", "teacher", *BUDGETS,
 }  # fmt: skip
+KEPT_SECTIONS = ("training", "model", "data", "objective", "distillation", "optimizer", "validation")
 # Values of the plan that a resume must keep; a branch may change them.
 BUDGET_PLAN = ("train_samples", "lr_decay_samples", "lr_warmup_samples", "unique_tokens")
 
@@ -38,19 +41,11 @@ def check_resume(recorded: dict, config: Config, plan: Plan, *, objective: str, 
             f"{typed(folder_flag, folder)}: holds a run of objective {recorded['objective_name']}, not {objective}; "
             f"give --objective {recorded['objective_name']} or another folder"
         )
-    names = ("training", "model", "data", "objective", "distillation", "optimizer", "validation")
-    sections = ("model",) if branch else names
-    for section in sections:
-        defaults = {field.name: field.default for field in fields(SECTIONS[section])}
-        for name, value in asdict(getattr(config, section)).items():
-            # a run that started before a flag existed has its default
-            before = _as_json(recorded.get(section, {}).get(name, defaults[name]))
-            value = _as_json(value)
-            if name not in FREE_ON_RESUME and before != value:
-                raise ConfigurationError(
-                    f"{typed(name, value)}: the run in {folder} was started with {typed(name, before)}; "
-                    + ("a branch keeps the model, so drop the change" if branch else remedy)
-                )
+    for name, before, value in changes(recorded, config, ("model",) if branch else KEPT_SECTIONS):
+        raise ConfigurationError(
+            f"{typed(name, value)}: the run in {folder} was started with {typed(name, before)}; "
+            + ("a branch keeps the model, so drop the change" if branch else remedy)
+        )
     kind = recorded["optimizer"].get("optimizer", "adamw")
     message = f"the run in {folder} was started with --optimizer {kind}, whose moments a branch continues with; keep it"
     require(config.optimizer.optimizer == kind, "optimizer", config.optimizer.optimizer, message)
@@ -60,6 +55,20 @@ def check_resume(recorded: dict, config: Config, plan: Plan, *, objective: str, 
                 f"{_cause(name, config)} makes {name.replace('_', ' ')} {getattr(plan, name)}, and the run in {folder} "
                 f"was started with {recorded['plan'][name]}; {remedy}"
             )
+
+
+def changes(
+    recorded: dict, config: Config, sections: tuple[str, ...] = KEPT_SECTIONS
+) -> Iterator[tuple[str, Any, Any]]:
+    """Yield (name, before, now) of the fields that differ from a run's config.json and are not FREE_ON_RESUME."""
+    for section in sections:
+        defaults = {field.name: field.default for field in fields(SECTIONS[section])}
+        for name, value in asdict(getattr(config, section)).items():
+            # a run that started before a flag existed has its default
+            before = _as_json(recorded.get(section, {}).get(name, defaults[name]))
+            value = _as_json(value)
+            if name not in FREE_ON_RESUME and before != value:
+                yield name, before, value
 
 
 def _as_json(value):

@@ -163,6 +163,14 @@ def test_a_run_that_started_from_nothing_or_another_run_is_not_resumed_under_loa
     assert "iter_0000014 at step 14" in run("ar", *flags, "--load", tmp_path / "moved").stderr
 
 
+def test_a_branch_says_what_it_changes(tiny, kept_run, tmp_path):
+    """Another seed reads the samples of the current epoch in another order, some of them again."""
+    flags = [*tiny, *EPOCHS, "--train-samples", 109, "--seed", 7, "--load", kept_run, "--save", tmp_path]
+    line = f"settings that are not those of {kept_run}: --seed 7 (--seed 1234 there)"
+    assert line in run("ar", *flags).stderr
+    assert "settings that are not those" not in run("ar", *flags).stderr
+
+
 def test_an_evaluation_reads_load_and_not_save(tiny, kept_run, tmp_path):
     run("ar", *tiny, "--train-samples", 40, "--save", tmp_path)
     done = run("ar", "--skip-train", "--load", kept_run, "--save", tmp_path)
