@@ -29,6 +29,11 @@ class Origin:
     records: list[dict]
     branched_from: str | None  # the other run's checkpoint; None if no branch
 
+    @property
+    def evaluation_due(self) -> bool:
+        """Whether a signal stopped the evaluation of the checkpoint's step; earlier versions finished it."""
+        return self.meta.get("evaluation_due", False)
+
 
 def open_run(
     config: Config, plan: Plan, sources: Sources, *, precision: str, ranks: ParallelContext
@@ -104,11 +109,16 @@ def find_origin(
         _check_surroundings(recorded, sources, precision, config=config, source=source, remedy=remedy)
     if capabilities(objective).mixes_kinds and not only_evaluate:
         _check_kinds(meta, config, source)
+    records = read_records(run, meta["iteration"])
+    if meta.get("evaluation_due"):  # an evaluation since then is repeated
+        records = [
+            record for record in records if (record["kind"], record["iteration"]) != ("valid", meta["iteration"])
+        ]
     return Origin(
         run=run,
         checkpoint=folder,
         meta=meta,
-        records=read_records(run, meta["iteration"]),
+        records=records,
         branched_from=str(folder) if branched else recorded["branched_from"],
     )
 

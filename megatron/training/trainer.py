@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -13,17 +14,21 @@ from megatron.objectives.base import Likelihood
 from megatron.parallel.meta_gradient import MetaGradient
 from megatron.training.build import RunParts
 from megatron.training.checkpoint_store import CheckpointStore
-from megatron.training.exit_conditions import ExitConditions
+from megatron.training.exit_conditions import ExitConditions, on_any_rank, signal_reason
 from megatron.training.microbatches import Loader
 from megatron.training.recorder import Recorder
 from megatron.training.saver import Saver
 from megatron.training.schedule import learning_rate, weight_decay
 from megatron.training.step import StepResult, reseed, train_step
-from megatron.validation.evaluate import ValidationSet, evaluate
+from megatron.validation.evaluate import Evaluation, ValidationSet, evaluate
 
 
 class DivergedError(RuntimeError):
     """The loss or the gradient norm is not finite."""
+
+
+class EvaluationStopped(Exception):
+    """A signal stopped an evaluation before its end."""
 
 
 class Trainer:
@@ -46,6 +51,8 @@ class Trainer:
         self.saved_at, self.saved_samples = progress.iteration or None, progress.consumed_samples
         self.rate = self.decay = 0.0  # learning rate and weight decay of the last step
         self.validated = parts.validated  # selects the best checkpoint
+        # whether a signal stopped the evaluation of the last step, which the next start repeats
+        self.evaluation_due = bool(parts.validation_sets and parts.origin and parts.origin.evaluation_due)
 
     def train(self, started: float) -> str:
         """Train until the budget is used up or an exit condition holds; return "finished" or the reason.
@@ -55,9 +62,7 @@ class Trainer:
         exit_conditions, reason = ExitConditions(self.config.training, started), ""
         progress, data = self.progress, self.parts.data
         self.recorder.status("running", "")
-        if self.saved_at and self.parts.folder:
-            # a kill may have come between a checkpoint and its pointers
-            self.store.update_pointers(self.validated, self._selecting_set)
+        self._update_pointers()  # a kill may have come between a checkpoint and its pointers
         # on exit the saver waits for the checkpoint that is being written, however the run ends
         with (
             Loader(data, self.config.data.num_workers, self.ranks.device) as batches,  # forks before threads
@@ -65,6 +70,10 @@ class Trainer:
             self.recorder.progress_bar(self.steps) as bar,
             self._start_saver() as self._saver,
         ):
+            if self.evaluation_due:
+                self._evaluate_unless_stopped()
+                reason = (self.evaluation_due and exit_conditions.reason(progress.iteration, self.ranks)) or ""
+                self._update_pointers()
             last_time = time.monotonic()
             while progress.iteration < self.steps and not reason:
                 result = self._step([batch for _ in range(data.per_step) for batch in next(batches)])
@@ -76,7 +85,7 @@ class Trainer:
                     if due["log"]:
                         self.recorder.record_training(result, learning_rate=self.rate, weight_decay=self.decay)
                     if due["evaluate"]:
-                        self.evaluate()
+                        self._evaluate_unless_stopped()
                     if due["save"]:
                         self.save()
                     last_time = time.monotonic()
@@ -85,7 +94,7 @@ class Trainer:
                 self._check_finite()
                 progress.seconds += time.monotonic() - last_time
                 self.save()
-        finished = progress.iteration == self.steps
+        finished = progress.iteration == self.steps and not self.evaluation_due
         self.recorder.status("finished" if finished else "stopped", "finished" if finished else reason)
         return "finished" if finished else reason
 
@@ -139,22 +148,34 @@ class Trainer:
         """Evaluate model and averaged weights on every validation set with every likelihood; return the records.
 
         The loss of the model weights on the first set with the first likelihood selects the best checkpoint.
+
+        Raises: EvaluationStopped if a signal to a training run ends it: nothing is recorded then.
         """
-        records = self._evaluate_all("")
-        self.validated[self.progress.iteration] = records[0]["loss"]
+        evaluations = list(self._evaluate_all(""))
         if self.average and self.average.steps:
             with self.average.swapped():
-                records += self._evaluate_all(".average")
+                evaluations += self._evaluate_all(".average")
+        records = [
+            self.recorder.record_validation(name, likelihood, evaluation, evaluation.summary())
+            for name, likelihood, evaluation in evaluations
+        ]
+        self.validated[self.progress.iteration] = records[0]["loss"]
         return records
 
-    def _evaluate_all(self, suffix: str) -> list[dict]:
-        return [
-            self._evaluate(data, likelihood, name + suffix)
-            for data in self.parts.validation_sets
-            for name, likelihood in self.parts.objective.evaluations(data.name)
-        ]
+    def _evaluate_unless_stopped(self) -> None:
+        """Evaluate; if a signal ends that, the checkpoint that follows says so, and the next start evaluates."""
+        try:
+            self.evaluate()
+            self.evaluation_due = False
+        except EvaluationStopped:
+            self.evaluation_due = True
 
-    def _evaluate(self, data: ValidationSet, likelihood: Likelihood, name: str) -> dict:
+    def _evaluate_all(self, suffix: str) -> Iterator[tuple[str, Likelihood, Evaluation]]:
+        for data in self.parts.validation_sets:
+            for name, likelihood in self.parts.objective.evaluations(data.name):
+                yield name + suffix, likelihood, self._evaluate(data, likelihood, name + suffix)
+
+    def _evaluate(self, data: ValidationSet, likelihood: Likelihood, name: str) -> Evaluation:
         validation = self.config.validation
         (evaluation,) = evaluate(
             self.engine,
@@ -164,11 +185,19 @@ class Trainer:
             replicates=validation.num_mc,
             batch_size=validation.eval_batch_size or self.config.training.micro_batch_size,
             alignment=validation.eval_alignment,
+            before_pass=self._check_signals,
         )
-        summary = evaluation.summary()
-        if not math.isfinite(summary["loss"]):
+        if not math.isfinite(evaluation.summary()["loss"]):
             raise DivergedError(f"step {self.progress.iteration}: validation loss on {name} is not finite")
-        return self.recorder.record_validation(name, likelihood, evaluation, summary)
+        return evaluation
+
+    def _check_signals(self) -> None:
+        """Raise EvaluationStopped if a signal reached any rank of a training run. A collective call.
+
+        Raises: EvaluationStopped then; an evaluation alone ends by itself.
+        """
+        if not self.config.validation.skip_train and on_any_rank(signal_reason(), self.ranks):
+            raise EvaluationStopped
 
     @property
     def _selecting_set(self) -> str | None:
@@ -197,11 +226,16 @@ class Trainer:
         progress = self.progress
         meta = asdict(progress) | {
             "averaged_steps": self.average.steps if self.average else 0,
+            "evaluation_due": self.evaluation_due,
             "permanent": self._permanent(),
             "config": self.parts.description,
         }
         self.store.save(self._saver, self._tensors(), meta, losses=self.validated, validation_set=self._selecting_set)
         self.saved_at, self.saved_samples = progress.iteration, progress.consumed_samples
+
+    def _update_pointers(self) -> None:
+        if self.saved_at and self.parts.folder:
+            self.store.update_pointers(self.validated, self._selecting_set)
 
     def _permanent(self) -> bool:
         """Return whether this checkpoint is never pruned.

@@ -1,6 +1,7 @@
 """Validation on fixed windows with fixed noise; losses are summed per document and divided once."""
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -86,6 +87,7 @@ def evaluate(
     batch_size: int,
     alignment: str,
     models: int = 1,
+    before_pass: Callable[[], None] = lambda: None,
 ) -> list[Evaluation]:
     """Return the per-document sums of `data` over `replicates` Monte-Carlo samples of the noise, the same on all ranks.
 
@@ -93,6 +95,8 @@ def evaluate(
 
     NLL is attributed to the document that contains the target token, not to that of the predicting position. All
     ranks run the same number of forward passes: missing windows at the end are padding with weight 0.
+
+    Raises: what `before_pass`, called before every forward pass, raises on all ranks to stop.
     """
     ranks = engine.ranks
     replicates = 1 if likelihood.exact else replicates
@@ -104,28 +108,31 @@ def evaluate(
     # a progress bar only for evaluations longer than 5 s
     bar = tqdm(desc=data.name, total=len(starts) * replicates, unit="pass", leave=False, delay=5, disable=silent)
     engine.eval()
-    for start in starts:
-        windows = start + ranks.data_rank * batch_size + np.arange(batch_size)  # [B]
-        real = windows < len(data.windows)
-        windows = np.where(real, windows, 0)
-        ids, documents = (np.stack(arrays) for arrays in zip(*[data.windows[int(window)] for window in windows]))
-        for replicate in range(replicates):
-            batch = likelihood.evaluation(ids, EvaluationNoise(seed, data.name, replicate), windows, alignment)
-            batch = without_padding(batch, torch.from_numpy(real))
-            scored = batch.weights.numpy() > 0  # [B, S]; an unscored position may have no target token
-            owners = documents[scored.nonzero()[0], likelihood.target_token_positions(batch)[scored]]
-            nll = engine.nll(batch).cpu().numpy().reshape(models, *scored.shape)
-            for index, weighted in enumerate(nll.astype(np.float64) * batch.weights.numpy()):
-                nats[index, replicate] += np.bincount(owners, weighted[scored], minlength=data.documents)
-            bar.update()
-        scored_tokens = likelihood.scored(ids, alignment) & real[:, None]
-        owners = documents[scored_tokens]
-        tokens += np.bincount(owners, minlength=data.documents)
-        if data.token_bytes is not None:
-            text_bytes += np.bincount(owners, data.token_bytes[ids[scored_tokens]], minlength=data.documents)
-    bar.close()
-    engine.train()
-    engine.reshard()
+    try:
+        for start in starts:
+            windows = start + ranks.data_rank * batch_size + np.arange(batch_size)  # [B]
+            real = windows < len(data.windows)
+            windows = np.where(real, windows, 0)
+            ids, documents = (np.stack(arrays) for arrays in zip(*[data.windows[int(window)] for window in windows]))
+            for replicate in range(replicates):
+                before_pass()
+                batch = likelihood.evaluation(ids, EvaluationNoise(seed, data.name, replicate), windows, alignment)
+                batch = without_padding(batch, torch.from_numpy(real))
+                scored = batch.weights.numpy() > 0  # [B, S]; an unscored position may have no target token
+                owners = documents[scored.nonzero()[0], likelihood.target_token_positions(batch)[scored]]
+                nll = engine.nll(batch).cpu().numpy().reshape(models, *scored.shape)
+                for index, weighted in enumerate(nll.astype(np.float64) * batch.weights.numpy()):
+                    nats[index, replicate] += np.bincount(owners, weighted[scored], minlength=data.documents)
+                bar.update()
+            scored_tokens = likelihood.scored(ids, alignment) & real[:, None]
+            owners = documents[scored_tokens]
+            tokens += np.bincount(owners, minlength=data.documents)
+            if data.token_bytes is not None:
+                text_bytes += np.bincount(owners, data.token_bytes[ids[scored_tokens]], minlength=data.documents)
+    finally:
+        bar.close()
+        engine.train()
+        engine.reshard()
     # several ranks read the same windows; only the loss rank counts them
     sums = ranks.sum_tensor(torch.from_numpy(np.vstack([*nats, tokens, text_bytes]) * ranks.is_loss_rank)).numpy()
     text_bytes = None if data.token_bytes is None else sums[-1]

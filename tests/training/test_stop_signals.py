@@ -80,6 +80,29 @@ def test_a_signal_to_one_rank_stops_all_with_the_same_exit_code(long, tmp_path):
     assert status(folder)["state"] == "stopped" and status(folder)["iteration"] == newest(folder) > 0
 
 
+def test_a_signal_stops_an_evaluation_which_the_next_start_repeats(tiny, tmp_path):
+    """At the last step, and again at the start of the next run; then the records are those of one run."""
+    flags = [*tiny, *CODE, "--train-samples", 32, "--num-mc", 40, "--ema-decay", 0.5, "--save"]
+    run("mdm", *flags, tmp_path / "whole")
+    folder = tmp_path / "run"
+    with Run("mdm", [*flags, folder], tmp_path, size=2) as training:
+        training.wait_until(lambda: lines(folder) == 4)
+        training.signal("SIGTERM", rank=1)
+        assert training.codes() == [85, 85], training.stderr[-3000:]
+    with Run("mdm", [*flags, folder], tmp_path) as training:
+        training.wait_until(lambda: status(folder)["state"] == "running")
+        training.signal("SIGTERM")
+        assert training.codes() == [85], training.stderr[-3000:]
+    assert (status(folder)["state"], status(folder)["iteration"], newest(folder)) == ("stopped", 4, 4)
+    assert len(records(folder)) == 4 and not (folder / "checkpoints" / "best.json").exists()
+    run("mdm", *flags, folder)
+    run("mdm", *flags, folder)  # as after a kill: no checkpoint followed the evaluation
+    assert status(folder)["state"] == "finished" and (folder / "checkpoints" / "best.json").exists()
+    for expected, record in zip(records(tmp_path / "whole"), records(folder), strict=True):
+        assert (record["kind"], record["iteration"]) == (expected["kind"], expected["iteration"])
+        assert record["loss"] == pytest.approx(expected["loss"], rel=1e-4)
+
+
 # ----------------------------------------------------------------------------- before the first step
 
 
