@@ -277,6 +277,18 @@ def test_the_published_step_computes_what_ours_does_and_is_timed(tmp_path):
     assert {f"{step} eager" for step in (*steps, "published MDM dropout")} <= times.keys()
 
 
+@pytest.mark.skipif(None in map(find_spec, ("deepspeed", "einops")), reason="needs deepspeed and einops")
+def test_a_clone_that_lacks_a_package_is_refused_before_anything_is_measured(tmp_path):
+    for name, text in {"model/diff_gpt_model": "", "__init__": "", "arguments": "import no_such_package"}.items():
+        file = tmp_path / "megatron" / f"{name}.py"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    done = run("--device", "cpu", "--published", tmp_path)
+    error = f"error: --published {tmp_path}: cannot run, No module named 'no_such_package'"
+    assert done.returncode == 2 and done.stderr.splitlines()[-1] == error
+    assert "ceilings" not in done.stdout
+
+
 ERRORS = {
     "--num-layers 0": "--num-layers 0: must be at least 1",
     "--hidden-size 64 --num-attention-heads 3": "--hidden-size 64: is not a multiple of --num-attention-heads 3",

@@ -70,14 +70,14 @@ BLOCK = {
 
 
 def missing(folder: str, device: torch.device) -> str | None:
-    """Return the reason why the clone cannot run here, or None."""
+    """Return the reason why the clone cannot run here, or None; imports it. A collective call."""
     if not (Path(folder) / "megatron" / "model" / "diff_gpt_model.py").is_file():
         return f"not a clone of {REPOSITORY}"
     if find_spec("einops") is None:
         return "cannot run, No module named 'einops'"
     try:
-        import_deepspeed(device)
-    except ConfigurationError as error:
+        _load(folder, device)
+    except (ConfigurationError, ImportError) as error:
         return f"cannot run, {error}"
     return None
 
