@@ -6,12 +6,15 @@ No time is asserted. A benchmark sets environment variables at import, so each t
 import json
 import os
 import subprocess
+from dataclasses import replace
 from importlib.util import find_spec
 
 import pytest
 import torch
 
 from benchmarks import harness
+from benchmarks.training_step import parity
+from benchmarks.training_step.options import Options, shape_of
 from megatron.data.sources.standard_library import standard_library
 from megatron.data.tokenizer import train_tokenizer
 from tests.conftest import run_python
@@ -248,6 +251,36 @@ def test_a_run_that_is_ended_leaves_the_rounds_before(tmp_path):
     assert len(json.loads((tmp_path / "step.json").read_text())["seconds_per_step"]["ours AR eager"]) == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step.json", "step.md"]
     assert "ceilings: matmul " in done.stdout
+
+
+ENDED_BY_A_PEER = """
+from benchmarks.training_step import peers, run
+peers.PEERS["nanogpt"] = ("ar", lambda *_: exit(7))
+run.main()
+"""
+
+
+def test_a_run_that_ends_while_a_peer_compiles_leaves_a_round_of_ours(tmp_path):
+    flags = ["--only", "ours MDM eager", "nanogpt AR eager", "--output", tmp_path / "step.json"]
+    done = run(*TOY, *flags, "--time-limit", 100, script=ENDED_BY_A_PEER)
+    assert done.returncode == 7, done.stderr[-3000:]
+    times = json.loads((tmp_path / "step.json").read_text())["seconds_per_step"]
+    assert {name: len(seconds) for name, seconds in times.items()} == {"ours MDM eager": 1}
+
+
+def test_peers_start_from_the_weights_of_ours_after_that_round(tmp_path):
+    flags = ["--only", "ours AR eager", "nanogpt AR eager", "--output", tmp_path / "step.json"]
+    done = run(*TOY, *flags, "--time-limit", 100)
+    assert done.returncode == 0, done.stderr[-3000:]
+    times = json.loads((tmp_path / "step.json").read_text())["seconds_per_step"]
+    assert {name: len(seconds) for name, seconds in times.items()} == {"ours AR eager": 2, "nanogpt AR eager": 2}
+
+
+def test_a_check_takes_few_micro_batches():
+    options = Options(micro_batches=8, micro_batch_size=1, seq_length=16, vocab_size=500)
+    for micro_batches, expected in ((8, 2), (1, 1)):
+        by_kind = parity.check_batches(replace(options, micro_batches=micro_batches), shape_of(options))
+        assert {len(step) for steps in by_kind.values() for step in steps} == {expected}
 
 
 @pytest.mark.slow

@@ -48,7 +48,7 @@ class Options:
     )
     time_limit: float | None = flag(
         None,
-        "seconds; after 60% of them no other implementation is warmed up, after 90% no other round begins",
+        "seconds; after 70% of them no other implementation is warmed up, after 90% no other round begins",
         metavar="SECONDS",
     )
     output: str | None = output_flag()

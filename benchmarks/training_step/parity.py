@@ -19,6 +19,7 @@ from megatron.objectives.registry import build_objective
 from megatron.randomness import stream
 
 CHECK_STEPS = 3
+CHECK_MICRO_BATCHES = 2  # at most, of a step: more take time and check the same
 TOLERANCE = {"loss": 1e-2, "gradient norm": 5e-2}  # relative, for bf16
 EXACTNESS = {"loss": 1e-5, "cosine": 0.9999}  # in fp32, the head at scored positions only against all positions
 
@@ -57,6 +58,7 @@ def check_batches(options: Options, shape: Shape) -> dict[str, list[list[Batch]]
 
     The mean loss over many positions of random text is nearly the same for every model; over a few it is not.
     """
+    options = replace(options, micro_batches=min(options.micro_batches, CHECK_MICRO_BATCHES))
     by_kind = batches(options, shape, CHECK_STEPS, seed=2)
     sparse = {kind: [[_score_few(batch) for batch in step] for step in by_kind[kind]] for kind in ("ar", "mdm")}
     return sparse | {"mdm full head": [[score_all(batch) for batch in step] for step in sparse["mdm"]]}
@@ -101,18 +103,18 @@ def _dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
 def check(
     implementations: list[Implementation],
     batches: dict[str, list[list[Batch]]],
-    is_late: Callable[[], bool] = lambda: False,
+    is_late: Callable[[Implementation], bool] = lambda implementation: False,
 ) -> dict[str, dict[str, float] | None]:
     """Return the largest relative differences of loss and gradient norm, by name of the implementation.
 
     Each is compared with the first implementation of the same objective. Exits with an error if one exceeds
-    `TOLERANCE`. Implementations with dropout are only warmed up: None. Those that are left when it `is_late` are
-    skipped, with a message, and are not in the result.
+    `TOLERANCE`. Implementations with dropout are only warmed up: None. All but the first are skipped when it `is_late`
+    for them, with a message, and are not in the result.
     """
     references = {}  # objective -> name of the first implementation, its (loss, gradient norm) by step
     parity = {}
     for implementation in tqdm(implementations, "check and warm up", leave=False):
-        if parity and is_late():
+        if parity and is_late(implementation):
             print(f"{implementation.name}: skipped, time limit", flush=True)
             continue
         results = [tuple(map(float, implementation.step(step, 0.0))) for step in batches[implementation.batches]]

@@ -10,7 +10,7 @@
    score a few positions only. Loss and gradient norm must match those of the first implementation with the same
    objective, which is our eager step unless --only excludes it. This also warms up and compiles.
 3. Every round times each implementation, in a rotating order. Ratios are taken within a round. After every round the
-   figures so far are written to --output.
+   figures so far are written to --output. With --time-limit, ours are timed for a round before a peer is warmed up.
 
 A step is forward, backward, gradient accumulation, clipping, optimizer and zeroing the gradients. It moves batches to
 the device that were prepared in advance. Time is wall-clock time between synchronisations on CUDA, and CPU time of the
@@ -98,37 +98,51 @@ def measure(options: Options, shape: Shape, implementations: list[Implementation
     exactness = parity.check_exactness(options, shape, device)
     measured_ceilings = ceilings.measure(shape, options.micro_batch_size, device)
     print(report.ceilings_line(measured_ceilings), flush=True)
-    differences = parity.check(implementations, parity.check_batches(options, shape), partial(is_late, options, 0.6))
-    implementations = [choice for choice in implementations if choice.name in differences]
+    check_batches = parity.check_batches(options, shape)
     batches = parity.batches(options, shape, options.rounds * options.steps)
     num_scored = {
         kind: float(np.mean([len(batch.scored_positions) for step in steps for batch in step]))
         for kind, steps in batches.items()
     }
-    contestants = {
-        implementation.name: turns(implementation, batches[implementation.batches], options.steps)
-        for implementation in implementations
-    }
 
-    def described(timings: Timings) -> dict:
-        measurements = report.Measurements(
-            ceilings=measured_ceilings,
-            exactness=exactness,
-            parity=differences,
-            num_scored=num_scored,
-            times={name: [value / options.steps for value in seconds] for name, seconds in timings.seconds.items()},
-            memory=timings.memory,
+    warm: set[str] = set()  # names
+
+    def timed(selected: list[Implementation], rounds: int, learning_rate: float = LEARNING_RATE) -> dict:
+        """Check, warm up and time implementations; return their report, which every round also writes."""
+        differences = parity.check(
+            selected, check_batches, lambda choice: choice.name not in warm and is_late(options, 0.7)
         )
-        return report.describe(options, shape, device, implementations=implementations, measurements=measurements)
+        warm.update(differences)
+        selected = [choice for choice in selected if choice.name in differences]
+        contestants = {
+            choice.name: turns(choice, batches[choice.batches], options.steps, learning_rate) for choice in selected
+        }
 
-    rounds = interleave(
-        contestants,
-        options.rounds,
-        device,
-        after_round=lambda timings: write(described(timings), options),
-        is_over=partial(is_late, options, 0.9),
-    )
-    return described(rounds)
+        def described(timings: Timings) -> dict:
+            measurements = report.Measurements(
+                ceilings=measured_ceilings,
+                exactness=exactness,
+                parity=differences,
+                num_scored=num_scored,
+                times={name: [value / options.steps for value in seconds] for name, seconds in timings.seconds.items()},
+                memory=timings.memory,
+            )
+            return report.describe(options, shape, device, implementations=selected, measurements=measurements)
+
+        timings = interleave(
+            contestants,
+            rounds,
+            device,
+            after_round=lambda timings: write(described(timings), options),
+            is_over=partial(is_late, options, 0.9),
+        )
+        return described(timings)
+
+    own = [choice for choice in implementations if choice.system == "ours"]
+    if options.time_limit is not None and own and own != implementations:
+        # a limit that ends the process while a peer compiles loses only peers; their check needs the initial weights
+        timed(own, 1, learning_rate=0.0)
+    return timed(implementations, options.rounds)
 
 
 def write(result: dict, options: Options) -> None:
@@ -142,12 +156,14 @@ def is_late(options: Options, share: float) -> bool:
     return options.time_limit is not None and time.monotonic() - START > share * options.time_limit
 
 
-def turns(implementation: Implementation, batches: list[list[Batch]], steps: int) -> Callable[[int], None]:
+def turns(
+    implementation: Implementation, batches: list[list[Batch]], steps: int, learning_rate: float
+) -> Callable[[int], None]:
     """Return the function that takes the `steps` steps of a round."""
 
     def turn(number: int) -> None:
         for step in batches[number * steps : (number + 1) * steps]:
-            implementation.step(step, LEARNING_RATE)
+            implementation.step(step, learning_rate)
 
     return turn
 
