@@ -95,9 +95,8 @@ for stage in "$@"; do
                 --time-limit $((100 * ${SLOWER:-1})) --output "$out/checks.jsonl"
             ;;
         speed)
-            for size in 140M 1018M; do
-                step "$size" 195 "$size" 8 8 --only "ours * compiled" "nanogpt AR compiled" "transformers AR compiled"
-            done
+            step 140M 220 140M 8 8 --only "ours * compiled" "nanogpt AR compiled" "transformers AR compiled"
+            step 1018M 195 1018M 8 8 --only "ours * compiled" "transformers AR compiled"
             ;;
         large)
             step 425M 130 425M 8 8 --only "ours * compiled" "transformers AR compiled"
@@ -117,7 +116,11 @@ for stage in "$@"; do
                 say "published: left out, $published is not there"
             fi
             ;;
-        tests) measure tests 300 "$python" -m pytest -q -m gpu -n 8 --dist load tests/test_cuda.py ;;
+        tests)
+            workers=()
+            if [[ "$dry_run" == 1 ]] || "$python" -c "import xdist" 2> /dev/null; then workers=(-n 8 --dist load); fi
+            measure tests 300 "$python" -m pytest -q -rs -m gpu "${workers[@]}" tests/test_cuda.py
+            ;;
     esac
 done
 ((${#failed[@]} == 0)) || { echo "failed: ${failed[*]}" >&2; exit 1; }

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -156,6 +157,14 @@ def test_a_call_of_gpu_sh_fits_into_nine_minutes(stages, tmp_path):
     assert f"{' '.join(stages.split())}" in SCRIPT.read_text().partition("Variables:")[0]
 
 
+def test_the_page_has_the_limits_of_gpu_sh(tmp_path):
+    page = (ROOT / "benchmarks" / "README.md").read_text()
+    rows = dict(re.findall(r"^\| `(\w+)` \| .* \| ([\d, ]+) \|$", page, re.MULTILINE))
+    limits = {stage: [int(words[2]) for words in commands(stage, PUBLISHED=tmp_path)] for stage in rows}
+    assert {stage: [int(limit) for limit in cell.split(", ")] for stage, cell in rows.items()} == limits
+    assert " ".join(rows) in gpu_sh("none").stderr
+
+
 def test_gpu_sh_measures_every_size_and_writes_eight_files(tmp_path):
     planned = commands(PUBLISHED=tmp_path)
     sizes = {words[words.index("--model-size") + 1] for words in planned if "training_step" in " ".join(words)}
@@ -193,6 +202,16 @@ def test_gpu_sh_goes_on_after_failures_and_continues_with_what_is_missing(tmp_pa
     rest = gpu_sh(PYTHON="true", **variables).stdout
     assert "checks: has ended with code 0 before" in rest and "settings: ended with code 0" in rest
     assert f"published: left out, {tmp_path / 'none'} is not there" in rest
+
+
+def test_gpu_sh_runs_the_tests_in_one_process_where_xdist_is_missing(tmp_path):
+    python = tmp_path / "python"
+    python.write_text('#!/bin/bash\n[[ "$*" == *xdist ]] && exit 1\necho "words: $*"\n')
+    python.chmod(0o755)
+    done = gpu_sh("tests", PYTHON=python, OUT=tmp_path / "out", WHEELS=tmp_path / "none")
+    assert "\nwords: -m pytest -q -rs -m gpu tests/test_cuda.py\n" in done.stdout
+    (words,) = commands("tests")
+    assert words[-4:] == ["8", "--dist", "load", "tests/test_cuda.py"]
 
 
 # ------------------------------------------------------------------ report

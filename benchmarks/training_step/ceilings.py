@@ -24,7 +24,7 @@ from benchmarks.training_step.work import attention_flops, bytes_moved, linears
 MATMUL_SIDE = {"cuda": 8192, "cpu": 2048}  # rows and columns of the large matmul
 COPY_BYTES = {"cuda": 2**30, "cpu": 2**27}  # larger than any cache
 SUSTAINED_SECONDS = {"cuda": 2.0, "cpu": 0.3}  # per timing window of the large matmul, until clock speeds settle
-BRIEF_SECONDS = {"cuda": 0.2, "cpu": 0.02}  # per timing window of everything else
+BRIEF_SECONDS = {"cuda": 0.1, "cpu": 0.02}  # per timing window of everything else
 NUM_WINDOWS = 3
 KERNELS = {
     "cuda": (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION),
