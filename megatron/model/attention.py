@@ -1,6 +1,6 @@
 """Self-attention: bidirectional, causal, or under an attention mask."""
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -62,7 +62,8 @@ class Attention(nn.Module):
         if context.kv_cache is not None:
             k, v = context.kv_cache.extend(k, v)  # [B, kv_heads, P + S, D]
         if isinstance(context.mask, BlockMask):
-            output = flex_attention(q, k, v, block_mask=context.mask, scale=self.scale, enable_gqa=self.grouped)
+            result = flex_attention(q, k, v, block_mask=context.mask, scale=self.scale, enable_gqa=self.grouped)
+            output = cast(Tensor, result)  # it is a tuple with return_lse or return_aux only
         else:
             repeats = self.grouped and needs_equal_heads(q.device.type, q.dtype, context.mask is not None)
             if repeats:
