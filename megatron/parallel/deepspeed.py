@@ -10,6 +10,7 @@ import io
 import logging
 import os
 import warnings
+from importlib import metadata
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ def import_deepspeed(device: torch.device):
     """Return the package, configured for `device`.
 
     On the CPU it would compile, at first use, a kernel for inference; that is switched off.
-    Raises: ConfigurationError, if it is not installed.
+    Raises: ConfigurationError, if it is not installed or does not import with this version of torch.
     """
     os.environ.setdefault("DS_ACCELERATOR", device.type)  # a machine may have a device that is not used
     os.environ.setdefault("LOCAL_RANK", str(device.index or 0))  # required, and not set without a launcher
@@ -39,8 +40,12 @@ def import_deepspeed(device: torch.device):
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     try:
         import deepspeed
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise ConfigurationError(f"--deepspeed: {error}; install it: bash install.sh --with-deepspeed") from None
+    except Exception as error:  # one for other versions of torch can raise anything
+        versions = f"DeepSpeed {metadata.version('deepspeed')} does not import with torch {torch.__version__}"
+        remedy = "install the versions in constraints.txt, or leave it out for FSDP2"
+        raise ConfigurationError(f"--deepspeed: {versions} ({_one_line(error)}); {remedy}") from None
     from deepspeed.utils import logger as deepspeed_logger
 
     deepspeed_logger.setLevel(logging.WARNING)

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, field, replace
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -402,3 +403,17 @@ def test_without_deepspeed_the_remedy_is_named(monkeypatch):
         monkeypatch.setenv(name, os.environ.get(name, "0"))
     with pytest.raises(ConfigurationError, match="^--deepspeed: .*; install it: bash install.sh --with-deepspeed$"):
         import_deepspeed(torch.device("cpu"))
+
+
+@installed
+def test_a_deepspeed_that_does_not_import_is_named_with_its_versions(monkeypatch, tmp_path):
+    (tmp_path / "deepspeed.py").write_text("import torch\ntorch.of_another_version\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "deepspeed", raising=False)
+    with pytest.raises(ConfigurationError) as caught:
+        import_deepspeed(torch.device("cpu"))
+    assert str(caught.value) == (
+        f"--deepspeed: DeepSpeed {version('deepspeed')} does not import with torch {torch.__version__} "
+        "(module 'torch' has no attribute 'of_another_version'); install the versions in constraints.txt, or leave it "
+        "out for FSDP2"
+    )
