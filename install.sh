@@ -84,6 +84,8 @@ if [[ -z "$(torch torch.version.cuda)" ]]; then
         touch "$fallback"
     fi
 fi
+grep -v ^torch== constraints.txt > .venv/constraints.txt # what is there stays, if setup.py allows its version
+pip[-1]=.venv/constraints.txt
 extras=$(tr , '\n' <<< "$names" | grep -vx apex | paste -sd, || true)
 "${pip[@]}" --editable ".${extras:+[$extras]}"
 if [[ ",$names," == *,apex,* ]] && ! .venv/bin/python -c 'import torch, amp_C' 2>/dev/null; then

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sysconfig
+from importlib.metadata import version
 from pathlib import Path
 from unittest import mock
 
@@ -35,6 +36,11 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(3600))
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Print which PyTorch the tests ran on."""
+    terminalreporter.write_line(f"torch {version('torch')}")
 
 
 def pytest_collection_finish():

@@ -129,6 +129,17 @@ def test_the_build_of_torch_follows_the_flag_or_the_driver(flags, tools, build, 
     assert install(tmp_path, *flags, tools=tools).stdout == ""  # nothing is installed twice
 
 
+def test_another_version_of_torch_that_is_there_is_kept(tmp_path):
+    install(tmp_path)
+    (tmp_path / ".venv" / "installed").unlink()
+    assert install(tmp_path, "--with-wandb").returncode == 0
+    package = pip_commands(tmp_path)[-1]
+    assert package.endswith("--constraint .venv/constraints.txt --editable .[wandb]")
+    constraints = (ROOT / "constraints.txt").read_text().splitlines(keepends=True)
+    kept = (tmp_path / ".venv" / "constraints.txt").read_text().splitlines(keepends=True)
+    assert kept == [line for line in constraints if not line.startswith("torch==")] != constraints
+
+
 def test_another_build_than_the_installed_one_is_refused(tmp_path):
     install(tmp_path, "--cpu")
     result = install(tmp_path, "--cuda")
