@@ -1,6 +1,7 @@
-"""The private API of torch that this project uses, and nothing else may. Tried with torch 2.11, 2.13 and 2.15 on a CPU.
+"""The private API of torch that this project uses, and nothing else may.
 
-A new release of torch is checked here first: each name says what it is for, and what public API lacks.
+Tried with torch 2.11.0, 2.13.0, 2.14.1 and 2.15.0 on a CPU. A new release of torch is checked here first: each name
+says what it is for, and what public API lacks.
 """
 
 from collections.abc import Iterable
@@ -11,6 +12,7 @@ from weakref import WeakSet
 import torch
 import torch.distributed._functional_collectives  # declares the operators
 from torch import Tensor, nn
+from torch.distributed import distributed_c10d
 from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -28,7 +30,8 @@ foreach_sub = torch._foreach_sub  # pyright: ignore[reportPrivateImportUsage]
 # in code compiled by torch 2.11. The Python functions for these operators have other names in 2.13.
 COLLECTIVES = torch.ops._c10d_functional
 
-set_group_timeout = _set_pg_timeout  # of a process group that exists: those of a mesh cannot be given one
+# Of a process group that exists: those of a mesh cannot be given one. Public from torch 2.14, where the old name warns.
+set_group_timeout = vars(distributed_c10d).get("set_timeout", _set_pg_timeout)
 
 
 class LocalAdamW(torch.optim.AdamW):

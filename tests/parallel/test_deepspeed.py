@@ -298,13 +298,24 @@ def parameter_set(is_fast: bool, *values):
     return pytest.param("two" if is_fast else "two_slow", *values, marks=[pytest.mark.slow] * (not is_fast))
 
 
-def check_equal(trace: Trace, expected: Trace, rel: float) -> None:
+def tolerances(case: str) -> dict[str, float]:
+    """Return the tolerances of `check_equal` for a case of a few steps.
+
+    DeepSpeed rounds every micro-batch's gradients to the compute dtype. So does FSDP2 before torch 2.15.
+    """
+    if CASES[case].bf16 and torch.__version__ >= "2.15":
+        return {"rel": 1e-4, "moments": 2**-7}  # of bf16, with 8 bits; a second moment is a square
+    return {}
+
+
+def check_equal(trace: Trace, expected: Trace, rel: float = 1e-5, moments: float = 1e-5) -> None:
     assert trace.losses == pytest.approx(expected.losses[-len(trace.losses) :], rel=rel)
     assert trace.norms == pytest.approx(expected.norms[-len(trace.norms) :], rel=10 * rel)
     assert list(trace.tensors) == list(expected.tensors)
     for name, tensor in expected.tensors.items():
         assert trace.tensors[name].dtype == np.float32
-        np.testing.assert_allclose(trace.tensors[name], tensor, rtol=0, atol=rel * np.abs(tensor).max(), err_msg=name)
+        atol = (rel if name.startswith("model.") else moments) * np.abs(tensor).max()
+        np.testing.assert_allclose(trace.tensors[name], tensor, rtol=0, atol=atol, err_msg=name)
     np.testing.assert_allclose(trace.nll, expected.nll, rtol=10 * rel, atol=10 * rel)
 
 
@@ -312,13 +323,15 @@ def check_equal(trace: Trace, expected: Trace, rel: float) -> None:
 @pytest.mark.parametrize("traces, name, stage", checks(*(name for name in CASES if "curve" not in name)))
 def test_three_steps_are_those_of_fsdp2(request, single, traces, name, stage):
     assert max(single[name].norms) > 2 * 0.05  # above the clipping limit
-    check_equal(request.getfixturevalue(traces)[name, stage], single.get((name, stage), single[name]), 1e-5)
+    expected = single.get((name, stage), single[name])
+    check_equal(request.getfixturevalue(traces)[name, stage], expected, **tolerances(name))
 
 
 @installed
 @pytest.mark.parametrize("traces, name", [parameter_set(name in FAST_VARIANTS, name) for name in VARIANTS])
 def test_settings_of_a_file_change_no_result(request, single, traces, name):
-    check_equal(request.getfixturevalue(traces)[name], single[VARIANTS[name][0]], 1e-5)
+    case = VARIANTS[name][0]
+    check_equal(request.getfixturevalue(traces)[name], single[case], **tolerances(case))
 
 
 @installed
@@ -340,13 +353,13 @@ def test_a_curve_in_bf16_stays_near_the_one_in_fp32(request, single, traces, nam
 @installed
 def test_a_planted_fault_is_detected(single, two):
     with pytest.raises(AssertionError):
-        check_equal(two["planted"], single["ar"], 1e-5)
+        check_equal(two["planted"], single["ar"])
 
 
 @installed
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_run_moves_from_fsdp2_to_deepspeed(single, two, stage):
-    check_equal(two["moved", stage], single["moved"], 1e-5)
+    check_equal(two["moved", stage], single["moved"])
 
 
 @installed
@@ -356,7 +369,7 @@ def test_a_run_moves_from_deepspeed_to_fsdp2(single, two, stage):
     assert {path.suffix for path in source.iterdir()} == {".json", ".safetensors"}
     with joined() as ranks:
         moved = train(Fsdp2(ranks, MOVED, source), MOVED, range(MOVED.steps // 2, MOVED.steps))
-    check_equal(moved, single["moved"], 1e-5)
+    check_equal(moved, single["moved"])
 
 
 @installed
