@@ -35,7 +35,8 @@ def test_a_matrix_of_zeros_stays_zero():
 
 def test_five_steps_are_those_of_torch():
     """Equal to torch.optim.Muon (in fp32) on matrices of the blocks, and to torch's AdamW on other parameters."""
-    with joined() as ranks, patched(torch.Tensor, "bfloat16", torch.Tensor.float):
+    before_2_15 = patched(torch.Tensor, "bfloat16", torch.Tensor.float)
+    with joined() as ranks, before_2_15, patched(torch, "bfloat16", torch.float32):
         model, parallel = ModelConfig(**MODEL, untie_embeddings_and_output_weights=True), ParallelConfig()
         engine = build_engine(model, Vocabulary(20), ranks, parallel, seed=1, bf16=False, compile=False)
         optimizer = build_optimizer(engine, CONFIG)
