@@ -30,6 +30,16 @@ foreach_sub = torch._foreach_sub  # pyright: ignore[reportPrivateImportUsage]
 # in code compiled by torch 2.11. The Python functions for these operators have other names in 2.13.
 COLLECTIVES = torch.ops._c10d_functional
 
+# The operators that scaled_dot_product_attention and flex_attention call, for selective recomputation to know them.
+ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.higher_order.flex_attention,
+}
+CHECKPOINT_LOGGER = "torch._higher_order_ops.wrap"  # of checkpoints in compiled code
+
 # Of a process group that exists: those of a mesh cannot be given one. Public from torch 2.14, where the old name warns.
 set_group_timeout = vars(distributed_c10d).get("set_timeout", _set_pg_timeout)
 
@@ -81,6 +91,18 @@ def add_up_gradients(parameters: list[Any]) -> None:
     added = [(total, gradient) for total, gradient in zip(sums, in_fp32, strict=True) if total is not None]
     if added:
         foreach_add_(*map(list, zip(*added, strict=True)))
+
+
+def with_layout(local: Tensor, tensor: Tensor) -> Tensor:
+    """Return `local` as the local shard of a DTensor with the layout of `tensor`, if that is one.
+
+    DTensor.from_local would move it to the mesh's device.
+    """
+    if not isinstance(tensor, DTensor):
+        return local
+    names, layout = tensor.__tensor_flatten__()
+    inner = {name: getattr(tensor, name) for name in names} | {"_local_tensor": local}
+    return DTensor.__tensor_unflatten__(inner, layout, tensor.size(), tensor.stride())
 
 
 def sharded_file_keys() -> tuple[str, str]:

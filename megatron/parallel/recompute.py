@@ -9,17 +9,11 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from megatron.config.sections import ParallelConfig
 from megatron.model.transformer import Transformer
+from megatron.torch_private import ATTENTION, CHECKPOINT_LOGGER
 
 ATEN = torch.ops.aten
-# operators that are expensive to recompute
+# operators that are expensive to recompute, as ATTENTION is
 PRODUCTS = {ATEN.mm.default, ATEN.addmm.default, ATEN.bmm.default}
-ATTENTION = {
-    ATEN._scaled_dot_product_flash_attention.default,
-    ATEN._scaled_dot_product_efficient_attention.default,
-    ATEN._scaled_dot_product_cudnn_attention.default,
-    ATEN._scaled_dot_product_flash_attention_for_cpu.default,
-    torch.ops.higher_order.flex_attention,
-}
 
 
 def recompute(model: Transformer, parallel: ParallelConfig) -> None:
@@ -35,7 +29,7 @@ def recompute(model: Transformer, parallel: ParallelConfig) -> None:
     if parallel.recompute_granularity == "selective":
         policy = functools.partial(_policy, PRODUCTS if model.config.attention_dropout else PRODUCTS | ATTENTION)
         # when compiled it warns of in-place operators, and a block has none
-        logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
+        logging.getLogger(CHECKPOINT_LOGGER).setLevel(logging.ERROR)
         contexts["context_fn"] = functools.partial(create_selective_checkpoint_contexts, policy)
     blocks = list(model.layers.values())
     for block in blocks[: parallel.recompute_num_layers]:

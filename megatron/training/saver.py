@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWr
 from torch.distributed.tensor import DTensor
 
 from megatron.parallel.mesh import PATIENCE, ParallelContext
-from megatron.torch_private import sharded_file_keys
+from megatron.torch_private import sharded_file_keys, with_layout
 from megatron.training.run_folder import LockError, write_json
 
 logger = logging.getLogger(__name__)
@@ -133,7 +133,7 @@ def _host_copies(state: dict[str, Tensor]) -> dict[str, Tensor]:
     copies = {}
     for (name, tensor), shard, (slab, start) in zip(state.items(), shards, places, strict=True):
         zeros = slabs[slab][start : start + shard.nbytes].view(shard.dtype).view(shard.shape)
-        copies[name] = _with_layout(zeros, tensor)
+        copies[name] = with_layout(zeros, tensor)
     return copies
 
 
@@ -160,15 +160,6 @@ def pack(sizes: list[int]) -> tuple[list[int], list[tuple[int, int]]]:
 
 def _aligned(size: int) -> int:
     return max(1, -(-size // ALIGNMENT)) * ALIGNMENT
-
-
-def _with_layout(zeros: Tensor, tensor: Tensor) -> Tensor:
-    """Return `zeros` as the local shard of a DTensor with the layout of `tensor`, if that is one."""
-    if not isinstance(tensor, DTensor):
-        return zeros
-    names, layout = tensor.__tensor_flatten__()  # from_local would move the copy to the mesh's device
-    inner = {name: getattr(tensor, name) for name in names} | {"_local_tensor": zeros}
-    return DTensor.__tensor_unflatten__(inner, layout, tensor.size(), tensor.stride())
 
 
 def _write(writer: "_Writer", state: dict[str, Tensor], group: dist.ProcessGroup) -> None:
