@@ -526,7 +526,7 @@ def test_a_pickle_that_the_checksums_were_made_for_is_not_executed_either(whole,
     meta["files"][path.name] = [path.stat().st_size, zlib.crc32(path.read_bytes())]
     path.with_name("meta.json").write_text(json.dumps(meta))
     assert damage(path.parent) is None
-    with pytest.raises(CheckpointException, match="header too large"):
+    with pytest.raises(CheckpointException, match="header too large|metadata is None"):  # the latter with torch 2.11
         load_checkpoint(path.parent, {"model.norm.weight": torch.zeros(1)})
     assert not mark.exists()
 
