@@ -128,9 +128,8 @@ def documented() -> list[tuple[str, list[str]]]:
 def dry_run(script: Path, *arguments: str, **variables) -> list[list[str]]:
     """Return the commands that an example prints with DRY_RUN=1."""
     environment = os.environ | {"DRY_RUN": "1", "NPROC": "1"} | variables
-    result = subprocess.run(
-        ["bash", str(script), *arguments], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=60
-    )
+    command = ["bash", str(script), *arguments]
+    result = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return commands(result.stdout)
 
