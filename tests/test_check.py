@@ -144,9 +144,9 @@ def test_a_package_that_is_missing_or_old_is_reported(monkeypatch):
 
 
 def test_a_torch_that_is_too_new_is_reported(monkeypatch):
-    monkeypatch.setattr(check, "TORCH_BELOW", (2, 12))
+    monkeypatch.setattr(check, "TORCH_BELOW", (2, 11))
     (torch,) = [str(finding) for finding in check.core_packages() if finding.failed]
-    assert re.match(r"FAILED  torch .* is too new; install 2.11 or newer, below 2.12$", torch)
+    assert re.match(r"FAILED  torch .* is too new; install 2.11 or newer, below 2.11$", torch)
 
 
 def test_packages_are_those_of_setup():
