@@ -84,7 +84,10 @@ def gradients(ranks: ParallelContext) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_gradients_of_micro_batches_are_added_up_as_fsdp2_does(num_ranks):
+    """To the bit, but for the tied table with torch 2.15, where FSDP2 rounds the sum of its two gradients to bf16."""
     for together, by_block in spawn(both_gradients, num_ranks):
         assert together.keys() == by_block.keys()
         for name, gradient in together.items():
-            assert gradient.dtype == torch.float32 and torch.equal(gradient, by_block[name]), name
+            is_rounded = name == "embed_tokens.weight" and torch.__version__ >= "2.15"
+            assert gradient.dtype == torch.float32
+            torch.testing.assert_close(gradient, by_block[name], rtol=0, atol=0.05 * is_rounded, msg=name)
