@@ -73,7 +73,7 @@ class Engine:
         """
         (root,) = self.roots
         if self.skips_hooks:
-            root.unshard()
+            cast(FSDPModule, root).unshard()
         loss = torch.zeros((), device=self.ranks.device)
         for index, batch in enumerate(batches):
             is_last = reduces and index == len(batches) - 1
